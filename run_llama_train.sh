@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Trains the model that a TOML describes; sets up a Python environment first if need be.
+#
+#   ./run_llama_train.sh [--section.key value ...]
+#
+# CONFIG_FILE   the TOML (default: train_configs/debug_model.toml)
+# NGPU          processes, one a GPU (default: the GPUs of this machine; on a CPU 1)
+# LOG_RANK      ranks whose progress is shown, such as 0 or 0,3 (default: 0)
+set -euo pipefail
+
+# A CONFIG_FILE may be given from where one stands; all other paths are relative to the clone.
+if [[ -n ${CONFIG_FILE:-} && -e $CONFIG_FILE ]]; then
+    CONFIG_FILE=$(cd "$(dirname "$CONFIG_FILE")" && pwd)/$(basename "$CONFIG_FILE")
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")"
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
+
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh
+setup_env
+
+has_gpu=false
+if [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]]; then
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    [[ $gpus == 0 ]] || has_gpu=true
+fi
+if [[ -z ${NGPU:-} ]]; then
+    NGPU=1
+    [[ $has_gpu == false ]] || NGPU=$gpus
+fi
+[[ $NGPU =~ ^[1-9][0-9]*$ ]] || die "NGPU = $NGPU: it is the number of processes, 1 or more."
+
+export LOG_RANK=${LOG_RANK:-0}
+if [[ $has_gpu == true ]]; then
+    # Segments that grow lose less memory to fragmentation.
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+fi
+
+if [[ $NGPU == 1 ]]; then
+    # Without torchrun: the exit status is the run's own.
+    exec "$PYTHON" -m torchtitan.train --job.config_file "$CONFIG_FILE" "$@"
+fi
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    # torchrun would set it to 1, with a warning.
+    threads=$(($(getconf _NPROCESSORS_ONLN) / NGPU))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" \
+    --rdzv_backend c10d --rdzv_endpoint localhost:0 \
+    -m torchtitan.train --job.config_file "$CONFIG_FILE" "$@"
