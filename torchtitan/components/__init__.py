@@ -1,0 +1,1 @@
+"""Parts of the loop: loss, optimizer, learning rate, metrics, profiler."""

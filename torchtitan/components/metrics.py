@@ -1,0 +1,223 @@
+"""Metrics: one record a logged step, the same numbers for the file, TensorBoard and the console.
+
+The clock runs from before the first wait for data and is read once at each logged step, so that an
+interval misses nothing: waiting, evaluating, saving and logging all count in `step_seconds`. Loss and
+gradient norm stay on the device until a step is logged, since reading them makes the host wait.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.console import ConsoleSink, is_terminal
+from torchtitan.components.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
+from torchtitan.config.output_sections import Metrics
+from torchtitan.utils.device import device_name, memory_peak, reset_memory_peak
+from torchtitan.utils.hardware import peak_flops
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLogger:
+    """Collects the figures of steps and writes records of them.
+
+    Rank 0 writes files and draws the progress bar; ranks whose INFO messages are shown print lines.
+    All ranks may call everything; on the others it does nothing. `flops_per_token` is by TorchTitan's
+    formula, `flops_per_token_causal` counts only the attention that a causal mask leaves. `steps` is
+    the number of steps of the whole run. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        section: Metrics,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        flops_per_token: float,
+        flops_per_token_causal: float,
+        steps: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.num_tokens_seen = 0
+        """Tokens of all steps of the run so far, over all ranks."""
+
+        self._log_freq = section.log_freq
+        self._steps = steps
+        self._world_size = world_size
+        self._device = device
+        self._flops_per_token = flops_per_token
+        self._flops_per_token_causal = flops_per_token_causal
+        self._peak_flops = peak_flops(device_name(device))
+        self._clock = clock
+        self._started: float | None = None
+        self._interval_steps = 0
+        self._interval_tokens = 0
+        self._spans: dict[str, float] = {"data": 0.0}
+        self._console: ConsoleSink | None = None
+        self._sinks: list[Sink] = []
+        self._warned: set[str] = set()
+        self._open_sinks(section, folder, rank == 0)
+        reset_memory_peak(device)
+
+    def resume(self, step: int, num_tokens_seen: int = 0) -> None:
+        """Before the first step: the run goes on after `step`; 0 is a fresh start.
+
+        What was logged for later steps is dropped, so that the run has one curve.
+        `num_tokens_seen`: that of the checkpoint.
+        """
+        self.num_tokens_seen = num_tokens_seen
+        self._each_sink(lambda sink: sink.resume(step))
+
+    def is_logged(self, step: int) -> bool:
+        """Whether `log_step` makes a record of this step: the first, the last, each `log_freq`-th."""
+        return step == 1 or step == self._steps or step % self._log_freq == 0
+
+    def start_step(self) -> None:
+        """Call before waiting for the step's data."""
+        if self._started is None:
+            self._started = self._clock()
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Count the time within as `<name>_seconds`: per step, the mean over the logged interval."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._spans[name] = self._spans.get(name, 0.0) + self._clock() - start
+
+    def log_step(
+        self,
+        step: int,
+        *,
+        loss: Tensor | float,
+        grad_norm: Tensor | float,
+        lr: float,
+        num_targets: int,
+        num_tokens: int,
+    ) -> None:
+        """A step is done. Waits for the device only where the step is logged and this rank shows it.
+
+        `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
+        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks.
+        """
+        assert self._started is not None, "start_step was not called"
+        self.num_tokens_seen += num_tokens
+        self._interval_steps += 1
+        self._interval_tokens += num_tokens
+        if self._console is not None:
+            self._guarded(self._console, lambda sink: self._advance(step))
+        if not self.is_logged(step):
+            return
+        if self._sinks:
+            values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr)}
+            record = self._record(step, values, num_targets)
+            self._each_sink(lambda sink: sink.write(record))
+        else:
+            self._start_interval(self._clock())
+
+    def flush(self) -> None:
+        """Return when every record so far is on the disk; call before a checkpoint commits."""
+        self._each_sink(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        """Write what is left, end the progress bar."""
+        self._each_sink(lambda sink: sink.close())
+        self._sinks, self._console = [], None
+
+    def _record(self, step: int, values: Record, num_targets: int) -> Record:
+        """The record of the interval that ends now, the device having been waited for."""
+        now = self._clock()
+        assert self._started is not None
+        seconds = now - self._started
+        tokens_per_second = self._interval_tokens / seconds / self._world_size
+        spans = {
+            f"{name}_seconds": span / self._interval_steps for name, span in self._spans.items()
+        }
+        memory = memory_peak(self._device)
+        record: Record = {
+            "step": step,
+            **values,
+            "num_targets": num_targets,
+            "num_tokens_seen": self.num_tokens_seen,
+            "tokens_per_second": tokens_per_second,
+            "tflops": self._flops_per_token * tokens_per_second / 1e12,
+            "mfu": self._utilisation(self._flops_per_token * tokens_per_second),
+            "mfu_causal": self._utilisation(self._flops_per_token_causal * tokens_per_second),
+            "step_seconds": seconds / self._interval_steps,
+            **spans,
+            "data_fraction": self._spans["data"] / seconds,
+            "memory_peak_gib": memory.reserved_gib,
+            "memory_peak_fraction": memory.reserved_gib / memory.capacity_gib,
+        }
+        if memory.active_gib is not None:
+            record["memory_active_gib"] = memory.active_gib
+            record["memory_active_fraction"] = memory.active_gib / memory.capacity_gib
+            record["num_alloc_retries"] = memory.num_alloc_retries
+            record["num_ooms"] = memory.num_ooms
+        self._start_interval(now)
+        return record
+
+    def _start_interval(self, now: float) -> None:
+        self._started = now
+        self._interval_steps = 0
+        self._interval_tokens = 0
+        self._spans = {"data": 0.0}
+        reset_memory_peak(self._device)
+
+    def _utilisation(self, flops_per_second: float) -> float | None:
+        return None if self._peak_flops is None else flops_per_second / self._peak_flops
+
+    def _open_sinks(self, section: Metrics, folder: Path, is_main: bool) -> None:
+        openers: list[tuple[str, Callable[[], Sink]]] = []
+        if is_main:
+            openers.append(("metrics.jsonl", lambda: JsonLinesSink(folder / METRICS_FILE)))
+        if is_main and section.enable_tensorboard:
+            tb_folder = folder / section.save_tb_folder
+            openers.append(("TensorBoard", lambda: TensorBoardSink(tb_folder)))
+        if logger.isEnabledFor(logging.INFO):
+            fancy = is_terminal() and not section.disable_color_printing
+            openers.append(("the console", lambda: self._open_console(fancy, fancy and is_main)))
+        for name, open_sink in openers:
+            try:
+                self._sinks.append(open_sink())
+            except Exception as error:
+                self._warn(name, error)
+
+    def _open_console(self, color: bool, bar: bool) -> ConsoleSink:
+        self._console = ConsoleSink(self._steps, color=color, bar=bar)
+        return self._console
+
+    def _advance(self, step: int) -> None:
+        if self._console is not None:
+            self._console.advance(step)
+
+    def _each_sink(self, action: Callable[[Any], None]) -> None:
+        for sink in list(self._sinks):
+            self._guarded(sink, action)
+
+    def _guarded(self, sink: Sink, action: Callable[[Any], None]) -> None:
+        """Metrics never stop a run: a failure is reported once for each sink."""
+        try:
+            action(sink)
+        except Exception as error:
+            self._warn(sink.name, error)
+            if not sink.keeps_trying:
+                self._sinks.remove(sink)
+                if sink is self._console:
+                    self._console = None
+
+    def _warn(self, name: str, error: Exception) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning("%s cannot be written, training goes on: %r", name, error)

@@ -1,0 +1,131 @@
+"""Optimizers: parameter groups by name, and a step that a non-finite gradient cannot poison.
+
+There is one optimizer for each model part of this rank. Its groups come from
+`optimizer.param_groups`: globs over full parameter names, of which the first that matches wins; what
+none matches forms the last group. Every group carries `lr_factor`, by which the schedule's learning
+rate is multiplied.
+
+One NaN in a gradient would stay in the moments for good, and scaling the update by zero does not
+help, since `0 * nan` is `nan`. So a step that is not finite has to be left out altogether.
+`step_optimizers` does that on the device where the implementation can, so that the host need not wait
+to learn whether the step was finite.
+"""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.training_sections import Optimizer as OptimizerSection
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def build_optimizers(
+    section: OptimizerSection,
+    model_parts: Sequence[nn.Module],
+    device: torch.device,
+    all_names: Iterable[str] | None = None,
+) -> list[torch.optim.Optimizer]:
+    """One optimizer per model part, over its parameters that require gradients.
+
+    A tied parameter counts once, under its first name. `all_names` are the parameter names of the
+    whole model, needed where this rank holds only a part of it: a pattern must match one of them.
+
+    Raises:
+        ConfigError: a pattern of `optimizer.param_groups` is never the first to match a parameter.
+    """
+    if all_names is None:
+        all_names = [name for part in model_parts for name, _ in _trained_parameters(part)]
+    _check_patterns(section, list(all_names))
+    return [_build_optimizer(section, part, device) for part in model_parts]
+
+
+def step_optimizers(optimizers: Sequence[torch.optim.Optimizer], is_finite: Tensor) -> None:
+    """Step every optimizer, or, if `is_finite` is False, leave all its state as it is, bit for bit.
+
+    `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Parameters, moments
+    and step counters are left alone. Fused implementations decide on the device; `foreach` and
+    `for-loop` make the host wait for `is_finite`.
+    """
+    for optimizer in optimizers:
+        if optimizer.defaults["fused"]:
+            # The fused kernels return at once when this is 1, weight decay and step count included.
+            optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        elif is_finite.item():
+            optimizer.step()
+
+
+def _trained_parameters(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, param) for name, param in part.named_parameters() if param.requires_grad]
+
+
+def _group_index(section: OptimizerSection, name: str) -> int:
+    """Index of the group of a parameter; the number of groups if no pattern matches."""
+    for index, group in enumerate(section.param_groups):
+        if fnmatchcase(name, group.pattern):
+            return index
+    return len(section.param_groups)
+
+
+def _check_patterns(section: OptimizerSection, names: list[str]) -> None:
+    used = {_group_index(section, name) for name in names}
+    problems = []
+    for index, group in enumerate(section.param_groups):
+        if index in used:
+            continue
+        matches = [name for name in names if fnmatchcase(name, group.pattern)]
+        if matches:
+            problem = f"earlier patterns already take all it matches, such as {matches[0]}"
+            fix = "list the narrower pattern first, or remove this group"
+        else:
+            problem = "it matches no parameter of the model"
+            fix = f"use a glob over full names such as {_examples(names)}, or remove this group"
+        key = f"optimizer.param_groups[{index}].pattern"
+        problems.append(Problem(key, problem, fix, value=group.pattern))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _examples(names: list[str]) -> str:
+    """A few names, of different kinds: the last two parts of a name are its kind."""
+    kinds = {".".join(name.split(".")[-2:]): name for name in reversed(names)}
+    return ", ".join(list(kinds.values())[::-1][:4])
+
+
+def _build_optimizer(
+    section: OptimizerSection, part: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    members: list[list[nn.Parameter]] = [[] for _ in range(len(section.param_groups) + 1)]
+    for name, param in _trained_parameters(part):
+        members[_group_index(section, name)].append(param)
+
+    groups: list[dict[str, Any]] = []
+    for index, params in enumerate(members):
+        if not params:  # torch refuses empty groups
+            continue
+        weight_decay, lr_factor = section.weight_decay, 1.0
+        if index < len(section.param_groups):
+            exception = section.param_groups[index]
+            lr_factor = exception.lr_factor
+            if exception.weight_decay is not None:
+                weight_decay = exception.weight_decay
+        groups.append({"params": params, "weight_decay": weight_decay, "lr_factor": lr_factor})
+
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
+    fused = section.implementation == "fused" and device.type in FUSED_DEVICES
+    return kind(
+        groups,
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        fused=fused,
+        foreach=not fused and section.implementation != "for-loop",
+    )

@@ -1,0 +1,155 @@
+"""Where records of metrics go: a file of JSON lines, TensorBoard.
+
+A sink takes records, one a logged step, and may fail at any of them (disk full, folder gone): it
+raises, and `MetricsLogger` decides what that means. Another place to log to is another class with
+these methods.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+
+TENSORBOARD_TAGS = {
+    "loss": "loss_metrics/global_avg_loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "num_tokens_seen": "ntokens_seen",
+    "tokens_per_second": "throughput(tps)",
+    "tflops": "tflops",
+    "mfu": "mfu(%)",
+    "mfu_causal": "mfu_causal(%)",
+    "step_seconds": "time_metrics/end_to_end(s)",
+    "data_seconds": "time_metrics/data_loading(s)",
+    "data_fraction": "time_metrics/data_loading(%)",
+    "memory_active_gib": "memory/max_active(GiB)",
+    "memory_active_fraction": "memory/max_active(%)",
+    "memory_peak_gib": "memory/max_reserved(GiB)",
+    "memory_peak_fraction": "memory/max_reserved(%)",
+    "num_alloc_retries": "memory/num_alloc_retries",
+    "num_ooms": "memory/num_ooms",
+}
+"""Record key -> TorchTitan's tag. Tags in % show the record's fraction times 100. Other keys keep their
+name."""
+
+
+class Sink(Protocol):
+    """A place for records. Every method may raise."""
+
+    name: str
+    """As a warning about it names it."""
+
+    keeps_trying: bool
+    """After a failure: go on writing (True), or give it up for this run."""
+
+    def resume(self, step: int) -> None:
+        """Before the first write: forget what was written for steps after `step`."""
+
+    def write(self, record: Record) -> None:
+        """Take the record of a step; `record["step"]` grows."""
+
+    def flush(self) -> None:
+        """Return when what was written survives the machine's failure."""
+
+    def close(self) -> None:
+        """Write what is left. Nothing is called afterwards."""
+
+
+class JsonLinesSink:
+    """`metrics.jsonl`, the ground truth: an object a line, floats in full, what is not finite null.
+
+    Each record is one unbuffered write, so lines are whole whenever the process dies; a line that the
+    disk took only in part is cut off again.
+    """
+
+    name = "metrics.jsonl"
+    keeps_trying = True
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._length = self._file.seek(0, os.SEEK_END)
+
+    def resume(self, step: int) -> None:
+        kept = [line for line in self._path.read_bytes().splitlines(True) if _is_until(line, step)]
+        # By a rename: a crash here leaves the old file or the new one, not half of it.
+        replacement = self._path.with_name(self._path.name + ".tmp")
+        with open(replacement, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(replacement, self._path)
+        self._file.close()
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        self._length = self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: Record) -> None:
+        values = {key: _finite_or_none(value) for key, value in record.items()}
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the disk took only a part of the line")
+        except OSError:
+            self._file.truncate(self._length)
+            raise
+        self._length += len(line)
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard event files under TorchTitan's tag names.
+
+    One folder for the whole run: after a resume TensorBoard itself hides the steps that are trained
+    anew, as the first event of the new file tells it from which step on.
+    """
+
+    name = "TensorBoard"
+    keeps_trying = False
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._purge_step: int | None = None
+        self._writer: Any = None
+
+    def resume(self, step: int) -> None:
+        self._purge_step = step + 1
+
+    def write(self, record: Record) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        for key, value in record.items():
+            if key == "step" or value is None:
+                continue
+            tag = TENSORBOARD_TAGS.get(key, key)
+            shown = value * 100 if tag.endswith("(%)") else value
+            self._writer.add_scalar(tag, shown, record["step"])
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    """Whether a line is whole and belongs to `step` or an earlier one."""
+    try:
+        return bool(line.endswith(b"\n") and json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
