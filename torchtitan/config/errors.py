@@ -1,0 +1,62 @@
+"""How anything that a user set, and that cannot work, is reported.
+
+A `Problem` names the key, its value, why it cannot work and what to set instead. Checks return lists
+of them, so that a user sees every problem at once; `ConfigError` carries the list.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend.
+
+    `key` is `section.key` (or a file, or a flag); `severity` is "error", or "warning" for what is
+    reported without stopping the run. `missing_asset` marks what `--check` downgrades to a warning:
+    files that need not exist on the machine that checks.
+    """
+
+    key: str
+    problem: str
+    fix: str
+    value: Any = _UNSET
+    severity: str = "error"
+    missing_asset: bool = False
+
+    def __str__(self) -> str:
+        value = "" if self.value is _UNSET else f" = {_toml_like(self.value)}"
+        return f"{self.key}{value}: {self.problem.rstrip('.')}. Fix: {self.fix.rstrip('.')}."
+
+
+class ConfigError(ValueError):
+    """The run cannot start as configured. Exit status 2."""
+
+    def __init__(self, problems: Sequence[Problem] | Problem):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(RuntimeError):
+    """The data or the tokenizer cannot be read. Exit status 3."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read. Exit status 4."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite. Exit status 5."""
+
+
+def _toml_like(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if value is None:
+        return "unset"
+    return str(value)

@@ -1,0 +1,147 @@
+"""A flat table of every key a config knows, read from the section models.
+
+The command line, the error messages and the reference page are all made from this one table.
+"""
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.section import Section
+
+_HUGE = 2**31
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting. `kind` is how its value is written in TOML and on the command line."""
+
+    name: str
+    kind: Literal["bool", "int", "float", "str", "choice", "strings", "tables", "table"]
+    doc: str
+    default: Any
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    bounds: str = ""
+
+    @property
+    def section(self) -> str:
+        """Dotted name of the table that holds the key."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def last_name(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """All keys by dotted name, in the order of the sections."""
+    return {key.name: key for key in _walk(JobConfig, "")}
+
+
+@cache
+def known_sections() -> dict[str, str]:
+    """Dotted names of all tables with their documentation, nested ones after their parents."""
+    return dict(_walk_sections(JobConfig, ""))
+
+
+def free_table_of(name: str) -> str | None:
+    """The free-form table (`model.args`, `handlers`) that a dotted name lies in, if any."""
+    tables = [key.name for key in known_keys().values() if key.kind == "table"]
+    return next((table for table in tables if name.startswith(table + ".")), None)
+
+
+def keys_of(model: type[Section]) -> list[Key]:
+    """The keys of one section model alone, by their last names."""
+    return list(_walk(model, ""))
+
+
+def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
+    for field_name, field in model.model_fields.items():
+        name = prefix + field_name
+        base, optional, metadata = _unwrap(field.annotation, list(field.metadata))
+        if isinstance(base, type) and issubclass(base, Section):
+            yield from _walk(base, name + ".")
+        else:
+            yield _key(name, field, base, optional, metadata)
+
+
+def _walk_sections(model: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
+    for field_name, field in model.model_fields.items():
+        base, _, _ = _unwrap(field.annotation, [])
+        is_section = isinstance(base, type) and issubclass(base, Section)
+        if is_section or typing.get_origin(base) is dict:
+            yield prefix + field_name, field.description or ""
+        if is_section:
+            yield from _walk_sections(base, prefix + field_name + ".")
+
+
+def _key(name: str, field: FieldInfo, base: Any, optional: bool, metadata: list[Any]) -> Key:
+    kind, choices = _kind(name, base)
+    return Key(
+        name=name,
+        kind=kind,
+        doc=" ".join((field.description or "").split()),
+        default=None if field.is_required() else field.get_default(call_default_factory=True),
+        optional=optional,
+        choices=choices,
+        bounds=_bounds(metadata) if kind in ("int", "float") else "",
+    )
+
+
+def _kind(name: str, base: Any) -> tuple[Any, tuple[str, ...]]:
+    scalars = {bool: "bool", int: "int", float: "float", str: "str"}
+    if base in scalars:
+        return scalars[base], ()
+    origin = typing.get_origin(base)
+    if origin is Literal:
+        return "choice", typing.get_args(base)
+    if origin is dict:
+        return "table", ()
+    if origin is tuple:
+        item = typing.get_args(base)[0]
+        return ("strings" if item is str else "tables"), ()
+    raise AssertionError(f"{name}: no way to write a {base} in TOML")
+
+
+def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]:
+    """The type inside `Annotated` and `| None`, whether None is allowed, and the constraints."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        base, *extra = typing.get_args(annotation)
+        return _unwrap(base, metadata + extra)
+    if origin in (typing.Union, types.UnionType):
+        (member,) = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        base, _, metadata = _unwrap(member, metadata)
+        return base, True, metadata
+    return annotation, False, metadata
+
+
+def _bounds(metadata: list[Any]) -> str:
+    parts = []
+    for item in _flat(metadata):
+        if isinstance(item, annotated_types.Gt):
+            parts.append(f"> {item.gt}")
+        elif isinstance(item, annotated_types.Ge) and abs(item.ge) < _HUGE:  # type: ignore[arg-type]
+            parts.append(f">= {item.ge}")
+        elif isinstance(item, annotated_types.Lt):
+            parts.append(f"< {item.lt}")
+        elif isinstance(item, annotated_types.Le) and abs(item.le) < _HUGE:  # type: ignore[arg-type]
+            parts.append(f"<= {item.le}")
+    return ", ".join(parts)
+
+
+def _flat(metadata: list[Any]) -> Iterator[Any]:
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _flat(list(item.metadata))
+        else:
+            yield item

@@ -1,0 +1,55 @@
+"""`JobConfig`: all sections of a run."""
+
+from typing import Any
+
+from pydantic import Field
+
+from torchtitan.config.model_sections import ActivationCheckpoint, Model
+from torchtitan.config.output_sections import Checkpoint, Metrics, Profiling
+from torchtitan.config.run_sections import Comm, Debug, Job, Parallelism
+from torchtitan.config.section import Section
+from torchtitan.config.training_sections import Data, LRScheduler, Optimizer, Training
+
+
+class JobConfig(Section):
+    job: Job = Field(default_factory=Job)
+    """The run: where it writes and on what it runs."""
+
+    model: Model = Field(default_factory=Model)
+    """The model and its tokenizer."""
+
+    handlers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of the model handlers, one table each; every handler checks its own."""
+
+    training: Training = Field(default_factory=Training)
+    """Batch, sequence length, steps, precision."""
+
+    data: Data = Field(default_factory=Data)
+    """How documents become sequences."""
+
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    """Optimizer and parameter groups."""
+
+    lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
+    """Warmup, stable phase, decay."""
+
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    """The mesh: how many processes train, and how the model is cut over them."""
+
+    activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
+    """Recompute activations in the backward to save memory."""
+
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """Saving and resuming."""
+
+    metrics: Metrics = Field(default_factory=Metrics)
+    """Logging."""
+
+    profiling: Profiling = Field(default_factory=Profiling)
+    """Profiler traces."""
+
+    comm: Comm = Field(default_factory=Comm)
+    """Communication between processes."""
+
+    debug: Debug = Field(default_factory=Debug)
+    """Seed, determinism, process set-up."""

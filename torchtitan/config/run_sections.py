@@ -1,0 +1,78 @@
+"""Sections about the run itself: where it writes, on what it runs, how its processes talk."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
+
+MAX_SEED = 2**63 - 1
+
+
+class Job(Section):
+    config_file: str | None = None
+    """TOML file of the run. Values on the command line win over it."""
+
+    dump_folder: str = "./outputs"
+    """The run folder: everything the run writes lies below it."""
+
+    description: str = "default job"
+    """What the run is, in words, for the log and for whoever finds the folder."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on. `auto` takes CUDA when there is a GPU, else the CPU."""
+
+    print_config: bool = False
+    """Log the resolved config at the start."""
+
+    new_run: bool = False
+    """Start afresh in a folder that holds another run; the old folder's content is moved aside."""
+
+    custom_import: Names = ()
+    """Modules to import before the config is checked, to register models, datasets or handlers."""
+
+
+class Comm(Section):
+    init_timeout_seconds: PositiveInt = 300
+    """Seconds that a collective may take before the first step has been trained."""
+
+    train_timeout_seconds: PositiveInt = 100
+    """Seconds that a collective may take after the first step; a lost rank is noticed by then."""
+
+
+class Debug(Section):
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Seed of the initial weights and of the order of the data. The same on every mesh."""
+
+    deterministic: bool = False
+    """Use deterministic algorithms only (slower on GPUs)."""
+
+    deterministic_warn_only: bool = False
+    """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
+
+    cpu_allocator: Literal["tuned", "system"] = "tuned"
+    """On the CPU, `tuned` raises glibc's mmap and trim thresholds at start, `system` leaves them."""
+
+    threads: NonNegativeInt = 0
+    """Threads of a process's CPU operators; 0 divides the cores among the processes of a machine."""
+
+
+class Parallelism(Section):
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Copies of the model. With a shard degree of 1 this is DDP, above 1 it is HSDP."""
+
+    data_parallel_shard_degree: int = Field(default=-1, ge=-1, le=2**31)
+    """Ranks over which FSDP2 shards parameters, gradients and optimizer state; -1 takes the rest."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after the forward: `always`, `never`, or `default` (always, but not
+    with pipeline parallelism, where every microbatch would gather them again)."""
+
+    tensor_parallel_degree: PositiveInt = 1
+    """Ranks over which single weight matrices are cut. Above 1 it is not available yet."""
+
+    context_parallel_degree: PositiveInt = 1
+    """Ranks over which the sequence is cut. Above 1 it is not available yet."""
+
+    pipeline_parallel_degree: PositiveInt = 1
+    """Ranks over which the layers are cut. Above 1 it is not available yet."""

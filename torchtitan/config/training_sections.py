@@ -1,0 +1,152 @@
+"""Sections about the optimisation: batch, precision, optimizer, learning rate."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from torchtitan.config.section import (
+    Beta,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class Dataloader(Section):
+    num_workers: NonNegativeInt = 0
+    """Processes per rank that read and tokenise. The data are the same for every number."""
+
+    prefetch_factor: PositiveInt | None = None
+    """Sequences that each worker keeps ready; needs `num_workers` above 0. Unset: 2."""
+
+    pin_memory: bool = False
+    """Copy batches to page-locked host memory, from which GPUs load faster."""
+
+
+class Training(Section):
+    dataset: str = "auto"
+    """`stdlib` (the sources of Python's standard library), `json`, `text`, or a registered name.
+    `auto` chooses by the suffix of the files in `dataset_path`."""
+
+    dataset_path: str | None = None
+    """File, folder or glob to read."""
+
+    local_batch_size: PositiveInt = 8
+    """Sequences per data-parallel rank in one forward (a microbatch)."""
+
+    global_batch_size: int = Field(default=-1, ge=-1, le=2**63 - 1)
+    """Sequences per optimizer step over all ranks; -1 is `local_batch_size` times the data-parallel
+    degree of the first start, which is then stored with the run."""
+
+    seq_len: PositiveInt = 2048
+    """Tokens per sequence."""
+
+    steps: PositiveInt = 10000
+    """Optimizer steps of the whole run."""
+
+    max_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """Gradients are scaled down to at most this global 2-norm; `inf` switches clipping off."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the stored (master) weights and of the optimizer state."""
+
+    mixed_precision_param: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Type in which forward and backward compute."""
+
+    mixed_precision_reduce: Literal["float32", "float64"] = "float32"
+    """Type in which gradients are summed over ranks."""
+
+    document_mask: bool = False
+    """Documents packed into one sequence do not attend to, or predict, each other."""
+
+    loss_chunks: PositiveInt = 8
+    """The head and the loss work on a microbatch in this many parts, so that the logits of only one
+    part exist at a time. 1 computes them at once."""
+
+    gc_freq: PositiveInt = 50
+    """Steps between two runs of Python's garbage collector, which is off in between."""
+
+    dataloader: Dataloader = Field(default_factory=Dataloader)
+    """Reading processes."""
+
+
+class Data(Section):
+    lanes: PositiveInt | None = None
+    """Independent data streams; must divide `global_batch_size`, and the data-parallel degree must
+    divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
+
+    text_column: str = "text"
+    """Field of a JSON row that holds the text."""
+
+    shuffle: bool = True
+    """Shuffle the documents anew in every epoch, by `debug.seed`."""
+
+    epochs: PositiveInt | None = None
+    """Passes over the data after which the run ends, even before `training.steps`. Unset: as many
+    as the steps need."""
+
+    max_document_mib: PositiveFloat = 64.0
+    """Documents larger than this (MiB of text) are treated as `on_bad_row` says."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read: stop, or leave it out and count it."""
+
+    max_bad_rows: NonNegativeInt = 100
+    """With `on_bad_row = "skip"`: a reading process stops when it has left out more than this."""
+
+
+class ParamGroup(Section):
+    pattern: str
+    """Glob over full parameter names, such as `*norm.weight`; the first group that matches wins."""
+
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of the group. Unset: `optimizer.weight_decay`."""
+
+    lr_factor: PositiveFloat = 1.0
+    """Multiplies the learning rate for the group."""
+
+
+class Optimizer(Section):
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Optimizer."""
+
+    lr: NonNegativeFloat = 8e-4
+    """Peak learning rate."""
+
+    beta1: Beta = 0.9
+    """Decay of Adam's first moment."""
+
+    beta2: Beta = 0.95
+    """Decay of Adam's second moment."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of Adam's update."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of parameters that no group says otherwise about."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How the update is computed; `fused` falls back to `foreach` on a device that lacks it."""
+
+    param_groups: Annotated[tuple[ParamGroup, ...], Field(strict=False)] = (
+        ParamGroup(pattern="*norm.weight", weight_decay=0.0),
+    )
+    """Exceptions by parameter name. By default norms have no weight decay."""
+
+
+class LRScheduler(Section):
+    warmup_steps: NonNegativeInt = 200
+    """Steps in which the learning rate rises linearly to its peak."""
+
+    decay_ratio: Fraction | None = None
+    """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from the
+    end of the warmup on."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the fall."""
+
+    min_lr_factor: Fraction = 0.0
+    """The learning rate falls to this fraction of its peak."""

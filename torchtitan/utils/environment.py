@@ -1,0 +1,124 @@
+"""What the environment says about this process: the launcher's variables, read once. No torch.
+
+`torchrun` starts one process per device and tells each its place in `RANK`, `WORLD_SIZE`,
+`LOCAL_RANK` and friends. Half-set variables make processes wait for each other forever, so they are
+checked together before anything is joined.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_HINT = "launch with torchrun, which sets all of them, or unset them to run one process"
+
+
+@dataclass(frozen=True)
+class EnvironmentFault:
+    """A variable that is missing or makes no sense; `value` is None when it is not set."""
+
+    variable: str
+    value: str | None
+    problem: str
+    fix: str = _HINT
+
+
+class EnvironmentFaults(ValueError):
+    """The launcher's variables contradict each other."""
+
+    def __init__(self, faults: list[EnvironmentFault]):
+        self.faults = faults
+        super().__init__("; ".join(f"{fault.variable}: {fault.problem}" for fault in faults))
+
+
+@dataclass(frozen=True)
+class ProcessEnvironment:
+    """This process's place in the run, as the launcher put it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launched: bool = False
+    """Whether a launcher started this process, so that there is a rendezvous to join."""
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
+    """The place of this process; raises `EnvironmentFaults` with everything that is wrong."""
+    environ = os.environ if environ is None else environ
+    faults: list[EnvironmentFault] = []
+    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
+    rank = _read(environ, "RANK", 0, 0, faults)
+    local_rank = _read(environ, "LOCAL_RANK", 0, 0, faults)
+    local_world_size = _read(environ, "LOCAL_WORLD_SIZE", 1, 1, faults)
+    launched = bool(environ.get("RANK")) or world_size > 1
+    if not faults and launched:
+        faults.extend(_contradictions(environ, rank, world_size, local_rank, local_world_size))
+    if faults:
+        raise EnvironmentFaults(faults)
+    return ProcessEnvironment(rank, world_size, local_rank, local_world_size, launched)
+
+
+def read_world_size(environ: Mapping[str, str] | None = None) -> int:
+    """`WORLD_SIZE` alone, for looking at a config from outside a run; 1 when unset."""
+    environ = os.environ if environ is None else environ
+    faults: list[EnvironmentFault] = []
+    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
+    if faults:
+        raise EnvironmentFaults(faults)
+    return world_size
+
+
+def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether another process reports problems that all processes see alike."""
+    environ = os.environ if environ is None else environ
+    return environ.get("RANK", "0").strip() not in ("", "0")
+
+
+def guess_device_type() -> str:
+    """"cuda" when the machine seems to have a usable GPU, else "cpu"; looks at device files only.
+
+    The exact answer needs torch; this one is for checks that must answer before torch is imported.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        return "cpu"
+    return "cuda" if any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")) else "cpu"
+
+
+def _read(
+    environ: Mapping[str, str],
+    variable: str,
+    default: int,
+    least: int,
+    faults: list[EnvironmentFault],
+) -> int:
+    text = environ.get(variable, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.lstrip("-").isdigit():
+        faults.append(EnvironmentFault(variable, text, "is not an integer"))
+        return default
+    if int(text) < least:
+        faults.append(EnvironmentFault(variable, text, f"must be at least {least}"))
+        return default
+    return int(text)
+
+
+def _contradictions(
+    environ: Mapping[str, str], rank: int, world_size: int, local_rank: int, local_world_size: int
+) -> list[EnvironmentFault]:
+    faults = []
+    needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    if world_size > 1:
+        needed.append("LOCAL_RANK")
+    for variable in needed:
+        if not environ.get(variable, "").strip():
+            others = ", ".join(name for name in needed if environ.get(name))
+            faults.append(EnvironmentFault(variable, None, f"is missing although {others} is set"))
+    if rank >= world_size:
+        problem = f"must be below WORLD_SIZE = {world_size}"
+        faults.append(EnvironmentFault("RANK", str(rank), problem))
+    if environ.get("LOCAL_WORLD_SIZE") and local_rank >= local_world_size:
+        problem = f"must be below LOCAL_WORLD_SIZE = {local_world_size}"
+        faults.append(EnvironmentFault("LOCAL_RANK", str(local_rank), problem))
+    return faults

@@ -1,0 +1,40 @@
+"""Secrets: recognising them, and keeping them out of everything that is printed or stored."""
+
+import re
+
+_SECRET_WORDS = frozenset(
+    ["token", "secret", "password", "passwd", "passwort", "apikey", "credential", "credentials"]
+)
+_SECRET_PAIRS = re.compile(r"(api|access|private|auth|ssh)_?key$")
+_SECRET_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{16,}"
+    r"|sk-[A-Za-z0-9_-]{20,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}"
+    r"|AKIA[A-Z0-9]{16}"
+    r"|xox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"
+)
+_ASSIGNMENT = re.compile(
+    r"""(?ix) ([\w-]*(?:token|secret|passw|credential|(?:api|access|private|auth)[_-]?key)(?![\w-]*path)
+    (?!izer)[\w-]*["']?\s*[=:\s]\s*) ("[^"]*"|'[^']*'|[^\s,}]+)"""
+)
+HIDDEN = "<hidden>"
+
+
+def names_a_secret(key: str) -> bool:
+    """Whether a key, such as `hf_token` or `wandb.api_key`, is called like a secret."""
+    name = key.rsplit(".", 1)[-1].replace("-", "_").lower()
+    words = set(name.split("_"))
+    return bool(words & _SECRET_WORDS) or bool(_SECRET_PAIRS.search(name))
+
+
+def holds_a_secret(text: str) -> bool:
+    """Whether a value has the shape of a well-known kind of token, or a URL with a password."""
+    return bool(_SECRET_VALUE.search(text))
+
+
+def redact(text: str) -> str:
+    """`text` with token-shaped values, and whatever is assigned to secret-looking names, hidden."""
+    text = _SECRET_VALUE.sub(HIDDEN, text)
+    return _ASSIGNMENT.sub(lambda match: match.group(1) + HIDDEN, text)
