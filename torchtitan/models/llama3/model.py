@@ -1,0 +1,202 @@
+"""Llama 3: a decoder-only transformer (https://arxiv.org/abs/2407.21783).
+
+The residual stream passes through blocks of attention and feed-forward, each behind an RMSNorm; RoPE
+turns queries and keys by their position; grouped-query attention shares keys and values among heads.
+
+Shapes: B sequences, T tokens each, D model width, H query heads, G key and value heads (H a multiple),
+hd = D / H head size, F feed-forward width, V vocabulary.
+
+Parameter names are those of Meta's checkpoints. The model knows nothing of devices or meshes: the
+methods at the end of `Llama` *declare* what the library applies.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan.models.attend import Attend, Mask, build_mask
+from torchtitan.models.llama3.flavors import LlamaArgs
+from torchtitan.models.spec import InitRule, WrapUnit
+
+T = TypeVar("T")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in at least float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+        wide = x.to(_at_least_float32(x.dtype))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def rope_rotations(positions: Tensor, args: LlamaArgs, dtype: torch.dtype) -> Tensor:
+    """Each position's turn in each pair of channels, as complex numbers e^(i * angle).
+
+    `positions` is int64 `[B, T]`; the result is `[B, T, 1, hd/2]`, complex, with parts of `dtype`.
+    Long wavelengths are stretched as in Llama 3.1, to fit contexts longer than the original one.
+    """
+    exponents = torch.arange(0, args.head_dim, 2, device=positions.device, dtype=dtype)
+    frequencies = args.rope_theta ** (-exponents / args.head_dim)  # [hd/2], radians per token
+    if args.rope_scaling_factor != 1.0:
+        turns = args.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
+        low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched in full, 1: as it was
+        frequencies = frequencies * (kept + (1 - kept) / args.rope_scaling_factor)
+    angles = positions.unsqueeze(-1) * frequencies  # [B, T, hd/2]
+    return torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
+
+
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels; `x` is `[B, T, heads, hd]`, and so is the result.
+
+    A complex product is the fastest way on CPUs, four times as fast as one of separate parts.
+    """
+    pairs = x.to(rotations.real.dtype).unflatten(-1, (-1, 2))  # [B, T, heads, hd/2, 2]
+    turned = torch.view_as_complex(pairs) * rotations
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.head_dim = args.head_dim
+        kv_dim = args.num_kv_heads * args.head_dim
+        self.wq = nn.Linear(args.dim, args.dim, bias=False)
+        self.wk = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(args.dim, args.dim, bias=False)
+        self.attend = Attend()
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:  # [B, T, D]
+        # The number of heads is left to the projections' width: a part of them may live here.
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, hd]
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [B, T, G, hd]
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, G, hd]
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
+        out, _ = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # [B, H, T, hd] -> [B, T, D]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, F] -> [B, T, D]
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:  # [B, T, D]
+        x = x + self.attention(self.attention_norm(x), rotations, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Head(nn.Linear):
+    """Hidden states to logits, `[B, T, D]` -> `[B, T, V]`, or to whatever `consume` makes of them.
+
+    `consume(hidden, weight)` runs inside the forward, while the weight `[V, D]` is sure to be whole:
+    a loss that never holds all logits at once works there.
+    """
+
+    def forward(self, hidden: Tensor, consume: Callable[[Tensor, Tensor], T] | None = None) -> T:
+        return F.linear(hidden, self.weight) if consume is None else consume(hidden, self.weight)
+
+
+class Llama(nn.Module):
+    """The model. Build it under `torch.device("meta")` when it is large; it has no buffers."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        if args.vocab_size is None:
+            raise ValueError("vocab_size is unset: resolve the arguments with the tokenizer's size")
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        # Keyed by name, not by place, so that names stay when layers are taken away.
+        self.layers = nn.ModuleDict({str(n): Block(args) for n in range(args.n_layers)})
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Head(args.dim, args.vocab_size, bias=False)
+        if args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """`tokens`, `positions`, `document_ids`: int64 `[B, T]`. Returns hidden states `[B, T, D]`
+        after the final norm; `head` makes logits of them. Without `document_ids` attention is
+        plainly causal, with them it also stays within the document."""
+        x = self.tok_embeddings(tokens)  # [B, T, D]
+        rotations = rope_rotations(positions, self.args, _at_least_float32(x.dtype))
+        mask = build_mask(document_ids)
+        for block in self.layers.values():
+            x = block(x, rotations, mask)
+        return self.norm(x)
+
+    @property
+    def head(self) -> Head:
+        """The last projection, `[B, T, D]` -> `[B, T, V]`."""
+        return self.output
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks by full name, in order."""
+        return {f"layers.{key}": block for key, block in self.layers.items()}
+
+    def wrap_units(self) -> list[WrapUnit]:
+        """Embeddings, every block, norm and head; tied weights have to be in one unit."""
+        blocks = [WrapUnit(name, (block,)) for name, block in self.blocks().items()]
+        if self.args.tied_embeddings:
+            ends = (self.tok_embeddings, self.norm, self.output)
+            return [WrapUnit("embeddings_and_head", ends), *blocks]
+        embeddings = WrapUnit("embeddings", (self.tok_embeddings,))
+        return [embeddings, *blocks, WrapUnit("head", (self.norm, self.output))]
+
+    def init_rule(self, name: str) -> InitRule:
+        """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream
+        starts smaller in deeper layers, so that its variance does not grow with depth."""
+        if name.endswith("norm.weight"):
+            return InitRule("constant", value=1.0)
+        if name == "output.weight" or self.args.tied_embeddings and name == "tok_embeddings.weight":
+            return InitRule("normal", std=self.args.dim**-0.5, cutoff_in_std=3.0)
+        if name == "tok_embeddings.weight":
+            return InitRule("normal", std=1.0)
+        layer, matrix = int(name.split(".")[1]), name.split(".")[-2]
+        std = 0.02 / math.sqrt(2 * (layer + 1)) if matrix in ("wo", "w2", "w3") else 0.02
+        return InitRule("normal", std=std, cutoff_in_std=3.0)
+
+    def flops_per_token(self, seq_len: int, causal: bool) -> float:
+        """6 per weight of a matrix product (2 forward, 4 backward), 12 per channel and attended
+        position; `causal` counts the half of the positions that a query can see."""
+        num_weights = sum(parameter.numel() for parameter in self.parameters())
+        if not self.args.tied_embeddings:
+            num_weights -= self.tok_embeddings.weight.numel()  # a look-up, no product
+        attended = seq_len / 2 if causal else seq_len
+        return 6 * num_weights + 12 * self.args.n_layers * self.args.dim * attended
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,153 @@
+"""What a model family gives the rest of the library. No torch.
+
+A family is data (`ModelFamily`: flavors, a class of hyper-parameters, a build function) and a model
+that *declares* what the library then applies: which modules to wrap together, how each parameter
+starts, which modules are its blocks, what a token costs. Nothing in a model knows of a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+
+from pydantic import ValidationError
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.section import PositiveInt, Section
+from torchtitan.config.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class ModelArgs(Section):
+    """Hyper-parameters that every family has. A family's class adds its own."""
+
+    vocab_size: PositiveInt | None = None
+    """Tokens in the vocabulary. Unset: the tokenizer's."""
+
+    max_seq_len: PositiveInt = 131072
+    """Longest sequence that the model is made for."""
+
+    def problems(self) -> list[Problem]:
+        """What no single value shows: hyper-parameters that do not fit each other."""
+        return []
+
+
+@dataclass(frozen=True)
+class WrapUnit:
+    """Modules whose parameters are gathered, used and freed together.
+
+    `mesh` is the *meaning* of the mesh to shard over: "dense" is every data rank.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    mesh: str = "dense"
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """How a parameter starts: "constant" at `value`, or "normal" with mean 0 and `std`.
+
+    With `cutoff_in_std` c the normal distribution is truncated to [-c * std, c * std].
+    """
+
+    kind: Literal["normal", "constant"]
+    std: float = 0.0
+    cutoff_in_std: float | None = None
+    value: float = 0.0
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What the library asks of a model beside being an `nn.Module`."""
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states `[B, T, D]` after the final norm. With `document_ids` `[B, T]` a position
+        attends within its document only, else to everything before it."""
+
+    @property
+    def head(self) -> nn.Module:
+        """`head(hidden)` gives logits `[B, T, V]`; `head(hidden, consume)` gives
+        `consume(hidden, weight)`, called inside the head's forward."""
+
+    def wrap_units(self) -> list[WrapUnit]:
+        """All parameters, in the order of the forward."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The repeated blocks by full name, in the order of the forward."""
+
+    def init_rule(self, name: str) -> InitRule:
+        """How the parameter of this full name starts."""
+
+    def flops_per_token(self, seq_len: int, causal: bool) -> float:
+        """Floating point operations of forward and backward per token."""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of models: the same code in several sizes."""
+
+    name: str
+    args_type: type[ModelArgs]
+    flavors: Mapping[str, ModelArgs]
+    build: Callable[[Any], nn.Module] = field(repr=False)
+    """Builds the model of resolved hyper-parameters; to be called under `torch.device("meta")`."""
+
+    def resolve_args(
+        self, flavor: str, overrides: Mapping[str, Any], vocab_size: int | None = None
+    ) -> ModelArgs:
+        """The flavor's hyper-parameters with `overrides`, checked.
+
+        `vocab_size` is the tokenizer's size, where known: it fills an unset `vocab_size` and must
+        not be larger than a set one. Raises `ConfigError` with every problem found.
+        """
+        base = lookup(self.flavors, flavor, "model.flavor", f"flavor of {self.name}")
+        values = {**base.model_dump(), **overrides}
+        if values.get("vocab_size") is None and vocab_size is not None:
+            values["vocab_size"] = vocab_size
+        try:
+            args = self.args_type(**values)
+        except ValidationError as error:
+            problems = [self._problem(detail) for detail in error.errors()]
+            raise ConfigError(problems) from None
+        problems = args.problems()
+        if vocab_size is not None and args.vocab_size is not None and args.vocab_size < vocab_size:
+            problems.append(
+                Problem(
+                    "model.args.vocab_size",
+                    f"smaller than the tokenizer's {vocab_size} tokens",
+                    f"set it to at least {vocab_size}, or use the tokenizer that the flavor is for",
+                    value=args.vocab_size,
+                )
+            )
+        if problems:
+            raise ConfigError(problems)
+        return args
+
+    def _problem(self, detail: Any) -> Problem:
+        name = ".".join(str(part) for part in detail["loc"])
+        key = f"model.args.{name}"
+        if detail["type"] != "extra_forbidden":
+            return Problem(key, detail["msg"], _example(self.args_type, name), detail["input"])
+        names = list(self.args_type.model_fields)
+        return Problem(key, f"unknown hyper-parameter of {self.name}", did_you_mean(name, names))
+
+
+def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
+    """`table[name]`; `ConfigError` about `key` with the nearest names when there is none."""
+    if name in table:
+        return table[name]
+    raise ConfigError(Problem(key, f"unknown {kind}", did_you_mean(name, table), value=name))
+
+
+def _example(args_type: type[ModelArgs], name: str) -> str:
+    described = args_type.model_fields.get(name)
+    meaning = described.description if described else None
+    return f"set another value ({' '.join(meaning.split())})" if meaning else "set another value"
