@@ -1,0 +1,1 @@
+"""From files to batches: the same sequence of samples on every mesh."""

@@ -1,0 +1,193 @@
+"""The files of a dataset: finding them, and reading plain and compressed ones as streams of bytes."""
+
+import glob
+import gzip
+import io
+import os
+import zlib
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+from torchtitan.config import ConfigError, DataError, Problem
+
+KEY = "training.dataset_path"
+Kind = Literal["json", "text"]
+
+SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".txt": "text",
+    ".text": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file as it was when the run started; reading notices when it has changed."""
+
+    path: str
+    size: int
+    """Bytes on disk."""
+
+    @property
+    def compression(self) -> str | None:
+        return COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
+
+    def open(self) -> BinaryIO:
+        """The (decompressed) content. Raises DataError if the file is not what it was."""
+        try:
+            size = os.path.getsize(self.path)
+            file = open(self.path, "rb")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if size != self.size:
+            file.close()
+            raise DataError(
+                f"{self.path}: had {self.size} bytes when the run started and has {size} now;"
+                " data files must not change during a run"
+            )
+        if self.compression == "gzip":
+            file.close()
+            return io.BufferedReader(gzip.GzipFile(self.path, "rb"), buffer_size=1 << 16)  # type: ignore[arg-type]
+        if self.compression == "zstd":
+            return io.BufferedReader(ZstdReader(file), buffer_size=1 << 16)
+        return file
+
+
+class ZstdReader(io.RawIOBase):
+    """Decompresses zstd frames, and raises EOFError if the last one is cut short.
+
+    The library's own reader takes the end of the file for the end of the data.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame: Any = None
+        self._compressed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._ready:
+            # Small parts: a block of zeros compresses 30,000-fold, and memory must stay bounded.
+            part = self._compressed or self._file.read(1 << 14)
+            self._compressed = b""
+            if not part:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(part)
+            if self._frame.eof:
+                self._compressed = self._frame.unused_data
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def corruption(error: Exception) -> str | None:
+    """What is wrong with a compressed file that raised `error`, None if `error` is something else."""
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+        return f"the compressed file is damaged or cut short ({error})"
+    if type(error).__name__ == "ZstdError":
+        return f"the compressed file is damaged ({error})"
+    return None
+
+
+def find_files(path: str, kind: Literal["auto", "json", "text"]) -> tuple[Kind, list[DataFile]]:
+    """The files that a path, folder or glob stands for, sorted, and their kind.
+
+    Empty files are left out. Raises ConfigError: nothing there, nothing but empty files, one file
+    under two names, or (with "auto") suffixes that do not tell the kind.
+    """
+    paths = _expand(path, kind)
+    _refuse_twice(path, paths)
+    if kind == "auto":
+        kind = _kind_of(path, paths)
+    files = []
+    for file in paths:
+        if not os.access(file, os.R_OK):
+            raise _error(path, f"no permission to read {file}", "change the file's permissions")
+        files.append(DataFile(file, os.path.getsize(file)))
+    if not any(file.size for file in files):
+        raise _error(path, f"all {len(files)} files are empty", "give files with content")
+    return kind, [file for file in files if file.size]
+
+
+def suffix_kind(path: str) -> Kind | None:
+    """What the suffix says about a file, looking through `.gz` and `.zst`."""
+    stem, suffix = os.path.splitext(path.lower())
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    return SUFFIXES.get(suffix)
+
+
+def _expand(path: str, kind: str) -> list[str]:
+    expanded = os.path.expanduser(path)
+    if os.path.isfile(expanded):
+        return [expanded]
+    if os.path.isdir(expanded):
+        paths = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(expanded)
+            for name in names
+            if not name.startswith((".", "_")) and _fits(name, kind)
+        ]
+        if not paths:
+            wanted = "files" if kind == "text" else f"{', '.join(SUFFIXES)} files"
+            raise _error(path, f"the folder holds no {wanted}", "name the files by a glob")
+        return sorted(paths)
+    if glob.has_magic(expanded):
+        paths = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
+        if paths:
+            return paths
+        where = os.path.abspath(expanded)
+        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
+    where = os.path.abspath(expanded)
+    raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
+
+
+def _fits(name: str, kind: str) -> bool:
+    return kind == "text" or suffix_kind(name) in ((kind,) if kind == "json" else ("json", "text"))
+
+
+def _refuse_twice(path: str, paths: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for file in paths:
+        first = seen.setdefault(os.path.realpath(file), file)
+        if first != file:
+            raise _error(
+                path,
+                f"{first} and {file} are the same file, which would be read twice",
+                "leave out one of them",
+            )
+
+
+def _kind_of(path: str, paths: list[str]) -> Kind:
+    kinds = {suffix_kind(file) for file in paths}
+    if len(kinds) == 1 and None not in kinds:
+        return next(kind for kind in kinds if kind is not None)
+    unclear = next((file for file in paths if suffix_kind(file) is None), None)
+    problem = (
+        f"the suffix of {unclear} does not say what it holds"
+        if unclear is not None
+        else "holds both JSON and text files"
+    )
+    raise _error(path, problem, 'set training.dataset to "json" or "text", or narrow the path')
+
+
+def _error(path: str, problem: str, fix: str, missing_asset: bool = False) -> ConfigError:
+    return ConfigError(Problem(KEY, problem, fix, value=path, missing_asset=missing_asset))

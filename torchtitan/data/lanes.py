@@ -1,0 +1,142 @@
+"""A lane: an independent, deterministic stream of samples with a small state.
+
+In every epoch the shards are put into an order given by (seed, epoch), and lane v of L reads those at v,
+v + L, ... of that order; within a shard, documents are shuffled in blocks of bounded size. Nothing
+here knows of ranks or processes: whoever serves a lane gets the same samples from it, and whoever
+continues it needs only the `Position` that came with the last one.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchtitan.config import DataError
+from torchtitan.data.packing import Packer, Position, Sample
+from torchtitan.data.pieces import Shard
+from torchtitan.data.shuffle import combine, permutation
+from torchtitan.data.sources import BadRow, Row, Source
+from torchtitan.data.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_ROWS = 1024
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What all lanes of a run have in common."""
+
+    source: Source
+    shards: Sequence[Shard]
+    tokenizer: Tokenizer
+    num_lanes: int
+    seq_len: int
+    seed: int
+    shuffle: bool
+    epochs: int | None
+    on_bad_row: str
+    max_bad_rows: int
+
+
+class Lane:
+    """The stream of lane `index`, from `position` on."""
+
+    def __init__(self, settings: LaneSettings, index: int, position: Position):
+        self.position = position
+        """Where the next sample starts."""
+        self._settings = settings
+        self._index = index
+        self._bad_rows = position.bad_rows
+        self._packer = Packer(self._documents(position), settings.seq_len)
+
+    def next_sample(self) -> Sample | None:
+        """The next sample; None, for ever, when `epochs` are over. Raises DataError."""
+        item = self._packer.next_sample()
+        if item is None:
+            if self.position.epoch != self._settings.epochs:
+                # A lane that is entered again has nothing left either.
+                epochs = self._settings.epochs or 0
+                self.position = Position(epoch=epochs, bad_rows=self._bad_rows)
+            return None
+        sample, self.position = item
+        return sample
+
+    def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        settings = self._settings
+        epoch = start.epoch
+        while settings.epochs is None or epoch < settings.epochs:
+            found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
+            for position, shard, row in self._rows(epoch, start):
+                here = position._replace(bad_rows=self._bad_rows)
+                text = self._text(shard, row)
+                if not text:
+                    continue
+                found = True
+                tokens = settings.tokenizer.encode_array(text, bos=True, eos=True)
+                yield here, tokens[here.token :]
+            if not found:
+                raise DataError(
+                    f"data lane {self._index} of {settings.num_lanes} found no document in epoch"
+                    f" {epoch}: the {len(settings.shards)} parts of the data hold too few documents."
+                    " Set a smaller data.lanes, or give more data"
+                )
+            epoch += 1
+
+    def _rows(self, epoch: int, start: Position) -> Iterator[tuple[Position, Shard, Row]]:
+        """The rows of an epoch in order, from `start` on if that lies in this epoch."""
+        settings = self._settings
+        resumed = epoch == start.epoch
+        own = self._order(len(settings.shards), epoch)[self._index :: settings.num_lanes]
+        for number in range(start.shard if resumed else 0, len(own)):
+            shard_index = int(own[number])
+            shard = settings.shards[shard_index]
+            resumed = resumed and number == start.shard
+            for block, rows in enumerate(_blocks(settings.source.rows(shard))):
+                if resumed and block < start.block:
+                    continue
+                resumed = resumed and block == start.block
+                order = self._order(len(rows), epoch, shard_index, block)
+                for place in range(start.row if resumed else 0, len(rows)):
+                    resumed = resumed and place == start.row
+                    token = start.token if resumed else 0
+                    yield Position(epoch, number, block, place, token), shard, rows[order[place]]
+
+    def _order(self, length: int, *key: int) -> np.ndarray:
+        if not self._settings.shuffle:
+            return np.arange(length)
+        return permutation(length, combine(self._settings.seed, *key))
+
+    def _text(self, shard: Shard, row: Row) -> str | None:
+        """The text of a row, None for one that is left out. Raises DataError as configured."""
+        settings = self._settings
+        try:
+            return settings.source.text(row)
+        except BadRow as error:
+            message = f"{settings.source.locate(shard, row)}: {error}"
+        if settings.on_bad_row == "error":
+            raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
+        self._bad_rows += 1
+        logger.warning("Left out a row: %s", message)
+        if self._bad_rows > settings.max_bad_rows:
+            raise DataError(
+                f"left out more rows than data.max_bad_rows = {settings.max_bad_rows};"
+                f" the last one: {message}"
+            )
+        return None
+
+
+def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows in groups that fit into memory many times over."""
+    block: list[Row] = []
+    size = 0
+    for row in rows:
+        block.append(row)
+        size += row.size
+        if len(block) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block

@@ -1,0 +1,215 @@
+"""The loader: the microbatches of a step, and where every lane stands after it.
+
+A step takes `global_batch_size / num_lanes` consecutive samples of every lane. A data-parallel rank
+serves a consecutive part of the lanes, so the samples of a step are the same for every degree that
+divides the number of lanes. A checkpoint stores one small state a lane, whoever served it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.lanes import LaneSettings
+from torchtitan.data.packing import Position, Sample, make_batch
+from torchtitan.data.registry import build_source
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
+from torchtitan.models.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Raised whenever the same files would give other samples."""
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """Which lanes a data-parallel rank serves, and how much of them a step takes."""
+
+    num_lanes: int
+    dp_degree: int
+    dp_rank: int
+    global_batch_size: int
+    local_batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.num_lanes or self.num_lanes % self.dp_degree:
+            raise ValueError(
+                f"{self.num_lanes} lanes must divide the global batch of {self.global_batch_size} and"
+                f" be divisible by the data-parallel degree {self.dp_degree}"
+            )
+        if self.global_batch_size % (self.local_batch_size * self.dp_degree):
+            raise ValueError(
+                f"the global batch of {self.global_batch_size} is not a multiple of"
+                f" {self.local_batch_size} sequences on {self.dp_degree} ranks"
+            )
+
+    @property
+    def lanes(self) -> range:
+        """The lanes of this rank."""
+        count = self.num_lanes // self.dp_degree
+        return range(self.dp_rank * count, (self.dp_rank + 1) * count)
+
+    @property
+    def samples_per_lane(self) -> int:
+        """Samples that a step takes of each lane."""
+        return self.global_batch_size // self.num_lanes
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step on each rank."""
+        return self.global_batch_size // (self.local_batch_size * self.dp_degree)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a rank trains on in one step."""
+
+    microbatches: list[Batch]
+    lane_states: dict[int, dict[str, int]]
+    """Of this rank's lanes after the step; JSON, some 100 bytes each."""
+    ended: bool
+    """All lanes of this rank had ended before the step: it holds padding only, no targets."""
+    bad_rows: int
+    """Rows that this rank's lanes have left out since the start of the run."""
+
+
+class Loader:
+    """Made by `build_loader`. Not thread-safe."""
+
+    def __init__(
+        self,
+        settings: LaneSettings,
+        plan: LanePlan,
+        stream: SampleStream,
+        positions: dict[int, Position],
+        document_mask: bool,
+        pin_memory: bool,
+    ):
+        self.fingerprint = _fingerprint(settings)
+        """Names the data and how they are cut: a resume with another one would go astray."""
+        self._settings = settings
+        self._plan = plan
+        self._stream = stream
+        self._positions = positions
+        self._document_mask = document_mask
+        self._pin_memory = pin_memory
+        tokenizer = settings.tokenizer
+        self._pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+    def next_step(self) -> StepData:
+        """The microbatches of the next step, each `[local_batch_size, seq_len]`. Raises DataError."""
+        plan = self._plan
+        samples: list[Sample | None] = []
+        for _ in range(plan.samples_per_lane):
+            for lane in plan.lanes:
+                item = next(self._stream)
+                assert item.lane == lane
+                samples.append(item.sample)
+                self._positions[lane] = item.position
+        batches = [
+            self._batch(samples[start : start + plan.local_batch_size])
+            for start in range(0, len(samples), plan.local_batch_size)
+        ]
+        states = {lane: position._asdict() for lane, position in self._positions.items()}
+        bad_rows = sum(position.bad_rows for position in self._positions.values())
+        if bad_rows > self._settings.max_bad_rows:
+            raise DataError(
+                f"left out {bad_rows} rows that cannot be read, more than"
+                f" data.max_bad_rows = {self._settings.max_bad_rows}"
+            )
+        ended = all(sample is None for sample in samples)
+        return StepData(batches, states, ended, bad_rows)
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self._stream.close()
+
+    def _batch(self, samples: list[Sample | None]) -> Batch:
+        seq_len = self._settings.seq_len
+        batch = make_batch(samples, seq_len, self._document_mask, self._pad_id)
+        return batch.pin_memory() if self._pin_memory else batch
+
+
+def build_loader(
+    training: Training,
+    data: Data,
+    seed: int,
+    tokenizer: Tokenizer,
+    plan: LanePlan,
+    lane_states: Mapping[int, dict[str, Any]] | Mapping[str, dict[str, Any]] | None = None,
+) -> Loader:
+    """The loader of one rank, continuing from `lane_states` (of all lanes, or at least its own).
+
+    Their keys may be strings, as JSON makes them.
+
+    Raises ConfigError for what the config or the files do not allow, DataError for bad content.
+    """
+    source = build_source(training, data)
+    shards = source.shards(plan.num_lanes)
+    if len(shards) < plan.num_lanes:
+        raise ConfigError(too_few_shards(len(shards), plan.num_lanes, data.lanes))
+    settings = LaneSettings(
+        source=source,
+        shards=shards,
+        tokenizer=tokenizer,
+        num_lanes=plan.num_lanes,
+        seq_len=training.seq_len,
+        seed=seed,
+        shuffle=data.shuffle,
+        epochs=data.epochs,
+        on_bad_row=data.on_bad_row,
+        max_bad_rows=data.max_bad_rows,
+    )
+    positions = {lane: Position() for lane in plan.lanes}
+    if lane_states is not None:
+        states = {int(lane): state for lane, state in lane_states.items()}
+        positions = {lane: _position(lane, states) for lane in plan.lanes}
+    options = training.dataloader
+    num_workers = workers_for(len(plan.lanes), options.num_workers)
+    if num_workers < options.num_workers:
+        logger.info(
+            "Reading with %d worker processes instead of %d: the number must divide this rank's"
+            " %d data lanes",
+            num_workers,
+            options.num_workers,
+            len(plan.lanes),
+        )
+    dataset = LaneDataset(settings, dict(positions))
+    stream = SampleStream(dataset, num_workers, options.prefetch_factor)
+    return Loader(settings, plan, stream, positions, training.document_mask, options.pin_memory)
+
+
+def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> Problem:
+    """The problem of data that cannot be dealt out to all lanes."""
+    return Problem(
+        "data.lanes",
+        f"the data give {num_shards} parts, too few for {num_lanes} lanes",
+        f"set data.lanes to at most {num_shards}, or give more data",
+        value=set_lanes,
+    )
+
+
+def _position(lane: int, states: dict[int, dict[str, Any]]) -> Position:
+    try:
+        return Position(**states[lane])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the stored state of data lane {lane} is not usable: {error!r}") from error
+
+
+def _fingerprint(settings: LaneSettings) -> str:
+    facts = {
+        "format": _FORMAT,
+        "data": settings.source.description,
+        "tokenizer": settings.tokenizer.fingerprint,
+        "num_lanes": settings.num_lanes,
+        "seq_len": settings.seq_len,
+        "seed": settings.seed,
+        "shuffle": settings.shuffle,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""Documents become sequences of one length.
+
+The tokens of a lane's documents, each with its start and end token, form one stream. A sample takes
+`seq_len + 1` tokens of it and advances by `seq_len`: every token is an input once and, but for the
+stream's first, a target once. Cutting documents at the end of a sample wastes nothing; with
+`document_mask` what is left of the other documents in a sequence is invisible to a document.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from torchtitan.models.batch import IGNORE_INDEX, Batch
+
+
+class Position(NamedTuple):
+    """The place of a token in a lane's stream, by which the stream can be entered again."""
+
+    epoch: int = 0
+    shard: int = 0
+    """Number among the lane's shards of the epoch."""
+    block: int = 0
+    """Number of the shuffle block in the shard."""
+    row: int = 0
+    """Number in the order of the block."""
+    token: int = 0
+    """Tokens of the document that earlier samples have taken."""
+    bad_rows: int = 0
+    """Rows left out before this place."""
+
+
+class Sample(NamedTuple):
+    """Up to `seq_len + 1` consecutive tokens of a lane; small, as it travels between processes."""
+
+    tokens: np.ndarray
+    """int32 `[num_tokens]`."""
+    lengths: tuple[int, ...]
+    """How many of them belong to each document; sums to num_tokens."""
+
+
+class Packer:
+    """Cuts samples from a stream of (position of its first token, tokens int32) per document."""
+
+    def __init__(self, documents: Iterator[tuple[Position, np.ndarray]], seq_len: int):
+        self._documents = documents
+        self._seq_len = seq_len
+        self._pending: deque[tuple[Position, np.ndarray]] = deque()
+        self._num_pending = 0
+
+    def next_sample(self) -> tuple[Sample, Position] | None:
+        """A sample and where the next one starts; None when nothing is left to predict.
+
+        The last sample may be short; the position after it is that of the last token.
+        """
+        wanted = self._seq_len + 1
+        while self._num_pending < wanted:
+            document = next(self._documents, None)
+            if document is None:
+                break
+            self._pending.append(document)
+            self._num_pending += len(document[1])
+        if self._num_pending < 2:
+            return None
+        sample = self._peek(wanted)
+        self._advance(min(self._seq_len, self._num_pending - 1))
+        return sample, self._pending[0][0]
+
+    def _peek(self, wanted: int) -> Sample:
+        parts = []
+        for _, tokens in self._pending:
+            parts.append(tokens[:wanted])
+            wanted -= len(parts[-1])
+            if wanted == 0:
+                break
+        return Sample(np.concatenate(parts), tuple(len(part) for part in parts))
+
+    def _advance(self, count: int) -> None:
+        self._num_pending -= count
+        while count:
+            position, tokens = self._pending[0]
+            taken = min(count, len(tokens))
+            count -= taken
+            if taken == len(tokens):
+                self._pending.popleft()
+            else:
+                position = position._replace(token=position.token + taken)
+                self._pending[0] = (position, tokens[taken:])
+
+
+def make_batch(
+    samples: Sequence[Sample | None], seq_len: int, document_mask: bool, pad_id: int
+) -> Batch:
+    """The batch `[len(samples), seq_len]` of samples; None (no data left) is padding throughout.
+
+    Padding is a document of its own without targets. With `document_mask`, positions restart in every
+    document, and the first token of a document is not a target.
+    """
+    shape = (len(samples), seq_len)
+    tokens = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int64)
+    steps = np.arange(seq_len, dtype=np.int64)
+    positions = np.tile(steps, (len(samples), 1))
+    for b, sample in enumerate(samples):
+        if sample is None:
+            continue
+        inputs = sample.tokens[:seq_len]
+        tokens[b, : len(inputs)] = inputs
+        labels[b, : len(sample.tokens) - 1] = sample.tokens[1:]
+        starts = np.cumsum(sample.lengths)
+        starts = starts[starts < seq_len]
+        documents[b, starts] = 1
+        documents[b] = np.cumsum(documents[b])
+        if document_mask:
+            ends = np.cumsum(sample.lengths) - 1
+            labels[b, ends[ends < seq_len]] = IGNORE_INDEX
+            positions[b] -= np.concatenate(([0], starts))[documents[b]]
+    arrays = {
+        "tokens": tokens,
+        "labels": labels,
+        "positions": positions,
+        "document_ids": documents,
+    }
+    return Batch({name: torch.from_numpy(array) for name, array in arrays.items()})

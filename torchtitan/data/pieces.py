@@ -1,0 +1,140 @@
+"""Cutting a dataset into shards that lanes read independently.
+
+Plain text and JSON lines are cut into byte ranges, so that a position is found by one seek and so that
+there is always enough to deal out. A compressed file or a JSON array can only be read from its front:
+it is one shard, or, where there are fewer shards than lanes, several that share out its rows by stride
+(each of which reads the whole file and parses its own rows). How data are cut depends on the data and
+the number of lanes alone, never on the mesh.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import BinaryIO, NamedTuple
+
+from torchtitan.data.files import DataFile
+
+PIECES_PER_LANE = 16
+SMALLEST_PIECE = 4 * 1024
+LARGEST_PIECE = 4 * 1024 * 1024
+_EAGER_PIECES = 16384
+_WINDOW = 64 * 1024
+
+
+class Shard(NamedTuple):
+    """What one lane reads from front to back in an epoch.
+
+    Either the bytes `[start, end)` of an uncompressed file, or (`end` is None) the rows `offset`,
+    `offset + stride`, ... of a whole file.
+    """
+
+    file: int
+    """Index into the source's files."""
+    start: int = 0
+    end: int | None = None
+    offset: int = 0
+    stride: int = 1
+
+
+def piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
+    """Bytes to aim at for a piece."""
+    total = sum(file.size for file in files)
+    return min(max(total // (PIECES_PER_LANE * num_lanes), SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def whole_files(indices: Sequence[int], num_lanes: int) -> list[Shard]:
+    """Shards of files that can only be read from the front, by stride if there are too few files.
+
+    The stride is the smallest that gives every lane the same number of shards, or so many that one
+    more or less hardly matters.
+    """
+    count = len(indices)
+    if count == 0:
+        return []
+    stride = 1
+    if count < num_lanes:
+        stride = -(-num_lanes // count)
+        while count * stride % num_lanes and count * stride < PIECES_PER_LANE * num_lanes:
+            stride += 1
+    return [Shard(index, offset=k, stride=stride) for index in indices for k in range(stride)]
+
+
+def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> list[Shard]:
+    """Byte ranges of files of lines, each with the lines that start in it.
+
+    For all but huge datasets the ranges are moved to line starts here, which leaves no range without
+    a line; in huge ones a range is as large as can be and hardly ever empty.
+    """
+    eager = sum(_num_pieces(files[index].size, size) for index in indices) <= _EAGER_PIECES
+    shards = []
+    for index in indices:
+        cuts = _even_cuts(files[index].size, size)
+        if eager and len(cuts) > 2:
+            with files[index].open() as stream:
+                cuts = _distinct(cuts, lambda cut, stream=stream: next_line(stream, cut))
+        shards += [Shard(index, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return shards
+
+
+def cut_text(files: Sequence[DataFile], indices: Sequence[int], size: int) -> list[Shard]:
+    """Byte ranges of text files, cut at line ends, else at blanks, else between characters."""
+    shards = []
+    for index in indices:
+        cuts = _even_cuts(files[index].size, size)
+        if len(cuts) > 2:
+            with files[index].open() as stream:
+                cuts = _distinct(cuts, lambda cut, stream=stream: _text_cut(stream, cut))
+        shards += [Shard(index, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return shards
+
+
+def next_line(stream: BinaryIO, start: int) -> int:
+    """Where the first line that starts at byte `start` or later begins; leaves the stream there."""
+    if start == 0:
+        stream.seek(0)
+        return 0
+    stream.seek(start - 1)
+    while part := stream.readline(_WINDOW):
+        if part.endswith(b"\n"):
+            break
+    return stream.tell()
+
+
+def _text_cut(stream: BinaryIO, start: int) -> int:
+    stream.seek(start)
+    window = stream.read(_WINDOW)
+    for blank in (b"\n", b" "):
+        found = window.find(blank)
+        if found >= 0:
+            return start + found + 1
+    # Bytes of the form 10xxxxxx continue a character.
+    skipped = 0
+    while skipped < min(len(window), 3) and window[skipped] & 0xC0 == 0x80:
+        skipped += 1
+    return start + skipped
+
+
+def _num_pieces(size: int, piece: int) -> int:
+    return max(1, round(size / piece))
+
+
+def _even_cuts(size: int, piece: int) -> list[int]:
+    count = _num_pieces(size, piece)
+    return [size * k // count for k in range(count + 1)]
+
+
+def _distinct(cuts: list[int], align) -> list[int]:  # type: ignore[no-untyped-def]
+    """`cuts` with the inner ones aligned, without those that fall together."""
+    size = cuts[-1]
+    aligned = [0]
+    for cut in cuts[1:-1]:
+        # A line longer than a piece was passed over already: do not search it again.
+        place = aligned[-1] if cut <= aligned[-1] else align(cut)
+        if aligned[-1] < place < size:
+            aligned.append(place)
+    return [*aligned, size]
+
+
+def relative_names(files: Sequence[DataFile]) -> list[str]:
+    """The files' paths below their common folder: the same after the data have moved."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
+    return [os.path.relpath(os.path.abspath(file.path), folder) for file in files]

@@ -1,0 +1,208 @@
+"""Text to token ids and back.
+
+`bytes` needs no file: a token is a byte of UTF-8. A `tokenizer.json` is read with the `tokenizers`
+library. Which kind a path is, is decided in one place (`build_tokenizer`), where further kinds join.
+
+Documents are data: the text of a special token inside a document is encoded as ordinary text, so that
+no document can forge a boundary.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtitan.config import ConfigError, Problem
+
+KEY = "model.tokenizer_path"
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
+_EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+_PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
+
+
+class Tokenizer(Protocol):
+    """What the data and the tools need of a tokenizer. Picklable, for reading processes."""
+
+    vocab_size: int
+    """Largest token id plus one."""
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    fingerprint: str
+    """Changes whenever the same text could give other ids."""
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        """The ids of `text`, with the start and end token if asked for (and if there is one)."""
+        ...
+
+    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
+        """`encode` as int32 `[num_tokens]`, without a Python object a token where possible."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; special tokens have none."""
+        ...
+
+
+def build_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`: `bytes`, a `tokenizer.json`, or a folder that holds one.
+
+    Raises ConfigError naming the files looked for, or the file that is broken.
+    """
+    if path == "bytes":
+        return ByteTokenizer()
+    given = Path(path).expanduser()
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if file.is_file() and file.suffix == ".json":
+        return JsonTokenizer.from_file(file, path)
+    raise ConfigError(_not_found(path, given, file))
+
+
+def _not_found(path: str, given: Path, file: Path) -> Problem:
+    download = (
+        "download it, for example with `hf download meta-llama/Llama-3.1-8B tokenizer.json"
+        ' tokenizer_config.json --local-dir DIR`, or use "bytes", which needs no file'
+    )
+    models = sorted(str(model) for model in given.glob("**/*.model")) if given.is_dir() else []
+    if file.is_file():
+        models = [str(file)]
+    if models:
+        return Problem(
+            KEY,
+            f"found {', '.join(models)}, but only tokenizer.json is supported",
+            f"point to the tokenizer.json of the same model; {download}",
+            value=path,
+        )
+    looked_for = [str(given.absolute())] if not given.is_dir() else []
+    looked_for.append(str((given / "tokenizer.json").absolute()))
+    problem = f"there is no tokenizer; looked for {', '.join(looked_for)}"
+    return Problem(KEY, problem, download, value=path, missing_asset=True)
+
+
+class ByteTokenizer:
+    """256 bytes and 8 special tokens: start, end, padding, and five that are reserved."""
+
+    vocab_size = 264
+    bos_id: int | None = 256
+    eos_id = 257
+    pad_id: int | None = 258
+    fingerprint = "bytes-1"
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        return self.encode_array(text, bos, eos).tolist()
+
+    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
+        content = np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+        ids = np.empty(len(content) + bos + eos, dtype=np.int32)
+        ids[int(bos) : int(bos) + len(content)] = content
+        if bos:
+            ids[0] = self.bos_id
+        if eos:
+            ids[-1] = self.eos_id
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`, with the start and end token that `tokenizer_config.json` names beside it.
+
+    Without that file the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
+    padding stored in the file are switched off: they would silently shorten documents.
+    """
+
+    def __init__(self, content: str, bos: str | None, eos: str | None, pad: str | None):
+        self._content = content
+        self._names = (bos, eos, pad)
+        self._tokenizer = _load(content)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.bos_id: int | None = _id(vocabulary, bos, _BOS_NAMES)
+        eos_id = _id(vocabulary, eos, _EOS_NAMES)
+        self.pad_id: int | None = _id(vocabulary, pad, _PAD_NAMES)
+        if eos_id is None:
+            raise _NoEnd(eos)
+        self.eos_id = eos_id
+        ids = json.dumps([self.bos_id, self.eos_id, self.pad_id])
+        self.fingerprint = "json-" + hashlib.sha256((content + ids).encode()).hexdigest()
+
+    @classmethod
+    def from_file(cls, file: Path, path: str) -> "JsonTokenizer":
+        """Read `file`; `path` is what the user set, for messages. Raises ConfigError."""
+        names = _special_names(file.with_name("tokenizer_config.json"), path)
+        try:
+            return cls(file.read_text(encoding="utf-8"), *names)
+        except _NoEnd as error:
+            problem = Problem(
+                KEY,
+                f"{file} has no end-of-text token ({error})",
+                'name it in tokenizer_config.json beside it, as "eos_token"',
+                value=path,
+            )
+        except Exception as error:  # the library raises bare Exception for a broken file
+            problem = Problem(
+                KEY,
+                f"{file} is not a readable tokenizer: {error}",
+                "download the file again",
+                value=path,
+            )
+        raise ConfigError(problem)
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if bos and self.bos_id is not None:
+            ids.insert(0, self.bos_id)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
+        return np.array(self.encode(text, bos, eos), dtype=np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickle forgets that special tokens in documents are plain text.
+        return JsonTokenizer, (self._content, *self._names)
+
+
+class _NoEnd(ValueError):
+    def __init__(self, name: str | None):
+        super().__init__(f"`{name}` is not in its vocabulary" if name else "tried the usual names")
+
+
+def _load(content: str) -> Any:
+    from tokenizers import Tokenizer as Library
+
+    tokenizer = Library.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _id(vocabulary: dict[str, int], name: str | None, usual: tuple[str, ...]) -> int | None:
+    for candidate in (name,) if name is not None else usual:
+        if candidate in vocabulary:
+            return vocabulary[candidate]
+    return None
+
+
+def _special_names(file: Path, path: str) -> tuple[str | None, str | None, str | None]:
+    """The start, end and padding token that a tokenizer_config.json names, if it is there."""
+    if not file.is_file():
+        return None, None, None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        tokens = [config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")]
+        names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    except (ValueError, AttributeError, OSError) as error:
+        problem = f"{file} is not readable: {error}"
+        raise ConfigError(Problem(KEY, problem, "download the file again", value=path)) from None
+    bos, eos, pad = (name if isinstance(name, str) else None for name in names)
+    return bos, eos, pad

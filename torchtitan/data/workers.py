@@ -1,0 +1,146 @@
+"""Reading processes: lanes served by plain `DataLoader` workers, each sample with its lane's next state.
+
+The state travels with the sample, so what a worker has read ahead does not matter: the training
+process knows where every lane stands after the samples it has used. `torchdata`'s StatefulDataLoader
+keeps state per worker instead, which ties a checkpoint to the number of workers.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from torchtitan.config import DataError
+from torchtitan.data.lanes import Lane, LaneSettings
+from torchtitan.data.packing import Position, Sample
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Item(NamedTuple):
+    """One sample of one lane, or what went wrong instead."""
+
+    lane: int
+    sample: Sample | None
+    """None when the lane has ended."""
+    position: Position
+    """Where the lane's next sample starts."""
+    error: str = ""
+
+
+class LaneDataset(IterableDataset[Item]):
+    """Samples of the given lanes in rounds, for ever; worker w of W serves every W-th of them."""
+
+    def __init__(self, settings: LaneSettings, positions: dict[int, Position]):
+        self._settings = settings
+        self._positions = positions
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        first, step = (0, 1) if info is None else (info.id, info.num_workers)
+        own = list(self._positions.items())[first::step]
+        lanes = {index: Lane(self._settings, index, position) for index, position in own}
+        while True:
+            for index, lane in lanes.items():
+                # As a value: raised, it would reach the user inside the traceback of a worker.
+                try:
+                    sample, error = lane.next_sample(), ""
+                except DataError as problem:
+                    sample, error = None, str(problem)
+                yield Item(index, sample, lane.position, error)
+
+
+class SampleStream:
+    """Iterates over a LaneDataset, in this process or through `num_workers` others.
+
+    `num_workers` must divide the number of lanes, so that round-robin over the workers is round-robin
+    over the lanes.
+    """
+
+    def __init__(self, dataset: LaneDataset, num_workers: int, prefetch_factor: int | None):
+        self._loader: DataLoader[Item] | None = DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            worker_init_fn=_prepare_worker,
+            multiprocessing_context=_context() if num_workers else None,
+        )
+        self._iterator: Iterator[Item] | None = None
+        self._processes: list[Any] = []
+
+    def __next__(self) -> Item:
+        """The next item. Raises DataError, also for a worker that has died."""
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            item = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a reading process died: {error}") from error
+        if item.error:
+            raise DataError(item.error)
+        return item
+
+    def _start(self) -> Iterator[Item]:
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        if not self._loader.num_workers:
+            return iter(self._loader)
+        before = set(multiprocessing.active_children())
+        # The launcher's signals go to the whole process group. Blocked here, they are blocked in
+        # what is started here, from its first instruction on: a stop must not take the readers
+        # away from a run that is about to save. (The tracker would unblock them when it starts.)
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            iterator = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._processes = [p for p in multiprocessing.active_children() if p not in before]
+        return iterator
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self._iterator = None  # DataLoader asks its workers to leave when the iterator goes
+        self._loader = None
+        for process in self._processes:
+            # They do not hear SIGTERM, so one that is stuck in a read must be killed.
+            process.kill()
+            process.join()
+        self._processes = []
+
+
+def workers_for(num_lanes: int, num_workers: int) -> int:
+    """The largest number of workers up to `num_workers` that share `num_lanes` evenly."""
+    return next((n for n in range(min(num_workers, num_lanes), 0, -1) if num_lanes % n == 0), 0)
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def _context() -> Any:
+    methods: Sequence[str] = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([__name__])
+    return context
+
+
+def _prepare_worker(worker: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if sys.platform == "linux":
+        # Die with the parent, whatever this process is waiting for.
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
