@@ -29,7 +29,9 @@ class Problem:
 
     def __str__(self) -> str:
         value = "" if self.value is _UNSET else f" = {_toml_like(self.value)}"
-        return f"{self.key}{value}: {self.problem.rstrip('.')}. Fix: {self.fix.rstrip('.')}."
+        fix = self.fix.rstrip(".")
+        end = "" if fix.endswith("?") else "."
+        return f"{self.key}{value}: {self.problem.rstrip('. ')}. Fix: {fix}{end}"
 
 
 class ConfigError(ValueError):
@@ -59,4 +61,6 @@ def _toml_like(value: Any) -> str:
         return f'"{value}"'
     if value is None:
         return "unset"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml_like(item) for item in value)}]"
     return str(value)

@@ -1,0 +1,87 @@
+"""The command `torchtitan WORD ...`. Words import what they need when they run, and no sooner."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from torchtitan import __version__
+from torchtitan.config.errors import ConfigError, DataError, Problem
+from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
+from torchtitan.config.suggest import did_you_mean
+from torchtitan.utils.environment import is_quiet_rank
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return DONE
+    if arguments[0] in ("--version", "version"):
+        print(f"torchtitan {__version__}")
+        return DONE
+    word, *rest = arguments
+    try:
+        if word not in _WORDS:
+            raise ConfigError(Problem(word, "is not a command", did_you_mean(word, _WORDS)))
+        return _WORDS[word][0](rest)
+    except ConfigError as error:
+        _print_problems(error)
+        return CONFIG
+    except (DataError, KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, DataError):
+            print(f"error: {error}", file=sys.stderr)
+        return exit_code_of(error)
+
+
+def train(argv: list[str]) -> int:
+    """Train, or with `--check` only look whether training could start."""
+    from torchtitan.tools import train_word
+
+    return train_word.run(argv)
+
+
+def _config(argv: list[str]) -> int:
+    from torchtitan.tools import config_words
+
+    return config_words.run(argv)
+
+
+def _list(argv: list[str]) -> int:
+    from torchtitan.tools import list_words
+
+    return list_words.run(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from torchtitan.tools import doctor
+
+    return doctor.run(argv)
+
+
+_WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "train from a TOML file; --check only looks whether it could start"),
+    "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
+    "list": (_list, "models, datasets or handlers that are there"),
+    "doctor": (_doctor, "what this machine offers, and what is missing"),
+}
+
+
+def _overview() -> str:
+    lines = ["usage: torchtitan WORD ...", ""]
+    lines += [f"  {word:<8} {text}" for word, (_, text) in _WORDS.items()]
+    lines += ["", "torchtitan train --help lists every setting; torchtitan --version."]
+    return "\n".join(lines)
+
+
+def _print_problems(error: ConfigError) -> None:
+    """Every rank finds the same problems; the first one tells them."""
+    if is_quiet_rank():
+        return
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    count = len(error.problems)
+    print(f"{count} {'problem' if count == 1 else 'problems'}; nothing was started", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

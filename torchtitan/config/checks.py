@@ -1,0 +1,121 @@
+"""Checks of the mesh and the batch against the number of processes, and of where the run writes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.facts import Facts
+
+_DEGREES = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "context_parallel_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+)
+_UNAVAILABLE = ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
+
+
+def check(facts: Facts) -> list[Problem]:
+    """Everything that arithmetic on the config and the world size can find. Reads no file."""
+    problems = [*_mesh(facts), *_threads(facts)]
+    if not problems:  # the batch is divided over a mesh, so there has to be one
+        problems += _batch(facts)
+    return problems
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """Whether the run folder can be made. Leaves nothing behind."""
+    folder = Path(facts.config.job.dump_folder).expanduser()
+    key, value = "job.dump_folder", facts.config.job.dump_folder
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return [Problem(key, f"{existing} is a file", "name a folder", value)]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fix = "name a folder that you may write to"
+        return [Problem(key, f"cannot write to {existing}", fix, value, missing_asset=True)]
+    return []
+
+
+def _mesh(facts: Facts) -> Iterator[Problem]:
+    mesh = facts.config.parallelism
+    for name in _UNAVAILABLE:
+        if getattr(mesh, name) > 1:
+            problem = "is not available in this version"
+            yield Problem(f"parallelism.{name}", problem, "set it to 1", getattr(mesh, name))
+            return
+    shard, replicate = mesh.data_parallel_shard_degree, mesh.data_parallel_replicate_degree
+    key = "parallelism.data_parallel_shard_degree"
+    fixed = replicate * facts.other_degrees
+    if shard == 0:
+        yield Problem(key, "must be at least 1, or -1 for the rest", "set it to -1", shard)
+    elif shard == -1 and facts.world_size % fixed:
+        yield Problem(
+            key,
+            f"{facts.world_size} processes cannot be divided by {_product(facts)} = {fixed}",
+            f"set data_parallel_replicate_degree to {_listed(_divisors(facts.world_size))}, or start "
+            f"a multiple of {fixed} processes",
+            shard,
+        )
+    elif shard != -1 and fixed * shard != facts.world_size:
+        yield Problem(
+            "parallelism",
+            f"{_product(facts)} = {fixed * shard}, but WORLD_SIZE = {facts.world_size}",
+            f"{_mesh_fix(facts, fixed)} or start {fixed * shard} processes",
+        )
+
+
+def _mesh_fix(facts: Facts, fixed: int) -> str:
+    if facts.world_size % fixed == 0:
+        rest = facts.world_size // fixed
+        return f"set data_parallel_shard_degree = -1 (which would be {rest}),"
+    return "set data_parallel_shard_degree = -1 and data_parallel_replicate_degree = 1,"
+
+
+def _product(facts: Facts) -> str:
+    """The degrees that count, as a product in words."""
+    mesh = facts.config.parallelism
+    factors = [(name, getattr(mesh, name)) for name in _DEGREES if getattr(mesh, name) != -1]
+    shown = [f"{name} {degree}" for name, degree in factors if degree > 1] or ["all degrees 1"]
+    return " x ".join(shown)
+
+
+def _threads(facts: Facts) -> Iterator[Problem]:
+    cores = os.cpu_count() or 1
+    threads = facts.config.debug.threads
+    if facts.full and threads > cores:
+        problem = f"this machine has {cores} cores"
+        fix = f"set at most {cores}, or 0 to divide the cores among the processes"
+        yield Problem("debug.threads", problem, fix, threads, severity="warning")
+
+
+def _batch(facts: Facts) -> Iterator[Problem]:
+    training = facts.config.training
+    value = training.global_batch_size
+    key = "training.global_batch_size"
+    if value == 0:
+        yield Problem(key, "must be at least 1, or -1 for one microbatch a rank", "set -1", value)
+        return
+    unit = training.local_batch_size * facts.dp_degree
+    if facts.global_batch_size % unit:
+        below = facts.global_batch_size // unit * unit
+        nearest = [str(size) for size in (below, below + unit) if size > 0]
+        yield Problem(
+            key,
+            "is not a multiple of training.local_batch_size x data-parallel degree = "
+            f"{training.local_batch_size} x {facts.dp_degree} = {unit}",
+            f"set it to {' or '.join(nearest)}, or change training.local_batch_size",
+            value,
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _listed(numbers: list[int]) -> str:
+    """At most four of them, in words."""
+    chosen = [str(number) for number in (numbers if len(numbers) <= 4 else numbers[:4])]
+    return " or ".join(chosen)

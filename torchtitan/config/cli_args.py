@@ -1,0 +1,188 @@
+"""The command line as config values: `--section.key value` in every spelling people use.
+
+tyro renders the help, but its parser takes neither `--x true` nor lists with commas, and stops at
+the first error. This pass reads all of argv against the table of keys, collects every problem, and
+leaves checking of values to the sections.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tomli_w
+
+from torchtitan.config import toml_file
+from torchtitan.config.errors import Problem
+from torchtitan.config.fields import Key, free_table_of, known_keys
+from torchtitan.config.suggest import secret_problem, unknown_key
+from torchtitan.utils.redaction import holds_a_secret
+
+_BOOLEANS = {"true": True, "false": False}
+_INTEGER = re.compile(r"[+-]?\d(_?\d)*")
+_HELP = "`torchtitan train --help` lists all flags"
+
+
+@dataclass
+class CommandLine:
+    """Values by dotted key (`model.args.n_layers`), and what could not be understood."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Read argv, without the program's name and word. A bare argument is the config file."""
+    parsed = CommandLine()
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("--") and len(argument) > 2:
+            _take_flag(argument, rest, parsed)
+        elif argument.startswith("-"):
+            problem = Problem(argument, "is not a flag", f"flags are `--section.key`; {_HELP}")
+            parsed.problems.append(problem)
+        else:
+            _set(parsed, "job.config_file", argument, argument)
+    return parsed
+
+
+def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
+    flag, equals, inline = argument.partition("=")
+    name = _normalise(flag)
+    if free_table_of(name):
+        _take_free(flag, name, bool(equals), inline, rest, parsed)
+        return
+    key = known_keys().get(name)
+    if key is None:
+        key = _negated(name)
+        if key is None:
+            parsed.problems.append(unknown_key(flag, name, from_command_line=True))
+            if not equals:
+                _skip_values(rest)
+        elif equals:
+            problem = Problem(flag, "takes no value", f"write `--{key.name} {inline}`", inline)
+            parsed.problems.append(problem)
+        else:
+            _set(parsed, key.name, False, flag)
+        return
+    if equals:
+        texts = [inline]
+    elif key.kind == "bool":
+        follows = bool(rest) and rest[0].lower() in _BOOLEANS
+        texts = [rest.pop(0)] if follows else ["true"]
+    else:
+        texts = _values_ahead(rest, many=key.kind == "strings")
+    if not texts or texts == [""]:
+        parsed.problems.append(Problem(flag, "has no value", _how_to_write(key)))
+        return
+    _convert_and_set(parsed, key, texts, flag)
+
+
+def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str) -> None:
+    if key.kind in ("table", "tables") or (key.kind == "strings" and texts[0].startswith("[")):
+        text = " ".join(texts)
+        try:
+            value = toml_file.parse_value(text)
+        except ValueError:
+            parsed.problems.append(Problem(flag, "is not TOML", _how_to_write(key), text))
+            return
+        _set(parsed, key.name, value, flag)
+    elif key.kind == "strings":
+        names = [name for text in texts for name in text.split(",")]
+        _set(parsed, key.name, [name.strip() for name in names if name.strip()], flag)
+    else:
+        _set(parsed, key.name, _scalar(key, texts[0]), flag)
+
+
+def _scalar(key: Key, text: str) -> Any:
+    """The typed value; text that does not fit stays text, which the section then refuses."""
+    if key.optional and text == "None":
+        return None
+    if key.kind == "bool":
+        return _BOOLEANS.get(text.lower(), text)
+    if key.kind == "int" and _INTEGER.fullmatch(text):
+        return int(text)
+    if key.kind == "float":
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _take_free(
+    flag: str, name: str, has_inline: bool, inline: str, rest: list[str], parsed: CommandLine
+) -> None:
+    """A key below `model.args` or `handlers`, whose type is not known here: a TOML value or text."""
+    texts = [inline] if has_inline else _values_ahead(rest, many=False)
+    if not texts or texts == [""]:
+        fix = f"write `{flag} VALUE`, with a TOML value such as 4, true or [1, 2]"
+        parsed.problems.append(Problem(flag, "has no value", fix))
+        return
+    try:
+        value = toml_file.parse_value(texts[0])
+    except ValueError:
+        value = texts[0]
+    _set(parsed, name, value, flag)
+
+
+def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
+    if isinstance(value, str) and holds_a_secret(value):
+        parsed.problems.append(secret_problem(flag))
+        return
+    if name in parsed.values and parsed.values[name] != value:
+        problem = f"is given twice, as {_toml(parsed.values[name])} and as {_toml(value)}"
+        parsed.problems.append(Problem(flag, problem, "give it once"))
+        return
+    parsed.values[name] = value
+
+
+def _normalise(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _negated(name: str) -> Key | None:
+    """The boolean key that `--no-section.key` or `--section.no-key` switches off."""
+    section, _, last = name.rpartition(".")
+    for positive in (
+        name.removeprefix("no_"),
+        f"{section}.{last.removeprefix('no_')}",
+    ):
+        key = known_keys().get(positive)
+        if positive != name and key is not None and key.kind == "bool":
+            return key
+    return None
+
+
+def _values_ahead(rest: list[str], many: bool) -> list[str]:
+    values: list[str] = []
+    while rest and not rest[0].startswith("--") and (many or not values):
+        values.append(rest.pop(0))
+    return values
+
+
+def _skip_values(rest: list[str]) -> None:
+    """Drop what was meant as the value of an unknown flag, so that one typo is one problem."""
+    if rest and not rest[0].startswith("--"):
+        rest.pop(0)
+
+
+def _how_to_write(key: Key) -> str:
+    examples = {
+        "bool": "true",
+        "int": "8",
+        "float": "0.1",
+        "str": "TEXT",
+        "strings": "a,b",
+        "table": "'{n_layers = 4}'",
+        "tables": "'[{pattern = \"*bias\"}]'",
+    }
+    value = key.choices[0] if key.choices else examples[key.kind]
+    return f"write `--{key.name} {value}`" + (", or [] for none" if key.kind == "strings" else "")
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "None"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()

@@ -1,0 +1,64 @@
+"""`job.custom_import`: modules of the user's own, which register models, datasets or handlers.
+
+They are code that runs with the user's rights, so what is imported is said aloud, with a digest.
+"""
+
+import hashlib
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.job_config import JobConfig
+
+KEY = "job.custom_import"
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def import_custom_modules(config: JobConfig, quiet: bool = False) -> list[Problem]:
+    """Import the modules in order; a module that fails is a problem with its own traceback."""
+    problems: list[Problem] = []
+    for name in config.job.custom_import:
+        problem = _import(name, quiet)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def _import(name: str, quiet: bool) -> Problem | None:
+    if not _MODULE.fullmatch(name):
+        fix = "write it as in an import statement, such as my_project.models, and set PYTHONPATH"
+        return Problem(KEY, "is not the dotted name of a module", fix, name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name and not name.startswith(f"{error.name}."):
+            return _failed(name)
+        fix = "install it, or add the folder that holds it to PYTHONPATH"
+        return Problem(KEY, f'no module is named "{error.name}"', fix, name)
+    except Exception:
+        return _failed(name)
+    if not quiet:
+        print(f"imported {name} {_digest(getattr(module, '__file__', None))}", file=sys.stderr)
+    return None
+
+
+def _failed(name: str) -> Problem:
+    lines = _own_lines(traceback.format_exc())
+    return Problem(KEY, f"importing it failed:\n{lines}\n ", "mend the module", name)
+
+
+def _own_lines(text: str) -> str:
+    """The traceback without the frames of the import machinery, indented."""
+    lines: Sequence[str] = text.rstrip().splitlines()
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _digest(file: str | None) -> str:
+    if file is None:
+        return "(no file)"
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return f"from {file} (sha256 {digest[:16]})"

@@ -1,0 +1,99 @@
+"""Which keys a TOML file uses: unknown ones, misplaced ones, tables that are not tables, secrets.
+
+Checked before the values, so that pydantic only ever sees keys it knows and a misspelt key is
+answered with what was meant.
+"""
+
+import datetime
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.section import MAX_INT64
+from torchtitan.config.suggest import RENAMED, secret_problem, unknown_key, unknown_section
+from torchtitan.utils.redaction import holds_a_secret, names_a_secret
+
+
+def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The part of a TOML table that a config can hold, and the problems of the rest."""
+    problems: list[Problem] = []
+    return _split(table, "", problems), problems
+
+
+def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for key, value in table.items():
+        name = prefix + key
+        if "." in key:
+            problem = "is one quoted key that contains a dot"
+            problems.append(Problem(f'"{name}"', problem, f"did you mean unquoted `{name}`?"))
+        elif name in known_sections():
+            _take_table(name, value, known, problems)
+        elif name in known_keys():
+            problems.extend(secrets_in(name, value))
+            known[key] = value
+        elif isinstance(value, dict) and not prefix and not names_a_secret(name):
+            problems.extend(_unknown_table(name, value))
+        elif not prefix and name not in {k.last_name for k in known_keys().values()}:
+            problems.append(unknown_section(name))
+        else:
+            problems.append(unknown_key(name, name))
+    return known
+
+
+def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Problem]) -> None:
+    key = name.rpartition(".")[2]
+    if not isinstance(value, dict):
+        fix = f"write a table: [{name}], and its keys below it"
+        problems.append(Problem(name, "is a section, not a value", fix, value))
+    elif name in known_keys():  # free-form: its own users check the keys
+        problems.extend(_free_problems(name, value))
+        known[key] = value
+    else:
+        known[key] = _split(value, name + ".", problems)
+
+
+def _unknown_table(name: str, table: dict[str, Any]) -> list[Problem]:
+    """One problem for the table, unless its keys are known by their own old names."""
+    renamed = [f"{name}.{key}" for key in table if f"{name}.{key}" in RENAMED]
+    secrets = [f"{name}.{key}" for key in table if names_a_secret(key)]
+    if renamed or secrets:
+        return [unknown_key(key, key) for key in renamed + secrets]
+    return [unknown_section(name)]
+
+
+def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
+    """What no free-form table may hold, whatever its keys mean."""
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        if prefix == "handlers" and not isinstance(value, dict):
+            fix = f"write [handlers.{key}], and the handler's settings below it"
+            yield Problem(name, "needs a table", fix, value)
+        elif names_a_secret(key):
+            yield secret_problem(name)
+        elif isinstance(value, dict):
+            yield from _free_problems(name, value)
+        else:
+            yield from secrets_in(name, value)
+            yield from value_problems(name, value)
+
+
+def secrets_in(name: str, value: Any) -> Iterator[Problem]:
+    """A problem when a text, or a text in a list, has the shape of a token."""
+    texts = value if isinstance(value, list) else [value]
+    if any(isinstance(text, str) and holds_a_secret(text) for text in texts):
+        yield secret_problem(name)
+
+
+def value_problems(name: str, value: Any) -> Iterator[Problem]:
+    """Values that TOML can write and no setting can mean, in a table whose types are not known."""
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{name}[{index}]" if isinstance(value, list) else name
+        if isinstance(item, float) and not math.isfinite(item):
+            yield Problem(place, "is not a finite number", "write a finite number", item)
+        elif isinstance(item, int) and not -MAX_INT64 - 1 <= item <= MAX_INT64:
+            yield Problem(place, "does not fit in 64 bits", "write a smaller number", item)
+        elif isinstance(item, datetime.date | datetime.time):
+            yield Problem(place, "is a date", "write it in quotes if text is meant", str(item))

@@ -1,0 +1,100 @@
+"""Reading a TOML file, with errors that say where."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.utils.redaction import redact
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_BYTES = 1_000_000
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file as a dict. Raises `ConfigError` naming the absolute path and, if known, the line."""
+    key = str(path.absolute())
+    text = _read_text(path, key)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line, column = _position(text, error)
+        source = text.splitlines()[line - 1] if line <= len(text.splitlines()) else ""
+        message = str(error).split(" (at ")[0]
+        message = f"is not valid TOML: {message[:1].lower()}{message[1:]}{_excerpt(source, column)}"
+        fix = _syntax_hint(message)
+        raise ConfigError(Problem(f"{key}:{line}:{column}", message, fix)) from None
+    except RecursionError:
+        raise ConfigError(Problem(key, "is nested too deeply", "flatten the tables")) from None
+
+
+def parse_value(text: str) -> Any:
+    """One TOML value, such as `4`, `true`, `"a"` or `[1, 2]`; ValueError when it is none."""
+    if "\n" in text or "#" in text:
+        raise ValueError(text)
+    return tomllib.loads(f"value = {text}")["value"]
+
+
+def _read_text(path: Path, key: str) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigError(Problem(key, "is a folder", "name a TOML file"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        fix = f"check the path; the current folder is {Path.cwd()}"
+        raise ConfigError(Problem(key, "does not exist", fix)) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(Problem(key, f"cannot be read: {reason}", "make it readable")) from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(Problem(key, "is larger than 1 MB", "this is hardly a config: name another"))
+    if data.startswith(b"\xef\xbb\xbf"):
+        fix = "save it as UTF-8 without BOM"
+        raise ConfigError(Problem(f"{key}:1:1", "starts with a byte order mark", fix))
+    if b"\0" in data:
+        place = f"{key}:{_line_column(data, data.index(0))}"
+        fix = "save it as UTF-8 text (a UTF-16 file looks like this)"
+        raise ConfigError(Problem(place, "contains a NUL byte", fix))
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = f"{key}:{_line_column(data, error.start)}"
+        problem = f"is not UTF-8: byte 0x{data[error.start]:02x}"
+        raise ConfigError(Problem(place, problem, "save it as UTF-8 text")) from None
+
+
+def _position(text: str, error: Exception) -> tuple[int, int]:
+    """Line and column, 1-based. Newer parsers have them as attributes, older ones in words."""
+    line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
+    if line is not None and column is not None:
+        return line, column
+    words = str(error).rpartition("(at line ")[2].rstrip(")").split(", column ")
+    if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
+        return int(words[0]), int(words[1])
+    lines = text.splitlines() or [""]
+    return len(lines), len(lines[-1]) + 1
+
+
+def _line_column(data: bytes, offset: int) -> str:
+    line_start = data.rfind(b"\n", 0, offset) + 1
+    line = data.count(b"\n", 0, offset) + 1
+    return f"{line}:{offset - line_start + 1}"
+
+
+def _excerpt(source: str, column: int) -> str:
+    shown = redact(source)
+    if not shown.strip() or len(shown) > 200:
+        return ""
+    marker = "" if shown != source else f"\n    {' ' * (column - 1)}^"
+    return f"\n    {shown}{marker}\n  "
+
+
+def _syntax_hint(message: str) -> str:
+    if "overwrite" in message or "declare" in message.lower() or "duplicate" in message.lower():
+        return "keep one of the two"
+    return "correct the line; strings need quotes, booleans are true and false"

@@ -1,0 +1,42 @@
+"""Whether this machine can run what the config asks for. Looks at devices without using them."""
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.facts import Facts
+from torchtitan.utils.environment import EnvironmentFaults, read_environment
+
+MINIMUM_TORCH = (2, 11)
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """The torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
+    import torch
+
+    problems = []
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if installed < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        problem, fix = f"version {torch.__version__} is too old", f"install torch {minimum} or newer"
+        problems.append(Problem("torch", problem, fix))
+    if facts.device_type == "cuda":
+        problems += _cuda(facts)
+    return problems
+
+
+def _cuda(facts: Facts) -> list[Problem]:
+    import torch
+
+    if not torch.cuda.is_available():
+        if facts.config.job.device == "auto":
+            return []  # the run will take the CPU
+        fix = 'install a torch with CUDA and its driver, or set it to "cpu" or "auto"'
+        return [Problem("job.device", "no CUDA device can be used", fix, "cuda")]
+    devices = torch.cuda.device_count()
+    try:
+        local_rank = read_environment().local_rank
+    except EnvironmentFaults:
+        return []  # `--check` of another machine's world size
+    if local_rank < devices:
+        return []
+    problem = f"there are {devices} visible CUDA devices"
+    fix = f"start at most {devices} processes per machine, or set job.device to cpu"
+    return [Problem("LOCAL_RANK", problem, fix, local_rank)]

@@ -1,0 +1,107 @@
+"""Everything that can be known to be wrong is found before anything starts.
+
+Each feature checks its own settings: `check(facts)` by arithmetic alone, without torch, and
+`probe(facts)` by looking at files. This module runs them in order and collects the problems, so
+that a user reads all of them at once instead of one per attempt.
+"""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.facts import Facts
+
+ARITHMETIC = "arithmetic"
+"""Config and world size alone: no torch, no file."""
+FILES = "files"
+"""The tokenizer, the data, the folders. Only rank 0 need look."""
+HARDWARE = "hardware"
+"""This machine's devices, for `facts.full` only. Imports torch."""
+MODEL = "model"
+"""The model on the meta device. Imports torch."""
+CHECKPOINTS = "checkpoints"
+"""What the run folder holds already."""
+PHASES = (ARITHMETIC, FILES, HARDWARE, MODEL, CHECKPOINTS)
+
+_FEATURES = (
+    "torchtitan.config.checks",
+    "torchtitan.models.checks",
+    "torchtitan.data.checks",
+    "torchtitan.components.checks",
+    "torchtitan.handlers.checks",
+    "torchtitan.checkpoint.checks",
+)
+_PROBES = {
+    FILES: (
+        "torchtitan.config.checks",
+        "torchtitan.data.checks",
+        "torchtitan.components.checks",
+        "torchtitan.handlers.checks",
+    ),
+    HARDWARE: ("torchtitan.distributed.checks",),
+    MODEL: ("torchtitan.models.checks",),
+    CHECKPOINTS: ("torchtitan.checkpoint.checks",),
+}
+
+
+def preflight(facts: Facts, phases: Sequence[str] = PHASES) -> list[Problem]:
+    """The problems of the given phases, warnings included, each once.
+
+    A feature whose arithmetic fails is not probed: its files cannot be judged then. Nothing is
+    probed on a mesh that does not exist.
+    """
+    problems: list[Problem] = []
+    broken: set[str] = set()
+    for feature in _FEATURES:
+        found = _function(feature, "check")(facts)
+        if errors_of(found):
+            broken.add(feature)
+        if ARITHMETIC in phases:
+            problems += found
+    if _FEATURES[0] not in broken:
+        for phase in phases:
+            for feature in _PROBES.get(phase, ()):
+                if feature not in broken and (phase != HARDWARE or facts.full):
+                    problems += _function(feature, "probe")(facts)
+    unique = list({str(problem): problem for problem in problems}.values())
+    return unique if facts.full else [_downgraded(problem) for problem in unique]
+
+
+def errors_of(problems: Iterable[Problem]) -> list[Problem]:
+    """Those that stop a run."""
+    return [problem for problem in problems if problem.severity == "error"]
+
+
+def report(problems: Iterable[Problem], quiet: bool = False) -> None:
+    """Print each problem once to stderr; `quiet` is for the ranks that see what rank 0 prints."""
+    if quiet:
+        return
+    for problem in problems:
+        print(f"{problem.severity}: {problem}", file=sys.stderr)
+
+
+def require(facts: Facts, phases: Sequence[str] = PHASES, quiet: bool = False) -> None:
+    """Run the phases, print the warnings, raise `ConfigError` with the errors."""
+    problems = preflight(facts, phases)
+    errors = errors_of(problems)
+    report((problem for problem in problems if problem not in errors), quiet)
+    if errors:
+        raise ConfigError(errors)
+
+
+def _function(module: str, name: str) -> Callable[[Facts], list[Problem]]:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.rpartition(".")[0]):
+            raise
+        return lambda facts: []
+
+
+def _downgraded(problem: Problem) -> Problem:
+    """Away from the machine that will train, an absent file is worth a warning only."""
+    if problem.missing_asset and problem.severity == "error":
+        return dataclasses.replace(problem, severity="warning")
+    return problem

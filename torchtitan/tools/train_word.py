@@ -1,0 +1,109 @@
+"""The word `train`: from a command line to a run, or to the list of what stands in its way."""
+
+from torchtitan import preflight
+from torchtitan.config.custom_import import import_custom_modules
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.exit_codes import DONE
+from torchtitan.config.facts import Facts
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.utils import environment as env
+
+
+def run(argv: list[str]) -> int:
+    """Check, then train. Problems that need no torch are told before it is imported."""
+    if "--help" in argv or "-h" in argv:
+        from torchtitan.config.help_text import print_help
+
+        print_help()
+        return DONE
+    arguments, check = _split_check(argv)
+    loaded = load_config(arguments)
+    if check:
+        return _check(loaded, full=check == "full")
+    place = _environment()
+    problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
+    if problems:
+        raise ConfigError(problems)
+    device = loaded.config.job.device
+    facts = Facts(
+        config=loaded.config,
+        world_size=place.world_size,
+        device_type=env.guess_device_type() if device == "auto" else device,
+    )
+    phases = [preflight.ARITHMETIC] + ([preflight.FILES] if place.rank == 0 else [])
+    preflight.require(facts, phases, quiet=place.rank != 0)
+
+    from torchtitan.train import run as run_training
+
+    return run_training(loaded.config, loaded.origins)
+
+
+def _check(loaded: LoadedConfig, full: bool) -> int:
+    """All phases for the world size in the environment; prints one line when nothing is wrong."""
+    try:
+        world_size = env.read_world_size()
+    except env.EnvironmentFaults as faults:
+        raise _config_error(faults) from None
+    problems = import_custom_modules(loaded.config)
+    if problems:
+        raise ConfigError(problems)
+    device = loaded.config.job.device
+    if device == "auto":  # without looking at this machine, a run is meant for GPUs
+        device = env.guess_device_type() if full else "cuda"
+    facts = Facts(loaded.config, world_size, device, full=full)
+    preflight.require(facts)
+    print(summary(facts))
+    return DONE
+
+
+def summary(facts: Facts) -> str:
+    """The resolved mesh, batch and lanes in one line."""
+    config = facts.config
+    replicate = config.parallelism.data_parallel_replicate_degree
+    mesh = f"data parallel {replicate} (replicate) x {facts.shard_degree} (shard)"
+    batch = (
+        f"{config.training.local_batch_size} x {facts.accumulation_steps} per rank and step"
+        f" = {facts.global_batch_size} sequences of {config.training.seq_len} tokens"
+    )
+    name = f"{config.model.name} {config.model.flavor}"
+    return (
+        f"ok: {name} on {facts.world_size} process{'es' if facts.world_size > 1 else ''}: {mesh};"
+        f" batch {batch}; {facts.num_lanes} lanes"
+    )
+
+
+def _environment() -> env.ProcessEnvironment:
+    try:
+        return env.read_environment()
+    except env.EnvironmentFaults as faults:
+        raise _config_error(faults) from None
+
+
+def _config_error(error: env.EnvironmentFaults) -> ConfigError:
+    problems = []
+    for fault in error.faults:
+        key = fault.variable if fault.value is None else f"{fault.variable} = {fault.value}"
+        problems.append(Problem(key, fault.problem, fault.fix))
+    return ConfigError(problems)
+
+
+def _split_check(argv: list[str]) -> tuple[list[str], str]:
+    """argv without `--check`, and "", "check" or "full"."""
+    arguments: list[str] = []
+    check = ""
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        flag, _, value = argument.partition("=")
+        if flag != "--check":
+            arguments.append(argument)
+            continue
+        if not value and rest and rest[0] == "full":
+            value = rest.pop(0)
+        if value not in ("", "full"):
+            problem = Problem("--check", "is not a kind of check", "write --check or --check full")
+            raise ConfigError(problem)
+        check = value or check or "check"
+    return arguments, check
+
+
