@@ -30,6 +30,9 @@ class Checkpoint(Section):
     allow_dataset_change: bool = False
     """Resume although the data files or the tokenizer differ from those the run was trained on."""
 
+    trust_path: bool = False
+    """Use the checkpoint folder although anybody on the machine may write to it."""
+
 
 class Metrics(Section):
     log_freq: PositiveInt = 10
