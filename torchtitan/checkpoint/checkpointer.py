@@ -1,0 +1,443 @@
+"""`Checkpointer`: how a checkpoint appears, and which one a run continues from.
+
+A save writes into a temporary folder, syncs and digests every file, lists them in the manifest, and
+renames the folder to `step-N`. The rename is the commit: before it there is no checkpoint, after it
+there is a whole one, wherever the process is killed. A load believes nothing: it picks the newest
+step whose files all match their digests, moves damaged ones aside with a loud message, and compares
+names, shapes and types with the model before the first tensor is written.
+
+Rank 0 decides (file systems may show ranks different listings), all ranks write, digest and verify
+their share, and all ranks get the same outcome: the same step, or the same error.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan.checkpoint.dcp_io import (
+    METADATA_NAME,
+    SafeReader,
+    StepWriter,
+    check_metadata,
+    describe_tensor,
+)
+from torchtitan.checkpoint.manifest import (
+    FileRecord,
+    InvalidCheckpoint,
+    Manifest,
+    manifest_from_json,
+    manifest_to_json,
+    record_file,
+    sync_folder,
+    verify_file,
+    write_manifest,
+)
+from torchtitan.checkpoint.state import is_optimizer_tensor
+from torchtitan.checkpoint.steps_folder import (
+    committed_steps,
+    delete_leftovers,
+    delete_old_steps,
+    inspect_step,
+    move_aside,
+    step_folders,
+    step_name,
+    temporary_name,
+)
+from torchtitan.config import CheckpointError
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# CheckpointException is a BaseException, which `except Exception` lets pass.
+_FAILURES = (Exception, CheckpointException)
+_SHARED_WAIT_SECONDS = 10.0
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was verified to the byte."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_only(self) -> bool:
+        """Whether it holds the model alone, so that training cannot continue from it."""
+        return self.manifest.model_only
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The JSON state that was saved with it."""
+        return self.manifest.state
+
+
+class Checkpointer:
+    """Saves and finds checkpoints in `folder`. Every method but `steps` is collective (the
+    constructor too): all ranks call it, with the same step.
+
+    `run_info` holds `run_id` and whatever else a manifest should keep (config, mesh, versions), as
+    JSON values. `on_site(name, step)` is called between the phases of a save; tests kill processes
+    there. The caller holds the lock of the run folder.
+    """
+
+    def __init__(
+        self,
+        section: Checkpoint,
+        folder: Path,
+        world: World,
+        run_info: Mapping[str, Any],
+        on_site: Callable[[str, int], None] = lambda site, step: None,
+    ):
+        self.section = section
+        self.folder = Path(folder)
+        self.world = world
+        self.run_id = str(run_info["run_id"])
+        self.info = {key: value for key, value in run_info.items() if key != "run_id"}
+        self.on_site = on_site
+        self.resumed_from = -1
+        what = f"the checkpoint folder {self.folder} cannot be used"
+        self._on_main(what, self._prepare_folder)
+        if world.world_size > 1:
+            self._require_shared_folder(what)
+
+    def steps(self) -> list[int]:
+        """Committed steps of this run in ascending order; contents are not read."""
+        return committed_steps(self.folder, self.run_id)
+
+    # --- save -----------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        state: dict[str, Any],
+        model_only: bool = False,
+    ) -> None:
+        """Commit a checkpoint of `step`, then delete old ones by `checkpoint.keep_latest_k`.
+
+        `tensors` may be DTensors, and may differ between ranks; `state` (JSON) is rank 0's. A step
+        that is already committed is left as it is. Raises the same `CheckpointError` on all ranks,
+        with nothing committed, when anything fails on any of them.
+        """
+        what = f"the checkpoint of step {step} was not saved"
+        started = time.monotonic()
+        self.on_site("ckpt.begin", step)
+        name = self._on_main(what, lambda: self._begin(step))
+        if name is None:
+            logger.info("Step %d is already saved.", step)
+            return
+        temporary = self.folder / name
+        try:
+            files, descriptions = self._write(what, step, temporary, tensors)
+            manifest = Manifest(
+                self.run_id, step, model_only, files, descriptions, state, dict(self.info)
+            )
+            self._on_main(what, lambda: self._commit(temporary, manifest))
+        except CheckpointError:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.on_site("ckpt.after_commit", step)
+        gib, seconds = manifest.num_bytes / 2**30, time.monotonic() - started
+        logger.info("Saved step %d (%.3g GiB) in %.1f s.", step, gib, seconds)
+        if self.world.is_main:
+            self._delete_old(step)
+
+    def _prepare_folder(self) -> None:
+        # A mode without write access for others, whatever the umask.
+        self.folder.mkdir(mode=0o775, parents=True, exist_ok=True)
+        if os.stat(self.folder).st_mode & 0o002 and not self.section.trust_path:
+            raise PermissionError(
+                "anybody may write to it: `chmod o-w` it, or set checkpoint.trust_path"
+            )
+        for name in delete_leftovers(self.folder, self.run_id):
+            logger.info("Removed %s, left by a process that was killed.", name)
+
+    def _require_shared_folder(self, what: str) -> None:
+        """All machines must see one folder, or every checkpoint would be taken for damaged."""
+        name = f".shared-{secrets.token_hex(8)}"
+        name = self._on_main(what, lambda: (self.folder / name).touch() or name)
+
+        def wait_for_file() -> None:
+            deadline = time.monotonic() + _SHARED_WAIT_SECONDS
+            while not (self.folder / name).exists():
+                if time.monotonic() > deadline:
+                    raise FileNotFoundError(
+                        "rank 0's files do not appear there; job.dump_folder must be on a file"
+                        " system that all machines share"
+                    )
+                time.sleep(0.1)
+
+        try:
+            self._on_all(what, wait_for_file)
+        finally:
+            if self.world.is_main:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _begin(self, step: int) -> str | None:
+        """Make the temporary folder; None when the step is there already."""
+        if step in step_folders(self.folder):
+            candidate = inspect_step(self.folder, step)
+            if candidate.manifest is not None and candidate.manifest.run_id == self.run_id:
+                return None
+            moved = move_aside(self.folder, step, "quarantine")
+            logger.error("%s: moved to %s", candidate.fault or "a step of another run", moved)
+        name = temporary_name(step, self.run_id)
+        (self.folder / name).mkdir()
+        return name
+
+    def _write(
+        self, what: str, step: int, temporary: Path, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, FileRecord], dict[str, dict[str, Any]]]:
+        """Write, sync and digest this rank's share; returns all ranks' files and tensors."""
+
+        def write() -> dict[str, FileRecord]:
+            writer = StepWriter(temporary)
+            group = self.world.control_group
+            with _quiet_dcp():
+                dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+            self.on_site("ckpt.shard_written", step)
+            records = {name: record_file(temporary / name) for name in self._own_files(temporary)}
+            self.on_site("ckpt.hashed", step)
+            return records
+
+        records = self._on_all(what, write)
+        shares = self.world.gather_json(
+            {
+                "files": {name: [record.size, record.sha256] for name, record in records.items()},
+                "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
+            }
+        )
+        files: dict[str, FileRecord] = {}
+        descriptions: dict[str, dict[str, Any]] = {}
+        for share in shares:
+            files.update({name: FileRecord(*entry) for name, entry in share["files"].items()})
+            descriptions.update(share["tensors"])
+        return files, descriptions
+
+    def _own_files(self, temporary: Path) -> list[str]:
+        own = sorted(path.name for path in temporary.glob(f"__{self.world.rank}_*.distcp"))
+        return [*own, METADATA_NAME] if self.world.is_main else own
+
+    def _commit(self, temporary: Path, manifest: Manifest) -> None:
+        # DCP can lose data and report success; what it says it wrote must be in the files.
+        check_metadata(temporary, manifest)
+        self.on_site("ckpt.manifest", manifest.step)
+        write_manifest(temporary, manifest)
+        sync_folder(temporary)
+        self.on_site("ckpt.rename", manifest.step)
+        # Where a non-empty step exists, this fails: a rename never replaces one.
+        os.rename(temporary, self.folder / step_name(manifest.step))
+        sync_folder(self.folder)
+
+    def _delete_old(self, step: int) -> None:
+        self.on_site("purge.begin", step)
+        try:
+            keep = self.section.keep_latest_k
+            delete_old_steps(self.folder, self.run_id, step, keep, self.resumed_from)
+        except OSError as error:
+            logger.warning("Old checkpoints could not be deleted: %s", error)
+
+    # --- find and load --------------------------------------------------------------------------
+
+    def find(self, load_step: int = -1) -> Found | None:
+        """The checkpoint to continue from: `load_step`, or the newest good one for -1.
+
+        None when there is no `step-N` folder at all. Damaged steps are moved to
+        `quarantine-step-N-...`, with an error in the log. Raises `CheckpointError` when steps are
+        there and none is good, when `load_step` is missing or damaged, or when a step is another
+        run's.
+        """
+        what = f"no checkpoint in {self.folder} can be used"
+        candidates = self._on_main(what, lambda: self._candidates(load_step))
+        faults = []
+        for step in candidates:
+            found, fault = self._verify(step)
+            if found is not None:
+                self._on_main(what, lambda found=found: self._move_later_steps(found.step))
+                self.resumed_from = found.step
+                return found
+            faults.append(fault)
+            if load_step < 0:
+                self._on_main(what, lambda step=step, fault=fault: self._quarantine(step, fault))
+        if not faults:
+            return None
+        raise CheckpointError(
+            f"{what}: {'; '.join(faults)}. Nothing was overwritten. Restore one of them, choose"
+            " another with checkpoint.load_step, or start anew in another job.dump_folder or with"
+            " job.new_run"
+        )
+
+    def load(self, found: Found, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Fill `tensors` in place from a checkpoint, and return the JSON state saved with it.
+
+        The tensors of all ranks together must be exactly the checkpoint's, with its shapes and
+        types; otherwise `CheckpointError` lists the differences, before any tensor was written.
+        """
+        self.on_site("load.begin", found.step)
+        shares = self.world.gather_json(
+            {name: describe_tensor(tensor) for name, tensor in tensors.items()}
+        )
+        wanted = {name: entry for share in shares for name, entry in share.items()}
+        differences = _differences(found.manifest, wanted)
+        if differences:
+            raise CheckpointError(f"{found.path} does not fit the run: {_some(differences)}")
+
+        def read() -> None:
+            reader = SafeReader(found.path)
+            group = self.world.control_group
+            with _quiet_dcp():
+                dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+
+        self._on_all(f"{found.path} could not be loaded", read)
+        return found.state
+
+    def _candidates(self, load_step: int) -> list[int]:
+        """Rank 0's list of steps to try, newest first."""
+        steps = step_folders(self.folder)
+        for step in steps:
+            manifest = inspect_step(self.folder, step).manifest
+            if manifest is not None and manifest.run_id != self.run_id:
+                raise InvalidCheckpoint(
+                    f"{step_name(step)} is of run {manifest.run_id}, this is run {self.run_id}"
+                )
+        if load_step < 0:
+            return steps[::-1]
+        if load_step not in steps:
+            raise InvalidCheckpoint(f"there is no {step_name(load_step)}, only steps {steps}")
+        if steps[-1] > load_step and not self.section.allow_rewind:
+            raise InvalidCheckpoint(
+                f"{step_name(steps[-1])} is later than checkpoint.load_step = {load_step}; set"
+                " checkpoint.allow_rewind to move later steps aside"
+            )
+        return [load_step]
+
+    def _verify(self, step: int) -> tuple[Found | None, str]:
+        """Read every byte of a step, each rank its share; returns the step, or what is wrong."""
+        path = self.folder / step_name(step)
+        answer = self.world.broadcast_json(self._inspect(step) if self.world.is_main else None)
+        if "fault" in answer:
+            return None, answer["fault"]
+        manifest = manifest_from_json(answer)
+        by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+        fault = ""
+        try:
+            for name in by_size[self.world.rank :: self.world.world_size]:
+                verify_file(path / name, manifest.files[name])
+        except InvalidCheckpoint as error:
+            fault = str(error)
+        faults = [text for text in self.world.gather_json(fault) if text]
+        return (None, faults[0]) if faults else (Found(step, path, manifest), "")
+
+    def _inspect(self, step: int) -> dict[str, Any]:
+        candidate = inspect_step(self.folder, step)
+        if candidate.manifest is None:
+            return {"fault": candidate.fault}
+        try:
+            # Its digest first: nothing reads a damaged pickle.
+            path = self.folder / step_name(step)
+            verify_file(path / METADATA_NAME, candidate.manifest.files[METADATA_NAME])
+            check_metadata(path, candidate.manifest)
+        except InvalidCheckpoint as error:
+            return {"fault": str(error)}
+        return manifest_to_json(candidate.manifest)
+
+    def _quarantine(self, step: int, fault: str) -> None:
+        try:
+            moved = str(move_aside(self.folder, step, "quarantine"))
+        except OSError as error:
+            moved = f"where it is, as it cannot be moved ({error})"
+        logger.error("CHECKPOINT DAMAGED: %s. Step %d is now %s.", fault, step, moved)
+
+    def _move_later_steps(self, step: int) -> None:
+        for later in step_folders(self.folder):
+            if later > step:
+                moved = move_aside(self.folder, later, "rewound")
+                logger.warning("Going back to step %d: step %d is now %s.", step, later, moved)
+
+    # --- one outcome for all ranks --------------------------------------------------------------
+
+    def _on_main(self, what: str, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0; its (JSON) result, or the same error, reaches all ranks."""
+        answer: dict[str, Any] = {}
+        if self.world.is_main:
+            try:
+                answer = {"value": action()}
+            except _FAILURES as failure:
+                answer = {"error": _describe(failure, 0)}
+        answer = self.world.broadcast_json(answer)
+        if "error" in answer:
+            raise CheckpointError(f"{what}: {answer['error']}")
+        value: T = answer["value"]
+        return value
+
+    def _on_all(self, what: str, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; an error on one becomes the same error on all."""
+        error, value, cause = "", None, None
+        try:
+            value = action()
+        except _FAILURES as failure:
+            error, cause = _describe(failure, self.world.rank), failure
+        errors = [text for text in self.world.gather_json(error) if text]
+        if errors:
+            raise CheckpointError(f"{what}: {errors[0]}") from cause
+        return value  # type: ignore[return-value]
+
+
+def _describe(failure: BaseException, rank: int) -> str:
+    """One line that names the failing rank. DCP's exception holds those of all ranks."""
+    failures = getattr(failure, "failures", None)
+    if isinstance(failures, dict) and failures:
+        rank, wrapped = sorted(failures.items())[0]
+        failure = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    text = str(failure).strip()
+    kind = "" if isinstance(failure, (InvalidCheckpoint, OSError)) else type(failure).__name__
+    return f"rank {rank}: {kind}{': ' if kind and text else ''}{text}"
+
+
+def _differences(manifest: Manifest, wanted: Mapping[str, dict[str, Any]]) -> list[str]:
+    saved = manifest.tensors
+    if manifest.model_only and any(is_optimizer_tensor(name) for name in wanted):
+        return ["it holds the model only, no optimizer state to continue from"]
+    missing = [f"{name} is not in it" for name in wanted if name not in saved]
+    extra = [f"{name} is not in the model" for name in saved if name not in wanted]
+    changed = [
+        f"{name} is {_show(saved[name])} in it, {_show(entry)} in the model"
+        for name, entry in wanted.items()
+        if name in saved and saved[name] != entry
+    ]
+    return changed + missing + extra
+
+
+def _show(entry: Mapping[str, Any]) -> str:
+    return f"{entry['dtype']} {entry['shape']}"
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
+    return "; ".join([*texts[:_MAX_LISTED], *more])
+
+
+@contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """Without DCP's advice to its own developers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield

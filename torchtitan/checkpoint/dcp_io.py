@@ -1,0 +1,151 @@
+"""Reading and writing with `torch.distributed.checkpoint` (DCP), made safe.
+
+DCP describes a checkpoint in `.metadata`, a pickle: whoever writes that file can run code in
+whoever reads it, and can point the reader at files elsewhere. `SafeReader` unpickles only the
+handful of plain classes that a description of tensors needs, accepts only plain file names, and
+refuses entries that are not tensors, which DCP would unpickle in full. What a step folder holds
+stays readable by DCP's own reader.
+"""
+
+import io
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest
+
+METADATA_NAME = ".metadata"
+
+_METADATA_CLASSES = {
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "_MEM_FORMAT_ENCODING",
+}
+_OTHER_NAMES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class UnsafeMetadata(Exception):
+    """`.metadata` asks for something that a description of tensors never needs."""
+
+
+class SafeReader(FileSystemReader):
+    """DCP's file reader, with a `.metadata` that cannot run code or leave its folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the checkpoint. Raises `UnsafeMetadata` or an unpickling error."""
+        metadata = read_metadata(Path(self.path))
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class StepWriter(FileSystemWriter):
+    """DCP's file writer for an empty folder.
+
+    One thread: with more, an error in a helper thread is lost and the save reports success without
+    the data. No syncing here: DCP of some versions syncs before it flushes, so the commit does it.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, sync_files=False, thread_count=1, overwrite=False)
+
+    def storage_meta(self) -> StorageMeta:
+        """No path in it: the folder will be renamed, and paths are nobody else's business."""
+        return StorageMeta(save_id=self.save_id)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read `.metadata` of a folder, trusting nothing in it."""
+    path = folder / METADATA_NAME
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        metadata = _Unpickler(io.BytesIO(file.read())).load()
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UnsafeMetadata(f"{path}: does not describe a checkpoint")
+    if not isinstance(metadata.storage_meta, StorageMeta):
+        metadata.storage_meta = StorageMeta()
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(entry, TensorStorageMetadata):
+            raise UnsafeMetadata(f"{path}: {key!r} is not a tensor")
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            raise UnsafeMetadata(f"{path}: {index!r} has no place in a file")
+        name = info.relative_path
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise UnsafeMetadata(f"{path}: {name!r} is not a plain file name")
+        if info.transform_descriptors:
+            raise UnsafeMetadata(f"{path}: {index.fqn!r} asks for a transformation")
+    return metadata
+
+
+def check_metadata(folder: Path, manifest: Manifest) -> None:
+    """Raise `InvalidCheckpoint` unless `.metadata` is sound and its data are where it says.
+
+    Every chunk of every tensor must lie within a listed file, the chunks of a tensor must make up
+    the tensor, and the tensors must be those of the manifest.
+    """
+    path = folder / METADATA_NAME
+    try:
+        metadata = read_metadata(folder)
+        described = {
+            name: _describe(entry.properties.dtype, entry.size)
+            for name, entry in metadata.state_dict_metadata.items()
+        }
+        for name, entry in metadata.state_dict_metadata.items():
+            found = 0
+            for chunk in entry.chunks:
+                place = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+                if place is None or place.relative_path not in manifest.files:
+                    raise UnsafeMetadata(f"{name} was not written")
+                if place.offset + place.length > manifest.files[place.relative_path].size:
+                    raise UnsafeMetadata(f"{name} lies beyond the end of {place.relative_path}")
+                found += math.prod(chunk.sizes)
+            if found != math.prod(entry.size):
+                raise UnsafeMetadata(f"{name} was not written whole")
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InvalidCheckpoint(f"{path}: {error or type(error).__name__}") from error
+    if described != dict(manifest.tensors):
+        raise InvalidCheckpoint(f"{path}: describes other tensors than the manifest")
+
+
+def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """Type and global shape, as a manifest lists them."""
+    return _describe(tensor.dtype, tensor.shape)
+
+
+def _describe(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch.distributed.checkpoint.metadata" and name in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        if (module, name) in _OTHER_NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise UnsafeMetadata(f"{METADATA_NAME} asks for {module}.{name}")

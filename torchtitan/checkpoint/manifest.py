@@ -1,0 +1,192 @@
+"""The manifest: the one file that makes a folder a checkpoint. No torch.
+
+`manifest.json` lists every file of a checkpoint with its size and SHA-256, next to what is needed
+to judge the checkpoint without reading a tensor: the run it belongs to, the step, names, shapes and
+types of the tensors, config, mesh, versions, and the JSON state of everything that is not a tensor.
+It ends with a digest of itself. PyTorch's own format does not notice a flipped bit, and a truncated
+file only after parts of the model were overwritten; the manifest notices both, and first.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 256 * 2**20
+_CHUNK_BYTES = 4 * 2**20
+
+
+class InvalidCheckpoint(Exception):
+    """A folder that is not a good checkpoint; the message says why and names the file."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was when it was written: `size` in bytes, `sha256` in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is made of. `info` is the run's: config, mesh, versions."""
+
+    run_id: str
+    step: int
+    model_only: bool
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, dict[str, Any]]
+    """Per tensor: `dtype` (as in `float32`) and `shape` (list of int)."""
+    state: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.files.values())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and sync `folder/manifest.json`; the folder must not hold one."""
+    body = {"format": FORMAT_VERSION, **manifest_to_json(manifest)}
+    text = json.dumps({**body, "digest": _digest(body)}, indent=1)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(folder / MANIFEST_NAME, flags, 0o666), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, checked for its own digest. Raises `InvalidCheckpoint`."""
+    path = folder / MANIFEST_NAME
+    try:
+        with _open_regular(path) as file:
+            raw = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+    if len(raw) > _MAX_MANIFEST_BYTES:
+        raise InvalidCheckpoint(f"{path}: larger than any manifest")
+    try:
+        body = json.loads(raw)
+        digest = body.pop("digest")
+        version = body.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{path}: damaged") from error
+    if type(version) is not int or version > FORMAT_VERSION:
+        text = f"format {version!r} is newer than the {FORMAT_VERSION} this version reads"
+        raise InvalidCheckpoint(f"{path}: {text}; update torchtitan")
+    if digest != _digest({"format": version, **body}):
+        raise InvalidCheckpoint(f"{path}: its content does not match its own digest")
+    return _parse(path, body)
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON values, to send to other ranks."""
+    return asdict(manifest)
+
+
+def manifest_from_json(body: dict[str, Any]) -> Manifest:
+    """The inverse of `manifest_to_json`."""
+    files = {name: FileRecord(**record) for name, record in body["files"].items()}
+    return Manifest(**{**body, "files": files})
+
+
+def record_file(path: Path) -> FileRecord:
+    """Bring a file to stable storage, and digest what can be read back from it."""
+    with _open_regular(path) as file:
+        os.fsync(file.fileno())
+        return _record(file)
+
+
+def verify_file(path: Path, expected: FileRecord) -> None:
+    """Raise `InvalidCheckpoint` unless the file is, to the byte, the one that was recorded."""
+    try:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected.size:
+                raise InvalidCheckpoint(f"{path}: {size} bytes, written were {expected.size}")
+            if _record(file).sha256 != expected.sha256:
+                raise InvalidCheckpoint(f"{path}: content differs from what was written")
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+
+
+def check_listing(folder: Path, manifest: Manifest) -> None:
+    """Raise `InvalidCheckpoint` unless exactly the listed files are there, with their sizes."""
+    try:
+        present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    except OSError as error:
+        raise InvalidCheckpoint(f"{folder}: {error.strerror or error}") from error
+    present.pop(MANIFEST_NAME, None)
+    missing = sorted(set(manifest.files) - set(present))
+    if missing:
+        raise InvalidCheckpoint(f"{folder / missing[0]}: missing ({len(missing)} files are)")
+    # Unlisted shards mean that two checkpoints were mixed. Other files (notes, .nfs) are not ours.
+    foreign = sorted(name for name in set(present) - set(manifest.files) if _is_shard(name))
+    if foreign:
+        raise InvalidCheckpoint(f"{folder / foreign[0]}: is not listed in the manifest")
+    for name, record in manifest.files.items():
+        status = present[name]
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidCheckpoint(f"{folder / name}: is not a regular file")
+        if status.st_size != record.size:
+            text = f"{status.st_size} bytes, written were {record.size}"
+            raise InvalidCheckpoint(f"{folder / name}: {text}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, after files in it were created or renamed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(path: Path, body: dict[str, Any]) -> Manifest:
+    try:
+        manifest = manifest_from_json(body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"{path}: lacks a part ({error})") from error
+    for name, record in manifest.files.items():
+        if os.path.basename(name) != name or name in ("", ".", "..", MANIFEST_NAME) or "\0" in name:
+            raise InvalidCheckpoint(f"{path}: lists {name!r}, which is not a plain file name")
+        if type(record.size) is not int or type(record.sha256) is not str:
+            raise InvalidCheckpoint(f"{path}: the entry of {name!r} is damaged")
+    if type(manifest.step) is not int or type(manifest.run_id) is not str:
+        raise InvalidCheckpoint(f"{path}: step or run id is damaged")
+    return manifest
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".distcp") or name == ".metadata"
+
+
+def _open_regular(path: Path) -> Any:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "is not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _record(file: Any) -> FileRecord:
+    digest, size, buffer = hashlib.sha256(), 0, bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    while count := file.readinto(buffer):
+        digest.update(view[:count])
+        size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
