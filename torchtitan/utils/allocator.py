@@ -1,10 +1,10 @@
 """glibc's allocator, set up for training on a CPU. No torch.
 
-By default glibc takes every large block from the kernel by mmap, gives it back when it is freed, and
-trims the heap when its end is free. A training step allocates and frees the same large tensors
-again and again, so the kernel zeroes the same pages in every step: a third of the time on small
-models. Told to keep what it has, the allocator reaches a steady state in which a step causes no page
-fault, at the price that memory once used is not returned to the system before the process ends.
+By default glibc takes every large block from the kernel by mmap, gives it back when it is freed,
+and trims the heap when its end is free. A training step allocates and frees the same large tensors
+again and again, so the kernel zeroes the same pages in every step: a quarter to a half of the time
+on small models. Told to keep what it has, the allocator reaches a steady state in which a step
+causes no page fault, at the price that memory once used stays with the process until it ends.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ import sys
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
-# mallopt takes an int and glibc widens it to an unsigned size: -1 becomes the largest size there is,
-# while INT_MAX would still trim at 2 GiB. Forbidding mmap, likewise, because its *threshold* cannot be
-# raised above 32 MiB by mallopt, and the largest tensors are larger than that.
+# mallopt takes an int, which glibc widens to an unsigned size: -1 becomes the largest size there
+# is, while INT_MAX would trim at 2 GiB. And no mmap at all instead of a higher threshold for it,
+# whose documented limit, 32 MiB, is less than the largest tensors have.
 _SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
 
 
@@ -36,4 +36,4 @@ def tune_cpu_allocator() -> bool:
         return False
     mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
     mallopt.restype = ctypes.c_int
-    return all([mallopt(name, value) == 1 for name, value in _SETTINGS])
+    return all(mallopt(name, value) == 1 for name, value in _SETTINGS)

@@ -8,7 +8,7 @@ import pytest
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
-# Allocates and fills 64 MiB a few times, as a training step does, after a first time that may fault.
+# Allocates and fills 64 MiB a few times, as a training step does; the first time may fault.
 FAULTS = """
 import resource, sys, threading
 from torchtitan.utils.allocator import tune_cpu_allocator

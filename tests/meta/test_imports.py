@@ -1,0 +1,45 @@
+"""What answers before a run starts imports no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+WITHOUT_TORCH = [
+    "torchtitan",
+    "torchtitan.cli",
+    "torchtitan.config",
+    "torchtitan.preflight",
+    "torchtitan.models.registry",
+    "torchtitan.models.llama3",
+    "torchtitan.models.llama3.flavors",
+    "torchtitan.models.checks",
+    "torchtitan.data.checks",
+    "torchtitan.data.registry",
+    "torchtitan.checkpoint.checks",
+    "torchtitan.components.checks",
+    "torchtitan.handlers",
+    "torchtitan.utils.allocator",
+]
+
+
+def _modules_after(statement: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{statement}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_importing_it_imports_no_torch(module: str):
+    loaded = _modules_after(f"import {module}")
+    assert module in loaded
+    assert "torch" not in loaded
+
+
+def test_the_question_can_be_answered_with_yes():
+    assert "torch" in _modules_after("import torchtitan.models.llama3.model")
