@@ -10,14 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
+from torchtitan.components.checks import decay_steps
 from torchtitan.config.training_sections import LRScheduler
-
-
-def decay_steps(training_steps: int, section: LRScheduler) -> int:
-    """Steps of the last phase: `decay_ratio` of the run, or all that follows the warmup."""
-    if section.decay_ratio is None:
-        return max(0, training_steps - section.warmup_steps)
-    return round(training_steps * section.decay_ratio)
 
 
 def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:

@@ -1,8 +1,8 @@
 """Metrics: one record a logged step, the same numbers for the file, TensorBoard and the console.
 
 The clock runs from before the first wait for data and is read once at each logged step, so that an
-interval misses nothing: waiting, evaluating, saving and logging all count in `step_seconds`. Loss and
-gradient norm stay on the device until a step is logged, since reading them makes the host wait.
+interval misses nothing: waiting, evaluating, saving and logging all count in `step_seconds`. Loss
+and gradient norm stay on the device until a step is logged, since reading them makes the host wait.
 """
 
 import logging
@@ -30,9 +30,9 @@ class MetricsLogger:
     """Collects the figures of steps and writes records of them.
 
     Rank 0 writes files and draws the progress bar; ranks whose INFO messages are shown print lines.
-    All ranks may call everything; on the others it does nothing. `flops_per_token` is by TorchTitan's
-    formula, `flops_per_token_causal` counts only the attention that a causal mask leaves. `steps` is
-    the number of steps of the whole run. `clock` gives seconds.
+    All ranks may call everything; on the others it does nothing. `flops_per_token` is by
+    TorchTitan's formula, `flops_per_token_causal` counts only the attention that a causal mask
+    leaves. `steps` is the number of steps of the whole run. `clock` gives seconds.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MetricsLogger:
         self._each_sink(lambda sink: sink.resume(step))
 
     def is_logged(self, step: int) -> bool:
-        """Whether `log_step` makes a record of this step: the first, the last, each `log_freq`-th."""
+        """Whether the step makes a record: the first, the last and each `log_freq`-th do."""
         return step == 1 or step == self._steps or step % self._log_freq == 0
 
     def start_step(self) -> None:
@@ -89,7 +89,7 @@ class MetricsLogger:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Count the time within as `<name>_seconds`: per step, the mean over the logged interval."""
+        """Count the time within as `<name>_seconds`: the mean per step of the interval."""
         start = self._clock()
         try:
             yield
@@ -106,7 +106,7 @@ class MetricsLogger:
         num_targets: int,
         num_tokens: int,
     ) -> None:
-        """A step is done. Waits for the device only where the step is logged and this rank shows it.
+        """A step is done. Waits for the device only if the step is logged, on ranks that show it.
 
         `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
         `[]`; `num_targets`, `num_tokens`: of the step, over all ranks.

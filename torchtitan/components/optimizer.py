@@ -1,14 +1,14 @@
 """Optimizers: parameter groups by name, and a step that a non-finite gradient cannot poison.
 
 There is one optimizer for each model part of this rank. Its groups come from
-`optimizer.param_groups`: globs over full parameter names, of which the first that matches wins; what
-none matches forms the last group. Every group carries `lr_factor`, by which the schedule's learning
-rate is multiplied.
+`optimizer.param_groups`: globs over full parameter names, of which the first that matches wins;
+what none matches forms the last group. Every group carries `lr_factor`, by which the schedule's
+learning rate is multiplied.
 
 One NaN in a gradient would stay in the moments for good, and scaling the update by zero does not
 help, since `0 * nan` is `nan`. So a step that is not finite has to be left out altogether.
-`step_optimizers` does that on the device where the implementation can, so that the host need not wait
-to learn whether the step was finite.
+`step_optimizers` does that on the device where the implementation can, so that the host need not
+wait to learn whether the step was finite.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,10 +45,10 @@ def build_optimizers(
 
 
 def step_optimizers(optimizers: Sequence[torch.optim.Optimizer], is_finite: Tensor) -> None:
-    """Step every optimizer, or, if `is_finite` is False, leave all its state as it is, bit for bit.
+    """Step every optimizer; if `is_finite` is False, leave everything as it is, bit for bit.
 
-    `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Parameters, moments
-    and step counters are left alone. Fused implementations decide on the device; `foreach` and
+    `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Everything means
+    parameters, moments and step counters. Fused implementations decide on the device; `foreach` and
     `for-loop` make the host wait for `is_finite`.
     """
     for optimizer in optimizers:

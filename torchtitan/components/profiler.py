@@ -36,6 +36,7 @@ class Profiler:
         self._folder = folder / section.save_traces_folder
         self._rank = rank
         self._step = start_step
+        self._ended = False
         self._profile: Any = None
         if not section.enable_profiling:
             return
@@ -75,10 +76,13 @@ class Profiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ended = True
         if self._profile is not None:
             self._profile.__exit__(kind, error, traceback)
 
     def _write(self, profile: Any) -> None:
+        if self._ended:  # the run's end cut this one off, perhaps before its first step
+            return
         folder = self._folder / f"iteration_{self._step}"
         path = folder / f"rank{self._rank}_trace.json"
         try:

@@ -32,8 +32,8 @@ TENSORBOARD_TAGS = {
     "num_alloc_retries": "memory/num_alloc_retries",
     "num_ooms": "memory/num_ooms",
 }
-"""Record key -> TorchTitan's tag. Tags in % show the record's fraction times 100. Other keys keep their
-name."""
+"""Record key -> TorchTitan's tag. Tags in % show the record's fraction times 100. Other keys keep
+their name."""
 
 
 class Sink(Protocol):
@@ -61,8 +61,8 @@ class Sink(Protocol):
 class JsonLinesSink:
     """`metrics.jsonl`, the ground truth: an object a line, floats in full, what is not finite null.
 
-    Each record is one unbuffered write, so lines are whole whenever the process dies; a line that the
-    disk took only in part is cut off again.
+    Each record is one unbuffered write, so lines are whole whenever the process dies; a line that
+    the disk took only in part is cut off again.
     """
 
     name = "metrics.jsonl"
@@ -70,8 +70,7 @@ class JsonLinesSink:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        self._length = self._file.seek(0, os.SEEK_END)
+        self._open()
 
     def resume(self, step: int) -> None:
         kept = [line for line in self._path.read_bytes().splitlines(True) if _is_until(line, step)]
@@ -83,8 +82,7 @@ class JsonLinesSink:
             os.fsync(file.fileno())
         os.replace(replacement, self._path)
         self._file.close()
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        self._length = self._file.seek(0, os.SEEK_END)
+        self._open()
 
     def write(self, record: Record) -> None:
         values = {key: _finite_or_none(value) for key, value in record.items()}
@@ -102,6 +100,16 @@ class JsonLinesSink:
 
     def close(self) -> None:
         self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._length = self._file.seek(0, os.SEEK_END)
+        # The name must survive a failure of the machine as well as the lines.
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class TensorBoardSink:
@@ -126,7 +134,9 @@ class TensorBoardSink:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+            self._writer = SummaryWriter(
+                str(self._folder), max_queue=1000, purge_step=self._purge_step
+            )
         for key, value in record.items():
             if key == "step" or value is None:
                 continue

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,9 +41,9 @@ def synchronize(device: torch.device) -> None:
 class MemoryPeak:
     """Highest memory use, in GiB. What a device does not know is None.
 
-    `reserved_gib`: on CUDA what the allocator took from the device since `reset_memory_peak`, on the
-    CPU the resident memory of this process since it started. `active_gib`: the part of that which
-    tensors really used. `capacity_gib`: what the device, or the machine, has.
+    `reserved_gib`: on CUDA what the allocator took from the device since `reset_memory_peak`, on
+    the CPU the resident memory of this process since it started. `active_gib`: the part of that
+    which tensors really used. `capacity_gib`: what the device, or the machine, has.
     """
 
     reserved_gib: float
@@ -70,12 +71,18 @@ def memory_peak(device: torch.device) -> MemoryPeak:
 
 
 def reset_memory_peak(device: torch.device) -> None:
-    """Start the peaks anew. On the CPU they cannot be: the system keeps one for the process's life."""
+    """Start the peaks anew, except on the CPU: the system keeps one for a process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_resident_bytes() -> int:
+    # Not by getrusage on Linux: there a process inherits the peak of the one that started it.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource  # not on Windows, where the rest of this module still imports
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,8 +26,9 @@ _BF16_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"\bB200\b", 2.25e15),
     (r"\bGB200\b", 2.5e15),
     (r"\bMI210\b", 181e12),
-    (r"\bMI250X\b", 191.5e12),  # one of the two dies of a card: each is a device
-    (r"\bMI250\b", 181e12),
+    # One of the two dies of a card: each is a device. Some drivers name both models: unknown.
+    (r"\bMI250X\b(?!\s*/)", 191.5e12),
+    (r"(?<!MI250X/)\bMI250\b", 181e12),
     (r"\bMI300A\b", 980.6e12),
     (r"\bMI300X\b", 1307.4e12),
     (r"\bMI325X\b", 1307.4e12),

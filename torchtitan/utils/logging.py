@@ -20,7 +20,7 @@ def ranks_to_show(environment: str | None = None) -> frozenset[int]:
 
 
 def init_logging(rank: int, log_ranks: Collection[int] | None = None) -> None:
-    """Send the messages of `torchtitan` to stderr: all if `rank` is shown, else warnings and errors.
+    """Send the messages of `torchtitan` to stderr: all if `rank` is shown, else from warnings up.
 
     `log_ranks`: the ranks shown, instead of those of `LOG_RANK`. A second call replaces the first.
     """

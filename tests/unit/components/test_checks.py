@@ -1,0 +1,129 @@
+"""Settings that cannot work together, and folders that cannot be written."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.components.checks import check, probe
+from torchtitan.config import JobConfig, Problem
+from torchtitan.config.facts import Facts
+
+
+def facts(**sections: dict[str, Any]) -> Facts:
+    config = {"training": {"steps": 1000}, "lr_scheduler": {"warmup_steps": 100}, **sections}
+    return Facts(config=JobConfig(**config), world_size=1, device_type="cpu")
+
+
+def only(problems: list[Problem], key: str) -> Problem:
+    assert [problem.key for problem in problems] == [key]
+    return problems[0]
+
+
+def test_defaults_are_fine() -> None:
+    assert check(Facts(config=JobConfig(), world_size=1, device_type="cpu")) == []
+    assert check(facts()) == []
+
+
+def test_learning_rate_of_zero_is_a_warning() -> None:
+    problem = only(check(facts(optimizer={"lr": 0.0})), "optimizer.lr")
+    assert problem.severity == "warning"
+
+
+def test_repeated_pattern() -> None:
+    groups = [{"pattern": "a*"}, {"pattern": "b*"}, {"pattern": "a*"}]
+    problem = only(
+        check(facts(optimizer={"param_groups": groups})), "optimizer.param_groups[2].pattern"
+    )
+    assert "param_groups[0]" in problem.problem
+
+
+def test_warmup_longer_than_the_run() -> None:
+    problems = check(facts(training={"steps": 50}, lr_scheduler={"warmup_steps": 51}))
+    problem = only(problems, "lr_scheduler.warmup_steps")
+    assert "training.steps = 50" in problem.problem and "at most 50" in problem.fix
+    assert check(facts(training={"steps": 50}, lr_scheduler={"warmup_steps": 50})) == []
+
+
+def test_warmup_and_decay_longer_than_the_run() -> None:
+    schedule = {"warmup_steps": 300, "decay_ratio": 0.701}
+    problem = only(check(facts(lr_scheduler=schedule)), "lr_scheduler.decay_ratio")
+    assert "701" in problem.problem and "at most 0.7," in problem.fix
+    assert check(facts(lr_scheduler={**schedule, "decay_ratio": 0.7})) == []
+
+
+def test_profiler_steps_must_fit_between_traces() -> None:
+    profiling = {
+        "enable_profiling": True,
+        "profile_freq": 4,
+        "profiler_warmup": 3,
+        "profiler_active": 2,
+    }
+    problem = only(check(facts(profiling=profiling)), "profiling.profile_freq")
+    assert problem.severity == "error" and "at least 5" in problem.fix
+    assert check(facts(profiling={**profiling, "profile_freq": 5})) == []
+    assert check(facts(profiling={**profiling, "enable_profiling": False})) == []
+
+
+def test_run_too_short_for_a_trace_is_a_warning() -> None:
+    profiling = {"enable_profiling": True, "profile_freq": 1001}
+    problem = only(check(facts(profiling=profiling)), "profiling.profile_freq")
+    assert problem.severity == "warning"
+
+
+@pytest.mark.parametrize("name", ["", "..", "../tb", "/tmp/tb", ".hidden", "a b", "x" * 129])
+def test_folder_names_stay_below_the_run_folder(name: str) -> None:
+    only(check(facts(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
+    only(check(facts(profiling={"save_traces_folder": name})), "profiling.save_traces_folder")
+
+
+def test_folders_must_differ() -> None:
+    problem = only(check(facts(metrics={"save_tb_folder": "checkpoint"})), "metrics.save_tb_folder")
+    assert "checkpoint.folder" in problem.problem
+
+
+def probed(dump_folder: Path) -> list[Problem]:
+    return probe(
+        facts(
+            job={"dump_folder": str(dump_folder)},
+            metrics={"enable_tensorboard": True},
+            profiling={"enable_profiling": True},
+        )
+    )
+
+
+def test_probe_creates_nothing_and_accepts_a_writable_folder(tmp_path: Path) -> None:
+    assert probed(tmp_path / "new" / "run") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_finds_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "tb").write_text("in the way")
+    problem = only(probed(tmp_path), "metrics.save_tb_folder")
+    assert str(tmp_path / "tb") in problem.problem
+
+
+def test_probe_finds_a_folder_that_is_not_writable() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        child = os.fork()
+        if child == 0:  # root may write anywhere, so not as root
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                keys = [problem.key for problem in probed(Path(folder))]
+                expected = ["metrics.save_tb_folder", "profiling.save_traces_folder"]
+                os._exit(0 if keys == expected else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        os.chmod(folder, 0o755)
+
+
+def test_checks_import_no_torch() -> None:
+    code = "import sys, torchtitan.components.checks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,285 @@
+"""Records: what is in them, when the host waits for the device, what a resume keeps."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.components import metrics as metrics_module
+from torchtitan.components.metrics import MetricsLogger
+from torchtitan.config.output_sections import Metrics
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def build(
+    folder: Path, clock: Clock | None = None, *, rank: int = 0, steps: int = 7, **section: Any
+) -> MetricsLogger:
+    return MetricsLogger(
+        Metrics(**{"log_freq": 3, **section}),
+        folder,
+        rank=rank,
+        world_size=2,
+        device=CPU,
+        flops_per_token=6e9,
+        flops_per_token_causal=3e9,
+        steps=steps,
+        clock=clock or Clock(),
+    )
+
+
+def train(metrics: MetricsLogger, clock: Clock, first: int, last: int) -> None:
+    """Steps of 2 seconds, half a second of them waiting for data."""
+    for step in range(first, last + 1):
+        metrics.start_step()
+        with metrics.timing("data"):
+            clock.wait(0.5)
+        clock.wait(1.5)
+        loss, norm = torch.tensor(1 / step), torch.tensor(step + 0.1)
+        metrics.log_step(
+            step, loss=loss, grad_norm=norm, lr=0.1 * step, num_targets=90, num_tokens=100
+        )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_record(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock)
+    clock.wait(100.0)  # set-up before the first step is not a step's time
+    train(metrics, clock, 1, 7)
+    metrics.close()
+
+    first, _, sixth, last = written = records(tmp_path)
+    assert [record["step"] for record in written] == [1, 3, 6, 7]
+    assert first["loss"] == 1.0 and sixth["num_tokens_seen"] == 600
+    # Floats in full: a float32 as the double it is.
+    assert sixth["loss"] == torch.tensor(1 / 6).item()
+    assert sixth["grad_norm"] == torch.tensor(6.1).item()
+    assert sixth["lr"] == 0.1 * 6
+    assert sixth["num_targets"] == 90
+    for record in written:
+        assert record["step_seconds"] == 2.0 and record["data_seconds"] == 0.5
+        assert record["data_fraction"] == 0.25
+        assert record["tokens_per_second"] == 100 / 2.0 / 2  # of a step, in 2 s, per device
+        assert record["tflops"] == pytest.approx(6e9 * 25 / 1e12)
+        assert record["mfu"] is None and record["mfu_causal"] is None
+        assert record["memory_peak_gib"] > 0.01
+    assert last["num_tokens_seen"] == 700
+
+
+def test_mfu_of_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    clock = Clock()
+    metrics = build(tmp_path, clock)
+    train(metrics, clock, 1, 1)
+    [record] = records(tmp_path)
+    assert record["mfu"] == pytest.approx(6e9 * 25 / 312e12)
+    assert record["mfu_causal"] == pytest.approx(3e9 * 25 / 312e12)
+
+
+def test_time_between_steps_counts(tmp_path: Path) -> None:
+    """Saving or evaluating after a step is part of what the next steps cost."""
+    clock = Clock()
+    metrics = build(tmp_path, clock)
+    train(metrics, clock, 1, 3)
+    with metrics.timing("checkpoint"):
+        clock.wait(9.0)
+    train(metrics, clock, 4, 6)
+    record = records(tmp_path)[-1]
+    assert record["step_seconds"] == (9.0 + 3 * 2.0) / 3
+    assert record["checkpoint_seconds"] == 3.0
+    assert record["tokens_per_second"] == pytest.approx(300 / 15 / 2)
+
+
+class ReadsByTheHost(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_only_at_logged_steps(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock, steps=100)
+    for step, expected in [(1, 2), (2, 0), (3, 2), (4, 0), (5, 0), (6, 2)]:
+        with ReadsByTheHost() as reads:
+            train(metrics, clock, step, step)
+        assert reads.count == expected, step
+
+
+def test_other_ranks_write_nothing_and_never_wait(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock, rank=1, enable_tensorboard=True)
+    metrics.resume(0)
+    with ReadsByTheHost() as reads:
+        train(metrics, clock, 1, 7)
+    metrics.flush()
+    metrics.close()
+    assert reads.count == 0 and list(tmp_path.iterdir()) == []
+    assert metrics.num_tokens_seen == 700
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    metrics = build(tmp_path, clock := Clock())
+    metrics.start_step()
+    clock.wait(1.0)
+    loss, norm = torch.tensor(math.nan), torch.tensor(math.inf)
+    metrics.log_step(1, loss=loss, grad_norm=norm, lr=0.1, num_targets=1, num_tokens=1)
+    [record] = records(tmp_path)
+    assert record["loss"] is None and record["grad_norm"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_resume_leaves_one_curve(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
+    metrics.resume(0)
+    train(metrics, clock, 1, 9)
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # the process died while it wrote
+
+    metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
+    metrics.resume(5, num_tokens_seen=500)
+    assert [record["step"] for record in records(tmp_path)] == [1, 3]
+    train(metrics, clock, 6, 12)
+    metrics.close()
+
+    written = records(tmp_path)
+    assert [record["step"] for record in written] == [1, 3, 6, 9, 12]
+    assert [record["num_tokens_seen"] for record in written] == [100, 300, 600, 900, 1200]
+    # Two files of events, and TensorBoard shows one curve of them.
+    assert len(list((tmp_path / "tb").iterdir())) == 2
+    curve = scalars(tmp_path / "tb", "ntokens_seen")
+    assert curve == [(1, 100), (3, 300), (6, 600), (9, 900), (12, 1200)]
+
+
+def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
+    clock = Clock()
+    train(build(tmp_path, clock), clock, 1, 3)
+    metrics = build(tmp_path, clock)
+    metrics.resume(0)
+    assert records(tmp_path) == []
+
+
+def test_tensorboard_shows_the_same_under_torchtitans_tags(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True, save_tb_folder="events")
+    train(metrics, clock, 1, 3)
+    metrics.close()
+    record = records(tmp_path)[-1]
+    shown = {
+        "loss_metrics/global_avg_loss": record["loss"],
+        "grad_norm": record["grad_norm"],
+        "lr": record["lr"],
+        "ntokens_seen": record["num_tokens_seen"],
+        "throughput(tps)": record["tokens_per_second"],
+        "tflops": record["tflops"],
+        "time_metrics/end_to_end(s)": record["step_seconds"],
+        "time_metrics/data_loading(s)": record["data_seconds"],
+        "time_metrics/data_loading(%)": 25.0,
+        "memory/max_reserved(GiB)": record["memory_peak_gib"],
+        "memory/max_reserved(%)": 100 * record["memory_peak_fraction"],
+    }
+    for tag, value in shown.items():
+        assert scalars(tmp_path / "events", tag)[-1] == (3, pytest.approx(value, rel=1e-6)), tag
+
+
+def test_console_line_of_the_ranks_that_are_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    clock = Clock()
+    metrics = build(tmp_path, clock, rank=1)
+    train(metrics, clock, 1, 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    for part in ("step: 3", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
+        assert part in lines[1]
+    assert "mfu" not in lines[1] and "\x1b" not in lines[1]
+
+
+def test_a_sink_that_cannot_be_opened_does_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tb").write_text("in the way")
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True)
+    metrics.resume(0)
+    train(metrics, clock, 1, 7)
+    metrics.flush()
+    metrics.close()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [warning.split(" cannot")[0] for warning in warnings] == ["metrics.jsonl", "TensorBoard"]
+
+
+FULL_DISK = """
+import json, logging, resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_metrics as t
+
+logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s")
+folder = Path({folder!r})
+clock = t.Clock()
+metrics = t.build(folder, clock, steps=100, log_freq=1, enable_tensorboard=True)
+t.train(metrics, clock, 1, 2)
+metrics.flush()
+# In the middle of the next line of metrics.jsonl, the disk is full.
+size = (folder / "metrics.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+t.train(metrics, clock, 3, 20)
+metrics.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+t.train(metrics, clock, 21, 22)
+metrics.flush()
+metrics.close()
+print([record["step"] for record in t.records(folder)])
+"""
+
+
+def test_a_full_disk_costs_lines_but_neither_the_run_nor_the_file(tmp_path: Path) -> None:
+    code = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[1, 2, 21, 22]"
+    # Each sink warns once, whatever follows.
+    assert done.stderr.count("metrics.jsonl cannot be written") == 1
+    assert done.stderr.count("WARNING TensorBoard cannot be written") <= 1

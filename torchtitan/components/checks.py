@@ -1,0 +1,133 @@
+"""What can be wrong with the settings of optimizer, schedule, metrics and profiler. No torch."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.facts import Facts
+from torchtitan.config.training_sections import LRScheduler
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+def check(facts: Facts) -> list[Problem]:
+    """Problems of several settings together; single values are checked by their sections."""
+    return [
+        *_check_optimizer(facts),
+        *_check_schedule(facts),
+        *_check_profiling(facts),
+        *_check_folders(facts),
+    ]
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """Problems of this machine: folders that cannot be written, packages that are missing."""
+    metrics, profiling = facts.config.metrics, facts.config.profiling
+    problems = []
+    if metrics.enable_tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            problem = "the package tensorboard is not installed"
+            fix = "run `pip install tensorboard`, or set it to false"
+            problems.append(Problem("metrics.enable_tensorboard", problem, fix, value=True))
+        problems += _probe_folder(facts, "metrics.save_tb_folder", metrics.save_tb_folder)
+    if profiling.enable_profiling:
+        key = "profiling.save_traces_folder"
+        problems += _probe_folder(facts, key, profiling.save_traces_folder)
+    return problems
+
+
+def _check_optimizer(facts: Facts) -> Iterator[Problem]:
+    section = facts.config.optimizer
+    if section.lr == 0:
+        problem = "with a learning rate of 0 nothing is learnt"
+        fix = "set a positive learning rate"
+        yield Problem("optimizer.lr", problem, fix, value=section.lr, severity="warning")
+    first_index: dict[str, int] = {}
+    for index, group in enumerate(section.param_groups):
+        first = first_index.setdefault(group.pattern, index)
+        if first != index:
+            problem = f"param_groups[{first}] has the same pattern, and the first match wins"
+            key = f"optimizer.param_groups[{index}].pattern"
+            yield Problem(key, problem, "remove one of the two", value=group.pattern)
+
+
+def _check_schedule(facts: Facts) -> Iterator[Problem]:
+    section, steps = facts.config.lr_scheduler, facts.config.training.steps
+    warmup = section.warmup_steps
+    if warmup > steps:
+        problem = f"the run ends before the warmup does: training.steps = {steps}"
+        fix = f"set it to at most {steps}, or train for more steps"
+        yield Problem("lr_scheduler.warmup_steps", problem, fix, value=warmup)
+    elif section.decay_ratio is not None and warmup + decay_steps(steps, section) > steps:
+        decay = decay_steps(steps, section)
+        problem = (
+            f"a decay of {decay} steps and lr_scheduler.warmup_steps = {warmup} "
+            f"do not fit into training.steps = {steps}"
+        )
+        fix = f"set it to at most {_round_down((steps - warmup) / steps)}, or shorten the warmup"
+        yield Problem("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
+
+
+def decay_steps(training_steps: int, section: LRScheduler) -> int:
+    """Steps of the last phase: `decay_ratio` of the run, or all that follows the warmup."""
+    if section.decay_ratio is None:
+        return max(0, training_steps - section.warmup_steps)
+    return round(training_steps * section.decay_ratio)
+
+
+def _round_down(ratio: float) -> float:
+    return int(ratio * 1000) / 1000
+
+
+def _check_profiling(facts: Facts) -> Iterator[Problem]:
+    section, steps = facts.config.profiling, facts.config.training.steps
+    if not section.enable_profiling:
+        return
+    length = section.profiler_warmup + section.profiler_active
+    if section.profile_freq < length:
+        problem = (
+            f"a trace takes profiler_warmup + profiler_active = {length} steps, "
+            "so the next would have to start before it ends"
+        )
+        fix = f"set it to at least {length}"
+        yield Problem("profiling.profile_freq", problem, fix, value=section.profile_freq)
+    elif section.profile_freq > steps:
+        problem = f"the first trace ends after the run: training.steps = {steps}"
+        fix = f"set it to at most {steps}"
+        value = section.profile_freq
+        yield Problem("profiling.profile_freq", problem, fix, value=value, severity="warning")
+
+
+def _check_folders(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    folders = {
+        "metrics.save_tb_folder": config.metrics.save_tb_folder,
+        "profiling.save_traces_folder": config.profiling.save_traces_folder,
+    }
+    taken = {config.checkpoint.folder: "checkpoint.folder"}
+    for key, folder in folders.items():
+        if not _FOLDER_NAME.fullmatch(folder):
+            problem = "it must be the name of a folder below job.dump_folder"
+            fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
+            yield Problem(key, problem, fix, value=folder)
+        elif folder in taken:
+            yield Problem(key, f"{taken[folder]} is the same", "use another name", value=folder)
+        taken.setdefault(folder, key)
+
+
+def _probe_folder(facts: Facts, key: str, name: str) -> list[Problem]:
+    """Whether the folder is writable or could be made; creates nothing."""
+    folder = Path(facts.config.job.dump_folder).resolve() / name
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        problem, fix = f"{existing} is not a folder", "move that file away, or use another name"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem, fix = f"{existing} is not writable", "make it writable, or use another folder"
+    else:
+        return []
+    return [Problem(key, problem, fix, value=name)]
