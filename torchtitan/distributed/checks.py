@@ -15,8 +15,8 @@ def probe(facts: Facts) -> list[Problem]:
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if installed < MINIMUM_TORCH:
         minimum = ".".join(map(str, MINIMUM_TORCH))
-        problem, fix = f"version {torch.__version__} is too old", f"install torch {minimum} or newer"
-        problems.append(Problem("torch", problem, fix))
+        fix = f"install torch {minimum} or newer"
+        problems.append(Problem("torch", f"version {torch.__version__} is too old", fix))
     if facts.device_type == "cuda":
         problems += _cuda(facts)
     return problems

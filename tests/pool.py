@@ -1,0 +1,128 @@
+"""A pool of processes that run a function together, joined by gloo.
+
+Importing torch costs seconds per process, so the processes are kept between tests. A function that
+fails on one rank leaves the others waiting for it; then all are killed, and the next test gets new
+ones.
+"""
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.pool"]
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not answer in time."""
+
+
+class GlooPool:
+    """Processes that run functions of tests, as many as were ever needed."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOAD)
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="gloo-pool-")
+        self._runs = 0
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90
+    ) -> list[Any]:
+        """`function(world, *args)` on `world_size` ranks; returns the results in rank order.
+
+        `function` and `args` are pickled, so the function must be importable by name.
+        """
+        self._runs += 1
+        store = str(Path(self._folder.name) / f"store-{self._runs}")
+        self._grow(world_size)
+        workers = self._workers[:world_size]
+        for rank, (_, connection) in enumerate(workers):
+            connection.send((rank, world_size, store, timeout, function, args))
+        try:
+            return self._collect(workers, timeout)
+        except RankFailure:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers.clear()
+
+    def _grow(self, world_size: int) -> None:
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, workers: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
+        ranks = {connection: rank for rank, (_, connection) in enumerate(workers)}
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < len(workers):
+            waiting = [connection for connection in ranks if ranks[connection] not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(ranks[connection] for connection in waiting)
+                raise RankFailure(f"ranks {late} did not answer within {timeout} s")
+            for connection in ready:
+                rank = ranks[connection]  # type: ignore[index]
+                try:
+                    ok, result = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RankFailure(f"rank {rank} died") from None
+                if not ok:
+                    raise RankFailure(f"rank {rank} failed:\n{result}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(workers))]
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world_size, store, timeout, function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, _call(rank, world_size, store, timeout, function, args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+def _call(
+    rank: int, world_size: int, store: str, timeout: float, function: Callable[..., Any], args: Any
+) -> Any:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from torchtitan.distributed.world import World
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        return function(World(rank, world_size, rank, torch.device("cpu"), group), *args)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""The control exchange: how ranks agree, once a step, without the host waiting for the device.
+
+While the device works on a step, the host fetches the next one's data and starts one small sum of
+integers over gloo: how many targets the data hold, whether anything is left, whether somebody was
+asked to stop or failed. Its result is read when the next step begins. So all ranks take every decision
+at the same step, and the number of targets, by which the loss is divided, is known before the forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.distributed.world import World
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know about the step to come."""
+
+    num_targets: int
+    num_tokens: int
+    ended: bool
+    """No rank has data left."""
+    stop: bool
+    """Some rank was asked to stop."""
+    num_failed: int
+    failed_rank: int | None
+    """The rank that failed, where it was one only."""
+
+
+class PendingAgreement:
+    """A control exchange under way."""
+
+    def __init__(self, values: torch.Tensor, work: dist.Work):
+        self._values = values
+        self._work = work
+
+    def wait(self) -> Agreement:
+        """The agreement, as soon as all ranks have spoken."""
+        self._work.wait()
+        targets, tokens, with_data, stopping, failed, failed_ranks = self._values.tolist()
+        return Agreement(
+            num_targets=targets,
+            num_tokens=tokens,
+            ended=with_data == 0,
+            stop=stopping > 0,
+            num_failed=failed,
+            failed_rank=failed_ranks if failed == 1 else None,
+        )
+
+
+def start_exchange(
+    world: World,
+    *,
+    num_targets: int,
+    num_tokens: int,
+    ended: bool,
+    stop: bool,
+    failed: bool,
+    counts_data: bool,
+) -> PendingAgreement:
+    """Speak for this rank; every rank does once a step.
+
+    `counts_data` is whether this rank's data have to be counted: of several that work on the same
+    data only one does.
+    """
+    values = torch.tensor(
+        [
+            num_targets if counts_data else 0,
+            num_tokens if counts_data else 0,
+            0 if ended else 1,
+            1 if stop else 0,
+            1 if failed else 0,
+            world.rank if failed else 0,
+        ]
+    )
+    work = dist.all_reduce(values, group=world.control_group, async_op=True)
+    assert work is not None
+    return PendingAgreement(values, work)

@@ -1,0 +1,64 @@
+"""Data parallelism: FSDP2, HSDP and DDP over the units that a model declares.
+
+A single process is sharded too, over a mesh of one: then master weights, compute and reduction have
+the same types everywhere. FSDP2 by default averages gradients over the data ranks. Here the loss of
+every rank is already divided by the number of targets of the whole step, so gradients are summed:
+the division is switched off on *every* wrapped module, since the setting does not reach children.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.spec import WrapUnit
+from torchtitan.utils.torch_compat import apply_replicate
+
+
+def apply_data_parallel(
+    model: nn.Module,
+    units: list[WrapUnit],
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Wrap `model` in place; names of parameters stay.
+
+    Copies without shards are DDP, copies of shards HSDP, else FSDP. Forward and backward compute in
+    `param_dtype`, gradients are summed over ranks in `reduce_dtype`. The unit that comes last in the
+    forward is not freed after it, because the backward needs it at once.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    if dims.dp_shard == 1 and dims.dp_replicate > 1:
+        for unit in units:
+            apply_replicate(list(unit.modules), mesh["dp_replicate"], policy)
+        apply_replicate([model], mesh["dp_replicate"], policy)
+    else:
+        dp_mesh = mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"]
+        for unit in units:
+            keep = unit is units[-1] or not reshard_after_forward
+            fully_shard(
+                list(unit.modules), mesh=dp_mesh, mp_policy=policy, reshard_after_forward=not keep
+            )
+        fully_shard(model, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=False)
+    sum_gradients(model)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Make every wrapped module add gradients over ranks instead of averaging them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # With a factor of 1 some backends would otherwise use a pre-multiplied sum.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over ranks; off while microbatches accumulate."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+        model.set_is_last_backward(enabled)

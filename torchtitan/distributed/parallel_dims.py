@@ -1,0 +1,68 @@
+"""`ParallelDims`: the degree of every kind of parallelism, and the device mesh they span.
+
+The axes, slowest varying first: pipeline stages (pp), copies of the model (dp_replicate), shards of
+the parameters (dp_shard), parts of the sequence (cp), parts of single matrices (tp). Neighbouring
+ranks communicate most, so tp comes last.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchtitan.config.facts import Facts
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """The degrees of a run; their product is the number of processes."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def from_facts(cls, facts: Facts) -> "ParallelDims":
+        """The degrees that a checked config means for its number of processes."""
+        mesh = facts.config.parallelism
+        dims = cls(
+            pp=mesh.pipeline_parallel_degree,
+            dp_replicate=mesh.data_parallel_replicate_degree,
+            dp_shard=facts.shard_degree,
+            cp=mesh.context_parallel_degree,
+            tp=mesh.tensor_parallel_degree,
+        )
+        assert dims.world_size == facts.world_size, "the mesh was not checked"
+        return dims
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def dp(self) -> int:
+        """Ranks that read different data."""
+        return self.dp_replicate * self.dp_shard
+
+    def build_mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh of all axes, those of degree 1 too. All ranks must call it."""
+        shape = tuple(getattr(self, axis) for axis in AXES)
+        return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+
+    def dp_rank(self, rank: int) -> int:
+        """Which part of the data the process of this rank reads, 0 to `dp` - 1."""
+        return rank // (self.cp * self.tp) % self.dp
+
+    def counts_data(self, rank: int) -> bool:
+        """Whether this rank speaks for its data where every datum must count once."""
+        return rank % (self.cp * self.tp) == 0 and rank < self.world_size // self.pp
+
+    def describe(self) -> str:
+        """Degrees above 1, for the log."""
+        above = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return ", ".join(above) or "one process"

@@ -1,0 +1,40 @@
+"""Everything that is done to a model between its construction and its first weights, in order."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.data_parallel import apply_data_parallel
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.spec import LanguageModel
+from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.passes.compile import apply_compile
+from torchtitan.utils.dtypes import torch_dtype
+
+
+def parallelize(
+    model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: ParallelDims
+) -> None:
+    """Change `model` (on the meta device) in place for this rank of the mesh."""
+    assert isinstance(model, LanguageModel)
+    # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.
+    apply_activation_checkpoint(model.blocks(), config.activation_checkpoint)
+    # Before data parallelism, whose hooks stay outside of the compiled graphs.
+    apply_compile(model.blocks())
+    training = config.training
+    apply_data_parallel(
+        model,
+        model.wrap_units(),
+        mesh,
+        dims,
+        param_dtype=torch_dtype(training.mixed_precision_param),
+        reduce_dtype=torch_dtype(training.mixed_precision_reduce),
+        reshard_after_forward=_reshard_after_forward(config, dims),
+    )
+
+
+def _reshard_after_forward(config: JobConfig, dims: ParallelDims) -> bool:
+    policy = config.parallelism.fsdp_reshard_after_forward
+    if policy == "default":
+        return dims.pp == 1  # else every microbatch would gather the parameters again
+    return policy == "always"

@@ -1,0 +1,125 @@
+"""`World`: the processes of a run, this process's place among them, and small talk between them.
+
+Every run has a process group, a run of one process too, so that there is one code path. Tensors of
+the model travel over the device's backend (NCCL on CUDA, gloo on the CPU). Small facts (target
+counts, data positions, decisions) travel as CPU tensors over gloo beside it, so that the host never
+waits for the device to learn them.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.torch_compat import set_group_timeouts
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control_group: dist.ProcessGroup
+    """All ranks, over gloo."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, decides and writes what exists once."""
+        return self.rank == 0
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON can hold), in rank order. All ranks must call it.
+
+        Bytes in tensors rather than pickled objects: nothing that arrives can run code.
+        """
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        size = torch.tensor([payload.numel()])
+        dist.all_gather_into_tensor(sizes, size, group=self.control_group)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        gathered = torch.zeros(self.world_size * longest, dtype=torch.uint8)
+        dist.all_gather_into_tensor(gathered, padded, group=self.control_group)
+        rows = gathered.view(self.world_size, longest)
+        return [
+            json.loads(row[:length].numpy().tobytes())
+            for row, length in zip(rows, sizes.tolist(), strict=True)
+        ]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's `value` (anything JSON can hold) on every rank. All ranks must call it."""
+        if self.world_size == 1:
+            return json.loads(json.dumps(value))
+        payload = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, src=0, group=self.control_group)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self.control_group)
+        return json.loads(buffer.numpy().tobytes())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control_group)
+
+
+@contextmanager
+def open_world(
+    device_type: str, environment: ProcessEnvironment, timeout_seconds: int
+) -> Iterator[World]:
+    """Join the process group that the launcher's variables describe; leave it at the end.
+
+    Without a launcher the world is this one process. `timeout_seconds` bounds every collective.
+    """
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    with tempfile.TemporaryDirectory(prefix="torchtitan-") as rendezvous_folder:
+        if environment.launched:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.FileStore(os.path.join(rendezvous_folder, "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        try:
+            yield World(
+                rank=dist.get_rank(),
+                world_size=dist.get_world_size(),
+                local_rank=environment.local_rank,
+                device=device,
+                control_group=_control_group(backend, timeout),
+            )
+        finally:
+            dist.destroy_process_group()
+
+
+def set_timeout(world: World, seconds: int) -> None:
+    """Change the bound on collectives; all ranks call it, with no collective under way."""
+    set_group_timeouts(timedelta(seconds=seconds))
+    world.barrier()
+
+
+def _control_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    if backend == "gloo":
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+    return dist.new_group(backend="gloo", timeout=timeout)
+

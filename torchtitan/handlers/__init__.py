@@ -1,0 +1,1 @@
+"""Model handlers: changes to a model between its construction and its parallelisation."""

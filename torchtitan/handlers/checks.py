@@ -1,0 +1,54 @@
+"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch."""
+
+from torchtitan.config import ConfigError, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.config.suggest import did_you_mean
+from torchtitan.handlers.registry import handler_settings, handlers
+
+
+def check(facts: Facts) -> list[Problem]:
+    """Names, order, combinations, settings."""
+    known = handlers()
+    chosen = facts.config.model.handlers
+    problems = []
+    for place, name in enumerate(chosen):
+        if name not in known:
+            fix = did_you_mean(name, known)
+            problems.append(Problem("model.handlers", "is not a handler", fix, value=name))
+        elif name in chosen[:place]:
+            problem = "is listed twice"
+            problems.append(Problem("model.handlers", problem, "list it once", value=name))
+    for name in facts.config.handlers:
+        if name not in known:
+            fix = did_you_mean(name, known)
+            problems.append(Problem(f"handlers.{name}", "is not a handler", fix))
+    if problems:
+        return problems
+    for name in {*chosen, *facts.config.handlers}:
+        try:
+            handler_settings(facts.config, name)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return problems + _check_order(list(chosen))
+
+
+def _check_order(chosen: list[str]) -> list[Problem]:
+    known = handlers()
+    problems = []
+    for place, name in enumerate(chosen):
+        for earlier in known[name].after:
+            if earlier in chosen[place:]:
+                fix = f"list {earlier} before {name}"
+                problem = f"has to come after {earlier}"
+                problems.append(Problem("model.handlers", problem, fix, value=name))
+        for other in known[name].excludes:
+            if other in chosen:
+                problem = f"cannot be combined with {other}"
+                fix = f"leave out {name} or {other}"
+                problems.append(Problem("model.handlers", problem, fix, value=name))
+    return problems
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """Nothing on disk."""
+    return []

@@ -1,0 +1,38 @@
+"""`ModelHandler`: what a handler is, and what it may have beside. No torch.
+
+`model.handlers = ["float8", "compile"]` applies handlers in that order. Some members are optional, and
+found by their presence, so that no other part of the library has to know any handler by name:
+
+- `after`: names of handlers that must come before it, where both are used;
+- `excludes`: names of handlers that it cannot be combined with;
+- `extend_tp_plan(plan)`: adapt the model's tensor-parallel plan;
+- `transform_loaded(name, tensor)`: change a weight that was loaded, slice by slice;
+- `after_load(model)`: once weights are there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torchtitan.config import JobConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+@runtime_checkable
+class ModelHandler(Protocol):
+    """A change to the model, with a say around the optimizer."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims): ...
+
+    def convert(self, model: nn.Module) -> None:
+        """Change the model, which is on the meta device, whole, before any parallelism."""
+
+    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """After the gradients are clipped, before the optimizer's step."""
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """After the optimizer's step."""

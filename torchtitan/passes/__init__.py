@@ -1,0 +1,1 @@
+"""In-place changes to a model's blocks; parameter names never change."""

@@ -1,0 +1,76 @@
+"""Activation checkpointing: drop a block's activations, recompute them in the backward.
+
+A block's `forward` is replaced by a closure, in place, so that parameter names stay. `full` keeps only
+the input of every block. `selective` either does that to every n-th block, or works by operator: what
+is dear to compute and small to keep (attention, every second matrix product) is kept in every block,
+and the rest, which is cheap, is computed again.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from torchtitan.config.model_sections import ActivationCheckpoint
+
+_ATEN = torch.ops.aten
+_MATRIX_PRODUCTS = frozenset([_ATEN.mm.default, _ATEN.addmm.default, _ATEN.linear.default])
+_KEPT = frozenset(
+    [
+        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        _ATEN._scaled_dot_product_flash_attention.default,
+        _ATEN._scaled_dot_product_efficient_attention.default,
+        _ATEN._scaled_dot_product_cudnn_attention.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    ]
+)
+
+
+def apply_activation_checkpoint(
+    blocks: Mapping[str, nn.Module], section: ActivationCheckpoint
+) -> None:
+    """Replace the forward of the blocks that `section` names."""
+    if section.mode == "none":
+        return
+    by_operator = section.mode == "selective" and section.selective_ac_option == "op"
+    every = 1 if section.mode == "full" or by_operator else int(section.selective_ac_option)
+    arguments: dict[str, Any] = {"preserve_rng_state": section.preserve_rng_state}
+    if by_operator:
+        arguments["context_fn"] = _operator_contexts
+    for number, block in enumerate(blocks.values(), start=1):
+        if number % every == 0:
+            block.forward = _checkpointed(block.forward, arguments)
+
+
+def _checkpointed(forward: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **arguments, **kwargs)
+
+    return recomputed
+
+
+def _operator_contexts() -> Any:
+    # A function of the module, because compiled code can not take a nested one; counters anew for
+    # every forward, one for it and one for its recomputation, which must decide alike.
+    counts: dict[str, int] = {"forward": 0, "recompute": 0}
+    return create_selective_checkpoint_contexts(partial(_keep_or_recompute, counts))
+
+
+def _keep_or_recompute(
+    counts: dict[str, int], context: Any, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    if operator in _KEPT:
+        return CheckpointPolicy.MUST_SAVE
+    if operator in _MATRIX_PRODUCTS:
+        phase = "recompute" if context.is_recompute else "forward"
+        counts[phase] += 1
+        if counts[phase] % 2 == 1:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

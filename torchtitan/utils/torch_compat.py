@@ -1,0 +1,29 @@
+"""What differs between the torch versions that are supported (2.11 and newer), in one place.
+
+Each name is private, or moved, in some of them. Everything else in the library uses public names.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def apply_replicate(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """torch's composable `replicate` over a 1-D mesh: DDP with FSDP2's hooks and precision.
+
+    Modules that share a parameter (tied weights) must come in one call.
+    """
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    replicate(modules if len(modules) > 1 else modules[0], mesh=mesh, mp_policy=policy)
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Bound every collective of every process group from now on."""
+    module: Any = dist.distributed_c10d
+    for group in list(module._world.pg_map):
+        module._set_pg_timeout(timeout, group)
