@@ -16,16 +16,18 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan.checkpoint.agreement import on_all, on_main
+from torchtitan.checkpoint.checks import SPACE_FACTOR, space_problem
 from torchtitan.checkpoint.dcp_io import (
     METADATA_NAME,
     SafeReader,
@@ -33,18 +35,18 @@ from torchtitan.checkpoint.dcp_io import (
     check_metadata,
     describe_tensor,
 )
+from torchtitan.checkpoint.files import sync_folder
 from torchtitan.checkpoint.manifest import (
     FileRecord,
     InvalidCheckpoint,
     Manifest,
+    manifest_differences,
     manifest_from_json,
     manifest_to_json,
     record_file,
-    sync_folder,
     verify_file,
     write_manifest,
 )
-from torchtitan.checkpoint.state import is_optimizer_tensor
 from torchtitan.checkpoint.steps_folder import (
     committed_steps,
     delete_leftovers,
@@ -55,17 +57,13 @@ from torchtitan.checkpoint.steps_folder import (
     step_name,
     temporary_name,
 )
-from torchtitan.config import CheckpointError
+from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.output_sections import Checkpoint
 from torchtitan.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-# CheckpointException is a BaseException, which `except Exception` lets pass.
-_FAILURES = (Exception, CheckpointException)
 _SHARED_WAIT_SECONDS = 10.0
-_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,25 @@ class Checkpointer:
         self.on_site = on_site
         self.resumed_from = -1
         what = f"the checkpoint folder {self.folder} cannot be used"
-        self._on_main(what, self._prepare_folder)
+        on_main(self.world, what, self._prepare_folder)
         if world.world_size > 1:
             self._require_shared_folder(what)
 
     def steps(self) -> list[int]:
         """Committed steps of this run in ascending order; contents are not read."""
         return committed_steps(self.folder, self.run_id)
+
+    def require_space(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise `ConfigError`, on all ranks, when the disk has no room for a checkpoint of these
+        tensors and some more. For the start of a run, before the first step is trained."""
+        shares = self.world.gather_json(
+            {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        )
+        sizes = {name: size for share in shares for name, size in share.items()}
+        needed = SPACE_FACTOR * sum(sizes.values())
+        free = self.world.broadcast_json(shutil.disk_usage(self.folder).free)
+        if free < needed:
+            raise ConfigError(space_problem(self.folder, needed, free))
 
     # --- save -----------------------------------------------------------------------------------
 
@@ -138,7 +148,7 @@ class Checkpointer:
         what = f"the checkpoint of step {step} was not saved"
         started = time.monotonic()
         self.on_site("ckpt.begin", step)
-        name = self._on_main(what, lambda: self._begin(step))
+        name = on_main(self.world, what, lambda: self._begin(step))
         if name is None:
             logger.info("Step %d is already saved.", step)
             return
@@ -148,7 +158,7 @@ class Checkpointer:
             manifest = Manifest(
                 self.run_id, step, model_only, files, descriptions, state, dict(self.info)
             )
-            self._on_main(what, lambda: self._commit(temporary, manifest))
+            on_main(self.world, what, lambda: self._commit(temporary, manifest))
         except CheckpointError:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -171,8 +181,13 @@ class Checkpointer:
 
     def _require_shared_folder(self, what: str) -> None:
         """All machines must see one folder, or every checkpoint would be taken for damaged."""
-        name = f".shared-{secrets.token_hex(8)}"
-        name = self._on_main(what, lambda: (self.folder / name).touch() or name)
+
+        def make_file() -> str:
+            name = f".shared-{secrets.token_hex(8)}"
+            (self.folder / name).touch()
+            return name
+
+        name = on_main(self.world, what, make_file)
 
         def wait_for_file() -> None:
             deadline = time.monotonic() + _SHARED_WAIT_SECONDS
@@ -185,7 +200,7 @@ class Checkpointer:
                 time.sleep(0.1)
 
         try:
-            self._on_all(what, wait_for_file)
+            on_all(self.world, what, wait_for_file)
         finally:
             if self.world.is_main:
                 (self.folder / name).unlink(missing_ok=True)
@@ -217,7 +232,7 @@ class Checkpointer:
             self.on_site("ckpt.hashed", step)
             return records
 
-        records = self._on_all(what, write)
+        records = on_all(self.world, what, write)
         shares = self.world.gather_json(
             {
                 "files": {name: [record.size, record.sha256] for name, record in records.items()},
@@ -265,17 +280,19 @@ class Checkpointer:
         run's.
         """
         what = f"no checkpoint in {self.folder} can be used"
-        candidates = self._on_main(what, lambda: self._candidates(load_step))
+        candidates = on_main(self.world, what, lambda: self._candidates(load_step))
         faults = []
         for step in candidates:
             found, fault = self._verify(step)
             if found is not None:
-                self._on_main(what, lambda found=found: self._move_later_steps(found.step))
+                on_main(self.world, what, partial(self._move_later_steps, found.step))
                 self.resumed_from = found.step
                 return found
             faults.append(fault)
             if load_step < 0:
-                self._on_main(what, lambda step=step, fault=fault: self._quarantine(step, fault))
+                on_main(
+                    self.world, what, lambda step=step, fault=fault: self._quarantine(step, fault)
+                )
         if not faults:
             return None
         raise CheckpointError(
@@ -295,9 +312,9 @@ class Checkpointer:
             {name: describe_tensor(tensor) for name, tensor in tensors.items()}
         )
         wanted = {name: entry for share in shares for name, entry in share.items()}
-        differences = _differences(found.manifest, wanted)
+        differences = manifest_differences(found.manifest, wanted)
         if differences:
-            raise CheckpointError(f"{found.path} does not fit the run: {_some(differences)}")
+            raise CheckpointError(f"{found.path} does not fit the run: {differences}")
 
         def read() -> None:
             reader = SafeReader(found.path)
@@ -305,7 +322,7 @@ class Checkpointer:
             with _quiet_dcp():
                 dcp.load(dict(tensors), storage_reader=reader, process_group=group)
 
-        self._on_all(f"{found.path} could not be loaded", read)
+        on_all(self.world, f"{found.path} could not be loaded", read)
         return found.state
 
     def _candidates(self, load_step: int) -> list[int]:
@@ -370,68 +387,6 @@ class Checkpointer:
             if later > step:
                 moved = move_aside(self.folder, later, "rewound")
                 logger.warning("Going back to step %d: step %d is now %s.", step, later, moved)
-
-    # --- one outcome for all ranks --------------------------------------------------------------
-
-    def _on_main(self, what: str, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0; its (JSON) result, or the same error, reaches all ranks."""
-        answer: dict[str, Any] = {}
-        if self.world.is_main:
-            try:
-                answer = {"value": action()}
-            except _FAILURES as failure:
-                answer = {"error": _describe(failure, 0)}
-        answer = self.world.broadcast_json(answer)
-        if "error" in answer:
-            raise CheckpointError(f"{what}: {answer['error']}")
-        value: T = answer["value"]
-        return value
-
-    def _on_all(self, what: str, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; an error on one becomes the same error on all."""
-        error, value, cause = "", None, None
-        try:
-            value = action()
-        except _FAILURES as failure:
-            error, cause = _describe(failure, self.world.rank), failure
-        errors = [text for text in self.world.gather_json(error) if text]
-        if errors:
-            raise CheckpointError(f"{what}: {errors[0]}") from cause
-        return value  # type: ignore[return-value]
-
-
-def _describe(failure: BaseException, rank: int) -> str:
-    """One line that names the failing rank. DCP's exception holds those of all ranks."""
-    failures = getattr(failure, "failures", None)
-    if isinstance(failures, dict) and failures:
-        rank, wrapped = sorted(failures.items())[0]
-        failure = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-    text = str(failure).strip()
-    kind = "" if isinstance(failure, (InvalidCheckpoint, OSError)) else type(failure).__name__
-    return f"rank {rank}: {kind}{': ' if kind and text else ''}{text}"
-
-
-def _differences(manifest: Manifest, wanted: Mapping[str, dict[str, Any]]) -> list[str]:
-    saved = manifest.tensors
-    if manifest.model_only and any(is_optimizer_tensor(name) for name in wanted):
-        return ["it holds the model only, no optimizer state to continue from"]
-    missing = [f"{name} is not in it" for name in wanted if name not in saved]
-    extra = [f"{name} is not in the model" for name in saved if name not in wanted]
-    changed = [
-        f"{name} is {_show(saved[name])} in it, {_show(entry)} in the model"
-        for name, entry in wanted.items()
-        if name in saved and saved[name] != entry
-    ]
-    return changed + missing + extra
-
-
-def _show(entry: Mapping[str, Any]) -> str:
-    return f"{entry['dtype']} {entry['shape']}"
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
-    return "; ".join([*texts[:_MAX_LISTED], *more])
 
 
 @contextmanager

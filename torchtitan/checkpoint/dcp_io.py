@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from torchtitan.checkpoint.files import open_regular
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest
 
 METADATA_NAME = ".metadata"
@@ -80,8 +81,7 @@ class StepWriter(FileSystemWriter):
 def read_metadata(folder: Path) -> Metadata:
     """Read `.metadata` of a folder, trusting nothing in it."""
     path = folder / METADATA_NAME
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as file:
+    with open_regular(path) as file:
         metadata = _Unpickler(io.BytesIO(file.read())).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UnsafeMetadata(f"{path}: does not describe a checkpoint")

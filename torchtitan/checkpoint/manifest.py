@@ -16,8 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchtitan.checkpoint.files import open_regular
+
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+OPTIMIZER_PREFIX = "optimizer."
+"""Names of optimizer state begin with this, and of nothing else."""
+_MAX_LISTED = 8
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
@@ -68,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint, checked for its own digest. Raises `InvalidCheckpoint`."""
     path = folder / MANIFEST_NAME
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             raw = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
@@ -88,6 +93,23 @@ def read_manifest(folder: Path) -> Manifest:
     return _parse(path, body)
 
 
+def manifest_differences(manifest: Manifest, wanted: Mapping[str, dict[str, Any]]) -> str:
+    """What keeps a run with the tensors `wanted` (as in `Manifest.tensors`) from loading this
+    checkpoint, in words; empty when they are the same."""
+    saved = manifest.tensors
+    if manifest.model_only and any(name.startswith(OPTIMIZER_PREFIX) for name in wanted):
+        return "it holds the model only, no optimizer state to go on from"
+    texts = [
+        f"{name} is {_show(saved[name])} in it, {_show(entry)} in the run"
+        for name, entry in wanted.items()
+        if name in saved and saved[name] != entry
+    ]
+    texts += [f"{name} is not in it" for name in wanted if name not in saved]
+    texts += [f"{name} is only in it" for name in saved if name not in wanted]
+    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
+    return "; ".join([*texts[:_MAX_LISTED], *more])
+
+
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON values, to send to other ranks."""
     return asdict(manifest)
@@ -101,7 +123,7 @@ def manifest_from_json(body: dict[str, Any]) -> Manifest:
 
 def record_file(path: Path) -> FileRecord:
     """Bring a file to stable storage, and digest what can be read back from it."""
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         os.fsync(file.fileno())
         return _record(file)
 
@@ -109,7 +131,7 @@ def record_file(path: Path) -> FileRecord:
 def verify_file(path: Path, expected: FileRecord) -> None:
     """Raise `InvalidCheckpoint` unless the file is, to the byte, the one that was recorded."""
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.size:
                 raise InvalidCheckpoint(f"{path}: {size} bytes, written were {expected.size}")
@@ -142,15 +164,6 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
             raise InvalidCheckpoint(f"{folder / name}: {text}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, after files in it were created or renamed."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _parse(path: Path, body: dict[str, Any]) -> Manifest:
     try:
         manifest = manifest_from_json(body)
@@ -170,12 +183,8 @@ def _is_shard(name: str) -> bool:
     return name.endswith(".distcp") or name == ".metadata"
 
 
-def _open_regular(path: Path) -> Any:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "is not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
+def _show(entry: Mapping[str, Any]) -> str:
+    return f"{entry['dtype']} {entry['shape']}"
 
 
 def _record(file: Any) -> FileRecord:

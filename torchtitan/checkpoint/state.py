@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-OPTIMIZER_PREFIX = "optimizer."
-
-
-def is_optimizer_tensor(name: str) -> bool:
-    """Whether a name is one of `optimizer_tensors`."""
-    return name.startswith(OPTIMIZER_PREFIX)
+from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
 
 
 def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:

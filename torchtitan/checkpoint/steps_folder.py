@@ -14,12 +14,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchtitan.checkpoint.files import sync_folder
 from torchtitan.checkpoint.manifest import (
     InvalidCheckpoint,
     Manifest,
     check_listing,
     read_manifest,
-    sync_folder,
 )
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)

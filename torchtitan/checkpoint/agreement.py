@@ -1,0 +1,58 @@
+"""One outcome for all ranks: the same result, or the same error with the rank that failed first."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan.checkpoint.manifest import InvalidCheckpoint
+from torchtitan.config import CheckpointError
+from torchtitan.distributed.world import World
+
+T = TypeVar("T")
+# CheckpointException is a BaseException, which `except Exception` lets pass.
+_FAILURES = (Exception, CheckpointException)
+
+
+def on_main(world: World, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; its JSON result reaches all ranks, or its error as `CheckpointError`.
+
+    `what` says in the message what did not work. All ranks must call it.
+    """
+    answer: dict[str, Any] = {}
+    if world.is_main:
+        try:
+            answer = {"value": action()}
+        except _FAILURES as failure:
+            answer = {"error": _describe(failure, 0)}
+    answer = world.broadcast_json(answer)
+    if "error" in answer:
+        raise CheckpointError(f"{what}: {answer['error']}")
+    value: T = answer["value"]
+    return value
+
+
+def on_all(world: World, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; an error on one becomes
+    `CheckpointError` on all."""
+    error, cause = "", None
+    results: list[T] = []
+    try:
+        results.append(action())
+    except _FAILURES as failure:
+        error, cause = _describe(failure, world.rank), failure
+    errors = [text for text in world.gather_json(error) if text]
+    if errors:
+        raise CheckpointError(f"{what}: {errors[0]}") from cause
+    return results[0]
+
+
+def _describe(failure: BaseException, rank: int) -> str:
+    """One line that names the failing rank. DCP's exception holds those of all ranks."""
+    failures = getattr(failure, "failures", None)
+    if isinstance(failures, dict) and failures:
+        rank, wrapped = sorted(failures.items())[0]
+        failure = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    text = str(failure).strip()
+    kind = "" if isinstance(failure, InvalidCheckpoint | OSError) else type(failure).__name__
+    return f"rank {rank}: {kind}{': ' if kind and text else ''}{text}"
