@@ -104,7 +104,7 @@ def test_probe_creates_nothing_and_accepts_a_writable_folder(tmp_path: Path) -> 
 def test_probe_finds_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "tb").write_text("in the way")
     problem = only(probed(tmp_path), "metrics.save_tb_folder")
-    assert str(tmp_path / "tb") in problem.problem
+    assert problem.problem == f"{tmp_path / 'tb'} is not a folder"
 
 
 def test_probe_finds_a_folder_that_is_not_writable() -> None:

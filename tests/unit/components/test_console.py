@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ for step in range(1, 5):
     metrics.start_step()
     metrics.log_step(step, loss=1.0, grad_norm=1.0, lr=0.1, num_targets=1, num_tokens=1)
     logging.getLogger("torchtitan").info("between")
+    print("to stdout")
 metrics.close()
 print("the last word")
 """
@@ -83,6 +85,8 @@ def test_terminal_gets_a_bar_below_whole_lines(tmp_path: Path) -> None:
     output = run_on_terminal(tmp_path, 0, "fancy")
     assert "━" in output and "4/4" in output and "loss 1.0000" in output
     assert output.count("between") == 4 and output.count("tps: ") == 3
+    # Other output replaces the bar's line, below which the bar is drawn again.
+    assert len(re.findall("(?:\n|\x1b\\[2K)to stdout", output)) == 4
     assert "\x1b[?25h" in output  # the cursor is visible again
     assert output.rstrip().endswith("the last word")
 
@@ -97,6 +101,6 @@ def test_no_bar_if_unwanted_or_on_other_ranks(tmp_path: Path, rank: int, style: 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", RUN, str(tmp_path), "0", "fancy"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "the last word\n"
+    assert done.stdout == 4 * "to stdout\n" + "the last word\n"
     assert "\x1b" not in done.stderr and "━" not in done.stderr
     assert len(done.stderr.splitlines()) == 7

@@ -51,6 +51,8 @@ def test_shapes_and_the_minimum(decay_type: str, shape: object) -> None:
 def test_after_the_last_step_it_stays_at_the_minimum() -> None:
     section = LRScheduler(warmup_steps=1, min_lr_factor=0.25)
     assert lr_factor(11, 10, section) == lr_factor(99, 10, section) == 0.25
+    without_decay = LRScheduler(warmup_steps=1, decay_ratio=0.0)
+    assert lr_factor(11, 10, without_decay) == 1.0
 
 
 def test_groups_get_their_share() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,14 +164,15 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_resume_leaves_one_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "", "\n", '{"step": null}\n'])
+def test_resume_leaves_one_curve(tmp_path: Path, torn: str) -> None:
     clock = Clock()
     metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
     metrics.resume(0)
     train(metrics, clock, 1, 9)
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # the process died while it wrote
+        file.write(torn)  # the process died while it wrote
 
     metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
     metrics.resume(5, num_tokens_seen=500)
@@ -231,6 +233,36 @@ def test_console_line_of_the_ranks_that_are_shown(
     for part in ("step: 3", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
         assert part in lines[1]
     assert "mfu" not in lines[1] and "\x1b" not in lines[1]
+
+
+def test_tensorboard_is_given_up_after_a_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tb").write_text("in the way")
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True)
+    train(metrics, clock, 1, 1)
+    (tmp_path / "tb").unlink()
+    train(metrics, clock, 2, 7)
+    assert not (tmp_path / "tb").exists() and len(records(tmp_path)) == 4
+    assert "TensorBoard cannot be written" in caplog.text
+
+
+def test_flush_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+
+    def record_and_sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    fsync = os.fsync
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True)
+    train(metrics, clock, 1, 1)
+    monkeypatch.setattr(os, "fsync", record_and_sync)
+    metrics.flush()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+    assert scalars(tmp_path / "tb", "ntokens_seen") == [(1, 100)]
 
 
 def test_a_sink_that_cannot_be_opened_does_not_stop_the_run(

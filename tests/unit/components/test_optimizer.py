@@ -189,6 +189,17 @@ def test_a_first_step_that_is_not_finite(implementation: str) -> None:
     assert_same_bits(snapshot(models[0], optimizers[0][0]), snapshot(models[1], optimizers[1][0]))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_left_out_says_nothing_about_later_ones(implementation: str) -> None:
+    model = Block()
+    optimizers = build_optimizers(Optimizer(implementation=implementation), [model], CPU)
+    set_gradients(model, 0)
+    step_optimizers(optimizers, torch.tensor(False))
+    before = snapshot(model, optimizers[0])
+    optimizers[0].step()
+    assert not torch.equal(before["wq.weight"], snapshot(model, optimizers[0])["wq.weight"])
+
+
 class ReadsByTheHost(TorchDispatchMode):
     """Counts how often the host asks for the value of a tensor."""
 
