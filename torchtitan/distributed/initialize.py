@@ -3,7 +3,7 @@
 Every element is a function of (seed, parameter name, index of the element in the whole parameter):
 a 64-bit hash of these is mapped to a normal distribution by its inverse. So each rank fills what it
 holds, whatever that is, without communication and without building whole parameters, and every mesh
-starts from the same bits (per type of device: GPUs may round the inverse differently in the last bit).
+starts from the same bits (per type of device: another may round the inverse differently).
 
 The price is some 3 seconds per 100 million elements and core, against 0.4 for a random generator,
 whose values however depend on the order and the shape in which they are drawn.
@@ -46,8 +46,8 @@ def initialize_parameters(model: nn.Module, rule: Callable[[str], InitRule], see
 def held_indices(tensor: Tensor) -> list[Tensor]:
     """For each dimension, the indices in the whole tensor of what this rank holds of it.
 
-    The placements are applied one after the other, from left to right over the mesh, to the indices of
-    their dimension; this also covers `_StridedShard`, whose parts need not be contiguous.
+    The placements are applied one after the other, from left to right over the mesh, to the indices
+    of their dimension; this also covers `_StridedShard`, whose parts need not be contiguous.
     """
     indices = [torch.arange(size, device=tensor.device) for size in tensor.shape]
     if not isinstance(tensor, DTensor):

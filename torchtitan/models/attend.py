@@ -1,10 +1,10 @@
-"""Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, with the kernel that the device is best at.
+"""Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, by the kernel that suits the device.
 
-`build_mask` is called once per forward, `Attend` in every layer. Without documents no mask exists at
-all: PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents
-the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which skips the blocks
-that lie between documents. `Attend` is a module of its own so that another way of computing the same
-(over several devices, say) can take its place.
+`build_mask` is called once per forward, `Attend` in every layer. Without documents no mask exists:
+PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents
+the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which skips the
+blocks that lie between documents. `Attend` is a module of its own so that another way of computing
+the same (over several devices, say) can take its place.
 """
 
 from __future__ import annotations

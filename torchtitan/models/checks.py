@@ -32,7 +32,7 @@ def check(facts: Facts) -> list[Problem]:
 
 
 def probe(facts: Facts) -> list[Problem]:
-    """Build the model without memory (on `meta`); imports torch. For configs that `check` passes."""
+    """Build the model without memory (on `meta`); imports torch. For what `check` lets pass."""
     try:
         family, args = _resolve(facts)
     except ConfigError:

@@ -1,7 +1,7 @@
 """The model families by name. No torch.
 
-Built-in families are imported when first asked for; others join with `register_family`, from a module
-that `job.custom_import` names.
+Built-in families are imported when first asked for; others join with `register_family`, from a
+module that `job.custom_import` names.
 """
 
 from importlib import import_module

@@ -8,7 +8,7 @@ starts, which modules are its blocks, what a token costs. Nothing in a model kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.value_errors import problems_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,12 +113,18 @@ class ModelFamily:
         values = {**base.model_dump(), **overrides}
         if values.get("vocab_size") is None and vocab_size is not None:
             values["vocab_size"] = vocab_size
+        problems = [
+            self._unknown(name) for name in overrides if name not in self.args_type.model_fields
+        ]
+        known = {
+            name: value for name, value in values.items() if name in self.args_type.model_fields
+        }
         try:
-            args = self.args_type(**values)
+            args = self.args_type(**known)
         except ValidationError as error:
-            problems = [self._problem(detail) for detail in error.errors()]
-            raise ConfigError(problems) from None
-        problems = args.problems()
+            found = [replace(p, key=f"model.args.{p.key}") for p in problems_of(error)]
+            raise ConfigError(problems + found) from None
+        problems += args.problems()
         if vocab_size is not None and args.vocab_size is not None and args.vocab_size < vocab_size:
             problems.append(
                 Problem(
@@ -131,13 +138,10 @@ class ModelFamily:
             raise ConfigError(problems)
         return args
 
-    def _problem(self, detail: Any) -> Problem:
-        name = ".".join(str(part) for part in detail["loc"])
-        key = f"model.args.{name}"
-        if detail["type"] != "extra_forbidden":
-            return Problem(key, detail["msg"], _example(self.args_type, name), detail["input"])
-        names = list(self.args_type.model_fields)
-        return Problem(key, f"unknown hyper-parameter of {self.name}", did_you_mean(name, names))
+    def _unknown(self, name: str) -> Problem:
+        names = self.args_type.model_fields
+        fix = did_you_mean(name, names)
+        return Problem(f"model.args.{name}", f"unknown hyper-parameter of {self.name}", fix)
 
 
 def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
@@ -145,9 +149,3 @@ def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
     if name in table:
         return table[name]
     raise ConfigError(Problem(key, f"unknown {kind}", did_you_mean(name, table), value=name))
-
-
-def _example(args_type: type[ModelArgs], name: str) -> str:
-    described = args_type.model_fields.get(name)
-    meaning = described.description if described else None
-    return f"set another value ({' '.join(meaning.split())})" if meaning else "set another value"

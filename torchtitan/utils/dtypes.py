@@ -8,3 +8,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of a config's name for it."""
     return _DTYPES[name]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The format to compute sums and exponentials in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

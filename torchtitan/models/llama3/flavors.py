@@ -1,9 +1,9 @@
 """Llama 3's hyper-parameters and published sizes. No torch.
 
 8B, 70B and 405B are Llama 3.1, 1B and 3B are Llama 3.2. `debugmodel` is for trying things out on a
-CPU: TorchTitan's width and depth, but 8 heads of size 32 instead of 16 of size 16, because attention's
-softmax costs in proportion to the heads and took most of a CPU step; and half as many key heads as
-query heads, so that the small model exercises the grouped attention of the large ones.
+CPU: TorchTitan's width and depth, but 8 heads of size 32 instead of 16 of size 16, because the
+softmax costs in proportion to the heads and took most of a CPU step (half the heads, half the
+time); and half as many key heads as query heads, to exercise the grouped attention of the others.
 """
 
 from pydantic import Field

@@ -1,10 +1,11 @@
 """Llama 3: a decoder-only transformer (https://arxiv.org/abs/2407.21783).
 
-The residual stream passes through blocks of attention and feed-forward, each behind an RMSNorm; RoPE
-turns queries and keys by their position; grouped-query attention shares keys and values among heads.
+The residual stream passes through blocks of attention and feed-forward, each behind an RMSNorm.
+RoPE turns queries and keys by their position; grouped-query attention shares keys and values among
+heads.
 
-Shapes: B sequences, T tokens each, D model width, H query heads, G key and value heads (H a multiple),
-hd = D / H head size, F feed-forward width, V vocabulary.
+Shapes: B sequences, T tokens each, D model width, H query heads, G key and value heads (H is a
+multiple of G), hd = D / H head size, F feed-forward width, V vocabulary.
 
 Parameter names are those of Meta's checkpoints. The model knows nothing of devices or meshes: the
 methods at the end of `Llama` *declare* what the library applies.
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from torchtitan.models.attend import Attend, Mask, build_mask
 from torchtitan.models.llama3.flavors import LlamaArgs
+from torchtitan.models.rms_norm import rms_norm
 from torchtitan.models.spec import InitRule, WrapUnit
+from torchtitan.utils.dtypes import at_least_float32
 
 T = TypeVar("T")
 
@@ -34,9 +37,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        wide = x.to(_at_least_float32(x.dtype))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_rotations(positions: Tensor, args: LlamaArgs, dtype: torch.dtype) -> Tensor:
@@ -62,8 +63,13 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     A complex product is the fastest way on CPUs, four times as fast as one of separate parts.
     """
     pairs = x.to(rotations.real.dtype).unflatten(-1, (-1, 2))  # [B, T, heads, hd/2, 2]
-    turned = torch.view_as_complex(pairs) * rotations
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():
+        # The compiler fuses separate parts, and knows no complex numbers.
+        (even, odd), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rotations).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -120,8 +126,8 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Hidden states to logits, `[B, T, D]` -> `[B, T, V]`, or to whatever `consume` makes of them.
 
-    `consume(hidden, weight)` runs inside the forward, while the weight `[V, D]` is sure to be whole:
-    a loss that never holds all logits at once works there.
+    `consume(hidden, weight)` runs inside the forward, while the weight `[V, D]` is sure to be
+    whole: a loss that never holds all logits at once works there.
     """
 
     def forward(self, hidden: Tensor, consume: Callable[[Tensor, Tensor], T] | None = None) -> T:
@@ -151,7 +157,7 @@ class Llama(nn.Module):
         after the final norm; `head` makes logits of them. Without `document_ids` attention is
         plainly causal, with them it also stays within the document."""
         x = self.tok_embeddings(tokens)  # [B, T, D]
-        rotations = rope_rotations(positions, self.args, _at_least_float32(x.dtype))
+        rotations = rope_rotations(positions, self.args, at_least_float32(x.dtype))
         mask = build_mask(document_ids)
         for block in self.layers.values():
             x = block(x, rotations, mask)
@@ -180,10 +186,10 @@ class Llama(nn.Module):
         starts smaller in deeper layers, so that its variance does not grow with depth."""
         if name.endswith("norm.weight"):
             return InitRule("constant", value=1.0)
-        if name == "output.weight" or self.args.tied_embeddings and name == "tok_embeddings.weight":
-            return InitRule("normal", std=self.args.dim**-0.5, cutoff_in_std=3.0)
-        if name == "tok_embeddings.weight":
+        if name == "tok_embeddings.weight" and not self.args.tied_embeddings:
             return InitRule("normal", std=1.0)
+        if name in ("tok_embeddings.weight", "output.weight"):
+            return InitRule("normal", std=self.args.dim**-0.5, cutoff_in_std=3.0)
         layer, matrix = int(name.split(".")[1]), name.split(".")[-2]
         std = 0.02 / math.sqrt(2 * (layer + 1)) if matrix in ("wo", "w2", "w3") else 0.02
         return InitRule("normal", std=std, cutoff_in_std=3.0)
@@ -196,7 +202,3 @@ class Llama(nn.Module):
             num_weights -= self.tok_embeddings.weight.numel()  # a look-up, no product
         attended = seq_len / 2 if causal else seq_len
         return 6 * num_weights + 12 * self.args.n_layers * self.args.dim * attended
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
