@@ -3,12 +3,13 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.training_sections import LRScheduler
+from torchtitan.config.training_sections import LRScheduler, Optimizer
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -37,6 +38,48 @@ def probe(facts: Facts) -> list[Problem]:
         key = "profiling.save_traces_folder"
         problems += _probe_folder(facts, key, profiling.save_traces_folder)
     return problems
+
+
+def group_index(section: Optimizer, name: str) -> int:
+    """Index of the first group whose pattern matches the parameter; their number if none does."""
+    for index, group in enumerate(section.param_groups):
+        if fnmatchcase(name, group.pattern):
+            return index
+    return len(section.param_groups)
+
+
+def check_patterns(section: Optimizer, names: Sequence[str]) -> list[Problem]:
+    """The groups of `optimizer.param_groups` that none of the model's parameters falls into."""
+    used = {group_index(section, name) for name in names}
+    problems = []
+    for index, group in enumerate(section.param_groups):
+        if index in used:
+            continue
+        matches = [name for name in names if fnmatchcase(name, group.pattern)]
+        if matches:
+            problem = f"earlier patterns already take all it matches, such as {matches[0]}"
+            fix = "list the narrower pattern first, or remove this group"
+        else:
+            problem = "it matches no parameter of the model"
+            fix = f"use a glob over full names such as {_examples(names)}, or remove this group"
+        key = f"optimizer.param_groups[{index}].pattern"
+        problems.append(Problem(key, problem, fix, value=group.pattern))
+    return problems
+
+
+def decay_steps(training_steps: int, section: LRScheduler) -> int:
+    """Steps of the last phase: `decay_ratio` of the run, or all that follows the warmup."""
+    if section.decay_ratio is None:
+        return max(0, training_steps - section.warmup_steps)
+    return round(training_steps * section.decay_ratio)
+
+
+def _examples(names: Sequence[str]) -> str:
+    """A few names, of different kinds: the last two parts of a name are its kind."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(".".join(name.split(".")[-2:]), name)
+    return ", ".join(list(kinds.values())[:4])
 
 
 def _check_optimizer(facts: Facts) -> Iterator[Problem]:
@@ -69,13 +112,6 @@ def _check_schedule(facts: Facts) -> Iterator[Problem]:
         )
         fix = f"set it to at most {_round_down((steps - warmup) / steps)}, or shorten the warmup"
         yield Problem("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
-
-
-def decay_steps(training_steps: int, section: LRScheduler) -> int:
-    """Steps of the last phase: `decay_ratio` of the run, or all that follows the warmup."""
-    if section.decay_ratio is None:
-        return max(0, training_steps - section.warmup_steps)
-    return round(training_steps * section.decay_ratio)
 
 
 def _round_down(ratio: float) -> float:

@@ -12,13 +12,13 @@ wait to learn whether the step was finite.
 """
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.components.checks import check_patterns, group_index
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.training_sections import Optimizer as OptimizerSection
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -40,7 +40,9 @@ def build_optimizers(
     """
     if all_names is None:
         all_names = [name for part in model_parts for name, _ in _trained_parameters(part)]
-    _check_patterns(section, list(all_names))
+    problems = check_patterns(section, list(all_names))
+    if problems:
+        raise ConfigError(problems)
     return [_build_optimizer(section, part, device) for part in model_parts]
 
 
@@ -67,45 +69,12 @@ def _trained_parameters(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, param) for name, param in part.named_parameters() if param.requires_grad]
 
 
-def _group_index(section: OptimizerSection, name: str) -> int:
-    """Index of the group of a parameter; the number of groups if no pattern matches."""
-    for index, group in enumerate(section.param_groups):
-        if fnmatchcase(name, group.pattern):
-            return index
-    return len(section.param_groups)
-
-
-def _check_patterns(section: OptimizerSection, names: list[str]) -> None:
-    used = {_group_index(section, name) for name in names}
-    problems = []
-    for index, group in enumerate(section.param_groups):
-        if index in used:
-            continue
-        matches = [name for name in names if fnmatchcase(name, group.pattern)]
-        if matches:
-            problem = f"earlier patterns already take all it matches, such as {matches[0]}"
-            fix = "list the narrower pattern first, or remove this group"
-        else:
-            problem = "it matches no parameter of the model"
-            fix = f"use a glob over full names such as {_examples(names)}, or remove this group"
-        key = f"optimizer.param_groups[{index}].pattern"
-        problems.append(Problem(key, problem, fix, value=group.pattern))
-    if problems:
-        raise ConfigError(problems)
-
-
-def _examples(names: list[str]) -> str:
-    """A few names, of different kinds: the last two parts of a name are its kind."""
-    kinds = {".".join(name.split(".")[-2:]): name for name in reversed(names)}
-    return ", ".join(list(kinds.values())[::-1][:4])
-
-
 def _build_optimizer(
     section: OptimizerSection, part: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
     members: list[list[nn.Parameter]] = [[] for _ in range(len(section.param_groups) + 1)]
     for name, param in _trained_parameters(part):
-        members[_group_index(section, name)].append(param)
+        members[group_index(section, name)].append(param)
 
     groups: list[dict[str, Any]] = []
     for index, params in enumerate(members):

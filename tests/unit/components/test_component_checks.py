@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from torchtitan.components.checks import check, probe
+from torchtitan.components.model_checks import probe as probe_model
 from torchtitan.config import JobConfig, Problem
 from torchtitan.config.facts import Facts
 
@@ -124,6 +125,19 @@ def test_probe_finds_a_folder_that_is_not_writable() -> None:
         os.chmod(folder, 0o755)
 
 
+def test_patterns_are_matched_with_the_model() -> None:
+    assert probe_model(facts()) == []
+    groups = [{"pattern": "*norm.weight"}, {"pattern": "layers.9*"}, {"pattern": "norm.*"}]
+    lost, shadowed = probe_model(facts(optimizer={"param_groups": groups}))
+    assert lost.key == "optimizer.param_groups[1].pattern" and "tok_embeddings" in lost.fix
+    assert "earlier patterns already take all it matches, such as norm.weight" in shadowed.problem
+
+
+def test_a_model_that_does_not_exist_is_for_others_to_report() -> None:
+    assert probe_model(facts(model={"name": "no such model"})) == []
+
+
 def test_checks_import_no_torch() -> None:
-    code = "import sys, torchtitan.components.checks; sys.exit('torch' in sys.modules)"
+    modules = "torchtitan.components.checks, torchtitan.components.model_checks"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
