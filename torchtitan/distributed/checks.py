@@ -39,4 +39,4 @@ def _cuda(facts: Facts) -> list[Problem]:
         return []
     problem = f"there are {devices} visible CUDA devices"
     fix = f"start at most {devices} processes per machine, or set job.device to cpu"
-    return [Problem("LOCAL_RANK", problem, fix, local_rank)]
+    return [Problem("LOCAL_RANK", problem, fix, local_rank, local=True)]

@@ -49,6 +49,11 @@ class ParallelDims:
         """Ranks that read different data."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that hold parts or copies of the same parameters."""
+        return self.world_size // self.pp
+
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """The mesh of all axes, those of degree 1 too. All ranks must call it."""
         shape = tuple(getattr(self, axis) for axis in AXES)

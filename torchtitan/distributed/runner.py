@@ -29,6 +29,8 @@ class Loss(Protocol):
 class Runner(Protocol):
     """What the loop needs of any runner."""
 
+    loss: Loss
+
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a scalar
         on the device that is the same on all ranks. All ranks must call it."""

@@ -6,7 +6,9 @@ from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
+from torchtitan.utils.allocator import tune_cpu_allocator
 
 
 def run(argv: list[str]) -> int:
@@ -32,10 +34,15 @@ def run(argv: list[str]) -> int:
     )
     phases = [preflight.ARITHMETIC] + ([preflight.FILES] if place.rank == 0 else [])
     preflight.require(facts, phases, quiet=place.rank != 0)
+    if loaded.config.job.print_config and place.rank == 0:
+        print(show_config(loaded))
+
+    if loaded.config.debug.cpu_allocator == "tuned" and facts.device_type == "cpu":
+        tune_cpu_allocator()  # before torch makes its first large allocation
 
     from torchtitan.train import run as run_training
 
-    return run_training(loaded.config, loaded.origins)
+    return run_training(loaded.config, place)
 
 
 def _check(loaded: LoadedConfig, full: bool) -> int:
@@ -47,7 +54,7 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     problems = import_custom_modules(loaded.config)
     if problems:
         raise ConfigError(problems)
-    device = loaded.config.job.device
+    device: str = loaded.config.job.device
     if device == "auto":  # without looking at this machine, a run is meant for GPUs
         device = env.guess_device_type() if full else "cuda"
     facts = Facts(loaded.config, world_size, device, full=full)
@@ -83,7 +90,7 @@ def _config_error(error: env.EnvironmentFaults) -> ConfigError:
     problems = []
     for fault in error.faults:
         key = fault.variable if fault.value is None else f"{fault.variable} = {fault.value}"
-        problems.append(Problem(key, fault.problem, fault.fix))
+        problems.append(Problem(key, fault.problem, fault.fix, local=True))
     return ConfigError(problems)
 
 
@@ -105,5 +112,3 @@ def _split_check(argv: list[str]) -> tuple[list[str], str]:
             raise ConfigError(problem)
         check = value or check or "check"
     return arguments, check
-
-

@@ -1,0 +1,208 @@
+"""The composition root: the only place that takes a `JobConfig` apart.
+
+Everything below gets its own section and the objects it works with. The training loop and every tool
+build what they need from here, so that a model that is evaluated is built as one that is trained.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.saver import Saver
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.profiler import Profiler
+from torchtitan.config import JobConfig
+from torchtitan.config.facts import Facts
+from torchtitan.data import loader as data_loader
+from torchtitan.data.loader import LanePlan, Loader
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.distributed.initialize import initialize_parameters
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallelize import parallelize
+from torchtitan.distributed.runner import Runner, WholeModelRunner
+from torchtitan.distributed.world import World
+from torchtitan.handlers.protocol import ModelHandler
+from torchtitan.handlers.registry import handlers as known_handlers
+from torchtitan.models.registry import get_family
+from torchtitan.models.spec import LanguageModel
+from torchtitan.utils.dtypes import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model, ready to run on this rank."""
+
+    parts: list[nn.Module]
+    """What this rank holds of the model; one part, where it is not cut into stages."""
+    handlers: list[ModelHandler]
+    num_parameters: int
+    """Of the whole model, before handlers changed it."""
+    flops_per_token: float
+    """By TorchTitan's formula, which counts attention to all positions."""
+    flops_per_token_causal: float
+    """The same, counting attention to earlier positions only."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of this rank."""
+        return [parameter for part in self.parts for parameter in part.parameters()]
+
+    @property
+    def part_or_parts(self) -> nn.Module | list[nn.Module]:
+        """What handlers' hooks are given: the model, or its parts where it is cut into stages."""
+        return self.parts[0] if len(self.parts) == 1 else self.parts
+
+
+def build_model(
+    config: JobConfig,
+    vocab_size: int,
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    device: torch.device,
+    initialise: bool = True,
+) -> BuiltModel:
+    """The model on `device`, parallelised over `mesh`, with its initial weights.
+
+    `vocab_size` is the tokenizer's. Without `initialise` the weights are whatever was in memory, for
+    a caller who loads all of them next. All ranks must call it.
+    """
+    family = get_family(config.model.name)
+    args = family.resolve_args(config.model.flavor, config.model.args, vocab_size)
+    with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
+        model = family.build(args)
+    assert isinstance(model, LanguageModel) and isinstance(model, nn.Module)
+    seq_len = config.training.seq_len
+    built = BuiltModel(
+        parts=[model],
+        handlers=build_handlers(config, dims),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flops_per_token=model.flops_per_token(seq_len, causal=False),
+        flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
+    )
+    for handler in built.handlers:
+        handler.convert(model)
+    parallelize(model, config, mesh, dims)
+    model.to_empty(device=device)
+    if initialise:
+        initialize_parameters(model, model.init_rule, config.debug.seed)
+    for handler in built.handlers:
+        after_load = getattr(handler, "after_load", None)
+        if after_load is not None:
+            after_load(model)
+    _refuse_unset_buffers(model)
+    return built
+
+
+def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
+    """The handlers of `model.handlers`, in that order."""
+    known = known_handlers()
+    return [known[name].load()(config, dims) for name in config.model.handlers]
+
+
+def build_runner(config: JobConfig, model: BuiltModel, device: torch.device) -> Runner:
+    """What computes losses and gradients of a step."""
+    names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
+    loss = CrossEntropyLoss(config.training.loss_chunks)
+    return WholeModelRunner(model.parts[0], loss, device, names)
+
+
+def build_loader(
+    facts: Facts, dims: ParallelDims, world: World, tokenizer: Tokenizer, saver: Saver
+) -> Loader:
+    """This rank's share of the data, from where the checkpoint stands."""
+    config = facts.config
+    plan = LanePlan(
+        num_lanes=facts.num_lanes,
+        dp_degree=dims.dp,
+        dp_rank=dims.dp_rank(world.rank),
+        global_batch_size=facts.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+    )
+    states = saver.state.lane_states
+    loader = data_loader.build_loader(
+        config.training, config.data, config.debug.seed, tokenizer, plan, states
+    )
+    saver.check_data(loader.fingerprint)
+    return loader
+
+
+def build_saver(config: JobConfig, world: World, folder: RunFolder, dims: ParallelDims) -> Saver:
+    """Checkpointing, or its absence."""
+    checkpointer = None
+    if config.checkpoint.enable:
+        run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
+        checkpointer = Checkpointer(
+            config.checkpoint, folder.checkpoint_folder, world, run_info
+        )
+    return Saver(config.checkpoint, checkpointer, world)
+
+
+def build_metrics(
+    config: JobConfig, folder: RunFolder, world: World, model: BuiltModel, saver: Saver
+) -> MetricsLogger:
+    """Metrics that go on after the step that is resumed from."""
+    metrics = MetricsLogger(
+        config.metrics,
+        folder.path,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+        flops_per_token=model.flops_per_token,
+        flops_per_token_causal=model.flops_per_token_causal,
+        steps=config.training.steps,
+    )
+    metrics.resume(saver.state.step, saver.state.num_tokens_seen)
+    return metrics
+
+
+def build_profiler(config: JobConfig, folder: RunFolder, world: World, step: int) -> Profiler:
+    """The profiler of a run that goes on after `step`."""
+    return Profiler(
+        config.profiling, folder.path, rank=world.rank, device=world.device, start_step=step
+    )
+
+
+def describe(facts: Facts, dims: ParallelDims, world: World, model: BuiltModel) -> str:
+    """What is about to be trained, in a line for the log."""
+    config = facts.config
+    training = config.training
+    return (
+        f"Training {config.model.name} {config.model.flavor}"
+        f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
+        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps of"
+        f" {facts.global_batch_size} sequences of {training.seq_len} tokens"
+        f" ({facts.accumulation_steps} x {training.local_batch_size} per rank);"
+        f" {facts.num_lanes} data lanes"
+    )
+
+
+def _refuse_unset_buffers(model: nn.Module) -> None:
+    """Buffers come out of allocation with arbitrary content, which nothing would ever tell."""
+    names = [name for name, _ in model.named_buffers()]
+    if names and not hasattr(model, "init_buffers"):
+        raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")
+    if names:
+        model.init_buffers()  # type: ignore[operator]
+
+
+class _default_dtype:
+    """While entered, new floating point tensors have this type."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        self._previous = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *details: object) -> None:
+        torch.set_default_dtype(self._previous)
+

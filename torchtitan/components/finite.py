@@ -1,0 +1,50 @@
+"""Noticing that a step was not finite, without making the host wait for every step.
+
+The optimizer leaves such a step out on the device, so nothing is spoilt when the host learns of it
+late: on a GPU one step later, when that answer no longer stops the device from being fed.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from torchtitan.config import NonFiniteError
+
+
+class FiniteSteps:
+    """Raises NonFiniteError for a step that was not finite, at most `lag` steps late.
+
+    The flags are the same on all ranks (they come from reduced values), so all raise at the same step.
+    """
+
+    def __init__(self, lag: int):
+        self._lag = lag
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def expect(self, step: int, is_finite: Tensor) -> None:
+        """`is_finite`: bool scalar on the device, known once the step is done there."""
+        flag = is_finite.to("cpu", non_blocking=True)
+        ready = None
+        if is_finite.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append((step, flag, ready))
+        while len(self._pending) > self._lag:
+            self._check()
+
+    def settle(self) -> None:
+        """Wait for all steps so far; call before their result is kept."""
+        while self._pending:
+            self._check()
+
+    def _check(self) -> None:
+        step, flag, ready = self._pending.popleft()
+        if ready is not None:
+            ready.synchronize()
+        if not bool(flag):
+            raise NonFiniteError(
+                f"step {step}: the loss or the gradient norm is not finite. The update was left out,"
+                " so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look at the"
+                f" data of that step; checkpoints before step {step} are unharmed"
+            )

@@ -1,0 +1,53 @@
+"""`torchtitan list models | datasets | handlers`."""
+
+from collections.abc import Callable
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.suggest import did_you_mean
+
+
+def run(argv: list[str]) -> int:
+    """Print the names that a config may use, one a line, with a phrase each."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: torchtitan list [{' | '.join(_LISTS)}]")
+        return 0
+    unknown = [name for name in argv if name not in _LISTS]
+    if unknown:
+        fix = did_you_mean(unknown[0], _LISTS)
+        raise ConfigError(Problem(f"list {unknown[0]}", "is not a list", fix))
+    for name in argv or _LISTS:
+        if len(argv) != 1:
+            print(f"{name}:")
+        rows = _LISTS[name]()
+        width = max((len(row) for row, _ in rows), default=0)
+        for row, text in rows:
+            print(f"{'' if len(argv) == 1 else '  '}{row:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _models() -> list[tuple[str, str]]:
+    from torchtitan.models.registry import families
+
+    return [(name, ", ".join(family.flavors)) for name, family in families().items()]
+
+
+def _datasets() -> list[tuple[str, str]]:
+    from torchtitan.data.registry import datasets
+
+    return [(name, entry.description) for name, entry in datasets().items()]
+
+
+def _handlers() -> list[tuple[str, str]]:
+    from torchtitan.handlers.registry import handlers
+
+    return [
+        (name, f"settings: {', '.join(entry.settings.model_fields) or 'none'}")
+        for name, entry in handlers().items()
+    ]
+
+
+_LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "models": _models,
+    "datasets": _datasets,
+    "handlers": _handlers,
+}

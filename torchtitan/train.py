@@ -1,0 +1,195 @@
+"""The training run: `train` is the loop, `run` one process from a checked config to an exit status."""
+
+import sys
+
+if __name__ == "__main__":
+    # `python -m torchtitan.train` is the command line's word "train". It takes over before torch is
+    # imported below: it answers a mistake in the config at once, and sets up the allocator first.
+    from torchtitan.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from torchtitan import builder, preflight
+from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.saver import RunState
+from torchtitan.components.finite import FiniteSteps
+from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
+from torchtitan.components.optimizer import build_optimizers, step_optimizers
+from torchtitan.components.profiler import Profiler
+from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
+from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
+from torchtitan.config.facts import Facts
+from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.world import World, open_world, set_timeout
+from torchtitan.prefetch import fetch
+from torchtitan.utils.device import device_type
+from torchtitan.utils.environment import ProcessEnvironment, read_environment
+from torchtitan.utils.garbage import GarbageCollection
+from torchtitan.utils.logging import init_logging
+from torchtitan.utils.process import set_up_process, use_deterministic_algorithms
+from torchtitan.utils.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far the run is, for whoever has to say so when it ends."""
+
+    step: int = 0
+    status: Literal["running", "completed", "preempted", "data_exhausted"] = "running"
+
+
+def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> None:
+    """Train to the end of the steps or of the data, or until asked to stop. All ranks call it.
+
+    `progress` tells how far it came, also when an exception ends it.
+    """
+    config, training = facts.config, facts.config.training
+    dims = ParallelDims.from_facts(facts)
+    mesh = dims.build_mesh(world.device.type)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        saver = builder.build_saver(config, world, folder, dims)
+        loader = builder.build_loader(facts, dims, world, tokenizer, saver)
+        stack.callback(loader.close)
+        model = builder.build_model(
+            config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.resumes
+        )
+        optimizers = build_optimizers(config.optimizer, model.parts, world.device)
+        saver.load(model.parts, optimizers)
+        runner = builder.build_runner(config, model, world.device)
+        metrics = builder.build_metrics(config, folder, world, model, saver)
+        stack.callback(metrics.close)
+        step = first_step = progress.step = saver.state.step
+        profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
+        garbage = stack.enter_context(GarbageCollection(training.gc_freq))
+        finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
+        counts_data = dims.counts_data(world.rank)
+        logger.info(builder.describe(facts, dims, world, model))
+
+        metrics.start_step()
+        fetched = fetch(loader, runner.loss, world, stop=stop.requested, counts_data=counts_data)
+        while step < training.steps:
+            with metrics.timing("data"):
+                data, agreed = fetched.wait()
+            if agreed.ended or agreed.stop:
+                progress.status = "preempted" if agreed.stop else "data_exhausted"
+                break
+            step += 1
+            loss = runner.forward_backward(data.microbatches, agreed.num_targets)
+            norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+            clip_gradients(model.parameters, norm, training.max_norm)
+            for handler in model.handlers:
+                handler.pre_optimizer_hook(model.part_or_parts)
+            lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+            set_learning_rates(optimizers, lr)
+            is_finite = torch.isfinite(norm) & torch.isfinite(loss)
+            step_optimizers(optimizers, is_finite)
+            for handler in model.handlers:
+                handler.post_optimizer_hook(model.part_or_parts)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            if step < training.steps:
+                with metrics.timing("data"):  # while the device is still at work
+                    fetched = fetch(
+                        loader, runner.loss, world, stop=stop.requested, counts_data=counts_data
+                    )
+            finite.expect(step, is_finite)
+            progress.step = step
+            metrics.log_step(
+                step,
+                loss=loss,
+                grad_norm=norm,
+                lr=lr,
+                num_targets=agreed.num_targets,
+                num_tokens=agreed.num_tokens,
+            )
+            lanes = data.lane_states
+            if saver.is_due(step, last=step == training.steps):
+                finite.settle()
+                metrics.flush()
+                state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
+                saver.save(state, lanes, model.parts, optimizers, finished=step == training.steps)
+            profiler.step()
+            garbage.step(step)
+            if step == first_step + 1:
+                set_timeout(world, config.comm.train_timeout_seconds)
+
+        finite.settle()
+        if step == training.steps:
+            progress.status = "completed"
+        elif step > first_step and saver.is_due(step, last=True):
+            metrics.flush()
+            state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
+            finished = progress.status == "data_exhausted"
+            saver.save(state, lanes, model.parts, optimizers, finished=finished)
+
+
+def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int:
+    """Train as one process of the run that the launcher's variables describe; the exit status.
+
+    Writes how the run ended to `run_status.json`. Raises ConfigError before anything is touched.
+    """
+    environment = read_environment() if environment is None else environment
+    is_main = environment.rank == 0
+    init_logging(environment.rank)
+    set_up_process(config.debug.threads, environment.local_world_size, config.debug.seed)
+    if config.debug.deterministic:
+        use_deterministic_algorithms(config.debug.deterministic_warn_only)
+    facts = Facts(config, environment.world_size, device_type(config.job.device))
+    phases = [preflight.HARDWARE]
+    if is_main:
+        phases += [preflight.MODEL, preflight.CHECKPOINTS]
+    preflight.require(facts, phases)
+    folder = RunFolder.open(config, facts, is_main)
+    progress = Progress()
+    try:
+        with open_world(facts.device_type, environment, config.comm.init_timeout_seconds) as world:
+            decision = folder.share(world)
+            for notice in decision.notices:
+                logger.info(notice)
+            if decision.action == "finished":
+                logger.info(closing_words(config, folder))
+                return DONE
+            facts = replace(facts, config=folder.config)
+            progress.step = decision.step
+            train(facts, world, folder, progress)
+    except BaseException as error:
+        code = exit_code_of(error)
+        if is_main:
+            folder.set_status("failed", progress.step, code)
+        if isinstance(error, (ConfigError, KeyboardInterrupt)):
+            raise
+        expected = isinstance(error, (CheckpointError, DataError, NonFiniteError))
+        logger.error("%s", error, exc_info=None if expected else error)
+        return code
+    finally:
+        folder.close()
+    code = PREEMPTED if progress.status == "preempted" else DONE
+    if is_main:
+        assert progress.status != "running"
+        folder.set_status(progress.status, progress.step, code)
+        if progress.status == "preempted":
+            logger.info("Asked to stop after step %d; the same command goes on.", progress.step)
+    logger.info(closing_words(config, folder))
+    return code
+
+
+def closing_words(config: JobConfig, folder: RunFolder) -> str:
+    """Where the run folder is, and how to look at it."""
+    words = f"Run folder: {folder.path}"
+    if config.metrics.enable_tensorboard:
+        words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
+    return words
+
