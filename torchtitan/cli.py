@@ -4,7 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from torchtitan import __version__
-from torchtitan.config.errors import ConfigError, DataError, Problem
+from torchtitan.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    Problem,
+)
 from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.utils.environment import is_quiet_rank
@@ -27,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _print_problems(error)
         return CONFIG
-    except (DataError, KeyboardInterrupt, BrokenPipeError) as error:
-        if isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr)
+    except (DataError, CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    except KeyboardInterrupt as error:
         return exit_code_of(error)
 
 
@@ -74,13 +81,13 @@ def _overview() -> str:
 
 
 def _print_problems(error: ConfigError) -> None:
-    """Every rank finds the same problems; the first one tells them."""
-    if is_quiet_rank():
-        return
-    for problem in error.problems:
+    """Every rank finds the same problems, and the first one tells them; but for local ones."""
+    problems = [problem for problem in error.problems if problem.local or not is_quiet_rank()]
+    for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    count = len(error.problems)
-    print(f"{count} {'problem' if count == 1 else 'problems'}; nothing was started", file=sys.stderr)
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -92,12 +92,8 @@ def require(facts: Facts, phases: Sequence[str] = PHASES, quiet: bool = False) -
 
 
 def _function(module: str, name: str) -> Callable[[Facts], list[Problem]]:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name not in (module, module.rpartition(".")[0]):
-            raise
-        return lambda facts: []
+    """The module is imported when it is asked, because some probes need torch."""
+    return getattr(importlib.import_module(module), name)
 
 
 def _downgraded(problem: Problem) -> Problem:

@@ -54,8 +54,8 @@ def _mesh(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             key,
             f"{facts.world_size} processes cannot be divided by {_product(facts)} = {fixed}",
-            f"set data_parallel_replicate_degree to {_listed(_divisors(facts.world_size))}, or start "
-            f"a multiple of {fixed} processes",
+            f"set data_parallel_replicate_degree to {_listed(_divisors(facts.world_size))}, or "
+            f"start a multiple of {fixed} processes",
             shard,
         )
     elif shard != -1 and fixed * shard != facts.world_size:

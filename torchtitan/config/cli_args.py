@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import tomli_w
-
 from torchtitan.config import toml_file
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import Key, free_table_of, known_keys
 from torchtitan.config.suggest import secret_problem, unknown_key
+from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret
 
 _BOOLEANS = {"true": True, "false": False}
+_NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "none")
+"""Never meant as the next argument after a switch: taken as its value, and refused."""
 _INTEGER = re.compile(r"[+-]?\d(_?\d)*")
 _HELP = "`torchtitan train --help` lists all flags"
 
@@ -69,7 +70,7 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
     if equals:
         texts = [inline]
     elif key.kind == "bool":
-        follows = bool(rest) and rest[0].lower() in _BOOLEANS
+        follows = bool(rest) and rest[0].lower() in (*_BOOLEANS, *_NOT_BOOLEANS)
         texts = [rest.pop(0)] if follows else ["true"]
     else:
         texts = _values_ahead(rest, many=key.kind == "strings")
@@ -114,7 +115,7 @@ def _scalar(key: Key, text: str) -> Any:
 def _take_free(
     flag: str, name: str, has_inline: bool, inline: str, rest: list[str], parsed: CommandLine
 ) -> None:
-    """A key below `model.args` or `handlers`, whose type is not known here: a TOML value or text."""
+    """A key below `model.args` or `handlers`, of unknown type: a TOML value or text."""
     texts = [inline] if has_inline else _values_ahead(rest, many=False)
     if not texts or texts == [""]:
         fix = f"write `{flag} VALUE`, with a TOML value such as 4, true or [1, 2]"
@@ -132,7 +133,7 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
         parsed.problems.append(secret_problem(flag))
         return
     if name in parsed.values and parsed.values[name] != value:
-        problem = f"is given twice, as {_toml(parsed.values[name])} and as {_toml(value)}"
+        problem = f"is given twice, as {toml_value(parsed.values[name])} and as {toml_value(value)}"
         parsed.problems.append(Problem(flag, problem, "give it once"))
         return
     parsed.values[name] = value
@@ -180,9 +181,3 @@ def _how_to_write(key: Key) -> str:
     }
     value = key.choices[0] if key.choices else examples[key.kind]
     return f"write `--{key.name} {value}`" + (", or [] for none" if key.kind == "strings" else "")
-
-
-def _toml(value: Any) -> str:
-    if value is None:
-        return "None"
-    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()

@@ -1,7 +1,7 @@
 """How anything that a user set, and that cannot work, is reported.
 
-A `Problem` names the key, its value, why it cannot work and what to set instead. Checks return lists
-of them, so that a user sees every problem at once; `ConfigError` carries the list.
+A `Problem` names the key, its value, why it cannot work and what to set instead. Checks return
+lists of them, so that a user sees every problem at once; `ConfigError` carries the list.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ class Problem:
 
     `key` is `section.key` (or a file, or a flag); `severity` is "error", or "warning" for what is
     reported without stopping the run. `missing_asset` marks what `--check` downgrades to a warning:
-    files that need not exist on the machine that checks.
+    files that need not exist on the machine that checks. `local` is what only this process sees, so
+    that it is printed whatever its rank; everything else is printed by rank 0 for all.
     """
 
     key: str
@@ -26,6 +27,7 @@ class Problem:
     value: Any = _UNSET
     severity: str = "error"
     missing_asset: bool = False
+    local: bool = False
 
     def __str__(self) -> str:
         value = "" if self.value is _UNSET else f" = {_toml_like(self.value)}"

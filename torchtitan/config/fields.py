@@ -126,17 +126,17 @@ def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]
 
 
 def _bounds(metadata: list[Any]) -> str:
-    parts = []
+    lower, upper = [], []
     for item in _flat(metadata):
         if isinstance(item, annotated_types.Gt):
-            parts.append(f"> {item.gt}")
+            lower.append(f"> {item.gt}")
         elif isinstance(item, annotated_types.Ge) and abs(item.ge) < _HUGE:  # type: ignore[arg-type]
-            parts.append(f">= {item.ge}")
+            lower.append(f">= {item.ge}")
         elif isinstance(item, annotated_types.Lt):
-            parts.append(f"< {item.lt}")
+            upper.append(f"< {item.lt}")
         elif isinstance(item, annotated_types.Le) and abs(item.le) < _HUGE:  # type: ignore[arg-type]
-            parts.append(f"<= {item.le}")
-    return ", ".join(parts)
+            upper.append(f"<= {item.le}")
+    return ", ".join(lower + upper)
 
 
 def _flat(metadata: list[Any]) -> Iterator[Any]:

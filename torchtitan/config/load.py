@@ -50,8 +50,8 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     if config is None or problems:
         raise ConfigError(problems)
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
-    origins |= {name: str(file_name) for name in _leaves(file_values)}
-    origins |= {name: COMMAND_LINE for name in _leaves(_merge({}, command_line.values))}
+    origins |= dict.fromkeys(_leaves(file_values), str(file_name))
+    origins |= dict.fromkeys(_leaves(_merge({}, command_line.values)), COMMAND_LINE)
     return LoadedConfig(config, origins)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from torchtitan.config.section import Names, Section
 
@@ -26,11 +26,19 @@ class Model(Section):
 
 class ActivationCheckpoint(Section):
     mode: Literal["none", "full", "selective"] = "selective"
-    """`full` recomputes every block in the backward, `selective` a part, `none` keeps everything."""
+    """`full` recomputes every block in the backward, `selective` a part of them (see
+    `selective_ac_option`), `none` keeps everything."""
 
     selective_ac_option: str = "2"
     """With `selective`: `op` keeps what is dear to recompute (attention, every second matrix
     product), a number n recomputes every n-th block."""
+
+    @field_validator("selective_ac_option")
+    @classmethod
+    def _op_or_number(cls, value: str) -> str:
+        if value == "op" or (value.isascii() and value.isdigit() and int(value) > 0):
+            return value
+        raise ValueError('is neither "op" nor a positive number. Fix: write "op", or "2" for half')
 
     preserve_rng_state: bool = True
     """Restore the random state for the recomputation; only needed by models with dropout."""

@@ -51,10 +51,10 @@ class Debug(Section):
     """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
 
     cpu_allocator: Literal["tuned", "system"] = "tuned"
-    """On the CPU, `tuned` raises glibc's mmap and trim thresholds at start, `system` leaves them."""
+    """On the CPU, `tuned` raises glibc's mmap and trim thresholds, `system` leaves them alone."""
 
     threads: NonNegativeInt = 0
-    """Threads of a process's CPU operators; 0 divides the cores among the processes of a machine."""
+    """Threads of a process's CPU operators; 0 divides a machine's cores among its processes."""
 
 
 class Parallelism(Section):
@@ -62,7 +62,8 @@ class Parallelism(Section):
     """Copies of the model. With a shard degree of 1 this is DDP, above 1 it is HSDP."""
 
     data_parallel_shard_degree: int = Field(default=-1, ge=-1, le=2**31)
-    """Ranks over which FSDP2 shards parameters, gradients and optimizer state; -1 takes the rest."""
+    """Ranks over which FSDP2 shards parameters, gradients and optimizer state; -1 takes all that
+    are left."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free gathered parameters after the forward: `always`, `never`, or `default` (always, but not

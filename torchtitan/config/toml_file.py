@@ -52,7 +52,8 @@ def _read_text(path: Path, key: str) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(Problem(key, f"cannot be read: {reason}", "make it readable")) from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(Problem(key, "is larger than 1 MB", "this is hardly a config: name another"))
+        fix = "this is hardly a config: name another file"
+        raise ConfigError(Problem(key, "is larger than 1 MB", fix))
     if data.startswith(b"\xef\xbb\xbf"):
         fix = "save it as UTF-8 without BOM"
         raise ConfigError(Problem(f"{key}:1:1", "starts with a byte order mark", fix))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import tomli_w
+from pydantic import BaseModel
 
 from torchtitan.config.job_config import JobConfig
 
@@ -14,8 +15,26 @@ def dump_toml(config: JobConfig) -> str:
 
 def config_toml_text(config: JobConfig) -> str:
     """`dump_toml` with a first comment, for the run folder."""
-    comment = "# Every setting of this run, as it was resolved. It can be trained from like any other."
+    comment = "# Every setting of this run, as it was resolved. Train from it like from any other."
     return f"{comment}\n\n{dump_toml(config)}"
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML on one line; None, which TOML lacks, as `unset`."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_none=True)
+    if isinstance(value, dict):
+        items = [f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items()]
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    if value is None:
+        return "unset"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
+
+
+def _toml_key(key: str) -> str:
+    return tomli_w.dumps({key: 0}).removesuffix(" = 0\n")
 
 
 def _plain(value: Any) -> Any:

@@ -142,8 +142,8 @@ class LRScheduler(Section):
     """Steps in which the learning rate rises linearly to its peak."""
 
     decay_ratio: Fraction | None = None
-    """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from the
-    end of the warmup on."""
+    """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from
+    the end of the warmup on."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the fall."""

@@ -80,7 +80,8 @@ def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool
 def _without_quotes(value: str, kind: str) -> str | None:
     text = value.strip()
     if kind == "bool_type":
-        return f"write {text.lower()}, without quotes" if text.lower() in ("true", "false") else None
+        word = text.lower()
+        return f"write {word}, without quotes" if word in ("true", "false") else None
     try:
         number = float(text)
     except ValueError:

@@ -6,6 +6,7 @@ checked together before anything is joined.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def guess_device_type() -> str:
-    """"cuda" when the machine seems to have a usable GPU, else "cpu"; looks at device files only.
+    """Return "cuda" when the machine seems to have a usable GPU, else "cpu", by its device files.
 
     The exact answer needs torch; this one is for checks that must answer before torch is imported.
     """
@@ -95,7 +96,7 @@ def _read(
     text = environ.get(variable, "").strip()
     if not text:
         return default
-    if not text.isascii() or not text.lstrip("-").isdigit():
+    if not re.fullmatch(r"-?[0-9]+", text):
         faults.append(EnvironmentFault(variable, text, "is not an integer"))
         return default
     if int(text) < least:

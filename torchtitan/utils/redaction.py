@@ -5,7 +5,7 @@ import re
 _SECRET_WORDS = frozenset(
     ["token", "secret", "password", "passwd", "passwort", "apikey", "credential", "credentials"]
 )
-_SECRET_PAIRS = re.compile(r"(api|access|private|auth|ssh)_?key$")
+_SECRET_PAIRS = re.compile(r"(api|access|private|auth|ssh)_key$")
 _SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{16,}"
     r"|sk-[A-Za-z0-9_-]{20,}"
@@ -16,8 +16,10 @@ _SECRET_VALUE = re.compile(
     r"|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"
 )
 _ASSIGNMENT = re.compile(
-    r"""(?ix) ([\w-]*(?:token|secret|passw|credential|(?:api|access|private|auth)[_-]?key)(?![\w-]*path)
-    (?!izer)[\w-]*["']?\s*[=:\s]\s*) ("[^"]*"|'[^']*'|[^\s,}]+)"""
+    r"""(?ix)
+    ( [\w-]* (?: token | secret | passw | credential | (?:api|access|private|auth)[_-]?key )
+      (?!izer) [\w-]* ["']? \s* [=:\s] \s* )
+    ( "[^"]*" | '[^']*' | [^\s,}]+ )"""
 )
 HIDDEN = "<hidden>"
 

@@ -1,0 +1,91 @@
+"""Every spelling of a flag that people use."""
+
+import pytest
+
+from torchtitan.config.cli_args import parse_command_line
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.load import load_config
+
+
+def values(line: str) -> dict[str, object]:
+    parsed = parse_command_line(line.split())
+    assert parsed.problems == []
+    return parsed.values
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--training.steps 5", "training.steps", 5),
+        ("--training.steps=5", "training.steps", 5),
+        ("--training.seq-len 5", "training.seq_len", 5),
+        ("--training.dataloader.num-workers 2", "training.dataloader.num_workers", 2),
+        ("--checkpoint.load_step -1", "checkpoint.load_step", -1),
+        ("--training.steps 1_000", "training.steps", 1000),
+        ("--optimizer.lr 3e-4", "optimizer.lr", 3e-4),
+        ("--optimizer.lr 1", "optimizer.lr", 1.0),
+        ("--data.lanes None", "data.lanes", None),
+        ("--job.description 5", "job.description", "5"),
+        ("--job.description=a=b", "job.description", "a=b"),
+        ("--job.new_run", "job.new_run", True),
+        ("--job.new_run true", "job.new_run", True),
+        ("--job.new_run False", "job.new_run", False),
+        ("--job.new-run=false", "job.new_run", False),
+        ("--no-job.new_run", "job.new_run", False),
+        ("--job.no-new-run", "job.new_run", False),
+        ("--job.no_new_run", "job.new_run", False),
+        ("--model.handlers a b", "model.handlers", ["a", "b"]),
+        ("--model.handlers a,b", "model.handlers", ["a", "b"]),
+        ("--model.handlers=a,b", "model.handlers", ["a", "b"]),
+        ("--model.handlers a, b", "model.handlers", ["a", "b"]),
+        ("--model.handlers ['a','b']", "model.handlers", ["a", "b"]),
+        ("--model.handlers []", "model.handlers", []),
+        ("--model.args.n_layers 4", "model.args.n_layers", 4),
+        ("--model.args.n-layers=4", "model.args.n_layers", 4),
+        ("--model.args.tied true", "model.args.tied", True),
+        ("--model.args.theta 5e5", "model.args.theta", 5e5),
+        ("--model.args.dims [1,2]", "model.args.dims", [1, 2]),
+        ("--model.args {n_layers=4}", "model.args", {"n_layers": 4}),
+        ("--handlers.compile.backend inductor", "handlers.compile.backend", "inductor"),
+        ("run.toml", "job.config_file", "run.toml"),
+    ],
+)
+def test_spelling(line: str, name: str, value: object):
+    (found,) = values(line).items()
+    assert found == (name, value)
+    assert type(found[1]) is type(value)
+
+
+def test_switch_leaves_the_next_argument_alone():
+    assert values("--job.new_run run.toml --job.print_config --training.steps 3") == {
+        "job.new_run": True,
+        "job.config_file": "run.toml",
+        "job.print_config": True,
+        "training.steps": 3,
+    }
+
+
+def test_list_ends_at_the_next_flag():
+    found = values("--model.handlers a b --training.steps 3")
+    assert found == {"model.handlers": ["a", "b"], "training.steps": 3}
+
+
+def test_same_value_twice_is_no_problem():
+    assert values("--training.steps 3 --training.steps=3") == {"training.steps": 3}
+
+
+def test_unknown_flag_takes_its_value_with_it():
+    parsed = parse_command_line(["--training.stepz", "3", "--debug.seed", "1"])
+    assert [problem.key for problem in parsed.problems] == ["--training.stepz"]
+    assert parsed.values == {"debug.seed": 1}
+
+
+@pytest.mark.parametrize("word", ["maybe", "yes", "0"])
+def test_switch_with_something_else_is_refused(word: str):
+    with pytest.raises(ConfigError, match=r"job\.new_run.*true or false"):
+        load_config([f"--job.new_run={word}"])
+
+
+def test_yes_after_a_switch_is_not_taken_for_a_file():
+    with pytest.raises(ConfigError, match=r'job\.new_run = "yes"'):
+        load_config(["--job.new_run", "yes"])

@@ -1,0 +1,73 @@
+"""The mesh and the batch against the number of processes, and the run folder."""
+
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config.checks import check, probe
+from torchtitan.config.facts import Facts
+from torchtitan.config.load import load_config
+
+
+def problems(world_size: int, *arguments: str) -> list[str]:
+    return [str(p) for p in check(Facts(load_config(arguments).config, world_size, "cpu"))]
+
+
+REPLICATE = "--parallelism.data_parallel_replicate_degree"
+SHARD = "--parallelism.data_parallel_shard_degree"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments"),
+    [
+        (1, []),
+        (512, []),
+        (8, [REPLICATE, "2"]),
+        (8, [REPLICATE, "2", SHARD, "4"]),
+        (2, ["--training.global_batch_size", "48"]),
+    ],
+)
+def test_good_meshes(world_size: int, arguments: list[str]):
+    assert problems(world_size, *arguments) == []
+
+
+def test_product_is_said_and_mended():
+    (problem,) = problems(8, REPLICATE, "2", SHARD, "3")
+    assert "data_parallel_replicate_degree 2 x data_parallel_shard_degree 3 = 6" in problem
+    assert "WORLD_SIZE = 8" in problem
+    assert "data_parallel_shard_degree = -1 (which would be 4)" in problem
+
+
+def test_rest_that_does_not_divide():
+    (problem,) = problems(8, REPLICATE, "3")
+    assert "8 processes cannot be divided by data_parallel_replicate_degree 3 = 3" in problem
+    assert "set data_parallel_replicate_degree to 1 or 2 or 4 or 8" in problem
+
+
+def test_batch_numbers_and_nearest_valid_ones():
+    batch = ["--training.local_batch_size", "4", "--training.global_batch_size", "20"]
+    (problem,) = problems(2, *batch)
+    assert "4 x 2 = 8" in problem
+    assert "set it to 16 or 24" in problem
+
+
+def test_batch_is_not_judged_on_a_broken_mesh():
+    (problem,) = problems(8, REPLICATE, "3", "--training.global_batch_size", "7")
+    assert "parallelism" in problem
+
+
+def test_run_folder_that_is_a_file(tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        config = load_config([f"--job.dump_folder={folder}"]).config
+        (problem,) = probe(Facts(config, 1, "cpu"))
+        assert (problem.key, problem.severity) == ("job.dump_folder", "error")
+        assert "is a file" in problem.problem
+
+
+def test_run_folder_is_not_made_by_looking(tmp_path: Path):
+    folder = tmp_path / "a" / "b"
+    config = load_config([f"--job.dump_folder={folder}"]).config
+    assert probe(Facts(config, 1, "cpu")) == []
+    assert list(tmp_path.iterdir()) == []

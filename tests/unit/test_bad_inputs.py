@@ -1,0 +1,244 @@
+"""Bad settings are refused before anything starts, with the key, the reason and a way out.
+
+Each case is a TOML and arguments, the phase that must catch it, and texts that the problem must
+contain. The cases of files and folders are tested beside the code that reads them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.facts import Facts
+from torchtitan.config.load import load_config
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
+
+
+@dataclass
+class Bad:
+    name: str
+    expected: list[str]
+    toml: str | bytes | None = None
+    arguments: list[str] = field(default_factory=list)
+    world_size: int = 1
+
+
+def section(name: str, *lines: str) -> str:
+    return "\n".join([f"[{name}]", *lines]) + "\n"
+
+
+SYNTAX = [
+    Bad("no-file", ["no_such.toml: does not exist"], arguments=["no_such.toml"]),
+    Bad("folder", ["is a folder"], arguments=["/"]),
+    Bad("large", ["is larger than 1 MB"], "#" + "x" * 1_000_001),
+    Bad("syntax", [":2:9", "not valid TOML", "steps = x"], "[training]\nsteps = x\n"),
+    Bad("bom", [":1:1", "byte order mark"], b"\xef\xbb\xbf[training]\n"),
+    Bad("not-utf-8", [":2:2", "is not UTF-8: byte 0xff"], b"[training]\n#\xff\n"),
+    Bad("nul", [":2:2", "NUL byte"], b"[training]\n#\0\n"),
+    Bad("deep", ["nested too deeply"], "a = " + "[" * 20_000),
+    Bad("duplicate-key", [":3:", "steps = 2", "keep one"], "[training]\nsteps = 1\nsteps = 2\n"),
+    Bad("duplicate-table", [":2:", "[job]", "keep one of the two"], "[job]\n[job]\n"),
+    Bad("secret-in-excerpt", ["<hidden>"], 'hf_token = "abcdefgh\n'),
+]
+KEYS = [
+    Bad("section", ["trainign: is not a section", "did you mean [training]?"], "[trainign]\n"),
+    Bad("top-level", ["seed: belongs in section [debug]", "`debug.seed`"], "seed = 1\n"),
+    Bad("top-level-unknown", ["zzz: is not a section", "[training]"], "zzz = 1\n"),
+    Bad(
+        "key",
+        ["is unknown", "did you mean `training.steps`?", "Keys of [training]:", "local_batch_size"],
+        section("training", "step = 1"),
+    ),
+    Bad(
+        "nested-key",
+        ["training.dataloader.workers", "`training.dataloader.num_workers`"],
+        section("training.dataloader", "workers = 1"),
+    ),
+    Bad("wrong-section", ["belongs in section [optimizer]"], section("training", "lr = 1.0")),
+    Bad("renamed", ["`training.local_batch_size`"], section("training", "batch_size = 1")),
+    Bad("renamed-section", ["`model.handlers ="], section("compile", "enable = true")),
+    Bad("quoted", ["did you mean unquoted `training.steps`?"], '"training.steps" = 1\n'),
+    Bad("scalar-section", ["training = 5: is a section"], "training = 5\n"),
+    Bad("flag", ["--training.stepz", "`--training.steps`"], arguments=["--training.stepz", "1"]),
+    Bad("flag-section", ["belongs in section [optimizer]"], arguments=["--training.lr", "1"]),
+    Bad("flag-no", ["--no-training.stepz"], arguments=["--no-training.stepz"]),
+    Bad("flag-no-of-number", ["--no-training.steps"], arguments=["--no-training.steps"]),
+    Bad("flag-no-value", ["--job.no-new-run", "no value"], arguments=["--job.no-new-run=true"]),
+    Bad("single-dash", ["-x: is not a flag"], arguments=["-x"]),
+    Bad("flag-missing-value", ["--training.steps: has no value"], arguments=["--training.steps"]),
+    Bad("flag-empty-value", ["--training.steps: has no value"], arguments=["--training.steps="]),
+    Bad("flag-empty-list", ["--model.handlers: has no value"], arguments=["--model.handlers="]),
+    Bad("free-missing", ["--model.args.dim: has no value"], arguments=["--model.args.dim"]),
+    Bad("bad-literal", ["is not TOML"], arguments=["--optimizer.param_groups", "[{"]),
+    Bad(
+        "flag-twice",
+        ["--training.steps: is given twice, as 1 and as 2"],
+        arguments=["--training.steps", "1", "--training.steps=2"],
+    ),
+    Bad("two-files", ["is given twice"], arguments=["a.toml", "b.toml"]),
+    Bad("handler-scalar", ["handlers.compile = 1: needs a table"], "[handlers]\ncompile = 1\n"),
+    Bad("secret-key", ["looks like a secret", "HF_TOKEN"], section("job", 'hf_token = "abc"')),
+    Bad("secret-table", ["looks like a secret"], section("hub", 'token = "abc"')),
+    Bad("secret-free", ["model.args.api_key"], section("model.args", 'api_key = "abc"')),
+    Bad("secret-flag", ["--hf_token: looks like a secret"], arguments=["--hf_token", "abc"]),
+    Bad(
+        "secret-value",
+        ["job.description: looks like a secret"],
+        section("job", 'description = "hf_abcdefghijklmnopqrstuvwxyz"'),
+    ),
+    Bad(
+        "secret-value-in-flag",
+        ["--job.description: looks like a secret"],
+        arguments=["--job.description", "hf_abcdefghijklmnopqrstuvwxyz"],
+    ),
+    Bad(
+        "secret-list",
+        ["job.custom_import: looks like a secret"],
+        section("job", 'custom_import = ["hf_abcdefghijklmnopqrstuvwxyz"]'),
+    ),
+]
+
+
+def integer(value: str, *expected: str) -> Bad:
+    toml = section("training", f"steps = {value}")
+    return Bad(f"integer {value}", [f"training.steps = {expected[0]}: ", *expected[1:]], toml)
+
+
+def value(where: str, literal: str, *expected: str) -> Bad:
+    table, _, key = where.rpartition(".")
+    return Bad(f"{where} {literal}", [where, *expected], section(table, f"{key} = {literal}"))
+
+
+VALUES = [
+    integer('"8"', '"8"', "needs an integer, and this is text", "write 8, without quotes"),
+    integer("8.0", "8.0", "this is a decimal number", "write 8."),
+    integer("1e3", "1000.0", "write 1000"),
+    integer("8.5", "8.5", "write an integer"),
+    integer("true", "true", "this is a boolean"),
+    integer("1979-05-27", '"1979-05-27"', "this is a date"),
+    integer("{a = 1}", "\"{'a': 1}\"", "this is a table"),
+    integer("[1]", "[1]", "this is a list"),
+    integer("nan", "nan", "needs an integer"),
+    integer("9223372036854775808", "9223372036854775808", "does not fit in 64 bits"),
+    integer("0", "0", "must be more than 0", "choose a number > 0; the default is 10000"),
+    value("training.seq_len", "0", "more than 0"),
+    value("training.local_batch_size", "-1", "more than 0"),
+    value("training.global_batch_size", "-2", "at least -1"),
+    value("training.gc_freq", "0", "more than 0"),
+    value("training.max_norm", "0.0", "more than 0"),
+    value("training.max_norm", "nan", "training.max_norm = nan"),
+    value("training.dtype", '"float16"', "is not a choice", "bfloat16"),
+    value("training.dtype", "16", "is not a choice"),
+    value("training.mixed_precision_param", '"bf16"', "choose from"),
+    value("training.document_mask", "1", "needs true or false, and this is an integer"),
+    value("training.document_mask", '"true"', "write true, without quotes"),
+    value("training.dataset_path", "5", 'write "5"'),
+    value("training.dataloader.num_workers", "-1", "at least 0"),
+    value("training.dataloader.prefetch_factor", "0", "more than 0"),
+    value("metrics.log_freq", "0", "more than 0"),
+    value("checkpoint.interval", "0", "more than 0"),
+    value("checkpoint.load_step", "-2", "at least -1"),
+    value("comm.init_timeout_seconds", "0", "more than 0"),
+    value("comm.train_timeout_seconds", "-5", "more than 0"),
+    value("optimizer.lr", "-1.0", "at least 0"),
+    value("optimizer.lr", "nan", "not a finite number"),
+    value("optimizer.lr", "inf", "not a finite number"),
+    value("optimizer.lr", "true", "this is a boolean"),
+    value("optimizer.beta1", "1.0", "less than 1", ">= 0, < 1"),
+    value("optimizer.beta2", "-0.1", "at least 0"),
+    value("optimizer.eps", "0.0", "more than 0"),
+    value("optimizer.weight_decay", "-0.1", "at least 0"),
+    value("optimizer.name", '"adamw"', 'did you mean "AdamW"?'),
+    value("lr_scheduler.decay_ratio", "1.5", "at most 1"),
+    value("lr_scheduler.min_lr_factor", "-0.5", "at least 0"),
+    value("lr_scheduler.decay_type", '"cosin"', 'did you mean "cosine"?', "linear, sqrt, cosine"),
+    value("debug.seed", "-1", "at least 0"),
+    value("debug.seed", "9223372036854775808", "does not fit in 64 bits"),
+    value("job.device", '"gpu"', "choose from auto, cpu, cuda"),
+    value("job.custom_import", '"a.b"', "needs a list", 'write ["a.b"]'),
+    value("model.handlers", '["a", 1]', "model.handlers[1] = 1"),
+    value("model.args", "5", "is a section"),
+    value("model.args.rope_theta", "inf", "is not a finite number"),
+    value("model.args.dim", "9223372036854775808", "does not fit in 64 bits"),
+    value("model.args.date", "1979-05-27", "is a date"),
+    value("activation_checkpoint.mode", '"selectiv"', 'did you mean "selective"?'),
+    value("activation_checkpoint.selective_ac_option", '"0"', 'neither "op" nor'),
+    value("activation_checkpoint.selective_ac_option", "2", 'write "2"'),
+    value("optimizer.param_groups", '[{patern = "a"}]', "did you mean `pattern`?", "is missing"),
+    value("optimizer.param_groups", '[{pattern = "a", lr_factor = 0.0}]', "[0].lr_factor"),
+    Bad(
+        "flag-type",
+        ['training.steps = "8.0": needs an integer. Fix: write an integer'],
+        arguments=["--training.steps", "8.0"],
+    ),
+    Bad("flag-choice", ["job.device"], arguments=["--job.device", "tpu"]),
+]
+
+
+@pytest.mark.parametrize("bad", [*SYNTAX, *KEYS, *VALUES], ids=lambda bad: bad.name)
+def test_refused_when_loading(bad: Bad, tmp_path: Path):
+    message = problems_of_loading(bad, tmp_path)
+    for text in bad.expected:
+        assert text in message
+    assert "Fix: " in message
+    assert "hf_abcdefghijklmnopqrstuvwxyz" not in message
+    assert "abcdefgh\n" not in message
+
+
+def problems_of_loading(bad: Bad, folder: Path) -> str:
+    arguments = list(bad.arguments)
+    if bad.toml is not None:
+        path = folder / "bad.toml"
+        text = bad.toml if isinstance(bad.toml, bytes) else bad.toml.encode()
+        path.write_bytes(text)
+        arguments.append(str(path))
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    return str(caught.value)
+
+
+ARITHMETIC_CASES = [
+    Bad("world", ["WORLD_SIZE = 8", "= 4"], None, ["parallelism.data_parallel_shard_degree=4"], 8),
+    Bad("zero", ["at least 1, or -1"], None, ["parallelism.data_parallel_shard_degree=0"], 1),
+    Bad("rest", ["cannot be divided"], None, ["parallelism.data_parallel_replicate_degree=3"], 8),
+    Bad("tensor", ["not available"], None, ["parallelism.tensor_parallel_degree=2"], 2),
+    Bad("context", ["not available"], None, ["parallelism.context_parallel_degree=2"], 2),
+    Bad("pipeline", ["not available"], None, ["parallelism.pipeline_parallel_degree=2"], 2),
+    Bad("batch", ["8 x 2 = 16", "16 or 32"], None, ["training.global_batch_size=24"], 2),
+    Bad("small-batch", ["8 x 2 = 16", "to 16,"], None, ["training.global_batch_size=8"], 2),
+    Bad("batch-zero", ["at least 1, or -1"], None, ["training.global_batch_size=0"], 1),
+    Bad("lanes", ["data.lanes"], None, ["data.lanes=3"], 1),
+    Bad("lanes-mesh", ["data.lanes", "2"], None, ["data.lanes=1"], 2),
+    Bad("dataset", ['did you mean "stdlib"?'], None, ["training.dataset=stdlb"], 1),
+    Bad("flavor", ["model.flavor", "8B"], None, ["model.flavor=9B"], 1),
+    Bad("family", ['did you mean "llama3"?'], None, ["model.name=llama"], 1),
+    Bad("args", ["n_layers"], None, ["model.args.n_layer=2"], 1),
+    Bad("heads", ["model.args.n_heads"], None, ["model.args.n_heads=7"], 1),
+    Bad("layers", ["model.args.n_layers"], None, ["model.args.n_layers=0"], 1),
+    Bad("warmup", ["lr_scheduler.warmup_steps"], None, ["training.steps=10"], 1),
+]
+
+
+@pytest.mark.parametrize("bad", ARITHMETIC_CASES, ids=lambda bad: bad.name)
+def test_refused_by_arithmetic(bad: Bad):
+    defaults = {"training.dataset": "stdlib"}
+    given = dict(pair.split("=") for pair in bad.arguments)
+    arguments = [f"--{key}={value}" for key, value in (defaults | given).items()]
+    facts = Facts(load_config(arguments).config, bad.world_size, "cpu")
+    message = "\n".join(map(str, errors_of(preflight(facts, [ARITHMETIC]))))
+    for text in bad.expected:
+        assert text in message
+    assert "Fix: " in message
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "run.toml"
+    path.write_text("")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"run\.toml: cannot be read: Permission denied"):
+        load_config([str(path)])

@@ -1,0 +1,206 @@
+"""The command as users start it: exit statuses, what is printed where, and no torch before need."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_server import ROOT, CliServer
+
+import torchtitan
+
+GOOD = ["--training.dataset=stdlib", "--training.seq_len=256"]
+
+
+@pytest.fixture(scope="module")
+def torchless() -> Iterator[CliServer]:
+    """Where importing torch fails."""
+    server = CliServer("--without-torch")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def cli() -> Iterator[CliServer]:
+    server = CliServer()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "usage: torchtitan WORD"),
+        (["--help"], "train from a TOML"),
+        (["--version"], torchtitan.__version__),
+        (["train", "--help"], "--training.seq_len"),
+        (["config"], "usage: torchtitan config"),
+        (["config", "schema"], '"title": "torchtitan run"'),
+        (["config", "docs"], "# Config reference"),
+        (["config", "show", "--training.steps=5"], "# command line"),
+        (["list", "models"], "llama3"),
+        (["list", "datasets"], "stdlib"),
+        (["list", "handlers"], "compile"),
+        (["list"], "datasets:"),
+    ],
+)
+def test_words_work_without_torch(torchless: CliServer, arguments: list[str], expected: str):
+    result = torchless.run(*arguments)
+    assert (result.status, result.stderr) == (0, "")
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["trian"], {}, 'did you mean "train"?'),
+        (["config", "shwo"], {}, 'did you mean "show"?'),
+        (["config", "schema", "x"], {}, "takes no arguments"),
+        (["list", "modles"], {}, 'did you mean "models"?'),
+        (["train", "no_such.toml"], {}, "does not exist"),
+        (["train", "--training.stepz=1"], {}, "did you mean `--training.steps`?"),
+        (["train", "--check=half"], {}, "--check full"),
+        (["train", *GOOD], {"WORLD_SIZE": "two"}, "WORLD_SIZE = two: is not an integer"),
+        (["train", *GOOD], {"WORLD_SIZE": "2"}, "launch with torchrun"),
+        (["train", *GOOD], {"WORLD_SIZE": "2", "RANK": "2"}, "MASTER_ADDR: is missing"),
+        (["train", *GOOD, "--check"], {"WORLD_SIZE": "x"}, "WORLD_SIZE = x"),
+        (["train", *GOOD, "--data.lanes=3"], {}, "data.lanes = 3"),
+        (["train", *GOOD, "--model.flavor=9B"], {}, "model.flavor"),
+    ],
+)
+def test_config_errors_are_told_without_torch(
+    torchless: CliServer, arguments: list[str], environment: dict[str, str], expected: str
+):
+    result = torchless.run(*arguments, **environment)
+    assert result.status == 2
+    assert result.stdout == ""
+    assert expected in result.stderr
+    assert "nothing was started" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_only_rank_0_tells(torchless: CliServer):
+    """But for what only one process can see, such as its own variables."""
+    result = torchless.run("train", "--training.steps=0", RANK="1", WORLD_SIZE="2")
+    assert (result.status, result.stderr) == (2, "")
+
+
+def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, tmp_path: Path):
+    (tmp_path / "file").touch()
+    result = torchless.run("train", *GOOD, f"--job.dump_folder={tmp_path / 'file'}")
+    assert result.status == 2
+    assert "job.dump_folder" in result.stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 6])
+def test_check_prints_the_resolved_run(cli: CliServer, world_size: int):
+    replicate = "--parallelism.data_parallel_replicate_degree=3" if world_size == 6 else ""
+    arguments = [*GOOD, "--training.local_batch_size=2", "--training.global_batch_size=24"]
+    result = cli.run(
+        *["train", "--check", *arguments, *filter(None, [replicate])],
+        WORLD_SIZE=str(world_size),
+    )
+    assert result.status == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("ok: llama3 debugmodel on ")
+    mesh = "1 (replicate) x 1 (shard)" if world_size == 1 else "3 (replicate) x 2 (shard)"
+    assert mesh in line
+    assert f"2 x {12 // world_size} per rank" in line
+    assert "24 sequences of 256 tokens; 24 lanes" in line
+
+
+def test_check_takes_absent_files_for_warnings_and_full_check_does_not(cli: CliServer):
+    arguments = ["train", "--training.dataset_path=/no/such.jsonl", "--training.seq_len=256"]
+    plain = cli.run(*arguments, "--check")
+    assert plain.status == 0, plain.stderr
+    assert "warning: training.dataset_path" in plain.stderr
+    full = cli.run(*arguments, "--check", "full")
+    assert full.status == 2
+    assert "error: training.dataset_path" in full.stderr
+
+
+def test_full_check_looks_at_the_hardware(cli: CliServer):
+    arguments = ["train", *GOOD, "--job.device=cuda"]
+    assert cli.run(*arguments, "--check").status == 0
+    full = subprocess.run(
+        [sys.executable, "-m", "torchtitan.cli", *arguments, "--check=full"],
+        env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert full.returncode == 2
+    assert 'job.device = "cuda": no CUDA device can be used' in full.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        ("", "no_such_module", 'no module is named "no_such_module"'),
+        ("", "own_empty.missing", 'no module is named "own_empty'),
+        ("", "./own.py", "is not the dotted name of a module"),
+        ("import no_such_dependency", "own_broken", "No module named 'no_such_dependency'"),
+        ("1 / 0", "own_raising", "ZeroDivisionError"),
+    ],
+)
+def test_custom_import_that_fails(
+    torchless: CliServer, tmp_path: Path, source: str, name: str, expected: str
+):
+    if name.startswith("own"):
+        (tmp_path / f"{name.partition('.')[0]}.py").write_text(source)
+    result = torchless.run(
+        *["train", *GOOD, f"--job.custom_import={name}"],
+        search=tmp_path,
+    )
+    assert result.status == 2
+    assert "job.custom_import" in result.stderr
+    assert expected in result.stderr
+
+
+def test_custom_import_registers_before_the_check_and_says_so(cli: CliServer, tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "from torchtitan.data.registry import register_dataset, datasets\n"
+        "register_dataset('own', datasets()['stdlib'].factory)\n"
+    )
+    result = cli.run(
+        *["train", "--training.dataset=own", "--training.seq_len=256", "--check"],
+        "--job.custom_import=own",
+        search=tmp_path,
+    )
+    assert result.status == 0, result.stderr
+    assert f"imported own from {tmp_path / 'own.py'} (sha256 " in result.stderr
+
+
+def test_current_folder_is_not_searched_for_custom_imports(tmp_path: Path):
+    """Started as the installed command is: by a script that lies elsewhere."""
+    (tmp_path / "sneaky.py").write_text("raise SystemExit('ran')")
+    program = "import sys; sys.path.remove(''); import torchtitan.cli as cli; sys.exit(cli.main())"
+    arguments = ["train", *GOOD, "--job.custom_import=sneaky"]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert 'no module is named "sneaky"' in result.stderr
+
+
+def test_schema_is_json(torchless: CliServer):
+    assert json.loads(torchless.run("config", "schema").stdout)["type"] == "object"
+
+
+def test_doctor_names_what_is_there(cli: CliServer):
+    result = cli.run("doctor")
+    assert result.status == 0, result.stdout
+    for word in ("python", "torch:", "gloo", "GPU", "disk"):
+        assert word in result.stdout
+
+
+def test_doctor_finds_a_broken_torch(torchless: CliServer):
+    result = torchless.run("doctor")
+    assert result.status == 1
+    assert "MISSING torch: cannot be imported" in result.stdout

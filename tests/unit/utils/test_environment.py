@@ -1,0 +1,73 @@
+"""The launcher's variables: consistent, or refused together."""
+
+import pytest
+
+from torchtitan.utils.environment import (
+    EnvironmentFaults,
+    ProcessEnvironment,
+    is_quiet_rank,
+    read_environment,
+    read_world_size,
+)
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_no_launcher_is_one_process():
+    assert read_environment({}) == ProcessEnvironment(0, 1, 0, 1, launched=False)
+    assert not read_environment({"WORLD_SIZE": "1"}).launched
+
+
+def test_torchrun():
+    expected = ProcessEnvironment(5, 8, 1, 4, launched=True)
+    assert read_environment(TORCHRUN) == expected
+
+
+def test_torchrun_with_one_process_has_a_rendezvous_to_join():
+    one = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert read_environment(one).launched
+
+
+@pytest.mark.parametrize(
+    ("change", "variable", "words"),
+    [
+        ({"WORLD_SIZE": "eight"}, "WORLD_SIZE", "not an integer"),
+        ({"WORLD_SIZE": "8.0"}, "WORLD_SIZE", "not an integer"),
+        ({"WORLD_SIZE": "--8"}, "WORLD_SIZE", "not an integer"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE", "at least 1"),
+        ({"RANK": "-1"}, "RANK", "at least 0"),
+        ({"RANK": "8"}, "RANK", "below WORLD_SIZE = 8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK", "below LOCAL_WORLD_SIZE = 4"),
+        ({"RANK": ""}, "RANK", "missing"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE", "missing"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK", "missing"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR", "missing although RANK"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT", "missing"),
+    ],
+)
+def test_contradictions(change: dict[str, str], variable: str, words: str):
+    with pytest.raises(EnvironmentFaults) as caught:
+        read_environment(TORCHRUN | change)
+    faults = {fault.variable: fault for fault in caught.value.faults}
+    assert words in faults[variable].problem
+    assert "torchrun" in faults[variable].fix
+
+
+def test_world_size_alone_is_enough_to_check_a_config():
+    assert read_world_size({"WORLD_SIZE": "512"}) == 512
+    assert read_world_size({}) == 1
+    with pytest.raises(EnvironmentFaults):
+        read_world_size({"WORLD_SIZE": "many"})
+
+
+def test_only_rank_0_speaks():
+    assert not is_quiet_rank({})
+    assert not is_quiet_rank({"RANK": "0"})
+    assert is_quiet_rank({"RANK": "3"})

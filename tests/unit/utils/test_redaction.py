@@ -1,0 +1,65 @@
+"""Secrets are recognised, and settings that merely sound like one are not."""
+
+import pytest
+
+from torchtitan.config.fields import known_keys
+from torchtitan.utils.redaction import holds_a_secret, names_a_secret, redact
+
+HF = "hf_" + "aB3" * 10
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hf_token",
+        "token",
+        "HF-TOKEN",
+        "wandb.api_key",
+        "apikey",
+        "secret",
+        "my_password",
+        "aws_access_key",
+        "ssh_key",
+        "credentials",
+    ],
+)
+def test_names(key: str):
+    assert names_a_secret(key)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_path", "num_tokens_seen", "keep_latest_k", "monkey"])
+def test_names_of_other_things(key: str):
+    assert not names_a_secret(key)
+
+
+def test_no_setting_is_called_like_a_secret():
+    assert [name for name in known_keys() if names_a_secret(name)] == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [HF, "ghp_" + "a1" * 15, "sk-" + "Ab3-" * 8, "AKIA" + "ABCD1234" * 2, "https://me:word@host/x"],
+)
+def test_values(value: str):
+    assert holds_a_secret(f"x {value} y")
+    assert value.split("//")[-1].split("@")[0] not in redact(f"x {value} y")
+
+
+@pytest.mark.parametrize("value", ["./outputs", "hf_model", "https://host:80/x", "sk-small", ""])
+def test_plain_values(value: str):
+    assert not holds_a_secret(value)
+    assert redact(value) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('hf_token = "abc"', "hf_token = <hidden>"),
+        ('{"api_key": "abc", "x": 1}', '{"api_key": <hidden>, "x": 1}'),
+        ("--hf_token abc --steps 3", "--hf_token <hidden> --steps 3"),
+        ("password=abc", "password=<hidden>"),
+        ('tokenizer_path = "bytes"', 'tokenizer_path = "bytes"'),
+    ],
+)
+def test_redact_assignments(text: str, shown: str):
+    assert redact(text) == shown

@@ -1,0 +1,96 @@
+"""The reference page of the config, made from the table of keys."""
+
+from collections.abc import Iterator, Mapping
+
+from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
+from torchtitan.config.section import Section
+from torchtitan.config.toml_text import toml_value
+from torchtitan.config.training_sections import ParamGroup
+
+_HEAD = """# Config reference
+
+<!-- Made by scripts/make_config_docs.py from the sections in torchtitan/config. Do not edit. -->
+
+A run is described by one TOML file. Every key can also be given on the command line, which wins:
+`--training.steps 100`, `--job.new_run`, `--job.no_new_run`, `--model.handlers a,b`. `-` and `_` are
+the same there. `torchtitan config show FILE` prints the resolved values and where each came from,
+`torchtitan config schema` a JSON schema for editors, and `torchtitan train FILE --check` says
+whether the run could start, for the number of processes in `WORLD_SIZE` (1 when unset), without
+looking at this machine's hardware (`--check full` does).
+
+Unknown keys, wrong types and values out of range are errors; all of them are reported at once.
+`unset` means that the key has no value unless it is given.
+"""
+
+_KINDS = {
+    "bool": "true or false",
+    "int": "integer",
+    "float": "number",
+    "str": "text",
+    "strings": "list of texts",
+    "table": "table",
+    "tables": "list of tables",
+}
+
+
+def reference_page(
+    model_args: Mapping[str, type[Section]], handlers: Mapping[str, type[Section]]
+) -> str:
+    """`docs/config.md`. The free-form tables' models come from their registries: by the name of the
+    family what `model.args` may hold, by the name of the handler what `[handlers.NAME]` may."""
+    return "\n".join([_HEAD, *_sections(model_args, handlers)]).rstrip() + "\n"
+
+
+def _sections(
+    model_args: Mapping[str, type[Section]], handlers: Mapping[str, type[Section]]
+) -> Iterator[str]:
+    for section, doc in known_sections().items():
+        if section == "model.args":
+            for family, args in model_args.items():
+                yield f"## [model.args] of {family}\n\n{_one_line(doc)}\n"
+                yield _table(keys_of(args), defaults=False)
+            continue
+        if section == "handlers":
+            yield f"## [handlers.NAME]\n\n{_one_line(doc)}\n"
+            for name, settings in handlers.items():
+                yield f"### [handlers.{name}]\n"
+                yield _table(keys_of(settings))
+            continue
+        yield f"## [{section}]\n\n{_one_line(doc)}\n"
+        yield _table([key for key in known_keys().values() if key.section == section])
+        if section == "optimizer":
+            yield "Each table of `param_groups` has:\n"
+            yield _table(keys_of(ParamGroup))
+
+
+def _table(keys: list[Key], defaults: bool = True) -> str:
+    """A row a key. Hyper-parameters have no column of defaults: those are the flavor's."""
+    if not defaults:
+        rows = ["| key | value | |", "|---|---|---|"]
+        rows += [f"| `{key.last_name}` | {_values(key)} | {_cell(key.doc)} |" for key in keys]
+        return "\n".join(rows) + "\n"
+    rows = ["| key | value | default | |", "|---|---|---|---|"]
+    for key in keys:
+        required = key.default is None and not key.optional
+        default = "required" if required else _code(toml_value(key.default))
+        rows.append(f"| `{key.last_name}` | {_values(key)} | {default} | {_cell(key.doc)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _values(key: Key) -> str:
+    if key.choices:
+        return ", ".join(f'`"{choice}"`' for choice in key.choices)
+    bounds = f" {key.bounds}" if key.bounds else ""
+    return _KINDS[key.kind] + bounds
+
+
+def _code(text: str) -> str:
+    return text if text == "unset" else f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,58 @@
+"""A resolved config as TOML in which every line says where its value came from."""
+
+from typing import Any
+
+from torchtitan.config.fields import free_table_of, known_keys, known_sections
+from torchtitan.config.load import DEFAULT, LoadedConfig
+from torchtitan.config.toml_text import toml_value
+
+
+def show_config(loaded: LoadedConfig) -> str:
+    """The config as TOML that loads to itself; unset keys are comments."""
+    values = loaded.config.model_dump()
+    blocks = []
+    for section in known_sections():
+        table: Any = values
+        for part in section.split("."):
+            table = table[part]
+        lines = _free_lines(section, table) if section in known_keys() else _lines(section, table)
+        rows = [(line, loaded.origins.get(name, DEFAULT)) for name, line in lines]
+        if rows or section not in known_keys():
+            blocks.append(f"[{section}]\n" + _aligned(rows))
+    return "\n\n".join(blocks)
+
+
+def _lines(section: str, table: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for key in known_keys().values():
+        if key.section == section and key.kind != "table":
+            value = table[key.last_name]
+            text = f"{key.last_name} = {toml_value(_without_none(value))}"
+            lines.append((key.name, f"# {text}" if value is None else text))
+    return lines
+
+
+def _free_lines(section: str, table: dict[str, Any]) -> list[tuple[str, str]]:
+    """Free-form tables as dotted keys, so that each value keeps its own origin."""
+    lines = []
+    for key, value in table.items():
+        name = f"{section}.{key}"
+        if isinstance(value, dict) and free_table_of(name) and value:
+            inner = _free_lines(name, value)
+            lines += [(inner_name, f"{key}.{line}") for inner_name, line in inner]
+        else:
+            lines.append((name, f"{key} = {toml_value(value)}"))
+    return lines
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _aligned(rows: list[tuple[str, str]]) -> str:
+    width = min(48, max((len(line) for line, _ in rows), default=0))
+    return "\n".join(f"{line:<{width}}  # {origin}" for line, origin in rows)
