@@ -290,9 +290,7 @@ class Checkpointer:
                 return found
             faults.append(fault)
             if load_step < 0:
-                on_main(
-                    self.world, what, lambda step=step, fault=fault: self._quarantine(step, fault)
-                )
+                on_main(self.world, what, partial(self._quarantine, step, fault))
         if not faults:
             return None
         raise CheckpointError(

@@ -284,8 +284,10 @@ def _decision(
 
 def _resolved(config: JobConfig, decision: Decision) -> JobConfig:
     training = config.training.model_copy(update={"global_batch_size": decision.global_batch_size})
+    # Kept, it would move this very run aside when somebody trains from its config.toml.
+    job = config.job.model_copy(update={"new_run": False})
     data = config.data.model_copy(update={"lanes": decision.num_lanes})
-    return config.model_copy(update={"training": training, "data": data})
+    return config.model_copy(update={"job": job, "training": training, "data": data})
 
 
 def _lock(path: Path) -> FolderLock:

@@ -1,0 +1,261 @@
+"""Checkpoints across meshes, to the bit; which steps stay, which is taken, which is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.faults.saving import Trainer, make_checkpointer, recover, save_steps
+from tests.pool import GlooPool
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.config import CheckpointError, ConfigError
+from torchtitan.distributed.world import World
+
+MESHES = [(1, "shard"), (2, "shard"), (4, "shard"), (4, "hybrid"), (2, "copy")]
+LEGS = [(before, after) for before in MESHES for after in MESHES if before != after]
+
+
+def run_leg(world: World, folder: str, cut: str, start: int, stop: int) -> dict[str, str]:
+    """Go on from step `start` (0: from nothing) to `stop`, and save there."""
+    trainer, checkpointer = (
+        Trainer(world, 0 if start == 0 else 5, cut),
+        make_checkpointer(world, folder),
+    )
+    found = checkpointer.find()
+    assert (found.step if found else 0) == start
+    if found:
+        checkpointer.load(found, trainer.tensors())
+    for step in range(start + 1, stop + 1):
+        trainer.train_step(step)
+    checkpointer.save(stop, trainer.tensors(), {})
+    return trainer.content()
+
+
+def load_content(world: World, folder: str, cut: str) -> dict[str, str]:
+    trainer, checkpointer = Trainer(world, 5, cut), make_checkpointer(world, folder)
+    found = checkpointer.find()
+    assert found is not None
+    checkpointer.load(found, trainer.tensors())
+    return trainer.content()
+
+
+@pytest.mark.parametrize("before, after", LEGS, ids=lambda mesh: f"{mesh[0]}-{mesh[1]}")
+def test_other_mesh_same_bits(
+    gloo_pool: GlooPool, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    saved = gloo_pool.run(before[0], run_leg, str(tmp_path), before[1], 0, 2)
+    loaded = gloo_pool.run(after[0], load_content, str(tmp_path), after[1])
+    assert all(content == saved[0] for content in [*saved, *loaded])
+
+
+def test_chain_of_resumes_is_one_run(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """The optimizer's step count and moments come along, through three meshes."""
+    whole = gloo_pool.run(1, run_leg, str(tmp_path / "whole"), "shard", 0, 6)[0]
+    gloo_pool.run(1, run_leg, str(tmp_path / "parts"), "shard", 0, 2)
+    gloo_pool.run(2, run_leg, str(tmp_path / "parts"), "copy", 2, 4)
+    last = gloo_pool.run(2, run_leg, str(tmp_path / "parts"), "shard", 4, 6)[0]
+    assert last == whole
+
+
+def save_stage(world: World, folder: str) -> None:
+    """Every rank holds another layer, as pipeline stages do."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 3) for _ in range(world.world_size)]
+    stage = nn.ModuleDict({str(world.rank): layers[world.rank]})
+    optimizer = torch.optim.AdamW(stage.parameters())
+    tensors = {**model_tensors([stage]), **optimizer_tensors([stage], [optimizer])}
+    make_checkpointer(world, folder).save(1, tensors, {"rank": world.rank})
+
+
+def load_stages(world: World, folder: str, layers: int) -> tuple[list[float], Any]:
+    parts = [
+        nn.ModuleDict({str(index): nn.Linear(3, 3)})
+        for index in range(layers)
+        if index % world.world_size == world.rank
+    ]
+    optimizers = [torch.optim.AdamW(part.parameters()) for part in parts]
+    tensors = {**model_tensors(parts), **optimizer_tensors(parts, optimizers)}
+    checkpointer = make_checkpointer(world, folder)
+    found = checkpointer.find()
+    assert found is not None
+    state = checkpointer.load(found, tensors)
+    return [float(tensors[name].sum()) for name in sorted(tensors) if "weight" in name], state
+
+
+def test_ranks_may_hold_different_tensors(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    gloo_pool.run(4, save_stage, str(tmp_path))
+    whole, state = gloo_pool.run(1, load_stages, str(tmp_path), 4)[0]
+    assert state == {"rank": 0}
+    halves = gloo_pool.run(2, load_stages, str(tmp_path), 4)
+    assert sorted(whole) == sorted([*halves[0][0], *halves[1][0]])
+    assert len(set(whole)) > 4
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+def load_changed(world: World, folder: str, change: str) -> tuple[str, bool]:
+    trainer = Trainer(world, 5)
+    tensors = trainer.tensors()
+    if change == "dtype" and world.rank == 1:
+        tensors["0.weight"] = tensors["0.weight"].to(torch.bfloat16)
+    elif change == "shape":
+        tensors["1.weight"] = torch.zeros(3, 6)
+    elif change == "missing":
+        tensors["2.weight"] = torch.zeros(3)
+    elif change == "extra":
+        del tensors["optimizer.0.bias.exp_avg"]
+    before = trainer.content()
+    checkpointer = make_checkpointer(world, folder)
+    found = checkpointer.find()
+    assert found is not None
+    try:
+        checkpointer.load(found, tensors)
+    except CheckpointError as error:
+        return str(error), trainer.content() == before
+    return "", False
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ("dtype", "0.weight is float32 [5, 7] in it, bfloat16 [5, 7] in the run"),
+        ("shape", "1.weight is float32 [3, 5] in it, float32 [3, 6] in the run"),
+        ("missing", "2.weight is not in it"),
+        ("extra", "optimizer.0.bias.exp_avg is only in it"),
+    ],
+)
+def test_misfit_is_refused_untouched(
+    gloo_pool: GlooPool, tmp_path: Path, change: str, text: str
+) -> None:
+    """DCP alone ignores extra names, casts types, and notices the rest half-way."""
+    gloo_pool.run(2, save_steps, str(tmp_path), 1)
+    for message, untouched in gloo_pool.run(2, load_changed, str(tmp_path), change):
+        assert text in message
+        assert untouched
+
+
+def save_model_only(world: World, folder: str) -> list[str]:
+    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
+    model = model_tensors([trainer.model])
+    checkpointer.save(3, model, {}, model_only=True)
+    found = checkpointer.find()
+    assert found is not None and found.model_only
+    checkpointer.load(found, model)
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.load(found, trainer.tensors())
+    return [str(caught.value)]
+
+
+def test_model_only(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    for (message,) in gloo_pool.run(2, save_model_only, str(tmp_path)):
+        assert "holds the model only" in message
+    assert gloo_pool.run(1, recover, str(tmp_path))[0]["untouched"]
+
+
+# --- which steps stay -----------------------------------------------------------------------------
+
+
+def resume_and_save(
+    world: World, folder: str, load_step: int, steps: int, section: Any
+) -> list[int]:
+    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **section)
+    found = checkpointer.find(load_step)
+    assert found is not None
+    checkpointer.load(found, trainer.tensors())
+    for step in range(found.step + 1, found.step + steps + 1):
+        trainer.train_step(step)
+        checkpointer.save(step, trainer.tensors(), {})
+    return checkpointer.steps()
+
+
+def test_retention(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """The newest stay, and the step resumed from as long as the job that resumed from it runs."""
+    keep_two = {"keep_latest_k": 2}
+    gloo_pool.run(1, save_steps, str(tmp_path), 4, keep_two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4"]
+    assert gloo_pool.run(1, resume_and_save, str(tmp_path), -1, 4, keep_two)[0] == [4, 7, 8]
+    assert gloo_pool.run(1, resume_and_save, str(tmp_path), -1, 1, keep_two)[0] == [8, 9]
+    keep_all = {"keep_latest_k": 0}
+    assert gloo_pool.run(1, resume_and_save, str(tmp_path), -1, 2, keep_all)[0] == [8, 9, 10, 11]
+
+
+def test_rewind(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Going back needs to be allowed, and moves the later steps aside instead of deleting them."""
+    gloo_pool.run(2, save_steps, str(tmp_path), 5)
+    error = gloo_pool.run(2, recover, str(tmp_path), 2)[0]["error"]
+    assert "step-5 is later" in error and "checkpoint.allow_rewind" in error
+    section = {"allow_rewind": True, "keep_latest_k": 2}
+    assert gloo_pool.run(2, resume_and_save, str(tmp_path), 2, 1, section)[0] == [2, 3]
+    rewound = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.glob("rewound-*"))
+    assert rewound == ["rewound-step-3", "rewound-step-4", "rewound-step-5"]
+
+
+def save_below(world: World, folder: str) -> list[int]:
+    trainer = Trainer(world)
+    checkpointer = make_checkpointer(world, folder, keep_latest_k=2)
+    for step in (10, 11, 12):
+        checkpointer.save(step, trainer.tensors(), {})
+    return checkpointer.steps()
+
+
+def test_later_steps_are_neither_counted_nor_deleted(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    def plant(step: int) -> None:
+        os.rename(tmp_path / "step-1", tmp_path / f"step-{step}")
+
+    gloo_pool.run(1, save_steps, str(tmp_path), 1)
+    plant(80)
+    assert gloo_pool.run(1, save_below, str(tmp_path))[0] == [11, 12]
+    assert (tmp_path / "step-80" / "manifest.json").exists()
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def open_in_own_folder(world: World, folder: str) -> str:
+    from torchtitan.checkpoint import checkpointer as module
+
+    module._SHARED_WAIT_SECONDS = 0.3
+    own = Path(folder) / str(world.rank)
+    own.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        make_checkpointer(world, str(own))
+    return str(caught.value)
+
+
+def test_machines_without_a_shared_folder(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    for message in gloo_pool.run(2, open_in_own_folder, str(tmp_path)):
+        assert "rank 1" in message and "all machines share" in message
+    assert not list((tmp_path / "0").iterdir())
+
+
+def need_space(world: World, folder: str) -> str:
+    from torchtitan.checkpoint import checkpointer as module
+
+    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
+    checkpointer.require_space(trainer.tensors())
+    real = module.shutil.disk_usage
+    module.shutil.disk_usage = lambda path: real(path)._replace(free=500)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            checkpointer.require_space(trainer.tensors())
+    finally:
+        module.shutil.disk_usage = real
+    return str(caught.value)
+
+
+def test_space_is_looked_for_at_the_start(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    for message in gloo_pool.run(2, need_space, str(tmp_path)):
+        assert message.startswith("checkpoint.folder = ") and "GiB are free" in message
+
+
+def test_folder_that_anybody_may_write_to(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    gloo_pool.run(2, save_steps, str(tmp_path), 1)
+    tmp_path.chmod(0o777)
+    results = gloo_pool.run(2, recover, str(tmp_path))
+    assert "checkpoint.trust_path" in results[1]["error"]
+    trusting = gloo_pool.run(2, recover, str(tmp_path), -1, {"trust_path": True})
+    assert trusting[0]["step"] == 1

@@ -1,0 +1,123 @@
+"""What the checkpoint tests run on every rank: a small sharded model that trains, saves, loads."""
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.config import CheckpointError
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.world import World
+
+RUN_ID = "abc123"
+
+
+class Trainer:
+    """A model whose shards are uneven (and, on four ranks, partly empty), with its optimizer.
+
+    `cut`: "shard" (FSDP2), "hybrid" (two copies of shards), or "copy" (whole on every rank).
+    """
+
+    def __init__(self, world: World, seed: int = 0, cut: str = "shard"):
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
+        size = world.world_size
+        sizes, names = (
+            ((2, size // 2), ("copy", "shard")) if cut == "hybrid" else ((size,), ("shard",))
+        )
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        for part in (*self.model, self.model) if cut != "copy" else ():
+            fully_shard(part, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+
+    def train_step(self, step: int) -> None:
+        """The same global batch on every rank, so that the mesh does not matter."""
+        generator = torch.Generator().manual_seed(step)
+        loss = self.model(torch.randn(4, 7, generator=generator)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        model = model_tensors([self.model])
+        return {**model, **optimizer_tensors([self.model], [self.optimizer])}
+
+    def content(self) -> dict[str, str]:
+        """Digest of every whole tensor by name; collective."""
+        return {name: digest(tensor) for name, tensor in self.tensors().items()}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def make_checkpointer(
+    world: World, folder: str, run_id: str = RUN_ID, on_site: Any = None, **section: Any
+) -> Checkpointer:
+    extra = {} if on_site is None else {"on_site": on_site}
+    return Checkpointer(
+        Checkpoint(enable=True, **section),
+        Path(folder),
+        world,
+        {"run_id": run_id, "config": {"a": 1}},
+        **extra,
+    )
+
+
+def save_steps(
+    world: World, folder: str, steps: int, section: dict[str, Any] | None = None
+) -> dict[int, dict[str, str]]:
+    """Train and save every step; returns the content of each."""
+    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **(section or {}))
+    contents = {}
+    for step in range(1, steps + 1):
+        trainer.train_step(step)
+        checkpointer.save(step, trainer.tensors(), {"step": step, "lanes": {"0": [1, 2.5, None]}})
+        contents[step] = trainer.content()
+    return contents
+
+
+def recover(
+    world: World, folder: str, load_step: int = -1, section: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Find and load as a restarted job would. `untouched` says whether a failed one left the model
+    alone."""
+    trainer = Trainer(world, seed=7)
+    before = trainer.content()
+    try:
+        checkpointer = make_checkpointer(world, folder, **(section or {}))
+        found = checkpointer.find(load_step)
+        if found is None:
+            return {"step": None}
+        state = checkpointer.load(found, trainer.tensors())
+    except CheckpointError as error:
+        return {"error": str(error), "untouched": trainer.content() == before}
+    steps = checkpointer.steps()
+    return {"step": found.step, "state": state, "content": trainer.content(), "steps": steps}
+
+
+def save_and_die(world: World, folder: str, site: str, victim: int) -> None:
+    """Save step 1 and 2, then kill this process at `site` of step 3."""
+
+    def on_site(name: str, step: int) -> None:
+        if (name, step, world.rank) == (site, 3, victim):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = Trainer(world)
+    checkpointer = make_checkpointer(world, folder, on_site=on_site, keep_latest_k=2)
+    for step in (1, 2, 3):
+        trainer.train_step(step)
+        checkpointer.save(step, trainer.tensors(), {"step": step})
+        content = trainer.content()
+        if world.is_main:
+            Path(folder, f"ack-{step}").write_text(repr(content))
