@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         """With n = x * scale and g = grad * weight: (g - n * mean(g * n)) * scale."""
         x, weight, scale = ctx.saved_tensors
         dim = x.size(-1)
-        normed = x.to(scale.dtype, copy=True).mul_(scale).view(-1, dim)
+        normed = x.to(scale.dtype, copy=True).mul_(scale).reshape(-1, dim)
         wide_grad, wide_weight = grad.to(scale.dtype).reshape(-1, dim), weight.to(scale.dtype)
         products = wide_grad * normed
         # Sums over rows and over columns as matrix products, which are faster than reductions.

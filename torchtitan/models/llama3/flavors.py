@@ -6,21 +6,22 @@ softmax costs in proportion to the heads and took most of a CPU step (half the h
 time); and half as many key heads as query heads, to exercise the grouped attention of the others.
 """
 
+from typing import Annotated
+
 from pydantic import Field
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.section import PositiveFloat, PositiveInt
 from torchtitan.models.spec import ModelArgs
 
-_MAX_LAYERS = 10_000
-_MAX_WIDTH = 2**24
+Width = Annotated[int, Field(gt=0, le=2**24)]
 
 
 class LlamaArgs(ModelArgs):
-    dim: PositiveInt = Field(default=4096, le=_MAX_WIDTH)
+    dim: Width = 4096
     """Width of the residual stream."""
 
-    n_layers: PositiveInt = Field(default=32, le=_MAX_LAYERS)
+    n_layers: Annotated[int, Field(gt=0, le=10_000)] = 32
     """Transformer blocks."""
 
     n_heads: PositiveInt = 32
@@ -29,14 +30,14 @@ class LlamaArgs(ModelArgs):
     n_kv_heads: PositiveInt | None = None
     """Key and value heads, each shared by a group of query heads. Unset: as many as `n_heads`."""
 
-    ffn_dim: PositiveInt | None = Field(default=None, le=_MAX_WIDTH)
+    ffn_dim: Width | None = None
     """Hidden width of the feed-forward. Unset: Llama's rule, 8/3 of `dim` times
     `ffn_dim_multiplier`, rounded up to a multiple of `multiple_of`."""
 
     ffn_dim_multiplier: PositiveFloat = 1.0
     """Factor in Llama's rule for the width of the feed-forward."""
 
-    multiple_of: PositiveInt = Field(default=256, le=_MAX_WIDTH)
+    multiple_of: Width = 256
     """The width of the feed-forward by Llama's rule is a multiple of this."""
 
     norm_eps: PositiveFloat = 1e-5
@@ -45,7 +46,7 @@ class LlamaArgs(ModelArgs):
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's wavelengths."""
 
-    rope_scaling_factor: float = Field(default=1.0, ge=1)
+    rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
     """Llama 3.1's stretching of long RoPE wavelengths for longer contexts; 1 is none."""
 
     rope_low_freq_factor: PositiveFloat = 1.0

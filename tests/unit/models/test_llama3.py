@@ -1,0 +1,194 @@
+"""The Llama 3 model: sizes, what attends to what, number formats, and what it declares."""
+
+import math
+
+import pytest
+import torch
+
+from torchtitan.distributed.initialize import initialize_parameters
+from torchtitan.models.llama3 import FAMILY
+from torchtitan.models.llama3.flavors import FLAVORS, LlamaArgs
+from torchtitan.models.llama3.model import Llama, apply_rope, rope_rotations
+from torchtitan.models.spec import InitRule, LanguageModel
+
+PUBLISHED_PARAMETERS = {
+    "1B": 1_235_814_400,
+    "3B": 3_212_749_824,
+    "8B": 8_030_261_248,
+    "70B": 70_553_706_496,
+    "405B": 405_853_388_800,
+}
+SMALL = LlamaArgs(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48)
+TIED = SMALL.model_copy(update={"tied_embeddings": True})
+
+
+def build(args: LlamaArgs = SMALL, dtype: torch.dtype = torch.float32) -> Llama:
+    model = Llama(args).to(dtype)
+    # Larger than training starts from, so that attention is sharp and what it sees matters.
+    initialize_parameters(model, lambda name: InitRule("normal", std=0.3), seed=3)
+    return model
+
+
+def tokens_and_positions(length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.arange(length).expand(2, -1)
+
+
+def on_meta(args: LlamaArgs) -> Llama:
+    with torch.device("meta"):
+        return Llama(args)
+
+
+@pytest.mark.parametrize("flavor", PUBLISHED_PARAMETERS)
+def test_flavors_have_the_published_number_of_parameters(flavor):
+    model = on_meta(FLAVORS[flavor])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[flavor]
+    assert list(model.buffers()) == []
+
+
+def test_debugmodel_takes_its_vocabulary_from_the_tokenizer():
+    with pytest.raises(ValueError, match="vocab_size is unset"):
+        Llama(FLAVORS["debugmodel"])
+    args = FAMILY.resolve_args("debugmodel", {}, vocab_size=264)
+    with torch.device("meta"):
+        assert FAMILY.build(args).head.weight.shape == (264, 256)
+
+
+def test_a_token_changes_nothing_before_it():
+    model = build()
+    tokens, positions = tokens_and_positions()
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    before, after = model(tokens, positions), model(changed, positions)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = build(dtype=torch.float64)
+    tokens, _ = tokens_and_positions(12)
+    ids = torch.tensor([[0] * 5 + [1] * 7, [4] * 5 + [4] * 7])
+    positions = torch.tensor([[*range(5), *range(7)], [*range(12)]])
+    packed = model(tokens, positions, ids)
+    first = model(tokens[:1, :5], positions[:1, :5])
+    second = model(tokens[:1, 5:], positions[:1, 5:])
+    whole = model(tokens[1:], positions[1:])
+    torch.testing.assert_close(packed[:1], torch.cat([first, second], 1), rtol=0, atol=1e-13)
+    torch.testing.assert_close(packed[1:], whole, rtol=0, atol=1e-13)
+
+
+def test_only_differences_of_positions_matter():
+    model = build(dtype=torch.float64)
+    tokens, positions = tokens_and_positions()
+    moved = model(tokens, positions + 1000)
+    torch.testing.assert_close(moved, model(tokens, positions), rtol=0, atol=1e-10)
+    assert (model(tokens, positions * 3) - moved).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotations"),
+    [
+        (torch.float32, torch.complex64),
+        (torch.bfloat16, torch.complex64),
+        (torch.float64, torch.complex128),
+    ],
+)
+def test_number_formats(dtype, rotations):
+    tokens, positions = tokens_and_positions()
+    model, seen = build(dtype=dtype), []
+    model.layers["0"].register_forward_pre_hook(lambda _, args: seen.append(args[1].dtype))
+    hidden = model(tokens, positions)
+    assert (hidden.dtype, model.head(hidden).dtype, seen) == (dtype, dtype, [rotations])
+
+
+def test_rope_turns_bfloat16_in_float32():
+    args = LlamaArgs(dim=64, n_heads=1)
+    x = torch.randn(1, 2, 1, 64).bfloat16()
+    rotations = rope_rotations(torch.tensor([[0, 99_999]]), args, torch.float32)
+    exact = rope_rotations(torch.tensor([[0, 99_999]]), args, torch.float64)
+    turned = apply_rope(x, rotations)
+    assert torch.equal(turned[:, 0], x[:, 0])
+    error = turned.double() - apply_rope(x.double(), exact)
+    assert error.abs().max() < x.abs().max() * (2**-8 + 0.01)  # rounding; the angle's own error
+
+
+def test_rope_scaling_stretches_long_wavelengths_only():
+    args = LlamaArgs(dim=128, n_heads=1, rope_scaling_factor=8.0)
+    plain = args.model_copy(update={"rope_scaling_factor": 1.0})
+    one = torch.tensor([[1]])
+    angles = rope_rotations(one, args, torch.float64).angle().flatten()
+    unscaled = rope_rotations(one, plain, torch.float64).angle().flatten()
+    wavelengths = 2 * math.pi / unscaled
+    ratio = unscaled / angles
+    torch.testing.assert_close(ratio[wavelengths < 8192 / 4], torch.ones(1).double().expand(29))
+    torch.testing.assert_close(ratio[wavelengths > 8192], torch.full((29,), 8.0).double())
+    between = ratio[(wavelengths > 8192 / 4) & (wavelengths < 8192)]
+    assert ((between > 1) & (between < 8)).all() and len(between) == 64 - 58
+
+
+def test_head_lends_its_weight():
+    model = build()
+    hidden = torch.randn(2, 3, 32)
+    taken = model.head(hidden, lambda given, weight: (given, weight))
+    assert taken[0] is hidden and taken[1] is model.output.weight
+    torch.testing.assert_close(model.head(hidden), hidden @ model.output.weight.t())
+
+
+def test_tied_embeddings_are_one_parameter():
+    model = build(TIED)
+    assert model.head.weight is model.tok_embeddings.weight
+    assert "output.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("args", [SMALL, TIED], ids=["untied", "tied"])
+def test_wrap_units_hold_every_parameter_once(args):
+    model = on_meta(args)
+    units = model.wrap_units()
+    held = [{id(p) for m in unit.modules for p in m.parameters()} for unit in units]
+    assert sum(len(ids) for ids in held) == len(list(model.parameters()))
+    assert set().union(*held) == {id(p) for p in model.parameters()}
+    assert [unit.name for unit in units if unit.name.startswith("layers")] == list(model.blocks())
+    assert all(unit.mesh == "dense" for unit in units)
+
+
+def test_declarations():
+    model = on_meta(SMALL)
+    assert isinstance(model, LanguageModel)
+    assert model.blocks() == {"layers.0": model.layers["0"], "layers.1": model.layers["1"]}
+    rules = {name: model.init_rule(name) for name, _ in model.named_parameters()}
+    assert rules["tok_embeddings.weight"].std == 1.0
+    assert rules["layers.0.attention.wq.weight"].std == 0.02
+    assert rules["layers.0.attention.wo.weight"].std == pytest.approx(0.02 / math.sqrt(2))
+    assert rules["layers.1.feed_forward.w2.weight"].std == pytest.approx(0.02 / 2)
+    assert rules["output.weight"].std == pytest.approx(32**-0.5)
+    assert on_meta(TIED).init_rule("tok_embeddings.weight").std == pytest.approx(32**-0.5)
+    norms = [name for name, rule in rules.items() if rule.kind == "constant"]
+    assert len(norms) == 2 * 2 + 1 and all(rules[name].value == 1.0 for name in norms)
+
+
+def test_flops_per_token():
+    """Counted by hand: 6 per weight of a product, 12 * layers * dim * length of attention."""
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+    products = 6 * (2 * block + 32 + 50 * 32)
+    for args in (SMALL, TIED):
+        model = on_meta(args)
+        assert model.flops_per_token(100, causal=False) == products + 12 * 2 * 32 * 100
+        assert model.flops_per_token(100, causal=True) == products + 12 * 2 * 32 * 50
+
+
+def test_blocks_compile_without_breaks():
+    """`aot_eager` traces forward and backward like the real compiler, without generating code."""
+    tokens, positions = tokens_and_positions()
+    ids = positions // 5
+    eager, compiled = build(dtype=torch.float64), build(dtype=torch.float64)
+    for block in compiled.blocks().values():
+        block.compile(backend="aot_eager", fullgraph=True)
+    for arguments in ((tokens, positions), (tokens, positions, ids)):
+        outs = [model(*arguments) for model in (eager, compiled)]
+        torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-12)
+        upstream = torch.randn_like(outs[0])
+        for out in outs:
+            out.backward(upstream)
+    for ours, reference in zip(compiled.parameters(), eager.parameters()):
+        if reference.grad is not None:  # the head is not part of the forward
+            torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
