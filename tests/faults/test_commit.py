@@ -196,7 +196,7 @@ def other_step(step: Path) -> None:
     shutil.copytree(step.parent / "step-1", step)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "shard-empty": truncate("__0_0.distcp", lambda size: 0),
     "shard-half": truncate("__1_0.distcp", lambda size: size // 2),
     "shard-one-byte-short": truncate("__1_0.distcp", lambda size: size - 1),
@@ -227,7 +227,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_step_is_left_out(
-    gloo_pool: GlooPool, tmp_path: Path, saved: Any, damage: Callable[[Path], None]
+    gloo_pool: GlooPool, tmp_path: Path, saved: Any, damage: Callable[[Path], object]
 ) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved[0], folder)

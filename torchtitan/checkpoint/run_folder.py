@@ -155,7 +155,10 @@ class RunFolder:
         return {"run_id": self.decision.run_id, "config": plain, "versions": versions, **facts}
 
     def set_status(self, status: Status, step: int, exit_code: int | None = None) -> None:
-        """Say in `run_status.json` how the run stands. Rank 0 only."""
+        """Say in `run_status.json` how the run stands. Rank 0 only. A run that was found finished
+        stays finished, whatever happens to the process that found it so."""
+        if self.decision.action == "finished":
+            return
         content = {
             "status": status,
             "step": step,

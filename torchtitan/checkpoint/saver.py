@@ -1,8 +1,8 @@
 """`Saver`: when to save and what a checkpoint holds, for the training loop.
 
-Without checkpointing it does nothing, so that the loop need not ask. A checkpoint holds the model, the
-optimizer state, and, as JSON in its manifest, where the run stands: step, tokens seen, and the place of
-every data lane, whichever rank serves it.
+Without checkpointing it does nothing, so that the loop need not ask. A checkpoint holds the model,
+the optimizer state, and, as JSON in its manifest, where the run stands: step, tokens seen, and the
+place of every data lane, whichever rank serves it.
 """
 
 import logging
@@ -58,10 +58,14 @@ class Saver:
     def load(
         self, model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
-        """Load model and optimizer state in place from what was found."""
-        if self._checkpointer is None or self._found is None:
+        """Load model and optimizer state in place from what was found, if anything was. Raises
+        `ConfigError` when there is no room on the disk for the next checkpoint."""
+        if self._checkpointer is None:
             return
         tensors = model_tensors(model_parts) | optimizer_tensors(model_parts, optimizers)
+        self._checkpointer.require_space(tensors)
+        if self._found is None:
+            return
         self._checkpointer.load(self._found, tensors)
         self._last_saved = self._found.step
         logger.info("Resumed from step %d (%s).", self._found.step, self._found.path)
@@ -90,7 +94,7 @@ class Saver:
         optimizers: Sequence[torch.optim.Optimizer],
         finished: bool,
     ) -> None:
-        """Commit a checkpoint. `lane_states` are those of this rank; `finished`: the run is over."""
+        """Commit a checkpoint. `lane_states`: those of this rank; `finished`: the run is over."""
         assert self._checkpointer is not None
         lanes: dict[str, dict[str, Any]] = {}
         for part in self._world.gather_json({str(k): v for k, v in lane_states.items()}):

@@ -1,0 +1,147 @@
+"""Bad checkpoint settings and unusable folders, each refused with its key and a way out."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.checkpoint.checks import check, probe
+from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
+from torchtitan.config import JobConfig, Problem
+from torchtitan.config.facts import Facts
+
+
+def facts(tmp_path: Path | None = None, steps: int = 500, **section: Any) -> Facts:
+    config = JobConfig.model_validate(
+        {
+            "job": {"dump_folder": str(tmp_path or "outputs")},
+            "training": {"steps": steps},
+            "checkpoint": {"enable": True, **section},
+        }
+    )
+    return Facts(config, 1, "cpu")
+
+
+def only(problems: list[Problem], key: str, text: str, severity: str = "error") -> None:
+    (problem,) = problems
+    assert problem.key == key
+    assert text in str(problem)
+    assert problem.severity == severity
+
+
+def plant(folder: Path, *steps: int, size: int = 10) -> None:
+    for step in steps:
+        path = folder / "checkpoint" / f"step-{step}"
+        path.mkdir(parents=True)
+        with open(path / "__0_0.distcp", "wb") as file:
+            file.truncate(size)
+        files = {"__0_0.distcp": record_file(path / "__0_0.distcp")}
+        write_manifest(path, Manifest("run", step, False, files, {}))
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/abs", "a..b", "sp ace", "x" * 129])
+def test_folder_name(name: str) -> None:
+    only(check(facts(folder=name)), "checkpoint.folder", "is not a plain name")
+
+
+@pytest.mark.parametrize("name", ["tb", "profile_trace", "config.toml", "previous-3"])
+def test_folder_name_taken(name: str) -> None:
+    only(check(facts(folder=name)), "checkpoint.folder", "something else in the run folder")
+
+
+def test_good_settings() -> None:
+    assert check(facts(folder="ckpt_1.a-b", keep_latest_k=0)) == []
+
+
+def test_keep_only_one() -> None:
+    only(check(facts(keep_latest_k=1)), "checkpoint.keep_latest_k", "use 2 or more")
+
+
+def test_interval_beyond_the_end() -> None:
+    problems = check(facts(interval=501))
+    only(problems, "checkpoint.interval", "more than training.steps = 500", "warning")
+
+
+def test_long_run_without_checkpoints() -> None:
+    problems = check(facts(enable=False, steps=5000))
+    only(problems, "checkpoint.enable", "cannot be resumed", "warning")
+    assert check(facts(enable=False)) == []
+
+
+def test_load_step_without_checkpoints() -> None:
+    only(check(facts(enable=False, load_step=3)), "checkpoint.load_step", "has no effect")
+
+
+def test_fresh_folder(tmp_path: Path) -> None:
+    assert [p for p in probe(facts(tmp_path / "a" / "b")) if p.severity == "error"] == []
+    assert not (tmp_path / "a").exists(), "a probe writes nothing"
+
+
+def test_dump_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    only(probe(facts(tmp_path / "file")), "job.dump_folder", "is a file")
+    only(probe(facts(tmp_path / "file" / "run")), "job.dump_folder", "is a file")
+
+
+def test_dump_folder_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may write anywhere, and tests often run as root.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    problems = probe(facts(tmp_path))
+    only(problems, "job.dump_folder", "no permission")
+    assert problems[0].missing_asset
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory here")
+def test_folder_in_memory() -> None:
+    problems = probe(facts(Path("/dev/shm/run-that-does-not-exist")))
+    only(problems, "job.dump_folder", "tmpfs", "warning")
+
+
+def test_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
+    plant(tmp_path, 5)
+    (tmp_path / "checkpoint").chmod(0o777)
+    only(errors(tmp_path), "checkpoint.folder", "written to by anybody")
+    assert errors(tmp_path, trust_path=True) == []
+
+
+def errors(tmp_path: Path, **section: Any) -> list[Problem]:
+    return [p for p in probe(facts(tmp_path, **section)) if p.severity == "error"]
+
+
+def test_load_step(tmp_path: Path) -> None:
+    only(errors(tmp_path, load_step=7), "checkpoint.load_step", "there are none")
+    plant(tmp_path, 5, 10)
+    only(errors(tmp_path, load_step=7), "checkpoint.load_step", "saved steps: 5, 10")
+    assert errors(tmp_path, load_step=10) == []
+    (tmp_path / "checkpoint" / "step-10" / "manifest.json").unlink()
+    only(errors(tmp_path, load_step=10), "checkpoint.load_step", "is damaged")
+
+
+def test_rewind(tmp_path: Path) -> None:
+    plant(tmp_path, 5, 10, 15)
+    only(errors(tmp_path, load_step=5), "checkpoint.load_step", "older than steps 10, 15")
+    assert errors(tmp_path, load_step=5, allow_rewind=True) == []
+
+
+def test_no_good_checkpoint(tmp_path: Path) -> None:
+    plant(tmp_path, 5, 10)
+    (tmp_path / "checkpoint" / "step-10" / "__0_0.distcp").unlink()
+    assert errors(tmp_path) == []
+    (tmp_path / "checkpoint" / "step-5" / "__0_0.distcp").write_bytes(b"half")
+    only(errors(tmp_path), "checkpoint.folder", "none of which is a whole checkpoint")
+
+
+def test_link_for_a_step(tmp_path: Path) -> None:
+    plant(tmp_path, 5)
+    (tmp_path / "checkpoint" / "step-6").symlink_to(tmp_path / "checkpoint" / "step-5")
+    only(errors(tmp_path), "checkpoint.folder", "step-6, which is a link")
+
+
+def test_no_space_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, 5, size=2**20)
+    assert errors(tmp_path) == []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    only(errors(tmp_path), "checkpoint.folder", "for the next checkpoint")

@@ -1,0 +1,314 @@
+"""What a start in a folder does, in folders as real runs leave them."""
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.checkpoint.lock import FolderInUse, FolderLock
+from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
+from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config.facts import Facts
+from torchtitan.config.load import load_config
+
+
+def make_config(folder: Path, **sections: Any) -> JobConfig:
+    tables: dict[str, dict[str, Any]] = {
+        "job": {"dump_folder": str(folder)},
+        "training": {"steps": 20, "local_batch_size": 4},
+        "checkpoint": {"enable": True},
+    }
+    for name, keys in sections.items():
+        tables.setdefault(name, {}).update(keys)
+    return JobConfig.model_validate(tables)
+
+
+def open_folder(folder: Path, world_size: int = 1, **sections: Any) -> RunFolder:
+    config = make_config(folder, **sections)
+    opened = RunFolder.open(config, Facts(config, world_size, "cpu"))
+    opened.close()
+    return opened
+
+
+def refused(folder: Path, **sections: Any) -> str:
+    before = snapshot(folder)
+    with pytest.raises(ConfigError) as caught:
+        open_folder(folder, **sections)
+    assert snapshot(folder) == before, "a refused start leaves the folder as it was"
+    return str(caught.value)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def plant_step(folder: Path, step: int, run_id: str, model_only: bool = False) -> None:
+    """A committed step, as far as names, sizes and the manifest tell."""
+    path = folder / "checkpoint" / f"step-{step}"
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_text("tensors")
+    files = {"__0_0.distcp": record_file(path / "__0_0.distcp")}
+    write_manifest(path, Manifest(run_id, step, model_only, files, {}))
+
+
+def stopped_run(folder: Path, *steps: int, **sections: Any) -> str:
+    """A run that was killed after it had saved `steps`; returns its id."""
+    run_id = open_folder(folder, **sections).decision.run_id
+    (folder / "metrics.jsonl").write_text("{}\n")
+    for step in steps:
+        plant_step(folder, step, run_id)
+    return run_id
+
+
+def finished_run(folder: Path, *steps: int, model_only: bool = False, **kinds: Any) -> str:
+    opened = open_folder(folder)
+    run_id = opened.decision.run_id
+    for step in steps:
+        plant_step(folder, step, run_id, model_only)
+    opened.set_status(kinds.get("status", "completed"), kinds.get("step", 20), 0)
+    return run_id
+
+
+def test_new_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    opened = open_folder(folder, world_size=2)
+    assert opened.decision.action == "new"
+    assert (opened.decision.global_batch_size, opened.decision.num_lanes) == (8, 8)
+    status = json.loads((folder / "run_status.json").read_text())
+    assert (status["status"], status["step"], status["exit_code"]) == ("running", 0, None)
+    assert status["run_id"] == opened.decision.run_id
+    reloaded = load_config([str(folder / "config.toml")]).config
+    assert reloaded.training.global_batch_size == 8
+    assert reloaded.model_copy(update={"job": opened.config.job}) == opened.config
+    assert opened.checkpoint_folder == folder / "checkpoint"
+
+
+def test_same_command_goes_on(tmp_path: Path) -> None:
+    run_id = stopped_run(tmp_path, 5, 10)
+    decision = open_folder(tmp_path).decision
+    assert (decision.action, decision.run_id, decision.step) == ("resume", run_id, 10)
+    assert decision.notices == ()
+
+
+def test_other_mesh_goes_on_with_the_same_batch(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    opened = open_folder(tmp_path, world_size=4, training={"local_batch_size": 2})
+    assert opened.decision.action == "resume"
+    assert opened.config.training.global_batch_size == 4
+    assert opened.config.data.lanes == 4
+    notice = " ".join(opened.decision.notices)
+    assert "training.global_batch_size stays 4" in notice and "would be 8" in notice
+
+
+def test_resolved_values_survive_reruns(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    for world_size in (2, 4, 1):
+        assert open_folder(tmp_path, world_size).config.training.global_batch_size == 4
+
+
+def test_other_config_is_refused(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    text = refused(tmp_path, optimizer={"lr": 0.5}, model={"args": {"n_layers": 3}})
+    assert "optimizer.lr = 0.5: is 0.0008 in the run" in text
+    assert "model.args.n_layers = 3: is unset in the run" in text
+    assert "--job.dump_folder" in text and "--job.new_run" in text
+    assert "training.global_batch_size = 16: is 4" in refused(
+        tmp_path, training={"global_batch_size": 16}
+    )
+    assert "training.steps = 10: is 20" in refused(tmp_path, training={"steps": 10})
+    assert "checkpoint.folder" in refused(tmp_path, checkpoint={"folder": "other"})
+
+
+def test_run_that_never_trained_may_be_mended(tmp_path: Path) -> None:
+    """It died before it had done anything; its config may have been the reason."""
+    run_id = open_folder(tmp_path).decision.run_id
+    decision = open_folder(tmp_path, optimizer={"lr": 0.5}).decision
+    assert (decision.action, decision.run_id) == ("new", run_id)
+    assert "lr = 0.5" in (tmp_path / "config.toml").read_text()
+
+
+def test_run_without_checkpoint_starts_again(tmp_path: Path) -> None:
+    run_id = stopped_run(tmp_path)
+    decision = open_folder(tmp_path).decision
+    assert (decision.action, decision.run_id, decision.step) == ("resume", run_id, 0)
+    assert "starts again from step 0" in decision.notices[0]
+    refused(tmp_path, optimizer={"lr": 0.5})
+
+
+def test_checkpoints_are_not_forgotten(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    text = refused(tmp_path, checkpoint={"enable": False})
+    assert "checkpoint.enable = false: would start from step 0 again" in text
+
+
+def test_finished(tmp_path: Path) -> None:
+    finished_run(tmp_path, 10, 20)
+    before = snapshot(tmp_path)
+    opened = open_folder(tmp_path, world_size=2)
+    assert opened.decision.action == "finished"
+    assert "all 20 steps" in opened.decision.notices[0]
+    opened.set_status("failed", 0, 1)
+    assert snapshot(tmp_path) == before
+    assert "training.seq_len" in refused(tmp_path, training={"seq_len": 64})
+
+
+def test_killed_between_last_checkpoint_and_status(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 20)
+    assert open_folder(tmp_path).decision.action == "finished"
+
+
+def test_failed_at_the_last_step_is_not_finished(tmp_path: Path) -> None:
+    """Its last checkpoint could not be written."""
+    finished_run(tmp_path, 10, status="failed", step=20)
+    decision = open_folder(tmp_path).decision
+    assert (decision.action, decision.step) == ("resume", 10)
+
+
+def test_end_of_data_is_an_end(tmp_path: Path) -> None:
+    finished_run(tmp_path, 13, status="data_exhausted", step=13)
+    assert open_folder(tmp_path).decision.action == "finished"
+    assert open_folder(tmp_path, training={"steps": 40}).decision.action == "finished"
+
+
+def test_steps_may_grow(tmp_path: Path) -> None:
+    finished_run(tmp_path, 10, 20)
+    opened = open_folder(tmp_path, training={"steps": 30})
+    assert (opened.decision.action, opened.decision.step) == ("resume", 20)
+    assert "training.steps grows from 20 to 30" in opened.decision.notices[0]
+    assert json.loads((tmp_path / "run_status.json").read_text())["status"] == "running"
+
+
+def test_steps_cannot_grow_from_a_model_alone(tmp_path: Path) -> None:
+    finished_run(tmp_path, 20, model_only=True)
+    assert open_folder(tmp_path).decision.action == "finished"
+    text = refused(tmp_path, training={"steps": 30})
+    assert "training.steps = 30: the checkpoint of step 20 has no optimizer state" in text
+
+
+def test_steps_cannot_grow_from_nothing(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    assert "left no checkpoint to go on from" in refused(tmp_path, training={"steps": 30})
+
+
+def test_going_back(tmp_path: Path) -> None:
+    finished_run(tmp_path, 10, 20)
+    text = refused(tmp_path, checkpoint={"load_step": 10})
+    assert "checkpoint.load_step = 10: is older than steps 20" in text
+    decision = open_folder(tmp_path, checkpoint={"load_step": 10, "allow_rewind": True}).decision
+    assert (decision.action, decision.notices[-1]) == (
+        "resume",
+        "Going back from step 20 to step 10.",
+    )
+
+
+def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
+    assert opened.decision.action == "new"
+    old = {path.name for path in (tmp_path / "previous-1").iterdir()}
+    assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint", "tb"}
+    now = {path.name for path in tmp_path.iterdir()}
+    assert now == {".lock", "config.toml", "run_status.json", "notes.txt", "previous-1"}
+    # The stored config does not move the run aside when it is trained from.
+    assert not load_config([str(tmp_path / "config.toml")]).config.job.new_run
+    open_folder(tmp_path, job={"new_run": True})
+    assert (tmp_path / "previous-2" / "run_status.json").exists()
+
+
+def test_new_run_in_a_folder_without_a_run(tmp_path: Path) -> None:
+    (tmp_path / "tb").mkdir()
+    assert open_folder(tmp_path, job={"new_run": True}).decision.action == "new"
+    assert (tmp_path / "tb").exists() and not (tmp_path / "previous-1").exists()
+
+
+def test_somebodys_own_config_toml_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[training]\nsteps = 3\n")
+    assert "that no run has written" in refused(tmp_path)
+
+
+def test_lost_files(tmp_path: Path) -> None:
+    """The manifests know what run it is."""
+    run_id = stopped_run(tmp_path, 5)
+    (tmp_path / "run_status.json").unlink()
+    assert open_folder(tmp_path).decision.run_id == run_id
+    (tmp_path / "config.toml").unlink()
+    assert "cannot be read" in refused(tmp_path)
+
+
+def test_step_of_another_run(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    plant_step(tmp_path, 7, "stranger")
+    assert "holds step 7 of another run, stranger" in refused(tmp_path)
+
+
+def test_unusable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"job\.dump_folder = .*cannot be used"):
+        open_folder(tmp_path / "file" / "run")
+
+
+def test_manifest_info(tmp_path: Path) -> None:
+    info = open_folder(tmp_path).run_info(mesh={"dp": 1})
+    assert json.loads(json.dumps(info)) == info
+    assert info["config"]["training"]["global_batch_size"] == 4
+    assert info["versions"]["torch"][0].isdigit() and info["mesh"] == {"dp": 1}
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from torchtitan.checkpoint.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "run7")
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_second_job_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError) as caught:
+            open_folder(tmp_path)
+        holder.kill()
+    assert f"process {holder.pid}, run run7" in str(caught.value)
+    assert not (tmp_path / "run_status.json").exists()
+    # The lock of a killed job is nobody's.
+    assert open_folder(tmp_path).decision.action == "new"
+
+
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    lock = FolderLock(tmp_path)
+    lock.release()
+    with subprocess.Popen(["sleep", "100"]) as other:
+        for holder, refuses in [
+            ({"host": os.uname().nodename, "pid": other.pid}, True),
+            ({"host": "elsewhere", "pid": 1}, True),
+            ({"host": os.uname().nodename, "pid": 2**22 + 1}, False),
+        ]:
+            (tmp_path / ".lock").write_text(json.dumps(holder))
+            if refuses:
+                with pytest.raises(FolderInUse, match=str(holder["host"])):
+                    FolderLock(tmp_path)
+            else:
+                FolderLock(tmp_path).release()
+        other.kill()
