@@ -22,7 +22,7 @@ HARDWARE = "hardware"
 MODEL = "model"
 """The model on the meta device. Imports torch."""
 CHECKPOINTS = "checkpoints"
-"""What the run folder holds already."""
+"""What the run folder holds already. No torch."""
 PHASES = (ARITHMETIC, FILES, HARDWARE, MODEL, CHECKPOINTS)
 
 _FEATURES = (
@@ -35,7 +35,6 @@ _FEATURES = (
 )
 _PROBES = {
     FILES: (
-        "torchtitan.config.checks",
         "torchtitan.data.checks",
         "torchtitan.components.checks",
         "torchtitan.handlers.checks",

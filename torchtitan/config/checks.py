@@ -1,8 +1,7 @@
-"""Checks of the mesh and the batch against the number of processes, and of where the run writes."""
+"""Checks of the mesh and the batch against the number of processes."""
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
@@ -23,19 +22,6 @@ def check(facts: Facts) -> list[Problem]:
     if not problems:  # the batch is divided over a mesh, so there has to be one
         problems += _batch(facts)
     return problems
-
-
-def probe(facts: Facts) -> list[Problem]:
-    """Whether the run folder can be made. Leaves nothing behind."""
-    folder = Path(facts.config.job.dump_folder).expanduser()
-    key, value = "job.dump_folder", facts.config.job.dump_folder
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        return [Problem(key, f"{existing} is a file", "name a folder", value)]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        fix = "name a folder that you may write to"
-        return [Problem(key, f"cannot write to {existing}", fix, value, missing_asset=True)]
-    return []
 
 
 def _mesh(facts: Facts) -> Iterator[Problem]:

@@ -32,7 +32,9 @@ def run(argv: list[str]) -> int:
         world_size=place.world_size,
         device_type=env.guess_device_type() if device == "auto" else device,
     )
-    phases = [preflight.ARITHMETIC] + ([preflight.FILES] if place.rank == 0 else [])
+    phases = [preflight.ARITHMETIC]
+    if place.rank == 0:
+        phases += [preflight.FILES, preflight.CHECKPOINTS]
     preflight.require(facts, phases, quiet=place.rank != 0)
     if loaded.config.job.print_config and place.rank == 0:
         print(show_config(loaded))

@@ -1,10 +1,8 @@
-"""The mesh and the batch against the number of processes, and the run folder."""
-
-from pathlib import Path
+"""The mesh and the batch against the number of processes."""
 
 import pytest
 
-from torchtitan.config.checks import check, probe
+from torchtitan.config.checks import check
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 
@@ -54,20 +52,3 @@ def test_batch_numbers_and_nearest_valid_ones():
 def test_batch_is_not_judged_on_a_broken_mesh():
     (problem,) = problems(8, REPLICATE, "3", "--training.global_batch_size", "7")
     assert "parallelism" in problem
-
-
-def test_run_folder_that_is_a_file(tmp_path: Path):
-    file = tmp_path / "file"
-    file.touch()
-    for folder in (file, file / "below"):
-        config = load_config([f"--job.dump_folder={folder}"]).config
-        (problem,) = probe(Facts(config, 1, "cpu"))
-        assert (problem.key, problem.severity) == ("job.dump_folder", "error")
-        assert "is a file" in problem.problem
-
-
-def test_run_folder_is_not_made_by_looking(tmp_path: Path):
-    folder = tmp_path / "a" / "b"
-    config = load_config([f"--job.dump_folder={folder}"]).config
-    assert probe(Facts(config, 1, "cpu")) == []
-    assert list(tmp_path.iterdir()) == []
