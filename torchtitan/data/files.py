@@ -1,4 +1,4 @@
-"""The files of a dataset: finding them, and reading plain and compressed ones as streams of bytes."""
+"""The files of a dataset: finding them, and reading plain and compressed ones as bytes."""
 
 import glob
 import gzip
@@ -39,7 +39,7 @@ class DataFile:
         """The (decompressed) content. Raises DataError if the file is not what it was."""
         try:
             size = os.path.getsize(self.path)
-            file = open(self.path, "rb")
+            file = open(self.path, "rb")  # noqa: SIM115 (the caller closes it)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         if size != self.size:
@@ -99,7 +99,7 @@ class ZstdReader(io.RawIOBase):
 
 
 def corruption(error: Exception) -> str | None:
-    """What is wrong with a compressed file that raised `error`, None if `error` is something else."""
+    """What is wrong with a compressed file that raised `error`; None for any other error."""
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return f"the compressed file is damaged or cut short ({error})"
     if type(error).__name__ == "ZstdError":

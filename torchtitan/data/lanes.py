@@ -1,9 +1,9 @@
 """A lane: an independent, deterministic stream of samples with a small state.
 
-In every epoch the shards are put into an order given by (seed, epoch), and lane v of L reads those at v,
-v + L, ... of that order; within a shard, documents are shuffled in blocks of bounded size. Nothing
-here knows of ranks or processes: whoever serves a lane gets the same samples from it, and whoever
-continues it needs only the `Position` that came with the last one.
+In every epoch the shards are put into an order given by (seed, epoch), and lane v of L reads those
+at v, v + L, ... of that order; within a shard, documents are shuffled in blocks of bounded size.
+Nothing here knows of ranks or processes: whoever serves a lane gets the same samples from it, and
+whoever continues it needs only the `Position` that came with the last one.
 """
 
 import logging
@@ -80,7 +80,7 @@ class Lane:
             if not found:
                 raise DataError(
                     f"data lane {self._index} of {settings.num_lanes} found no document in epoch"
-                    f" {epoch}: the {len(settings.shards)} parts of the data hold too few documents."
+                    f" {epoch}: the data ({len(settings.shards)} parts) hold too few documents."
                     " Set a smaller data.lanes, or give more data"
                 )
             epoch += 1

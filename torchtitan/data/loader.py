@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.packing import Position, Sample, make_batch
+from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
@@ -40,8 +41,9 @@ class LanePlan:
     def __post_init__(self) -> None:
         if self.global_batch_size % self.num_lanes or self.num_lanes % self.dp_degree:
             raise ValueError(
-                f"{self.num_lanes} lanes must divide the global batch of {self.global_batch_size} and"
-                f" be divisible by the data-parallel degree {self.dp_degree}"
+                f"{self.num_lanes} lanes must divide the global batch of"
+                f" {self.global_batch_size} and be a multiple of the"
+                f" data-parallel degree {self.dp_degree}"
             )
         if self.global_batch_size % (self.local_batch_size * self.dp_degree):
             raise ValueError(
@@ -103,7 +105,10 @@ class Loader:
         self._pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     def next_step(self) -> StepData:
-        """The microbatches of the next step, each `[local_batch_size, seq_len]`. Raises DataError."""
+        """The microbatches of the next step, each `[local_batch_size, seq_len]`.
+
+        Raises DataError. Every rank of the same data-parallel rank must call it equally often.
+        """
         plan = self._plan
         samples: list[Sample | None] = []
         for _ in range(plan.samples_per_lane):
@@ -183,16 +188,6 @@ def build_loader(
     dataset = LaneDataset(settings, dict(positions))
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
     return Loader(settings, plan, stream, positions, training.document_mask, options.pin_memory)
-
-
-def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> Problem:
-    """The problem of data that cannot be dealt out to all lanes."""
-    return Problem(
-        "data.lanes",
-        f"the data give {num_shards} parts, too few for {num_lanes} lanes",
-        f"set data.lanes to at most {num_shards}, or give more data",
-        value=set_lanes,
-    )
 
 
 def _position(lane: int, states: dict[int, dict[str, Any]]) -> Position:

@@ -95,8 +95,8 @@ def make_batch(
 ) -> Batch:
     """The batch `[len(samples), seq_len]` of samples; None (no data left) is padding throughout.
 
-    Padding is a document of its own without targets. With `document_mask`, positions restart in every
-    document, and the first token of a document is not a target.
+    Padding is a document of its own without targets. With `document_mask`, positions restart in
+    every document, and the first token of a document is not a target.
     """
     shape = (len(samples), seq_len)
     tokens = np.full(shape, pad_id, dtype=np.int64)

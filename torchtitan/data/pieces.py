@@ -1,16 +1,19 @@
 """Cutting a dataset into shards that lanes read independently.
 
-Plain text and JSON lines are cut into byte ranges, so that a position is found by one seek and so that
-there is always enough to deal out. A compressed file or a JSON array can only be read from its front:
-it is one shard, or, where there are fewer shards than lanes, several that share out its rows by stride
-(each of which reads the whole file and parses its own rows). How data are cut depends on the data and
-the number of lanes alone, never on the mesh.
+Plain text and JSON lines are cut into byte ranges, so that a position is found by one seek and so
+that there is always enough to deal out. A compressed file or a JSON array can only be read from its
+front: it is one shard, or, where there are fewer shards than lanes, several that share out its rows
+by stride (each of which reads the whole file and parses its own rows). How data are cut depends on
+the data and the number of lanes alone, never on the mesh.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
+from torchtitan.config import Problem
 from torchtitan.data.files import DataFile
 
 PIECES_PER_LANE = 16
@@ -61,8 +64,8 @@ def whole_files(indices: Sequence[int], num_lanes: int) -> list[Shard]:
 def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> list[Shard]:
     """Byte ranges of files of lines, each with the lines that start in it.
 
-    For all but huge datasets the ranges are moved to line starts here, which leaves no range without
-    a line; in huge ones a range is as large as can be and hardly ever empty.
+    For all but huge datasets the ranges are moved to line starts here, which leaves no range
+    without a line; in huge ones a range is as large as can be and hardly ever empty.
     """
     eager = sum(_num_pieces(files[index].size, size) for index in indices) <= _EAGER_PIECES
     shards = []
@@ -70,8 +73,8 @@ def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> l
         cuts = _even_cuts(files[index].size, size)
         if eager and len(cuts) > 2:
             with files[index].open() as stream:
-                cuts = _distinct(cuts, lambda cut, stream=stream: next_line(stream, cut))
-        shards += [Shard(index, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+                cuts = _distinct(cuts, partial(next_line, stream))
+        shards += [Shard(index, a, b) for a, b in itertools.pairwise(cuts)]
     return shards
 
 
@@ -82,8 +85,8 @@ def cut_text(files: Sequence[DataFile], indices: Sequence[int], size: int) -> li
         cuts = _even_cuts(files[index].size, size)
         if len(cuts) > 2:
             with files[index].open() as stream:
-                cuts = _distinct(cuts, lambda cut, stream=stream: _text_cut(stream, cut))
-        shards += [Shard(index, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+                cuts = _distinct(cuts, partial(_text_cut, stream))
+        shards += [Shard(index, a, b) for a, b in itertools.pairwise(cuts)]
     return shards
 
 
@@ -122,7 +125,7 @@ def _even_cuts(size: int, piece: int) -> list[int]:
     return [size * k // count for k in range(count + 1)]
 
 
-def _distinct(cuts: list[int], align) -> list[int]:  # type: ignore[no-untyped-def]
+def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
     """`cuts` with the inner ones aligned, without those that fall together."""
     size = cuts[-1]
     aligned = [0]
@@ -138,3 +141,13 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
     """The files' paths below their common folder: the same after the data have moved."""
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
     return [os.path.relpath(os.path.abspath(file.path), folder) for file in files]
+
+
+def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> Problem:
+    """The problem of data that cannot be dealt out to all lanes."""
+    return Problem(
+        "data.lanes",
+        f"the data give {num_shards} parts, too few for {num_lanes} lanes",
+        f"set data.lanes to at most {num_shards}, or give more data",
+        value=set_lanes,
+    )

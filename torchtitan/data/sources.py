@@ -31,7 +31,14 @@ _PACKED_TEXT = 64 * 1024
 
 
 class BadRow(ValueError):
-    """A row that gives no text; the message says why."""
+    """A row that gives no text; the message says why.
+
+    `column` names the column that was looked for, if that is the reason.
+    """
+
+    def __init__(self, message: str, column: str | None = None):
+        super().__init__(message)
+        self.column = column
 
 
 class Row(NamedTuple):
@@ -101,6 +108,9 @@ class FileSource:
             else:
                 raise
 
+    def locate(self, shard: Shard, row: Row) -> str:
+        return f"{self.files[shard.file].path} (byte {row.place})"
+
     def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
         raise NotImplementedError
 
@@ -146,9 +156,6 @@ class TextSource(FileSource):
             content = content.removeprefix(_BOM)
         return content.decode("utf-8", errors="replace")
 
-    def locate(self, shard: Shard, row: Row) -> str:
-        return f"{self.files[shard.file].path} (byte {row.place})"
-
 
 class JsonSource(FileSource):
     """JSON: a row an object, one on each line, or all in one array; `column` holds the text."""
@@ -161,7 +168,8 @@ class JsonSource(FileSource):
         self._max_row_bytes = 8 * max_document_bytes + 2**20
 
     def shards(self, num_lanes: int) -> list[Shard]:
-        lines, whole = [], []
+        lines: list[int] = []
+        whole: list[int] = []
         for index, file in enumerate(self.files):
             (whole if file.compression or _starts_array(file) else lines).append(index)
         pieces = cut_lines(self.files, lines, piece_size(self.files, num_lanes))
@@ -171,7 +179,8 @@ class JsonSource(FileSource):
 
     def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
         if shard.end is not None:
-            return read_lines(stream, self._max_row_bytes, next_line(stream, shard.start), shard.end)
+            start = next_line(stream, shard.start)
+            return read_lines(stream, self._max_row_bytes, start, shard.end)
         if is_array(stream):
             return read_array(stream, self._max_row_bytes)
         return read_lines(stream, self._max_row_bytes, 0, None)
@@ -184,10 +193,12 @@ class JsonSource(FileSource):
             raise BadRow(f"expected a JSON object, found {_type_name(item)}")
         if self.column not in item:
             columns = ", ".join(repr(name) for name in sorted(item)) or "none"
-            raise BadRow(f"there is no column {self.column!r}; the columns are {columns}")
+            message = f"there is no column {self.column!r}; the columns are {columns}"
+            raise BadRow(message, self.column)
         text = item[self.column]
         if not isinstance(text, str):
-            raise BadRow(f"column {self.column!r} holds {_type_name(text)} where text is expected")
+            message = f"column {self.column!r} holds {_type_name(text)} where text is expected"
+            raise BadRow(message, self.column)
         try:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError:
@@ -199,17 +210,17 @@ class JsonSource(FileSource):
 
     def locate(self, shard: Shard, row: Row) -> str:
         file = self.files[shard.file]
-        with file.open() as stream:
-            if shard.end is None and is_array(stream):
-                return f"{file.path} (element {row.place + 1})"
-            line, left = 1, row.place
-            try:
+        line, left = 1, row.place
+        try:
+            with file.open() as stream:
+                if shard.end is None and is_array(stream):
+                    return f"{file.path} (element {row.place + 1})"
                 while left > 0 and (part := stream.read(min(left, 1 << 20))):
                     line += part.count(b"\n")
                     left -= len(part)
-            except Exception as error:
-                if corruption(error) is None:
-                    raise
+        except Exception as error:
+            if corruption(error) is None:
+                raise
         return f"{file.path}:{line} (byte {row.place})"
 
 

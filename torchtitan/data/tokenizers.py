@@ -1,10 +1,11 @@
 """Text to token ids and back.
 
 `bytes` needs no file: a token is a byte of UTF-8. A `tokenizer.json` is read with the `tokenizers`
-library. Which kind a path is, is decided in one place (`build_tokenizer`), where further kinds join.
+library. Which kind a path is, is decided in one place (`build_tokenizer`), where further kinds
+join.
 
-Documents are data: the text of a special token inside a document is encoded as ordinary text, so that
-no document can forge a boundary.
+Documents are data: the text of a special token inside a document is encoded as ordinary text, so
+that no document can forge a boundary.
 """
 
 import hashlib
@@ -25,13 +26,24 @@ _PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
 class Tokenizer(Protocol):
     """What the data and the tools need of a tokenizer. Picklable, for reading processes."""
 
-    vocab_size: int
-    """Largest token id plus one."""
-    bos_id: int | None
-    eos_id: int
-    pad_id: int | None
-    fingerprint: str
-    """Changes whenever the same text could give other ids."""
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id plus one."""
+        ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could give other ids."""
+        ...
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `text`, with the start and end token if asked for (and if there is one)."""
@@ -85,9 +97,9 @@ class ByteTokenizer:
     """256 bytes and 8 special tokens: start, end, padding, and five that are reserved."""
 
     vocab_size = 264
-    bos_id: int | None = 256
+    bos_id = 256
     eos_id = 257
-    pad_id: int | None = 258
+    pad_id = 258
     fingerprint = "bytes-1"
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
@@ -108,7 +120,7 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`, with the start and end token that `tokenizer_config.json` names beside it.
+    """A `tokenizer.json`, with the special tokens that `tokenizer_config.json` names beside it.
 
     Without that file the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
     padding stored in the file are switched off: they would silently shorten documents.

@@ -1,8 +1,8 @@
-"""Reading processes: lanes served by plain `DataLoader` workers, each sample with its lane's next state.
+"""Reading processes: lanes served by plain `DataLoader` workers, states travelling with samples.
 
-The state travels with the sample, so what a worker has read ahead does not matter: the training
-process knows where every lane stands after the samples it has used. `torchdata`'s StatefulDataLoader
-keeps state per worker instead, which ties a checkpoint to the number of workers.
+Every sample comes with the next state of its lane, so what a worker has read ahead does not matter:
+the training process knows where each lane stands after the samples it has used. `torchdata`'s
+StatefulDataLoader keeps state per worker instead, which ties a checkpoint to their number.
 """
 
 import ctypes
@@ -61,8 +61,8 @@ class LaneDataset(IterableDataset[Item]):
 class SampleStream:
     """Iterates over a LaneDataset, in this process or through `num_workers` others.
 
-    `num_workers` must divide the number of lanes, so that round-robin over the workers is round-robin
-    over the lanes.
+    `num_workers` must divide the number of lanes, so that round-robin over the workers is
+    round-robin over the lanes.
     """
 
     def __init__(self, dataset: LaneDataset, num_workers: int, prefetch_factor: int | None):
