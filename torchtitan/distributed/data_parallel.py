@@ -62,3 +62,13 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         model.set_is_last_backward(enabled)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free parameters that a forward without a backward has left gathered.
+
+    Until then `parameters()` would give the gathered tensors, which no optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtitan.distributed.data_parallel import set_gradient_sync
+from torchtitan.distributed.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.models.batch import Batch
 
 
@@ -72,6 +72,7 @@ class WholeModelRunner:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in microbatches:
             total += self._sum(batch)
+        free_gathered(self.model)
         dist.all_reduce(total)
         return total
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.utils.environment import ProcessEnvironment
-from torchtitan.utils.torch_compat import set_group_timeouts
+from torchtitan.utils.torch_compat import all_gather_single, set_group_timeouts
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class World:
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         size = torch.tensor([payload.numel()])
-        dist.all_gather_into_tensor(sizes, size, group=self.control_group)
+        all_gather_single(sizes, size, self.control_group)
         longest = int(sizes.max())
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: payload.numel()] = payload
         gathered = torch.zeros(self.world_size * longest, dtype=torch.uint8)
-        dist.all_gather_into_tensor(gathered, padded, group=self.control_group)
+        all_gather_single(gathered, padded, self.control_group)
         rows = gathered.view(self.world_size, longest)
         return [
             json.loads(row[:length].numpy().tobytes())

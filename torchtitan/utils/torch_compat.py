@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -20,6 +20,13 @@ def apply_replicate(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPre
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
     replicate(modules if len(modules) > 1 else modules[0], mesh=mesh, mp_policy=policy)
+
+
+def all_gather_single(output: Tensor, value: Tensor, group: dist.ProcessGroup) -> None:
+    """Every rank's `value` (the same shape on all), concatenated into `output`."""
+    # Its name since 2.13; the older one warns there.
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, value, group=group)
 
 
 def set_group_timeouts(timeout: timedelta) -> None:

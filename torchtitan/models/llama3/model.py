@@ -173,13 +173,12 @@ class Llama(nn.Module):
         return {f"layers.{key}": block for key, block in self.layers.items()}
 
     def wrap_units(self) -> list[WrapUnit]:
-        """Embeddings, every block, norm and head; tied weights have to be in one unit."""
-        blocks = [WrapUnit(name, (block,)) for name, block in self.blocks().items()]
+        """Embeddings, every block, the head. Tied weights serve at both ends, so they are in no unit."""
+        units = [WrapUnit(name, (block,)) for name, block in self.blocks().items()]
         if self.args.tied_embeddings:
-            ends = (self.tok_embeddings, self.norm, self.output)
-            return [WrapUnit("embeddings_and_head", ends), *blocks]
+            return units
         embeddings = WrapUnit("embeddings", (self.tok_embeddings,))
-        return [embeddings, *blocks, WrapUnit("head", (self.norm, self.output))]
+        return [embeddings, *units, WrapUnit("head", (self.output,))]
 
     def init_rule(self, name: str) -> InitRule:
         """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream
