@@ -79,8 +79,8 @@ class LanguageModel(Protocol):
         `consume(hidden, weight)`, called inside the head's forward."""
 
     def wrap_units(self) -> list[WrapUnit]:
-        """What is gathered for its own forward only, in that order. Parameters in no unit are gathered
-        from the start of the forward to the end of the backward."""
+        """What is gathered for its own forward only, in that order. Parameters in no unit are
+        gathered from the start of the forward to the end of the backward."""
 
     def blocks(self) -> dict[str, nn.Module]:
         """The repeated blocks by full name, in the order of the forward."""

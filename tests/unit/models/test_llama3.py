@@ -9,7 +9,7 @@ from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.llama3.flavors import FLAVORS, LlamaArgs
 from torchtitan.models.llama3.model import Llama, apply_rope, rope_rotations
-from torchtitan.models.spec import InitRule, LanguageModel
+from torchtitan.models.spec import InitRule, LanguageModel, WrapUnit
 
 PUBLISHED_PARAMETERS = {
     "1B": 1_235_814_400,
@@ -138,17 +138,26 @@ def test_tied_embeddings_are_one_parameter():
     model = build(TIED)
     assert model.head.weight is model.tok_embeddings.weight
     assert "output.weight" not in dict(model.named_parameters())
+    allocated = on_meta(TIED).to_empty(device="cpu")
+    assert allocated.head.weight is allocated.tok_embeddings.weight
 
 
 @pytest.mark.parametrize("args", [SMALL, TIED], ids=["untied", "tied"])
-def test_wrap_units_hold_every_parameter_once(args):
+def test_wrap_units_hold_what_serves_once_in_a_forward(args):
     model = on_meta(args)
     units = model.wrap_units()
-    held = [{id(p) for m in unit.modules for p in m.parameters()} for unit in units]
-    assert sum(len(ids) for ids in held) == len(list(model.parameters()))
-    assert set().union(*held) == {id(p) for p in model.parameters()}
-    assert [unit.name for unit in units if unit.name.startswith("layers")] == list(model.blocks())
+    held = [name for name, p in model.named_parameters() for unit in units if has(unit, p)]
+    assert len(held) == len(set(held))
+    left_over = dict(model.named_parameters()).keys() - set(held)
+    tied = {"tok_embeddings.weight"} if args.tied_embeddings else set()
+    assert left_over == {"norm.weight"} | tied
+    ends = ([], []) if args.tied_embeddings else (["embeddings"], ["head"])
+    assert [unit.name for unit in units] == [*ends[0], "layers.0", "layers.1", *ends[1]]
     assert all(unit.mesh == "dense" for unit in units)
+
+
+def has(unit: WrapUnit, parameter: torch.nn.Parameter) -> bool:
+    return any(parameter is held for module in unit.modules for held in module.parameters())
 
 
 def test_declarations():
@@ -160,10 +169,21 @@ def test_declarations():
     assert rules["layers.0.attention.wq.weight"].std == 0.02
     assert rules["layers.0.attention.wo.weight"].std == pytest.approx(0.02 / math.sqrt(2))
     assert rules["layers.1.feed_forward.w2.weight"].std == pytest.approx(0.02 / 2)
-    assert rules["output.weight"].std == pytest.approx(32**-0.5)
-    assert on_meta(TIED).init_rule("tok_embeddings.weight").std == pytest.approx(32**-0.5)
+    assert rules["output.weight"].std == pytest.approx(32**-0.5 / 4)
+    assert on_meta(TIED).init_rule("tok_embeddings.weight").std == pytest.approx(32**-0.5 / 4)
     norms = [name for name, rule in rules.items() if rule.kind == "constant"]
     assert len(norms) == 2 * 2 + 1 and all(rules[name].value == 1.0 for name in norms)
+
+
+def test_the_first_loss_is_that_of_guessing():
+    args = FAMILY.resolve_args("debugmodel", {}, vocab_size=264)
+    model = Llama(args)
+    initialize_parameters(model, model.init_rule, seed=0)
+    tokens = torch.randint(264, (2, 257), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.head(model(tokens[:, :-1], torch.arange(256).expand(2, -1)))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(264) + 0.03, abs=0.02)
 
 
 def test_flops_per_token():

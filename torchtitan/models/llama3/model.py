@@ -163,6 +163,13 @@ class Llama(nn.Module):
             x = block(x, rotations, mask)
         return self.norm(x)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        """Moving the model from the meta device makes new parameters: keep the tied ones one."""
+        super()._apply(fn, recurse)
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        return self
+
     @property
     def head(self) -> Head:
         """The last projection, `[B, T, D]` -> `[B, T, V]`."""
@@ -173,7 +180,7 @@ class Llama(nn.Module):
         return {f"layers.{key}": block for key, block in self.layers.items()}
 
     def wrap_units(self) -> list[WrapUnit]:
-        """Embeddings, every block, the head. Tied weights serve at both ends, so they are in no unit."""
+        """Embeddings, every block, the head; but tied weights serve at both ends: in none."""
         units = [WrapUnit(name, (block,)) for name, block in self.blocks().items()]
         if self.args.tied_embeddings:
             return units
@@ -182,13 +189,15 @@ class Llama(nn.Module):
 
     def init_rule(self, name: str) -> InitRule:
         """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream
-        starts smaller in deeper layers, so that its variance does not grow with depth."""
+        starts smaller in deeper layers, so that its variance does not grow with depth. The head
+        starts small enough for the first loss to be ln(V): logits of variance 1/16 add only 0.03.
+        """
         if name.endswith("norm.weight"):
             return InitRule("constant", value=1.0)
         if name == "tok_embeddings.weight" and not self.args.tied_embeddings:
             return InitRule("normal", std=1.0)
         if name in ("tok_embeddings.weight", "output.weight"):
-            return InitRule("normal", std=self.args.dim**-0.5, cutoff_in_std=3.0)
+            return InitRule("normal", std=0.25 * self.args.dim**-0.5, cutoff_in_std=3.0)
         layer, matrix = int(name.split(".")[1]), name.split(".")[-2]
         std = 0.02 / math.sqrt(2 * (layer + 1)) if matrix in ("wo", "w2", "w3") else 0.02
         return InitRule("normal", std=std, cutoff_in_std=3.0)
