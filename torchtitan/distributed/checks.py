@@ -5,6 +5,7 @@ from torchtitan.config.facts import Facts
 from torchtitan.utils.environment import EnvironmentFaults, read_environment
 
 MINIMUM_TORCH = (2, 11)
+_BFLOAT16_CAPABILITY = (8, 0)
 
 
 def probe(facts: Facts) -> list[Problem]:
@@ -36,7 +37,31 @@ def _cuda(facts: Facts) -> list[Problem]:
     except EnvironmentFaults:
         return []  # `--check` of another machine's world size
     if local_rank < devices:
-        return []
+        return _bfloat16(facts, local_rank)
     problem = f"there are {devices} visible CUDA devices"
     fix = f"start at most {devices} processes per machine, or set job.device to cpu"
     return [Problem("LOCAL_RANK", problem, fix, local_rank, local=True)]
+
+
+def _bfloat16(facts: Facts, local_rank: int) -> list[Problem]:
+    """Older GPUs emulate bfloat16, many times slower than they compute in float32."""
+    import torch
+
+    if torch.version.hip is not None:
+        return []
+    capability = torch.cuda.get_device_capability(local_rank)
+    if capability >= _BFLOAT16_CAPABILITY:
+        return []
+    training = facts.config.training
+    values = {
+        "training.dtype": training.dtype,
+        "training.mixed_precision_param": training.mixed_precision_param,
+    }
+    problem = "the GPU has compute capability {}.{}, and bfloat16 needs {}.{}"
+    return [
+        Problem(
+            key, problem.format(*capability, *_BFLOAT16_CAPABILITY), 'set it to "float32"', value
+        )
+        for key, value in values.items()
+        if value == "bfloat16"
+    ]

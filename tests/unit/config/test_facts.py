@@ -20,6 +20,8 @@ def test_shard_degree_takes_the_rest():
         parallelism__data_parallel_shard_degree=2,
     )
     assert (fixed.shard_degree, fixed.dp_degree) == (2, 8)
+    too_few_ranks = facts(1, parallelism__data_parallel_replicate_degree=4)
+    assert too_few_ranks.shard_degree == 1
 
 
 def test_dimensions_that_cut_the_model_are_no_data_ranks():
