@@ -120,7 +120,10 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 finite.settle()
                 metrics.flush()
                 state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
-                saver.save(state, lanes, model.parts, optimizers, finished=step == training.steps)
+                with metrics.timing("checkpoint"):
+                    saver.save(
+                        state, lanes, model.parts, optimizers, finished=step == training.steps
+                    )
             profiler.step()
             garbage.step(step)
             if step == first_step + 1:

@@ -15,7 +15,7 @@ from torchtitan.config import NonFiniteError
 class FiniteSteps:
     """Raises NonFiniteError for a step that was not finite, at most `lag` steps late.
 
-    The flags are the same on all ranks (they come from reduced values), so all raise at the same step.
+    The flags are the same on all ranks (they come from reduced values): all raise at the same step.
     """
 
     def __init__(self, lag: int):
@@ -44,7 +44,7 @@ class FiniteSteps:
             ready.synchronize()
         if not bool(flag):
             raise NonFiniteError(
-                f"step {step}: the loss or the gradient norm is not finite. The update was left out,"
-                " so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look at the"
-                f" data of that step; checkpoints before step {step} are unharmed"
+                f"step {step}: the loss or the gradient norm is not finite. The update was left"
+                " out, so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look at"
+                f" the data of that step; checkpoints before step {step} are unharmed"
             )

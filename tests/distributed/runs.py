@@ -1,0 +1,88 @@
+"""Real runs of the program, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CONFIG = """
+[model.args]
+n_layers = 2
+dim = 32
+n_heads = 4
+
+[training]
+dataset = "stdlib"
+local_batch_size = 2
+global_batch_size = 8
+seq_len = 32
+steps = 10
+mixed_precision_param = "float32"
+
+[lr_scheduler]
+warmup_steps = 2
+
+[checkpoint]
+enable = true
+interval = 4
+
+[metrics]
+log_freq = 1
+"""
+
+
+def command(folder: Path, *arguments: str, processes: int = 1) -> list[str]:
+    """The command line of a run in `folder`."""
+    config = folder.parent / "config.toml"
+    config.write_text(CONFIG)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [
+        *launcher,
+        "-m",
+        "torchtitan.train",
+        f"--job.config_file={config}",
+        f"--job.dump_folder={folder}",
+        *arguments,
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Without whatever launcher started the tests."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def run(
+    folder: Path, *arguments: str, processes: int = 1, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the exit status must be `expect`."""
+    done = subprocess.run(
+        command(folder, *arguments, processes=processes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What the run logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every logged step."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in records(folder)]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """`run_status.json`."""
+    return json.loads((folder / "run_status.json").read_text())

@@ -1,0 +1,188 @@
+"""Whole runs: the same on other meshes, after a kill, after a request to stop; and how they end."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import runs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    runs.run(folder)
+    return folder
+
+
+def start_and_signal(folder: Path, number: int, *arguments: str, processes: int = 1) -> str:
+    """Start a run, send it a signal once step 5 is logged, return what it said."""
+    process = subprocess.Popen(
+        runs.command(folder, *arguments, processes=processes),
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get to step 5"
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    return output
+
+
+def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    rows = runs.records(uninterrupted)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["num_tokens_seen"] == 10 * 8 * 32
+    steps = sorted(path.name for path in (uninterrupted / "checkpoint").glob("step-*"))
+    assert steps == ["step-10", "step-4", "step-8"]
+    assert runs.status(uninterrupted)["status"] == "completed"
+    assert (uninterrupted / "config.toml").is_file()
+
+
+def test_same_command_again_says_finished(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = runs.run(uninterrupted)
+    assert "finished" in done.stderr
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (2, ()),
+        (2, ("--parallelism.data_parallel_replicate_degree=2",)),
+        (4, ("--parallelism.data_parallel_replicate_degree=2", "--training.local_batch_size=1")),
+    ],
+    ids=["fsdp", "ddp", "hsdp"],
+)
+def test_other_mesh_same_run(
+    processes: int, arguments: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    runs.run(tmp_path / "run", *arguments, processes=processes)
+    for (step, loss, norm), expected in zip(
+        runs.curve(tmp_path / "run"), runs.curve(uninterrupted), strict=True
+    ):
+        assert step == expected[0]
+        assert loss == pytest.approx(expected[1], rel=2e-6)
+        assert norm == pytest.approx(expected[2], rel=2e-5)
+
+
+def test_kill_and_same_command_is_one_run(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start_and_signal(folder, signal.SIGKILL, "--training.steps=10")
+    assert runs.status(folder)["status"] == "running"
+    done = runs.run(folder)
+    assert "Resumed from step 4" in done.stderr or "Resumed from step 8" in done.stderr
+    assert runs.curve(folder) == runs.curve(uninterrupted)
+
+
+def test_request_to_stop_saves_the_step_and_leaves(uninterrupted: Path, tmp_path: Path) -> None:
+    """With reading processes, which must not die of the signal before the run has saved."""
+    folder = tmp_path / "run"
+    long = "--training.steps=3000"
+    workers = "--training.dataloader.num_workers=2"
+    output = start_and_signal(folder, signal.SIGTERM, long, workers)
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), output
+    assert runs.records(folder)[-1]["step"] == status["step"]
+    assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+
+
+def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = start_and_signal(folder, signal.SIGTERM, "--training.steps=3000", processes=2)
+    status = runs.status(folder)
+    assert status["status"] == "preempted", output
+    assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+
+
+def test_resume_on_another_mesh_with_more_steps(uninterrupted: Path, tmp_path: Path) -> None:
+    """Two processes stop at step 4; four continue, the checkpoint being all they have."""
+    folder = tmp_path / "run"
+    constant = ("--lr_scheduler.decay_ratio=0", "--checkpoint.interval=2")
+    runs.run(folder, "--training.steps=4", *constant, processes=2)
+    done = runs.run(
+        folder, *constant, "--training.local_batch_size=1", "--training.steps=6", processes=4
+    )
+    assert "Resumed from step 4" in done.stderr
+    alone = tmp_path / "alone"
+    runs.run(alone, "--training.steps=6", *constant)
+    for row, expected in zip(runs.curve(folder), runs.curve(alone), strict=True):
+        assert row == pytest.approx(expected, rel=2e-5)
+
+
+def test_observers_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.run(
+        folder,
+        "--metrics.enable_tensorboard",
+        "--profiling.enable_profiling",
+        "--profiling.profile_freq=5",
+        "--checkpoint.enable=false",
+        "--training.dataloader.num_workers=2",
+    )
+    assert runs.curve(folder) == runs.curve(uninterrupted)
+    assert list((folder / "tb").glob("events.*"))
+    assert list((folder / "profile_trace").glob("iteration_5/*.json*"))
+
+
+def test_compiled_run_has_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.run(folder, "--model.handlers=compile")
+    for (_, loss, _), expected in zip(runs.curve(folder), runs.curve(uninterrupted), strict=True):
+        assert loss == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_finite_data_end_on_all_ranks_at_once(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "{"row " * (n % 7 + 1)}{n}"}}\n' for n in range(120)))
+    arguments = ("--training.dataset=json", f"--training.dataset_path={data}", "--data.epochs=2")
+    lanes = ("--data.lanes=4", "--training.steps=1000")
+    curves = []
+    for processes in (1, 2):
+        folder = tmp_path / f"run-{processes}"
+        runs.run(folder, *arguments, *lanes, processes=processes)
+        status = runs.status(folder)
+        assert status["status"] == "data_exhausted"
+        assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+        rows = runs.records(folder)
+        curves.append([(row["num_targets"], row["loss"]) for row in rows])
+    for row, expected in zip(*curves, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_non_finite_step_ends_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = runs.run(folder, "--optimizer.lr=1e38", "--training.max_norm=inf", expect=5)
+    assert "not finite" in done.stderr
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("failed", 5)
+    assert not list((folder / "checkpoint").glob("step-*"))
+
+
+def test_one_rank_without_data_stops_all(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    good = '{"text": "a line of some length, to be read in its turn"}\n' * 400
+    data.write_text(good + "not json\n" + good)
+    started = time.monotonic()
+    done = runs.run(
+        tmp_path / "run",
+        "--training.dataset=json",
+        f"--training.dataset_path={data}",
+        "--training.steps=500",
+        processes=2,
+        expect=1,  # torchrun's, whatever the processes' own
+    )
+    assert "rows.jsonl" in done.stderr
+    assert runs.status(tmp_path / "run")["exit_code"] == 3
+    assert time.monotonic() - started < 90, "the other rank waited for the time-out"
