@@ -5,13 +5,12 @@ the training process knows where each lane stands after the samples it has used.
 StatefulDataLoader keeps state per worker instead, which ties a checkpoint to their number.
 """
 
-import ctypes
-import logging
 import multiprocessing
+import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -19,8 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.config import DataError
 from torchtitan.data.lanes import Lane, LaneSettings
 from torchtitan.data.packing import Position, Sample
-
-logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -140,7 +137,16 @@ def _context() -> Any:
 
 def _prepare_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    if sys.platform == "linux":
-        # Die with the parent, whatever this process is waiting for.
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Without this a reader outlives a killed run for ever.
+
+    By process id its parent is the fork server, which stays while one of its children does; the
+    kernel's parent-death signal and DataLoader's own watchdog look at that one only.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
