@@ -282,10 +282,12 @@ time.sleep(100)
 def test_second_job_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError) as caught:
-            open_folder(tmp_path)
-        holder.kill()
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError) as caught:
+                open_folder(tmp_path)
+        finally:
+            holder.kill()
     assert f"process {holder.pid}, run run7" in str(caught.value)
     assert not (tmp_path / "run_status.json").exists()
     # The lock of a killed job is nobody's.
