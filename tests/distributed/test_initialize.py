@@ -124,6 +124,13 @@ def test_distribution(cutoff):
         assert abs(correlation) < 4e-3
 
 
+def test_every_element_has_its_own_value():
+    for shape in ((60,), (6, 10), (3, 4, 5), (2, 3, 2, 5)):
+        values = fill(Holder(shape, dtype=torch.float64))["weights.0"].flatten()
+        assert len(values.unique()) == 60
+        assert torch.equal(values, fill(Holder((60,), dtype=torch.float64))["weights.0"])
+
+
 def test_seed_and_name_matter():
     first, other_seed = fill(Holder((50, 50), (50, 50))), fill(Holder((50, 50)), seed=1)
     assert (first["weights.0"] == first["weights.1"]).sum() < 5

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from torchtitan.models import attend
 from torchtitan.models.attend import Attend, build_mask
 
 
@@ -39,6 +40,18 @@ def test_attend(kv_heads, ids):
     theirs = torch.autograd.grad(expected, (q, k, v), upstream)
     for gradient, exact in zip(ours, theirs):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_for_cuda_computes_the_same(kv_heads, monkeypatch):
+    """FlexAttention uncompiled, which runs anywhere: its mask and its call, not its kernel."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(attend, "_compile_once", lambda name: getattr(flex_attention, name))
+    q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, kv_heads, kv_heads))
+    out, _ = Attend()(q, k, v, attend._block_mask(IDS))
+    torch.testing.assert_close(out, reference(q, k, v, IDS))
 
 
 def test_no_documents_need_no_mask():

@@ -39,6 +39,8 @@ def test_equals_the_exact_result_rounded_once(dtype, tolerance):
         assert ours.dtype == dtype
         error = (ours.double() - reference).abs().max() / reference.abs().max()
         assert error < tolerance
+    if dtype == torch.bfloat16:  # unless the exact result lies on the edge between two
+        assert (out != exact.to(dtype)).float().mean() < 0.02
 
 
 def test_the_input_is_left_alone_and_needs_no_layout():
