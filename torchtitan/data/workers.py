@@ -5,10 +5,12 @@ the training process knows where each lane stands after the samples it has used.
 StatefulDataLoader keeps state per worker instead, which ties a checkpoint to their number.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple
@@ -105,6 +107,8 @@ class SampleStream:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes = [p for p in multiprocessing.active_children() if p not in before]
+        # Python would wait at its end for readers that do not hear its SIGTERM.
+        atexit.register(_close, weakref.ref(self))
         return iterator
 
     def close(self) -> None:
@@ -121,6 +125,12 @@ class SampleStream:
 def workers_for(num_lanes: int, num_workers: int) -> int:
     """The largest number of workers up to `num_workers` that share `num_lanes` evenly."""
     return next((n for n in range(min(num_workers, num_lanes), 0, -1) if num_lanes % n == 0), 0)
+
+
+def _close(stream: "weakref.ref[SampleStream]") -> None:
+    alive = stream()
+    if alive is not None:
+        alive.close()
 
 
 def _identity(item: Any) -> Any:

@@ -53,11 +53,12 @@ def read_all(path, dataset="auto", **data):
     """One pass over the data: the number of targets, and the last step's data."""
     run = Run(make_config(str(path), dataset=dataset, epochs=1, **data), num_lanes=2)
     targets = 0
-    while True:
-        step = run.loaders[0].next_step()
-        if step.ended:
-            return targets, step
-        targets += sum(int((batch["labels"] >= 0).sum()) for batch in step.microbatches)
+    try:
+        while not (step := run.loaders[0].next_step()).ended:
+            targets += sum(int((batch["labels"] >= 0).sum()) for batch in step.microbatches)
+    finally:
+        run.close()
+    return targets, step
 
 
 # Tokenizer -------------------------------------------------------------------------------------

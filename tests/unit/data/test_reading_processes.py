@@ -71,6 +71,19 @@ def test_a_dead_one_is_reported(path):
     wait_until_gone(pids)
 
 
+def test_python_ends_without_close(path, tmp_path):
+    """Even while a reader is stuck, here because it is stopped."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(folders=folders(), path=path, mode="leave"))
+    done = subprocess.run([sys.executable, str(script)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wait_until_gone([int(pid) for pid in done.stdout.split()])
+
+
+def folders() -> list[str]:
+    return [str(Path(__file__).parent), str(Path(torchtitan.__file__).parents[1])]
+
+
 PARENT = """
 import os, signal, sys
 sys.path[:0] = {folders!r}
@@ -79,7 +92,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     run, pids = start({path!r})
     print(*pids, flush=True)
-    if {group}:
+    if {mode!r} == "leave":
+        os.kill(pids[0], signal.SIGSTOP)
+        sys.exit()
+    if {mode!r} == "group":
         os.killpg(0, signal.SIGTERM)
         for _ in range(40):
             run.step()
@@ -89,12 +105,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("group", [False, True])
-def test_in_a_process_group(path, tmp_path, group):
+@pytest.mark.parametrize("mode", ["kill", "group"])
+def test_in_a_process_group(path, tmp_path, mode):
     """SIGTERM to the whole group leaves all reading; SIGKILL to the parent leaves nobody."""
     script = tmp_path / "parent.py"
-    folders = [str(Path(__file__).parent), str(Path(torchtitan.__file__).parents[1])]
-    script.write_text(PARENT.format(folders=folders, path=path, group=group))
+    script.write_text(PARENT.format(folders=folders(), path=path, mode=mode))
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -102,7 +117,7 @@ def test_in_a_process_group(path, tmp_path, group):
     try:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2 and all(map(is_alive, pids))
-        if group:
+        if mode == "group":
             assert process.stdout.readline() == "read on\n"
             assert all(map(is_alive, pids))
     finally:
