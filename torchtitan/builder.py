@@ -1,7 +1,8 @@
 """The composition root: the only place that takes a `JobConfig` apart.
 
-Everything below gets its own section and the objects it works with. The training loop and every tool
-build what they need from here, so that a model that is evaluated is built as one that is trained.
+Everything below gets its own section and the objects it works with. The training loop and every
+tool build what they need from here, so that a model that is evaluated is built as one that is
+trained.
 """
 
 import logging
@@ -34,6 +35,8 @@ from torchtitan.models.spec import LanguageModel
 from torchtitan.utils.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
+
+_DECLARATIONS = ("head", "wrap_units", "blocks", "init_rule", "flops_per_token")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ def build_model(
 ) -> BuiltModel:
     """The model on `device`, parallelised over `mesh`, with its initial weights.
 
-    `vocab_size` is the tokenizer's. Without `initialise` the weights are whatever was in memory, for
-    a caller who loads all of them next. All ranks must call it.
+    `vocab_size` is the tokenizer's. Without `initialise` the weights are whatever was in memory,
+    for a caller who loads all of them next. All ranks must call it.
     """
     family = get_family(config.model.name)
     args = family.resolve_args(config.model.flavor, config.model.args, vocab_size)
     with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
-    assert isinstance(model, LanguageModel) and isinstance(model, nn.Module)
+    _require_language_model(model, family.name)
     seq_len = config.training.seq_len
     built = BuiltModel(
         parts=[model],
@@ -139,9 +142,7 @@ def build_saver(config: JobConfig, world: World, folder: RunFolder, dims: Parall
     checkpointer = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
-        checkpointer = Checkpointer(
-            config.checkpoint, folder.checkpoint_folder, world, run_info
-        )
+        checkpointer = Checkpointer(config.checkpoint, folder.checkpoint_folder, world, run_info)
     return Saver(config.checkpoint, checkpointer, world)
 
 
@@ -184,6 +185,12 @@ def describe(facts: Facts, dims: ParallelDims, world: World, model: BuiltModel) 
     )
 
 
+def _require_language_model(model: nn.Module, family: str) -> None:
+    if not isinstance(model, LanguageModel):
+        missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
+        raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")
+
+
 def _refuse_unset_buffers(model: nn.Module) -> None:
     """Buffers come out of allocation with arbitrary content, which nothing would ever tell."""
     names = [name for name, _ in model.named_buffers()]
@@ -205,4 +212,3 @@ class _default_dtype:
 
     def __exit__(self, *details: object) -> None:
         torch.set_default_dtype(self._previous)
-

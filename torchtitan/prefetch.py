@@ -32,8 +32,8 @@ class Fetched:
 def fetch(loader: Loader, loss: Loss, world: World, *, stop: bool, counts_data: bool) -> Fetched:
     """Read the next step's microbatches and tell the other ranks about them. All ranks call it.
 
-    `stop`: this rank was asked to. A rank that cannot read says so before it fails, so that no other
-    waits for it in vain.
+    `stop`: this rank was asked to. A rank that cannot read says so before it fails, so that no
+    other waits for it in vain.
     """
     data, error, num_targets, num_tokens = None, None, 0, 0
     try:

@@ -40,7 +40,7 @@ _PROBES = {
         "torchtitan.handlers.checks",
     ),
     HARDWARE: ("torchtitan.distributed.checks",),
-    MODEL: ("torchtitan.models.checks",),
+    MODEL: ("torchtitan.models.checks", "torchtitan.components.model_checks"),
     CHECKPOINTS: ("torchtitan.checkpoint.checks",),
 }
 

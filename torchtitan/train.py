@@ -1,4 +1,4 @@
-"""The training run: `train` is the loop, `run` one process from a checked config to an exit status."""
+"""The training run: `train` is the loop, `run` one process of a run from config to exit status."""
 
 import sys
 
@@ -22,7 +22,6 @@ from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
-from torchtitan.components.profiler import Profiler
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
 from torchtitan.config.facts import Facts
@@ -151,10 +150,8 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     if config.debug.deterministic:
         use_deterministic_algorithms(config.debug.deterministic_warn_only)
     facts = Facts(config, environment.world_size, device_type(config.job.device))
-    phases = [preflight.HARDWARE]
-    if is_main:
-        phases += [preflight.MODEL, preflight.CHECKPOINTS]
-    preflight.require(facts, phases)
+    # What needs no torch was checked before this module was imported.
+    preflight.require(facts, [preflight.HARDWARE] + [preflight.MODEL] * is_main)
     folder = RunFolder.open(config, facts, is_main)
     progress = Progress()
     try:
@@ -165,14 +162,16 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
             if decision.action == "finished":
                 logger.info(closing_words(config, folder))
                 return DONE
-            facts = replace(facts, config=folder.config)
             progress.step = decision.step
+            facts = replace(facts, config=folder.config)
+            # Batch size and lanes may be those stored with the run, and the mesh be new to them.
+            preflight.require(facts, [preflight.ARITHMETIC], quiet=not is_main)
             train(facts, world, folder, progress)
     except BaseException as error:
         code = exit_code_of(error)
         if is_main:
             folder.set_status("failed", progress.step, code)
-        if isinstance(error, (ConfigError, KeyboardInterrupt)):
+        if isinstance(error, ConfigError | KeyboardInterrupt):
             raise
         expected = isinstance(error, (CheckpointError, DataError, NonFiniteError))
         logger.error("%s", error, exc_info=None if expected else error)
@@ -195,4 +194,3 @@ def closing_words(config: JobConfig, folder: RunFolder) -> str:
     if config.metrics.enable_tensorboard:
         words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
     return words
-

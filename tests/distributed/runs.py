@@ -53,7 +53,14 @@ def command(folder: Path, *arguments: str, processes: int = 1) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without whatever launcher started the tests."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     return {**kept, "OMP_NUM_THREADS": "1"}
 

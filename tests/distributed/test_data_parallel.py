@@ -52,8 +52,7 @@ OF_VARIANTS = ("fsdp, accumulating", "ddp", "hsdp", "by operator")
 @pytest.fixture(scope="module")
 def references(gloo_pool: GlooPool) -> dict[str, tiny.Result]:
     return {
-        name: gloo_pool.run(1, tiny.train, Case(**variant))[0]
-        for name, variant in VARIANTS.items()
+        name: gloo_pool.run(1, tiny.train, Case(**variant))[0] for name, variant in VARIANTS.items()
     }
 
 
@@ -120,9 +119,7 @@ def _train_syncing_first(world: World, case: Case) -> tiny.Result:
     return tiny.train(world, case)
 
 
-@pytest.mark.parametrize(
-    "mistake", [_train_averaging, _train_mean_per_rank, _train_syncing_first]
-)
+@pytest.mark.parametrize("mistake", [_train_averaging, _train_mean_per_rank, _train_syncing_first])
 def test_comparison_catches_mistakes(mistake, references: dict[str, tiny.Result]) -> None:  # type: ignore[no-untyped-def]
     pool = GlooPool()  # of its own: its processes are changed for good
     try:

@@ -45,6 +45,6 @@ class FiniteSteps:
         if not bool(flag):
             raise NonFiniteError(
                 f"step {step}: the loss or the gradient norm is not finite. The update was left"
-                " out, so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look at"
-                f" the data of that step; checkpoints before step {step} are unharmed"
+                " out, so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look"
+                f" at the data of that step; checkpoints before step {step} are unharmed"
             )

@@ -2,8 +2,9 @@
 
 While the device works on a step, the host fetches the next one's data and starts one small sum of
 integers over gloo: how many targets the data hold, whether anything is left, whether somebody was
-asked to stop or failed. Its result is read when the next step begins. So all ranks take every decision
-at the same step, and the number of targets, by which the loss is divided, is known before the forward.
+asked to stop or failed. Its result is read when the next step begins. So all ranks take every
+decision at the same step, and the number of targets, by which the loss is divided, is known before
+the forward.
 """
 
 from dataclasses import dataclass

@@ -29,8 +29,8 @@ def apply_data_parallel(
     """Wrap `model` in place; names of parameters stay.
 
     Copies without shards are DDP, copies of shards HSDP, else FSDP. Forward and backward compute in
-    `param_dtype`, gradients are summed over ranks in `reduce_dtype`. The unit that comes last in the
-    forward is not freed after it, because the backward needs it at once.
+    `param_dtype`, gradients are summed over ranks in `reduce_dtype`. The unit that comes last in
+    the forward is not freed after it, because the backward needs it at once.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     if dims.dp_shard == 1 and dims.dp_replicate > 1:

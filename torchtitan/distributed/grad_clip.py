@@ -1,8 +1,8 @@
 """The global gradient norm, on any mixture of meshes, and clipping by it.
 
 Every rank adds up the squares of what it holds. A shard that several ranks hold alike is divided by
-their number, so that one sum over all ranks counts each element once: one small collective, whatever
-the number of parameters and meshes.
+their number, so that one sum over all ranks counts each element once: one small collective,
+whatever the number of parameters and meshes.
 """
 
 import math
@@ -49,7 +49,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where the norm is larger. Does not wait for the device."""
+    """Scale all gradients by max_norm / norm where the norm is larger. Does not wait for the
+    device."""
     if math.isinf(max_norm):
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -57,8 +58,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
-            gradients.append(
-                gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            )
+            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     if gradients:
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -12,9 +12,7 @@ from torchtitan.passes.compile import apply_compile
 from torchtitan.utils.dtypes import torch_dtype
 
 
-def parallelize(
-    model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: ParallelDims
-) -> None:
+def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: ParallelDims) -> None:
     """Change `model` (on the meta device) in place for this rank of the mesh."""
     assert isinstance(model, LanguageModel)
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.

@@ -1,8 +1,8 @@
 """The runner: forward and backward of one step's microbatches, however the model is cut.
 
-The loss of a step is the sum of the cross entropies of all its targets, over all microbatches and all
-data ranks, divided by their number. The runner owns that division: each microbatch's sum is divided
-by the step's number of targets before its backward, and gradients are only ever summed.
+The loss of a step is the sum of the cross entropies of all its targets, over all microbatches and
+all data ranks, divided by their number. The runner owns that division: each microbatch's sum is
+divided by the step's number of targets before its backward, and gradients are only ever summed.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class Runner(Protocol):
     loss: Loss
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
-        """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a scalar
-        on the device that is the same on all ranks. All ranks must call it."""
+        """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a
+        scalar on the device that is the same on all ranks. All ranks must call it."""
 
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
         """Sum of the loss over all targets of the microbatches on all ranks, without gradients."""

@@ -122,4 +122,3 @@ def _control_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
         assert group is not None
         return group
     return dist.new_group(backend="gloo", timeout=timeout)
-

@@ -1,7 +1,7 @@
 """`ModelHandler`: what a handler is, and what it may have beside. No torch.
 
-`model.handlers = ["float8", "compile"]` applies handlers in that order. Some members are optional, and
-found by their presence, so that no other part of the library has to know any handler by name:
+`model.handlers = ["float8", "compile"]` applies handlers in that order. Some members are optional,
+and found by their presence, so that no other part of the library has to know any handler by name:
 
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;

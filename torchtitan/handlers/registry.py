@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.section import Section
@@ -73,7 +74,7 @@ def handler_settings(config: JobConfig, name: str) -> Section:
         raise ConfigError([_problem(name, settings, fault) for fault in error.errors()]) from None
 
 
-def _problem(name: str, settings: type[Section], fault: dict) -> Problem:  # type: ignore[type-arg]
+def _problem(name: str, settings: type[Section], fault: ErrorDetails) -> Problem:
     field = ".".join(str(part) for part in fault["loc"])
     key = f"handlers.{name}.{field}"
     if fault["type"] == "extra_forbidden":

@@ -11,9 +11,9 @@ IGNORE_INDEX = -100
 class Batch(dict[str, torch.Tensor]):
     """Named tensors of one microbatch, the same object for every part of the model.
 
-    `tokens`, `labels`, `positions` and `document_ids` are int64 `[B, T]`; `labels` is already shifted
-    (the label of position t is the token at t + 1) and `IGNORE_INDEX` where nothing is predicted.
-    Further tensors pass through untouched.
+    `tokens`, `labels`, `positions` and `document_ids` are int64 `[B, T]`; `labels` is already
+    shifted (the label of position t is the token at t + 1) and `IGNORE_INDEX` where nothing is
+    predicted. Further tensors pass through untouched.
     """
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":

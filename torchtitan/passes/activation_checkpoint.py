@@ -1,9 +1,9 @@
 """Activation checkpointing: drop a block's activations, recompute them in the backward.
 
-A block's `forward` is replaced by a closure, in place, so that parameter names stay. `full` keeps only
-the input of every block. `selective` either does that to every n-th block, or works by operator: what
-is dear to compute and small to keep (attention, every second matrix product) is kept in every block,
-and the rest, which is cheap, is computed again.
+A block's `forward` is replaced by a closure, in place, so that parameter names stay. `full` keeps
+only the input of every block. `selective` either does that to every n-th block, or works by
+operator: what is dear to compute and small to keep (attention, every second matrix product) is kept
+in every block, and the rest, which is cheap, is computed again.
 """
 
 from collections.abc import Callable, Mapping

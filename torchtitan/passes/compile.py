@@ -1,7 +1,8 @@
 """torch.compile, block by block.
 
-All blocks have the same code, so one compilation serves them all, and takes the same time for 4 layers
-as for 126. A handler marks what is to be compiled; when it happens is fixed by the order of passes.
+All blocks have the same code, so one compilation serves them all, and takes the same time for 4
+layers as for 126. A handler marks what is to be compiled; when it happens is fixed by the order of
+passes.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def apply_replicate(modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def apply_replicate(
+    modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
+) -> None:
     """torch's composable `replicate` over a 1-D mesh: DDP with FSDP2's hooks and precision.
 
     Modules that share a parameter (tied weights) must come in one call.
