@@ -83,15 +83,18 @@ def report(rounds: list[dict[str, float]]) -> None:
 
 
 def run_ours(arguments: list[str]) -> float:
-    """Tokens a second of a training run, from its metrics after the first record."""
+    """Tokens a second of a training run, after `WARMUP_STEPS` steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torchtitan.train", *arguments]
         run_quietly([*command, "--job.dump_folder", folder])
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+        return rate_of(Path(folder))
+
+
+def rate_of(folder: Path) -> float:
+    """Tokens a second of the finished run in `folder`, after `WARMUP_STEPS` steps."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [record for record in records if record["step"] >= WARMUP_STEPS]
-    first, last = measured[0], measured[-1]
-    tokens = last["num_tokens_seen"] - first["num_tokens_seen"]
+    tokens = measured[-1]["num_tokens_seen"] - measured[0]["num_tokens_seen"]
     seconds = sum(
         (after["step"] - before["step"]) * after["step_seconds"]
         for before, after in itertools.pairwise(measured)

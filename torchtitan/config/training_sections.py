@@ -95,7 +95,7 @@ class Data(Section):
     """What to do with a row that cannot be read: stop, or leave it out and count it."""
 
     max_bad_rows: NonNegativeInt = 100
-    """With `on_bad_row = "skip"`: a reading process stops when it has left out more than this."""
+    """With `on_bad_row = "skip"`: the run stops when a rank has left out more than this."""
 
 
 class ParamGroup(Section):
