@@ -1,0 +1,157 @@
+"""How ranks talk and agree."""
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pool import GlooPool, RankFailure
+from torchtitan.components.finite import FiniteSteps
+from torchtitan.config import DataError, NonFiniteError
+from torchtitan.distributed.control import Agreement, start_exchange
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.world import World, set_timeout
+
+QUIET: dict[str, Any] = {
+    "num_targets": 10,
+    "num_tokens": 16,
+    "ended": False,
+    "stop": False,
+    "failed": False,
+    "counts_data": True,
+}
+
+
+def _exchange(world: World, by_rank: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    pending = start_exchange(world, **{**QUIET, **by_rank.get(world.rank, {})})
+    return dataclasses.asdict(pending.wait())
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "expected"),
+    [
+        ({}, Agreement(30, 48, False, False, 0, None)),
+        ({1: {"num_targets": 3}}, Agreement(23, 48, False, False, 0, None)),
+        ({1: {"counts_data": False}}, Agreement(20, 32, False, False, 0, None)),
+        ({2: {"stop": True}}, Agreement(30, 48, False, True, 0, None)),
+        ({0: {"ended": True}, 1: {"ended": True}}, Agreement(30, 48, False, False, 0, None)),
+        ({r: {"ended": True} for r in range(3)}, Agreement(30, 48, True, False, 0, None)),
+        ({2: {"failed": True}}, Agreement(30, 48, False, False, 1, 2)),
+        ({1: {"failed": True}, 2: {"failed": True}}, Agreement(30, 48, False, False, 2, None)),
+    ],
+)
+def test_all_ranks_learn_the_same(
+    by_rank: dict[int, dict[str, Any]], expected: Agreement, gloo_pool: GlooPool
+) -> None:
+    results = gloo_pool.run(3, _exchange, by_rank)
+    assert results == [dataclasses.asdict(expected)] * 3
+
+
+def _talk(world: World) -> tuple[list[Any], Any]:
+    mine = {"rank": world.rank, "text": "ä" * world.rank}
+    gathered = world.gather_json(mine)
+    world.barrier()
+    return gathered, world.broadcast_json({"from": world.rank, "none": None})
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_json_goes_around(world_size: int, gloo_pool: GlooPool) -> None:
+    gathered = [{"rank": rank, "text": "ä" * rank} for rank in range(world_size)]
+    expected = (gathered, {"from": 0, "none": None})
+    assert gloo_pool.run(world_size, _talk) == [expected] * world_size
+
+
+class _Data:
+    """A loader of one step; rank 1 can not read."""
+
+    def __init__(self, fails: bool):
+        self.fails = fails
+
+    def next_step(self) -> Any:
+        if self.fails:
+            raise DataError("rows.jsonl, line 3: not JSON")
+        raise AssertionError("not reached in this test")
+
+
+def _fetch_where_rank_1_fails(world: World) -> str:
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.data.loader import StepData
+    from torchtitan.prefetch import fetch
+
+    loader = _Data(fails=world.rank == 1)
+    if world.rank != 1:
+        loader.next_step = lambda: StepData([], {}, False, 0)  # type: ignore[method-assign]
+    fetched = fetch(loader, CrossEntropyLoss(), world, stop=False, counts_data=True)  # type: ignore[arg-type]
+    try:
+        fetched.wait()
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_failure_to_read_reaches_all(gloo_pool: GlooPool) -> None:
+    first, second, third = gloo_pool.run(3, _fetch_where_rank_1_fails)
+    assert second == "rows.jsonl, line 3: not JSON"
+    assert first == third
+    assert "rank 1 could not read" in first
+
+
+def _wait_for_nobody(world: World) -> float:
+    set_timeout(world, 2)
+    started = time.monotonic()
+    if world.rank == 0:
+        with pytest.raises(RuntimeError):
+            torch.distributed.all_reduce(torch.zeros(1))
+    else:
+        time.sleep(4)
+    return time.monotonic() - started
+
+
+def test_timeout_can_be_changed(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(2, _wait_for_nobody, timeout=60)[0] < 30
+
+
+def _raise_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("of rank 1")
+
+
+def test_pool_tells_what_failed_and_recovers() -> None:
+    pool = GlooPool()
+    try:
+        with pytest.raises(RankFailure, match="of rank 1"):
+            pool.run(2, _raise_on_rank_1)
+        assert len(pool.run(2, _talk)) == 2
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_that_are_not_finite_are_told_late_or_at_once(lag: int) -> None:
+    steps = FiniteSteps(lag)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    steps.expect(1, good)
+    if lag:
+        steps.expect(2, bad)
+        with pytest.raises(NonFiniteError, match="step 2"):
+            steps.expect(3, good)
+    else:
+        with pytest.raises(NonFiniteError, match="step 2"):
+            steps.expect(2, bad)
+
+
+def test_settling_waits_for_all_steps() -> None:
+    steps = FiniteSteps(lag=1)
+    steps.expect(1, torch.tensor(False))
+    with pytest.raises(NonFiniteError, match="step 1"):
+        steps.settle()
+
+
+def test_places_on_a_mesh_of_all_axes() -> None:
+    dims = ParallelDims(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2)
+    assert dims.world_size == 32
+    assert dims.ranks_per_stage == 16
+    assert [dims.dp_rank(rank) for rank in (0, 3, 4, 12, 15, 16, 31)] == [0, 0, 1, 3, 3, 0, 3]
+    assert [rank for rank in range(32) if dims.counts_data(rank)] == [0, 4, 8, 12]

@@ -1,0 +1,128 @@
+"""Handlers: finding, checking, and acting around a real training step."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import runs
+from torchtitan.config import JobConfig
+from torchtitan.config.facts import Facts
+from torchtitan.config.section import Section
+from torchtitan.handlers import registry
+from torchtitan.handlers.checks import check
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+
+
+def problems(chosen: list[str], settings: dict[str, dict[str, object]] | None = None) -> list[str]:
+    config = JobConfig.model_validate({"model": {"handlers": chosen}, "handlers": settings or {}})
+    return [str(problem) for problem in check(Facts(config, 1, "cpu"))]
+
+
+class Settings(Section):
+    amount: int = 1
+    """How much."""
+
+
+class Nothing:
+    """A handler that does nothing."""
+
+    after = ("compile",)
+    excludes: tuple[str, ...] = ()
+
+
+def test_known_handlers_pass() -> None:
+    assert problems(["compile"], {"compile": {"backend": "eager"}}) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "settings", "expected"),
+    [
+        (["compil"], {}, ['model.handlers = "compil"', "compile"]),
+        (["compile", "compile"], {}, ["twice"]),
+        ([], {"compiel": {}}, ["handlers.compiel", "compile"]),
+        (["compile"], {"compile": {"backnd": "x"}}, ["handlers.compile.backnd", "backend"]),
+        (["compile"], {"compile": {"backend": 3}}, ["handlers.compile.backend = 3"]),
+    ],
+)
+def test_mistakes_are_named(
+    chosen: list[str], settings: dict[str, dict[str, object]], expected: list[str]
+) -> None:
+    (text,) = problems(chosen, settings)
+    for part in expected:
+        assert part in text
+
+
+def test_order_and_exclusion() -> None:
+    registry.register_handler("nothing", Settings)(Nothing)
+    assert problems(["compile", "nothing"]) == []
+    assert "list compile before nothing" in problems(["nothing", "compile"])[0]
+    lonely = type("Lonely", (Nothing,), {"after": (), "excludes": ("compile",)})
+    registry.register_handler("lonely", Settings)(lonely)
+    assert "cannot be combined with compile" in problems(["lonely", "compile"])[0]
+    assert problems(["lonely"]) == []
+
+
+def test_settings_of_a_registered_handler() -> None:
+    registry.register_handler("nothing", Settings)(Nothing)
+    config = JobConfig.model_validate({"handlers": {"nothing": {"amount": 3}}})
+    settings = registry.handler_settings(config, "nothing")
+    assert isinstance(settings, Settings)
+    assert settings.amount == 3
+
+
+def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
+    """Registered by `job.custom_import`: its hooks run around every step, its change trains."""
+    module = tmp_path / "my_handler.py"
+    module.write_text(
+        textwrap.dedent(
+            """
+            from torchtitan.config.section import Section
+            from torchtitan.handlers.registry import handler_settings, register_handler
+
+
+            class FreezeSettings(Section):
+                name: str = "norm.weight"
+
+
+            @register_handler("freeze", FreezeSettings)
+            class Freeze:
+                def __init__(self, job_config, parallel_dims):
+                    self.name = handler_settings(job_config, "freeze").name
+                    self.calls = []
+
+                def convert(self, model):
+                    assert all(p.is_meta for p in model.parameters())
+                    model.get_parameter(self.name).requires_grad_(False)
+                    self.calls.append("convert")
+
+                def pre_optimizer_hook(self, model):
+                    assert model.get_parameter(self.name).grad is None
+                    assert model.get_parameter("output.weight").grad is not None
+                    self.calls.append("pre")
+
+                def post_optimizer_hook(self, model):
+                    self.calls.append("post")
+                    print("CALLS", " ".join(self.calls), flush=True)
+            """
+        )
+    )
+    command = runs.command(
+        tmp_path / "run",
+        "--job.custom_import=my_handler",
+        "--model.handlers=freeze",
+        "--handlers.freeze.name=layers.1.ffn_norm.weight",
+        "--training.steps=2",
+        "--checkpoint.enable=false",
+    )
+    env = {**runs.environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CALLS convert pre post pre post" in done.stdout

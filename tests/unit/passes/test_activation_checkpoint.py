@@ -1,0 +1,101 @@
+"""Activation checkpointing: what is computed again, and what is kept."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
+
+
+class Block(nn.Module):
+    """Four matrix products and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.num_forwards = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_forwards += 1
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Count(TorchDispatchMode):
+    """Counts operators while entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.operators[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(section: ActivationCheckpoint, num_blocks: int = 4) -> tuple[list[Block], Counter[str]]:
+    """Blocks after a forward and a backward, and the operators of the backward."""
+    torch.manual_seed(0)
+    blocks = {f"layers.{n}": Block() for n in range(num_blocks)}
+    apply_activation_checkpoint(blocks, section)
+    x = torch.randn(2, 2, 6, 8, requires_grad=True)
+    out = x
+    for block in blocks.values():
+        out = block(out)
+    with Count() as count:
+        out.square().sum().backward()
+    for block in blocks.values():
+        assert all(parameter.grad is not None for parameter in block.parameters())
+        assert [name for name, _ in block.named_parameters()] == [
+            f"layers.{n}.weight" for n in range(4)
+        ]
+    return list(blocks.values()), count.operators
+
+
+@pytest.mark.parametrize(
+    ("mode", "option", "expected"),
+    [
+        ("none", "2", [1, 1, 1, 1]),
+        ("full", "2", [2, 2, 2, 2]),
+        ("selective", "1", [2, 2, 2, 2]),
+        ("selective", "2", [1, 2, 1, 2]),
+        ("selective", "3", [1, 1, 2, 1]),
+    ],
+)
+def test_blocks_that_run_twice(mode: str, option: str, expected: list[int]) -> None:
+    section = ActivationCheckpoint(mode=mode, selective_ac_option=option)  # type: ignore[arg-type]
+    blocks, _ = run(section)
+    assert [block.num_forwards for block in blocks] == expected
+
+
+def test_by_operator_keeps_attention_and_every_second_product() -> None:
+    plain = run(ActivationCheckpoint(mode="none"), 1)[1]
+    full = run(ActivationCheckpoint(mode="full"), 1)[1]
+    chosen = run(ActivationCheckpoint(mode="selective", selective_ac_option="op"), 1)[1]
+
+    def recomputed(operators: Counter[str], name: str) -> int:
+        return sum((operators - plain)[key] for key in operators if name in key)
+
+    assert recomputed(full, "aten.mm") == 4
+    assert recomputed(chosen, "aten.mm") == 2
+    assert recomputed(full, "tanh.default") == 4
+    assert recomputed(chosen, "tanh.default") == 4
+    attention = "attention_for_cpu.default"
+    assert recomputed(full, attention) == 1
+    assert recomputed(chosen, attention) == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_gradients_are_the_same_bits(mode: str) -> None:
+    plain, _ = run(ActivationCheckpoint(mode="none"))
+    options = ["op", "2"] if mode == "selective" else ["2"]
+    for option in options:
+        other, _ = run(ActivationCheckpoint(mode=mode, selective_ac_option=option))  # type: ignore[arg-type]
+        for block, expected in zip(other, plain, strict=True):
+            for parameter, same in zip(block.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(parameter.grad, same.grad)  # type: ignore[arg-type]
