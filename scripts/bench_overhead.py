@@ -37,14 +37,25 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 WARMUP_STEPS = 10
 THREADS = 2
-SETTINGS = [
-    *("--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")),
-    *("--job.device", "cpu", "--debug.threads", str(THREADS)),
-    *("--training.mixed_precision_param", "bfloat16"),
-    *("--training.global_batch_size", "8", "--training.local_batch_size", "8"),
-    *("--metrics.log_freq", str(WARMUP_STEPS), "--no-metrics.enable_tensorboard"),
-    "--no-checkpoint.enable",
-]
+SETTINGS = {
+    "--job.config_file": str(ROOT / "train_configs" / "debug_model.toml"),
+    "--job.device": "cpu",
+    "--debug.threads": str(THREADS),
+    "--training.mixed_precision_param": "bfloat16",
+    "--training.global_batch_size": "8",
+    "--training.local_batch_size": "8",
+    "--lr_scheduler.warmup_steps": "5",
+    "--metrics.log_freq": str(WARMUP_STEPS),
+    "--metrics.enable_tensorboard": "false",
+    "--checkpoint.enable": "false",
+}
+
+
+def run_arguments(steps: int, overrides: list[str]) -> list[str]:
+    """Arguments of a run of `steps` steps after the warmup; what `overrides` sets, it decides."""
+    settings = SETTINGS | {"--training.steps": str(steps + WARMUP_STEPS)}
+    kept = [(flag, value) for flag, value in settings.items() if flag not in overrides]
+    return [*itertools.chain.from_iterable(kept), *overrides]
 
 
 def main() -> None:
@@ -53,8 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="measured after the warmup")
     parser.add_argument("--worker", choices=["plain", "fsdp2"], help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
-    steps = ["--training.steps", str(options.steps + WARMUP_STEPS)]
-    arguments = [*SETTINGS, *steps, *overrides]
+    arguments = run_arguments(options.steps, overrides)
     if options.worker:
         print(measure_loop(load_config(arguments).config, with_fsdp2=options.worker == "fsdp2"))
         return
