@@ -18,7 +18,7 @@ from torchtitan.checkpoint.saver import Saver
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
-from torchtitan.config import JobConfig
+from torchtitan.config import DataError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
 from torchtitan.data.loader import LanePlan, Loader
@@ -96,12 +96,16 @@ def build_model(
     model.to_empty(device=device)
     if initialise:
         initialize_parameters(model, model.init_rule, config.debug.seed)
-    for handler in built.handlers:
-        after_load = getattr(handler, "after_load", None)
-        if after_load is not None:
-            after_load(model)
     _refuse_unset_buffers(model)
     return built
+
+
+def call_after_load(model: BuiltModel) -> None:
+    """Tell the handlers that want to know that the weights are there, initial or loaded ones."""
+    for handler in model.handlers:
+        after_load = getattr(handler, "after_load", None)
+        if after_load is not None:
+            after_load(model.part_or_parts)
 
 
 def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
@@ -133,6 +137,12 @@ def build_loader(
     loader = data_loader.build_loader(
         config.training, config.data, config.debug.seed, tokenizer, plan, states
     )
+    if len(set(world.gather_json(loader.fingerprint))) > 1:
+        loader.close()
+        raise DataError(
+            "the ranks see different data files or tokenizers; every machine must see the same"
+            " training.dataset_path and model.tokenizer_path"
+        )
     saver.check_data(loader.fingerprint)
     return loader
 

@@ -7,48 +7,80 @@ from torchtitan.data.loader import Loader, StepData
 from torchtitan.distributed.control import Agreement, PendingAgreement, start_exchange
 from torchtitan.distributed.runner import Loss
 from torchtitan.distributed.world import World
+from torchtitan.utils.signals import StopRequest
+
+_MAX_EMPTY_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Fetched:
+class _Fetched:
     """This rank's data of the step to come, and the exchange about it."""
 
     data: StepData | None
-    error: DataError | None
+    error: Exception | None
     pending: PendingAgreement
 
+
+class Prefetch:
+    """Reads one step ahead. All ranks call every method, in the same order."""
+
+    def __init__(
+        self, loader: Loader, loss: Loss, world: World, stop: StopRequest, counts_data: bool
+    ):
+        self._loader = loader
+        self._loss = loss
+        self._world = world
+        self._stop = stop
+        self._counts_data = counts_data
+        self._fetched: _Fetched | None = None
+
+    def start(self) -> None:
+        """Read the next step's microbatches, and tell the other ranks about them.
+
+        A rank that cannot read says so before it fails, so that no other waits for it in vain.
+        """
+        data, error, num_targets, num_tokens = None, None, 0, 0
+        try:
+            data = self._loader.next_step()
+            num_targets = sum(int(self._loss.count(batch)) for batch in data.microbatches)
+            num_tokens = sum(batch.num_tokens for batch in data.microbatches)
+        except Exception as failure:
+            error = failure
+        pending = start_exchange(
+            self._world,
+            num_targets=num_targets,
+            num_tokens=num_tokens,
+            ended=data is not None and data.ended,
+            stop=self._stop.requested,
+            failed=error is not None,
+            counts_data=self._counts_data,
+        )
+        self._fetched = _Fetched(data, error, pending)
+
     def wait(self) -> tuple[StepData, Agreement]:
-        """Data and agreement. Raises DataError on all ranks when any could not read its data."""
-        agreed = self.pending.wait()
-        if self.error is not None:
-            raise self.error
+        """The data that were started, and what all ranks know about them.
+
+        A step in which no rank has a target (all its documents are one token long, say) is left
+        out. Raises DataError on all ranks when any could not read its data.
+        """
+        for _ in range(_MAX_EMPTY_STEPS):
+            data, agreed = self._wait_once()
+            if agreed.num_targets or agreed.ended or agreed.stop:
+                return data, agreed
+            self.start()
+        raise DataError(
+            f"{_MAX_EMPTY_STEPS} steps in a row hold no target: nothing in the data can be"
+            " predicted, as with documents of one token under training.document_mask"
+        )
+
+    def _wait_once(self) -> tuple[StepData, Agreement]:
+        fetched, self._fetched = self._fetched, None
+        assert fetched is not None, "start() comes first"
+        agreed = fetched.pending.wait()
+        if fetched.error is not None:
+            raise fetched.error
         if agreed.num_failed:
             who = "several ranks" if agreed.failed_rank is None else f"rank {agreed.failed_rank}"
             raise DataError(f"{who} could not read the data; the log there says why")
-        assert self.data is not None
-        return self.data, agreed
-
-
-def fetch(loader: Loader, loss: Loss, world: World, *, stop: bool, counts_data: bool) -> Fetched:
-    """Read the next step's microbatches and tell the other ranks about them. All ranks call it.
-
-    `stop`: this rank was asked to. A rank that cannot read says so before it fails, so that no
-    other waits for it in vain.
-    """
-    data, error, num_targets, num_tokens = None, None, 0, 0
-    try:
-        data = loader.next_step()
-        num_targets = sum(int(loss.count(batch)) for batch in data.microbatches)
-        num_tokens = sum(batch.num_tokens for batch in data.microbatches)
-    except DataError as failure:
-        error = failure
-    pending = start_exchange(
-        world,
-        num_targets=num_targets,
-        num_tokens=num_tokens,
-        ended=data is not None and data.ended,
-        stop=stop,
-        failed=error is not None,
-        counts_data=counts_data,
-    )
-    return Fetched(data, error, pending)
+        assert fetched.data is not None
+        return fetched.data, agreed

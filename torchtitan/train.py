@@ -12,12 +12,11 @@ if __name__ == "__main__":
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from torchtitan import builder, preflight
-from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
@@ -28,8 +27,8 @@ from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World, open_world, set_timeout
-from torchtitan.prefetch import fetch
+from torchtitan.distributed.world import World, open_world, set_timeout, timeout
+from torchtitan.prefetch import Prefetch
 from torchtitan.utils.device import device_type
 from torchtitan.utils.environment import ProcessEnvironment, read_environment
 from torchtitan.utils.garbage import GarbageCollection
@@ -45,7 +44,8 @@ class Progress:
     """How far the run is, for whoever has to say so when it ends."""
 
     step: int = 0
-    status: Literal["running", "completed", "preempted", "data_exhausted"] = "running"
+    saved_step: int = 0
+    status: Status = "running"
 
 
 def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> None:
@@ -57,7 +57,6 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
     dims = ParallelDims.from_facts(facts)
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         saver = builder.build_saver(config, world, folder, dims)
         loader = builder.build_loader(facts, dims, world, tokenizer, saver)
@@ -67,21 +66,36 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         )
         optimizers = build_optimizers(config.optimizer, model.parts, world.device)
         saver.load(model.parts, optimizers)
+        builder.call_after_load(model)
         runner = builder.build_runner(config, model, world.device)
         metrics = builder.build_metrics(config, folder, world, model, saver)
         stack.callback(metrics.close)
-        step = first_step = progress.step = saver.state.step
+        step = first_step = progress.step = progress.saved_step = saver.state.step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq))
+        stop = stack.enter_context(StopRequest())
         finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
-        counts_data = dims.counts_data(world.rank)
+        ahead = Prefetch(loader, runner.loss, world, stop, dims.counts_data(world.rank))
         logger.info(builder.describe(facts, dims, world, model))
 
+        def save(finished: bool) -> None:
+            finite.settle()
+            metrics.flush()
+            state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
+            # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
+            with timeout(
+                world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
+            ):
+                saver.save(state, lanes, model.parts, optimizers, finished)
+            progress.saved_step = step
+            if world.is_main:
+                folder.set_status("running", step)
+
         metrics.start_step()
-        fetched = fetch(loader, runner.loss, world, stop=stop.requested, counts_data=counts_data)
+        ahead.start()
         while step < training.steps:
             with metrics.timing("data"):
-                data, agreed = fetched.wait()
+                data, agreed = ahead.wait()
             if agreed.ended or agreed.stop:
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
@@ -101,11 +115,9 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 optimizer.zero_grad()
             if step < training.steps:
                 with metrics.timing("data"):  # while the device is still at work
-                    fetched = fetch(
-                        loader, runner.loss, world, stop=stop.requested, counts_data=counts_data
-                    )
+                    ahead.start()
             finite.expect(step, is_finite)
-            progress.step = step
+            progress.step, lanes = step, data.lane_states
             metrics.log_step(
                 step,
                 loss=loss,
@@ -114,28 +126,19 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
             )
-            lanes = data.lane_states
+            if step == first_step + 1:  # the first step compiles, allocates, connects
+                set_timeout(world, config.comm.train_timeout_seconds)
             if saver.is_due(step, last=step == training.steps):
-                finite.settle()
-                metrics.flush()
-                state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
                 with metrics.timing("checkpoint"):
-                    saver.save(
-                        state, lanes, model.parts, optimizers, finished=step == training.steps
-                    )
+                    save(finished=step == training.steps)
             profiler.step()
             garbage.step(step)
-            if step == first_step + 1:
-                set_timeout(world, config.comm.train_timeout_seconds)
 
         finite.settle()
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and saver.is_due(step, last=True):
-            metrics.flush()
-            state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
-            finished = progress.status == "data_exhausted"
-            saver.save(state, lanes, model.parts, optimizers, finished=finished)
+            save(finished=progress.status == "data_exhausted")
 
 
 def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int:
@@ -146,10 +149,12 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     environment = read_environment() if environment is None else environment
     is_main = environment.rank == 0
     init_logging(environment.rank)
-    set_up_process(config.debug.threads, environment.local_world_size, config.debug.seed)
+    set_up_process(config.debug.threads, environment, config.debug.seed)
     if config.debug.deterministic:
         use_deterministic_algorithms(config.debug.deterministic_warn_only)
-    facts = Facts(config, environment.world_size, device_type(config.job.device))
+    # "cuda" without a GPU is for the check of the hardware to tell.
+    kind = "cuda" if config.job.device == "cuda" else device_type(config.job.device)
+    facts = Facts(config, environment.world_size, kind)
     # What needs no torch was checked before this module was imported.
     preflight.require(facts, [preflight.HARDWARE] + [preflight.MODEL] * is_main)
     folder = RunFolder.open(config, facts, is_main)
@@ -170,22 +175,40 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     except BaseException as error:
         code = exit_code_of(error)
         if is_main:
-            folder.set_status("failed", progress.step, code)
+            set_final_status(folder, "failed", progress.step, code)
         if isinstance(error, ConfigError | KeyboardInterrupt):
             raise
-        expected = isinstance(error, (CheckpointError, DataError, NonFiniteError))
+        expected = isinstance(error, CheckpointError | DataError | NonFiniteError)
         logger.error("%s", error, exc_info=None if expected else error)
         return code
     finally:
         folder.close()
+    assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
-        assert progress.status != "running"
-        folder.set_status(progress.status, progress.step, code)
-        if progress.status == "preempted":
-            logger.info("Asked to stop after step %d; the same command goes on.", progress.step)
+        set_final_status(folder, progress.status, progress.step, code)
+    if progress.status == "preempted":
+        logger.info(stopping_words(progress))
     logger.info(closing_words(config, folder))
     return code
+
+
+def set_final_status(folder: RunFolder, status: Status, step: int, code: int) -> None:
+    """Say how the run ended, if that can be written: a full disk must not hide the first error."""
+    try:
+        folder.set_status(status, step, code)
+    except OSError as error:
+        logger.warning("run_status.json could not be written: %s", error)
+
+
+def stopping_words(progress: Progress) -> str:
+    """What a run that was asked to stop has kept."""
+    words = f"Asked to stop after step {progress.step}."
+    if progress.saved_step == progress.step:
+        return f"{words} It is saved; the same command goes on from it."
+    if progress.saved_step:
+        return f"{words} The last saved step is {progress.saved_step}."
+    return f"{words} Nothing is saved (checkpoint.enable is false): a rerun starts from step 0."
 
 
 def closing_words(config: JobConfig, folder: RunFolder) -> str:

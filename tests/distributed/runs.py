@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 [model.args]
 n_layers = 2
@@ -62,7 +65,33 @@ def environment() -> dict[str, str]:
         "MASTER_PORT",
     )
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return {**kept, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")]).strip(os.pathsep)
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def start_ranks(
+    folder: Path, *arguments: str, folders: Sequence[Path]
+) -> list[subprocess.Popen[str]]:
+    """Start one process in each of `folders`, without a launcher that would look after them."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    world = {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": len(folders)}
+    processes = []
+    for rank, working_folder in enumerate(folders):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        launcher = {name: str(value) for name, value in (world | place).items()}
+        processes.append(
+            subprocess.Popen(
+                command(folder, *arguments),
+                env=environment() | launcher,
+                cwd=working_folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
 
 
 def run(

@@ -13,6 +13,7 @@ from torchtitan.config import DataError, NonFiniteError
 from torchtitan.distributed.control import Agreement, start_exchange
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World, set_timeout
+from torchtitan.models.batch import IGNORE_INDEX, Batch
 
 QUIET: dict[str, Any] = {
     "num_targets": 10,
@@ -64,28 +65,54 @@ def test_json_goes_around(world_size: int, gloo_pool: GlooPool) -> None:
 
 
 class _Data:
-    """A loader of one step; rank 1 can not read."""
+    """A loader of the given steps, which then can not read."""
 
-    def __init__(self, fails: bool):
-        self.fails = fails
+    def __init__(self, steps: list[Any]):
+        self.steps = steps
 
     def next_step(self) -> Any:
-        if self.fails:
+        if not self.steps:
             raise DataError("rows.jsonl, line 3: not JSON")
-        raise AssertionError("not reached in this test")
+        return self.steps.pop(0)
+
+
+def _step(num_targets: int) -> Any:
+    from torchtitan.data.loader import StepData
+
+    labels = torch.full((1, 4), IGNORE_INDEX)
+    labels[0, :num_targets] = 1
+    return StepData([Batch(tokens=torch.ones(1, 4), labels=labels)], {}, False, 0)
+
+
+def _targets_of_steps(world: World) -> list[int]:
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.prefetch import Prefetch
+    from torchtitan.utils.signals import StopRequest
+
+    own = [(1, 0, 0, 2), (1, 0, 0, 0)][world.rank]
+    data = _Data([_step(num_targets) for num_targets in own])
+    ahead = Prefetch(data, CrossEntropyLoss(), world, StopRequest(), True)  # type: ignore[arg-type]
+    counts = []
+    for _ in range(2):
+        ahead.start()
+        counts.append(ahead.wait()[1].num_targets)
+    return counts
+
+
+def test_steps_without_any_target_are_left_out(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(2, _targets_of_steps) == [[2, 2], [2, 2]]
 
 
 def _fetch_where_rank_1_fails(world: World) -> str:
     from torchtitan.components.loss import CrossEntropyLoss
-    from torchtitan.data.loader import StepData
-    from torchtitan.prefetch import fetch
+    from torchtitan.prefetch import Prefetch
+    from torchtitan.utils.signals import StopRequest
 
-    loader = _Data(fails=world.rank == 1)
-    if world.rank != 1:
-        loader.next_step = lambda: StepData([], {}, False, 0)  # type: ignore[method-assign]
-    fetched = fetch(loader, CrossEntropyLoss(), world, stop=False, counts_data=True)  # type: ignore[arg-type]
+    steps = [] if world.rank == 1 else [_step(num_targets=1)]
+    ahead = Prefetch(_Data(steps), CrossEntropyLoss(), world, StopRequest(), True)  # type: ignore[arg-type]
+    ahead.start()
     try:
-        fetched.wait()
+        ahead.wait()
     except DataError as error:
         return str(error)
     return "no error"

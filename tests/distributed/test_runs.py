@@ -98,6 +98,75 @@ def test_request_to_stop_saves_the_step_and_leaves(uninterrupted: Path, tmp_path
     assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
 
 
+def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = start_and_signal(folder, signal.SIGINT, "--training.steps=3000")
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), output
+    assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+
+
+def test_request_to_stop_without_checkpoints_promises_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--training.steps=3000", "--checkpoint.enable=false")
+    output = start_and_signal(folder, signal.SIGTERM, *arguments)
+    assert "Nothing is saved" in output
+    assert "goes on" not in output
+
+
+def test_clipping_limits_the_update(tmp_path: Path) -> None:
+    """With a large epsilon Adam's update is in proportion to the gradient, so clipping shows."""
+    curves = {}
+    for name, arguments in {
+        "still": ("--optimizer.lr=0",),
+        "clipped": ("--optimizer.eps=1", "--training.max_norm=1e-6"),
+        "free": ("--optimizer.eps=1", "--training.max_norm=inf"),
+    }.items():
+        common = ("--checkpoint.enable=false", "--optimizer.lr=10", "--optimizer.weight_decay=0")
+        chosen = [a for a in common if a.partition("=")[0] not in "".join(arguments)]
+        runs.run(tmp_path / name, *chosen, *arguments)
+        curves[name] = [loss for _, loss, _ in runs.curve(tmp_path / name)]
+    assert curves["clipped"] == pytest.approx(curves["still"], rel=1e-4)
+    assert curves["free"][-1] < curves["still"][-1] - 0.05
+
+
+def test_lost_rank_is_noticed_in_the_set_time(tmp_path: Path) -> None:
+    """A rank that stands still: the other waits `comm.train_timeout_seconds`, not the five minutes
+    that it may take to start."""
+    folder = tmp_path / "run"
+    arguments = ("--training.steps=100000", "--comm.train_timeout_seconds=3")
+    processes = runs.start_ranks(folder, *arguments, folders=[tmp_path] * 2)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert processes[0].poll() is None, processes[0].communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGSTOP)
+        output, _ = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 1, output
+        assert runs.status(folder)["status"] == "failed"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_ranks_with_different_data_do_not_train(tmp_path: Path) -> None:
+    """A file that each machine has for itself, and that is not the same on all."""
+    row = '{"text": "a line of some length, to be read in its turn"}\n'
+    machines = [tmp_path / f"machine-{rank}" for rank in range(2)]
+    for rank, machine in enumerate(machines):
+        machine.mkdir()
+        (machine / "rows.jsonl").write_text(row * (400 + rank))
+    arguments = ("--training.dataset=json", "--training.dataset_path=rows.jsonl")
+    for process in runs.start_ranks(tmp_path / "run", *arguments, folders=machines):
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 3, output
+        assert "different data" in output
+
+
 def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = start_and_signal(folder, signal.SIGTERM, "--training.steps=3000", processes=2)

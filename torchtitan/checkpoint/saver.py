@@ -7,7 +7,7 @@ place of every data lane, whichever rank serves it.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -53,7 +53,10 @@ class Saver:
     @property
     def state(self) -> RunState:
         """Where the run stands in the checkpoint that was found; the start without one."""
-        return RunState() if self._found is None else RunState(**self._found.state)
+        if self._found is None:
+            return RunState()
+        names = {field.name for field in fields(RunState)}
+        return RunState(**{key: value for key, value in self._found.state.items() if key in names})
 
     def load(
         self, model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
@@ -103,9 +106,11 @@ class Saver:
         tensors = model_tensors(model_parts)
         if not model_only:
             tensors |= optimizer_tensors(model_parts, optimizers)
-        whole = asdict(state) | {"lane_states": dict(sorted(lanes.items(), key=_number))}
+        ordered = dict(sorted(lanes.items(), key=_number))
+        whole = asdict(state) | {"lane_states": ordered, "finished": finished}
         self._checkpointer.save(state.step, tensors, whole, model_only=model_only)
         self._last_saved = state.step
+        self._world.barrier()  # rank 0 may still be deleting old steps
 
 
 def _number(item: tuple[str, Any]) -> int:

@@ -24,6 +24,7 @@ TENSORBOARD_TAGS = {
     "mfu_causal": "mfu_causal(%)",
     "step_seconds": "time_metrics/end_to_end(s)",
     "data_seconds": "time_metrics/data_loading(s)",
+    "checkpoint_seconds": "time_metrics/checkpoint(s)",
     "data_fraction": "time_metrics/data_loading(%)",
     "memory_active_gib": "memory/max_active(GiB)",
     "memory_active_fraction": "memory/max_active(%)",

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.lanes import LaneSettings
@@ -187,7 +189,8 @@ def build_loader(
         )
     dataset = LaneDataset(settings, dict(positions))
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
-    return Loader(settings, plan, stream, positions, training.document_mask, options.pin_memory)
+    pin_memory = options.pin_memory and torch.cuda.is_available()
+    return Loader(settings, plan, stream, positions, training.document_mask, pin_memory)
 
 
 def _position(lane: int, states: dict[int, dict[str, Any]]) -> Position:

@@ -116,6 +116,14 @@ def set_timeout(world: World, seconds: int) -> None:
     world.barrier()
 
 
+@contextmanager
+def timeout(world: World, seconds: int, seconds_after: int) -> Iterator[None]:
+    """While entered, collectives may take `seconds`; after it, `seconds_after`. All ranks enter."""
+    set_timeout(world, seconds)
+    yield
+    set_timeout(world, seconds_after)
+
+
 def _control_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
     if backend == "gloo":
         group = dist.group.WORLD

@@ -5,9 +5,7 @@ and found by their presence, so that no other part of the library has to know an
 
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;
-- `extend_tp_plan(plan)`: adapt the model's tensor-parallel plan;
-- `transform_loaded(name, tensor)`: change a weight that was loaded, slice by slice;
-- `after_load(model)`: once weights are there.
+- `after_load(model)`: once the weights are there, initial ones or those of a checkpoint.
 """
 
 from __future__ import annotations

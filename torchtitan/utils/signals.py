@@ -4,22 +4,27 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
-    """While entered, SIGTERM only sets `requested`; whoever is in charge then stops when it can.
+    """While entered, SIGTERM and Ctrl-C only set `requested`; whoever is in charge stops in time.
 
-    Schedulers send SIGTERM some time before they kill. Entered on the main thread only.
+    Schedulers send SIGTERM some time before they kill. Whoever presses Ctrl-C a second time does
+    not want to wait: that interrupts at once. To be entered on the main thread.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.requested = True
 
     def __exit__(
@@ -28,4 +33,5 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

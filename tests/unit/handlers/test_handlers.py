@@ -79,11 +79,14 @@ def test_settings_of_a_registered_handler() -> None:
 
 
 def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
-    """Registered by `job.custom_import`: its hooks run around every step, its change trains."""
+    """Registered by `job.custom_import`: its change trains, its hooks run around every step, and
+    after weights are there, on a resume too. It also sees the process as it was set up."""
     module = tmp_path / "my_handler.py"
     module.write_text(
         textwrap.dedent(
             """
+            import torch
+
             from torchtitan.config.section import Section
             from torchtitan.handlers.registry import handler_settings, register_handler
 
@@ -111,18 +114,36 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
                 def post_optimizer_hook(self, model):
                     self.calls.append("post")
                     print("CALLS", " ".join(self.calls), flush=True)
+
+                def after_load(self, model):
+                    self.calls.append("loaded")
+                    norm = model.get_parameter(self.name).full_tensor()
+                    print("NORM", norm.mean().item(), flush=True)
+                    print("DETERMINISTIC", torch.are_deterministic_algorithms_enabled(), flush=True)
+                    print("THREADS", torch.get_num_threads(), flush=True)
             """
         )
     )
-    command = runs.command(
-        tmp_path / "run",
+    settings = (
         "--job.custom_import=my_handler",
         "--model.handlers=freeze",
         "--handlers.freeze.name=layers.1.ffn_norm.weight",
-        "--training.steps=2",
-        "--checkpoint.enable=false",
+        "--debug.deterministic",
+        "--debug.threads=3",
     )
     env = {**runs.environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CALLS convert pre post pre post" in done.stdout
+
+    def output(*more: str) -> str:
+        command = runs.command(tmp_path / "run", *settings, *more)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = output("--training.steps=2", "--lr_scheduler.warmup_steps=1")
+    assert "CALLS convert loaded pre post pre post" in first
+    assert "NORM 1.0\n" in first
+    assert "DETERMINISTIC True" in first
+    assert "THREADS 3" in first
+    resumed = output("--training.steps=3", "--lr_scheduler.warmup_steps=1")
+    assert "NORM 1.0\n" in resumed
+    assert "CALLS convert loaded pre post\n" in resumed
