@@ -44,8 +44,20 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             problem = Problem(argument, "is not a flag", f"flags are `--section.key`; {_HELP}")
             parsed.problems.append(problem)
         else:
-            _set(parsed, "job.config_file", argument, argument)
+            _take_file(argument, parsed)
     return parsed
+
+
+def _take_file(argument: str, parsed: CommandLine) -> None:
+    first = parsed.values.get("job.config_file", argument)
+    if first == argument or holds_a_secret(argument):
+        _set(parsed, "job.config_file", argument, argument)
+        return
+    fix = "leave one out; single settings follow as `--section.key value`"
+    if "." not in argument:  # hardly a file: a word that was meant for a flag before it?
+        fix += ", and checks are `--check` or `--check full`"
+    problem = f"is a second config file beside {first}, and a run has one"
+    parsed.problems.append(Problem(argument, problem, fix))
 
 
 def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:

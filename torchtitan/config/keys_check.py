@@ -11,8 +11,9 @@ from typing import Any
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.other_names import is_another_name, is_missing
 from torchtitan.config.section import MAX_INT64
-from torchtitan.config.suggest import RENAMED, secret_problem, unknown_key, unknown_section
+from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
 from torchtitan.utils.redaction import holds_a_secret, names_a_secret
 
 
@@ -27,8 +28,7 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
     for key, value in table.items():
         name = prefix + key
         if "." in key:
-            problem = "is one quoted key that contains a dot"
-            problems.append(Problem(f'"{name}"', problem, f"did you mean unquoted `{name}`?"))
+            problems.append(_quoted(key, prefix))
         elif name in known_sections():
             _take_table(name, value, known, problems)
         elif name in known_keys():
@@ -36,11 +36,26 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
             known[key] = value
         elif isinstance(value, dict) and not prefix and not names_a_secret(name):
             problems.extend(_unknown_table(name, value))
+        elif isinstance(value, dict) and key in known_sections():
+            fix = f"write its keys without `{key}.`, below a line [{key}]"
+            problems.append(Problem(name, f"names the section [{key}] inside a section", fix))
         elif not prefix and name not in {k.last_name for k in known_keys().values()}:
             problems.append(unknown_section(name))
         else:
             problems.append(unknown_key(name, name))
     return known
+
+
+def _quoted(key: str, prefix: str) -> Problem:
+    """A key with a dot inside quotes, which TOML takes for one name."""
+    section, _, last = key.rpartition(".")
+    if not prefix or key not in known_keys():  # what the dot is to lead to begins here
+        fix = f"did you mean unquoted `{key}`?"
+    elif section + "." == prefix:
+        fix = f"write `{last}`, since this is in [{section}] already"
+    else:
+        fix = f"write `{last}` in [{section}]"
+    return Problem(f'"{key}"', "is one quoted key that contains a dot", fix)
 
 
 def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Problem]) -> None:
@@ -57,10 +72,12 @@ def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Pro
 
 def _unknown_table(name: str, table: dict[str, Any]) -> list[Problem]:
     """One problem for the table, unless its keys are known by their own old names."""
-    renamed = [f"{name}.{key}" for key in table if f"{name}.{key}" in RENAMED]
     secrets = [f"{name}.{key}" for key in table if names_a_secret(key)]
-    if renamed or secrets:
-        return [unknown_key(key, key) for key in renamed + secrets]
+    if is_missing(name):
+        return [unknown_key(key, key) for key in secrets or [name]]
+    others = [f"{name}.{key}" for key in table if is_another_name(f"{name}.{key}")]
+    if others or secrets:
+        return [unknown_key(key, key) for key in others + secrets]
     return [unknown_section(name)]
 
 

@@ -5,30 +5,11 @@ from collections.abc import Iterable
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.other_names import RENAMED, SWITCHES, is_missing
 from torchtitan.utils.redaction import names_a_secret
 
 CUTOFF = 0.6
-
-RENAMED = {
-    "checkpoint.enable_checkpoint": "checkpoint.enable",
-    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
-    "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
-    "compile.enable": 'model.handlers = ["compile"]',
-    "experimental.custom_import": "job.custom_import",
-    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
-    "model.converters": "model.handlers",
-    "model.hf_assets_path": "model.tokenizer_path",
-    "optimizer.fused": 'optimizer.implementation = "fused"',
-    "training.batch_size": "training.local_batch_size",
-    "training.compile": 'model.handlers = ["compile"]',
-    "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
-    "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
-    "training.deterministic": "debug.deterministic",
-    "training.seed": "debug.seed",
-    "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
-    "training.warmup_steps": "lr_scheduler.warmup_steps",
-}
-"""TorchTitan's names that are spelt differently here."""
+_SPECIAL_FLAGS = ("check", "help")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -62,6 +43,13 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
     dashes = "--" if from_command_line else ""
     if name in RENAMED:
         return Problem(shown, "has another name here", f"write `{dashes}{RENAMED[name]}`")
+    if name in SWITCHES:
+        return _switch_elsewhere(shown, name, from_command_line)
+    if is_missing(name):
+        return Problem(shown, "is not available yet", "remove it")
+    special = nearest(name, _SPECIAL_FLAGS) if from_command_line and "." not in name else None
+    if special:
+        return Problem(shown, "is unknown", f"did you mean `--{special}`?")
     section, _, last = name.rpartition(".")
     homes = [key for key in known_keys().values() if key.last_name == last]
     if homes:
@@ -81,9 +69,17 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
     return Problem(shown, "is unknown", f"the sections are {_sections()}")
 
 
+def _switch_elsewhere(shown: str, name: str, from_command_line: bool) -> Problem:
+    key, value = SWITCHES[name]
+    bare = value.strip('[]"')
+    text = f"--{key} {bare}" if from_command_line else f"{key} = {value}"
+    fix = f"remove it, and write `{text}` if it was true"
+    return Problem(shown, "is set in another way here", fix)
+
+
 def unknown_section(name: str) -> Problem:
     """The problem of a table, or of a key at the top level, that is not a section."""
-    if names_a_secret(name):
+    if names_a_secret(name) or is_missing(name):
         return unknown_key(name, name)
     match = nearest(name, known_sections())
     prefix = f"did you mean [{match}]? " if match else ""

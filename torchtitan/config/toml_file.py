@@ -47,6 +47,8 @@ def _read_text(path: Path, key: str) -> str:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         fix = f"check the path; the current folder is {Path.cwd()}"
+        if not path.suffix:
+            fix += ". A bare word is the config file; checks are `--check` or `--check full`"
         raise ConfigError(Problem(key, "does not exist", fix)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -1,7 +1,7 @@
 """pydantic's errors in the words of whoever wrote the TOML."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,7 +9,8 @@ from pydantic_core import ErrorDetails
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import Key, keys_of, known_keys
-from torchtitan.config.suggest import nearest
+from torchtitan.config.section import MAX_INT64, Section
+from torchtitan.config.suggest import did_you_mean, nearest
 from torchtitan.config.training_sections import ParamGroup
 
 _NEEDS = {
@@ -31,29 +32,48 @@ _RELATIONS = {
 
 
 def problems_of(error: ValidationError, flags: Sequence[str] = ()) -> list[Problem]:
-    """One problem per error. `flags` are the keys that came from the command line, where every
-    value is text and there are no quotes to take away."""
-    return [_problem(detail, set(flags)) for detail in error.errors(include_url=False)]
+    """One problem per error of a config. `flags` are the keys that came from the command line,
+    where every value is text and there are no quotes to take away."""
+    return _problems(error, "", known_keys(), frozenset(flags))
 
 
-def _problem(detail: ErrorDetails, flags: set[str]) -> Problem:
-    name = _dotted(detail["loc"])
-    key = known_keys().get(name)
+def problems_of_table(error: ValidationError, table: str, settings: type[Section]) -> list[Problem]:
+    """One problem per error of a free-form table, such as `model.args`, by its own `settings`."""
+    try:
+        keys = {key.name: key for key in keys_of(settings)}
+    except (AssertionError, ValueError):  # somebody's types that are no plain TOML: no examples
+        keys = {}
+    return _problems(error, table + ".", keys, frozenset())
+
+
+def _problems(
+    error: ValidationError, prefix: str, keys: Mapping[str, Key], flags: frozenset[str]
+) -> list[Problem]:
+    found = []
+    for detail in error.errors(include_url=False):
+        name = _dotted(detail["loc"])
+        found.append(_problem(prefix + name, keys.get(name), keys, detail, name in flags))
+    return found
+
+
+def _problem(
+    name: str, key: Key | None, keys: Mapping[str, Key], detail: ErrorDetails, is_flag: bool
+) -> Problem:
     value = detail["input"]
     kind = detail["type"]
     if kind in _NEEDS:
-        return _wrong_type(name, key, value, kind, name in flags)
+        return _wrong_type(name, key, value, kind, is_flag)
     if kind in _RELATIONS:
         return _out_of_range(name, key, value, detail)
     if kind == "finite_number":
         return Problem(name, "is not a finite number", _range_fix(key), value)
     if kind == "literal_error":
-        return _not_a_choice(name, detail, value)
+        return _not_a_choice(name, key, detail, value)
     if kind == "missing":
         last = name.rpartition(".")[2]
         return Problem(name, "is missing", f"add `{last} = ...`")
     if kind == "extra_forbidden":
-        return _unknown_in_list(name)
+        return _unknown(name, detail, keys)
     if kind == "value_error":
         problem, _, fix = str(detail["ctx"]["error"]).partition(". Fix: ")
         return Problem(name, problem, fix or "correct the value", value)
@@ -62,9 +82,11 @@ def _problem(detail: ErrorDetails, flags: set[str]) -> Problem:
 
 def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool) -> Problem:
     needed = _NEEDS[kind]
-    if is_flag:
-        return Problem(name, f"needs {needed}", _example(key), value)
     fix = _example(key)
+    if is_flag:
+        number = _whole_number(value) if kind == "int_type" else None
+        fix = fix if number is None else f"write {number}"
+        return Problem(name, f"needs {needed}", fix, value)
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         fix = f"write {int(value)}"
     elif kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
@@ -82,13 +104,23 @@ def _without_quotes(value: str, kind: str) -> str | None:
     if kind == "bool_type":
         word = text.lower()
         return f"write {word}, without quotes" if word in ("true", "false") else None
+    if kind == "int_type":
+        number = _whole_number(text)
+        return None if number is None else f"write {number}, without quotes"
     try:
-        number = float(text)
+        float(text)
     except ValueError:
         return None
-    if kind == "int_type":
-        return f"write {int(number)}, without quotes" if number.is_integer() else None
     return f"write {text}, without quotes"
+
+
+def _whole_number(text: Any) -> int | None:
+    """The integer that `8.0` or `1e3` stands for."""
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() and abs(number) <= MAX_INT64 else None
 
 
 def _describe(value: Any) -> str:
@@ -116,8 +148,7 @@ def _range_fix(key: Key | None) -> str:
     return f"choose a number{bounds}{default}"
 
 
-def _not_a_choice(name: str, detail: ErrorDetails, value: Any) -> Problem:
-    key = known_keys().get(name)
+def _not_a_choice(name: str, key: Key | None, detail: ErrorDetails, value: Any) -> Problem:
     choices = list(key.choices) if key else []
     listed = f"choose from {', '.join(choices)}" if choices else str(detail["ctx"]["expected"])
     match = nearest(value, choices) if isinstance(value, str) else None
@@ -126,12 +157,15 @@ def _not_a_choice(name: str, detail: ErrorDetails, value: Any) -> Problem:
     return Problem(name, "is not a choice", fix, shown)
 
 
-def _unknown_in_list(name: str) -> Problem:
-    """A key of a table inside a list (`optimizer.param_groups`), which no flat table knows."""
-    keys = [key.name for key in keys_of(ParamGroup)]
-    match = nearest(name.rpartition(".")[2], keys)
+def _unknown(name: str, detail: ErrorDetails, keys: Mapping[str, Key]) -> Problem:
+    """An unknown key of a free-form table, or of a table in a list (`optimizer.param_groups`)."""
+    if len(detail["loc"]) == 1:
+        return Problem(name, "is unknown", did_you_mean(str(detail["loc"][0]), keys))
+    last = name.rpartition(".")[2]
+    known = [key.name for key in keys_of(ParamGroup)]
+    match = nearest(last, known)
     prefix = f"did you mean `{match}`? " if match else ""
-    return Problem(name, "is unknown", f"{prefix}Keys: {', '.join(keys)}")
+    return Problem(name, "is unknown", f"{prefix}Keys: {', '.join(known)}")
 
 
 def _example(key: Key | None) -> str:
@@ -139,7 +173,10 @@ def _example(key: Key | None) -> str:
         return "correct the value"
     if key.choices:
         return f"choose from {', '.join(key.choices)}"
-    default = "" if key.default in (None, (), {}) else f", for example {_shown(key.default)}"
+    default = _shown(key.default)
+    if key.default in (None, (), {}):
+        default = {"int": "8", "float": "0.1"}.get(key.kind, "")
+    default = default and f", for example {default}"
     words = {
         "bool": "write true or false",
         "int": f"write an integer{default}",
