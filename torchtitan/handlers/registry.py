@@ -15,11 +15,10 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.section import Section
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers.compile_settings import CompileSettings
 from torchtitan.handlers.protocol import ModelHandler
 
@@ -71,16 +70,7 @@ def handler_settings(config: JobConfig, name: str) -> Section:
     try:
         return settings.model_validate(config.handlers.get(name, {}))
     except ValidationError as error:
-        raise ConfigError([_problem(name, settings, fault) for fault in error.errors()]) from None
-
-
-def _problem(name: str, settings: type[Section], fault: ErrorDetails) -> Problem:
-    field = ".".join(str(part) for part in fault["loc"])
-    key = f"handlers.{name}.{field}"
-    if fault["type"] == "extra_forbidden":
-        fix = did_you_mean(field, settings.model_fields)
-        return Problem(key, f"the handler {name} has no such setting", fix, fault["input"])
-    return Problem(key, fault["msg"], "set another value", fault["input"])
+        raise ConfigError(problems_of_table(error, f"handlers.{name}", settings)) from None
 
 
 @cache

@@ -8,7 +8,7 @@ starts, which modules are its blocks, what a token costs. Nothing in a model kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.config.suggest import did_you_mean
-from torchtitan.config.value_errors import problems_of
+from torchtitan.config.value_errors import problems_of_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,8 +123,8 @@ class ModelFamily:
         try:
             args = self.args_type(**known)
         except ValidationError as error:
-            found = [replace(p, key=f"model.args.{p.key}") for p in problems_of(error)]
-            raise ConfigError(problems + found) from None
+            problems += problems_of_table(error, "model.args", self.args_type)
+            raise ConfigError(problems) from None
         problems += args.problems()
         if vocab_size is not None and args.vocab_size is not None and args.vocab_size < vocab_size:
             problems.append(

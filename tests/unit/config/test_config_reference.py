@@ -38,7 +38,7 @@ def test_page_has_the_settings_of_models_and_handlers():
     model = text.partition("## [model.args] of llama3")[2].partition("\n## ")[0]
     assert "| `n_layers` | integer > 0" in model
     compile_ = text.partition("### [handlers.compile]")[2].partition("\n## ")[0]
-    assert "| `backend` | text |" in compile_
+    assert '| `backend` | `"inductor"`, ' in compile_
 
 
 def test_help_has_a_flag_for_each_key(capsys: pytest.CaptureFixture[str]):

@@ -49,7 +49,9 @@ def test_known_handlers_pass() -> None:
         (["compile", "compile"], {}, ["twice"]),
         ([], {"compiel": {}}, ["handlers.compiel", "compile"]),
         (["compile"], {"compile": {"backnd": "x"}}, ["handlers.compile.backnd", "backend"]),
-        (["compile"], {"compile": {"backend": 3}}, ["handlers.compile.backend = 3"]),
+        (["compile"], {"compile": {"backnd": "x"}}, ['did you mean "backend"?']),
+        (["compile"], {"compile": {"backend": "foo"}}, ['backend = "foo": is not a choice']),
+        ([], {"compile": {"backend": 3}}, ["handlers.compile.backend = 3: is not a choice"]),
     ],
 )
 def test_mistakes_are_named(
@@ -76,6 +78,34 @@ def test_settings_of_a_registered_handler() -> None:
     settings = registry.handler_settings(config, "nothing")
     assert isinstance(settings, Settings)
     assert settings.amount == 3
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        ("two", "needs an integer, and this is text. Fix: write an integer, for example 1."),
+        ("2", "needs an integer, and this is text. Fix: write 2, without quotes."),
+        (True, "needs an integer, and this is a boolean."),
+    ],
+)
+def test_wrong_types_of_a_registered_handler_in_words(amount: object, expected: str) -> None:
+    registry.register_handler("nothing", Settings)(Nothing)
+    (text,) = problems([], {"nothing": {"amount": amount}})
+    assert text.startswith("handlers.nothing.amount = ")
+    assert expected in text
+
+
+class Odd(Section):
+    anything: int | str = 1
+    """Of a type that the table of keys has no word for."""
+
+
+def test_types_that_toml_has_no_word_for_are_refused_all_the_same() -> None:
+    registry.register_handler("nothing", Odd)(Nothing)
+    assert all(
+        "handlers.nothing.anything" in text for text in problems([], {"nothing": {"anything": []}})
+    )
+    assert problems([], {"nothing": {"anything": []}})
 
 
 def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
