@@ -103,7 +103,7 @@ def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> 
 def _switch_problems(facts: Facts) -> list[Problem]:
     section, steps = facts.config.checkpoint, facts.config.training.steps
     if section.enable:
-        if section.interval <= steps:
+        if section.interval <= steps or steps <= _LONG_RUN_STEPS:
             return []
         text = f"is more than training.steps = {steps}: only the last step will be saved"
         fix = "set it to less, so that a stopped run can be resumed"
