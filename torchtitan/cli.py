@@ -1,5 +1,7 @@
 """The command `torchtitan WORD ...`. Words import what they need when they run, and no sooner."""
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,6 +20,28 @@ from torchtitan.utils.environment import is_quiet_rank
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    status = DONE
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _give_up_stdout():
+            raise
+    return status
+
+
+def _give_up_stdout() -> bool:
+    """Whether the reader of stdout (`head`, for example) has gone; then nothing more is sent."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), select.POLLERR)
+    if not reader.poll(0):
+        return False
+    with open(os.devnull, "w") as nowhere:  # Python flushes once more when it ends
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return True
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
