@@ -8,6 +8,7 @@ from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.registry import build_source, datasets, missing_path
+from torchtitan.models.registry import get_family
 
 if TYPE_CHECKING:
     from torchtitan.data.pieces import Shard
@@ -27,7 +28,7 @@ def check(facts: Facts) -> list[Problem]:
 
 def probe(facts: Facts) -> list[Problem]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
-    problems = probe_tokenizer(facts.config.model.tokenizer_path)
+    problems = probe_tokenizer(facts)
     training, data = facts.config.training, facts.config.data
     if _check_dataset(facts):
         return problems
@@ -41,25 +42,43 @@ def probe(facts: Facts) -> list[Problem]:
     return problems
 
 
-def probe_tokenizer(path: str) -> list[Problem]:
-    """Problems of the tokenizer at `model.tokenizer_path`."""
+def probe_tokenizer(facts: Facts) -> list[Problem]:
+    """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
+    path = facts.config.model.tokenizer_path
     try:
         tokenizer = build_tokenizer(path)
     except ConfigError as error:
         return error.problems
+    problems = _vocabulary_problems(facts, tokenizer.vocab_size)
     if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False)) == _ROUND_TRIP:
-        return []
+        return problems
     return [
+        *problems,
         Problem(
             KEY,
             "does not give back the text that it encodes (tried letters, blanks and signs)",
             "check that it suits your text; ignore this if it folds case or blanks on purpose",
             value=path,
             severity="warning",
-        )
+        ),
     ]
+
+
+def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
+    """What the tokenizer adds to the problems that the model's own check finds."""
+    model = facts.config.model
+    try:
+        family = get_family(model.name)
+        family.resolve_args(model.flavor, model.args)
+    except ConfigError:
+        return []
+    try:
+        family.resolve_args(model.flavor, model.args, vocab_size)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _check_dataset(facts: Facts) -> list[Problem]:

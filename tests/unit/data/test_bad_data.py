@@ -94,6 +94,16 @@ def test_row_50_round_trip(tmp_path):
     assert problem.severity == "warning" and "give back the text" in problem.problem
 
 
+def test_tokenizer_that_the_model_does_not_fit(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl")
+    problem = only(probe(facts_for(data, model__args={"vocab_size": 100})))
+    assert problem.key == "model.args.vocab_size" and "tokenizer's 264" in problem.problem
+    assert probe(facts_for(data, model__args={"vocab_size": 264})) == []
+    # The model's own check tells these.
+    assert probe(facts_for(data, model__args={"vocab_size": 100, "depth": 1})) == []
+    assert probe(facts_for(data, model__flavor="9B")) == []
+
+
 # Finding the data ------------------------------------------------------------------------------
 
 
