@@ -5,10 +5,11 @@ Each feature checks its own settings: `check(facts)` by arithmetic alone, withou
 that a user reads all of them at once instead of one per attempt.
 """
 
-import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
@@ -64,8 +65,24 @@ def preflight(facts: Facts, phases: Sequence[str] = PHASES) -> list[Problem]:
             for feature in _PROBES.get(phase, ()):
                 if feature not in broken and (phase != HARDWARE or facts.full):
                     problems += _function(feature, "probe")(facts)
+    if CHECKPOINTS in phases and not errors_of(problems):
+        problems += _problems_of_the_stored_run(facts)
     unique = list({str(problem): problem for problem in problems}.values())
     return unique if facts.full else [_downgraded(problem) for problem in unique]
+
+
+def _problems_of_the_stored_run(facts: Facts) -> list[Problem]:
+    """Of the batch size and lanes that the run in the folder has: the mesh may be new to them."""
+    from torchtitan.checkpoint.decision import decide, resolved_config
+
+    config = facts.config
+    try:
+        decision = decide(config, facts, Path(config.job.dump_folder).expanduser().resolve())
+    except ConfigError as error:
+        return error.problems
+    if decision.action != "resume":
+        return []
+    return preflight(replace(facts, config=resolved_config(config, decision)), [ARITHMETIC])
 
 
 def errors_of(problems: Iterable[Problem]) -> list[Problem]:
@@ -98,5 +115,5 @@ def _function(module: str, name: str) -> Callable[[Facts], list[Problem]]:
 def _downgraded(problem: Problem) -> Problem:
     """Away from the machine that will train, an absent file is worth a warning only."""
     if problem.missing_asset and problem.severity == "error":
-        return dataclasses.replace(problem, severity="warning")
+        return replace(problem, severity="warning")
     return problem

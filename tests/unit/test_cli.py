@@ -1,6 +1,7 @@
 """The command as users start it: exit statuses, what is printed where, and no torch before need."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,49 @@ def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, 
     result = torchless.run("train", *GOOD, f"--job.dump_folder={tmp_path / 'file'}")
     assert result.status == 2
     assert "job.dump_folder" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["config", "schema"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_leaves_is_no_error(words: list[str], unbuffered: str):
+    """As in `torchtitan config show run.toml | head -3`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "torchtitan.cli", *words]
+    result = subprocess.run(
+        command,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        text=True,
+        cwd=ROOT,
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_other_run_in_the_folder_is_told_with_everything_else(
+    torchless: CliServer, cli: CliServer, tmp_path: Path
+):
+    """By a start, before torch is imported, as by a check."""
+    stored = ["--training.seq_len=128", "--training.global_batch_size=4", "--data.lanes=4"]
+    shown = torchless.run("config", "show", "--training.dataset=stdlib", *stored)
+    (tmp_path / "config.toml").write_text(shown.stdout)
+    (tmp_path / "run_status.json").write_text('{"status": "failed", "step": 3, "run_id": "a"}')
+    folder = f"--job.dump_folder={tmp_path}"
+    for server, check in ((torchless, []), (cli, ["--check", "full"])):
+        other = ["--training.dataset_path=/no/such.jsonl", "--training.seq_len=256"]
+        result = server.run("train", *other, folder, *check)
+        assert result.status == 2
+        assert "training.seq_len = 256: is 128 in the run" in result.stderr
+        assert "training.dataset_path" in result.stderr
+        anew = server.run("train", *other, folder, "--job.new_run", *check)
+        assert anew.status == 2 and "training.seq_len" not in anew.stderr
+    # The stored batch of 4 is that of the run, and cannot be shared by 3 processes.
+    same = ["train", "--training.dataset=stdlib", "--training.seq_len=128", folder, "--check"]
+    result = cli.run(*same, WORLD_SIZE="3")
+    assert result.status == 2
+    assert "training.global_batch_size = 4" in result.stderr
 
 
 @pytest.mark.parametrize("world_size", [1, 6])

@@ -5,10 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
-from torchtitan.config import Problem
+from torchtitan.checkpoint.decision import decide, starts_anew
+from torchtitan.checkpoint.steps_folder import inspect_steps
+from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.output_sections import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(r"config\.toml|run_status\.json|metrics\.jsonl|previous-[0-9]+")
@@ -36,11 +36,21 @@ def check(facts: Facts) -> list[Problem]:
 
 
 def probe(facts: Facts) -> list[Problem]:
-    """Problems of the run folder as it is now; reads names and manifests, writes nothing."""
-    section = facts.config.checkpoint
-    dump_folder = Path(facts.config.job.dump_folder).expanduser()
+    """Problems of the run folder as it is now, and of a start in it; reads names, the stored config
+    and manifests, writes nothing."""
+    config, section = facts.config, facts.config.checkpoint
+    dump_folder = Path(config.job.dump_folder).expanduser()
+    if not facts.full and not os.path.lexists(dump_folder):
+        return []  # it will lie on another machine
     problems = _folder_problems(dump_folder)
-    if problems or not section.enable or facts.config.job.new_run:
+    if problems:
+        return problems
+    try:
+        if decide(config, facts, dump_folder.resolve()).action == "finished":
+            return []
+    except ConfigError as error:
+        problems += error.problems
+    if not section.enable or starts_anew(config):
         return problems
     folder = dump_folder.resolve() / section.folder
     if _on_memory(folder):
@@ -51,53 +61,7 @@ def probe(facts: Facts) -> list[Problem]:
         text = "may be written to by anybody on this machine, who could plant a checkpoint"
         fix = "`chmod o-w` it, or set checkpoint.trust_path"
         problems.append(Problem("checkpoint.folder", text, fix, str(folder)))
-    return problems + step_problems(section, folder) + _space_problems(folder)
-
-
-def step_problems(section: Checkpoint, folder: Path) -> list[Problem]:
-    """Why no checkpoint of `folder` can be continued from as `section` asks. Only names, manifests
-    and sizes are read; contents are verified when a checkpoint is loaded."""
-    if not section.enable:
-        return []
-    links = sorted(path.name for path in folder.glob("step-*") if path.is_symlink())
-    if links:
-        text = f"holds {links[0]}, which is a link, and is ignored where checkpoints are sought"
-        fix = "put a real folder in its place, or remove it"
-        return [Problem("checkpoint.folder", text, fix, section.folder)]
-    steps = step_folders(folder)
-    if section.load_step >= 0:
-        return _load_step_problems(section, folder, steps)
-    candidates = inspect_steps(folder)
-    if candidates and not any(candidate.manifest for candidate in candidates):
-        faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
-        text = f"holds steps {_join(steps)}, none of which is a whole checkpoint ({faults})"
-        fix = (
-            "restore one of them; or start anew in another --job.dump_folder or with --job.new_run"
-        )
-        return [Problem("checkpoint.folder", text, fix, section.folder)]
-    return []
-
-
-def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> list[Problem]:
-    step = section.load_step
-    good = [candidate.step for candidate in inspect_steps(folder) if candidate.manifest]
-    if step not in steps:
-        text = f"is not among the saved steps: {_join(good) or 'there are none'}"
-        fix = "choose one of them, or -1 for the newest"
-        return [Problem("checkpoint.load_step", text, fix, step)]
-    fault = inspect_step(folder, step).fault
-    if fault is not None:
-        fix = f"choose another ({_join(good) or 'there is none'}), or -1 for the newest good one"
-        return [Problem("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
-    later = [other for other in steps if other > step]
-    if later and not section.allow_rewind:
-        text = f"is older than steps {_join(later)}, which going on from it would make invalid"
-        fix = (
-            "set checkpoint.allow_rewind, which moves them aside; or train in another"
-            " --job.dump_folder"
-        )
-        return [Problem("checkpoint.load_step", text, fix, step)]
-    return []
+    return problems + _space_problems(folder)
 
 
 def _switch_problems(facts: Facts) -> list[Problem]:
@@ -168,7 +132,3 @@ def _on_memory(folder: Path) -> bool:
         if inside and len(point) >= len(best[0]):
             best = (point, kind)
     return best[1] in ("tmpfs", "ramfs")
-
-
-def _join(steps: list[int]) -> str:
-    return ", ".join(map(str, steps))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _HINT = "launch with torchrun, which sets all of them, or unset them to run one process"
+_RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
     """Whether another process reports problems that all processes see alike."""
     environ = os.environ if environ is None else environ
     return environ.get("RANK", "0").strip() not in ("", "0")
+
+
+def is_restart(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the launcher has run this very command before: Slurm requeued the job, or torchrun
+    started its processes again."""
+    environ = os.environ if environ is None else environ
+    counts = (environ.get(name, "").strip() for name in _RESTART_COUNTS)
+    return any(re.fullmatch(r"[0-9]+", count) and int(count) > 0 for count in counts)
 
 
 def guess_device_type() -> str:

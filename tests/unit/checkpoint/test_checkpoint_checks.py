@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ def only(problems: list[Problem], key: str, text: str, severity: str = "error") 
 
 
 def plant(folder: Path, *steps: int, size: int = 10) -> None:
+    info = {"config": facts(folder).config.model_dump(exclude_none=True)}
     for step in steps:
         path = folder / "checkpoint" / f"step-{step}"
         path.mkdir(parents=True)
         with open(path / "__0_0.distcp", "wb") as file:
             file.truncate(size)
         files = {"__0_0.distcp": record_file(path / "__0_0.distcp")}
-        write_manifest(path, Manifest("run", step, False, files, {}))
+        write_manifest(path, Manifest("run", step, False, files, {}, info=info))
 
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/abs", "a..b", "sp ace", "x" * 129])
@@ -124,6 +126,32 @@ def test_rewind(tmp_path: Path) -> None:
     plant(tmp_path, 5, 10, 15)
     only(errors(tmp_path, load_step=5), "checkpoint.load_step", "older than steps 10, 15")
     assert errors(tmp_path, load_step=5, allow_rewind=True) == []
+
+
+def test_another_run_in_the_folder(tmp_path: Path) -> None:
+    """What a start would refuse is found with everything else, and by a check on its own."""
+    plant(tmp_path, 5)
+    before = sorted(tmp_path.rglob("*"))
+    only(errors(tmp_path, steps=400), "training.steps", "is 500 in the run")
+    only(errors(tmp_path, enable=False), "checkpoint.enable", "steps [5] are saved")
+    asked = facts(tmp_path, steps=400)
+    job = asked.config.job.model_copy(update={"new_run": True})
+    anew = replace(asked, config=asked.config.model_copy(update={"job": job}))
+    assert [problem for problem in probe(anew) if problem.severity == "error"] == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_absent_folder_of_another_machine(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    away = replace(facts(tmp_path / "file" / "run", load_step=3), full=False)
+    assert probe(away) == []
+
+
+def test_finished_run_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, 500)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert errors(tmp_path) == []
 
 
 def test_no_good_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 
@@ -53,13 +53,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-def plant_step(folder: Path, step: int, run_id: str, model_only: bool = False) -> None:
-    """A committed step, as far as names, sizes and the manifest tell."""
+def plant_step(
+    folder: Path, step: int, run_id: str, model_only: bool = False, **parts: dict[str, Any]
+) -> None:
+    """A committed step, as far as names, sizes and the manifest tell; `parts`: state and info."""
     path = folder / "checkpoint" / f"step-{step}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_text("tensors")
     files = {"__0_0.distcp": record_file(path / "__0_0.distcp")}
-    write_manifest(path, Manifest(run_id, step, model_only, files, {}))
+    write_manifest(path, Manifest(run_id, step, model_only, files, {}, **parts))
 
 
 def stopped_run(folder: Path, *steps: int, **sections: Any) -> str:
@@ -181,6 +183,36 @@ def test_end_of_data_is_an_end(tmp_path: Path) -> None:
     assert open_folder(tmp_path, training={"steps": 40}).decision.action == "finished"
 
 
+def test_end_of_data_is_known_before_the_status_is_written(tmp_path: Path) -> None:
+    """Killed after the last checkpoint: that one says that the run is over."""
+    run_id = stopped_run(tmp_path, 10)
+    plant_step(tmp_path, 13, run_id, model_only=True, state={"finished": True})
+    decision = open_folder(tmp_path).decision
+    assert (decision.action, decision.step) == ("finished", 13)
+    assert "its data ended at step 13" in decision.notices[0]
+    assert open_folder(tmp_path, training={"steps": 40}).decision.action == "finished"
+
+
+def test_last_checkpoint_of_all_steps_is_not_an_end_of_data(tmp_path: Path) -> None:
+    opened = open_folder(tmp_path)
+    info = {key: value for key, value in opened.run_info().items() if key != "run_id"}
+    plant_step(tmp_path, 20, opened.decision.run_id, state={"finished": True}, info=info)
+    assert open_folder(tmp_path, training={"steps": 30}).decision.action == "resume"
+    # Also after the larger number was stored.
+    assert open_folder(tmp_path, training={"steps": 30}).decision.action == "resume"
+    assert open_folder(tmp_path, training={"steps": 30}).decision.step == 20
+
+
+def test_status_of_a_running_run(tmp_path: Path) -> None:
+    opened = open_folder(tmp_path)
+    before = json.loads((tmp_path / "run_status.json").read_text())
+    opened.set_status("running", 7)
+    status = json.loads((tmp_path / "run_status.json").read_text())
+    assert status == before | {"step": 7, "time": status["time"]}
+    plant_step(tmp_path, 5, before["run_id"])
+    assert open_folder(tmp_path).decision.step == 5  # what is not saved is lost with the process
+
+
 def test_steps_may_grow(tmp_path: Path) -> None:
     finished_run(tmp_path, 10, 20)
     opened = open_folder(tmp_path, training={"steps": 30})
@@ -210,6 +242,95 @@ def test_going_back(tmp_path: Path) -> None:
         "resume",
         "Going back from step 20 to step 10.",
     )
+
+
+def saved_by(opened: RunFolder, *steps: int) -> None:
+    """What a start saves after these steps."""
+    info = {key: value for key, value in opened.run_info().items() if key != "run_id"}
+    for step in steps:
+        plant_step(opened.path, step, opened.decision.run_id, info=info)
+        opened.set_status("running", step)
+
+
+def test_going_back_is_done_once(tmp_path: Path) -> None:
+    """A scheduler repeats the whole command."""
+    back = {"load_step": 10, "allow_rewind": True}
+    finished_run(tmp_path, 10, 15)
+    first = open_folder(tmp_path, checkpoint=back)
+    assert (first.config.checkpoint.load_step, first.decision.step) == (10, 10)
+    # Killed before it had saved anything: still to be done.
+    assert open_folder(tmp_path, checkpoint=back).config.checkpoint.load_step == 10
+    os.rename(tmp_path / "checkpoint" / "step-15", tmp_path / "checkpoint" / "rewound-step-15-a")
+    saved_by(first, 12, 14)
+    for start in range(2):  # the start that goes on says so in what it saves, too
+        again = open_folder(tmp_path, checkpoint=back)
+        assert (again.config.checkpoint.load_step, again.decision.step) == (-1, 14 + 2 * start)
+        assert "has been followed already" in again.decision.notices[0]
+        saved_by(again, 16 + 2 * start)
+    saved_by(again, 20)
+    assert open_folder(tmp_path, checkpoint=back).decision.action == "finished"
+    other = {"load_step": 12, "allow_rewind": True}
+    assert open_folder(tmp_path, checkpoint=other).config.checkpoint.load_step == 12
+
+
+def test_load_step_that_was_the_newest_is_not_in_the_way_of_a_rerun(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5, 10)
+    saved_by(open_folder(tmp_path, checkpoint={"load_step": 10}), 15)
+    decision = open_folder(tmp_path, checkpoint={"load_step": 10}).decision
+    assert (decision.action, decision.step, decision.load_step) == ("resume", 15, -1)
+    # A later start without it is the end of that.
+    saved_by(open_folder(tmp_path), 18)
+    assert "older than steps 15, 18" in refused(tmp_path, checkpoint={"load_step": 10})
+
+
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_new_run_is_not_repeated_by_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    stopped_run(tmp_path, 5)
+    anew = {"new_run": True}
+    saved_by(open_folder(tmp_path, job=anew), 7)
+    assert (tmp_path / "previous-1").exists()
+    monkeypatch.setenv(variable, "1")
+    decision = open_folder(tmp_path, job=anew).decision
+    assert (decision.action, decision.step) == ("resume", 7)
+    assert "job.new_run is ignored" in " ".join(decision.notices)
+    assert not (tmp_path / "previous-2").exists()
+
+
+def test_new_run_loads_nothing(tmp_path: Path) -> None:
+    stopped_run(tmp_path, 5)
+    text = refused(tmp_path, job={"new_run": True}, checkpoint={"load_step": 5})
+    assert "checkpoint.load_step = 5: belongs to the old run" in text
+
+
+@pytest.mark.parametrize("new_run", [False, True])
+def test_resolved_config_can_be_refused(tmp_path: Path, new_run: bool) -> None:
+    """Before anything is written: 3 processes cannot share the 4 sequences taken over."""
+    stopped_run(tmp_path, 5)
+    before = snapshot(tmp_path)
+    config = make_config(tmp_path, job={"new_run": new_run})
+    seen = []
+
+    def check(resolved: JobConfig) -> None:
+        seen.append(resolved.training.global_batch_size)
+        raise ConfigError(Problem("training.global_batch_size", "cannot be shared", "choose 4"))
+
+    with pytest.raises(ConfigError, match="cannot be shared"):
+        RunFolder.open(config, Facts(config, 3, "cpu"), check=check)
+    assert seen == [12 if new_run else 4]
+    assert snapshot(tmp_path) == before
+    assert open_folder(tmp_path).decision.action == "resume"  # nor is the lock kept
+
+
+def test_finished_run_is_not_checked(tmp_path: Path) -> None:
+    """There is nothing to train on this mesh."""
+    finished_run(tmp_path, 20)
+    config = make_config(tmp_path)
+    opened = RunFolder.open(config, Facts(config, 3, "cpu"), check=lambda config: pytest.fail())
+    opened.close()
+    assert opened.decision.action == "finished"
 
 
 def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:

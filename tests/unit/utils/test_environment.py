@@ -6,6 +6,7 @@ from torchtitan.utils.environment import (
     EnvironmentFaults,
     ProcessEnvironment,
     is_quiet_rank,
+    is_restart,
     read_environment,
     read_world_size,
 )
@@ -71,3 +72,17 @@ def test_only_rank_0_speaks():
     assert not is_quiet_rank({})
     assert not is_quiet_rank({"RANK": "0"})
     assert is_quiet_rank({"RANK": "3"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        ({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"SLURM_RESTART_COUNT": ""}, False),
+    ],
+)
+def test_restart(environ: dict[str, str], expected: bool):
+    assert is_restart(environ) is expected

@@ -1,0 +1,332 @@
+"""What a start in a run folder does, from what the folder holds. Only reads. No torch.
+
+`decide` gives one of three actions, or a `ConfigError` with everything that speaks against a start:
+
+- "new": the folder holds no run, or `job.new_run` asks for another one;
+- "resume": it holds this run, unfinished or with `training.steps` raised;
+- "finished": it holds this run, and there is nothing left to do.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torchtitan.checkpoint.manifest import Manifest
+from torchtitan.checkpoint.rerun import (
+    WAYS_OUT,
+    compare,
+    read_stored_config,
+    stored_value,
+)
+from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
+from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.utils.environment import is_restart
+
+CONFIG_NAME = "config.toml"
+STATUS_NAME = "run_status.json"
+METRICS_NAME = "metrics.jsonl"
+LOAD_STEP_NAME = "load_step"
+"""Under this name a manifest's `info` keeps the `checkpoint.load_step` of the start that saved it,
+-1 without one."""
+
+Action = Literal["new", "resume", "finished"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a start in the folder does. `step` is the one to go on from (0: the start), or the last
+    one of a finished run. Batch size and lanes are resolved, stored ones winning over open ones.
+    """
+
+    action: Action
+    run_id: str
+    step: int
+    global_batch_size: int
+    num_lanes: int
+    load_step: int = -1
+    """The checkpoint to load; -1 for the newest, also where `checkpoint.load_step` is done."""
+    asked_load_step: int = -1
+    """`checkpoint.load_step` as the config has it."""
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the folder says about the run in it."""
+
+    status: dict[str, Any]
+    config: dict[str, Any] | None
+    good: list[Manifest]
+    """Manifests of its whole checkpoints, by step."""
+    step_folders: list[int]
+    """Steps that have a folder, whole or not."""
+    has_metrics: bool
+
+    @property
+    def is_run(self) -> bool:
+        return bool(self.status or self.good)
+
+    @property
+    def newest(self) -> Manifest | None:
+        return self.good[-1] if self.good else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything in it that a fresh start would lose."""
+        return bool(self.step_folders or self.has_metrics or self.status.get("step"))
+
+    @property
+    def ended(self) -> str:
+        """How the run ended, if it did: completed or data_exhausted."""
+        status = str(self.status.get("status"))
+        if status in ("completed", "data_exhausted"):
+            return status
+        # A job that was killed after its last checkpoint had no time to write the status.
+        newest = self.newest
+        if newest is None or newest.state.get("finished") is not True:
+            return ""
+        kept = newest.info.get("config", self.config)
+        planned = stored_value(kept if isinstance(kept, dict) else {}, "training.steps")
+        early = isinstance(planned, int) and newest.step < planned
+        return "data_exhausted" if early else "completed"
+
+    @property
+    def step(self) -> int:
+        """The last step that a later start can count on."""
+        step = self.status.get("step", 0) if self.ended else 0
+        return max(step if isinstance(step, int) else 0, self.newest.step if self.newest else 0)
+
+
+def starts_anew(config: JobConfig) -> bool:
+    """Whether a run in the folder is to be moved aside. A launcher that starts a job again repeats
+    its command; then the run in the folder is the one that the first start began."""
+    return config.job.new_run and not is_restart()
+
+
+def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
+    """What a start with `config` in `path` does; only reads. Raises `ConfigError`."""
+    stored = _read(path, config)
+    folder = path / config.checkpoint.folder
+    if starts_anew(config) and is_movable(path, config):
+        return _new(facts, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
+    if not stored.is_run:
+        _refuse_foreign_config(path)
+        return _new(facts, secrets.token_hex(6), step_problems(config.checkpoint, folder))
+    newest_id = stored.newest.run_id if stored.newest else secrets.token_hex(6)
+    run_id = str(stored.status.get("run_id") or newest_id)
+    if not stored.trained:
+        # The run died before it had done anything: its config may have been the reason.
+        return _new(facts, run_id, step_problems(config.checkpoint, folder))
+    if stored.config is None:
+        text = f"holds a run, but its {CONFIG_NAME} cannot be read, so that nothing can be compared"
+        fix = f"restore {CONFIG_NAME} in it, {WAYS_OUT}"
+        raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
+    problems, notices = compare(stored.config, config)
+    asked = config.checkpoint.load_step
+    if _is_done(asked, stored):
+        notices.append(
+            f"checkpoint.load_step = {asked} has been followed already: the run goes on from its"
+            " newest step. To go back again, move the later steps away first."
+        )
+        checkpoint = config.checkpoint.model_copy(update={"load_step": -1})
+        config = config.model_copy(update={"checkpoint": checkpoint})
+    if not problems:
+        problems = _continuation_problems(config, stored, run_id, folder)
+    if problems:
+        raise ConfigError(problems)
+    if config.job.new_run:
+        notices.append("job.new_run is ignored: the launcher has started this job again.")
+    action, step, more = _action(config, stored)
+    notices += more
+    global_batch_size, num_lanes = _batch_and_lanes(facts, stored.config, action, notices)
+    load_step = config.checkpoint.load_step
+    return Decision(
+        action, run_id, step, global_batch_size, num_lanes, load_step, asked, tuple(notices)
+    )
+
+
+def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
+    """`config` with what the decision settles: batch size, lanes, and the step to load."""
+    training = config.training.model_copy(update={"global_batch_size": decision.global_batch_size})
+    # Kept, it would move this very run aside when somebody trains from its config.toml.
+    job = config.job.model_copy(update={"new_run": False})
+    data = config.data.model_copy(update={"lanes": decision.num_lanes})
+    checkpoint = config.checkpoint.model_copy(update={"load_step": decision.load_step})
+    sections = {"job": job, "training": training, "data": data, "checkpoint": checkpoint}
+    return config.model_copy(update=sections)
+
+
+def is_movable(path: Path, config: JobConfig) -> bool:
+    """Whether the folder holds what a run of this library left, whole or not."""
+    return (path / STATUS_NAME).exists() or bool(step_folders(path / config.checkpoint.folder))
+
+
+def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
+    """A start from nothing, unless there are problems."""
+    if problems:
+        raise ConfigError(problems)
+    return Decision("new", run_id, 0, facts.global_batch_size, facts.num_lanes)
+
+
+def _load_problems_of_a_new_run(section: Checkpoint) -> list[Problem]:
+    step = section.load_step
+    if step < 0:
+        return []
+    text = "belongs to the old run, which job.new_run moves aside"
+    return [Problem("checkpoint.load_step", text, "leave out one of the two", step)]
+
+
+def _is_done(load_step: int, stored: _Stored) -> bool:
+    """Whether the run has already gone on from `load_step`: what it trained since then must not be
+    undone by the same command, given again. The newest checkpoint tells, so that no kill between
+    two files can make it wrong."""
+    newest = stored.newest
+    if load_step < 0 or newest is None:
+        return False
+    return newest.step > load_step and newest.info.get(LOAD_STEP_NAME) == load_step
+
+
+def _action(config: JobConfig, stored: _Stored) -> tuple[Action, int, list[str]]:
+    """What to do with a run that may go on, and from which step."""
+    steps, load_step, last = config.training.steps, config.checkpoint.load_step, stored.step
+    if 0 <= load_step < last:
+        return "resume", load_step, [f"Going back from step {last} to step {load_step}."]
+    if stored.ended == "data_exhausted":
+        return "finished", last, [f"The run is finished: its data ended at step {last}."]
+    if last >= steps:
+        return "finished", last, [f"The run is finished: all {steps} steps are trained."]
+    if not stored.good:
+        return "resume", 0, ["The run has no checkpoint yet: it starts again from step 0."]
+    return "resume", last, []
+
+
+def _continuation_problems(
+    config: JobConfig, stored: _Stored, run_id: str, folder: Path
+) -> list[Problem]:
+    """Why this very run cannot go on as configured."""
+    checkpoint, steps = config.checkpoint, config.training.steps
+    strangers = [manifest for manifest in stored.good if manifest.run_id != run_id]
+    if strangers:
+        text = f"holds step {strangers[0].step} of another run, {strangers[0].run_id}"
+        fix = f"move that step away, {WAYS_OUT}"
+        return [Problem("checkpoint.folder", text, fix, str(folder))]
+    done = stored.ended == "data_exhausted" or stored.step >= steps
+    if done and checkpoint.load_step in (-1, stored.step):
+        return []
+    if stored.step_folders and not checkpoint.enable:
+        text = f"would start from step 0 again, but steps {stored.step_folders} are saved"
+        return [Problem("checkpoint.enable", text, f"set it to true, {WAYS_OUT}", False)]
+    if stored.ended and not stored.step_folders:
+        text = f"the run is finished at step {stored.step}, and left no checkpoint to go on from"
+        return [Problem("training.steps", text, f"set it back, {WAYS_OUT}", steps)]
+    newest = stored.newest
+    if checkpoint.load_step < 0 and newest is not None and newest.model_only:
+        text = f"the checkpoint of step {newest.step} has no optimizer state to go on from"
+        fix = (
+            "choose an earlier one with checkpoint.load_step and checkpoint.allow_rewind, and set"
+            f" checkpoint.last_save_model_only = false; {WAYS_OUT}"
+        )
+        return [Problem("training.steps", text, fix, steps)]
+    return step_problems(checkpoint, folder)
+
+
+def _read(path: Path, config: JobConfig) -> _Stored:
+    stored_config = read_stored_config(path / CONFIG_NAME)
+    try:
+        status = json.loads((path / STATUS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    # The stored folder name: a config that renames it must not make the checkpoints disappear.
+    name = stored_value(stored_config or {}, "checkpoint.folder") if status else None
+    name = name if isinstance(name, str) else config.checkpoint.folder
+    good = [candidate.manifest for candidate in inspect_steps(path / name) if candidate.manifest]
+    if stored_config is None and good:
+        kept = good[-1].info.get("config")
+        stored_config = kept if isinstance(kept, dict) else None
+    try:
+        has_metrics = (path / METRICS_NAME).stat().st_size > 0
+    except OSError:
+        has_metrics = False
+    status = status if isinstance(status, dict) else {}
+    return _Stored(status, stored_config, good, step_folders(path / name), has_metrics)
+
+
+def _batch_and_lanes(
+    facts: Facts, stored: Mapping[str, Any], action: Action, notices: list[str]
+) -> tuple[int, int]:
+    """Batch size and lanes: the stored ones, else what config and mesh say. Adds notices."""
+
+    def resolve(key: str, now: int) -> int:
+        before = stored_value(stored, key)
+        if not isinstance(before, int) or before <= 0:
+            return now
+        if before != now and action == "resume":
+            notices.append(f"{key} stays {before}, as at the first start; it would be {now} here.")
+        return before
+
+    global_batch_size = resolve("training.global_batch_size", facts.global_batch_size)
+    return global_batch_size, resolve("data.lanes", facts.num_lanes)
+
+
+def _refuse_foreign_config(path: Path) -> None:
+    """A `config.toml` that no run wrote is somebody's own file, not to be overwritten."""
+    file = path / CONFIG_NAME
+    if file.exists():
+        text = f"holds a {CONFIG_NAME} that no run has written and that would be overwritten"
+        fix = "choose another --job.dump_folder, or give that file another name"
+        raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
+
+
+def step_problems(section: Checkpoint, folder: Path) -> list[Problem]:
+    """Why no checkpoint of `folder` can be continued from as `section` asks. Only names, manifests
+    and sizes are read; contents are verified when a checkpoint is loaded."""
+    if not section.enable:
+        return []
+    links = sorted(path.name for path in folder.glob("step-*") if path.is_symlink())
+    if links:
+        text = f"holds {links[0]}, which is a link, and is ignored where checkpoints are sought"
+        fix = "put a real folder in its place, or remove it"
+        return [Problem("checkpoint.folder", text, fix, section.folder)]
+    steps = step_folders(folder)
+    if section.load_step >= 0:
+        return _load_step_problems(section, folder, steps)
+    candidates = inspect_steps(folder)
+    if candidates and not any(candidate.manifest for candidate in candidates):
+        faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
+        text = f"holds steps {_join(steps)}, none of which is a whole checkpoint ({faults})"
+        fix = (
+            "restore one of them; or start anew in another --job.dump_folder or with --job.new_run"
+        )
+        return [Problem("checkpoint.folder", text, fix, section.folder)]
+    return []
+
+
+def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> list[Problem]:
+    step = section.load_step
+    good = [candidate.step for candidate in inspect_steps(folder) if candidate.manifest]
+    if step not in steps:
+        text = f"is not among the saved steps: {_join(good) or 'there are none'}"
+        fix = "choose one of them, or -1 for the newest"
+        return [Problem("checkpoint.load_step", text, fix, step)]
+    fault = inspect_step(folder, step).fault
+    if fault is not None:
+        fix = f"choose another ({_join(good) or 'there is none'}), or -1 for the newest good one"
+        return [Problem("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
+    later = [other for other in steps if other > step]
+    if later and not section.allow_rewind:
+        text = f"is older than steps {_join(later)}, which going on from it would make invalid"
+        fix = (
+            "set checkpoint.allow_rewind, which moves them aside; or train in another"
+            " --job.dump_folder"
+        )
+        return [Problem("checkpoint.load_step", text, fix, step)]
+    return []
+
+
+def _join(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))
