@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -108,52 +107,51 @@ def test_types_that_toml_has_no_word_for_are_refused_all_the_same() -> None:
     assert problems([], {"nothing": {"anything": []}})
 
 
+FREEZE = """
+import torch
+
+from torchtitan.config.section import Section
+from torchtitan.handlers.registry import handler_settings, register_handler
+
+
+class FreezeSettings(Section):
+    name: str = "norm.weight"
+
+
+@register_handler("freeze", FreezeSettings)
+class Freeze:
+    def __init__(self, job_config, parallel_dims):
+        self.name = handler_settings(job_config, "freeze").name
+        self.calls = []
+
+    def convert(self, model):
+        assert all(p.is_meta for p in model.parameters())
+        model.get_parameter(self.name).requires_grad_(False)
+        self.calls.append("convert")
+
+    def pre_optimizer_hook(self, model):
+        assert model.get_parameter(self.name).grad is None
+        assert model.get_parameter("output.weight").grad is not None
+        self.calls.append("pre")
+
+    def post_optimizer_hook(self, model):
+        self.calls.append("post")
+        print("CALLS", " ".join(self.calls), flush=True)
+
+    def after_load(self, model):
+        self.calls.append("loaded")
+        norm = model.get_parameter(self.name).full_tensor()
+        print("NORM", norm.mean().item(), flush=True)
+        print("DETERMINISTIC", torch.are_deterministic_algorithms_enabled(), flush=True)
+        print("THREADS", torch.get_num_threads(), flush=True)
+"""
+
+
 def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
     """Registered by `job.custom_import`: its change trains, its hooks run around every step, and
     after weights are there, on a resume too. It also sees the process as it was set up."""
     module = tmp_path / "my_handler.py"
-    module.write_text(
-        textwrap.dedent(
-            """
-            import torch
-
-            from torchtitan.config.section import Section
-            from torchtitan.handlers.registry import handler_settings, register_handler
-
-
-            class FreezeSettings(Section):
-                name: str = "norm.weight"
-
-
-            @register_handler("freeze", FreezeSettings)
-            class Freeze:
-                def __init__(self, job_config, parallel_dims):
-                    self.name = handler_settings(job_config, "freeze").name
-                    self.calls = []
-
-                def convert(self, model):
-                    assert all(p.is_meta for p in model.parameters())
-                    model.get_parameter(self.name).requires_grad_(False)
-                    self.calls.append("convert")
-
-                def pre_optimizer_hook(self, model):
-                    assert model.get_parameter(self.name).grad is None
-                    assert model.get_parameter("output.weight").grad is not None
-                    self.calls.append("pre")
-
-                def post_optimizer_hook(self, model):
-                    self.calls.append("post")
-                    print("CALLS", " ".join(self.calls), flush=True)
-
-                def after_load(self, model):
-                    self.calls.append("loaded")
-                    norm = model.get_parameter(self.name).full_tensor()
-                    print("NORM", norm.mean().item(), flush=True)
-                    print("DETERMINISTIC", torch.are_deterministic_algorithms_enabled(), flush=True)
-                    print("THREADS", torch.get_num_threads(), flush=True)
-            """
-        )
-    )
+    module.write_text(FREEZE)
     settings = (
         "--job.custom_import=my_handler",
         "--model.handlers=freeze",
