@@ -1,85 +1,25 @@
 """What a start in a folder does, in folders as real runs leave them."""
 
-import errno
-import fcntl
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from folders import (
+    finished_run,
+    make_config,
+    open_folder,
+    plant_step,
+    refused,
+    saved_by,
+    snapshot,
+    stopped_run,
+)
 
-from torchtitan.checkpoint.lock import FolderInUse, FolderLock
-from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
-
-
-def make_config(folder: Path, **sections: Any) -> JobConfig:
-    tables: dict[str, dict[str, Any]] = {
-        "job": {"dump_folder": str(folder)},
-        "training": {"steps": 20, "local_batch_size": 4},
-        "checkpoint": {"enable": True},
-    }
-    for name, keys in sections.items():
-        tables.setdefault(name, {}).update(keys)
-    return JobConfig.model_validate(tables)
-
-
-def open_folder(folder: Path, world_size: int = 1, **sections: Any) -> RunFolder:
-    config = make_config(folder, **sections)
-    opened = RunFolder.open(config, Facts(config, world_size, "cpu"))
-    opened.close()
-    return opened
-
-
-def refused(folder: Path, **sections: Any) -> str:
-    before = snapshot(folder)
-    with pytest.raises(ConfigError) as caught:
-        open_folder(folder, **sections)
-    assert snapshot(folder) == before, "a refused start leaves the folder as it was"
-    return str(caught.value)
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-def plant_step(
-    folder: Path, step: int, run_id: str, model_only: bool = False, **parts: dict[str, Any]
-) -> None:
-    """A committed step, as far as names, sizes and the manifest tell; `parts`: state and info."""
-    path = folder / "checkpoint" / f"step-{step}"
-    path.mkdir(parents=True)
-    (path / "__0_0.distcp").write_text("tensors")
-    files = {"__0_0.distcp": record_file(path / "__0_0.distcp")}
-    write_manifest(path, Manifest(run_id, step, model_only, files, {}, **parts))
-
-
-def stopped_run(folder: Path, *steps: int, **sections: Any) -> str:
-    """A run that was killed after it had saved `steps`; returns its id."""
-    run_id = open_folder(folder, **sections).decision.run_id
-    (folder / "metrics.jsonl").write_text("{}\n")
-    for step in steps:
-        plant_step(folder, step, run_id)
-    return run_id
-
-
-def finished_run(folder: Path, *steps: int, model_only: bool = False, **kinds: Any) -> str:
-    opened = open_folder(folder)
-    run_id = opened.decision.run_id
-    for step in steps:
-        plant_step(folder, step, run_id, model_only)
-    opened.set_status(kinds.get("status", "completed"), kinds.get("step", 20), 0)
-    return run_id
 
 
 def test_new_folder(tmp_path: Path) -> None:
@@ -244,14 +184,6 @@ def test_going_back(tmp_path: Path) -> None:
     )
 
 
-def saved_by(opened: RunFolder, *steps: int) -> None:
-    """What a start saves after these steps."""
-    info = {key: value for key, value in opened.run_info().items() if key != "run_id"}
-    for step in steps:
-        plant_step(opened.path, step, opened.decision.run_id, info=info)
-        opened.set_status("running", step)
-
-
 def test_going_back_is_done_once(tmp_path: Path) -> None:
     """A scheduler repeats the whole command."""
     back = {"load_step": 10, "allow_rewind": True}
@@ -386,52 +318,3 @@ def test_manifest_info(tmp_path: Path) -> None:
     assert json.loads(json.dumps(info)) == info
     assert info["config"]["training"]["global_batch_size"] == 4
     assert info["versions"]["torch"][0].isdigit() and info["mesh"] == {"dp": 1}
-
-
-# --- the lock -------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from torchtitan.checkpoint.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]), "run7")
-print("held", flush=True)
-time.sleep(100)
-"""
-
-
-def test_second_job_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError) as caught:
-                open_folder(tmp_path)
-        finally:
-            holder.kill()
-    assert f"process {holder.pid}, run run7" in str(caught.value)
-    assert not (tmp_path / "run_status.json").exists()
-    # The lock of a killed job is nobody's.
-    assert open_folder(tmp_path).decision.action == "new"
-
-
-def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*args: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    lock = FolderLock(tmp_path)
-    lock.release()
-    with subprocess.Popen(["sleep", "100"]) as other:
-        for holder, refuses in [
-            ({"host": os.uname().nodename, "pid": other.pid}, True),
-            ({"host": "elsewhere", "pid": 1}, True),
-            ({"host": os.uname().nodename, "pid": 2**22 + 1}, False),
-        ]:
-            (tmp_path / ".lock").write_text(json.dumps(holder))
-            if refuses:
-                with pytest.raises(FolderInUse, match=str(holder["host"])):
-                    FolderLock(tmp_path)
-            else:
-                FolderLock(tmp_path).release()
-        other.kill()
