@@ -54,7 +54,7 @@ def _take_file(argument: str, parsed: CommandLine) -> None:
         _set(parsed, "job.config_file", argument, argument)
         return
     fix = "leave one out; single settings follow as `--section.key value`"
-    if "." not in argument:  # hardly a file: a word that was meant for a flag before it?
+    if "." not in argument or "." not in first:  # hardly a file: meant for the flag before it?
         fix += ", and checks are `--check` or `--check full`"
     problem = f"is a second config file beside {first}, and a run has one"
     parsed.problems.append(Problem(argument, problem, fix))

@@ -47,7 +47,11 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
         return _switch_elsewhere(shown, name, from_command_line)
     if is_missing(name):
         return Problem(shown, "is not available yet", "remove it")
-    special = nearest(name, _SPECIAL_FLAGS) if from_command_line and "." not in name else None
+    if from_command_line and name in known_sections():
+        fix = f"write `--{name}.KEY`; keys: {', '.join(_keys_in(name))}"
+        return Problem(shown, "is a section, not a setting", fix)
+    is_word = from_command_line and "." not in name
+    special = nearest(name, _SPECIAL_FLAGS) if is_word else None
     if special:
         return Problem(shown, "is unknown", f"did you mean `--{special}`?")
     section, _, last = name.rpartition(".")
@@ -57,9 +61,7 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
         belongs = " or ".join(f"[{key.section}]" for key in homes)
         return Problem(shown, f"belongs in section {belongs}", f"write {places}")
     if section in known_sections():
-        keys = [key.last_name for key in known_keys().values() if key.section == section]
-        keys += [s.rpartition(".")[2] for s in known_sections() if s.rpartition(".")[0] == section]
-        keys = sorted(set(keys))
+        keys = _keys_in(section)
         match = nearest(last, keys)
         prefix = f"did you mean `{dashes}{section}.{match}`? " if match else ""
         return Problem(shown, "is unknown", f"{prefix}Keys of [{section}]: {', '.join(keys)}")
@@ -84,6 +86,11 @@ def unknown_section(name: str) -> Problem:
     match = nearest(name, known_sections())
     prefix = f"did you mean [{match}]? " if match else ""
     return Problem(name, "is not a section", f"{prefix}The sections are {_sections()}")
+
+
+def _keys_in(section: str) -> list[str]:
+    names = [*known_keys(), *known_sections()]
+    return sorted({last for head, _, last in (n.rpartition(".") for n in names) if head == section})
 
 
 def _sections() -> str:
