@@ -157,7 +157,12 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     facts = Facts(config, environment.world_size, kind)
     # What needs no torch was checked before this module was imported.
     preflight.require(facts, [preflight.HARDWARE] + [preflight.MODEL] * is_main)
-    folder = RunFolder.open(config, facts, is_main)
+
+    def check(resolved: JobConfig) -> None:
+        """Batch size and lanes may be those stored with the run, and the mesh be new to them."""
+        preflight.require(replace(facts, config=resolved), [preflight.ARITHMETIC])
+
+    folder = RunFolder.open(config, facts, is_main, check)
     progress = Progress()
     try:
         with open_world(facts.device_type, environment, config.comm.init_timeout_seconds) as world:
@@ -168,10 +173,7 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
                 logger.info(closing_words(config, folder))
                 return DONE
             progress.step = decision.step
-            facts = replace(facts, config=folder.config)
-            # Batch size and lanes may be those stored with the run, and the mesh be new to them.
-            preflight.require(facts, [preflight.ARITHMETIC], quiet=not is_main)
-            train(facts, world, folder, progress)
+            train(replace(facts, config=folder.config), world, folder, progress)
     except BaseException as error:
         code = exit_code_of(error)
         if is_main:
