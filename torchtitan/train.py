@@ -89,7 +89,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 saver.save(state, lanes, model.parts, optimizers, finished)
             progress.saved_step = step
             if world.is_main:
-                folder.set_status("running", step)
+                set_status(folder, "running", step)
 
         metrics.start_step()
         ahead.start()
@@ -177,7 +177,7 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     except BaseException as error:
         code = exit_code_of(error)
         if is_main:
-            set_final_status(folder, "failed", progress.step, code)
+            set_status(folder, "failed", progress.step, code)
         if isinstance(error, ConfigError | KeyboardInterrupt):
             raise
         expected = isinstance(error, CheckpointError | DataError | NonFiniteError)
@@ -188,15 +188,15 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
-        set_final_status(folder, progress.status, progress.step, code)
+        set_status(folder, progress.status, progress.step, code)
     if progress.status == "preempted":
         logger.info(stopping_words(progress))
     logger.info(closing_words(config, folder))
     return code
 
 
-def set_final_status(folder: RunFolder, status: Status, step: int, code: int) -> None:
-    """Say how the run ended, if that can be written: a full disk must not hide the first error."""
+def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:
+    """Say how the run stands, if that can be written: a full disk must not hide the first error."""
     try:
         folder.set_status(status, step, code)
     except OSError as error:
