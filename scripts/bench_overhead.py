@@ -41,6 +41,8 @@ SETTINGS = {
     "--job.config_file": str(ROOT / "train_configs" / "debug_model.toml"),
     "--job.device": "cpu",
     "--debug.threads": str(THREADS),
+    "--model.args.vocab_size": "2048",
+    "--training.seq_len": "512",
     "--training.mixed_precision_param": "bfloat16",
     "--training.global_batch_size": "8",
     "--training.local_batch_size": "8",
