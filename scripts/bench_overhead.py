@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from torchtitan.config import JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.threads import spin_briefly
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,6 +131,7 @@ def run_quietly(command: list[str]) -> str:
 
 def measure_loop(config: JobConfig, with_fsdp2: bool) -> float:
     """Tokens a second of the plain loop, after `WARMUP_STEPS` steps."""
+    spin_briefly()
     if config.debug.cpu_allocator == "tuned":
         tune_cpu_allocator()
     import time

@@ -14,6 +14,9 @@ TOLERANCE = 1e-11
 CASES = {
     "one process, accumulating": Case(microbatches=4),
     "one process, logits whole": Case(loss_chunks=1),
+    "one process, by units": Case(
+        microbatches=2, settings={"parallelism": {"fsdp_reshard_after_forward": "always"}}
+    ),
     "fsdp": Case(2),
     "fsdp, accumulating": Case(2, microbatches=2),
     "fsdp on 4": Case(4, microbatches=2),

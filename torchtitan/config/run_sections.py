@@ -67,7 +67,8 @@ class Parallelism(Section):
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free gathered parameters after the forward: `always`, `never`, or `default` (always, but not
-    with pipeline parallelism, where every microbatch would gather them again)."""
+    with pipeline parallelism, where every microbatch would gather them again, and not on a single
+    device, where `always` saves memory at the cost of some time)."""
 
     tensor_parallel_degree: PositiveInt = 1
     """Ranks over which single weight matrices are cut. Above 1 it is not available yet."""

@@ -20,9 +20,11 @@ def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: Par
     # Before data parallelism, whose hooks stay outside of the compiled graphs.
     apply_compile(model.blocks())
     training = config.training
+    # With nothing to gather, each unit would only cost the time of its hooks.
+    alone = dims.dp == 1 and config.parallelism.fsdp_reshard_after_forward == "default"
     apply_data_parallel(
         model,
-        model.wrap_units(),
+        [] if alone else model.wrap_units(),
         mesh,
         dims,
         param_dtype=torch_dtype(training.mixed_precision_param),

@@ -9,6 +9,7 @@ from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
 from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.threads import spin_briefly
 
 
 def run(argv: list[str]) -> int:
@@ -39,6 +40,8 @@ def run(argv: list[str]) -> int:
     if loaded.config.job.print_config and place.rank == 0:
         print(show_config(loaded))
 
+    if facts.device_type == "cpu":
+        spin_briefly()
     if loaded.config.debug.cpu_allocator == "tuned" and facts.device_type == "cpu":
         tune_cpu_allocator()  # before torch makes its first large allocation
 
