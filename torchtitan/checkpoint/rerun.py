@@ -6,18 +6,13 @@ change without being another run is listed in `MAY_DIFFER`, each entry with its 
 that is not listed counts.
 """
 
-import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig, Problem
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from torchtitan.config.toml_file import tomllib
 
 MAY_DIFFER: dict[str, str] = {
     "job.config_file": "a path",

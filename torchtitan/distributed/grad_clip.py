@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from torchtitan.utils.dtypes import at_least_float32
+
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> Tensor:
@@ -40,7 +42,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
         by_copies.setdefault(ranks_per_stage // num_shards, []).append(gradient)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for copies, gradients in by_copies.items():
-        wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+        wide = at_least_float32(gradients[0].dtype)
         norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
         total = total + norms.square().sum() / copies
     dist.all_reduce(total)

@@ -1,6 +1,7 @@
 """What differs between the torch versions that are supported (2.11 and newer), in one place.
 
-Each name is private, or moved, in some of them. Everything else in the library uses public names.
+Each name is private, or moved, in some of them. Private names that are the same in all of them are
+used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (checkpoint reader).
 """
 
 from datetime import timedelta

@@ -1,5 +1,6 @@
 """The wait of threads is set before torch is there, and a user's choice stands."""
 
+import os
 import subprocess
 import sys
 
@@ -24,8 +25,6 @@ def test_choice_of_the_environment_stands(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     spin_briefly()
-    import os
-
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     assert {name: os.environ[name] for name in names if name in os.environ} == expected
 

@@ -1,0 +1,61 @@
+"""The order of things in the loop, seen from inside a real run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.distributed import runs
+
+_SCRIPT = """
+import sys
+from torchtitan.checkpoint.saver import Saver
+from torchtitan.components.finite import FiniteSteps
+from torchtitan.components.metrics import MetricsLogger
+from torchtitan.utils.garbage import GarbageCollection
+
+calls = []
+
+
+def note(kind, method, name):
+    original = getattr(kind, method)
+
+    def noted(self, *arguments, **named):
+        calls.append(name(*arguments, **named))
+        return original(self, *arguments, **named)
+
+    setattr(kind, method, noted)
+
+
+note(FiniteSteps, "settle", lambda: "settle")
+note(MetricsLogger, "flush", lambda: "flush")
+note(Saver, "save", lambda state, *rest: f"save-{state.step}")
+note(GarbageCollection, "step", lambda step: f"garbage-{step}")
+from torchtitan.cli import main
+
+status = main(["train", *sys.argv[1:]])
+print("CALLS", *calls)
+sys.exit(status)
+"""
+
+
+def test_order_around_a_checkpoint(tmp_path: Path) -> None:
+    """Only finite steps are saved, and what was logged is on the disk before a checkpoint commits:
+    a resume must find the curve up to its step."""
+    command = runs.command(tmp_path / "run", "--checkpoint.interval=2", "--training.steps=4")
+    arguments = command[command.index("torchtitan.train") + 1 :]
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, *arguments],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    calls = next(line for line in done.stdout.splitlines() if line.startswith("CALLS")).split()
+    assert calls[1:] == [
+        "garbage-1",
+        *("settle", "flush", "save-2", "garbage-2"),
+        "garbage-3",
+        *("settle", "flush", "save-4", "garbage-4"),
+        "settle",
+    ]
