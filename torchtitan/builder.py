@@ -46,6 +46,8 @@ class BuiltModel:
     parts: list[nn.Module]
     """What this rank holds of the model; one part, where it is not cut into stages."""
     handlers: list[ModelHandler]
+    parameter_names: tuple[str, ...]
+    """Of the whole model, also of what other ranks hold."""
     num_parameters: int
     """Of the whole model, before handlers changed it."""
     flops_per_token: float
@@ -83,20 +85,24 @@ def build_model(
         model = family.build(args)
     _require_language_model(model, family.name)
     seq_len = config.training.seq_len
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    handlers = build_handlers(config, dims)
+    for handler in handlers:
+        handler.convert(model)
     built = BuiltModel(
         parts=[model],
-        handlers=build_handlers(config, dims),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        handlers=handlers,
+        parameter_names=tuple(name for name, _ in model.named_parameters()),
+        num_parameters=num_parameters,
         flops_per_token=model.flops_per_token(seq_len, causal=False),
         flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
     )
-    for handler in built.handlers:
-        handler.convert(model)
-    parallelize(model, config, mesh, dims)
-    model.to_empty(device=device)
-    if initialise:
-        initialize_parameters(model, model.init_rule, config.debug.seed)
-    _refuse_unset_buffers(model)
+    for part in built.parts:
+        parallelize(part, config, mesh, dims)
+        part.to_empty(device=device)
+        if initialise:
+            initialize_parameters(part, model.init_rule, config.debug.seed)
+        _refuse_unset_buffers(part)
     return built
 
 
@@ -114,11 +120,14 @@ def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
     return [known[name].load()(config, dims) for name in config.model.handlers]
 
 
-def build_runner(config: JobConfig, model: BuiltModel, device: torch.device) -> Runner:
+def build_runner(
+    config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims, device: torch.device
+) -> Runner:
     """What computes losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
     loss = CrossEntropyLoss(config.training.loss_chunks)
-    return WholeModelRunner(model.parts[0], loss, device, names)
+    counts_loss = dims.counts_loss(mesh.get_rank())
+    return WholeModelRunner(model.parts[0], loss, device, names, counts_loss=counts_loss)
 
 
 def build_loader(

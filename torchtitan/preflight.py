@@ -29,6 +29,9 @@ PHASES = (ARITHMETIC, FILES, HARDWARE, MODEL, CHECKPOINTS)
 _FEATURES = (
     "torchtitan.config.checks",
     "torchtitan.models.checks",
+    "torchtitan.distributed.tensor_checks",
+    "torchtitan.distributed.context_checks",
+    "torchtitan.distributed.pipeline_checks",
     "torchtitan.data.checks",
     "torchtitan.components.checks",
     "torchtitan.handlers.checks",

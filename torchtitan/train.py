@@ -64,10 +64,12 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         model = builder.build_model(
             config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.resumes
         )
-        optimizers = build_optimizers(config.optimizer, model.parts, world.device)
+        optimizers = build_optimizers(
+            config.optimizer, model.parts, world.device, model.parameter_names
+        )
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
-        runner = builder.build_runner(config, model, world.device)
+        runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = builder.build_metrics(config, folder, world, model, saver)
         stack.callback(metrics.close)
         step = first_step = progress.step = progress.saved_step = saver.state.step

@@ -119,8 +119,10 @@ def train(world: World, case: Case) -> Result:
     dims = ParallelDims.from_facts(facts)
     mesh = dims.build_mesh("cpu")
     model = builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
-    runner = builder.build_runner(config, model, world.device)
-    optimizers = build_optimizers(config.optimizer, model.parts, world.device)
+    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    optimizers = build_optimizers(
+        config.optimizer, model.parts, world.device, model.parameter_names
+    )
     batches = microbatches_of(case, dims, world.rank)
     num_targets = int(CrossEntropyLoss().count(sequences()))
     result = Result([], [], 0.0, {})

@@ -13,7 +13,6 @@ _DEGREES = (
     "tensor_parallel_degree",
     "pipeline_parallel_degree",
 )
-_UNAVAILABLE = ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
 
 
 def check(facts: Facts) -> list[Problem]:
@@ -26,11 +25,6 @@ def check(facts: Facts) -> list[Problem]:
 
 def _mesh(facts: Facts) -> Iterator[Problem]:
     mesh = facts.config.parallelism
-    for name in _UNAVAILABLE:
-        if getattr(mesh, name) > 1:
-            problem = "is not available in this version"
-            yield Problem(f"parallelism.{name}", problem, "set it to 1", getattr(mesh, name))
-            return
     shard, replicate = mesh.data_parallel_shard_degree, mesh.data_parallel_replicate_degree
     key = "parallelism.data_parallel_shard_degree"
     fixed = replicate * facts.other_degrees

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from torchtitan.config.model_sections import ActivationCheckpoint, Model
 from torchtitan.config.output_sections import Checkpoint, Metrics, Profiling
-from torchtitan.config.run_sections import Comm, Debug, Job, Parallelism
+from torchtitan.config.parallelism_section import Parallelism
+from torchtitan.config.run_sections import Comm, Debug, Job
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import Data, LRScheduler, Optimizer, Training
 

@@ -10,18 +10,24 @@ RENAMED = {
     "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
     "compile.backend": "handlers.compile.backend",
     "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
+    "experimental.context_parallel_rotate_method": "parallelism.context_parallel_method",
     "experimental.custom_import": "job.custom_import",
+    "experimental.enable_async_tensor_parallel": "parallelism.enable_async_tensor_parallel",
     "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
+    "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
+    "experimental.pipeline_parallel_schedule_csv": "parallelism.pipeline_parallel_schedule_csv",
     "job.print_args": "job.print_config",
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
     "model.converters": "model.handlers",
     "model.hf_assets_path": "model.tokenizer_path",
     "optimizer.learning_rate": "optimizer.lr",
+    "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_method",
     "training.batch_size": "training.local_batch_size",
     "training.data_parallel_degree": "parallelism.data_parallel_shard_degree",
     "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
     "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
     "training.deterministic": "debug.deterministic",
+    "training.disable_loss_parallel": "parallelism.disable_loss_parallel",
     "training.learning_rate": "optimizer.lr",
     "training.seed": "debug.seed",
     "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
@@ -47,26 +53,21 @@ _MISSING = {
     " enable_ft_dataloader_checkpoints exclude_from_loading export_dtype initial_load_in_hf"
     " initial_load_in_hf_quantized initial_load_model_only initial_load_model_weights_only"
     " initial_load_path interval_type last_save_in_hf load_only",
-    "comm": "mode save_traces_file_prefix save_traces_folder trace_buf_size",
+    "comm": "save_traces_file_prefix save_traces_folder trace_buf_size",
     "compile": "components",
     "debug": "moe_force_load_balance",
-    "experimental": "context_parallel_rotate_method custom_args_module"
-    " enable_async_tensor_parallel enable_compiled_autograd pipeline_parallel_microbatches"
-    " pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_split_points",
+    "experimental": "custom_args_module enable_compiled_autograd pipeline_parallel_microbatches"
+    " pipeline_parallel_split_points",
     "job": "custom_config_module save_config_file use_for_integration_test",
     "lr_scheduler": "total_steps",
     "metrics": "enable_wandb rank_0_only save_for_all_ranks",
     "model": "norm_type print_after_conversion",
     "optimizer": "early_step_in_backward",
-    "parallelism": "context_parallel_load_balancer context_parallel_rotate_method"
-    " disable_loss_parallel enable_async_tensor_parallel enable_compiled_autograd"
-    " expert_parallel_comm_backend expert_parallel_degree expert_tensor_parallel_degree"
-    " module_fqns_per_model_part pipeline_parallel_expert_parallel_overlap"
-    " pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers"
-    " pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size"
-    " pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_split_points",
+    "parallelism": "enable_compiled_autograd expert_parallel_comm_backend expert_parallel_degree"
+    " expert_tensor_parallel_degree pipeline_parallel_expert_parallel_overlap"
+    " pipeline_parallel_split_points",
     "profiling": "enable_memory_snapshot save_memory_snapshot_folder",
-    "training": "disable_loss_parallel enable_cpu_offload gc_debug",
+    "training": "enable_cpu_offload gc_debug",
     "training.dataloader": "persistent_workers",
 }
 

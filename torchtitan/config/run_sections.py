@@ -33,6 +33,10 @@ class Job(Section):
 
 
 class Comm(Section):
+    mode: Literal["default", "fake_backend"] = "default"
+    """`fake_backend` rehearses one step as one rank (RANK) of WORLD_SIZE in this process alone, on
+    tensors without memory and without communication, to find what would fail at scale."""
+
     init_timeout_seconds: PositiveInt = 300
     """Seconds that a collective may take before the first step has been trained."""
 
@@ -55,26 +59,3 @@ class Debug(Section):
 
     threads: NonNegativeInt = 0
     """Threads of a process's CPU operators; 0 divides a machine's cores among its processes."""
-
-
-class Parallelism(Section):
-    data_parallel_replicate_degree: PositiveInt = 1
-    """Copies of the model. With a shard degree of 1 this is DDP, above 1 it is HSDP."""
-
-    data_parallel_shard_degree: int = Field(default=-1, ge=-1, le=2**31)
-    """Ranks over which FSDP2 shards parameters, gradients and optimizer state; -1 takes all that
-    are left."""
-
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after the forward: `always`, `never`, or `default` (always, but not
-    with pipeline parallelism, where every microbatch would gather them again, and not on a single
-    device, where `always` saves memory at the cost of some time)."""
-
-    tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which single weight matrices are cut. Above 1 it is not available yet."""
-
-    context_parallel_degree: PositiveInt = 1
-    """Ranks over which the sequence is cut. Above 1 it is not available yet."""
-
-    pipeline_parallel_degree: PositiveInt = 1
-    """Ranks over which the layers are cut. Above 1 it is not available yet."""

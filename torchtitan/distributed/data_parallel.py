@@ -33,12 +33,15 @@ def apply_data_parallel(
     the forward is not freed after it, because the backward needs it at once.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    if dims.dp_shard == 1 and dims.dp_replicate > 1:
+    if dims.shards == 1 and dims.dp_replicate > 1:
         for unit in units:
             apply_replicate(list(unit.modules), mesh["dp_replicate"], policy)
         apply_replicate([model], mesh["dp_replicate"], policy)
     else:
-        dp_mesh = mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"]
+        dp_mesh = dims.shard_mesh(mesh)
+        if dims.dp_replicate > 1:
+            assert dp_mesh.mesh_dim_names is not None
+            dp_mesh = mesh["dp_replicate", dp_mesh.mesh_dim_names[0]]
         for unit in units:
             keep = unit is units[-1] or not reshard_after_forward
             fully_shard(

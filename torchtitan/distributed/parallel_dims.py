@@ -54,10 +54,22 @@ class ParallelDims:
         """Ranks that hold parts or copies of the same parameters."""
         return self.world_size // self.pp
 
+    @property
+    def shards(self) -> int:
+        """Ranks over which FSDP shards a parameter: context parallelism's ranks hold the same
+        parameters, so they share them out like the data ranks."""
+        return self.dp_shard * self.cp
+
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """The mesh of all axes, those of degree 1 too. All ranks must call it."""
         shape = tuple(getattr(self, axis) for axis in AXES)
         return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+
+    def shard_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Of `mesh`, the axis that parameters are sharded over: dp_shard and cp as one."""
+        if self.cp == 1:
+            return mesh["dp_shard"]
+        return mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
 
     def dp_rank(self, rank: int) -> int:
         """Which part of the data the process of this rank reads, 0 to `dp` - 1."""
@@ -66,6 +78,11 @@ class ParallelDims:
     def counts_data(self, rank: int) -> bool:
         """Whether this rank speaks for its data where every datum must count once."""
         return rank % (self.cp * self.tp) == 0 and rank < self.world_size // self.pp
+
+    def counts_loss(self, rank: int) -> bool:
+        """Whether the loss that this rank computes is to be added to the other ranks': those that
+        only differ in tp compute the same one."""
+        return rank % self.tp == 0
 
     def describe(self) -> str:
         """Degrees above 1, for the log."""

@@ -21,7 +21,10 @@ def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: Par
     apply_compile(model.blocks())
     training = config.training
     # With nothing to gather, each unit would only cost the time of its hooks.
-    alone = dims.dp == 1 and config.parallelism.fsdp_reshard_after_forward == "default"
+    alone = (
+        dims.dp_replicate * dims.shards == 1
+        and config.parallelism.fsdp_reshard_after_forward == "default"
+    )
     apply_data_parallel(
         model,
         [] if alone else model.wrap_units(),

@@ -5,7 +5,7 @@ all data ranks, divided by their number. The runner owns that division: each mic
 divided by the step's number of targets before its backward, and gradients are only ever summed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,13 +43,24 @@ class WholeModelRunner:
     """Runs a model that is whole on every rank (as far as the code of its forward can tell)."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, device: torch.device, input_names: Sequence[str]
+        self,
+        model: nn.Module,
+        loss: Loss,
+        device: torch.device,
+        input_names: Sequence[str],
+        *,
+        cut: Callable[[Batch], Batch] | None = None,
+        counts_loss: bool = True,
     ):
-        """`input_names`: the tensors of a batch that the model's forward takes."""
+        """`input_names`: the tensors of a batch that the model's forward takes. `cut` takes this
+        rank's part of a batch whose sequences are spread over ranks. `counts_loss` is False where
+        another rank computes, and adds, the same loss."""
         self.model = model
         self.loss = loss
         self.device = device
         self.input_names = tuple(input_names)
+        self.cut = cut
+        self.counts_loss = counts_loss
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
@@ -62,8 +73,7 @@ class WholeModelRunner:
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        dist.all_reduce(total)
-        return total
+        return self._over_ranks(total)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
@@ -73,10 +83,17 @@ class WholeModelRunner:
         for batch in microbatches:
             total += self._sum(batch)
         free_gathered(self.model)
+        return self._over_ranks(total)
+
+    def _over_ranks(self, total: Tensor) -> Tensor:
+        if not self.counts_loss:
+            total.zero_()
         dist.all_reduce(total)
         return total
 
     def _sum(self, batch: Batch) -> Tensor:
+        if self.cut is not None:
+            batch = self.cut(batch)
         batch = batch.to(self.device, non_blocking=True)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return self.loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]

@@ -37,6 +37,14 @@ def build_mask(document_ids: Tensor | None) -> Mask:
     return same_document.tril_().unsqueeze(1)  # [B, 1, T, T]
 
 
+class Masks(nn.Module):
+    """Builds the mask of a batch, once per forward; a module so that it can be replaced."""
+
+    def forward(self, document_ids: Tensor | None) -> Mask:
+        """See `build_mask`."""
+        return build_mask(document_ids)
+
+
 class Attend(nn.Module):
     """Causal attention of `q` over `k` and `v`, whose heads may be fewer (grouped queries)."""
 

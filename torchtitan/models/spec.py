@@ -7,7 +7,7 @@ starts, which modules are its blocks, what a token costs. Nothing in a model kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -36,6 +36,20 @@ class ModelArgs(Section):
     def problems(self) -> list[Problem]:
         """What no single value shows: hyper-parameters that do not fit each other."""
         return []
+
+    def modules(self) -> dict[str, int]:
+        """The top-level modules in the order of the forward, with their numbers of parameters:
+        a pipeline may cut between any two. Needs `vocab_size`. Empty: the model cannot be cut."""
+        return {}
+
+    def heads(self) -> tuple[int, int] | None:
+        """Heads of queries, and of keys and values, where attention has such."""
+        return None
+
+    def tensor_parallel_problems(self, degree: int) -> list[Problem]:
+        """What keeps single matrices from being cut over `degree` ranks."""
+        problem = "this model cannot be cut within its matrices"
+        return [Problem("parallelism.tensor_parallel_degree", problem, "set it to 1", degree)]
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,17 @@ class LanguageModel(Protocol):
         self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None
     ) -> Tensor:
         """Hidden states `[B, T, D]` after the final norm. With `document_ids` `[B, T]` a position
-        attends within its document only, else to everything before it."""
+        attends within its document only, else to everything before it. What modules are left in a
+        stage of a pipeline decides where it begins and ends: without embeddings `tokens` are the
+        hidden states of the stage before, without the final norm its own are returned."""
 
     @property
     def head(self) -> nn.Module:
         """`head(hidden)` gives logits `[B, T, V]`; `head(hidden, consume)` gives
         `consume(hidden, weight)`, called inside the head's forward."""
+
+    def keep_modules(self, names: Collection[str]) -> None:
+        """Drop the top-level modules (those of `ModelArgs.modules`) that are not in `names`."""
 
     def wrap_units(self) -> list[WrapUnit]:
         """What is gathered for its own forward only, in that order. Parameters in no unit are

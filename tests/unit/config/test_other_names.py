@@ -36,9 +36,8 @@ def test_new_names_exist_and_old_ones_do_not():
     "name",
     [
         "metrics.enable_wandb",
-        "parallelism.pipeline_parallel_schedule",
         "parallelism.expert_parallel_degree",
-        "parallelism.enable_async_tensor_parallel",
+        "parallelism.enable_compiled_autograd",
         "checkpoint.async_mode",
         "checkpoint.initial_load_path",
         "training.enable_cpu_offload",

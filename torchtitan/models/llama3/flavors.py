@@ -79,6 +79,20 @@ class LlamaArgs(ModelArgs):
         wanted = int(self.ffn_dim_multiplier * (8 * self.dim // 3))
         return -(-wanted // self.multiple_of) * self.multiple_of
 
+    def modules(self) -> dict[str, int]:
+        """See `ModelArgs`."""
+        assert self.vocab_size is not None
+        kv_dim = self.num_kv_heads * self.head_dim
+        attention = 2 * self.dim * (self.dim + kv_dim)
+        block = attention + 3 * self.dim * self.ffn_hidden_dim + 2 * self.dim
+        vocabulary = self.vocab_size * self.dim
+        blocks = {f"layers.{n}": block for n in range(self.n_layers)}
+        return {"tok_embeddings": vocabulary, **blocks, "norm": self.dim, "output": vocabulary}
+
+    def heads(self) -> tuple[int, int]:
+        """See `ModelArgs`."""
+        return self.n_heads, self.num_kv_heads
+
     def problems(self) -> list[Problem]:
         """Heads that do not divide the width or each other, impossible RoPE bands."""
         found = []

@@ -12,14 +12,14 @@ methods at the end of `Llama` *declare* what the library applies.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.attend import Attend, Mask, build_mask
+from torchtitan.models.attend import Attend, Mask, Masks
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.rms_norm import rms_norm
 from torchtitan.models.spec import InitRule, WrapUnit
@@ -142,11 +142,13 @@ class Llama(nn.Module):
         if args.vocab_size is None:
             raise ValueError("vocab_size is unset: resolve the arguments with the tokenizer's size")
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.masks = Masks()
+        # The modules at both ends are None in the stages of a pipeline that do without.
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding(args.vocab_size, args.dim)
         # Keyed by name, not by place, so that names stay when layers are taken away.
         self.layers = nn.ModuleDict({str(n): Block(args) for n in range(args.n_layers)})
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = Head(args.dim, args.vocab_size, bias=False)
+        self.norm: RMSNorm | None = RMSNorm(args.dim, args.norm_eps)
+        self.output: Head | None = Head(args.dim, args.vocab_size, bias=False)
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
@@ -156,24 +158,34 @@ class Llama(nn.Module):
         """`tokens`, `positions`, `document_ids`: int64 `[B, T]`. Returns hidden states `[B, T, D]`
         after the final norm; `head` makes logits of them. Without `document_ids` attention is
         plainly causal, with them it also stays within the document."""
-        x = self.tok_embeddings(tokens)  # [B, T, D]
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)  # [B, T, D]
         rotations = rope_rotations(positions, self.args, at_least_float32(x.dtype))
-        mask = build_mask(document_ids)
+        mask = self.masks(document_ids)
         for block in self.layers.values():
             x = block(x, rotations, mask)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
         """Moving the model from the meta device makes new parameters: keep the tied ones one."""
         super()._apply(fn, recurse)
         if self.args.tied_embeddings:
+            assert self.output is not None and self.tok_embeddings is not None
             self.output.weight = self.tok_embeddings.weight
         return self
 
     @property
-    def head(self) -> Head:
+    def head(self) -> Head | None:
         """The last projection, `[B, T, D]` -> `[B, T, V]`."""
         return self.output
+
+    def keep_modules(self, names: Collection[str]) -> None:
+        """Drop the others: the embedding, blocks, the norm and the head of other stages."""
+        for key in list(self.layers):
+            if f"layers.{key}" not in names:
+                del self.layers[key]
+        for end in ("tok_embeddings", "norm", "output"):
+            if end not in names:
+                setattr(self, end, None)
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by full name, in order."""
@@ -184,8 +196,11 @@ class Llama(nn.Module):
         units = [WrapUnit(name, (block,)) for name, block in self.blocks().items()]
         if self.args.tied_embeddings:
             return units
-        embeddings = WrapUnit("embeddings", (self.tok_embeddings,))
-        return [embeddings, *units, WrapUnit("head", (self.output,))]
+        if self.tok_embeddings is not None:
+            units.insert(0, WrapUnit("embeddings", (self.tok_embeddings,)))
+        if self.output is not None:
+            units.append(WrapUnit("head", (self.output,)))
+        return units
 
     def init_rule(self, name: str) -> InitRule:
         """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream
@@ -207,6 +222,6 @@ class Llama(nn.Module):
         position; `causal` counts the half of the positions that a query can see."""
         num_weights = sum(parameter.numel() for parameter in self.parameters())
         if not self.args.tied_embeddings:
-            num_weights -= self.tok_embeddings.weight.numel()  # a look-up, no product
+            num_weights -= self.args.modules()["tok_embeddings"]  # a look-up, no product
         attended = seq_len / 2 if causal else seq_len
         return 6 * num_weights + 12 * self.args.n_layers * self.args.dim * attended
