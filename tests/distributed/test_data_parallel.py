@@ -35,10 +35,7 @@ CASES = {
     "compiled": Case(
         2,
         settings={
-            "model": {
-                "handlers": ["compile"],
-                "args": {"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2},
-            },
+            "model": {"handlers": ["compile"]},
             "handlers": {"compile": {"backend": "aot_eager"}},
             "activation_checkpoint": {"mode": "full"},
         },
@@ -59,28 +56,13 @@ def references(gloo_pool: GlooPool) -> dict[str, tiny.Result]:
     }
 
 
-def difference(result: tiny.Result, expected: tiny.Result) -> float:
-    """The largest relative difference of anything."""
-    numbers = zip(
-        [*result.losses, *result.norms, result.evaluated],
-        [*expected.losses, *expected.norms, expected.evaluated],
-        strict=True,
-    )
-    worst = max(abs(a - b) / abs(b) for a, b in numbers)
-    assert result.parameters.keys() == expected.parameters.keys()
-    for name, tensor in expected.parameters.items():
-        error = (result.parameters[name] - tensor).abs().max() / tensor.abs().max()
-        worst = max(worst, error.item())
-    return worst
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_mesh_equals_one_process(
     name: str, gloo_pool: GlooPool, references: dict[str, tiny.Result]
 ) -> None:
     case = CASES[name]
-    for result in gloo_pool.run(case.world_size, tiny.train, case, timeout=120):
-        assert difference(result, references["plain"]) < TOLERANCE
+    results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120)
+    assert tiny.compare(results, references["plain"]).worst < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["tied", "packed documents"])
@@ -89,8 +71,8 @@ def test_variant_equals_one_process(
     name: str, variant: str, gloo_pool: GlooPool, references: dict[str, tiny.Result]
 ) -> None:
     case = Case(**{**CASES[name].__dict__, **VARIANTS[variant]})
-    for result in gloo_pool.run(case.world_size, tiny.train, case, timeout=120):
-        assert difference(result, references[variant]) < TOLERANCE
+    results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120)
+    assert tiny.compare(results, references[variant]).worst < TOLERANCE
 
 
 def test_variants_differ(references: dict[str, tiny.Result]) -> None:
@@ -129,7 +111,7 @@ def test_comparison_catches_mistakes(mistake, references: dict[str, tiny.Result]
         results = pool.run(2, mistake, Case(2, microbatches=2))
     finally:
         pool.close()
-    assert difference(results[0], references["plain"]) > 1e-4
+    assert tiny.compare(results, references["plain"]).worst > 1e-4
 
 
 def test_gradients_of_uneven_shards_have_one_norm(gloo_pool: GlooPool) -> None:

@@ -1,26 +1,33 @@
 """A tiny Llama trained for a few steps on some mesh, for comparison with one process.
 
-Everything is float64, so that what is left of a difference is a mistake. The targets are spread
-unevenly over the sequences: a mean per rank, instead of one over all, would show.
+Everything is float64, so that what is left of a difference is a mistake. Little divides anything:
+the vocabulary is a prime, and targets are spread unevenly, so that a mean per rank, instead of one
+over all, would show; some sequences have none at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchtitan import builder
+from torchtitan.builder import BuiltModel
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.initialize import held_indices
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
 VOCAB_SIZE = 131
-SEQ_LEN = 24
+SEQ_LEN = 32
 NUM_SEQUENCES = 8
 NUM_STEPS = 3
 MAX_NORM = 0.3
@@ -29,15 +36,23 @@ MAX_NORM = 0.3
 
 @dataclass(frozen=True)
 class Case:
-    """How to train."""
+    """How to train: the mesh, what is special, and the model (which must be the reference's)."""
 
     world_size: int = 1
     replicate: int = 1
     shard: int = -1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
     microbatches: int = 1
+    """Batches of a rank and step, whose gradients accumulate."""
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
     tied: bool = False
     document_mask: bool = False
     loss_chunks: int = 3
+    schedule: str = "1F1B"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further sections of the config."""
 
@@ -45,26 +60,31 @@ class Case:
         float64 = dict.fromkeys(
             ("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64"
         )
+        args = {
+            "dim": 32,
+            "ffn_dim": 88,
+            "n_layers": self.layers,
+            "n_heads": self.heads,
+            "n_kv_heads": self.kv_heads,
+            "tied_embeddings": self.tied,
+        }
         sections: dict[str, dict[str, Any]] = {
-            "model": {
-                "args": {
-                    "n_layers": 2,
-                    "dim": 32,
-                    "n_heads": 4,
-                    "n_kv_heads": 2,
-                    "tied_embeddings": self.tied,
-                }
-            },
+            "model": {"args": args},
             "training": {
                 **float64,
                 "seq_len": SEQ_LEN,
                 "global_batch_size": NUM_SEQUENCES,
+                "local_batch_size": NUM_SEQUENCES // (self.dp * self.microbatches),
                 "document_mask": self.document_mask,
                 "loss_chunks": self.loss_chunks,
             },
             "parallelism": {
                 "data_parallel_replicate_degree": self.replicate,
                 "data_parallel_shard_degree": self.shard,
+                "context_parallel_degree": self.cp,
+                "tensor_parallel_degree": self.tp,
+                "pipeline_parallel_degree": self.pp,
+                "pipeline_parallel_schedule": self.schedule,
             },
             "activation_checkpoint": {"mode": "none"},
             "optimizer": {"lr": 1e-2},
@@ -73,15 +93,28 @@ class Case:
             sections[name] = {**sections.get(name, {}), **values}
         return JobConfig.model_validate(sections)
 
+    @property
+    def dp(self) -> int:
+        """Ranks that read different data."""
+        return self.world_size // (self.cp * self.tp * self.pp)
+
+
+class Part(NamedTuple):
+    """What a rank holds of a tensor: its elements, and for each dimension where they belong."""
+
+    indices: tuple[np.ndarray, ...]
+    values: np.ndarray
+
 
 @dataclass
 class Result:
     """What has to be equal."""
 
-    losses: list[float]
-    norms: list[float]
-    evaluated: float
-    parameters: dict[str, torch.Tensor]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    evaluated: float = 0.0
+    parameters: dict[str, Part] = field(default_factory=dict)
+    moments: dict[str, Part] = field(default_factory=dict)
 
 
 def sequences() -> Batch:
@@ -90,7 +123,7 @@ def sequences() -> Batch:
     tokens = torch.randint(0, VOCAB_SIZE, (NUM_SEQUENCES, SEQ_LEN + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(NUM_SEQUENCES):
-        labels[row, : 2 * row] = IGNORE_INDEX
+        labels[row, : 6 * row] = IGNORE_INDEX
     starts = torch.rand(NUM_SEQUENCES, SEQ_LEN, generator=generator) < 0.2
     return Batch(
         tokens=tokens[:, :-1],
@@ -125,7 +158,7 @@ def train(world: World, case: Case) -> Result:
     )
     batches = microbatches_of(case, dims, world.rank)
     num_targets = int(CrossEntropyLoss().count(sequences()))
-    result = Result([], [], 0.0, {})
+    result = Result()
     for _ in range(NUM_STEPS):
         loss = runner.forward_backward(batches, num_targets)
         norm = gradient_norm(model.parameters, dims.ranks_per_stage)
@@ -136,6 +169,91 @@ def train(world: World, case: Case) -> Result:
         result.losses.append(loss.item())
         result.norms.append(norm.item())
     result.evaluated = runner.evaluate(batches).item() / num_targets
-    for name, parameter in model.parts[0].named_parameters():
-        result.parameters[name] = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+    _collect(model, optimizers, result)
     return result
+
+
+def _collect(
+    model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer], result: Result
+) -> None:
+    """What this rank holds of the weights and moments. Parts, since gathering whole tensors would
+    take longer than the training."""
+    for part, optimizer in zip(model.parts, optimizers, strict=True):
+        for name, parameter in part.named_parameters():
+            result.parameters[name] = _part_of(parameter)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                result.moments[f"{kind} of {name}"] = _part_of(optimizer.state[parameter][kind])
+
+
+def _part_of(tensor: Tensor) -> Part:
+    indices = tuple(index.numpy() for index in held_indices(tensor))
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return Part(indices, local.detach().numpy().copy())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative differences to the reference; for tensors, max|a - b| / max|b|."""
+
+    losses: float
+    norms: float
+    evaluated: float
+    parameters: float
+    moments: float
+    between_ranks: float
+    """The largest difference of what several ranks hold, or report, alike."""
+
+    @property
+    def worst(self) -> float:
+        """The largest of all; nan if one is."""
+        return float(np.max(list(vars(self).values())))
+
+
+def compare(results: Sequence[Result], reference: Result) -> Difference:
+    """What all ranks of a mesh have, against one process.
+
+    Together the ranks must hold every element of every tensor of the reference, and nothing else.
+    """
+    first, differs = results[0], 0.0
+    for result in results[1:]:
+        for kind in ("losses", "norms", "evaluated"):
+            differs = max(differs, _relative(getattr(result, kind), getattr(first, kind)))
+    parameters, among = _compare_parts([r.parameters for r in results], reference.parameters)
+    moments, among_moments = _compare_parts([r.moments for r in results], reference.moments)
+    return Difference(
+        losses=_relative(first.losses, reference.losses),
+        norms=_relative(first.norms, reference.norms),
+        evaluated=_relative(first.evaluated, reference.evaluated),
+        parameters=parameters,
+        moments=moments,
+        between_ranks=float(np.max([differs, among, among_moments])),
+    )
+
+
+def _compare_parts(
+    ranks: Sequence[dict[str, Part]], reference: dict[str, Part]
+) -> tuple[float, float]:
+    """The largest difference of any element to the reference, and between ranks."""
+    assert set().union(*ranks) == reference.keys()
+    to_reference, between = [0.0], [0.0]
+    for name, (_, expected) in reference.items():
+        scale = np.abs(expected).max()
+        whole = np.full_like(expected, np.nan)
+        covered = np.zeros(expected.shape, dtype=bool)
+        for part in (held[name] for held in ranks if name in held):
+            where = np.ix_(*part.indices)
+            if not part.values.size:
+                continue
+            to_reference.append(np.abs(part.values - expected[where]).max() / scale)
+            known = covered[where]
+            if known.any():
+                between.append(np.abs(part.values - whole[where])[known].max() / scale)
+            whole[where] = part.values
+            covered[where] = True
+        assert covered.all(), f"no rank holds all of {name}"
+    return float(np.max(to_reference)), float(np.max(between))
+
+
+def _relative(values: Any, reference: Any) -> float:
+    a, b = np.asarray(values), np.asarray(reference)
+    return float(np.max(np.abs(a - b) / np.abs(b)))
