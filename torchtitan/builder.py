@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.saver import Saver
+from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
@@ -36,7 +37,14 @@ from torchtitan.utils.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
 
-_DECLARATIONS = ("head", "wrap_units", "blocks", "init_rule", "flops_per_token")
+_DECLARATIONS = (
+    "head",
+    "wrap_units",
+    "blocks",
+    "tensor_parallel_plan",
+    "init_rule",
+    "flops_per_token",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class BuiltModel:
     handlers: list[ModelHandler]
     parameter_names: tuple[str, ...]
     """Of the whole model, also of what other ranks hold."""
+    vocab_size: int
+    """Tokens that the embedding and the head have rows for."""
     num_parameters: int
     """Of the whole model, before handlers changed it."""
     flops_per_token: float
@@ -84,6 +94,7 @@ def build_model(
     with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
     _require_language_model(model, family.name)
+    assert args.vocab_size is not None
     seq_len = config.training.seq_len
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     handlers = build_handlers(config, dims)
@@ -93,6 +104,7 @@ def build_model(
         parts=[model],
         handlers=handlers,
         parameter_names=tuple(name for name, _ in model.named_parameters()),
+        vocab_size=args.vocab_size,
         num_parameters=num_parameters,
         flops_per_token=model.flops_per_token(seq_len, causal=False),
         flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
@@ -125,9 +137,18 @@ def build_runner(
 ) -> Runner:
     """What computes losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    loss = CrossEntropyLoss(config.training.loss_chunks)
+    loss = CrossEntropyLoss(config.training.loss_chunks, _cut_vocabulary(config, model, mesh, dims))
     counts_loss = dims.counts_loss(mesh.get_rank())
     return WholeModelRunner(model.parts[0], loss, device, names, counts_loss=counts_loss)
+
+
+def _cut_vocabulary(
+    config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
+) -> CutVocabulary | None:
+    if dims.tp == 1:
+        return None
+    group = mesh["tp"].get_group()
+    return CutVocabulary(model.vocab_size, group, config.parallelism.disable_loss_parallel)
 
 
 def build_loader(

@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import JobConfig
 from torchtitan.distributed.data_parallel import apply_data_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.models.spec import LanguageModel
 from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.passes.compile import apply_compile
@@ -15,6 +16,9 @@ from torchtitan.utils.dtypes import torch_dtype
 def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: ParallelDims) -> None:
     """Change `model` (on the meta device) in place for this rank of the mesh."""
     assert isinstance(model, LanguageModel)
+    # First, since everything else is done to the modules, and parameters, that this makes.
+    if dims.tp > 1:
+        apply_tensor_parallel(model, mesh["tp"])
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.
     apply_activation_checkpoint(model.blocks(), config.activation_checkpoint)
     # Before data parallelism, whose hooks stay outside of the compiled graphs.

@@ -21,6 +21,8 @@ from torchtitan.config.value_errors import problems_of_table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
 T = TypeVar("T")
 
 
@@ -77,6 +79,33 @@ class InitRule:
     value: float = 0.0
 
 
+class TensorParallelStyles(Protocol[S_co]):
+    """The ways in which tensor parallelism cuts a module over ranks.
+
+    Between cut modules the hidden states are `[B, T/tp, D]`: each rank has a part of the sequence.
+    """
+
+    def embedding(self) -> S_co:
+        """Each rank holds some rows. Tokens `[B, T]` in, a part of the sequence out."""
+
+    def norm(self) -> S_co:
+        """Each rank holds all, and works on its part of the sequence."""
+
+    def gathered_input(self) -> S_co:
+        """Has no parameters of its own; its first input is the whole sequence again."""
+
+    def colwise(self, units: int | None = None) -> S_co:
+        """A linear map of the whole sequence; each rank has some of the outputs. They come in
+        `units` (heads) that are not cut: where there are fewer than ranks, ranks share one."""
+
+    def rowwise(self) -> S_co:
+        """A linear map of what `colwise` gave; a part of the sequence out."""
+
+    def head(self) -> S_co:
+        """A linear map to logits: a part of the sequence in, all of it out, for some tokens of the
+        vocabulary."""
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """What the library asks of a model beside being an `nn.Module`."""
@@ -103,6 +132,9 @@ class LanguageModel(Protocol):
 
     def blocks(self) -> dict[str, nn.Module]:
         """The repeated blocks by full name, in the order of the forward."""
+
+    def tensor_parallel_plan(self, styles: TensorParallelStyles[S]) -> dict[str, S]:
+        """A style for every module that has parameters, or that needs one, by name."""
 
     def init_rule(self, name: str) -> InitRule:
         """How the parameter of this full name starts."""

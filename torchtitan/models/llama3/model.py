@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torchtitan.models.attend import Attend, Mask, Masks
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.rms_norm import rms_norm
-from torchtitan.models.spec import InitRule, WrapUnit
+from torchtitan.models.spec import InitRule, TensorParallelStyles, WrapUnit
 from torchtitan.utils.dtypes import at_least_float32
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -201,6 +202,31 @@ class Llama(nn.Module):
         if self.output is not None:
             units.append(WrapUnit("head", (self.output,)))
         return units
+
+    def tensor_parallel_plan(self, styles: TensorParallelStyles[S]) -> dict[str, S]:
+        """By columns what makes heads and hidden channels, by rows what adds them up."""
+        plan: dict[str, S] = {}
+        for name in self.blocks():
+            plan |= {
+                f"{name}.attention_norm": styles.norm(),
+                f"{name}.attention": styles.gathered_input(),
+                f"{name}.attention.wq": styles.colwise(),
+                f"{name}.attention.wk": styles.colwise(units=self.args.num_kv_heads),
+                f"{name}.attention.wv": styles.colwise(units=self.args.num_kv_heads),
+                f"{name}.attention.wo": styles.rowwise(),
+                f"{name}.ffn_norm": styles.norm(),
+                f"{name}.feed_forward": styles.gathered_input(),
+                f"{name}.feed_forward.w1": styles.colwise(),
+                f"{name}.feed_forward.w2": styles.rowwise(),
+                f"{name}.feed_forward.w3": styles.colwise(),
+            }
+        if self.tok_embeddings is not None:
+            plan["tok_embeddings"] = styles.embedding()
+        if self.norm is not None:
+            plan["norm"] = styles.norm()
+        if self.output is not None:
+            plan["output"] = styles.head()
+        return plan
 
     def init_rule(self, name: str) -> InitRule:
         """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream

@@ -1,0 +1,204 @@
+"""Tensor parallelism with sequence parallelism: every matrix, and the sequence, cut over ranks.
+
+Between the matrices a rank holds its part of the sequence, `[B, T/tp, D]`. Before a pair of
+matrices the parts are gathered, `[B, T, D]`. The first matrix is cut by columns (of its output), so
+that each rank has some heads or some hidden channels, whole; the second by rows (of its input), and
+gives each rank a term of the sum, of which every rank is sent its part of the sequence. The
+backward exchanges the same in reverse. Nothing is computed twice, and nothing scales a gradient.
+
+A module sees plain tensors, which compile: its parameters are DTensors (which FSDP, checkpoints and
+optimizers understand), but read as attributes they give this rank's part. Each module's class is
+replaced by a subclass that does so, and that communicates around the forward; names stay.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+from torchtitan.models.spec import LanguageModel
+
+_C10D = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share matrices, as plain values that compiled code can hold."""
+
+    name: str
+    size: int
+    rank: int
+
+
+def gather_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """`[B, T/tp, ...]` to `[B, T, ...]`; its gradient is summed over ranks and cut."""
+    return _Gather.apply(x, group.name, group.size)
+
+
+def scatter_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """`[B, T, ...]`, summed over ranks and cut, to `[B, T/tp, ...]`; its gradient is gathered."""
+    return _Scatter.apply(x, group.name, group.size)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
+        ctx.group = name, size
+        return _all_gather(x, name, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grad, *ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
+        ctx.group = name, size
+        return _reduce_scatter(x, name, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(grad, *ctx.group), None, None
+
+
+def _all_gather(x: Tensor, name: str, size: int) -> Tensor:
+    gathered = _C10D.wait_tensor(_C10D.all_gather_into_tensor(x.contiguous(), size, name))
+    return torch.cat(gathered.chunk(size), dim=1)  # the collective appends along the batch
+
+
+def _reduce_scatter(x: Tensor, name: str, size: int) -> Tensor:
+    parts = torch.cat(x.chunk(size, dim=1))
+    return _C10D.wait_tensor(_C10D.reduce_scatter_tensor(parts, "sum", size, name))
+
+
+class _CutModule(nn.Module):
+    """What a module's class is mixed with. Its `super()` is the module's own class."""
+
+    group: TensorGroup
+
+
+class _GatherInput(_CutModule):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(gather_sequence(x, self.group), *args, **kwargs)
+
+
+class _ScatterOutput(_CutModule):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return scatter_sequence(super().forward(*args, **kwargs), self.group)
+
+
+class _LookUp(_CutModule):
+    """An embedding that holds some rows; tokens of other rows are another rank's term."""
+
+    weight: Tensor
+    num_embeddings: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = tokens - self.group.rank * -(-self.num_embeddings // self.group.size)
+        elsewhere = (rows < 0) | (rows >= self.weight.size(0))
+        found = super().forward(rows.masked_fill(elsewhere, 0))
+        return scatter_sequence(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+@dataclass(frozen=True)
+class TensorStyle:
+    """How one module is cut: where its own parameters are, what its forward does beside."""
+
+    placement: Placement | None = None
+    """Of the parameters that the module itself has."""
+    gradient: Placement | None = None
+    """What a rank's backward gives of their gradient."""
+    mixin: type[_CutModule] = _CutModule
+    units: int | None = None
+    """Of a replicated matrix every rank uses one of so many parts of its rows."""
+
+
+class TensorStyles:
+    """The styles that a model's plan is made of, see `models.spec.TensorParallelStyles`."""
+
+    def __init__(self, degree: int):
+        self.degree = degree
+
+    def embedding(self) -> TensorStyle:
+        return TensorStyle(Shard(0), Shard(0), _LookUp)
+
+    def norm(self) -> TensorStyle:
+        # Every rank sees a part of the sequence only.
+        return TensorStyle(Replicate(), Partial())
+
+    def gathered_input(self) -> TensorStyle:
+        return TensorStyle(mixin=_GatherInput)
+
+    def colwise(self, units: int | None = None) -> TensorStyle:
+        if units is None or units % self.degree == 0:
+            return TensorStyle(Shard(0), Shard(0))
+        assert self.degree % units == 0, "the degree was not checked"
+        return TensorStyle(Replicate(), Partial(), units=units)
+
+    def rowwise(self) -> TensorStyle:
+        return TensorStyle(Shard(1), Shard(1), _ScatterOutput)
+
+    def head(self) -> TensorStyle:
+        return TensorStyle(Shard(0), Shard(0), _GatherInput)
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut `model`, which is on the meta device, over the 1-D `mesh` as its plan says, in place.
+
+    Raises ValueError for a parameter that the plan leaves out: nothing would sum its gradient.
+    """
+    declared: object = model
+    assert isinstance(declared, LanguageModel)
+    group = TensorGroup(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+    plan = declared.tensor_parallel_plan(TensorStyles(group.size))
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is met twice, and stays one
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter not in moved:
+                cut = distribute_tensor(parameter, mesh, [style.placement], src_data_rank=None)
+                moved[parameter] = nn.Parameter(cut, parameter.requires_grad)
+            module.register_parameter(key, moved[parameter])
+        names = tuple(key for key, _ in module.named_parameters(recurse=False))
+        cls: Any = type(module)
+        module.__class__ = _cut_class(cls, style, group, names)
+    left_out = [
+        name for name, tensor in model.named_parameters() if not isinstance(tensor, DTensor)
+    ]
+    if left_out:
+        raise ValueError(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
+
+
+@cache
+def _cut_class(
+    cls: type[nn.Module], style: TensorStyle, group: TensorGroup, names: tuple[str, ...]
+) -> type[nn.Module]:
+    # One class for all modules alike, so that blocks stay alike to the compiler.
+    members = {name: property(partial(_local, name, style, group)) for name in names}
+    return type(f"Cut{cls.__name__}", (style.mixin, cls), {"group": group, **members})
+
+
+def _local(name: str, style: TensorStyle, group: TensorGroup, module: nn.Module) -> Tensor:
+    """This rank's part of the parameter; autograd carries its gradient back. While FSDP has cut the
+    parameter further it is of no use to a forward, and FSDP asks for the parameter itself."""
+    parameter = module._parameters[name]
+    assert isinstance(parameter, DTensor)
+    if parameter.device_mesh.ndim > 1:
+        return parameter
+    local = parameter.to_local(grad_placements=[style.gradient])
+    if style.units is None:
+        return local
+    size = local.size(0) // style.units
+    return local.narrow(0, group.rank * style.units // group.size * size, size)
