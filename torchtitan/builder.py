@@ -6,6 +6,8 @@ trained.
 """
 
 import logging
+from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,12 +29,14 @@ from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import parallelize
+from torchtitan.distributed.pipeline_cut import PipelinePlan, plan_pipeline
+from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.runner import Runner, WholeModelRunner
 from torchtitan.distributed.world import World
 from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import handlers as known_handlers
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import LanguageModel
+from torchtitan.models.spec import LanguageModel, ModelArgs
 from torchtitan.utils.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -51,8 +55,12 @@ _DECLARATIONS = (
 class BuiltModel:
     """A model, ready to run on this rank."""
 
+    args: ModelArgs
+    """The hyper-parameters, resolved."""
     parts: list[nn.Module]
     """What this rank holds of the model; one part, where it is not cut into stages."""
+    plan: PipelinePlan | None
+    """How the model is cut into stages, of which this rank holds the `parts`."""
     handlers: list[ModelHandler]
     parameter_names: tuple[str, ...]
     """Of the whole model, also of what other ranks hold."""
@@ -100,8 +108,15 @@ def build_model(
     handlers = build_handlers(config, dims)
     for handler in handlers:
         handler.convert(model)
+    plan, parts = None, [model]
+    if dims.pp > 1:
+        plan = plan_pipeline(Facts(config, dims.world_size, device.type), args.modules())
+        stages = plan.held_by(mesh.get_local_rank("pp"))
+        parts = [_cut_out(model, plan.stages[stage]) for stage in stages]
     built = BuiltModel(
-        parts=[model],
+        args=args,
+        parts=parts,
+        plan=plan,
         handlers=handlers,
         parameter_names=tuple(name for name, _ in model.named_parameters()),
         vocab_size=args.vocab_size,
@@ -139,7 +154,24 @@ def build_runner(
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
     loss = CrossEntropyLoss(config.training.loss_chunks, _cut_vocabulary(config, model, mesh, dims))
     counts_loss = dims.counts_loss(mesh.get_rank())
-    return WholeModelRunner(model.parts[0], loss, device, names, counts_loss=counts_loss)
+    if model.plan is None:
+        return WholeModelRunner(model.parts[0], loss, device, names, counts_loss=counts_loss)
+    section = config.parallelism
+    return PipelineRunner(
+        model.parts,
+        model.plan,
+        mesh["pp"].get_group(),
+        loss,
+        device,
+        names,
+        schedule=section.pipeline_parallel_schedule,
+        schedule_csv=section.pipeline_parallel_schedule_csv,
+        microbatch_size=section.pipeline_parallel_microbatch_size,
+        hidden_size=model.args.hidden_size(),
+        hidden_dtype=torch_dtype(config.training.mixed_precision_param),
+        tensor_parallel_degree=dims.tp,
+        counts_loss=counts_loss,
+    )
 
 
 def _cut_vocabulary(
@@ -223,6 +255,14 @@ def describe(facts: Facts, dims: ParallelDims, world: World, model: BuiltModel) 
         f" ({facts.accumulation_steps} x {training.local_batch_size} per rank);"
         f" {facts.num_lanes} data lanes"
     )
+
+
+def _cut_out(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of `model` (on the meta device) with these top-level modules only."""
+    stage = deepcopy(model)
+    assert isinstance(stage, LanguageModel)
+    stage.keep_modules(names)
+    return stage
 
 
 def _require_language_model(model: nn.Module, family: str) -> None:

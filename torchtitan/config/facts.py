@@ -63,6 +63,12 @@ class Facts:
         local = self.config.training.local_batch_size * self.dp_degree
         return max(1, self.global_batch_size // local)
 
+    @property
+    def pipeline_microbatches(self) -> int:
+        """Microbatches that a pipeline cuts a rank's sequences of a step into."""
+        size = self.config.parallelism.pipeline_parallel_microbatch_size
+        return self.accumulation_steps * self.config.training.local_batch_size // size
+
 
 def default_lanes(global_batch_size: int) -> int:
     """The largest divisor of the global batch size up to 64: a function of the config alone."""

@@ -44,6 +44,10 @@ class ModelArgs(Section):
         a pipeline may cut between any two. Needs `vocab_size`. Empty: the model cannot be cut."""
         return {}
 
+    def hidden_size(self) -> int:
+        """Channels of the hidden states, which are what passes between the stages of a pipeline."""
+        raise NotImplementedError
+
     def heads(self) -> tuple[int, int] | None:
         """Heads of queries, and of keys and values, where attention has such."""
         return None

@@ -4,8 +4,11 @@ Each name is private, or moved, in some of them. Private names that are the same
 used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (checkpoint reader).
 """
 
+import logging
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,3 +40,37 @@ def set_group_timeouts(timeout: timedelta) -> None:
     module: Any = dist.distributed_c10d
     for group in list(module._world.pg_map):
         module._set_pg_timeout(timeout, group)
+
+
+class PipelineSchedule(Protocol):
+    """What is used of torch's schedules."""
+
+    def step(
+        self, *args: Tensor, target: Tensor, losses: list[Tensor], **kwargs: Tensor | bool
+    ) -> Any:
+        """Forward and backward of all microbatches; fills `losses` where the last stage is."""
+
+
+def build_pipeline_schedule(
+    name: str,
+    csv_file: str,
+    stages: list[Any],
+    num_microbatches: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> PipelineSchedule:
+    """torch's schedule of this name, or the one in `csv_file` unless that is "".
+
+    `stages` are this rank's `PipelineStage`s. Gradients are summed over microbatches.
+    """
+    from torch.distributed.pipelining import schedules
+
+    # When a step fails it would print the whole schedule, on every rank.
+    schedules.logger.setLevel(logging.CRITICAL)
+    if csv_file:
+        runtime: Any = schedules._PipelineScheduleRuntime
+        schedule = runtime(stages, num_microbatches, loss_fn=loss, scale_grads=False)
+        schedule._load_csv(str(Path(csv_file).expanduser()), "compute_only")
+        return schedule
+    kind = schedules.get_schedule_class(name)
+    single = issubclass(kind, schedules.PipelineScheduleSingle)
+    return kind(stages[0] if single else stages, num_microbatches, loss_fn=loss, scale_grads=False)

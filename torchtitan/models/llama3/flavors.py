@@ -89,6 +89,10 @@ class LlamaArgs(ModelArgs):
         blocks = {f"layers.{n}": block for n in range(self.n_layers)}
         return {"tok_embeddings": vocabulary, **blocks, "norm": self.dim, "output": vocabulary}
 
+    def hidden_size(self) -> int:
+        """See `ModelArgs`."""
+        return self.dim
+
     def heads(self) -> tuple[int, int]:
         """See `ModelArgs`."""
         return self.n_heads, self.num_kv_heads

@@ -1,0 +1,203 @@
+"""Which modules form which stage of a pipeline, and which rank holds which stage. No torch.
+
+Stages are consecutive runs of the model's top-level modules. A balanced cut counts layers: each
+block is one, the embedding and the head are as many as their parameters weigh, and the heaviest
+stage becomes as light as possible, since the others wait for it. Several stages per rank shorten
+the time in which ranks have nothing to do: either in loops (of 2 ranks the first holds stages 0 and
+2), or folded in the shape of a V (stages 0 and 3), where the first rank also holds the end.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.config.parallelism_section import Parallelism
+from torchtitan.config.suggest import did_you_mean
+from torchtitan.distributed.pipeline_schedule import SCHEDULES, read_schedule
+
+NAMES_KEY = "parallelism.module_fqns_per_model_part"
+LAYERS_KEY = "parallelism.pipeline_parallel_layers_per_stage"
+DEGREE_KEY = "parallelism.pipeline_parallel_degree"
+SCHEDULE_KEY = "parallelism.pipeline_parallel_schedule"
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The stages of a pipeline, in the order of the forward."""
+
+    stages: tuple[tuple[str, ...], ...]
+    """The names of each stage's modules."""
+    holders: tuple[int, ...]
+    """The rank along the pipeline that holds each stage."""
+
+    def held_by(self, rank: int) -> list[int]:
+        """The stages of a rank, in order."""
+        return [stage for stage, holder in enumerate(self.holders) if holder == rank]
+
+
+def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
+    """The cut of a model with these `modules` (`ModelArgs.modules`).
+
+    Reads the schedule's file, if there is one. Raises `ConfigError` about keys, or a file, that fit
+    neither the model nor each other.
+    """
+    section = facts.config.parallelism
+    degree = section.pipeline_parallel_degree
+    blocks = [name for name in modules if _is_block(name)]
+    if not blocks:
+        problem = "this model cannot be cut into stages"
+        raise ConfigError(Problem(DEGREE_KEY, problem, "set it to 1", degree))
+    path = section.pipeline_parallel_schedule_csv
+    if path:
+        holders = read_schedule(path, degree, facts.pipeline_microbatches).holders
+    else:
+        holders = _holders(section, number_of_stages(section, len(blocks)))
+    if section.module_fqns_per_model_part:
+        stages = _named_stages(section, list(modules), len(holders))
+    elif len(holders) > len(blocks):
+        raise ConfigError(_too_many_stages(section, len(holders), len(blocks)))
+    else:
+        stages = _balanced_stages(section, modules, blocks, len(holders))
+    return PipelinePlan(tuple(map(tuple, stages)), holders)
+
+
+def number_of_stages(section: Parallelism, num_layers: int) -> int:
+    """Stages of all ranks together, by the keys of the cut or else by the schedule.
+
+    Layers per stage are counted as TorchTitan does, the embedding and the head for one layer each
+    unless their keys say otherwise, so that its settings mean the same number here.
+    """
+    degree = section.pipeline_parallel_degree
+    if section.module_fqns_per_model_part:
+        return len(section.module_fqns_per_model_part)
+    if section.pipeline_parallel_layers_per_stage is not None:
+        ends = (
+            section.pipeline_parallel_first_stage_less_layers,
+            section.pipeline_parallel_last_stage_less_layers,
+        )
+        counted = num_layers + sum(1 if end is None else end for end in ends)
+        return math.ceil(counted / section.pipeline_parallel_layers_per_stage)
+    return degree * (SCHEDULES[section.pipeline_parallel_schedule].stages_per_rank or 2)
+
+
+def _holders(section: Parallelism, count: int) -> tuple[int, ...]:
+    """The rank of each stage; an error if the schedule cannot have so many stages per rank."""
+    degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
+    kind = SCHEDULES[schedule]
+    per_rank = count // degree
+    fits = per_rank == kind.stages_per_rank if kind.stages_per_rank else per_rank >= 2
+    if count % degree or not fits:
+        raise ConfigError(_wrong_number_of_stages(section, count))
+    if kind.is_v:
+        return (*range(degree), *reversed(range(degree)))
+    return tuple(stage % degree for stage in range(count))
+
+
+def _wrong_number_of_stages(section: Parallelism, count: int) -> Problem:
+    degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
+    exactly = SCHEDULES[schedule].stages_per_rank
+    wanted = f"{exactly * degree}" if exactly else f"a multiple of {degree} from {2 * degree} on"
+    each = f"exactly {exactly}" if exactly else "two or more, on each the same number"
+    problem = (
+        f"makes {count} stages, and {schedule} on {degree} pipeline ranks needs {wanted}"
+        f" ({each}, per rank)"
+    )
+    if section.module_fqns_per_model_part:
+        fix = f"name the modules of {wanted} stages, or choose another schedule"
+        return Problem(NAMES_KEY, problem, fix)
+    layers = section.pipeline_parallel_layers_per_stage
+    fix = "leave it unset for a balanced cut, or choose another schedule or number of layers"
+    return Problem(LAYERS_KEY, problem, fix, layers)
+
+
+def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> Problem:
+    degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
+    problem = f"{schedule} makes {count} stages of it, and the model has {num_layers} layers"
+    if section.pipeline_parallel_layers_per_stage is not None:
+        layers = section.pipeline_parallel_layers_per_stage
+        problem = f"makes {count} stages, and the model has {num_layers} layers"
+        return Problem(LAYERS_KEY, problem, "set it larger, or leave it unset", layers)
+    largest = num_layers // (count // degree)
+    fix = f"set it to at most {largest}" if largest else "choose a schedule with fewer stages"
+    if count > degree and num_layers >= degree:
+        fix += ', or pipeline_parallel_schedule to "1F1B", which makes one stage a rank'
+    return Problem(DEGREE_KEY, problem, fix, degree)
+
+
+def _is_block(name: str) -> bool:
+    """Blocks are numbered (`layers.3`); what is not stands at the ends."""
+    return name.rpartition(".")[2].isdigit()
+
+
+def _balanced_stages(
+    section: Parallelism, modules: Mapping[str, int], blocks: list[str], count: int
+) -> list[list[str]]:
+    names = list(modules)
+    before = names[: names.index(blocks[0])]
+    after = names[names.index(blocks[-1]) + 1 :]
+    block = sum(modules[name] for name in blocks) / len(blocks)
+    weights = [0.0] * count
+    first = section.pipeline_parallel_first_stage_less_layers
+    last = section.pipeline_parallel_last_stage_less_layers
+    weights[0] += sum(modules[name] for name in before) / block if first is None else first
+    weights[-1] += sum(modules[name] for name in after) / block if last is None else last
+    sizes = _share_out(len(blocks), weights)
+    ends = [sum(sizes[: stage + 1]) for stage in range(count)]
+    stages = [blocks[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    stages[0] = before + stages[0]
+    stages[-1] = stages[-1] + after
+    return stages
+
+
+def _share_out(num_layers: int, weights: Sequence[float]) -> list[int]:
+    """Layers of each stage, at least one, beside what it weighs already.
+
+    Giving each layer to the stage that is the lightest by then makes the heaviest as light as
+    possible, and the rest as even. Of equals the later one takes it: it holds fewer microbatches
+    at a time.
+    """
+    sizes = [1] * len(weights)
+    for _ in range(num_layers - len(sizes)):
+        totals = [size + weight for size, weight in zip(sizes, weights, strict=True)]
+        sizes[min(range(len(sizes)), key=lambda stage: (totals[stage], -stage))] += 1
+    return sizes
+
+
+def _named_stages(section: Parallelism, names: list[str], count: int) -> list[list[str]]:
+    """The stages that the user lists; an error if they are not the model's modules in order."""
+    stages = [list(stage) for stage in section.module_fqns_per_model_part]
+    listed = [name for stage in stages for name in stage]
+    problems = []
+    for name in dict.fromkeys(listed):
+        if name not in names:
+            problem = f'"{name}" is no module of the model'
+            problems.append(Problem(NAMES_KEY, problem, did_you_mean(name, names)))
+        elif listed.count(name) > 1:
+            problem = f'"{name}" is in {listed.count(name)} places'
+            problems.append(Problem(NAMES_KEY, problem, "leave it in one"))
+    missing = [name for name in names if name not in listed]
+    if missing:
+        problem = f"leaves out {_some(missing)}"
+        problems.append(Problem(NAMES_KEY, problem, "put each module of the model in a stage"))
+    for index, stage in enumerate(stages):
+        if not any(_is_block(name) for name in stage):
+            problem = f"stage {index} has no layer"
+            problems.append(Problem(NAMES_KEY, problem, "give every stage at least one layer"))
+    if not problems and listed != names:
+        early = next(name for name, right in zip(listed, names, strict=True) if name != right)
+        problem = f'"{early}" stands too early'
+        fix = f"list the modules in the order of the forward: {_some(names)}"
+        problems.append(Problem(NAMES_KEY, problem, fix))
+    if len(stages) != count:
+        problem = f"lists {len(stages)} stages, and the schedule's file has {count}"
+        problems.append(Problem(NAMES_KEY, problem, f"list the modules of {count} stages"))
+    if problems:
+        raise ConfigError(problems)
+    return stages
+
+
+def _some(names: list[str]) -> str:
+    shown = names if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
+    return ", ".join(shown)
