@@ -84,7 +84,8 @@ def test_config_errors_are_told_without_torch(
 
 def test_only_rank_0_tells(torchless: CliServer):
     """But for what only one process can see, such as its own variables."""
-    result = torchless.run("train", "--training.steps=0", RANK="1", WORLD_SIZE="2")
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    result = torchless.run("train", "--training.steps=0", **launched)
     assert (result.status, result.stderr) == (2, "")
 
 

@@ -110,6 +110,21 @@ def open_world(
             dist.destroy_process_group()
 
 
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """While entered, this process counts as one of `world_size` whose collectives do nothing.
+
+    They leave their results as they were: for fake tensors only, and not for `World`'s messages.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def set_timeout(world: World, seconds: int) -> None:
     """Change the bound on collectives; all ranks call it, with no collective under way."""
     set_group_timeouts(timedelta(seconds=seconds))

@@ -1,5 +1,8 @@
 """The word `train`: from a command line to a run, or to the list of what stands in its way."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torchtitan import preflight
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.errors import ConfigError, Problem
@@ -10,6 +13,8 @@ from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
 from torchtitan.utils.allocator import tune_cpu_allocator
 from torchtitan.utils.threads import spin_briefly
+
+T = TypeVar("T")
 
 
 def run(argv: list[str]) -> int:
@@ -23,7 +28,9 @@ def run(argv: list[str]) -> int:
     loaded = load_config(arguments)
     if check:
         return _check(loaded, full=check == "full")
-    place = _environment()
+    if loaded.config.comm.mode == "fake_backend":
+        return _rehearse(loaded)
+    place = _read(env.read_environment)
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
     if problems:
         raise ConfigError(problems)
@@ -52,20 +59,34 @@ def run(argv: list[str]) -> int:
 
 def _check(loaded: LoadedConfig, full: bool) -> int:
     """All phases for the world size in the environment; prints one line when nothing is wrong."""
-    try:
-        world_size = env.read_world_size()
-    except env.EnvironmentFaults as faults:
-        raise _config_error(faults) from None
+    facts = _facts_of_a_look(loaded, _read(env.read_world_size), full)
+    preflight.require(facts)
+    print(summary(facts))
+    return DONE
+
+
+def _rehearse(loaded: LoadedConfig) -> int:
+    """One step as one rank of the world in the environment, which need not exist; a report."""
+    place = _read(env.read_place)
+    facts = _facts_of_a_look(loaded, place.world_size, full=False)
+    # Not the run folder: a rehearsal leaves it alone.
+    preflight.require(facts, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
+
+    from torchtitan.tools.rehearse import rehearse
+
+    print(rehearse(facts, place.rank).report(facts))
+    return DONE
+
+
+def _facts_of_a_look(loaded: LoadedConfig, world_size: int, full: bool) -> Facts:
+    """For looking at a config from outside of its run."""
     problems = import_custom_modules(loaded.config)
     if problems:
         raise ConfigError(problems)
     device: str = loaded.config.job.device
     if device == "auto":  # without looking at this machine, a run is meant for GPUs
         device = env.guess_device_type() if full else "cuda"
-    facts = Facts(loaded.config, world_size, device, full=full)
-    preflight.require(facts)
-    print(summary(facts))
-    return DONE
+    return Facts(loaded.config, world_size, device, full=full)
 
 
 def summary(facts: Facts) -> str:
@@ -84,9 +105,10 @@ def summary(facts: Facts) -> str:
     )
 
 
-def _environment() -> env.ProcessEnvironment:
+def _read(read: Callable[[], T]) -> T:
+    """What `read` finds in the environment."""
     try:
-        return env.read_environment()
+        return read()
     except env.EnvironmentFaults as faults:
         raise _config_error(faults) from None
 

@@ -71,10 +71,28 @@ def read_world_size(environ: Mapping[str, str] | None = None) -> int:
     return world_size
 
 
-def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether another process reports problems that all processes see alike."""
+def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
+    """`RANK` (0 when unset) of `WORLD_SIZE` alone, for being one rank of a run that is not there.
+
+    Raises `EnvironmentFaults`.
+    """
     environ = os.environ if environ is None else environ
-    return environ.get("RANK", "0").strip() not in ("", "0")
+    faults: list[EnvironmentFault] = []
+    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
+    rank = _read(environ, "RANK", 0, 0, faults)
+    if not faults and rank >= world_size:
+        faults.append(_rank_too_high(rank, world_size))
+    if faults:
+        raise EnvironmentFaults(faults)
+    return ProcessEnvironment(rank, world_size)
+
+
+def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether another process reports problems that all processes see alike: without a
+    `MASTER_ADDR` there is none."""
+    environ = os.environ if environ is None else environ
+    launched = bool(environ.get("MASTER_ADDR", "").strip())
+    return launched and environ.get("RANK", "0").strip() not in ("", "0")
 
 
 def is_restart(environ: Mapping[str, str] | None = None) -> bool:
@@ -126,9 +144,13 @@ def _contradictions(
             others = ", ".join(name for name in needed if environ.get(name))
             faults.append(EnvironmentFault(variable, None, f"is missing although {others} is set"))
     if rank >= world_size:
-        problem = f"must be below WORLD_SIZE = {world_size}"
-        faults.append(EnvironmentFault("RANK", str(rank), problem))
+        faults.append(_rank_too_high(rank, world_size))
     if environ.get("LOCAL_WORLD_SIZE") and local_rank >= local_world_size:
         problem = f"must be below LOCAL_WORLD_SIZE = {local_world_size}"
         faults.append(EnvironmentFault("LOCAL_RANK", str(local_rank), problem))
     return faults
+
+
+def _rank_too_high(rank: int, world_size: int) -> EnvironmentFault:
+    problem = f"must be below WORLD_SIZE = {world_size}"
+    return EnvironmentFault("RANK", str(rank), problem)

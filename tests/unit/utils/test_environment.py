@@ -8,6 +8,7 @@ from torchtitan.utils.environment import (
     is_quiet_rank,
     is_restart,
     read_environment,
+    read_place,
     read_world_size,
 )
 
@@ -70,8 +71,33 @@ def test_world_size_alone_is_enough_to_check_a_config():
 
 def test_only_rank_0_speaks():
     assert not is_quiet_rank({})
-    assert not is_quiet_rank({"RANK": "0"})
-    assert is_quiet_rank({"RANK": "3"})
+    assert not is_quiet_rank(TORCHRUN | {"RANK": "0"})
+    assert is_quiet_rank(TORCHRUN | {"RANK": "3"})
+
+
+def test_a_rank_without_others_speaks_for_itself():
+    assert not is_quiet_rank({"RANK": "3", "WORLD_SIZE": "8"})
+
+
+def test_place_needs_no_launcher():
+    assert read_place({}) == ProcessEnvironment()
+    place = read_place({"RANK": "200", "WORLD_SIZE": "512"})
+    assert (place.rank, place.world_size, place.launched) == (200, 512, False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK"),
+        ({"RANK": "1"}, "RANK"),
+        ({"RANK": "x"}, "RANK"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+    ],
+)
+def test_a_place_that_does_not_exist(environ: dict[str, str], variable: str):
+    with pytest.raises(EnvironmentFaults) as caught:
+        read_place(environ)
+    assert [fault.variable for fault in caught.value.faults] == [variable]
 
 
 @pytest.mark.parametrize(
