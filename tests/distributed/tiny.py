@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan import builder
-from torchtitan.builder import BuiltModel
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import JobConfig
@@ -47,8 +46,8 @@ class Case:
     microbatches: int = 1
     """Batches of a rank and step, whose gradients accumulate."""
     layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 8
+    kv_heads: int = 4
     tied: bool = False
     document_mask: bool = False
     loss_chunks: int = 3
@@ -72,6 +71,7 @@ class Case:
             "model": {"args": args},
             "training": {
                 **float64,
+                "dataset": "stdlib",
                 "seq_len": SEQ_LEN,
                 "global_batch_size": NUM_SEQUENCES,
                 "local_batch_size": NUM_SEQUENCES // (self.dp * self.microbatches),
@@ -169,16 +169,16 @@ def train(world: World, case: Case) -> Result:
         result.losses.append(loss.item())
         result.norms.append(norm.item())
     result.evaluated = runner.evaluate(batches).item() / num_targets
-    _collect(model, optimizers, result)
+    collect(model.parts, optimizers, result)
     return result
 
 
-def _collect(
-    model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer], result: Result
+def collect(
+    parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], result: Result
 ) -> None:
-    """What this rank holds of the weights and moments. Parts, since gathering whole tensors would
-    take longer than the training."""
-    for part, optimizer in zip(model.parts, optimizers, strict=True):
+    """Add what this rank holds of the weights and moments to `result`. Not whole tensors: to
+    gather them would take longer than the training."""
+    for part, optimizer in zip(parts, optimizers, strict=True):
         for name, parameter in part.named_parameters():
             result.parameters[name] = _part_of(parameter)
             for kind in ("exp_avg", "exp_avg_sq"):

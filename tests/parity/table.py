@@ -1,0 +1,150 @@
+"""The meshes that are proven equal to one process.
+
+Each row trains the same tiny model on the same data (`tests/distributed/tiny.py`) on another mesh.
+The variants of the model (tied, packed documents) and what is special (schedule, method,
+checkpointing) are spread over the meshes, so that each meets many others. What a row is, is read
+from its config, so that the words in a row's name cannot differ from what runs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tests.distributed.tiny import Case
+from torchtitan.config.facts import Facts
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+TOLERANCE = 1e-9
+"""Of every relative difference. What occurs is 1e-12 and less; a mistake shows at 1e-4 and more."""
+
+FULL = {"activation_checkpoint": {"mode": "full"}}
+EVERY_SECOND = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}
+BY_OPERATOR = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
+COMPILED = {"model": {"handlers": ["compile"]}, "handlers": {"compile": {"backend": "aot_eager"}}}
+
+
+def parallelism(**values: Any) -> dict[str, dict[str, Any]]:
+    """Settings of the section `[parallelism]`."""
+    return {"parallelism": values}
+
+
+def row(
+    *settings: dict[str, dict[str, Any]],
+    replicate: int = 1,
+    shard: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    **model: Any,
+) -> Case:
+    """A mesh, what is special about it (sections of the config), variants of the model."""
+    sections: dict[str, dict[str, Any]] = {}
+    for part in settings:
+        for name, values in part.items():
+            sections[name] = {**sections.get(name, {}), **values}
+    world_size = replicate * shard * cp * tp * pp
+    return Case(world_size, replicate, shard, cp, tp, pp, settings=sections, **model)
+
+
+TIED = {"tied": True}
+PACKED = {"document_mask": True}
+BOTH = {**TIED, **PACKED}
+
+ONE = [
+    row(microbatches=4),
+    row(microbatches=2, loss_chunks=1, **TIED),
+    row(parallelism(fsdp_reshard_after_forward="always"), microbatches=2, **PACKED),
+    row(FULL, **BOTH),
+    row(EVERY_SECOND, **PACKED),
+    row(BY_OPERATOR),
+    row(COMPILED, microbatches=2, **TIED),
+]
+DATA = [
+    row(shard=2),
+    row(shard=2, microbatches=2, **TIED),
+    row(COMPILED, FULL, shard=2, **BOTH),
+    row(parallelism(fsdp_reshard_after_forward="never"), shard=2, **BOTH),
+    row(BY_OPERATOR, shard=4, microbatches=2, **PACKED),
+    row(shard=8, **TIED),
+    row(replicate=2),
+    row(EVERY_SECOND, replicate=2, microbatches=2, **BOTH),
+    row(replicate=4, **PACKED),
+    row(COMPILED, replicate=2, microbatches=2),
+    row(replicate=2, shard=2, **PACKED),
+    row(FULL, replicate=2, shard=2, microbatches=2, **TIED),
+    row(replicate=2, shard=4, microbatches=1, **BOTH),
+]
+TENSOR = [
+    row(tp=2),
+    row(tp=2, microbatches=2, **TIED),
+    row(BY_OPERATOR, tp=2, **PACKED),
+    row(parallelism(disable_loss_parallel=True), tp=2, **BOTH),
+    row(FULL, tp=4, loss_chunks=1, **PACKED),
+    row(EVERY_SECOND, tp=4, kv_heads=2, **TIED),
+    row(tp=8, kv_heads=2),
+    row(COMPILED, FULL, tp=2, **PACKED),
+    row(shard=2, tp=2, **TIED),
+    row(replicate=2, tp=2, microbatches=2, **PACKED),
+    row(parallelism(fsdp_reshard_after_forward="always"), replicate=2, shard=2, tp=2, **BOTH),
+    row(COMPILED, BY_OPERATOR, shard=2, tp=2, microbatches=2, **BOTH),
+    row(shard=2, tp=4, loss_chunks=1),
+]
+
+TABLE = [*ONE, *DATA, *TENSOR]
+
+
+def dims_of(case: Case) -> ParallelDims:
+    """The degrees of a row."""
+    return ParallelDims.from_facts(Facts(case.config(), case.world_size, "cpu"))
+
+
+def kinds_of(case: Case) -> frozenset[str]:
+    """The parallelisms of a row: one of ddp, fsdp and hsdp, tp, cp, pp."""
+    dims = dims_of(case)
+    kinds = {axis for axis in ("tp", "cp", "pp") if getattr(dims, axis) > 1}
+    if dims.dp > 1:
+        kinds |= {"ddp" if dims.dp_shard == 1 else "fsdp" if dims.dp_replicate == 1 else "hsdp"}
+    return frozenset(kinds)
+
+
+def special_of(case: Case) -> list[str]:
+    """What the row has beside its mesh, in words."""
+    return list(_special(case))
+
+
+def _special(case: Case) -> Iterator[str]:
+    config = case.config()
+    mesh, recompute = config.parallelism, config.activation_checkpoint
+    if case.pp > 1:
+        yield "CSV" if mesh.pipeline_parallel_schedule_csv else mesh.pipeline_parallel_schedule
+    if case.cp > 1:
+        yield f"{mesh.context_parallel_method} {mesh.context_parallel_load_balancer}"
+    if case.microbatches > 1:
+        yield f"accumulates {case.microbatches}"
+    if case.tied:
+        yield "tied"
+    if case.document_mask:
+        yield "packed"
+    if recompute.mode != "none":
+        option = recompute.selective_ac_option if recompute.mode == "selective" else "full"
+        yield f"checkpointing {option}"
+    if config.model.handlers:
+        yield f"compiled {case.settings['handlers']['compile']['backend']}"
+    if mesh.fsdp_reshard_after_forward != "default":
+        yield f"reshard {mesh.fsdp_reshard_after_forward}"
+    if case.loss_chunks != Case.loss_chunks:
+        yield f"loss chunks {case.loss_chunks}"
+    if mesh.disable_loss_parallel:
+        yield "logits gathered"
+    if case.kv_heads != Case.kv_heads:
+        yield f"{case.kv_heads} key heads"
+
+
+def name_of(case: Case) -> str:
+    """A row's mesh and what is special, in words."""
+    return ", ".join([dims_of(case).describe(), *special_of(case)])
+
+
+def reference_of(case: Case) -> Case:
+    """One process that trains the same model, with nothing special."""
+    model = ("layers", "heads", "kv_heads", "tied", "document_mask")
+    return Case(**{name: getattr(case, name) for name in model})
