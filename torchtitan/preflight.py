@@ -39,6 +39,7 @@ _FEATURES = (
 )
 _PROBES = {
     FILES: (
+        "torchtitan.distributed.pipeline_checks",
         "torchtitan.data.checks",
         "torchtitan.components.checks",
         "torchtitan.handlers.checks",

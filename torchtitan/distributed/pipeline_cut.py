@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.parallelism_section import Parallelism
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import nearest
 from torchtitan.distributed.pipeline_schedule import SCHEDULES, read_schedule
 
 NAMES_KEY = "parallelism.module_fqns_per_model_part"
 LAYERS_KEY = "parallelism.pipeline_parallel_layers_per_stage"
 DEGREE_KEY = "parallelism.pipeline_parallel_degree"
 SCHEDULE_KEY = "parallelism.pipeline_parallel_schedule"
+FIRST_KEY = "parallelism.pipeline_parallel_first_stage_less_layers"
+LAST_KEY = "parallelism.pipeline_parallel_last_stage_less_layers"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,9 @@ def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
     if path:
         holders = read_schedule(path, degree, facts.pipeline_microbatches).holders
     else:
-        holders = _holders(section, number_of_stages(section, len(blocks)))
+        holders = _holders(section, len(blocks))
     if section.module_fqns_per_model_part:
         stages = _named_stages(section, list(modules), len(holders))
-    elif len(holders) > len(blocks):
-        raise ConfigError(_too_many_stages(section, len(holders), len(blocks)))
     else:
         stages = _balanced_stages(section, modules, blocks, len(holders))
     return PipelinePlan(tuple(map(tuple, stages)), holders)
@@ -82,47 +82,55 @@ def number_of_stages(section: Parallelism, num_layers: int) -> int:
     return degree * (SCHEDULES[section.pipeline_parallel_schedule].stages_per_rank or 2)
 
 
-def _holders(section: Parallelism, count: int) -> tuple[int, ...]:
-    """The rank of each stage; an error if the schedule cannot have so many stages per rank."""
-    degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
-    kind = SCHEDULES[schedule]
-    per_rank = count // degree
-    fits = per_rank == kind.stages_per_rank if kind.stages_per_rank else per_rank >= 2
-    if count % degree or not fits:
-        raise ConfigError(_wrong_number_of_stages(section, count))
-    if kind.is_v:
+def _holders(section: Parallelism, num_layers: int) -> tuple[int, ...]:
+    """The rank of each stage; an error if the schedule cannot have so many stages."""
+    degree, count = section.pipeline_parallel_degree, number_of_stages(section, num_layers)
+    if not _fits(section, count):
+        raise ConfigError(_wrong_number_of_stages(section, count, num_layers))
+    if SCHEDULES[section.pipeline_parallel_schedule].is_v:
         return (*range(degree), *reversed(range(degree)))
     return tuple(stage % degree for stage in range(count))
 
 
-def _wrong_number_of_stages(section: Parallelism, count: int) -> Problem:
+def _fits(section: Parallelism, count: int) -> bool:
+    """Whether the schedule can have so many stages: on every rank the same right number."""
+    per_rank, rest = divmod(count, section.pipeline_parallel_degree)
+    exactly = SCHEDULES[section.pipeline_parallel_schedule].stages_per_rank
+    return rest == 0 and (per_rank == exactly if exactly else per_rank >= 2)
+
+
+def _wrong_number_of_stages(section: Parallelism, count: int, num_layers: int) -> Problem:
     degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
     exactly = SCHEDULES[schedule].stages_per_rank
     wanted = f"{exactly * degree}" if exactly else f"a multiple of {degree} from {2 * degree} on"
-    each = f"exactly {exactly}" if exactly else "two or more, on each the same number"
-    problem = (
-        f"makes {count} stages, and {schedule} on {degree} pipeline ranks needs {wanted}"
-        f" ({each}, per rank)"
-    )
+    problem = f"makes {count} stages, and {schedule} on {degree} pipeline ranks needs {wanted}"
     if section.module_fqns_per_model_part:
-        fix = f"name the modules of {wanted} stages, or choose another schedule"
+        fix = f"list the modules of {wanted} stages, or choose another schedule"
         return Problem(NAMES_KEY, problem, fix)
     layers = section.pipeline_parallel_layers_per_stage
-    fix = "leave it unset for a balanced cut, or choose another schedule or number of layers"
-    return Problem(LAYERS_KEY, problem, fix, layers)
+    fitting = []
+    for number in range(1, num_layers + 1):
+        other = section.model_copy(update={"pipeline_parallel_layers_per_stage": number})
+        stages = number_of_stages(other, num_layers)
+        if stages <= num_layers and _fits(section, stages):
+            fitting.append(number)
+    close = sorted(sorted(fitting, key=lambda number: abs(number - (layers or 0)))[:3])
+    fix = f"set it to {' or '.join(map(str, close))}, or leave" if close else "leave"
+    return Problem(LAYERS_KEY, problem, f"{fix} it unset for a balanced cut", layers)
 
 
 def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> Problem:
     degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
-    problem = f"{schedule} makes {count} stages of it, and the model has {num_layers} layers"
-    if section.pipeline_parallel_layers_per_stage is not None:
-        layers = section.pipeline_parallel_layers_per_stage
+    layers = section.pipeline_parallel_layers_per_stage
+    if layers is not None:
         problem = f"makes {count} stages, and the model has {num_layers} layers"
         return Problem(LAYERS_KEY, problem, "set it larger, or leave it unset", layers)
-    largest = num_layers // (count // degree)
-    fix = f"set it to at most {largest}" if largest else "choose a schedule with fewer stages"
+    problem = f"{schedule} makes {count} stages of it, and the model has {num_layers} layers"
+    if section.pipeline_parallel_schedule_csv:
+        problem = f"the schedule's file has {count} stages, and the model has {num_layers} layers"
+    fix = f"set it to at most {max(1, num_layers * degree // count)}"
     if count > degree and num_layers >= degree:
-        fix += ', or pipeline_parallel_schedule to "1F1B", which makes one stage a rank'
+        fix += f', or {SCHEDULE_KEY} to "1F1B", which makes one stage a rank'
     return Problem(DEGREE_KEY, problem, fix, degree)
 
 
@@ -134,16 +142,23 @@ def _is_block(name: str) -> bool:
 def _balanced_stages(
     section: Parallelism, modules: Mapping[str, int], blocks: list[str], count: int
 ) -> list[list[str]]:
+    if count > len(blocks):
+        raise ConfigError(_too_many_stages(section, count, len(blocks)))
     names = list(modules)
     before = names[: names.index(blocks[0])]
     after = names[names.index(blocks[-1]) + 1 :]
     block = sum(modules[name] for name in blocks) / len(blocks)
+    first, last = (getattr(section, key.rpartition(".")[2]) for key in (FIRST_KEY, LAST_KEY))
     weights = [0.0] * count
-    first = section.pipeline_parallel_first_stage_less_layers
-    last = section.pipeline_parallel_last_stage_less_layers
     weights[0] += sum(modules[name] for name in before) / block if first is None else first
     weights[-1] += sum(modules[name] for name in after) / block if last is None else last
     sizes = _share_out(len(blocks), weights)
+    for key, given, stage in ((FIRST_KEY, first, 0), (LAST_KEY, last, count - 1)):
+        others = [sizes[n] + weights[n] for n in range(count) if n != stage]
+        if given is not None and given >= max(others):
+            problem = "leaves no layer for that stage, which needs at least one"
+            fix = f"set it to at most {math.ceil(max(others)) - 1}, or leave it unset"
+            raise ConfigError(Problem(key, problem, fix, given))
     ends = [sum(sizes[: stage + 1]) for stage in range(count)]
     stages = [blocks[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     stages[0] = before + stages[0]
@@ -173,7 +188,9 @@ def _named_stages(section: Parallelism, names: list[str], count: int) -> list[li
     for name in dict.fromkeys(listed):
         if name not in names:
             problem = f'"{name}" is no module of the model'
-            problems.append(Problem(NAMES_KEY, problem, did_you_mean(name, names)))
+            match = nearest(name, names)
+            fix = f'did you mean "{match}"?' if match else f"the modules are {_some(names)}"
+            problems.append(Problem(NAMES_KEY, problem, fix))
         elif listed.count(name) > 1:
             problem = f'"{name}" is in {listed.count(name)} places'
             problems.append(Problem(NAMES_KEY, problem, "leave it in one"))
@@ -181,10 +198,9 @@ def _named_stages(section: Parallelism, names: list[str], count: int) -> list[li
     if missing:
         problem = f"leaves out {_some(missing)}"
         problems.append(Problem(NAMES_KEY, problem, "put each module of the model in a stage"))
-    for index, stage in enumerate(stages):
-        if not any(_is_block(name) for name in stage):
-            problem = f"stage {index} has no layer"
-            problems.append(Problem(NAMES_KEY, problem, "give every stage at least one layer"))
+    if not all(stages):
+        problem = f"stage {stages.index([])} has no module"
+        problems.append(Problem(NAMES_KEY, problem, "give every stage at least one"))
     if not problems and listed != names:
         early = next(name for name, right in zip(listed, names, strict=True) if name != right)
         problem = f'"{early}" stands too early'

@@ -33,14 +33,17 @@ class ScheduleKind:
     """Whether the first rank holds the last stage too."""
     splits_backward: bool = False
     """Whether gradients of weights are computed later than those of inputs."""
+    goes_in_rounds: bool = False
+    """Whether microbatches go in rounds of equal size, as many as there are microbatches per rank
+    of the pipeline, rounded down."""
 
 
 SCHEDULES = {
     "GPipe": ScheduleKind(stages_per_rank=1),
     "1F1B": ScheduleKind(stages_per_rank=1),
-    "Interleaved1F1B": ScheduleKind(),
+    "Interleaved1F1B": ScheduleKind(goes_in_rounds=True),
     "LoopedBFS": ScheduleKind(),
-    "InterleavedZeroBubble": ScheduleKind(splits_backward=True),
+    "InterleavedZeroBubble": ScheduleKind(splits_backward=True, goes_in_rounds=True),
     "ZBVZeroBubble": ScheduleKind(stages_per_rank=2, is_v=True, splits_backward=True),
     "DualPipeV": ScheduleKind(stages_per_rank=2, is_v=True, splits_backward=True),
 }

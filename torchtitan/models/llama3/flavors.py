@@ -97,6 +97,15 @@ class LlamaArgs(ModelArgs):
         """See `ModelArgs`."""
         return self.n_heads, self.num_kv_heads
 
+    def pipeline_parallel_problems(self, degree: int) -> list[Problem]:
+        """See `ModelArgs`: tied embeddings would live in the first stage and in the last."""
+        if not self.tied_embeddings:
+            return []
+        key = "parallelism.pipeline_parallel_degree"
+        problem = "model.args.tied_embeddings puts one matrix at both ends of the pipeline"
+        fix = "set it to 1 and cut the model in other ways, or set tied_embeddings to false"
+        return [Problem(key, problem, fix, degree)]
+
     def problems(self) -> list[Problem]:
         """Heads that do not divide the width or each other, impossible RoPE bands."""
         found = []
