@@ -93,7 +93,9 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
 
 
 def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str) -> None:
-    if key.kind in ("table", "tables") or (key.kind == "strings" and texts[0].startswith("[")):
+    if key.kind in ("table", "tables", "lists") or (
+        key.kind == "strings" and texts[0].startswith("[")
+    ):
         text = " ".join(texts)
         try:
             value = toml_file.parse_value(text)
@@ -188,6 +190,7 @@ def _how_to_write(key: Key) -> str:
         "float": "0.1",
         "str": "TEXT",
         "strings": "a,b",
+        "lists": '\'[["a", "b"], ["c"]]\'',
         "table": "'{n_layers = 4}'",
         "tables": "'[{pattern = \"*bias\"}]'",
     }

@@ -24,7 +24,7 @@ class Key:
     """One setting. `kind` is how its value is written in TOML and on the command line."""
 
     name: str
-    kind: Literal["bool", "int", "float", "str", "choice", "strings", "tables", "table"]
+    kind: Literal["bool", "int", "float", "str", "choice", "strings", "lists", "tables", "table"]
     doc: str
     default: Any
     optional: bool = False
@@ -107,8 +107,10 @@ def _kind(name: str, base: Any) -> tuple[Any, tuple[str, ...]]:
     if origin is dict:
         return "table", ()
     if origin is tuple:
-        item = typing.get_args(base)[0]
-        return ("strings" if item is str else "tables"), ()
+        item, *_ = _unwrap(typing.get_args(base)[0], [])
+        if item is str:
+            return "strings", ()
+        return ("lists" if typing.get_origin(item) is tuple else "tables"), ()
     raise AssertionError(f"{name}: no way to write a {base} in TOML")
 
 

@@ -60,7 +60,7 @@ def _field(key: Key) -> tuple[Any, Any]:
     base: Any
     if key.kind == "choice":
         base = Literal[key.choices]
-    elif key.kind in ("table", "tables"):
+    elif key.kind in ("table", "tables", "lists"):
         base, default, metavar = str, toml_value(default), "TOML"
     else:
         base = scalars[key.kind]

@@ -68,14 +68,16 @@ class Parallelism(Section):
 
     pipeline_parallel_schedule_csv: str = ""
     """File with a schedule of one's own, a line per pipeline rank, in the format of
-    torch.distributed.pipelining; it takes the place of `pipeline_parallel_schedule`."""
+    torch.distributed.pipelining (without communication); it takes the place of `pipeline_parallel_schedule`."""
 
     pipeline_parallel_microbatch_size: PositiveInt = 1
-    """Sequences of one pipeline microbatch; must divide `training.local_batch_size`."""
+    """Sequences of one pipeline microbatch; must divide `training.local_batch_size`. The schedule
+    runs once a step, over all of its microbatches, those of gradient accumulation too."""
 
     pipeline_parallel_layers_per_stage: PositiveInt | None = None
-    """Layers of a stage, which sets the number of stages. Unset: as many stages as the schedule
-    needs, at least."""
+    """Layers of a stage, which sets the number of stages; embedding and head count for a layer each
+    in it, unless the two keys below say otherwise. Unset: one stage per rank for GPipe and 1F1B,
+    two for the others."""
 
     pipeline_parallel_first_stage_less_layers: NonNegativeInt | None = None
     """Layers that the embedding counts for in a balanced cut. Unset: by its parameters."""

@@ -28,6 +28,7 @@ _KINDS = {
     "float": "number",
     "str": "text",
     "strings": "list of texts",
+    "lists": "list of lists of texts",
     "table": "table",
     "tables": "list of tables",
 }

@@ -92,7 +92,7 @@ def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool
     elif kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
         fix = _without_quotes(value, kind) or fix
     elif kind in ("tuple_type", "list_type") and isinstance(value, str):
-        fix = f'write ["{value}"]'
+        fix = _example(key) if key and key.kind == "lists" else f'write ["{value}"]'
     elif kind == "string_type" and not isinstance(value, list | dict):
         fix = f'write "{value}"'
     shown = str(value) if isinstance(value, datetime.date | datetime.time | dict) else value
@@ -183,6 +183,7 @@ def _example(key: Key | None) -> str:
         "float": f"write a number{default}",
         "str": f"write text{default}",
         "strings": 'write a list of texts, for example ["a", "b"]',
+        "lists": 'write a list of lists, for example [["a", "b"], ["c"]]',
         "tables": 'write a list of tables, for example [{pattern = "*bias"}]',
         "table": "write a table",
     }
