@@ -26,6 +26,7 @@ from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
 from torchtitan.data.loader import LanePlan, Loader
 from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.distributed.context_parallel import ContextParallel
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import parallelize
@@ -154,9 +155,12 @@ def build_runner(
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
     loss = CrossEntropyLoss(config.training.loss_chunks, _cut_vocabulary(config, model, mesh, dims))
     counts_loss = dims.counts_loss(mesh.get_rank())
-    if model.plan is None:
-        return WholeModelRunner(model.parts[0], loss, device, names, counts_loss=counts_loss)
     section = config.parallelism
+    cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
+    if model.plan is None:
+        return WholeModelRunner(
+            model.parts[0], loss, device, names, cut=cut, counts_loss=counts_loss
+        )
     return PipelineRunner(
         model.parts,
         model.plan,
@@ -170,6 +174,7 @@ def build_runner(
         hidden_size=model.args.hidden_size(),
         hidden_dtype=torch_dtype(config.training.mixed_precision_param),
         tensor_parallel_degree=dims.tp,
+        cut=cut,
         counts_loss=counts_loss,
     )
 

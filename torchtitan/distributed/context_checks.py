@@ -1,13 +1,67 @@
 """What can be wrong with the settings of context parallelism. No torch."""
 
+import math
+
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
+from torchtitan.models.checks import model_args
+
+DEGREE_KEY = "parallelism.context_parallel_degree"
 
 
 def check(facts: Facts) -> list[Problem]:
     """Problems of `parallelism.context_parallel_*`."""
-    degree = facts.config.parallelism.context_parallel_degree
-    if degree == 1:
+    section = facts.config.parallelism
+    degree, args = section.context_parallel_degree, model_args(facts)
+    if degree == 1 or args is None:
         return []
-    problem = "is not available in this version"
-    return [Problem("parallelism.context_parallel_degree", problem, "set it to 1", degree)]
+    heads = args.heads()
+    if heads is None:
+        problem = "this model's attention cannot be spread over ranks"
+        return [Problem(DEGREE_KEY, problem, "set it to 1", degree)]
+    problems = _sequence(facts)
+    if section.context_parallel_method == "ulysses":
+        problems += _heads(facts, *heads)
+    return problems
+
+
+def _sequence(facts: Facts) -> list[Problem]:
+    section, seq_len = facts.config.parallelism, facts.config.training.seq_len
+    degree, tensor_degree = section.context_parallel_degree, section.tensor_parallel_degree
+    balanced = (
+        section.context_parallel_load_balancer == "headtail"
+        and section.context_parallel_method != "ulysses"
+    )
+    # Each rank's share is cut in two for balance, and over the ranks of tensor parallelism.
+    divisor = degree * math.lcm(2 if balanced else 1, tensor_degree)
+    if seq_len % divisor == 0:
+        return []
+    above = -(-seq_len // divisor) * divisor
+    nearest = f"{above - divisor} or {above}" if above > divisor else str(above)
+    with_tensor = f" and tensor_parallel_degree = {tensor_degree}" if tensor_degree > 1 else ""
+    problem = f"context_parallel_degree = {degree}{with_tensor} needs a multiple of {divisor}"
+    return [Problem("training.seq_len", problem, f"set it to {nearest}", seq_len)]
+
+
+def _heads(facts: Facts, heads: int, kv_heads: int) -> list[Problem]:
+    """Ulysses gives each rank whole heads; of keys and values several ranks may share one."""
+    section = facts.config.parallelism
+    degree, tensor_degree = section.context_parallel_degree, section.tensor_parallel_degree
+    heads, kv_heads = heads // tensor_degree, max(1, kv_heads // tensor_degree)
+
+    def fits(ranks: int) -> bool:
+        return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+    if fits(degree):
+        return []
+    possible = ", ".join(str(ranks) for ranks in range(1, heads + 1) if fits(ranks))
+    of_rank = " on a rank of tensor parallelism" if tensor_degree > 1 else ""
+    return [
+        Problem(
+            DEGREE_KEY,
+            f"ulysses cannot share out {heads} heads of queries and {kv_heads} of keys and values"
+            f"{of_rank}",
+            f"set it to one of {possible}, or context_parallel_method to allgather or ring",
+            degree,
+        )
+    ]

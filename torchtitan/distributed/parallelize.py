@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed.context_parallel import ContextParallel, apply_context_parallel
 from torchtitan.distributed.data_parallel import apply_data_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
@@ -19,6 +20,8 @@ def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: Par
     # First, since everything else is done to the modules, and parameters, that this makes.
     if dims.tp > 1:
         apply_tensor_parallel(model, mesh["tp"])
+    if dims.cp > 1:
+        apply_context_parallel(model, ContextParallel.of(config.parallelism, mesh["cp"]))
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.
     apply_activation_checkpoint(model.blocks(), config.activation_checkpoint)
     # Before data parallelism, whose hooks stay outside of the compiled graphs.

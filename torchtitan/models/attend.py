@@ -18,8 +18,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Mask: TypeAlias = "Tensor | BlockMask | None"
-"""None is plain causal."""
+Mask: TypeAlias = "Tensor | BlockMask | tuple[Tensor, ...] | None"
+"""None is plain causal. A tuple is what a replacement of `Masks` tells one of `Attend`."""
 
 _compiled: dict[str, Any] = {}
 

@@ -51,6 +51,14 @@ def probe(facts: Facts) -> list[Problem]:
     return []
 
 
+def model_args(facts: Facts) -> ModelArgs | None:
+    """The model's hyper-parameters, for other checks; None where `check` has something to say."""
+    try:
+        return _resolve(facts)[1]
+    except ConfigError:
+        return None
+
+
 def _resolve(facts: Facts) -> tuple[ModelFamily, ModelArgs]:
     model = facts.config.model
     family = get_family(model.name)

@@ -22,15 +22,19 @@ from torchtitan.config.model_sections import ActivationCheckpoint
 
 _ATEN = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset([_ATEN.mm.default, _ATEN.addmm.default, _ATEN.linear.default])
-_KEPT = frozenset(
-    [
-        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        _ATEN._scaled_dot_product_flash_attention.default,
-        _ATEN._scaled_dot_product_efficient_attention.default,
-        _ATEN._scaled_dot_product_cudnn_attention.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    ]
-)
+_KEPT = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+}
+
+
+def keep_in_checkpoints(operator: torch._ops.OpOverload) -> None:
+    """Let checkpointing by operator keep what this one returns."""
+    _KEPT.add(operator)
 
 
 def apply_activation_checkpoint(

@@ -35,6 +35,12 @@ def all_gather_single(output: Tensor, value: Tensor, group: dist.ProcessGroup) -
     gather(output, value, group=group)
 
 
+def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum `value` over ranks; `output` is this rank's of the equal parts along its dimension 0."""
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(output, value, group=group)
+
+
 def set_group_timeouts(timeout: timedelta) -> None:
     """Bound every collective of every process group from now on."""
     module: Any = dist.distributed_c10d
