@@ -87,6 +87,8 @@ class _CutModule(nn.Module):
     """What a module's class is mixed with. Its `super()` is the module's own class."""
 
     group: TensorGroup
+    _parts: dict[str, Tensor] | None = None
+    """By name, this rank's parts of the parameters, during the forward of the module's block."""
 
 
 class _GatherInput(_CutModule):
@@ -174,6 +176,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         names = tuple(key for key, _ in module.named_parameters(recurse=False))
         cls: Any = type(module)
         module.__class__ = _cut_class(cls, style, group, names)
+    for block in declared.blocks().values():
+        cut = [module for module in block.modules() if isinstance(module, _CutModule)]
+        block.register_forward_pre_hook(partial(_take_parts, cut))
+        block.register_forward_hook(partial(_drop_parts, cut))
     left_out = [
         name for name, tensor in model.named_parameters() if not isinstance(tensor, DTensor)
     ]
@@ -186,19 +192,35 @@ def _cut_class(
     cls: type[nn.Module], style: TensorStyle, group: TensorGroup, names: tuple[str, ...]
 ) -> type[nn.Module]:
     # One class for all modules alike, so that blocks stay alike to the compiler.
-    members = {name: property(partial(_local, name, style, group)) for name in names}
+    members = {name: property(partial(_part, name, style, group)) for name in names}
     return type(f"Cut{cls.__name__}", (style.mixin, cls), {"group": group, **members})
 
 
-def _local(name: str, style: TensorStyle, group: TensorGroup, module: nn.Module) -> Tensor:
-    """This rank's part of the parameter; autograd carries its gradient back. While FSDP has cut the
-    parameter further it is of no use to a forward, and FSDP asks for the parameter itself."""
+def _part(name: str, style: TensorStyle, group: TensorGroup, module: _CutModule) -> Tensor:
+    """This rank's part of the parameter; autograd carries its gradient back. But the parameter
+    itself while FSDP has it cut further: no forward runs then, it is FSDP that asks."""
+    if module._parts is not None:
+        return module._parts[name]
     parameter = module._parameters[name]
     assert isinstance(parameter, DTensor)
-    if parameter.device_mesh.ndim > 1:
+    if len(parameter.placements) > 1:
         return parameter
     local = parameter.to_local(grad_placements=[style.gradient])
     if style.units is None:
         return local
     size = local.size(0) // style.units
     return local.narrow(0, group.rank * style.units // group.size * size, size)
+
+
+@torch.compiler.disable
+def _take_parts(modules: list[_CutModule], *_: object) -> None:
+    """Before a block's forward, not in what is compiled of it, so that the compiler meets plain
+    tensors only: it fails where it is to recompute something of a DTensor."""
+    for module in modules:
+        module._parts = {name: getattr(module, name) for name in module._parameters}
+
+
+@torch.compiler.disable
+def _drop_parts(modules: list[_CutModule], *_: object) -> None:
+    for module in modules:
+        module._parts = None
