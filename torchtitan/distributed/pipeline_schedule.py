@@ -166,10 +166,13 @@ def _play(ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int) -> Non
                 done.update(groups[places[rank]])
                 places[rank] += 1
                 moved = True
-    for rank, groups in enumerate(ranks):
-        if places[rank] < len(groups):
-            waiting = " and ".join(map(_name, groups[places[rank]]))
-            raise ValueError(f"line {rank + 1} waits for ever at {waiting}: what it needs is later")
+    stuck = [
+        f"line {rank + 1} at {' and '.join(map(_name, groups[places[rank]]))}"
+        for rank, groups in enumerate(ranks)
+        if places[rank] < len(groups)
+    ]
+    if stuck:
+        raise ValueError(f"would wait for ever, for what is only done later: {', '.join(stuck)}")
 
 
 def _is_ready(action: Action, done: set[Action], num_stages: int) -> bool:

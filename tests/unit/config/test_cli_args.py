@@ -40,6 +40,11 @@ def values(line: str) -> dict[str, object]:
         ("--model.handlers a, b", "model.handlers", ["a", "b"]),
         ("--model.handlers ['a','b']", "model.handlers", ["a", "b"]),
         ("--model.handlers []", "model.handlers", []),
+        (
+            "--parallelism.module_fqns_per_model_part [['a','b'],['c']]",
+            "parallelism.module_fqns_per_model_part",
+            [["a", "b"], ["c"]],
+        ),
         ("--model.args.n_layers 4", "model.args.n_layers", 4),
         ("--model.args.n-layers=4", "model.args.n_layers", 4),
         ("--model.args.tied true", "model.args.tied", True),
