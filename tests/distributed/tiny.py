@@ -124,7 +124,9 @@ def sequences() -> Batch:
     labels = tokens[:, 1:].clone()
     for row in range(NUM_SEQUENCES):
         labels[row, : 6 * row] = IGNORE_INDEX
-    starts = torch.rand(NUM_SEQUENCES, SEQ_LEN, generator=generator) < 0.2
+    # From a single document to many of few tokens.
+    often = torch.linspace(0, 0.4, NUM_SEQUENCES).unsqueeze(1)
+    starts = torch.rand(NUM_SEQUENCES, SEQ_LEN, generator=generator) < often
     return Batch(
         tokens=tokens[:, :-1],
         labels=labels,

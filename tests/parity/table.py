@@ -7,6 +7,7 @@ from its config, so that the words in a row's name cannot differ from what runs.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
@@ -19,12 +20,39 @@ TOLERANCE = 1e-9
 FULL = {"activation_checkpoint": {"mode": "full"}}
 EVERY_SECOND = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}
 BY_OPERATOR = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
-COMPILED = {"model": {"handlers": ["compile"]}, "handlers": {"compile": {"backend": "aot_eager"}}}
+COMPILED, INDUCTOR = (
+    {"model": {"handlers": ["compile"]}, "handlers": {"compile": {"backend": backend}}}
+    for backend in ("aot_eager", "inductor")
+)
 
 
 def parallelism(**values: Any) -> dict[str, dict[str, Any]]:
     """Settings of the section `[parallelism]`."""
     return {"parallelism": values}
+
+
+ALLGATHER = parallelism(context_parallel_method="allgather")
+RING = parallelism(context_parallel_method="ring")
+ULYSSES = parallelism(context_parallel_method="ulysses", context_parallel_load_balancer="none")
+ALLGATHER_IN_ORDER, RING_IN_ORDER = (
+    parallelism(context_parallel_method=method, context_parallel_load_balancer="none")
+    for method in ("allgather", "ring")
+)
+PAIRS = parallelism(pipeline_parallel_microbatch_size=2)
+FROM_FILE = parallelism(
+    pipeline_parallel_schedule_csv=str(Path(__file__).with_name("two_ranks.csv"))
+)
+BY_NAME = parallelism(
+    module_fqns_per_model_part=[
+        ["tok_embeddings", "layers.0", "layers.1", "layers.2"],
+        ["layers.3", "norm", "output"],
+    ]
+)
+BY_LAYERS = parallelism(
+    pipeline_parallel_layers_per_stage=2,
+    pipeline_parallel_first_stage_less_layers=1,
+    pipeline_parallel_last_stage_less_layers=1,
+)
 
 
 def row(
@@ -68,9 +96,9 @@ DATA = [
     row(replicate=2),
     row(EVERY_SECOND, replicate=2, microbatches=2, **BOTH),
     row(replicate=4, **PACKED),
-    row(COMPILED, replicate=2, microbatches=2),
+    row(INDUCTOR, replicate=2, microbatches=2),
     row(replicate=2, shard=2, **PACKED),
-    row(FULL, replicate=2, shard=2, microbatches=2, **TIED),
+    row(COMPILED, FULL, replicate=2, shard=2, microbatches=2, **TIED),
     row(replicate=2, shard=4, microbatches=1, **BOTH),
 ]
 TENSOR = [
@@ -88,8 +116,71 @@ TENSOR = [
     row(COMPILED, BY_OPERATOR, shard=2, tp=2, microbatches=2, **BOTH),
     row(shard=2, tp=4, loss_chunks=1),
 ]
+CONTEXT = [
+    row(ALLGATHER, cp=2, **TIED),
+    row(ALLGATHER, EVERY_SECOND, cp=2, **PACKED),
+    row(ALLGATHER_IN_ORDER, BY_OPERATOR, cp=2),
+    row(ALLGATHER_IN_ORDER, cp=2, **PACKED),
+    row(RING, cp=2),
+    row(RING, cp=2, **PACKED),
+    row(RING_IN_ORDER, cp=2, microbatches=2, **BOTH),
+    row(ULYSSES, cp=2),
+    row(ULYSSES, FULL, cp=2, **PACKED),
+    row(ALLGATHER, cp=4, microbatches=2, **PACKED),
+    row(RING, BY_OPERATOR, cp=4, **BOTH),
+    row(ULYSSES, cp=8, **PACKED),
+    row(RING, COMPILED, FULL, cp=2, **PACKED),
+    row(ULYSSES, COMPILED, cp=2, **TIED),
+    row(RING, shard=2, cp=2, microbatches=2, **PACKED),
+    row(ALLGATHER, FULL, shard=2, cp=2, **TIED),
+    row(ULYSSES, replicate=2, cp=2, **BOTH),
+    row(ALLGATHER_IN_ORDER, replicate=2, shard=2, cp=2, **PACKED),
+    row(RING, BY_OPERATOR, cp=2, tp=2, **PACKED),
+    row(ALLGATHER, cp=2, tp=2, **TIED),
+    row(ULYSSES, cp=2, tp=2, microbatches=2, **PACKED),
+]
+PIPELINE = [
+    row(pp=2, schedule="GPipe"),
+    row(FULL, pp=2, schedule="1F1B", microbatches=2, **PACKED),
+    row(pp=3, schedule="1F1B", layers=4, **PACKED),
+    row(pp=4, schedule="GPipe", layers=4),
+    row(PAIRS, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
+    row(pp=2, schedule="LoopedBFS", layers=4, microbatches=2),
+    row(EVERY_SECOND, pp=2, schedule="InterleavedZeroBubble", layers=4),
+    row(FULL, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(pp=2, schedule="DualPipeV", layers=4),
+    row(FROM_FILE, PAIRS, pp=2, **PACKED),
+    row(BY_NAME, BY_OPERATOR, pp=2, schedule="1F1B", layers=4),
+    row(BY_LAYERS, pp=2, schedule="Interleaved1F1B", layers=6),
+    row(COMPILED, FULL, pp=2, schedule="1F1B", microbatches=2),
+    row(shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
+    row(FULL, shard=2, pp=3, schedule="1F1B", layers=4),
+    row(replicate=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
+    row(BY_OPERATOR, replicate=2, shard=2, pp=2, schedule="GPipe", **PACKED),
+    row(tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
+    row(BY_OPERATOR, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(RING, cp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(ULYSSES, cp=2, pp=2, schedule="GPipe"),
+    row(ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
+]
+COMBINED = [
+    row(RING, shard=2, cp=2, tp=2, microbatches=2, **BOTH),
+    row(ULYSSES, FULL, shard=2, cp=2, tp=2, **PACKED),
+    row(ALLGATHER, BY_OPERATOR, replicate=2, cp=2, tp=2, **BOTH),
+    row(ULYSSES, replicate=2, shard=2, cp=2, tp=2, **PACKED),
+    row(shard=2, tp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
+    row(FULL, replicate=2, tp=2, pp=2, schedule="GPipe", microbatches=2),
+    row(replicate=2, shard=2, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(RING, shard=2, cp=2, pp=2, schedule="1F1B", **PACKED),
+    row(ULYSSES, replicate=2, cp=2, pp=2, schedule="LoopedBFS", layers=4, **PACKED),
+    row(ALLGATHER, replicate=2, shard=2, cp=2, pp=2, schedule="GPipe"),
+    row(RING, cp=2, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
+    row(ALLGATHER, FULL, cp=2, tp=2, pp=2, schedule="1F1B", microbatches=2),
+    row(RING, shard=2, cp=2, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(ULYSSES, replicate=2, cp=2, tp=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
+]
 
-TABLE = [*ONE, *DATA, *TENSOR]
+TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -118,6 +209,12 @@ def _special(case: Case) -> Iterator[str]:
         yield "CSV" if mesh.pipeline_parallel_schedule_csv else mesh.pipeline_parallel_schedule
     if case.cp > 1:
         yield f"{mesh.context_parallel_method} {mesh.context_parallel_load_balancer}"
+    if mesh.module_fqns_per_model_part:
+        yield "stages by name"
+    if mesh.pipeline_parallel_layers_per_stage:
+        yield "stages by layers"
+    if mesh.pipeline_parallel_microbatch_size > 1:
+        yield f"microbatch size {mesh.pipeline_parallel_microbatch_size}"
     if case.microbatches > 1:
         yield f"accumulates {case.microbatches}"
     if case.tied:

@@ -1,0 +1,388 @@
+"""Mistakes that libraries of this kind have made, to be put back one at a time.
+
+Each is a function that replaces a part of the library, in the worker processes and until the
+training has ended, and the row of the parity table that has to notice it: the smallest mesh that
+can. None of them crashes; that is why they lived long elsewhere.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from tests.distributed import tiny
+from tests.distributed.tiny import Case, Result
+from tests.parity.table import ALLGATHER, FULL, PACKED, RING, TIED, row
+from torchtitan import builder
+from torchtitan.components.cut_vocabulary import CutVocabulary
+from torchtitan.distributed import data_parallel, pipeline_runner, runner, spread_attention
+from torchtitan.distributed.context_parallel import ContextParallel, SpreadMasks
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_runner import PipelineRunner
+from torchtitan.distributed.runner import WholeModelRunner
+from torchtitan.distributed.sequence_layout import Block, Call, SequenceLayout
+from torchtitan.distributed.tensor_parallel import TensorStyle, TensorStyles
+from torchtitan.distributed.world import World
+from torchtitan.models.batch import IGNORE_INDEX, Batch
+
+
+class Patches(ExitStack):
+    """Replaced functions, which are put back at the end."""
+
+    calls = 0
+    """Of all that was put in place of something."""
+
+    def put(self, owner: Any, name: str, mistake: Callable[..., Any]) -> None:
+        """Call `mistake(original, *args)` instead of the function, method or property `name`."""
+        original = vars(owner)[name]
+        function = original.fget if isinstance(original, property) else original
+
+        @wraps(function)
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return mistake(function, *args, **kwargs)
+
+        setattr(owner, name, property(wrong) if isinstance(original, property) else wrong)
+        self.callback(setattr, owner, name, original)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake, and where it shows."""
+
+    put_back: Callable[[Patches], None]
+    case: Case
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def shows_on(case: Case) -> Callable[[Callable[[Patches], None]], Callable[[Patches], None]]:
+    """Register a mistake with a row of the table."""
+
+    def register(put_back: Callable[[Patches], None]) -> Callable[[Patches], None]:
+        BUGS[put_back.__name__] = Bug(put_back, case)
+        return put_back
+
+    return register
+
+
+def train_wrongly(world: World, name: str) -> tuple[Result, int]:
+    """Train with a mistake; also how many times the code that makes it was called."""
+    with Patches() as patches:
+        BUGS[name].put_back(patches)
+        return tiny.train(world, BUGS[name].case), patches.calls
+
+
+@shows_on(row(shard=2))
+def loss_is_averaged_per_rank(patches: Patches) -> None:
+    """Each rank divides by its own targets, and the means are averaged."""
+
+    def mean_of_means(original, self, batches, num_targets):
+        own = sum(int(self.loss.count(batch)) for batch in batches)
+        return original(self, batches, own * dist.get_world_size())
+
+    patches.put(WholeModelRunner, "forward_backward", mean_of_means)
+
+
+@shows_on(row(shard=2))
+def gradients_are_averaged_over_ranks(patches: Patches) -> None:
+    """FSDP's default."""
+    patches.put(data_parallel, "sum_gradients", lambda original, model: None)
+
+
+@shows_on(row(microbatches=4))
+def loss_is_averaged_per_microbatch(patches: Patches) -> None:
+    """Each microbatch is divided by its own targets, and the means are averaged."""
+
+    def mean_of_means(original, self, batches, num_targets):
+        count = [max(1, int(self.loss.count(batch))) * len(batches) for batch in batches]
+        return sum(original(self, [batch], n) for batch, n in zip(batches, count, strict=True))
+
+    patches.put(WholeModelRunner, "forward_backward", mean_of_means)
+
+
+@shows_on(row(shard=2, microbatches=2, **TIED))
+def accumulation_divides_twice(patches: Patches) -> None:
+    """By the step's targets, and by the number of microbatches."""
+
+    def divide_again(original, self, batches, num_targets):
+        return original(self, batches, num_targets * len(batches))
+
+    patches.put(WholeModelRunner, "forward_backward", divide_again)
+
+
+@shows_on(row(shard=2, microbatches=2, **TIED))
+def only_the_first_microbatch_is_reduced(patches: Patches) -> None:
+    """The flag that puts off the reduction is turned round."""
+    patches.put(
+        runner, "set_gradient_sync", lambda original, model, enabled: original(model, not enabled)
+    )
+
+
+@shows_on(row(shard=2))
+def norm_of_the_own_shard(patches: Patches) -> None:
+    """Every rank clips by the norm of what it holds."""
+    patches.put(tiny, "gradient_norm", lambda original, *args: _square_sum(*args).sqrt())
+
+
+@shows_on(row(replicate=2))
+def norm_counts_copies(patches: Patches) -> None:
+    """The squares of all ranks are added, of copies too."""
+    patches.put(tiny, "gradient_norm", _norm_of_all_ranks)
+
+
+@shows_on(row(tp=2))
+def norm_counts_what_tensor_parallel_ranks_share(patches: Patches) -> None:
+    """The same among ranks that share some parameters only."""
+    patches.put(tiny, "gradient_norm", _norm_of_all_ranks)
+
+
+@shows_on(row(shard=2))
+def seeds_differ_between_ranks(patches: Patches) -> None:
+    """Every rank draws its initial weights for itself."""
+
+    def own_seed(original, part, rule, seed):
+        original(part, rule, seed + dist.get_rank())
+
+    patches.put(builder, "initialize_parameters", own_seed)
+
+
+@shows_on(row(tp=2))
+def vocabulary_is_cut_evenly(patches: Patches) -> None:
+    """The remainder of the division is forgotten where labels are looked up."""
+    patches.put(
+        CutVocabulary,
+        "first",
+        lambda original, self: self.group.rank() * (self.total // self.group.size()),
+    )
+
+
+@shows_on(row(tp=2))
+def padding_of_the_vocabulary_takes_part(patches: Patches) -> None:
+    """The last rank's missing rows are logits of zero in the softmax."""
+
+    def padded(original, self, logits, labels):
+        rows = logits.size(1)
+        loss, grad = original(self, F.pad(logits, (0, self.most - rows)), labels)
+        return loss, grad[:, :rows]
+
+    patches.put(CutVocabulary, "cross_entropy", padded)
+
+
+@shows_on(row(tp=2))
+def loss_is_counted_on_every_tensor_parallel_rank(patches: Patches) -> None:
+    """All of them compute the same loss, and all add it."""
+    patches.put(ParallelDims, "counts_loss", lambda original, self, rank: True)
+
+
+@shows_on(row(tp=2))
+def norm_weights_gradients_stay_apart(patches: Patches) -> None:
+    """Each rank's norms see its part of the sequence, and nothing adds their gradients up."""
+    patches.put(TensorStyles, "norm", lambda original, self: TensorStyle(Replicate(), Replicate()))
+
+
+@shows_on(row(tp=2))
+def norm_weights_gradients_are_averaged(patches: Patches) -> None:
+    """They are added up, and divided by the number of parts."""
+    patches.put(
+        TensorStyles, "norm", lambda original, self: TensorStyle(Replicate(), Partial("avg"))
+    )
+
+
+@shows_on(row(tp=8, kv_heads=2))
+def copies_of_key_heads_are_not_added_up(patches: Patches) -> None:
+    """More ranks than key heads: each takes its own queries' part for the whole gradient."""
+
+    def apart(original, self, units=None):
+        style = original(self, units)
+        if style.units is None:
+            return style
+        return TensorStyle(style.placement, Replicate(), style.mixin, style.units)
+
+    patches.put(TensorStyles, "colwise", apart)
+
+
+@shows_on(row(RING, cp=2))
+def positions_are_not_permuted(patches: Patches) -> None:
+    """Tokens are spread head-tail, positions in order."""
+
+    def in_order(original, self, batch):
+        share = original(self, batch)
+        share["positions"] = batch["positions"].chunk(self.layout.degree, 1)[self.rank]
+        return share
+
+    patches.put(ContextParallel, "cut", in_order)
+
+
+@shows_on(row(RING, cp=2))
+def mask_is_for_a_sequence_in_order(patches: Patches) -> None:
+    """Tokens are spread head-tail; earlier ranks are seen whole, and later ones not at all."""
+
+    def in_order(original, self, rank):
+        own, *_ = original(self, rank)
+        blocks = [own]
+        for step in range(1, self.degree):
+            source = (rank - step) % self.degree
+            whole = Call(range(2), range(2), causal=False)
+            blocks.append(Block(self.chunks(source), (whole,) if source < rank else ()))
+        return blocks
+
+    patches.put(SequenceLayout, "blocks_in_turn", in_order)
+
+
+@shows_on(row(RING, cp=2, **PACKED))
+def documents_are_ignored(patches: Patches) -> None:
+    """Attention over several ranks is plainly causal."""
+    patches.put(SpreadMasks, "forward", lambda original, self, document_ids: None)
+
+
+@shows_on(row(RING, cp=2, **PACKED))
+def documents_are_counted_in_each_share(patches: Patches) -> None:
+    """The ids that meet were numbered from the start of each share."""
+
+    def from_zero(original, queries, keys, call):
+        return original(queries - queries[:, :1], keys - keys[:, :1], call)
+
+    patches.put(spread_attention, "_same_document", from_zero)
+
+
+@shows_on(row(RING, cp=2, **PACKED))
+def queries_that_see_nothing_count(patches: Patches) -> None:
+    """The kernel's log-sum-exp of 0 for them is believed, and halves what other keys gave."""
+
+    def believed(original, part):
+        def forward(part):
+            out, lse = kernel.forward(part)
+            return out, lse.masked_fill(lse.isneginf(), 0.0)
+
+        kernel = original(part)
+        return kernel._replace(forward=forward)
+
+    patches.put(spread_attention, "choose_kernel", believed)
+
+
+@shows_on(row(RING, cp=2))
+def backward_normalises_by_one_share(patches: Patches) -> None:
+    """It takes the log-sum-exp of the keys at hand for that of all keys."""
+
+    def of_share(original, part):
+        def backward(part, grad, out, lse):
+            return kernel.backward(part, grad, out, kernel.forward(part)[1])
+
+        kernel = original(part)
+        return kernel._replace(backward=backward)
+
+    patches.put(spread_attention, "choose_kernel", of_share)
+
+
+@shows_on(row(RING, cp=2))
+def labels_are_shifted_in_each_share(patches: Patches) -> None:
+    """A share's last token predicts nothing, and its first half's last one the wrong token."""
+
+    def shift(original, self, batch):
+        share = original(self, batch)
+        labels = share["tokens"].roll(-1, 1)
+        labels[:, -1] = IGNORE_INDEX
+        share["labels"] = labels.masked_fill(share["labels"] == IGNORE_INDEX, IGNORE_INDEX)
+        return share
+
+    patches.put(ContextParallel, "cut", shift)
+
+
+@shows_on(row(ALLGATHER, cp=2, **TIED))
+def gradients_stay_apart_along_the_sequence(patches: Patches) -> None:
+    """Parameters are shared out over data ranks only."""
+    patches.put(ParallelDims, "shard_mesh", lambda original, self, mesh: mesh["dp_shard"])
+
+
+@shows_on(row(pp=2, schedule="GPipe"))
+def pipeline_averages_over_microbatches(patches: Patches) -> None:
+    """The default of torch's schedules."""
+
+    def scaled(original, *args):
+        schedule = original(*args)
+        schedule.scale_grads = True
+        return schedule
+
+    patches.put(pipeline_runner, "build_pipeline_schedule", scaled)
+
+
+@shows_on(row(pp=2, schedule="GPipe"))
+def pipeline_divides_after_the_backward(patches: Patches) -> None:
+    """The reported loss is a mean, the gradients are those of the sum."""
+
+    def undivided(original, self, hidden, index):
+        return original(self, hidden, index) * self._num_targets
+
+    def divide(original, self, batches, num_targets):
+        return original(self, batches, num_targets) / num_targets
+
+    patches.put(PipelineRunner, "_loss_of_step", undivided)
+    patches.put(PipelineRunner, "forward_backward", divide)
+
+
+@shows_on(row(pp=2, schedule="GPipe"))
+def norm_of_the_own_stage(patches: Patches) -> None:
+    """Every stage clips by its own norm."""
+    patches.put(tiny, "gradient_norm", lambda original, *args: _square_sum(*args).sqrt())
+
+
+@shows_on(row(FULL, pp=2, schedule="1F1B", microbatches=2, **PACKED))
+def pipeline_forgets_accumulated_gradients(patches: Patches) -> None:
+    """Setting up the stages for the next batch clears them."""
+
+    def one_by_one(original, self, batches, num_targets):
+        total = torch.zeros(())
+        for batch in batches:
+            for part in self._stages.values():
+                part.zero_grad()
+            total = total + original(self, [batch], num_targets)
+        return total
+
+    patches.put(PipelineRunner, "forward_backward", one_by_one)
+
+
+@shows_on(row(FULL, pp=2, schedule="1F1B", microbatches=2, **PACKED))
+def pipeline_reuses_the_first_documents(patches: Patches) -> None:
+    """What is not handed from stage to stage is that of the first microbatch."""
+
+    def of_first(original, self, batches):
+        pieces = original(self, batches)
+        return [Batch(piece, document_ids=pieces[0]["document_ids"]) for piece in pieces]
+
+    patches.put(PipelineRunner, "_split", of_first)
+
+
+@shows_on(row(pp=2, schedule="GPipe"))
+def depth_is_counted_in_each_stage(patches: Patches) -> None:
+    """Initial weights that depend on the depth take every stage for the first."""
+
+    def from_zero(original, part, rule, seed):
+        depths = {name: depth for depth, name in enumerate(part.blocks())}
+
+        def rule_of_stage(name):
+            block = ".".join(name.split(".")[:2])
+            return rule(name.replace(block, f"layers.{depths[block]}") if block in depths else name)
+
+        original(part, rule_of_stage, seed)
+
+    patches.put(builder, "initialize_parameters", from_zero)
+
+
+def _square_sum(parameters, *_) -> torch.Tensor:
+    """Of the gradients that this rank holds."""
+    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+    return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+
+
+def _norm_of_all_ranks(_original, parameters, *_) -> torch.Tensor:
+    total = _square_sum(parameters)
+    dist.all_reduce(total)
+    return total.sqrt()

@@ -1,0 +1,92 @@
+"""The table has a row for everything that is promised to be equal."""
+
+from collections import Counter
+from itertools import combinations, product
+from typing import get_args
+
+import pytest
+
+from tests.distributed import tiny
+from tests.parity.table import TABLE, dims_of, kinds_of, name_of, special_of
+from torchtitan.config.parallelism_section import Parallelism, Schedule
+from torchtitan.models.batch import IGNORE_INDEX
+
+DATA = ("ddp", "fsdp", "hsdp")
+OTHERS = ("tp", "cp", "pp")
+COMBINATIONS = {frozenset([*chosen]) for n in (1, 2, 3) for chosen in combinations(OTHERS, n)}
+ALL_KINDS = {frozenset([kind]) for kind in DATA} | COMBINATIONS
+ALL_KINDS |= {kinds | {kind} for kinds, kind in product(COMBINATIONS, DATA)}
+
+KINDS = [kinds_of(case) for case in TABLE]
+SPECIAL = Counter(special for case in TABLE for special in special_of(case))
+
+
+def test_there_are_many_meshes_of_1_to_16_processes() -> None:
+    assert len(TABLE) >= 60
+    assert {1, 2, 3, 4, 6, 8, 16} == {case.world_size for case in TABLE}
+
+
+def test_rows_differ() -> None:
+    assert Counter(map(name_of, TABLE)).most_common(1)[0][1] == 1
+
+
+def test_every_pair_and_triple_of_parallelisms() -> None:
+    hsdp_with_all = frozenset(["hsdp", *OTHERS])  # takes 32 processes
+    assert ALL_KINDS - {*KINDS} == {hsdp_with_all}
+    assert len({kinds for kinds in KINDS if len(kinds) == 3}) == 10
+
+
+def test_two_of_everything() -> None:
+    degrees = [(d.dp, d.cp, d.tp, d.pp) for d in map(dims_of, TABLE)]
+    assert degrees.count((2, 2, 2, 2)) >= 2
+
+
+@pytest.mark.parametrize("schedule", [*get_args(Schedule), "CSV"])
+def test_every_schedule(schedule: str) -> None:
+    assert SPECIAL[schedule] >= 1
+
+
+def test_every_way_to_spread_a_sequence() -> None:
+    methods = get_args(Parallelism.model_fields["context_parallel_method"].annotation)
+    balancers = get_args(Parallelism.model_fields["context_parallel_load_balancer"].annotation)
+    ways = {f"{method} {balancer}" for method, balancer in product(methods, balancers)}
+    assert ways - {"ulysses headtail"} <= SPECIAL.keys()
+    for method in methods:
+        kinds = [k for case, k in zip(TABLE, KINDS) if any(method in s for s in special_of(case))]
+        assert {"tp", "pp"} <= set().union(*kinds), method
+
+
+@pytest.mark.parametrize("kind", [*DATA, *OTHERS])
+def test_each_kind_meets_every_variant(kind: str) -> None:
+    special = {s for case, kinds in zip(TABLE, KINDS) if kind in kinds for s in special_of(case)}
+    wanted = {"packed", "accumulates 2", "checkpointing full", "checkpointing op"}
+    wanted |= {"tied"} if kind != "pp" else set()  # a pipeline refuses tied embeddings
+    assert wanted <= special
+    assert any(words.startswith("compiled") for words in special)
+
+
+def test_every_kind_of_checkpointing_and_compiler() -> None:
+    assert SPECIAL["checkpointing 2"] >= 2
+    assert {"compiled aot_eager", "compiled inductor"} <= SPECIAL.keys()
+
+
+def test_ranks_have_unequal_numbers_of_targets() -> None:
+    counted = tiny.sequences()["labels"] != IGNORE_INDEX
+    for ranks in (2, 4, 8):
+        of_data_ranks = [int(part.sum()) for part in counted.chunk(ranks)]
+        assert len(set(of_data_ranks)) > ranks // 2
+        along_the_sequence = [int(part.sum()) for part in counted.chunk(ranks, dim=1)]
+        assert len(set(along_the_sequence)) == ranks
+
+
+def test_documents_begin_anywhere() -> None:
+    """Within a rank's share of the sequence and at its edge; and some go through several."""
+    ids = tiny.sequences()["document_ids"]
+    starts = (ids.diff(dim=1) > 0).nonzero()[:, 1] + 1
+    assert {0, *range(1, 8)} == {int(start) % 8 for start in starts}
+    assert int(ids[0, 0]) == int(ids[0, -1])
+
+
+def test_the_vocabulary_and_the_groups_of_heads_divide_nothing() -> None:
+    assert all(tiny.VOCAB_SIZE % n for n in range(2, tiny.VOCAB_SIZE))
+    assert all(case.kv_heads < case.heads for case in TABLE)
