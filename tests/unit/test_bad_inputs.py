@@ -243,7 +243,7 @@ ARITHMETIC_CASES = [
     Bad("world", ["WORLD_SIZE = 8", "= 4"], None, ["parallelism.data_parallel_shard_degree=4"], 8),
     Bad("zero", ["at least 1, or -1"], None, ["parallelism.data_parallel_shard_degree=0"], 1),
     Bad("rest", ["cannot be divided"], None, ["parallelism.data_parallel_replicate_degree=3"], 8),
-    Bad("tensor", ["not available"], None, ["parallelism.tensor_parallel_degree=2"], 2),
+    Bad("tensor", ["divide model.args.n_heads"], None, ["parallelism.tensor_parallel_degree=3"], 3),
     Bad(
         "context-length",
         ["seq_len = 2050: ", "degree = 2 needs a multiple of 4", "set it to 2048 or 2052"],

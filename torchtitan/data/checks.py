@@ -75,10 +75,11 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
     except ConfigError:
         return []
     try:
-        family.resolve_args(model.flavor, model.args, vocab_size)
+        args = family.resolve_args(model.flavor, model.args, vocab_size)
     except ConfigError as error:
         return error.problems
-    return []
+    degree = facts.config.parallelism.tensor_parallel_degree
+    return args.tensor_parallel_problems(degree) if degree > 1 else []
 
 
 def _check_dataset(facts: Facts) -> list[Problem]:

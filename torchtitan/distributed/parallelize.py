@@ -19,7 +19,8 @@ def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: Par
     assert isinstance(model, LanguageModel)
     # First, since everything else is done to the modules, and parameters, that this makes.
     if dims.tp > 1:
-        apply_tensor_parallel(model, mesh["tp"])
+        overlap = config.parallelism.enable_async_tensor_parallel
+        apply_tensor_parallel(model, mesh["tp"], overlap=overlap)
     if dims.cp > 1:
         apply_context_parallel(model, ContextParallel.of(config.parallelism, mesh["cp"]))
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.

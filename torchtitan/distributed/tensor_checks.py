@@ -1,13 +1,68 @@
 """What can be wrong with the settings of tensor parallelism. No torch."""
 
+from collections.abc import Iterator
+
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
+from torchtitan.models.checks import model_args
+from torchtitan.utils.environment import EnvironmentFaults, read_environment
+
+DEGREE_KEY = "parallelism.tensor_parallel_degree"
+ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
 
 
 def check(facts: Facts) -> list[Problem]:
-    """Problems of `parallelism.tensor_parallel_*`."""
-    degree = facts.config.parallelism.tensor_parallel_degree
-    if degree == 1:
-        return []
-    problem = "is not available in this version"
-    return [Problem("parallelism.tensor_parallel_degree", problem, "set it to 1", degree)]
+    """Problems of `parallelism.tensor_parallel_degree` and `enable_async_tensor_parallel`.
+
+    A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.
+    """
+    section = facts.config.parallelism
+    degree, args = section.tensor_parallel_degree, model_args(facts)
+    problems = list(_async(facts)) if section.enable_async_tensor_parallel else []
+    if degree > 1 and args is not None:
+        problems += args.tensor_parallel_problems(degree)
+        problems += [*_sequence(facts), *_machines(facts)]
+    return problems
+
+
+def _async(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    backend = config.handlers.get("compile", {}).get("backend", "inductor")
+    fix = "set it to false"
+    if config.parallelism.tensor_parallel_degree == 1:
+        yield Problem(ASYNC_KEY, f"{DEGREE_KEY} is 1: nothing is exchanged", fix, True)
+    elif facts.device_type != "cuda":
+        problem = f"it needs CUDA devices, and this run is on {facts.device_type}"
+        yield Problem(ASYNC_KEY, problem, fix, True)
+    elif "compile" not in config.model.handlers or backend != "inductor":
+        problem = "it is the compiler that overlaps products and their communication"
+        fix = 'add "compile" to model.handlers, with the backend inductor, or set this to false'
+        yield Problem(ASYNC_KEY, problem, fix, True)
+
+
+def _sequence(facts: Facts) -> Iterator[Problem]:
+    """With context parallelism, whose check knows of this too, the divisor is another."""
+    section, seq_len = facts.config.parallelism, facts.config.training.seq_len
+    degree = section.tensor_parallel_degree
+    below = seq_len // degree * degree
+    if section.context_parallel_degree == 1 and below != seq_len:
+        nearest = f"{below} or {below + degree}" if below else str(degree)
+        problem = f"tensor_parallel_degree = {degree} needs a multiple of {degree}"
+        yield Problem("training.seq_len", problem, f"set it to {nearest}", seq_len)
+
+
+def _machines(facts: Facts) -> Iterator[Problem]:
+    try:
+        environment = read_environment()
+    except EnvironmentFaults:
+        return  # reported where processes are joined
+    degree, local = facts.config.parallelism.tensor_parallel_degree, environment.local_world_size
+    if facts.full and environment.world_size == facts.world_size > local and local % degree:
+        yield Problem(
+            DEGREE_KEY,
+            f"some ranks that exchange activations in every layer are on different machines, since"
+            f" each runs {local} processes",
+            f"set it to a divisor of {local}, unless the network is as fast as the machine's",
+            degree,
+            severity="warning",
+        )

@@ -28,6 +28,7 @@ from torch.distributed.tensor import (
 )
 
 from torchtitan.models.spec import LanguageModel
+from torchtitan.utils.torch_compat import enable_async_tensor_parallel
 
 _C10D = torch.ops._c10d_functional
 
@@ -156,13 +157,16 @@ class TensorStyles:
         return TensorStyle(Shard(0), Shard(0), _GatherInput)
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, overlap: bool = False) -> None:
     """Cut `model`, which is on the meta device, over the 1-D `mesh` as its plan says, in place.
 
-    Raises ValueError for a parameter that the plan leaves out: nothing would sum its gradient.
+    With `overlap` compiled blocks exchange piece by piece, while they compute (CUDA only). Raises
+    ValueError for a parameter that the plan leaves out: nothing would sum its gradient.
     """
     declared: object = model
     assert isinstance(declared, LanguageModel)
+    if overlap:
+        enable_async_tensor_parallel(mesh.get_group().group_name)
     group = TensorGroup(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
     plan = declared.tensor_parallel_plan(TensorStyles(group.size))
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is met twice, and stays one

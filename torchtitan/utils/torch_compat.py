@@ -5,6 +5,7 @@ used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (ch
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +40,18 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
     """Sum `value` over ranks; `output` is this rank's of the equal parts along its dimension 0."""
     scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(output, value, group=group)
+
+
+def enable_async_tensor_parallel(group_name: str) -> None:
+    """Have the compiler overlap this group's collectives with the matrix products beside them."""
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # 2.13 calls it needless, but its compiler still passes over groups that were not enabled.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(group_name)
 
 
 def set_group_timeouts(timeout: timedelta) -> None:

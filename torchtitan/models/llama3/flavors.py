@@ -6,6 +6,7 @@ softmax costs in proportion to the heads and took most of a CPU step (half the h
 time); and half as many key heads as query heads, to exercise the grouped attention of the others.
 """
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -14,6 +15,8 @@ from torchtitan.config.errors import Problem
 from torchtitan.config.section import PositiveFloat, PositiveInt
 from torchtitan.models.spec import ModelArgs
 
+_MOST_TENSOR_RANKS = 1024
+"""Larger degrees are not proposed."""
 Width = Annotated[int, Field(gt=0, le=2**24)]
 
 
@@ -96,6 +99,25 @@ class LlamaArgs(ModelArgs):
     def heads(self) -> tuple[int, int]:
         """See `ModelArgs`."""
         return self.n_heads, self.num_kv_heads
+
+    def tensor_parallel_problems(self, degree: int) -> list[Problem]:
+        """See `ModelArgs`: heads, channels and tokens are shared out, each whole."""
+        key, found = "parallelism.tensor_parallel_degree", list(self._left_over(degree))
+        candidates = range(1, min(self.n_heads, _MOST_TENSOR_RANKS) + 1) if found else ()
+        fitting = [str(ranks) for ranks in candidates if not any(self._left_over(ranks))]
+        return [Problem(key, what, f"set it to {' or '.join(fitting)}", degree) for what in found]
+
+    def _left_over(self, degree: int) -> Iterator[str]:
+        if self.n_heads % degree:
+            yield f"does not divide model.args.n_heads = {self.n_heads}"
+        elif self.num_kv_heads % degree and degree % self.num_kv_heads:
+            yield f"neither divides model.args.n_kv_heads = {self.num_kv_heads} nor is a multiple"
+        if self.ffn_hidden_dim % degree:
+            yield f"does not divide the feed-forward's width, {self.ffn_hidden_dim}"
+        if self.vocab_size is not None:
+            rows = -(-self.vocab_size // degree)  # of every rank but the last ones
+            if (degree - 1) * rows >= self.vocab_size:
+                yield f"leaves a rank without any of the vocabulary's {self.vocab_size} tokens"
 
     def pipeline_parallel_problems(self, degree: int) -> list[Problem]:
         """See `ModelArgs`: tied embeddings would live in the first stage and in the last."""
