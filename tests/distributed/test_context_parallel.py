@@ -4,10 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
+from torchtitan.distributed.context_parallel import ContextParallel
+from torchtitan.distributed.sequence_layout import SequenceLayout
+from torchtitan.distributed.world import World
+from torchtitan.models.batch import Batch
 
 TOLERANCE = 1e-11
 METHODS = ("allgather", "ring", "ulysses")
@@ -71,3 +76,25 @@ def test_compiled_by_inductor(
     case = over(2, method, 2, settings=INDUCTOR, document_mask=True)
     results = gloo_pool.run(2, tiny.train, case, timeout=240)
     assert tiny.compare(results, references[True][0]).worst < TOLERANCE
+
+
+def cut(world: World, method: str) -> Batch:
+    layout = SequenceLayout(world.world_size, method != "ulysses")
+    context = ContextParallel(method, layout, world.control_group)
+    values = torch.arange(16).view(2, 8)
+    batch = Batch(dict.fromkeys(("tokens", "labels", "positions", "document_ids", "new"), values))
+    return context.cut(Batch({**batch, "other": torch.arange(8)}))
+
+
+@pytest.mark.parametrize(
+    ("method", "columns"),
+    [("ring", [[0, 1, 6, 7], [2, 3, 4, 5]]), ("ulysses", [[0, 1, 2, 3], [4, 5, 6, 7]])],
+)
+def test_what_is_cut(method: str, columns: list[list[int]], gloo_pool: GlooPool) -> None:
+    """All that has a value per position, but the document ids."""
+    whole = torch.arange(16).view(2, 8)
+    for rank, batch in enumerate(gloo_pool.run(2, cut, method)):
+        for name in ("tokens", "labels", "positions", "new"):
+            assert torch.equal(batch[name], whole[:, columns[rank]])
+        assert torch.equal(batch["document_ids"], whole)
+        assert torch.equal(batch["other"], torch.arange(8))

@@ -1,0 +1,186 @@
+"""Attention over a sequence on several ranks, against attention on one: outputs and gradients."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.pool import GlooPool
+from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.distributed.context_parallel import ContextParallel, apply_context_parallel
+from torchtitan.distributed.sequence_layout import SequenceLayout
+from torchtitan.distributed.world import World
+from torchtitan.models.attend import Attend, Masks, build_mask
+from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
+
+SEQ_LEN = 48
+NUM_SEQUENCES = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    method: str
+    balanced: bool = True
+    documents: str = "none"
+    heads: int = 4
+    kv_heads: int = 2
+    dtype: torch.dtype = torch.float64
+
+    def context(self, world: World) -> ContextParallel:
+        return ContextParallel(
+            self.method, SequenceLayout(world.world_size, self.balanced), world.control_group
+        )
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the gradient of the output, whole; strides as in a model."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, upstream = (
+            torch.randn(NUM_SEQUENCES, SEQ_LEN, heads, 8, generator=generator, dtype=torch.float64)
+            for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        )
+        return tuple(x.to(self.dtype).transpose(1, 2) for x in (q, k, v, upstream))  # type: ignore[return-value]
+
+    def document_ids(self) -> Tensor | None:
+        """Whole, `[B, T]`; the two sequences have different borders."""
+        if self.documents == "none":
+            return None
+        starts = torch.zeros(NUM_SEQUENCES, SEQ_LEN, dtype=torch.bool)
+        if self.documents == "short":  # several in a share, few of them within one chunk
+            starts[0, 1::5] = True
+            starts[1, 3::7] = True
+        elif self.documents == "long":  # over several shares, and starting in their middle
+            starts[0, [20, 45]] = True
+            starts[1, 31] = True
+        else:  # just a share of the sequence: all or nothing is visible
+            starts[:, :: SEQ_LEN // 4] = True
+        return starts.cumsum(1)
+
+
+class Model(torch.nn.Module):
+    """What context parallelism replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks, self.attend = Masks(), Attend()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Any:
+        return self.attend(q, k, v, self.masks(document_ids))
+
+
+def differences(world: World, setting: Setting) -> list[float]:
+    """The largest of the output and of the gradients of q, k, v, on this rank."""
+    context = setting.context(world)
+    whole, ids = setting.inputs(), setting.document_ids()
+    exact = [x.double().requires_grad_() for x in whole[:3]]
+    expected, _ = Attend()(*exact, build_mask(ids))
+    gradients = torch.autograd.grad(expected, exact, whole[3].double())
+
+    share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
+    own = [
+        share(x).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in whole[:3]
+    ]
+    model = Model()
+    apply_context_parallel(model, context)
+    out, _ = model(*own, ids)
+    found = torch.autograd.grad(out, own, share(whole[3]), retain_graph=True)
+    again = torch.autograd.grad(out, own, share(whole[3]))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert [out.dtype, *(x.dtype for x in found)] == [setting.dtype] * 4
+    pairs = zip((out, *found), (expected, *gradients), strict=True)
+    return [(a - share(b)).abs().max().item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("documents", ["none", "short", "long", "share"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("method", "balanced"),
+    [*product(["ring", "allgather"], [True, False]), ("ulysses", False)],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_exact(
+    ranks: int, method: str, balanced: bool, kv_heads: int, documents: str, gloo_pool: GlooPool
+) -> None:
+    setting = Setting(method, balanced, documents, kv_heads=kv_heads)
+    for found in gloo_pool.run(ranks, differences, setting, timeout=30):
+        assert max(found) < 1e-14
+
+
+@pytest.mark.parametrize("documents", ["none", "short"])
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_bfloat16_is_merged_in_float32(method: str, documents: str, gloo_pool: GlooPool) -> None:
+    """As near to the truth as one call of the kernel: a few roundings, however many the parts."""
+    setting = Setting(method, False, documents, dtype=torch.bfloat16)
+    (alone,) = gloo_pool.run(1, differences, replace(setting, method="ulysses"))
+    for spread in gloo_pool.run(4, differences, setting):
+        assert all(a < 1.5 * b for a, b in zip(spread, alone, strict=True))
+
+
+def log_sum_exp(world: World, setting: Setting) -> tuple[Tensor, Tensor]:
+    context = setting.context(world)
+    q, k, v, _ = setting.inputs()
+    scores = (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).masked_fill(
+        ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril(), -torch.inf
+    )
+    share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
+    model = Model()
+    apply_context_parallel(model, context)
+    _, lse = model(share(q).requires_grad_(), share(k), share(v), None)
+    assert not lse.requires_grad
+    return lse, share(scores.logsumexp(-1))
+
+
+def test_log_sum_exp(gloo_pool: GlooPool) -> None:
+    for lse, expected in gloo_pool.run(2, log_sum_exp, Setting("ring", kv_heads=4)):
+        torch.testing.assert_close(lse, expected, rtol=0, atol=1e-14)
+
+
+def check_operator(world: World, setting: Setting) -> None:
+    from torchtitan.distributed.spread_attention import spread_attention, visibility_levels
+
+    context, ids = setting.context(world), setting.document_ids()
+    share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
+    own = [share(x).requires_grad_() for x in setting.inputs()[:3]]
+    levels = None if ids is None else visibility_levels(ids, context.layout, context.rank)
+    place = (setting.method, setting.balanced, context.group.group_name)
+    torch.library.opcheck(spread_attention, (*own, ids, levels, *place))
+
+
+@pytest.mark.parametrize("documents", ["none", "long"])
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_it_is_what_it_tells_torch(method: str, documents: str, gloo_pool: GlooPool) -> None:
+    """Schema, fake tensors, autograd and tracing of the operator."""
+    gloo_pool.run(2, check_operator, Setting(method, documents=documents))
+
+
+class Count(TorchDispatchMode):
+    """Counts the forwards of the operator while entered."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += func is torch.ops.torchtitan.spread_attention.default
+        return func(*args, **(kwargs or {}))
+
+
+def forwards_in_backward(world: World, option: str) -> int:
+    model = Model()
+    apply_context_parallel(model, Setting("ring").context(world))
+    section = ActivationCheckpoint(mode="selective", selective_ac_option=option)
+    apply_activation_checkpoint({"layers.0": model}, section)
+    q = torch.randn(1, 2, 8, 8, requires_grad=True)
+    out, _ = model(q, q, q, None)
+    with Count() as count:
+        out.sum().backward()
+    return count.calls
+
+
+@pytest.mark.parametrize(("option", "expected"), [("1", 1), ("op", 0)])
+def test_checkpointing_by_operator_keeps_it(
+    option: str, expected: int, gloo_pool: GlooPool
+) -> None:
+    assert gloo_pool.run(2, forwards_in_backward, option) == [expected] * 2
