@@ -131,7 +131,7 @@ class PipelineRunner:
             if stage == self._last:
                 self._loss(out, piece).backward()
             else:
-                out.backward(torch.empty_like(out))
+                out.backward(self._empty_hidden(piece, self._device))
 
     def _split(self, microbatches: Sequence[Batch]) -> list[Batch]:
         """The pipeline's microbatches, on the device."""

@@ -1,0 +1,244 @@
+"""A model cut into stages trains like one process, whatever the schedule; and evaluates."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import tiny
+from tests.distributed.tiny import Case
+from tests.pool import GlooPool
+from torchtitan import builder
+from torchtitan.checkpoint.state import model_tensors
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.config.facts import Facts
+from torchtitan.distributed import grad_clip, pipeline_runner
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_runner import PipelineRunner
+from torchtitan.distributed.pipeline_schedule import SCHEDULES
+from torchtitan.distributed.world import World
+from torchtitan.models.batch import Batch
+
+TOLERANCE = 1e-11
+FULL = {"activation_checkpoint": {"mode": "full"}}
+BY_OPERATOR = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
+COMPILED = {
+    "model": {"handlers": ["compile"]},
+    "handlers": {"compile": {"backend": "aot_eager"}},
+}
+
+
+def parallelism(**keys: object) -> dict[str, dict[str, object]]:
+    return {"parallelism": keys}
+
+
+LAYER_BY_LAYER = parallelism(
+    pipeline_parallel_layers_per_stage=1,
+    pipeline_parallel_first_stage_less_layers=0,
+    pipeline_parallel_last_stage_less_layers=0,
+)
+ENDS_APART = parallelism(
+    module_fqns_per_model_part=[
+        ["tok_embeddings"],
+        ["layers.0", "layers.1", "layers.2"],
+        ["layers.3", "norm"],
+        ["output"],
+    ]
+)
+CASES = {
+    **{f"{name}": Case(2, pp=2, layers=4, schedule=name) for name in SCHEDULES},
+    **{f"{name}, fsdp": Case(4, pp=2, layers=4, schedule=name) for name in SCHEDULES},
+    "1F1B on 4": Case(4, pp=4, layers=4),
+    "ZBVZeroBubble on 4": Case(4, pp=4, layers=8, schedule="ZBVZeroBubble"),
+    "DualPipeV on 4": Case(4, pp=4, layers=8, schedule="DualPipeV"),
+    "Interleaved1F1B on 4": Case(4, pp=4, layers=8, schedule="Interleaved1F1B"),
+    # torch frees the weights of a fourth stage while it works on the others.
+    "4 stages a rank": Case(
+        4, pp=2, layers=8, schedule="InterleavedZeroBubble", settings=LAYER_BY_LAYER
+    ),
+    "uneven": Case(3, pp=3, layers=4, microbatches=2, document_mask=True),
+    "larger microbatches": Case(
+        2, pp=2, layers=4, settings=parallelism(pipeline_parallel_microbatch_size=4)
+    ),
+    "accumulating": Case(4, pp=2, layers=4, microbatches=2, schedule="ZBVZeroBubble"),
+    "ddp": Case(4, pp=2, layers=4, replicate=2, shard=1, schedule="InterleavedZeroBubble"),
+    "ends apart": Case(4, pp=2, layers=4, schedule="InterleavedZeroBubble", settings=ENDS_APART),
+    "always resharded": Case(
+        4,
+        pp=2,
+        layers=4,
+        schedule="Interleaved1F1B",
+        settings=parallelism(fsdp_reshard_after_forward="always"),
+    ),
+    "full checkpointing": Case(4, pp=2, layers=4, schedule="DualPipeV", settings=FULL),
+    "by operator": Case(2, pp=2, layers=4, schedule="LoopedBFS", settings=BY_OPERATOR),
+    "compiled": Case(2, pp=2, layers=4, schedule="Interleaved1F1B", settings=COMPILED),
+    "packed documents": Case(
+        4, pp=2, layers=4, document_mask=True, schedule="ZBVZeroBubble", loss_chunks=1
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def references(gloo_pool: GlooPool) -> dict[tuple[int, bool], tiny.Result]:
+    kinds = {(case.layers, case.document_mask) for case in CASES.values()}
+    return {
+        (layers, mask): gloo_pool.run(1, tiny.train, Case(layers=layers, document_mask=mask))[0]
+        for layers, mask in kinds
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pipeline_equals_one_process(
+    name: str, gloo_pool: GlooPool, references: dict[tuple[int, bool], tiny.Result]
+) -> None:
+    case = CASES[name]
+    results = gloo_pool.run(case.world_size, tiny.train, case)
+    reference = references[case.layers, case.document_mask]
+    assert tiny.compare(results, reference).worst < TOLERANCE
+
+
+def test_schedule_from_a_file(
+    tmp_path: Path, gloo_pool: GlooPool, references: dict[tuple[int, bool], tiny.Result]
+) -> None:
+    """Three stages, of which the second rank holds the first two; backwards whole and in halves."""
+    first = [f"{kind}{n}" for n in range(8) for kind in ("0F", "1F")]
+    back = [f"{kind}{n}" for n in range(8) for kind in ("1I", "0B", "1W")]
+    last = [f"{kind}{n}" for n in range(8) for kind in ("2F", "2B")]
+    path = tmp_path / "schedule.csv"
+    path.write_text(f"{','.join(last)}\n{','.join(first + back)}\n")
+    case = Case(2, pp=2, layers=4, settings=parallelism(pipeline_parallel_schedule_csv=str(path)))
+    results = gloo_pool.run(2, tiny.train, case)
+    assert set(results[0].parameters) > {"output.weight"}
+    assert "tok_embeddings.weight" in results[1].parameters
+    assert tiny.compare(results, references[4, False]).worst < TOLERANCE
+
+
+def build(world: World, case: Case) -> tuple[builder.BuiltModel, PipelineRunner, list[Batch]]:
+    config = case.config()
+    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    mesh = dims.build_mesh("cpu")
+    model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    return model, runner, tiny.microbatches_of(case, dims, world.rank)  # type: ignore[return-value]
+
+
+def _evaluations(world: World, case: Case) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """Sums of losses over the data cut in several ways; gradients of a step before and after."""
+    model, runner, (batch,) = build(world, case)
+    num_targets = int(CrossEntropyLoss().count(tiny.sequences()))
+    rows = {name: tensor.split([1, len(tensor) - 1]) for name, tensor in batch.items()}
+    uneven = [Batch({name: parts[n] for name, parts in rows.items()}) for n in (0, 1)]
+    sums, gradients = [], []
+    for batches in ([batch], uneven, [batch, batch]):
+        sums.append(runner.evaluate(batches).item())
+        assert not [p for p in model.parameters if not isinstance(p, DTensor)], "still gathered"
+        assert not [p for p in model.parameters if p.grad is not None]
+        runner.forward_backward([batch], num_targets)
+        gradients.append({n: g for part in model.parts for n, g in _gradients(part).items()})
+    return sums, gradients
+
+
+def _gradients(part: torch.nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in part.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.full_tensor()  # type: ignore[attr-defined]
+    part.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_evaluation_between_steps(schedule: str, gloo_pool: GlooPool) -> None:
+    """Any number of microbatches of any size; the step after it is the step before it."""
+    case = Case(4, pp=2, layers=4, schedule=schedule)
+    ((alone, _),) = gloo_pool.run(1, _evaluations, Case(layers=4))
+    for sums, (first, *later) in gloo_pool.run(4, _evaluations, case):
+        assert sums == pytest.approx([alone[0], alone[0], 2 * alone[0]], rel=1e-13)
+        for gradients in later:
+            assert all(torch.equal(gradients[name], first[name]) for name in first)
+
+
+def _held(world: World, case: Case) -> tuple[list[str], tuple[str, ...]]:
+    model, _, _ = build(world, case)
+    return list(model_tensors(model.parts)), model.parameter_names
+
+
+def test_each_tensor_is_on_one_stage(gloo_pool: GlooPool) -> None:
+    results = gloo_pool.run(2, _held, Case(2, pp=2, layers=4, schedule="ZBVZeroBubble"))
+    assert sorted(name for names, _ in results for name in names) == sorted(results[0][1])
+    assert {"tok_embeddings.weight", "output.weight"} < set(results[0][0])
+
+
+def _rehearsed(world: World, case: Case) -> list[bool]:
+    model, runner, (batch,) = build(world, case)
+    runner.rehearse(batch)
+    return [p.grad is not None and p.grad.shape == p.shape for p in model.parameters]
+
+
+def test_rehearsal_gives_every_parameter_a_gradient(gloo_pool: GlooPool) -> None:
+    for shapes in gloo_pool.run(4, _rehearsed, Case(4, pp=2, layers=4, schedule="DualPipeV")):
+        assert shapes
+        assert all(shapes)
+
+
+def _train_scaling_gradients(world: World, case: Case) -> tiny.Result:
+    def build_schedule(*args: object) -> object:
+        schedule = pipeline_runner.original(*args)  # type: ignore[attr-defined]
+        schedule.scale_grads = True
+        return schedule
+
+    pipeline_runner.original = pipeline_runner.build_pipeline_schedule  # type: ignore[attr-defined]
+    pipeline_runner.build_pipeline_schedule = build_schedule  # type: ignore[assignment]
+    return tiny.train(world, case)
+
+
+def _train_dividing_twice(world: World, case: Case) -> tiny.Result:
+    right = PipelineRunner._loss_of_step
+
+    def divide_again(self: PipelineRunner, hidden: Tensor, index: Tensor) -> Tensor:
+        return right(self, hidden, index) / len(self._pieces)
+
+    PipelineRunner._loss_of_step = divide_again  # type: ignore[method-assign]
+    return tiny.train(world, case)
+
+
+def _train_by_the_norm_of_a_stage(world: World, case: Case) -> tiny.Result:
+    def nothing(total: Tensor) -> None:
+        """Stands for a reduction over the ranks of the own stage, which is one rank here."""
+
+    grad_clip.dist = SimpleNamespace(all_reduce=nothing)  # type: ignore[attr-defined]
+    return tiny.train(world, case)
+
+
+def _train_with_losses_of_other_microbatches(world: World, case: Case) -> tiny.Result:
+    right = PipelineRunner._loss_of_step
+
+    def next_one(self: PipelineRunner, hidden: Tensor, index: Tensor) -> Tensor:
+        return right(self, hidden, (index + 1) % len(self._pieces))
+
+    PipelineRunner._loss_of_step = next_one  # type: ignore[method-assign]
+    return tiny.train(world, case)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        _train_scaling_gradients,
+        _train_dividing_twice,
+        _train_by_the_norm_of_a_stage,
+        _train_with_losses_of_other_microbatches,
+    ],
+)
+def test_comparison_catches_mistakes(  # type: ignore[no-untyped-def]
+    mistake, references: dict[tuple[int, bool], tiny.Result]
+) -> None:
+    pool = GlooPool()  # of its own: its processes are changed for good
+    try:
+        results = pool.run(2, mistake, Case(2, pp=2, layers=4))
+    finally:
+        pool.close()
+    assert tiny.compare(results, references[4, False]).worst > 1e-4
