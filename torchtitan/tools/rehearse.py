@@ -11,10 +11,11 @@ a deadlock, and the memory that activations take.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,72 +29,39 @@ from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
 from torchtitan.distributed.parallel_dims import AXES, ParallelDims
+from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.world import fake_world
 from torchtitan.models.batch import Batch
 from torchtitan.models.registry import get_family
-from torchtitan.utils.device import GIB, memory_peak
+from torchtitan.tools.traffic import Traffic
 
 STAND_IN_VOCAB_SIZE = 128256
 """Where neither a tokenizer nor the model's flavor gives one."""
-_KINDS_OF_MICROBATCH = 2
-"""One that only accumulates gradients, and the last one, which reduces them."""
 _DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What this rank of the real run holds, and the time that it took to find out."""
+    """What a rank of the real run holds and exchanges."""
 
     rank: int
-    place: dict[str, tuple[int, int]]
-    """Coordinate and degree by axis of the mesh."""
-    modules: list[list[str]]
-    """The top-level modules that each of the rank's model parts holds."""
+    dims: ParallelDims
+    coordinate: dict[str, int]
+    """The rank's place along each axis of the mesh."""
+    vocab_size: int
+    parts: dict[str, list[str]]
+    """What each part of the model on this rank is, and its modules."""
     total_parameters: int
     """Of the whole model."""
     num_parameters: int
-    """Elements that this rank holds, as are the bytes below."""
+    """Elements on this rank, as are the following bytes."""
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    notes: list[str]
-    """Where it differs from the real run."""
+    num_microbatches: int
+    """Those that were run; the traffic is theirs, and the optimizer step's."""
+    traffic: Traffic
     seconds: float
-    peak_gib: float
-    """Resident memory of this process, the highest so far."""
-
-    def report(self, facts: Facts) -> str:
-        """All of it, and the batch, for reading."""
-        training, rank = facts.config.training, self.rank
-        place = "; ".join(f"{axis} {at} of {size}" for axis, (at, size) in self.place.items())
-        lines = [
-            ("rehearsal", f"rank {rank} of {facts.world_size}: one step runs, on fake tensors"),
-            ("model", f"{facts.config.model.name} {facts.config.model.flavor}"),
-            ("place", place),
-        ]
-        lines += [("holds", _listed(modules)) for modules in self.modules]
-        share = self.num_parameters / self.total_parameters
-        lines += [
-            ("parameters", f"{self.num_parameters:,} of {self.total_parameters:,} ({share:.3%})"),
-            ("memory", self._memory()),
-            (
-                "step",
-                f"{facts.accumulation_steps} x {training.local_batch_size} sequences of"
-                f" {training.seq_len} tokens a rank; {facts.global_batch_size} in all",
-            ),
-        ]
-        lines += [("note", note) for note in self.notes]
-        lines.append(("took", f"{self.seconds:.1f} s, {self.peak_gib:.2f} GiB of this machine"))
-        return "\n".join(f"{name:<12}{text}" for name, text in lines)
-
-    def _memory(self) -> str:
-        sizes = {
-            "parameters": self.parameter_bytes,
-            "gradients": self.gradient_bytes,
-            "optimizer state": self.optimizer_bytes,
-        }
-        parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())
-        return f"{parts} = {sum(sizes.values()) / GIB:.2f} GiB, and activations"
 
 
 def rehearse(facts: Facts, rank: int) -> Rehearsal:
@@ -102,43 +70,42 @@ def rehearse(facts: Facts, rank: int) -> Rehearsal:
     Raises whatever would be raised in the real run.
     """
     start = time.perf_counter()
-    vocab_size, notes = _vocab_size(facts.config)
-    config, more_notes = _without_code_generation(facts.config)
-    facts = replace(facts, config=config)
-    dims = ParallelDims.from_facts(facts)
+    facts = replace(facts, config=_without_code_generation(facts.config))
+    config, dims = facts.config, ParallelDims.from_facts(facts)
+    vocab_size, batches = _vocab_size(config), _microbatches(facts)
     with fake_world(rank, facts.world_size):
         mesh = dims.build_mesh(_DEVICE.type)
         # Cut on `meta`: there, 4096 parts of a parameter are 4096 views and no fake tensors.
         model = builder.build_model(
             config, vocab_size, mesh, dims, torch.device("meta"), initialise=False
         )
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        traffic = Traffic(_axes(mesh, dims))
+        with FakeTensorMode(allow_non_fake_inputs=True), traffic:
             for part in model.parts:
                 part.to_empty(device=_DEVICE)
-            parameter_bytes = _bytes(model.parameters)
+            held = [_local(parameter) for parameter in model.parameters]
             optimizers = build_optimizers(
                 config.optimizer, model.parts, _DEVICE, model.parameter_names
             )
-            gradient_bytes = _step(facts, model, optimizers, mesh, dims)
-        return Rehearsal(
-            rank=rank,
-            place=_place(mesh),
-            modules=[_modules(part) for part in model.parts],
-            total_parameters=model.num_parameters,
-            num_parameters=sum(_local(parameter).numel() for parameter in model.parameters),
-            parameter_bytes=parameter_bytes,
-            gradient_bytes=gradient_bytes,
-            optimizer_bytes=_bytes(
-                value
-                for optimizer in optimizers
-                for state in optimizer.state.values()
-                for value in state.values()
-                if isinstance(value, Tensor)
-            ),
-            notes=notes + more_notes,
-            seconds=time.perf_counter() - start,
-            peak_gib=memory_peak(_DEVICE).reserved_gib,
-        )
+            gradients = _step(facts, model, optimizers, mesh, dims, batches)
+            states = [_local(tensor) for optimizer in optimizers for tensor in _state(optimizer)]
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    return Rehearsal(
+        rank=rank,
+        dims=dims,
+        coordinate=dict(zip(AXES, coordinate, strict=True)),
+        vocab_size=vocab_size,
+        parts=_parts(model, coordinate[0]),
+        total_parameters=model.num_parameters,
+        num_parameters=sum(tensor.numel() for tensor in held),
+        parameter_bytes=_bytes(held),
+        gradient_bytes=_bytes(gradients),
+        optimizer_bytes=_bytes(states),
+        num_microbatches=len(batches),
+        traffic=traffic,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _step(
@@ -147,82 +114,93 @@ def _step(
     optimizers: list[torch.optim.Optimizer],
     mesh: DeviceMesh,
     dims: ParallelDims,
-) -> int:
-    """What `train` does in a step. Returns the bytes of this rank's gradients."""
-    config = facts.config
+    batches: list[Batch],
+) -> list[Tensor]:
+    """What `train` does in a step. Returns this rank's gradients."""
+    training = facts.config.training
     builder.call_after_load(model)
-    runner = builder.build_runner(config, model, mesh, dims, _DEVICE)
-    num_targets = facts.global_batch_size * config.training.seq_len
-    loss = runner.forward_backward(_microbatches(facts), num_targets)
+    runner = builder.build_runner(facts.config, model, mesh, dims, _DEVICE)
+    if isinstance(runner, PipelineRunner):
+        loss = torch.zeros((), device=_DEVICE)
+        for batch in batches:
+            runner.rehearse(batch)
+    else:
+        loss = runner.forward_backward(batches, facts.global_batch_size * training.seq_len)
     norm = gradient_norm(model.parameters, dims.ranks_per_stage)
-    clip_gradients(model.parameters, norm, config.training.max_norm)
+    clip_gradients(model.parameters, norm, training.max_norm)
     for handler in model.handlers:
         handler.pre_optimizer_hook(model.part_or_parts)
-    gradient_bytes = _bytes(p.grad for p in model.parameters if p.grad is not None)
+    gradients = [_local(p.grad) for p in model.parameters if p.grad is not None]
     step_optimizers(optimizers, torch.isfinite(norm) & torch.isfinite(loss))
     for handler in model.handlers:
         handler.post_optimizer_hook(model.part_or_parts)
-    return gradient_bytes
+    return gradients
 
 
-def _vocab_size(config: JobConfig) -> tuple[int, list[str]]:
-    """The tokenizer's, else the flavor's, else a stand-in, with a note about the latter."""
+def _vocab_size(config: JobConfig) -> int:
+    """The tokenizer's; where its files are not, the model's or a stand-in."""
+    model = config.model
     try:
-        return build_tokenizer(config.model.tokenizer_path).vocab_size, []
-    except ConfigError:  # its files are not here
-        family = get_family(config.model.name)
-        args = family.resolve_args(config.model.flavor, config.model.args)
-        if args.vocab_size is not None:
-            return args.vocab_size, []
-    note = f"no tokenizer: a vocabulary of {STAND_IN_VOCAB_SIZE} stands in for its own"
-    return STAND_IN_VOCAB_SIZE, [note]
+        return build_tokenizer(model.tokenizer_path).vocab_size
+    except ConfigError:
+        size = get_family(model.name).resolve_args(model.flavor, model.args).vocab_size
+    return STAND_IN_VOCAB_SIZE if size is None else size
 
 
-def _without_code_generation(config: JobConfig) -> tuple[JobConfig, list[str]]:
-    """Blocks are traced, forward and backward, as for the real run; but there is no code for fake
-    tensors, and none for GPUs without one."""
-    if "compile" not in config.model.handlers:
-        return config, []
+def _without_code_generation(config: JobConfig) -> JobConfig:
+    """With `compile`, blocks are traced, forward and backward, as for the real run. But code for
+    fake tensors does not exist, nor any for GPUs without one."""
     settings = {**config.handlers.get("compile", {}), "backend": "aot_eager"}
-    handlers = {**config.handlers, "compile": settings}
-    note = "compile: blocks are traced (aot_eager); no code is generated"
-    return config.model_copy(update={"handlers": handlers}), [note]
+    return config.model_copy(update={"handlers": {**config.handlers, "compile": settings}})
 
 
 def _microbatches(facts: Facts) -> list[Batch]:
-    """One document a sequence, every position a target."""
+    """One of each kind: that only accumulates gradients, and the last of a step, which reduces
+    them. In a pipeline one: there the schedule tells them apart."""
     training = facts.config.training
-    shape = (training.local_batch_size, training.seq_len)
+    pipeline = facts.config.parallelism.pipeline_parallel_degree > 1
+    count = 1 if pipeline else min(2, facts.accumulation_steps)
     names = ("tokens", "labels", "positions", "document_ids")
+    shape = (training.local_batch_size, training.seq_len)
     return [
-        Batch({name: torch.zeros(shape, dtype=torch.int64) for name in names})
-        for _ in range(min(_KINDS_OF_MICROBATCH, facts.accumulation_steps))
+        Batch({name: torch.zeros(shape, dtype=torch.int64) for name in names}) for _ in range(count)
     ]
 
 
-def _place(mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    return {axis: (at, mesh.size(n)) for n, (axis, at) in enumerate(zip(AXES, coordinate))}
+def _axes(mesh: DeviceMesh, dims: ParallelDims) -> dict[str, str]:
+    """What to call each process group."""
+    world = dist.group.WORLD
+    assert world is not None
+    shard = dims.shard_mesh(mesh)
+    assert shard.mesh_dim_names is not None
+    meshes = {axis: mesh[axis] for axis in AXES} | {shard.mesh_dim_names[0]: shard}
+    names = {each.get_group().group_name: axis for axis, each in meshes.items() if each.size() > 1}
+    return {world.group_name: "all", **names}
+
+
+def _parts(model: BuiltModel, pipeline_rank: int) -> dict[str, list[str]]:
+    if model.plan is None:
+        return {"the whole model": _modules(model.parts[0])}
+    count = len(model.plan.stages)
+    names = [f"stage {stage} of {count}" for stage in model.plan.held_by(pipeline_rank)]
+    return {name: _modules(part) for name, part in zip(names, model.parts, strict=True)}
 
 
 def _modules(part: nn.Module) -> list[str]:
-    """Top-level modules of the part, a list's or dictionary's members each, in order."""
+    """Top-level modules that have parameters; of a list or dictionary each member."""
     names = [name.split(".") for name, _ in part.named_parameters()]
-    return list(dict.fromkeys(".".join(n[: 1 + (len(n) > 1 and n[1].isdigit())]) for n in names))
+    return list(dict.fromkeys(".".join(n[: 2 if n[1].isdigit() else 1]) for n in names))
 
 
-def _listed(modules: list[str]) -> str:
-    """In words; of more than four only the ends."""
-    if len(modules) <= 4:
-        return ", ".join(modules)
-    return f"{modules[0]}, {modules[1]}, ..., {modules[-2]}, {modules[-1]}"
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the parts that this rank holds."""
-    return sum(local.numel() * local.itemsize for local in map(_local, tensors))
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

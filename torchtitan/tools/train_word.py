@@ -72,9 +72,10 @@ def _rehearse(loaded: LoadedConfig) -> int:
     # Not the run folder: a rehearsal leaves it alone.
     preflight.require(facts, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
 
+    from torchtitan.tools.rehearsal_report import report
     from torchtitan.tools.rehearse import rehearse
 
-    print(rehearse(facts, place.rank).report(facts))
+    print(report(rehearse(facts, place.rank), facts))
     return DONE
 
 

@@ -1,0 +1,79 @@
+"""A rehearsal in words and numbers."""
+
+import torch
+
+from torchtitan.config.facts import Facts
+from torchtitan.tools.rehearse import Rehearsal
+from torchtitan.utils.device import GIB, memory_peak
+
+_MIB = 2**20
+
+
+def report(rehearsal: Rehearsal, facts: Facts) -> str:
+    """What the rank holds and exchanges, a subject a line."""
+    model = facts.config.model
+    share = rehearsal.num_parameters / rehearsal.total_parameters
+    peak = memory_peak(torch.device("cpu")).reserved_gib
+    lines = [
+        ("rehearsal", f"a step of {model.name} {model.flavor} runs on rank {rehearsal.rank}"),
+        ("processes", f"{facts.world_size}: {rehearsal.dims.describe()}"),
+        ("rank", _coordinate(rehearsal)),
+        *(("holds", f"{part}: {_listed(names)}") for part, names in rehearsal.parts.items()),
+        ("vocabulary", f"{rehearsal.vocab_size}"),
+        (
+            "parameters",
+            f"{rehearsal.num_parameters:,} of {rehearsal.total_parameters:,} ({share:.3%})",
+        ),
+        ("memory", _memory(rehearsal)),
+        ("step", _step(rehearsal, facts)),
+        *(("traffic", line) for line in _traffic(rehearsal)),
+        ("took", f"{rehearsal.seconds:.1f} s and {peak:.2f} GiB on this machine"),
+    ]
+    if "compile" in model.handlers:
+        lines.append(("compile", "blocks were traced (aot_eager), no code was generated"))
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+
+
+def _coordinate(rehearsal: Rehearsal) -> str:
+    degrees = rehearsal.dims
+    at = [f"{axis} {n}" for axis, n in rehearsal.coordinate.items() if getattr(degrees, axis) > 1]
+    return f"{rehearsal.rank}: {', '.join(at) or 'the only one'}"
+
+
+def _listed(names: list[str]) -> str:
+    """The first and last of many."""
+    shown = names if len(names) <= 5 else [*names[:2], "...", *names[-2:]]
+    return ", ".join(shown)
+
+
+def _memory(rehearsal: Rehearsal) -> str:
+    sizes = {
+        "parameters": rehearsal.parameter_bytes,
+        "gradients": rehearsal.gradient_bytes,
+        "optimizer": rehearsal.optimizer_bytes,
+    }
+    terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())
+    return f"{terms} = {sum(sizes.values()) / GIB:.2f} GiB, without activations"
+
+
+def _step(rehearsal: Rehearsal, facts: Facts) -> str:
+    training, section = facts.config.training, facts.config.parallelism
+    count, size = facts.accumulation_steps, training.local_batch_size
+    if rehearsal.dims.pp > 1:
+        count, size = facts.pipeline_microbatches, section.pipeline_parallel_microbatch_size
+    return (
+        f"{facts.global_batch_size} sequences of {training.seq_len} tokens; for this rank {count}"
+        f" x {size}, of which {rehearsal.num_microbatches} x {size} was run"
+    )
+
+
+def _traffic(rehearsal: Rehearsal) -> list[str]:
+    """A line for each kind of collective along each axis."""
+    traffic = rehearsal.traffic
+    lines = [f"{'along':<12} {'collective':<15} {'calls':>6} {'MiB':>12}"]
+    for key in sorted(traffic.calls):
+        axis, collective = key
+        size = traffic.num_bytes[key] / _MIB
+        lines.append(f"{axis:<12} {collective:<15} {traffic.calls[key]:>6} {size:>12,.1f}")
+    lines += [f"and that of {name}, which depends on the data" for name in sorted(traffic.unknown)]
+    return lines
