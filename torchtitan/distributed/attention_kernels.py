@@ -5,7 +5,7 @@ weights that follow from the log-sum-exp of each part's scores. So the forward o
 log-sum-exp too, and `merge` adds the part to what is there. The backward of a part takes the output
 and log-sum-exp of the *whole*, and then gives just that part's share of the gradients.
 
-There is a kernel of torch's for CPUs, one for CUDA in 16 bit where nothing is masked, and for all
+There is a kernel of torch's for CPUs, one for CUDA in bfloat16 where nothing is masked, and for all
 else the formula written out. Queries are `[B, H, Tq, hd]`, keys and values `[B, G, Tk, hd]` where G
 divides H; a log-sum-exp is `[B, H, Tq]`, in at least float32, -inf for a query that sees nothing.
 """
@@ -53,7 +53,7 @@ def choose_kernel(part: Part) -> Kernel:
     q = part.q
     if q.device.type == "cpu":
         return CPU
-    flash = q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+    flash = q.dtype == torch.bfloat16 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
     return CUDA_FLASH if q.is_cuda and flash and part.visible is None else FORMULA
 
 

@@ -137,9 +137,9 @@ class PipelineRunner:
         """The pipeline's microbatches, on the device."""
         pieces = []
         for batch in microbatches:
+            batch = batch.to(self._device, non_blocking=True)
             if self._cut is not None:
                 batch = self._cut(batch)
-            batch = batch.to(self._device, non_blocking=True)
             parts = {name: tensor.split(self._microbatch_size) for name, tensor in batch.items()}
             for index in range(len(parts[self._tokens])):
                 pieces.append(Batch({name: part[index] for name, part in parts.items()}))

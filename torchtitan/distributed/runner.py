@@ -92,8 +92,8 @@ class WholeModelRunner:
         return total
 
     def _sum(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.device, non_blocking=True)
         if self.cut is not None:
             batch = self.cut(batch)
-        batch = batch.to(self.device, non_blocking=True)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return self.loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]

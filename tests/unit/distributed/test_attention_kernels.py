@@ -104,7 +104,7 @@ def test_which_kernel_is_chosen() -> None:
     with FakeTensorMode():
         for dtype, head_dim, masked, expected in (
             (torch.bfloat16, 16, False, CUDA_FLASH),
-            (torch.float16, 256, False, CUDA_FLASH),
+            (torch.bfloat16, 256, False, CUDA_FLASH),
             (torch.bfloat16, 20, False, FORMULA),
             (torch.bfloat16, 264, False, FORMULA),
             (torch.bfloat16, 16, True, FORMULA),
