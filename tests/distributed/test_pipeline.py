@@ -137,7 +137,9 @@ def _evaluations(world: World, case: Case) -> tuple[list[float], list[dict[str, 
         sums.append(runner.evaluate(batches).item())
         assert not [p for p in model.parameters if not isinstance(p, DTensor)], "still gathered"
         assert not [p for p in model.parameters if p.grad is not None]
+        assert not any(part.training for part in model.parts)
         runner.forward_backward([batch], num_targets)
+        assert all(part.training for part in model.parts)
         gradients.append({n: g for part in model.parts for n, g in _gradients(part).items()})
     return sums, gradients
 
@@ -160,6 +162,24 @@ def test_evaluation_between_steps(schedule: str, gloo_pool: GlooPool) -> None:
         assert sums == pytest.approx([alone[0], alone[0], 2 * alone[0]], rel=1e-13)
         for gradients in later:
             assert all(torch.equal(gradients[name], first[name]) for name in first)
+
+
+def _sequences_at_once(world: World, case: Case) -> set[int]:
+    model, runner, batches = build(world, case)
+    seen = set()
+    for part in model.parts:
+        part.register_forward_pre_hook(lambda _, arguments: seen.add(len(arguments[0])))
+    runner.forward_backward(batches, num_targets=1)
+    runner.evaluate(batches)
+    runner.rehearse(batches[0])
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_size_of_microbatches(size: int, gloo_pool: GlooPool) -> None:
+    settings = parallelism(pipeline_parallel_microbatch_size=size)
+    case = Case(2, pp=2, microbatches=2, settings=settings, schedule="GPipe")
+    assert gloo_pool.run(2, _sequences_at_once, case) == [{size}, {size}]
 
 
 def _held(world: World, case: Case) -> tuple[list[str], tuple[str, ...]]:

@@ -112,3 +112,8 @@ def test_forward_ticks(holders: tuple[int, ...], count: int) -> None:
         assert stage == 0 or when[stage - 1, microbatch] < time
     per_rank = max(map(holders.count, holders))
     assert len(ticks) <= per_rank * count + len(holders) - 1, "ranks are idle without need"
+    last = len(holders) - 1
+    under_way = [
+        sum(when[0, n] <= time <= when[last, n] for n in range(count)) for time in range(len(ticks))
+    ]
+    assert max(under_way) <= len(holders)
