@@ -28,6 +28,7 @@ from torch.distributed.tensor import (
 )
 
 from torchtitan.models.spec import LanguageModel
+from torchtitan.passes.compile import is_marked_for_compile
 from torchtitan.utils.torch_compat import enable_async_tensor_parallel
 
 _C10D = torch.ops._c10d_functional
@@ -89,7 +90,7 @@ class _CutModule(nn.Module):
 
     group: TensorGroup
     _parts: dict[str, Tensor] | None = None
-    """By name, this rank's parts of the parameters, during the forward of the module's block."""
+    """By name, this rank's parts of the parameters, during the forward of a compiled block."""
 
 
 class _GatherInput(_CutModule):
@@ -180,7 +181,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, overlap: bool =
         names = tuple(key for key, _ in module.named_parameters(recurse=False))
         cls: Any = type(module)
         module.__class__ = _cut_class(cls, style, group, names)
-    for block in declared.blocks().values():
+    for block in filter(is_marked_for_compile, declared.blocks().values()):
         cut = [module for module in block.modules() if isinstance(module, _CutModule)]
         block.register_forward_pre_hook(partial(_take_parts, cut))
         block.register_forward_hook(partial(_drop_parts, cut))
@@ -218,8 +219,8 @@ def _part(name: str, style: TensorStyle, group: TensorGroup, module: _CutModule)
 
 @torch.compiler.disable
 def _take_parts(modules: list[_CutModule], *_: object) -> None:
-    """Before a block's forward, not in what is compiled of it, so that the compiler meets plain
-    tensors only: it fails where it is to recompute something of a DTensor."""
+    """Before a compiled block's forward, outside of it, so that the compiler meets plain tensors
+    only: it fails where it is to recompute something of a DTensor."""
     for module in modules:
         module._parts = {name: getattr(module, name) for name in module._parameters}
 

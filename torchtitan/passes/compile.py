@@ -25,6 +25,11 @@ def mark_for_compile(block: nn.Module, options: CompileOptions) -> None:
     setattr(block, _MARK, options)
 
 
+def is_marked_for_compile(block: nn.Module) -> bool:
+    """Whether `block` is to be compiled, or is already."""
+    return hasattr(block, _MARK)
+
+
 def apply_compile(blocks: Mapping[str, nn.Module]) -> None:
     """Compile the marked blocks in place, each as one full graph; nothing runs yet."""
     for block in blocks.values():

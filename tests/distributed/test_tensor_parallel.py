@@ -1,0 +1,309 @@
+"""Tensor parallelism in itself: what is where, what is exchanged, what the compiler meets.
+
+That it trains like one process, on which mesh ever, is for the parity table.
+"""
+
+from collections import Counter
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed import tiny
+from tests.distributed.tiny import VOCAB_SIZE, Case
+from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, row
+from tests.pool import GlooPool
+from torchtitan import builder
+from torchtitan.components.cut_vocabulary import CutVocabulary
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.config.facts import Facts
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan.distributed.world import World
+from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.models.llama3.model import Head, Llama
+from torchtitan.models.registry import get_family
+from torchtitan.models.spec import LanguageModel
+
+LAYERS = 2
+
+
+def build(world: World, case: Case) -> tuple[builder.BuiltModel, Any]:
+    config = case.config()
+    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    mesh = dims.build_mesh("cpu")
+    model = builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    return model, builder.build_runner(config, model, mesh, dims, world.device)
+
+
+# What is where
+
+
+def digests(world: World, case: Case) -> dict[str, str]:
+    model, _ = build(world, case)
+    wholes = {name: tensor.full_tensor() for name, tensor in model.parts[0].named_parameters()}  # type: ignore[operator]
+    return {
+        name: sha256(whole.detach().numpy().tobytes()).hexdigest() for name, whole in wholes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        row(tp=2),
+        row(tp=4, kv_heads=2),
+        row(shard=2, tp=2),
+        row(shard=2, tp=4, tied=True),
+        row(replicate=2, tp=2, tied=True),
+        row(replicate=2, shard=2, tp=2),
+    ],
+    ids=lambda case: f"{case.replicate} {case.shard} {case.tp}",
+)
+def test_initial_weights_are_those_of_one_process(case: Case, gloo_pool: GlooPool) -> None:
+    expected = gloo_pool.run(1, digests, Case(kv_heads=case.kv_heads, tied=case.tied))
+    assert gloo_pool.run(case.world_size, digests, case) == expected * case.world_size
+
+
+def local_shapes(world: World, case: Case) -> dict[str, tuple[int, ...]]:
+    model, _ = build(world, case)
+    parameters = dict(model.parts[0].named_parameters())
+    assert all("tp" in tensor.device_mesh.mesh_dim_names for tensor in parameters.values())
+    return {name: tuple(tensor.to_local().shape) for name, tensor in parameters.items()}
+
+
+def test_ranks_hold_their_parts(gloo_pool: GlooPool) -> None:
+    """Dim 32, 8 heads, 2 of keys: whole on every rank. 131 tokens: 33, 33, 33 and 32."""
+    shapes = gloo_pool.run(4, local_shapes, row(tp=4, kv_heads=2, layers=1))
+    assert shapes[0] == {
+        "tok_embeddings.weight": (33, 32),
+        "layers.0.attention.wq.weight": (8, 32),
+        "layers.0.attention.wk.weight": (8, 32),
+        "layers.0.attention.wv.weight": (8, 32),
+        "layers.0.attention.wo.weight": (32, 8),
+        "layers.0.feed_forward.w1.weight": (22, 32),
+        "layers.0.feed_forward.w2.weight": (32, 22),
+        "layers.0.feed_forward.w3.weight": (22, 32),
+        "layers.0.attention_norm.weight": (32,),
+        "layers.0.ffn_norm.weight": (32,),
+        "norm.weight": (32,),
+        "output.weight": (33, 32),
+    }
+    assert [shape["output.weight"] for shape in shapes] == [(33, 32)] * 3 + [(32, 32)]
+
+
+def block_inputs(world: World) -> list[tuple[int, ...]]:
+    model, runner = build(world, row(tp=2))
+    seen = []
+    part = model.parts[0]
+    assert isinstance(part, LanguageModel)
+    for block in part.blocks().values():
+        block.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    runner.forward_backward([tiny.sequences()], 1)
+    return seen
+
+
+def test_the_residual_stream_is_cut_along_the_sequence(gloo_pool: GlooPool) -> None:
+    expected = [(tiny.NUM_SEQUENCES, tiny.SEQ_LEN // 2, 32)] * LAYERS
+    assert gloo_pool.run(2, block_inputs) == [expected] * 2
+
+
+def forget_a_norm(world: World) -> str:
+    plan = Llama.tensor_parallel_plan
+    Llama.tensor_parallel_plan = lambda self, styles: {  # type: ignore[method-assign]
+        name: style for name, style in plan(self, styles).items() if name != "layers.1.ffn_norm"
+    }
+    try:
+        family = get_family("llama3")
+        with torch.device("meta"):
+            model = family.build(family.resolve_args("debugmodel", {}, 131))
+        mesh = ParallelDims(tp=2).build_mesh("cpu")["tp"]
+        with pytest.raises(ValueError, match=r"leaves out layers\.1\.ffn_norm\.weight$") as caught:
+            apply_tensor_parallel(model, mesh)
+        return str(caught.value)
+    finally:
+        Llama.tensor_parallel_plan = plan  # type: ignore[method-assign]
+
+
+def test_no_parameter_may_be_left_out(gloo_pool: GlooPool) -> None:
+    assert len(gloo_pool.run(2, forget_a_norm)) == 2
+
+
+# What is exchanged
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts collectives by name, without FSDP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        if function in COLLECTIVES:
+            self.counts[str(function.overloadpacket).split(".")[-1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+C10D = torch.ops._c10d_functional
+COLLECTIVES = (
+    C10D.all_gather_into_tensor.default,
+    C10D.reduce_scatter_tensor.default,
+    C10D.all_reduce.default,
+)
+
+
+def exchanges(world: World, case: Case) -> dict[str, int]:
+    _, runner = build(world, case)
+    with Exchanges() as exchanges:
+        runner.forward_backward(tiny.microbatches_of(case, ParallelDims(tp=2), world.rank), 1)
+    return dict(exchanges.counts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gathers_again", "scatters_again"),
+    [({}, 0, 0), (FULL, 2 * LAYERS, LAYERS), (EVERY_SECOND, 2, 1), (BY_OPERATOR, 2 * LAYERS, 0)],
+    ids=["none", "full", "every second", "by operator"],
+)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_what_is_exchanged(
+    settings: dict[str, Any],
+    gathers_again: int,
+    scatters_again: int,
+    microbatches: int,
+    gloo_pool: GlooPool,
+) -> None:
+    """A layer gathers twice and scatters twice, in the forward and in the backward; the embedding
+    and the head do so once. By operator nothing is scattered again for the recomputation (nor what
+    comes last in a block, by any way). Gradients of the norms are summed once per step."""
+    expected = {
+        "all_gather_into_tensor": microbatches * (4 * LAYERS + 2 + gathers_again),
+        "reduce_scatter_tensor": microbatches * (4 * LAYERS + 2 + scatters_again),
+        "all_reduce": 2 * LAYERS + 1,
+    }
+    case = row(settings, tp=2, microbatches=microbatches)
+    assert gloo_pool.run(2, exchanges, case) == [expected] * 2
+
+
+# What the compiler meets
+
+
+def train_counting_graphs(world: World, case: Case) -> tuple[tiny.Result, int]:
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    result = tiny.train(world, case)
+    return result, dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        row(COMPILED, tp=2, layers=3),
+        row(COMPILED, FULL, tp=4, layers=3, kv_heads=2),
+        row(INDUCTOR, BY_OPERATOR, tp=2, layers=3, document_mask=True),
+    ],
+    ids=["alone", "full checkpointing", "inductor by operator"],
+)
+def test_blocks_compile_once(case: Case, gloo_pool: GlooPool) -> None:
+    """One graph for training and one for evaluation serve all blocks."""
+    like = Case(layers=3, kv_heads=case.kv_heads, document_mask=case.document_mask)
+    reference = gloo_pool.run(1, tiny.train, like)[0]
+    answers = gloo_pool.run(case.world_size, train_counting_graphs, case, timeout=120)
+    assert tiny.compare([result for result, _ in answers], reference).worst < 1e-11
+    assert [graphs for _, graphs in answers] == [2] * case.world_size
+
+
+# The loss
+
+
+def cut_loss(
+    world: World, vocab_size: int, num_chunks: int, gather: bool, dtype: torch.dtype, scale: float
+) -> tuple[str, list[np.ndarray]]:
+    """The loss's type; loss, gradient for the hidden states, and for the whole weight."""
+    hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
+    vocabulary = CutVocabulary(vocab_size, dist.group.WORLD, gather)
+    mine = weight.chunk(world.world_size)[world.rank]
+    head = Head(8, len(mine), bias=False).to(dtype)
+    head.weight = nn.Parameter(mine.clone())
+    hidden.requires_grad_()
+    loss = CrossEntropyLoss(num_chunks, vocabulary).sum(hidden, head, Batch(labels=labels))
+    (loss / 4).backward()
+    assert hidden.grad is not None and head.weight.grad is not None
+    dist.all_reduce(hidden.grad)
+    rows = [torch.empty(len(part), 8, dtype=dtype) for part in weight.chunk(world.world_size)]
+    for source, part in enumerate(rows):
+        dist.broadcast(part.copy_(head.weight.grad) if source == world.rank else part, source)
+    results = (loss.detach(), hidden.grad, torch.cat(rows))
+    return str(loss.dtype), [result.double().numpy() for result in results]
+
+
+def loss_problem(vocab_size: int, dtype: torch.dtype, scale: float) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(vocab_size)
+    hidden = torch.randn(3, 7, 8, generator=generator)
+    weight = torch.randn(vocab_size, 8, generator=generator) * scale
+    labels = torch.randint(vocab_size, (3, 7), generator=generator)
+    labels[0, :5] = IGNORE_INDEX
+    labels[1, :2] = torch.tensor([0, vocab_size - 1])
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def exact_loss(vocab_size: int, dtype: torch.dtype, scale: float) -> list[np.ndarray]:
+    hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    (loss / 4).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [result.numpy() for result in (loss.detach(), hidden.grad, weight.grad)]
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
+    return bool(np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance)
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["cut", "gathered"])
+@pytest.mark.parametrize("num_chunks", [1, 4])
+@pytest.mark.parametrize(("vocab_size", "degree"), [(131, 2), (132, 4), (130, 4), (7, 4), (2, 2)])
+def test_loss_of_a_cut_vocabulary(
+    vocab_size: int, degree: int, num_chunks: int, gather: bool, gloo_pool: GlooPool
+) -> None:
+    arguments = (vocab_size, num_chunks, gather, torch.float64, 1.0)
+    expected = exact_loss(vocab_size, torch.float64, 1.0)
+    for _, results in gloo_pool.run(degree, cut_loss, *arguments):
+        assert all(close(*pair, 1e-14) for pair in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["cut", "gathered"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_large_logits_in_narrow_types(
+    dtype: torch.dtype, tolerance: float, gather: bool, gloo_pool: GlooPool
+) -> None:
+    """Logits of several hundreds, whose exponentials overflow float32 unless shifted by the
+    largest of the whole vocabulary."""
+    expected = exact_loss(131, dtype, 100.0)
+    for of_type, results in gloo_pool.run(2, cut_loss, 131, 4, gather, dtype, 100.0):
+        assert of_type == "torch.float32"
+        assert all(close(*pair, tolerance) for pair in zip(results, expected, strict=True))
+
+
+def test_parameters_that_are_cut_know_it(gloo_pool: GlooPool) -> None:
+    """FSDP's shards of tensor parallelism's parts, as DTensors that checkpoints understand."""
+    [kinds, *_] = gloo_pool.run(4, placements, row(shard=2, tp=2))
+    assert kinds == {"_StridedShard Shard", "Shard Shard", "Shard Replicate"}
+
+
+def placements(world: World, case: Case) -> set[str]:
+    model, _ = build(world, case)
+    tensors = [tensor for tensor in model.parameters if isinstance(tensor, DTensor)]
+    assert len(tensors) == len(model.parameters)
+    return {" ".join(type(each).__name__ for each in tensor.placements) for tensor in tensors}
