@@ -193,6 +193,18 @@ def test_each_tensor_is_on_one_stage(gloo_pool: GlooPool) -> None:
     assert {"tok_embeddings.weight", "output.weight"} < set(results[0][0])
 
 
+def _described(world: World, case: Case) -> str:
+    model, _, _ = build(world, case)
+    facts = Facts(case.config(), world.world_size, "cpu")
+    return builder.describe(facts, ParallelDims.from_facts(facts), world, model)
+
+
+def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
+    told = gloo_pool.run(2, _described, Case(2, pp=2, layers=5, schedule="LoopedBFS"))[0]
+    assert told.endswith("; 8 microbatches through stages of 1, 1, 2, 1 layers")
+    assert "stages" not in gloo_pool.run(1, _described, Case())[0]
+
+
 def _rehearsed(world: World, case: Case) -> list[bool]:
     model, runner, (batch,) = build(world, case)
     runner.rehearse(batch)

@@ -34,6 +34,11 @@ class PipelinePlan:
     holders: tuple[int, ...]
     """The rank along the pipeline that holds each stage."""
 
+    @property
+    def layers(self) -> list[int]:
+        """Layers of each stage."""
+        return [sum(map(_is_block, stage)) for stage in self.stages]
+
     def held_by(self, rank: int) -> list[int]:
         """The stages of a rank, in order."""
         return [stage for stage, holder in enumerate(self.holders) if holder == rank]

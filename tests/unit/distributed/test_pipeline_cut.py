@@ -32,10 +32,6 @@ def model(layers: int, embedding: int = 0, head: int = 0) -> dict[str, int]:
     return {"tok_embeddings": embedding, **blocks, "norm": 0, "output": head}
 
 
-def sizes(plan: PipelinePlan) -> list[int]:
-    return [sum("layers" in name for name in stage) for stage in plan.stages]
-
-
 @pytest.mark.parametrize(
     ("modules", "degree", "expected"),
     [
@@ -48,7 +44,7 @@ def sizes(plan: PipelinePlan) -> list[int]:
     ],
 )
 def test_balance(modules: dict[str, int], degree: int, expected: list[int]) -> None:
-    assert sizes(plan(modules, degree)) == expected
+    assert plan(modules, degree).layers == expected
 
 
 def test_stages_are_the_model_in_order() -> None:
@@ -71,15 +67,15 @@ def test_no_cut_is_better(layers: int, degree: int, ends: tuple[int, int]) -> No
 
     ways = itertools.product(range(1, layers + 1), repeat=degree)
     best = min(cost(counts) for counts in ways if sum(counts) == layers)
-    assert cost(tuple(sizes(plan(model(layers, *ends), degree)))) == best
+    assert cost(tuple(plan(model(layers, *ends), degree).layers)) == best
 
 
 def test_keys_replace_the_weights_of_the_ends() -> None:
     heavy = model(8, 300, 300)
     even = {"first_stage_less_layers": 0, "last_stage_less_layers": 0}
-    assert sizes(plan(heavy, 2, **even)) == [4, 4]
-    assert sizes(plan(heavy, 2, **even | {"first_stage_less_layers": 2})) == [3, 5]
-    assert sizes(plan(heavy, 2, **even | {"last_stage_less_layers": 4})) == [6, 2]
+    assert plan(heavy, 2, **even).layers == [4, 4]
+    assert plan(heavy, 2, **even | {"first_stage_less_layers": 2}).layers == [3, 5]
+    assert plan(heavy, 2, **even | {"last_stage_less_layers": 4}).layers == [6, 2]
 
 
 def test_layers_per_stage_are_counted_as_in_torchtitan() -> None:
@@ -113,6 +109,7 @@ def test_named_modules_may_be_cut_anywhere() -> None:
     names = [["tok_embeddings"], ["layers.0", "layers.1", "norm"], ["output"]]
     made = plan(model(2), 3, module_fqns_per_model_part=names)
     assert [list(stage) for stage in made.stages] == names
+    assert made.layers == [0, 2, 0]
 
 
 def test_a_model_without_modules_is_refused() -> None:
@@ -124,4 +121,4 @@ def test_405b_was_made_for_this() -> None:
     """Its 126 layers leave room for the embedding and the head at the ends of a pipeline."""
     flavor = get_family("llama3").flavors["405B"]
     modules = flavor.model_copy(update={"vocab_size": 128256}).modules()
-    assert sizes(plan(modules, 8)) == [15, 16, 16, 16, 16, 16, 16, 15]
+    assert plan(modules, 8).layers == [15, 16, 16, 16, 16, 16, 16, 15]
