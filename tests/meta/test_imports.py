@@ -14,6 +14,7 @@ WITHOUT_TORCH = [
     "torchtitan.models.llama3",
     "torchtitan.models.llama3.flavors",
     "torchtitan.models.checks",
+    "torchtitan.distributed.pipeline_checks",
     "torchtitan.data.checks",
     "torchtitan.data.registry",
     "torchtitan.checkpoint.checks",

@@ -68,7 +68,8 @@ class Parallelism(Section):
 
     pipeline_parallel_schedule_csv: str = ""
     """File with a schedule of one's own, a line per pipeline rank, in the format of
-    torch.distributed.pipelining (without communication); it takes the place of `pipeline_parallel_schedule`."""
+    torch.distributed.pipelining (without communication). It takes the place of
+    `pipeline_parallel_schedule`."""
 
     pipeline_parallel_microbatch_size: PositiveInt = 1
     """Sequences of one pipeline microbatch; must divide `training.local_batch_size`. The schedule
