@@ -234,6 +234,8 @@ def _special(case: Case) -> Iterator[str]:
         yield "logits gathered"
     if case.kv_heads != Case.kv_heads:
         yield f"{case.kv_heads} key heads"
+    if case.layers != Case.layers:
+        yield f"{case.layers} layers"
 
 
 def name_of(case: Case) -> str:
