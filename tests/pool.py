@@ -110,6 +110,7 @@ def _call(
 
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from torchtitan.distributed.world import World
 
@@ -126,3 +127,5 @@ def _call(
         return function(World(rank, world_size, rank, torch.device("cpu"), group), *args)
     finally:
         dist.destroy_process_group()
+        # DTensor keeps meshes by shape: the next one of that shape would get groups that are gone.
+        _clear_sharding_prop_cache()

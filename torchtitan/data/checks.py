@@ -8,6 +8,7 @@ from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.registry import build_source, datasets, missing_path
+from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
         args = family.resolve_args(model.flavor, model.args, vocab_size)
     except ConfigError as error:
         return error.problems
-    degree = facts.config.parallelism.tensor_parallel_degree
-    return args.tensor_parallel_problems(degree) if degree > 1 else []
+    return model_problems(facts, args)
 
 
 def _check_dataset(facts: Facts) -> list[Problem]:

@@ -6,10 +6,13 @@ every rank is already divided by the number of targets of the whole step, so gra
 the division is switched off on *every* wrapped module, since the setting does not reach children.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.spec import WrapUnit
@@ -42,13 +45,25 @@ def apply_data_parallel(
         if dims.dp_replicate > 1:
             assert dp_mesh.mesh_dim_names is not None
             dp_mesh = mesh["dp_replicate", dp_mesh.mesh_dim_names[0]]
+        shard = partial(
+            fully_shard, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=_dimension_to_shard
+        )
         for unit in units:
             keep = unit is units[-1] or not reshard_after_forward
-            fully_shard(
-                list(unit.modules), mesh=dp_mesh, mp_policy=policy, reshard_after_forward=not keep
-            )
-        fully_shard(model, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=False)
+            shard(list(unit.modules), reshard_after_forward=not keep)
+        shard(model, reshard_after_forward=False)
     sum_gradients(model)
+
+
+def _dimension_to_shard(parameter: nn.Parameter) -> Shard | None:
+    """The first (None), but the second of a matrix whose rows tensor parallelism cuts unevenly.
+
+    Rows cut unevenly a second time would end up where a DTensor's placements do not say: of 129
+    rows, 65 and 64, over 4 ranks the last one holds none of the one part and 16 of the other.
+    """
+    if not isinstance(parameter, DTensor) or parameter.placements != (Shard(0),):
+        return None
+    return Shard(1) if parameter.size(0) % parameter.device_mesh.size() else None
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
 from torchtitan.models.checks import model_args
+from torchtitan.models.spec import ModelArgs
 from torchtitan.utils.environment import EnvironmentFaults, read_environment
 
 DEGREE_KEY = "parallelism.tensor_parallel_degree"
@@ -20,9 +21,35 @@ def check(facts: Facts) -> list[Problem]:
     degree, args = section.tensor_parallel_degree, model_args(facts)
     problems = list(_async(facts)) if section.enable_async_tensor_parallel else []
     if degree > 1 and args is not None:
-        problems += args.tensor_parallel_problems(degree)
-        problems += [*_sequence(facts), *_machines(facts)]
+        problems += [*model_problems(facts, args), *_sequence(facts), *_machines(facts)]
     return problems
+
+
+def model_problems(facts: Facts, args: ModelArgs) -> list[Problem]:
+    """What keeps a model of these hyper-parameters from being cut as the config says."""
+    degree = facts.config.parallelism.tensor_parallel_degree
+    if degree == 1:
+        return []
+    problems = args.tensor_parallel_problems(degree)
+    return problems or list(_uneven_vocabulary(facts, args))
+
+
+def _uneven_vocabulary(facts: Facts, args: ModelArgs) -> Iterator[Problem]:
+    """Matrices whose rows are cut unevenly are sharded by columns, see `data_parallel`, and FSDP
+    wants those even."""
+    section = facts.config.parallelism
+    degree, vocab_size = section.tensor_parallel_degree, args.vocab_size
+    shards = facts.shard_degree * section.context_parallel_degree
+    if vocab_size is None or vocab_size % degree == 0 or args.hidden_size() % shards == 0:
+        return
+    problem = (
+        f"cuts the vocabulary's {vocab_size} tokens unevenly, so that the embedding's width,"
+        f" {args.hidden_size()}, has to be sharded; but data_parallel_shard_degree x"
+        f" context_parallel_degree = {shards} does not divide it"
+    )
+    above = -(-vocab_size // degree) * degree
+    fix = f"set model.args.vocab_size to {above} (more tokens than the tokenizer has do no harm)"
+    yield Problem(DEGREE_KEY, problem, fix, degree)
 
 
 def _async(facts: Facts) -> Iterator[Problem]:

@@ -73,6 +73,18 @@ def test_every_rank_has_tokens(vocab_size: int, fits: bool) -> None:
     assert (problems(4, args={"vocab_size": vocab_size}) == []) == fits
 
 
+def test_rows_cut_unevenly_need_columns_that_can_be_sharded() -> None:
+    """The debug model is 256 wide, and 48 processes are 24 shards of 2 ranks."""
+    [problem] = problems(2, args={"vocab_size": 131}, world_size=48)
+    assert "131 tokens unevenly" in problem and "256, has to be sharded" in problem
+    assert "model.args.vocab_size to 132" in problem
+    assert problems(2, args={"vocab_size": 132}, world_size=48) == []
+    assert problems(2, args={"vocab_size": 131}, world_size=32) == []
+    assert problems(2, world_size=48) == []
+    [problem] = map(str, data_checks._vocabulary_problems(facts(2, world_size=48), 131))
+    assert "131 tokens unevenly" in problem
+
+
 def test_every_problem_is_told() -> None:
     assert len(problems(7, 10, args={"vocab_size": 8})) == 4
 
