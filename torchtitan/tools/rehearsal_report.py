@@ -53,7 +53,11 @@ def _memory(rehearsal: Rehearsal) -> str:
         "optimizer": rehearsal.optimizer_bytes,
     }
     terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())
-    return f"{terms} = {sum(sizes.values()) / GIB:.2f} GiB, without activations"
+    waiting = rehearsal.accumulated_bytes / GIB
+    return (
+        f"{terms} = {sum(sizes.values()) / GIB:.2f} GiB; besides activations"
+        + f" and {waiting:.2f} GiB of gradients that wait for their reduction" * (waiting > 0)
+    )
 
 
 def _step(rehearsal: Rehearsal, facts: Facts) -> str:

@@ -10,6 +10,7 @@ What a rehearsal cannot see is what depends on values or on other ranks: the dat
 a deadlock, and the memory that activations take.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan import builder
 from torchtitan.builder import BuiltModel
@@ -34,6 +35,7 @@ from torchtitan.distributed.world import fake_world
 from torchtitan.models.batch import Batch
 from torchtitan.models.registry import get_family
 from torchtitan.tools.traffic import Traffic
+from torchtitan.utils.dtypes import torch_dtype
 
 STAND_IN_VOCAB_SIZE = 128256
 """Where neither a tokenizer nor the model's flavor gives one."""
@@ -58,6 +60,8 @@ class Rehearsal:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    accumulated_bytes: int
+    """Of gradients that are not reduced before the last microbatch, and so are whole."""
     num_microbatches: int
     """Those that were run; the traffic is theirs, and the optimizer step's."""
     traffic: Traffic
@@ -102,6 +106,7 @@ def rehearse(facts: Facts, rank: int) -> Rehearsal:
         parameter_bytes=_bytes(held),
         gradient_bytes=_bytes(gradients),
         optimizer_bytes=_bytes(states),
+        accumulated_bytes=_accumulated_bytes(facts, model, dims),
         num_microbatches=len(batches),
         traffic=traffic,
         seconds=time.perf_counter() - start,
@@ -190,6 +195,26 @@ def _modules(part: nn.Module) -> list[str]:
     """Top-level modules that have parameters; of a list or dictionary each member."""
     names = [name.split(".") for name, _ in part.named_parameters()]
     return list(dict.fromkeys(".".join(n[: 2 if n[1].isdigit() else 1]) for n in names))
+
+
+def _accumulated_bytes(facts: Facts, model: BuiltModel, dims: ParallelDims) -> int:
+    """FSDP adds up gradients of the parameters that it has gathered, in the type of reduction."""
+    num_microbatches = facts.pipeline_microbatches if dims.pp > 1 else facts.accumulation_steps
+    if num_microbatches == 1:
+        return 0
+    itemsize = torch_dtype(facts.config.training.mixed_precision_reduce).itemsize
+    return itemsize * sum(_gathered_size(parameter) for parameter in model.parameters)
+
+
+def _gathered_size(parameter: Tensor) -> int:
+    """Elements of the parameter on this rank when it is not sharded over data ranks."""
+    shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for n, placement in enumerate(parameter.placements):
+            if mesh.mesh_dim_names[n] == "tp" and isinstance(placement, Shard):
+                shape[placement.dim] = -(-shape[placement.dim] // mesh.size(n))
+    return math.prod(shape)
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -95,6 +95,9 @@ def summary(facts: Facts) -> str:
     config = facts.config
     replicate = config.parallelism.data_parallel_replicate_degree
     mesh = f"data parallel {replicate} (replicate) x {facts.shard_degree} (shard)"
+    for kind in ("tensor", "context", "pipeline"):
+        degree = getattr(config.parallelism, f"{kind}_parallel_degree")
+        mesh += f", {kind} parallel {degree}" if degree > 1 else ""
     batch = (
         f"{config.training.local_batch_size} x {facts.accumulation_steps} per rank and step"
         f" = {facts.global_batch_size} sequences of {config.training.seq_len} tokens"
