@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pool import GlooPool
 from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.distributed import spread_attention
 from torchtitan.distributed.context_parallel import ContextParallel, apply_context_parallel
 from torchtitan.distributed.sequence_layout import SequenceLayout
 from torchtitan.distributed.world import World
@@ -112,12 +113,38 @@ def test_exact(
 
 @pytest.mark.parametrize("documents", ["none", "short"])
 @pytest.mark.parametrize("method", ["ring", "allgather"])
-def test_bfloat16_is_merged_in_float32(method: str, documents: str, gloo_pool: GlooPool) -> None:
+def test_bfloat16_is_as_near_as_on_one_rank(
+    method: str, documents: str, gloo_pool: GlooPool
+) -> None:
     """As near to the truth as one call of the kernel: a few roundings, however many the parts."""
     setting = Setting(method, False, documents, dtype=torch.bfloat16)
     (alone,) = gloo_pool.run(1, differences, replace(setting, method="ulysses"))
     for spread in gloo_pool.run(4, differences, setting):
         assert all(a < 1.5 * b for a, b in zip(spread, alone, strict=True))
+
+
+def merged_types(world: World, setting: Setting) -> set[torch.dtype]:
+    """What the results of calls are merged into."""
+    context = setting.context(world)
+    share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
+    model, seen, merge = Model(), set(), spread_attention.merge
+    apply_context_parallel(model, context)
+
+    def watched(out: Tensor, lse: Tensor, *part: Tensor) -> None:
+        seen.update((out.dtype, lse.dtype))
+        merge(out, lse, *part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spread_attention, "merge", watched)
+        model(*(share(x) for x in setting.inputs()[:3]), None)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "merged"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_merging_is_wide(dtype: torch.dtype, merged: torch.dtype, gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(2, merged_types, Setting("ring", dtype=dtype)) == [{merged}] * 2
 
 
 def log_sum_exp(world: World, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -140,14 +167,16 @@ def test_log_sum_exp(gloo_pool: GlooPool) -> None:
 
 
 def check_operator(world: World, setting: Setting) -> None:
-    from torchtitan.distributed.spread_attention import spread_attention, visibility_levels
-
     context, ids = setting.context(world), setting.document_ids()
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
     own = [share(x).requires_grad_() for x in setting.inputs()[:3]]
-    levels = None if ids is None else visibility_levels(ids, context.layout, context.rank)
+    levels = (
+        None
+        if ids is None
+        else spread_attention.visibility_levels(ids, context.layout, context.rank)
+    )
     place = (setting.method, setting.balanced, context.group.group_name)
-    torch.library.opcheck(spread_attention, (*own, ids, levels, *place))
+    torch.library.opcheck(spread_attention.spread_attention, (*own, ids, levels, *place))
 
 
 @pytest.mark.parametrize("documents", ["none", "long"])
