@@ -107,7 +107,7 @@ def test_exact(
     ranks: int, method: str, balanced: bool, kv_heads: int, documents: str, gloo_pool: GlooPool
 ) -> None:
     setting = Setting(method, balanced, documents, kv_heads=kv_heads)
-    for found in gloo_pool.run(ranks, differences, setting, timeout=30):
+    for found in gloo_pool.run(ranks, differences, setting):
         assert max(found) < 1e-14
 
 

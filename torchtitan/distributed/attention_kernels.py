@@ -83,7 +83,7 @@ def _cpu_forward(part: Part) -> tuple[Tensor, Tensor]:
 def _cpu_backward(part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     q, k, v, visible, causal = part
     return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=_additive(visible, q)
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=_additive(visible, q)
     )
 
 

@@ -29,7 +29,8 @@ from torchtitan.passes.activation_checkpoint import keep_in_checkpoints
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import all_gather_single, reduce_scatter_single
 
-_NOTHING, _SOME, _ALL = 0, 1, 2
+_NOTHING, _ALL = 0, 2
+"""Of `visibility_levels`."""
 _RESULTS = "Tensor grad, Tensor out, Tensor lse"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, Tensor? levels"
 _PLACE = "str method, bool balanced, str group_name"
@@ -186,7 +187,7 @@ class _Ring:
         yield last, keys, values
 
     def return_gradients(self, dk: Tensor, dv: Tensor) -> None:
-        # What the ranks before this one have found for the same block.
+        # What the ranks before this one have found for the same block; at first, nothing.
         for own, arrived in zip((dk, dv), self._arrive()):
             own += arrived
         self._arrive = self._pass_on(dk, dv)
