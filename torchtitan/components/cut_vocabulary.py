@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.models.batch import IGNORE_INDEX
@@ -38,7 +39,7 @@ class CutVocabulary:
 
     def whole(self, logits: Tensor) -> Tensor:
         """Logits of all tokens, `[n, V]`, of this rank's, `[n, rows]`."""
-        padded = torch.nn.functional.pad(logits, (0, self.most - logits.size(1)))
+        padded = F.pad(logits, (0, self.most - logits.size(1)))
         gathered = padded.new_empty(self.group.size() * len(padded), self.most)
         all_gather_single(gathered, padded, self.group)
         parts = gathered.chunk(self.group.size())

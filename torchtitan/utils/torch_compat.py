@@ -43,7 +43,9 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
 
 
 def enable_async_tensor_parallel(group_name: str) -> None:
-    """Have the compiler overlap this group's collectives with the matrix products beside them."""
+    """Have the compiler overlap this group's collectives with the matrix products beside them.
+
+    CUDA only, so no test runs what comes of it."""
     from torch._inductor import config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
