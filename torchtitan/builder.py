@@ -65,8 +65,6 @@ class BuiltModel:
     handlers: list[ModelHandler]
     parameter_names: tuple[str, ...]
     """Of the whole model, also of what other ranks hold."""
-    vocab_size: int
-    """Tokens that the embedding and the head have rows for."""
     num_parameters: int
     """Of the whole model, before handlers changed it."""
     flops_per_token: float
@@ -103,7 +101,6 @@ def build_model(
     with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
     _require_language_model(model, family.name)
-    assert args.vocab_size is not None
     seq_len = config.training.seq_len
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     handlers = build_handlers(config, dims)
@@ -120,7 +117,6 @@ def build_model(
         plan=plan,
         handlers=handlers,
         parameter_names=tuple(name for name, _ in model.named_parameters()),
-        vocab_size=args.vocab_size,
         num_parameters=num_parameters,
         flops_per_token=model.flops_per_token(seq_len, causal=False),
         flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
@@ -184,8 +180,9 @@ def _cut_vocabulary(
 ) -> CutVocabulary | None:
     if dims.tp == 1:
         return None
-    group = mesh["tp"].get_group()
-    return CutVocabulary(model.vocab_size, group, config.parallelism.disable_loss_parallel)
+    total, group = model.args.vocab_size, mesh["tp"].get_group()
+    assert total is not None
+    return CutVocabulary(total, group, config.parallelism.disable_loss_parallel)
 
 
 def build_loader(
