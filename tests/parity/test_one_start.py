@@ -1,19 +1,28 @@
 """One start everywhere: the same initial weights on every mesh, and nobody builds them whole."""
 
-import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed.tiny import VOCAB_SIZE, Case
+from tests.faults.saving import digest
 from tests.parity.table import TIED, name_of, row
 from tests.pool import GlooPool
 from torchtitan import builder
 from torchtitan.config.facts import Facts
+from torchtitan.distributed import initialize
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
+from torchtitan.models.spec import InitRule
 
 V, LOOP = {"schedule": "ZBVZeroBubble"}, {"schedule": "Interleaved1F1B"}
 FOUR = {"layers": 4}
@@ -42,21 +51,17 @@ MESHES = [
 ]
 
 
-def build(world: World, case: Case, vocab_size: int) -> builder.BuiltModel:
+def build(
+    world: World, case: Case, vocab_size: int = VOCAB_SIZE, initialise: bool = True
+) -> builder.BuiltModel:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    return builder.build_model(config, vocab_size, mesh, dims, world.device)
+    return builder.build_model(config, vocab_size, mesh, dims, world.device, initialise)
 
 
 def named_parameters(model: builder.BuiltModel) -> list[tuple[str, nn.Parameter]]:
     return [named for part in model.parts for named in part.named_parameters()]
-
-
-def digest(tensor: Tensor) -> str:
-    """Of the whole tensor; collective among the ranks that hold it."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
 def digests(world: World, case: Case, vocab_size: int) -> tuple[dict[str, str], int]:
@@ -99,3 +104,115 @@ def test_ranks_that_hold_nothing_of_a_parameter(gloo_pool: GlooPool) -> None:
 @pytest.mark.parametrize("case", [row(shard=4, tp=2), row(shard=4, tp=2, **TIED)], ids=name_of)
 def test_rows_of_the_vocabulary_cut_unevenly_twice(case: Case, gloo_pool: GlooPool) -> None:
     same_start(gloo_pool, case, UNLIKE)
+
+
+# --- nobody builds a whole parameter --------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Notes what is made in memory, and what is communicated, while each parameter is filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        """Of the parameter that is being filled."""
+        self.largest: Counter[str] = Counter()
+        """Elements of the largest memory that was made."""
+        self.computed: Counter[str] = Counter()
+        """Normally distributed values that were computed."""
+        self.communication: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it will do something to plain tensors, which is seen then
+        results = func(*args, **(kwargs or {}))
+        if "c10d" in func.namespace:
+            self.communication.append(str(func))
+        known = {tensor.untyped_storage().data_ptr() for tensor in plain_tensors((args, kwargs))}
+        for tensor in plain_tensors(results):
+            memory = tensor.untyped_storage()
+            size = 0 if memory.data_ptr() in known else memory.nbytes() // tensor.itemsize
+            self.largest[self.name] = max(self.largest[self.name], size)
+            self.computed[self.name] += tensor.numel() * (func is torch.ops.aten.erfinv.default)
+        return results
+
+
+def plain_tensors(values: Any) -> list[Tensor]:
+    """Those that are in memory: neither fake, nor made of others."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return [t for t in tensors if not (t.is_meta or isinstance(t, FakeTensor | DTensor))]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What a rank did to fill a parameter; all are numbers of elements."""
+
+    whole: int
+    held: int
+    largest: int
+    computed: int
+
+
+def fill_watched(
+    world: World, case: Case, whole: bool = False
+) -> tuple[dict[str, Filling], int, list[str]]:
+    """How each parameter was filled, the largest memory when the model was built, what was sent."""
+    fill_normal = initialize._fill_normal
+    watch = Watch()
+    with watch:
+        model = build(world, case, initialise=False)
+
+        def rule(name: str) -> InitRule:
+            watch.name = name
+            return model.parts[0].init_rule(name)  # type: ignore[operator]
+
+        if whole:
+            initialize._fill_normal = _fill_whole
+        for part in model.parts:
+            initialize_parameters(part, rule, seed=0)
+    initialize._fill_normal = fill_normal
+    fillings = {
+        name: Filling(
+            tensor.numel(), tensor.to_local().numel(), watch.largest[name], watch.computed[name]
+        )
+        for name, tensor in named_parameters(model)
+    }
+    return fillings, watch.largest[""], watch.communication
+
+
+def _fill_whole(local: Tensor, indices: tuple[Tensor, Tensor], init: InitRule, key: int) -> None:
+    """What `initialize` does not do."""
+    rows, columns = indices
+    mine = (rows.unsqueeze(1) + columns).flatten()
+    values = initialize._normal(torch.arange(VOCAB_SIZE * 32), init, key)
+    local.copy_(values[mine].view(local.shape))
+
+
+WATCHED = [
+    row(shard=4),
+    row(shard=2, tp=2, **TIED),
+    row(cp=2, tp=2),
+    row(replicate=2, shard=2, pp=2, schedule="1F1B"),
+]
+
+
+@pytest.mark.parametrize("case", WATCHED, ids=name_of)
+def test_nobody_builds_a_whole_parameter(case: Case, gloo_pool: GlooPool) -> None:
+    """Or computes a value that it does not hold, or asks another rank for one."""
+    ranks = gloo_pool.run(case.world_size, fill_watched, case)
+    assert max(built for _, built, _ in ranks) == max(
+        filling.held for fillings, _, _ in ranks for filling in fillings.values()
+    )
+    for fillings, _, communication in ranks:
+        assert communication == []
+        for name, filling in fillings.items():
+            assert filling.whole < initialize._CHUNK, "what is whole would be made in parts"
+            if not name.endswith("norm.weight"):
+                assert filling.held <= filling.largest < filling.whole
+                assert filling.computed == filling.held
+
+
+def test_who_builds_a_whole_parameter_is_seen(gloo_pool: GlooPool) -> None:
+    for fillings, _, _ in gloo_pool.run(2, fill_watched, row(shard=2), True):
+        assert fillings["tok_embeddings.weight"].largest >= VOCAB_SIZE * 32
+        assert fillings["layers.0.attention.wq.weight"].computed == VOCAB_SIZE * 32
