@@ -2,11 +2,13 @@
 
 from collections import Counter
 from itertools import combinations, product
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from tests.distributed import tiny
+from tests.parity.historical_bugs import BUGS
 from tests.parity.table import TABLE, dims_of, kinds_of, name_of, special_of
 from torchtitan.config.parallelism_section import Parallelism, Schedule
 from torchtitan.models.batch import IGNORE_INDEX
@@ -28,6 +30,15 @@ def test_there_are_many_meshes_of_1_to_16_processes() -> None:
 
 def test_rows_differ() -> None:
     assert Counter(map(name_of, TABLE)).most_common(1)[0][1] == 1
+
+
+def test_the_page_has_all_rows_and_mistakes() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "parity.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [(row[1], row[2]) for row in cells if len(row) == 7 and row[0].isdigit()]
+    assert rows == [(dims_of(case).describe(), ", ".join(special_of(case))) for case in TABLE]
+    mistakes = [row[0].partition(":")[0].replace(" ", "_") for row in cells if len(row) == 3]
+    assert [name for name in mistakes if name in BUGS] == list(BUGS)
 
 
 def test_every_pair_and_triple_of_parallelisms() -> None:
