@@ -1,5 +1,6 @@
 """Checkpoints across meshes, to the bit; which steps stay, which is taken, which is refused."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ import torch
 from torch import nn
 
 from tests.faults.saving import Trainer, make_checkpointer, recover, save_steps
-from tests.pool import GlooPool
+from tests.pool import GlooPool, RankFailure
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.distributed.world import World
 
 MESHES = [(1, "shard"), (2, "shard"), (4, "shard"), (4, "hybrid"), (2, "copy")]
-LEGS = [(before, after) for before in MESHES for after in MESHES if before != after]
+# 5 rows over 2 ranks and these over 2 again: each rank has 2 or 1 that do not follow the placement
+# before, and the file has to say which.
+CUT_TWICE = (4, "tensor")
+LEGS = [
+    *((before, after) for before in MESHES for after in MESHES if before != after),
+    *((CUT_TWICE, (1, "shard")), ((4, "shard"), CUT_TWICE), ((2, "tensor"), CUT_TWICE)),
+]
 
 
 def run_leg(world: World, folder: str, cut: str, start: int, stop: int) -> dict[str, str]:
@@ -93,13 +100,28 @@ def test_ranks_may_hold_different_tensors(gloo_pool: GlooPool, tmp_path: Path) -
     assert len(set(whole)) > 4
 
 
+def load_into_stages(world: World, folder: str, layers: int) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_stages(world, folder, layers)
+    return str(caught.value)
+
+
+def test_what_a_stage_lacks_or_has_beside_is_told(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Also to the ranks of other stages, whose own tensors all fit."""
+    gloo_pool.run(4, save_stage, str(tmp_path))
+    for message in gloo_pool.run(2, load_into_stages, str(tmp_path), 3):
+        assert "3.weight is only in it; " in message
+    for message in gloo_pool.run(2, load_into_stages, str(tmp_path), 5):
+        assert "4.weight is not in it; " in message
+
+
 # --- what does not fit ----------------------------------------------------------------------------
 
 
 def load_changed(world: World, folder: str, change: str) -> tuple[str, bool]:
     trainer = Trainer(world, 5)
     tensors = trainer.tensors()
-    if change == "dtype" and world.rank == 1:
+    if change == f"dtype on rank {world.rank}":
         tensors["0.weight"] = tensors["0.weight"].to(torch.bfloat16)
     elif change == "shape":
         tensors["1.weight"] = torch.zeros(3, 6)
@@ -121,7 +143,8 @@ def load_changed(world: World, folder: str, change: str) -> tuple[str, bool]:
 @pytest.mark.parametrize(
     "change, text",
     [
-        ("dtype", "0.weight is float32 [5, 7] in it, bfloat16 [5, 7] in the run"),
+        ("dtype on rank 0", "0.weight is float32 [5, 7] in it, bfloat16 [5, 7] in the run"),
+        ("dtype on rank 1", "0.weight is float32 [5, 7] in it, bfloat16 [5, 7] in the run"),
         ("shape", "1.weight is float32 [3, 5] in it, float32 [3, 6] in the run"),
         ("missing", "2.weight is not in it"),
         ("extra", "optimizer.0.bias.exp_avg is only in it"),
@@ -244,6 +267,27 @@ def need_space(world: World, folder: str) -> str:
 def test_space_is_looked_for_at_the_start(gloo_pool: GlooPool, tmp_path: Path) -> None:
     for message in gloo_pool.run(2, need_space, str(tmp_path)):
         assert message.startswith("checkpoint.folder = ") and "GiB are free" in message
+
+
+def need_space_for_stages(world: World, folder: str, spare: int) -> None:
+    """Two stages on two ranks each, of 40 and of 12 bytes."""
+    from torchtitan.checkpoint import checkpointer as module
+
+    stage = {"0": torch.zeros(10)} if world.rank < 2 else {"1": torch.zeros(3)}
+    checkpointer = make_checkpointer(world, folder)
+    real = module.shutil.disk_usage
+    free = math.ceil(module.SPACE_FACTOR * 52) + spare
+    module.shutil.disk_usage = lambda path: real(path)._replace(free=free)
+    try:
+        checkpointer.require_space(stage)
+    finally:
+        module.shutil.disk_usage = real
+
+
+def test_space_counts_each_tensor_once(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    gloo_pool.run(4, need_space_for_stages, str(tmp_path), 0)
+    with pytest.raises(RankFailure, match=r"GiB are free"):
+        gloo_pool.run(4, need_space_for_stages, str(tmp_path), -1)
 
 
 def test_folder_that_anybody_may_write_to(gloo_pool: GlooPool, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
@@ -24,17 +25,23 @@ RUN_ID = "abc123"
 class Trainer:
     """A model whose shards are uneven (and, on four ranks, partly empty), with its optimizer.
 
-    `cut`: "shard" (FSDP2), "hybrid" (two copies of shards), or "copy" (whole on every rank).
+    `cut`: "shard" (FSDP2), "hybrid" (two copies of shards), "tensor" (a matrix cut over two ranks,
+    and FSDP2 over that) or "copy" (whole on every rank).
     """
 
     def __init__(self, world: World, seed: int = 0, cut: str = "shard"):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
         size = world.world_size
-        sizes, names = (
-            ((2, size // 2), ("copy", "shard")) if cut == "hybrid" else ((size,), ("shard",))
-        )
+        sizes, names = {
+            "hybrid": ((2, size // 2), ("copy", "shard")),
+            "tensor": ((size // 2, 2), ("shard", "tensor")),
+        }.get(cut, ((size,), ("shard",)))
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        if cut == "tensor":
+            by_rows = ColwiseParallel(output_layouts=Replicate())
+            parallelize_module(self.model[0], mesh["tensor"], by_rows)
+            mesh = mesh["shard"]
         for part in (*self.model, self.model) if cut != "copy" else ():
             fully_shard(part, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)

@@ -309,8 +309,7 @@ class Checkpointer:
         shares = self.world.gather_json(
             {name: describe_tensor(tensor) for name, tensor in tensors.items()}
         )
-        wanted = {name: entry for share in shares for name, entry in share.items()}
-        differences = manifest_differences(found.manifest, wanted)
+        differences = manifest_differences(found.manifest, shares)
         if differences:
             raise CheckpointError(f"{found.path} does not fit the run: {differences}")
 

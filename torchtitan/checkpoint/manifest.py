@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,21 @@ def read_manifest(folder: Path) -> Manifest:
     return _parse(path, body)
 
 
-def manifest_differences(manifest: Manifest, wanted: Mapping[str, dict[str, Any]]) -> str:
-    """What keeps a run with the tensors `wanted` (as in `Manifest.tensors`) from loading this
-    checkpoint, in words; empty when they are the same."""
-    saved = manifest.tensors
+def manifest_differences(manifest: Manifest, ranks: Sequence[Mapping[str, dict[str, Any]]]) -> str:
+    """What keeps ranks with these tensors (each as in `Manifest.tensors`) from loading this
+    checkpoint, in words; empty when together they have exactly its tensors."""
+    saved, wanted = manifest.tensors, {name for tensors in ranks for name in tensors}
     if manifest.model_only and any(name.startswith(OPTIMIZER_PREFIX) for name in wanted):
         return "it holds the model only, no optimizer state to go on from"
     texts = [
         f"{name} is {_show(saved[name])} in it, {_show(entry)} in the run"
-        for name, entry in wanted.items()
+        for tensors in ranks
+        for name, entry in tensors.items()
         if name in saved and saved[name] != entry
     ]
-    texts += [f"{name} is not in it" for name in wanted if name not in saved]
+    texts += [f"{name} is not in it" for name in sorted(wanted) if name not in saved]
     texts += [f"{name} is only in it" for name in saved if name not in wanted]
+    texts = list(dict.fromkeys(texts))
     more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
     return "; ".join([*texts[:_MAX_LISTED], *more])
 
