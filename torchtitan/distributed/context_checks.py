@@ -22,7 +22,21 @@ def check(facts: Facts) -> list[Problem]:
     problems = _sequence(facts)
     if section.context_parallel_method == "ulysses":
         problems += _heads(facts, *heads)
+    elif facts.device_type == "cuda" and facts.config.training.document_mask:
+        problems.append(_slow(facts))
     return problems
+
+
+def _slow(facts: Facts) -> Problem:
+    """What `attention_kernels` has no kernel for."""
+    method = facts.config.parallelism.context_parallel_method
+    problem = (
+        "where documents meet (training.document_mask) it has no kernel on CUDA, and computes"
+        " attention from the formula, in float32: right, and many times slower"
+    )
+    fix = "set it to ulysses, which has one, or document_mask to false"
+    key = "parallelism.context_parallel_method"
+    return Problem(key, problem, fix, method, severity="warning")
 
 
 def _sequence(facts: Facts) -> list[Problem]:

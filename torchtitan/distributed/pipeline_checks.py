@@ -92,7 +92,8 @@ def _microbatches(facts: Facts, args: ModelArgs) -> Iterator[Problem]:
     if SCHEDULES[schedule].goes_in_rounds and not _fills_rounds(count, degree):
         step = facts.config.training.local_batch_size // section.pipeline_parallel_microbatch_size
         # Of `degree` steps in a row one is a multiple of `degree`, so there is one above.
-        numbers = range(step, count + step * degree + 1, step)
+        reach = step * degree
+        numbers = range(max(step, count - reach), count + reach + 1, step)
         good = [n for n in numbers if n >= degree and _fills_rounds(n, degree)]
         nearest = [n for n in good if n < count][-1:] + [n for n in good if n > count][:1]
         sizes = " or ".join(str(_batch_size(facts, n)) for n in nearest)

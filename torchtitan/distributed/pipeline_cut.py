@@ -92,6 +92,9 @@ def _holders(section: Parallelism, num_layers: int) -> tuple[int, ...]:
     degree, count = section.pipeline_parallel_degree, number_of_stages(section, num_layers)
     if not _fits(section, count):
         raise ConfigError(_wrong_number_of_stages(section, count, num_layers))
+    if count > num_layers and not section.module_fqns_per_model_part:
+        # Before anything of that length is made: a degree may be a slip of the keyboard.
+        raise ConfigError(_too_many_stages(section, count, num_layers))
     if SCHEDULES[section.pipeline_parallel_schedule].is_v:
         return (*range(degree), *reversed(range(degree)))
     return tuple(stage % degree for stage in range(count))

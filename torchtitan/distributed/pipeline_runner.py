@@ -94,7 +94,8 @@ class PipelineRunner:
         pieces = self._split(microbatches)
         holders = self._plan.holders
         hidden: dict[tuple[int, int], Tensor] = {}  # by the stage that needs it, and microbatch
-        total = self._zero()
+        # Wide, as `WholeModelRunner` has it: there may be any number of microbatches.
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for tick in forward_ticks(holders, len(pieces)):
             transfers = []
             for rank, (stage, _, index) in tick.items():

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +88,10 @@ def build_pipeline_schedule(
 
     # When a step fails it would print the whole schedule, on every rank.
     schedules.logger.setLevel(logging.CRITICAL)
+    for stage in stages:
+        stage._get_init_p2p_neighbors_ops = partial(
+            _to_other_ranks, stage._get_init_p2p_neighbors_ops, stage.group_rank
+        )
     if csv_file:
         runtime: Any = schedules._PipelineScheduleRuntime
         schedule = runtime(stages, num_microbatches, loss_fn=loss, scale_grads=False)
@@ -95,3 +100,9 @@ def build_pipeline_schedule(
     kind = schedules.get_schedule_class(name)
     single = issubclass(kind, schedules.PipelineScheduleSingle)
     return kind(stages[0] if single else stages, num_microbatches, loss_fn=loss, scale_grads=False)
+
+
+def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> list[dist.P2POp]:
+    """Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at
+    the tip of a V), which gloo cannot."""
+    return [greeting for greeting in greetings() if greeting.group_peer != rank]

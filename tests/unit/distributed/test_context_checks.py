@@ -76,6 +76,19 @@ def test_heads_that_cannot_be_shared_out(
     assert f"set it to one of {possible}, or context_parallel_method to allgather" in problem
 
 
+def test_packed_documents_without_a_kernel_are_worth_a_warning() -> None:
+    found = {}
+    for device in ("cuda", "cpu"):
+        for method in ("allgather", "ring", "ulysses"):
+            parallelism = {"context_parallel_degree": 2, "context_parallel_method": method}
+            training = {"seq_len": 32, "document_mask": True}
+            config = JobConfig.model_validate({"training": training, "parallelism": parallelism})
+            found[device, method] = context_checks.check(Facts(config, 2, device))
+    slow = {case for case, problems in found.items() if problems}
+    assert slow == {("cuda", "allgather"), ("cuda", "ring")}
+    assert {problem.severity for case in slow for problem in found[case]} == {"warning"}
+
+
 def test_a_model_without_such_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_checks, "model_args", lambda facts: ModelArgs())
     (problem,) = problems(32, 2, {})

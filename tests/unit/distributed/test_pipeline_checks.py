@@ -62,6 +62,7 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
     [
         (5, {}, "degree = 5: 1F1B makes 5 stages of it, and the model has 4 layers. Fix: set it to "
          "at most 4."),
+        (2**40, {}, "set it to at most 4"),  # and nothing of that length is made
         (4, INTERLEAVED, "makes 8 stages of it, and the model has 4 layers. Fix: set it to at most "
          '2, or parallelism.pipeline_parallel_schedule to "1F1B"'),
         (2, {"microbatch_size": 3}, "microbatch_size = 3: does not divide training.local_batch_size"
@@ -113,6 +114,12 @@ def test_what_a_split_backward_excludes(
     message = errors(2, sections, schedule=schedule)
     assert (expected in message) == SCHEDULES[schedule].splits_backward
     assert bool(message) == SCHEDULES[schedule].splits_backward
+
+
+def test_a_huge_batch_is_judged_at_once() -> None:
+    sections = {"training": {"global_batch_size": 8 * (10**15 + 1)}}
+    message = errors(3, sections | {"model": {"args": {"n_layers": 6}}}, **INTERLEAVED)
+    assert "of equal size. Fix: set it to 7999999999999992 or 8000000000000016" in message
 
 
 def test_tied_embeddings_are_refused() -> None:
