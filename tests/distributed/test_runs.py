@@ -27,15 +27,20 @@ def start_and_signal(folder: Path, number: int, *arguments: str, processes: int 
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    metrics = folder / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get to step 5"
-        time.sleep(0.005)
+    wait_for_step(folder, 5, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     return output
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until so many steps are logged."""
+    deadline = time.monotonic() + 120
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"the run did not get to step {step}"
+        time.sleep(0.005)
 
 
 def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
@@ -56,14 +61,22 @@ def test_same_command_again_says_finished(uninterrupted: Path) -> None:
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
+COPIES = "--parallelism.data_parallel_replicate_degree=2"
+TENSOR, CONTEXT, PIPELINE = (
+    f"--parallelism.{kind}_parallel_degree=2" for kind in ("tensor", "context", "pipeline")
+)
+
+
 @pytest.mark.parametrize(
     ("processes", "arguments"),
     [
         (2, ()),
-        (2, ("--parallelism.data_parallel_replicate_degree=2",)),
-        (4, ("--parallelism.data_parallel_replicate_degree=2", "--training.local_batch_size=1")),
+        (2, (COPIES,)),
+        (4, (COPIES, "--training.local_batch_size=1")),
+        (2, (TENSOR,)),
+        (4, (CONTEXT, PIPELINE)),
     ],
-    ids=["fsdp", "ddp", "hsdp"],
+    ids=["fsdp", "ddp", "hsdp", "tp", "cp-pp"],
 )
 def test_other_mesh_same_run(
     processes: int, arguments: tuple[str, ...], uninterrupted: Path, tmp_path: Path
@@ -139,12 +152,7 @@ def test_lost_rank_is_noticed_in_the_set_time(tmp_path: Path) -> None:
     arguments += ("--comm.train_timeout_seconds=3",)
     processes = runs.start_ranks(folder, *arguments, folders=[tmp_path] * 2)
     try:
-        deadline = time.monotonic() + 120
-        metrics = folder / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count("\n") < 5:
-            assert processes[0].poll() is None, processes[0].communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_step(folder, 5, processes[0])
         processes[1].send_signal(signal.SIGSTOP)
         output, _ = processes[0].communicate(timeout=60)
         assert processes[0].returncode == 1, output
@@ -177,18 +185,42 @@ def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
 
 
-def test_resume_on_another_mesh_with_more_steps(uninterrupted: Path, tmp_path: Path) -> None:
-    """Two processes stop at step 4; four continue, the checkpoint being all they have."""
+def test_resume_on_other_meshes_with_more_steps(tmp_path: Path) -> None:
+    """Three meshes, one after the other, the checkpoint being all that they have of each other."""
     folder = tmp_path / "run"
     constant = ("--lr_scheduler.decay_ratio=0", "--checkpoint.interval=2")
-    runs.run(folder, "--training.steps=4", *constant, processes=2)
-    done = runs.run(
-        folder, *constant, "--training.local_batch_size=1", "--training.steps=6", processes=4
-    )
+    runs.run(folder, "--training.steps=4", *constant, TENSOR, processes=2)
+    done = runs.run(folder, "--training.steps=6", *constant, CONTEXT, PIPELINE, processes=4)
     assert "Resumed from step 4" in done.stderr
+    done = runs.run(folder, "--training.steps=8", *constant, processes=2)
+    assert "Resumed from step 6" in done.stderr
     alone = tmp_path / "alone"
-    runs.run(alone, "--training.steps=6", *constant)
-    for row, expected in zip(runs.curve(folder), runs.curve(alone), strict=True):
+    runs.run(alone, "--training.steps=8", *constant)
+    for row, expected in zip(runs.records(folder), runs.records(alone), strict=True):
+        assert row["step"] == expected["step"]
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
+        for count in ("num_targets", "num_tokens_seen"):
+            assert row[count] == expected[count]
+
+
+def test_kill_of_the_last_stage(uninterrupted: Path, tmp_path: Path) -> None:
+    """The first one notices soon, and the same command goes on."""
+    folder = tmp_path / "run"
+    processes = runs.start_ranks(folder, "--training.steps=10", PIPELINE, folders=[tmp_path] * 2)
+    try:
+        wait_for_step(folder, 5, processes[0])
+        processes[1].kill()
+        output, _ = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 1, output
+        assert runs.status(folder)["status"] == "failed"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    done = runs.run(folder, PIPELINE, processes=2)
+    assert "Resumed from step 4" in done.stderr or "Resumed from step 8" in done.stderr
+    for row, expected in zip(runs.curve(folder), runs.curve(uninterrupted), strict=True):
         assert row == pytest.approx(expected, rel=2e-5)
 
 
