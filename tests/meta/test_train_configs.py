@@ -1,5 +1,6 @@
 """Every TOML of train_configs/ passes --check at the world size that its first comment states."""
 
+import math
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from torchtitan.config.load import load_toml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
@@ -44,8 +47,42 @@ def test_each_config_has_a_folder_of_its_own(path: Path):
 
 
 def test_the_configs_that_are_promised_are_there():
-    promised = {"llama3_8b", "llama3_70b", "llama3_405b", "llama3_2_1b", "llama3_2_3b"}
-    assert promised | {"debug_model"} <= {path.stem for path in CONFIGS}
+    promised = {"debug_model", "debug_4d", "llama3_2_1b", "llama3_2_3b", "llama3_8b"}
+    promised |= {"llama3_8b_128k", "llama3_70b", "llama3_70b_3d", "llama3_70b_4d"}
+    promised |= {"llama3_405b", "llama3_405b_2d", "llama3_405b_4d"}
+    assert promised == {path.stem for path in CONFIGS}
+
+
+def table_rows() -> dict[str, list[str]]:
+    """The table of configs in the documentation: GPUs, mesh and length by file."""
+    text = (ROOT / "docs" / "launching.md").read_text()
+    rows = re.findall(r"^\| (`.*\.toml`) \|(.*)\|$", text, re.MULTILINE)
+    return {
+        name: [cell.strip() for cell in cells.split("|")]
+        for names, cells in rows
+        for name in re.findall(r"`(\w+)\.toml`", names)
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_documentation_has_the_degrees(path: Path):
+    gpus, mesh, seq_len = table_rows()[path.stem]
+    config = load_toml(path)
+    assert int(seq_len) == config.training.seq_len
+    stated = re.search(r"WORLD_SIZE=(\d+)", first_comment(path))
+    assert stated
+    if path.stem == "debug_model":
+        return
+    assert stated[1] in gpus
+    section = config.parallelism
+    degrees = {
+        "tp": section.tensor_parallel_degree,
+        "cp": section.context_parallel_degree,
+        "pp": section.pipeline_parallel_degree,
+    }
+    degrees["dp"] = int(stated[1]) // math.prod(degrees.values())
+    said = {axis: int(degree) for axis, degree in re.findall(r"(\w+) (\d+)", mesh)}
+    assert said == {axis: degree for axis, degree in degrees.items() if degree > 1}
 
 
 def test_the_check_can_fail():

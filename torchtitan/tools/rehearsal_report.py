@@ -52,12 +52,15 @@ def _memory(rehearsal: Rehearsal) -> str:
         "gradients": rehearsal.gradient_bytes,
         "optimizer": rehearsal.optimizer_bytes,
     }
-    terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())
-    waiting = rehearsal.accumulated_bytes / GIB
-    return (
-        f"{terms} = {sum(sizes.values()) / GIB:.2f} GiB; besides activations"
-        + f" and {waiting:.2f} GiB of gradients that wait for their reduction" * (waiting > 0)
-    )
+    terms = " + ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    more = "activations"
+    if rehearsal.accumulated_bytes:
+        more += f", and {_size(rehearsal.accumulated_bytes)} of gradients not yet reduced"
+    return f"{terms} = {_size(sum(sizes.values()))}; besides {more}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / _MIB:.2f} MiB"
 
 
 def _step(rehearsal: Rehearsal, facts: Facts) -> str:
@@ -74,10 +77,10 @@ def _step(rehearsal: Rehearsal, facts: Facts) -> str:
 def _traffic(rehearsal: Rehearsal) -> list[str]:
     """A line for each kind of collective along each axis."""
     traffic = rehearsal.traffic
-    lines = [f"{'along':<12} {'collective':<15} {'calls':>6} {'MiB':>12}"]
-    for key in sorted(traffic.calls):
-        axis, collective = key
-        size = traffic.num_bytes[key] / _MIB
-        lines.append(f"{axis:<12} {collective:<15} {traffic.calls[key]:>6} {size:>12,.1f}")
+    width = max(len(axes) for axes, _ in [("along", ""), *traffic.calls])
+    lines = [f"{'along':<{width}}  {'collective':<14} {'calls':>6} {'MiB':>12}"]
+    for (axes, collective), calls in sorted(traffic.calls.items()):
+        size = traffic.num_bytes[axes, collective] / _MIB
+        lines.append(f"{axes:<{width}}  {collective:<14} {calls:>6} {size:>12,.1f}")
     lines += [f"and that of {name}, which depends on the data" for name in sorted(traffic.unknown)]
     return lines

@@ -173,13 +173,17 @@ def _microbatches(facts: Facts) -> list[Batch]:
 
 
 def _axes(mesh: DeviceMesh, dims: ParallelDims) -> dict[str, str]:
-    """What to call each process group."""
-    world = dist.group.WORLD
-    assert world is not None
+    """What to call each process group; one can serve several axes."""
     shard = dims.shard_mesh(mesh)
     assert shard.mesh_dim_names is not None
     meshes = {axis: mesh[axis] for axis in AXES} | {shard.mesh_dim_names[0]: shard}
-    names = {each.get_group().group_name: axis for axis, each in meshes.items() if each.size() > 1}
+    names: dict[str, str] = {}
+    for axis, along in meshes.items():
+        if along.size() > 1:
+            group = along.get_group().group_name
+            names[group] = f"{names[group]}, {axis}" if group in names else axis
+    world = dist.group.WORLD
+    assert world is not None
     return {world.group_name: "all", **names}
 
 

@@ -1,0 +1,141 @@
+"""Every TOML of train_configs/ runs a step at its own scale, on fake tensors, by the command line.
+
+Each rehearsal is a program of its own. They run two at a time, and a test waits for its own one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Timer
+from typing import NamedTuple
+
+import pytest
+
+from tests.distributed import runs
+from tests.meta.test_train_configs import CONFIGS, ROOT, first_comment
+
+MOST_SECONDS = 60
+"""Of a processor: that others are at work on this machine does not count."""
+MOST_GIB = 4
+
+
+class Place(NamedTuple):
+    """A rank of a run that is not there."""
+
+    config: str
+    world_size: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.config}-{self.rank}-of-{self.world_size}"
+
+
+class Outcome(NamedTuple):
+    status: int
+    seconds: float
+    peak_gib: float
+    output: str
+
+
+def places(config: str, *shares: float, world_size: int | None = None) -> list[Place]:
+    """The last rank of each share of the processes, which the TOML's first comment states."""
+    stated = re.search(r"WORLD_SIZE=(\d+)", first_comment(ROOT / f"train_configs/{config}.toml"))
+    assert stated
+    size = int(stated[1]) if world_size is None else world_size
+    return [Place(config, size, max(0, int(size * share) - 1)) for share in shares]
+
+
+NAMES = [path.stem for path in CONFIGS]
+OFTEN = [
+    *(place for name in NAMES for place in places(name, 0)),
+    *places("llama3_405b", 0.4, 1),
+    *places("llama3_405b", 0.4, 1, world_size=4096),
+]
+RARELY = sorted({place for name in NAMES for place in places(name, 0.4, 0.5, 1)} - {*OFTEN})
+
+
+def rehearse(place: Place, folder: Path) -> Outcome:
+    """Run the program in `folder`, with that and its output beside it."""
+    command = [sys.executable, "-m", "torchtitan.train", "--comm.mode=fake_backend"]
+    config = ROOT / f"train_configs/{place.config}.toml"
+    with open(f"{folder}.log", "w+") as log:
+        process = subprocess.Popen(
+            [*command, f"--job.config_file={config}"],
+            env={
+                **runs.environment(),
+                "WORLD_SIZE": str(place.world_size),
+                "RANK": str(place.rank),
+            },
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        patience = Timer(280, process.kill)
+        patience.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        patience.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        seconds = usage.ru_utime + usage.ru_stime
+        return Outcome(process.returncode, seconds, usage.ru_maxrss / 2**20, log.read())
+
+
+@pytest.fixture(scope="module")
+def rehearsals(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Place, tuple[Future[Outcome], Path]]]:
+    """Those of the tests that are going to run."""
+    items = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = [spec.params["place"] for spec in items if spec and "place" in spec.params]
+    with ThreadPoolExecutor(2) as pool:
+        started = {}
+        for place in wanted:
+            folder = tmp_path_factory.mktemp("rehearsal")
+            started[place] = pool.submit(rehearse, place, folder), folder
+        yield started
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [*OFTEN, *(pytest.param(place, marks=pytest.mark.nightly) for place in RARELY)],
+    ids=str,
+)
+@pytest.mark.timeout(600)
+def test_rehearsal(place: Place, rehearsals: dict[Place, tuple[Future[Outcome], Path]]):
+    future, folder = rehearsals[place]
+    outcome = future.result()
+    assert outcome.status == 0, outcome.output
+    assert outcome.seconds < MOST_SECONDS
+    assert outcome.peak_gib < MOST_GIB
+    assert f"runs on rank {place.rank}" in outcome.output
+    assert not list(folder.iterdir()), "a rehearsal leaves nothing behind"
+
+
+def test_the_largest_are_among_them():
+    assert {("llama3_405b", 512), ("llama3_405b", 4096)} <= {place[:2] for place in OFTEN}
+    assert {place.config for place in OFTEN} == {path.stem for path in CONFIGS}
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_four_dimensions_show_the_losses_of_one_process(tmp_path: Path):
+    """As the first comment of debug_4d.toml promises."""
+    config = ROOT / "train_configs/debug_4d.toml"
+    curves = []
+    for processes in (8, 1):
+        folder = tmp_path / str(processes)
+        command = runs.command(folder, processes=processes)
+        command[command.index("torchtitan.train") + 1] = f"--job.config_file={config}"
+        if processes == 1:
+            comment = first_comment(config)
+            command += re.findall(r"--parallelism\S+|(?<=_degree )1", comment)
+        subprocess.run(command, env=runs.environment(), check=True, timeout=500)
+        curves.append(runs.curve(folder))
+    assert len(curves[0]) == 10
+    for several, one in zip(*curves, strict=True):
+        assert several == pytest.approx(one, rel=1e-9)
