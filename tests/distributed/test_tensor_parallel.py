@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,16 +115,33 @@ def test_the_residual_stream_is_cut_along_the_sequence(gloo_pool: GlooPool) -> N
     assert gloo_pool.run(2, block_inputs) == [expected] * 2
 
 
+def tied_parameters(world: World) -> tuple[bool, int]:
+    model, mesh = bare_model(tied_embeddings=True)
+    apply_tensor_parallel(model, mesh)
+    ends = model.get_submodule("tok_embeddings"), model.get_submodule("output")
+    first, last = (end._parameters["weight"] for end in ends)
+    return first is last, len(list(model.parameters()))
+
+
+def test_a_tied_matrix_stays_one(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(2, tied_parameters) == [(True, 9 * 6 + 2)] * 2
+
+
+def bare_model(**args: Any) -> tuple[nn.Module, DeviceMesh]:
+    """On the meta device, and the ranks to cut it over."""
+    family = get_family("llama3")
+    with torch.device("meta"):
+        model = family.build(family.resolve_args("debugmodel", args, 131))
+    return model, ParallelDims(tp=2).build_mesh("cpu")["tp"]
+
+
 def forget_a_norm(world: World) -> str:
     plan = Llama.tensor_parallel_plan
     Llama.tensor_parallel_plan = lambda self, styles: {  # type: ignore[method-assign]
         name: style for name, style in plan(self, styles).items() if name != "layers.1.ffn_norm"
     }
     try:
-        family = get_family("llama3")
-        with torch.device("meta"):
-            model = family.build(family.resolve_args("debugmodel", {}, 131))
-        mesh = ParallelDims(tp=2).build_mesh("cpu")["tp"]
+        model, mesh = bare_model()
         with pytest.raises(ValueError, match=r"leaves out layers\.1\.ffn_norm\.weight$") as caught:
             apply_tensor_parallel(model, mesh)
         return str(caught.value)
