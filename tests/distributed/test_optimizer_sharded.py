@@ -1,17 +1,28 @@
 """The optimizer on sharded parameters, some ranks having no part of one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tests.distributed import tiny
+from tests.distributed.tiny import Case
+from tests.parity.table import row
 from tests.pool import GlooPool
+from torchtitan import builder
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
+from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Optimizer
+from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
 
+IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 IS_FINITE = [True, False, True]
 
 
@@ -50,10 +61,60 @@ def train_sharded(world: World, implementation: str) -> dict[str, torch.Tensor]:
     return train(model, implementation, sharded=True)
 
 
-@pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sharded_steps_are_those_of_one_process(gloo_pool: GlooPool, implementation: str) -> None:
     expected = train(build(), implementation, sharded=False)
     for found in gloo_pool.run(4, train_sharded, implementation):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def of(implementation: str) -> dict[str, dict[str, Any]]:
+    return {"optimizer": {"lr": 1e-2, "implementation": implementation}}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_parameters_cut_in_different_ways(gloo_pool: GlooPool, implementation: str) -> None:
+    """By rows, by columns, twice, or not at all: all in one optimizer."""
+    case = row(of(implementation), shard=2, tp=2)
+    [expected] = gloo_pool.run(1, tiny.train, row(of(implementation)))
+    found = gloo_pool.run(4, tiny.train, case)
+    assert tiny.compare(found, expected).worst < 1e-9
+
+
+def step_with_nan(world: World, case: Case) -> tuple[bool, bool, int]:
+    """One gradient element of the last rank's is not a number: what this rank makes of it, whether
+    its weights stay, and how many moments are other than zero."""
+    config = case.config()
+    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    mesh = dims.build_mesh("cpu")
+    model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    optimizers = build_optimizers(
+        config.optimizer, model.parts, world.device, model.parameter_names
+    )
+    tensors = model_tensors(model.parts)
+    before = {name: local(tensor).clone() for name, tensor in tensors.items()}
+    state = optimizer_tensors(model.parts, optimizers)
+    loss = runner.forward_backward(tiny.microbatches_of(case, dims, world.rank), 100)
+    if world.rank == world.world_size - 1:
+        local(model.parameters[-1].grad).view(-1)[0] = torch.nan
+    norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+    clip_gradients(model.parameters, norm, 1.0)
+    is_finite = torch.isfinite(norm) & torch.isfinite(loss)
+    step_optimizers(optimizers, is_finite)
+    unchanged = all(torch.equal(local(tensors[name]), value) for name, value in before.items())
+    return bool(is_finite), unchanged, sum(bool(local(t).any()) for t in state.values())
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_all_stages_leave_out_a_step_that_is_not_finite_in_one(
+    gloo_pool: GlooPool, implementation: str
+) -> None:
+    case = row(of(implementation), tp=2, pp=2, layers=4, schedule="ZBVZeroBubble")
+    assert gloo_pool.run(4, step_with_nan, case) == [(False, True, 0)] * 4
