@@ -48,6 +48,9 @@ BY_NAME = parallelism(
         ["layers.3", "norm", "output"],
     ]
 )
+ENDS_APART = parallelism(
+    module_fqns_per_model_part=[["tok_embeddings"], ["layers.0", "layers.1"], ["norm"], ["output"]]
+)
 BY_LAYERS = parallelism(
     pipeline_parallel_layers_per_stage=2,
     pipeline_parallel_first_stage_less_layers=1,
@@ -131,6 +134,7 @@ CONTEXT = [
     row(ULYSSES, cp=8, **PACKED),
     row(RING, COMPILED, FULL, cp=2, **PACKED),
     row(ULYSSES, COMPILED, cp=2, **TIED),
+    row(ULYSSES, BY_OPERATOR, cp=2, **PACKED),
     row(RING, shard=2, cp=2, microbatches=2, **PACKED),
     row(ALLGATHER, FULL, shard=2, cp=2, **TIED),
     row(ULYSSES, replicate=2, cp=2, **BOTH),
@@ -151,6 +155,7 @@ PIPELINE = [
     row(pp=2, schedule="DualPipeV", layers=4),
     row(FROM_FILE, PAIRS, pp=2, **PACKED),
     row(BY_NAME, BY_OPERATOR, pp=2, schedule="1F1B", layers=4),
+    row(ENDS_APART, pp=2, schedule="ZBVZeroBubble"),
     row(BY_LAYERS, pp=2, schedule="Interleaved1F1B", layers=6),
     row(COMPILED, FULL, pp=2, schedule="1F1B", microbatches=2),
     row(shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
@@ -159,6 +164,8 @@ PIPELINE = [
     row(BY_OPERATOR, replicate=2, shard=2, pp=2, schedule="GPipe", **PACKED),
     row(tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
     row(BY_OPERATOR, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(COMPILED, FULL, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(RING, COMPILED, cp=2, pp=2, schedule="1F1B", **PACKED),
     row(RING, cp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
     row(ULYSSES, cp=2, pp=2, schedule="GPipe"),
     row(ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),

@@ -70,7 +70,8 @@ def _microbatch_size(facts: Facts) -> list[Problem]:
     local = facts.config.training.local_batch_size
     if local % size == 0:
         return []
-    divisors = [n for n in range(1, min(local, size) + 1) if local % n == 0]
+    # Of numbers in practice; a slip of many digits must not take a search of as many steps.
+    divisors = [n for n in range(1, min(local, size, 10_000) + 1) if local % n == 0]
     fix = f"set it to {' or '.join(map(str, divisors[-2:]))}, or training.local_batch_size to a"
     problem = f"does not divide training.local_batch_size = {local}"
     return [Problem(SIZE_KEY, problem, f"{fix} multiple of {size}", size)]

@@ -27,10 +27,15 @@ class ModelHandler(Protocol):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims): ...
 
     def convert(self, model: nn.Module) -> None:
-        """Change the model, which is on the meta device, whole, before any parallelism."""
+        """Change the model, which is on the meta device, whole, before any parallelism.
+
+        Stages of a pipeline are made of copies of it later: find modules again in what a hook is
+        given, rather than remember them from here.
+        """
 
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """After the gradients are clipped, before the optimizer's step."""
+        """After the gradients are clipped, before the optimizer's step. `model` is a list where
+        this rank has several stages of a pipeline."""
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """After the optimizer's step."""
