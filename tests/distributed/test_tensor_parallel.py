@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
-from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, row
+from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, parallelism, row
 from tests.pool import GlooPool
 from torchtitan import builder
 from torchtitan.components.cut_vocabulary import CutVocabulary
@@ -237,6 +237,42 @@ def test_blocks_compile_once(case: Case, gloo_pool: GlooPool) -> None:
     answers = gloo_pool.run(case.world_size, train_counting_graphs, case, timeout=120)
     assert tiny.compare([result for result, _ in answers], reference).worst < 1e-11
     assert [graphs for _, graphs in answers] == [2] * case.world_size
+
+
+def train_overlapping(world: World, case: Case) -> tuple[tiny.Result, Counter[str]]:
+    """CPUs have no kernels of the fused operators, so they get torch's slow ones for comparison."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return getattr(symmetric_memory, f"_{name}_fallback")(*args, **kwargs)
+
+        return slow
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        library.impl(name, counted(name), "CPU")
+    dist.is_nccl_available = lambda: True  # the compiler asks
+    return tiny.train(world, case), calls
+
+
+def test_exchanges_overlap(gloo_pool: GlooPool) -> None:
+    """Each exchange of a forward is fused with the products before or after it: two gathers and
+    two scatters, in every step and in the evaluation. Of the backward's the gathers are."""
+    [reference] = gloo_pool.run(1, tiny.train, Case(layers=1))
+    pool = GlooPool()  # of its own: its processes are changed for good
+    try:
+        case = row(INDUCTOR, parallelism(enable_async_tensor_parallel=True), tp=2, layers=1)
+        answers = pool.run(2, train_overlapping, case, timeout=120)
+    finally:
+        pool.close()
+    assert tiny.compare([result for result, _ in answers], reference).worst < 1e-11
+    for _, calls in answers:
+        assert calls["fused_all_gather_matmul"] >= 2 * (2 * tiny.NUM_STEPS + 1)
+        assert calls["fused_matmul_reduce_scatter"] >= 2 * (tiny.NUM_STEPS + 1)
 
 
 # The loss

@@ -46,7 +46,7 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
 def enable_async_tensor_parallel(group_name: str) -> None:
     """Have the compiler overlap this group's collectives with the matrix products beside them.
 
-    CUDA only, so no test runs what comes of it."""
+    CUDA only: tests run the fused graph, but with stand-ins for its kernels."""
     from torch._inductor import config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
