@@ -50,6 +50,17 @@ def test_all_ranks_learn_the_same(
     assert results == [dataclasses.asdict(expected)] * 3
 
 
+def _gather_distinct(world: World) -> list[Any]:
+    stage = world.rank % 2  # of ranks 0 to 2 the last one has what the first one has
+    return world.gather_distinct_json({"b": [stage, "ä" * stage], "a": None})
+
+
+def test_what_ranks_have_alike_is_gathered_once(gloo_pool: GlooPool) -> None:
+    first, second = {"b": [0, ""], "a": None}, {"b": [1, "ä"], "a": None}
+    assert gloo_pool.run(3, _gather_distinct) == [[first, second]] * 3
+    assert gloo_pool.run(1, _gather_distinct) == [[first]]
+
+
 def _talk(world: World) -> tuple[list[Any], Any]:
     mine = {"rank": world.rank, "text": "ä" * world.rank}
     gathered = world.gather_json(mine)

@@ -121,7 +121,7 @@ class Checkpointer:
     def require_space(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise `ConfigError`, on all ranks, when the disk has no room for a checkpoint of these
         tensors and some more. For the start of a run, before the first step is trained."""
-        shares = self.world.gather_json(
+        shares = self.world.gather_distinct_json(
             {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         )
         sizes = {name: size for share in shares for name, size in share.items()}
@@ -233,18 +233,22 @@ class Checkpointer:
             return records
 
         records = on_all(self.world, what, write)
-        shares = self.world.gather_json(
-            {
-                "files": {name: [record.size, record.sha256] for name, record in records.items()},
-                "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
-            }
-        )
+        listed = {name: [record.size, record.sha256] for name, record in records.items()}
         files: dict[str, FileRecord] = {}
+        for part in self.world.gather_json(listed):
+            files.update({name: FileRecord(*entry) for name, entry in part.items()})
         descriptions: dict[str, dict[str, Any]] = {}
-        for share in shares:
-            files.update({name: FileRecord(*entry) for name, entry in share["files"].items()})
-            descriptions.update(share["tensors"])
+        for described in self._describe_on_all_ranks(tensors):
+            descriptions.update(described)
         return files, descriptions
+
+    def _describe_on_all_ranks(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> list[dict[str, dict[str, Any]]]:
+        """What the tensors of all ranks are; those of ranks with the same tensors once."""
+        return self.world.gather_distinct_json(
+            {name: describe_tensor(tensor) for name, tensor in tensors.items()}
+        )
 
     def _own_files(self, temporary: Path) -> list[str]:
         own = sorted(path.name for path in temporary.glob(f"__{self.world.rank}_*.distcp"))
@@ -306,10 +310,8 @@ class Checkpointer:
         types; otherwise `CheckpointError` lists the differences, before any tensor was written.
         """
         self.on_site("load.begin", found.step)
-        shares = self.world.gather_json(
-            {name: describe_tensor(tensor) for name, tensor in tensors.items()}
-        )
-        differences = manifest_differences(found.manifest, shares)
+        ranks = self._describe_on_all_ranks(tensors)
+        differences = manifest_differences(found.manifest, ranks)
         if differences:
             raise CheckpointError(f"{found.path} does not fit the run: {differences}")
 

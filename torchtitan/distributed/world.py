@@ -6,6 +6,7 @@ counts, data positions, decisions) travel as CPU tensors over gloo beside it, so
 waits for the device to learn them.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -60,17 +61,30 @@ class World:
             for row, length in zip(rows, sizes.tolist(), strict=True)
         ]
 
-    def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's `value` (anything JSON can hold) on every rank. All ranks must call it."""
+    def gather_distinct_json(self, value: Any) -> list[Any]:
+        """The different ones among the ranks' values (anything JSON can hold), in the order of the
+        first rank that has each. All ranks must call it.
+
+        For what many ranks have alike, and is too large to be sent by all of them.
+        """
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        first: dict[str, int] = {}
+        for rank, other in enumerate(self.gather_json(digest)):
+            first.setdefault(other, rank)
+        return [self.broadcast_json(value, source=rank) for rank in first.values()]
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """Rank `source`'s `value` (anything JSON can hold) on every rank. All ranks must call
+        it."""
         if self.world_size == 1:
             return json.loads(json.dumps(value))
-        payload = json.dumps(value).encode() if self.is_main else b""
+        payload = json.dumps(value).encode() if self.rank == source else b""
         size = torch.tensor([len(payload)])
-        dist.broadcast(size, src=0, group=self.control_group)
+        dist.broadcast(size, src=source, group=self.control_group)
         buffer = torch.zeros(int(size), dtype=torch.uint8)
-        if self.is_main:
+        if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0, group=self.control_group)
+        dist.broadcast(buffer, src=source, group=self.control_group)
         return json.loads(buffer.numpy().tobytes())
 
     def barrier(self) -> None:
