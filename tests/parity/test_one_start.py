@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -139,8 +138,8 @@ class Watch(TorchDispatchMode):
 
 def plain_tensors(values: Any) -> list[Tensor]:
     """Those that are in memory: neither fake, nor made of others."""
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-    return [t for t in tensors if not (t.is_meta or isinstance(t, FakeTensor | DTensor))]
+    tensors = [value for value in tree_leaves(values) if type(value) in (Tensor, nn.Parameter)]
+    return [tensor for tensor in tensors if not tensor.is_meta]
 
 
 @dataclass(frozen=True)
