@@ -36,6 +36,11 @@ if [[ $has_gpu == true ]]; then
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi
 
+if [[ $* == *--comm.mode?fake_backend* ]]; then
+    # A rehearsal is one process, however many it is a rehearsal for.
+    export WORLD_SIZE=${WORLD_SIZE:-$NGPU}
+    NGPU=1
+fi
 if [[ $NGPU == 1 ]]; then
     # Without torchrun: the exit status is the run's own.
     exec "$PYTHON" -m torchtitan.train --job.config_file "$CONFIG_FILE" "$@"

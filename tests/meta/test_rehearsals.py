@@ -74,7 +74,7 @@ def rehearse(place: Place, folder: Path) -> Outcome:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-        patience = Timer(280, process.kill)
+        patience = Timer(500, process.kill)
         patience.start()
         _, status, usage = os.wait4(process.pid, 0)
         patience.cancel()

@@ -72,6 +72,15 @@ def test_an_active_environment_with_this_clone_is_used(clone: Path, programs: Pa
     assert not (clone / ".venv").exists()
 
 
+def test_a_rehearsal_is_one_process(clone: Path, programs: Path):
+    python_of_tests(programs, clone)
+    arguments = ["--comm.mode", "fake_backend"]
+    result = run(clone, programs, str(clone / "run_llama_train.sh"), *arguments, NGPU="64")
+    assert result.returncode == 0, result.stderr
+    assert "rank 0" in result.stdout
+    assert "64: dp_shard 64" in result.stdout
+
+
 def test_an_environment_with_another_clone_is_not_used(clone: Path, programs: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(clone, other)
