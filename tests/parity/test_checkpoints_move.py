@@ -47,8 +47,8 @@ MOVES = [
     (mesh(shard=4, tp=2), mesh(tp=8)),
     (mesh(cp=2), mesh(cp=4)),
     (mesh(cp=4), mesh(cp=2, tp=2)),
-    (mesh(cp=2, tp=2), mesh(replicate=2)),
-    (mesh(replicate=2), mesh(replicate=4)),
+    (mesh(cp=2, tp=2), mesh(replicate=2, tp=2)),
+    (mesh(replicate=2, tp=2), mesh(replicate=4)),
     (mesh(replicate=4), mesh(replicate=2, shard=2)),
     (mesh(replicate=2, shard=2), mesh(shard=4)),
     (mesh(shard=4), mesh(shard=2)),
@@ -56,6 +56,7 @@ MOVES = [
     (mesh(shard=4), mesh(cp=2, tp=2, pp=2, **V)),
     (mesh(cp=2, tp=2, pp=2, **V), mesh(replicate=2, shard=2, tp=2)),
     (mesh(shard=2, tp=2, pp=2, **LOOP), mesh(shard=2, cp=2, pp=2, **ONE_EACH)),
+    (mesh(shard=2, cp=2, tp=2, pp=2, **LOOP), mesh()),
     (row(shard=2, tp=2, **TIED), row(replicate=2, cp=2, **TIED)),
     (row(replicate=2, cp=2, **TIED), row(tp=4, **TIED)),
 ]
@@ -161,7 +162,7 @@ def saved(
     done: dict[str, tuple[str, dict[str, str]]] = {}
 
     def save(case: Case) -> tuple[str, dict[str, str]]:
-        name = f"{name_of(case)}, {case.layers} layers"
+        name = name_of(case)
         if name not in done:
             folder = str(tmp_path_factory.mktemp("saved"))
             legs = gloo_pool.run(case.world_size, go_on, case, folder, SAVED_STEP, True)
