@@ -163,10 +163,10 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch):
     case, patch = MISTAKES[name]
-    rehearsed(case, 1)
+    rehearsed(case)
     monkeypatch.setattr(*patch)
     with pytest.raises(RuntimeError, match=r"shape|size"):
-        rehearsed(case, 1)
+        rehearsed(case)
     assert not torch.distributed.is_initialized()
 
 
