@@ -197,8 +197,8 @@ def _parts(model: BuiltModel, pipeline_rank: int) -> dict[str, list[str]]:
 
 def _modules(part: nn.Module) -> list[str]:
     """Top-level modules that have parameters; of a list or dictionary each member."""
-    names = [name.split(".") for name, _ in part.named_parameters()]
-    return list(dict.fromkeys(".".join(n[: 2 if n[1].isdigit() else 1]) for n in names))
+    split = [name.split(".") for name, _ in part.named_parameters()]
+    return list(dict.fromkeys(".".join(n[: 2 if n[1:] and n[1].isdigit() else 1]) for n in split))
 
 
 def _accumulated_bytes(facts: Facts, model: BuiltModel, dims: ParallelDims) -> int:
