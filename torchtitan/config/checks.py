@@ -34,23 +34,29 @@ def _mesh(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             key,
             f"{facts.world_size} processes cannot be divided by {_product(facts)} = {fixed}",
-            f"set data_parallel_replicate_degree to {_listed(_divisors(facts.world_size))}, or "
-            f"start a multiple of {fixed} processes",
+            f"{_mesh_fix(facts)}, or start a multiple of {fixed} processes",
             shard,
         )
     elif shard != -1 and fixed * shard != facts.world_size:
         yield Problem(
             "parallelism",
             f"{_product(facts)} = {fixed * shard}, but WORLD_SIZE = {facts.world_size}",
-            f"{_mesh_fix(facts, fixed)} or start {fixed * shard} processes",
+            f"{_mesh_fix(facts)}, or start {fixed * shard} processes",
         )
 
 
-def _mesh_fix(facts: Facts, fixed: int) -> str:
-    if facts.world_size % fixed == 0:
-        rest = facts.world_size // fixed
-        return f"set data_parallel_shard_degree = -1 (which would be {rest}),"
-    return "set data_parallel_shard_degree = -1 and data_parallel_replicate_degree = 1,"
+def _mesh_fix(facts: Facts) -> str:
+    """The least that makes a mesh of these processes: degrees of data parallelism, if they can."""
+    mesh, world_size, other = facts.config.parallelism, facts.world_size, facts.other_degrees
+    if world_size % other:
+        return f"choose tensor, context and pipeline degrees whose product divides {world_size}"
+    rest, remainder = divmod(world_size, other * mesh.data_parallel_replicate_degree)
+    if remainder == 0:
+        return f"set data_parallel_shard_degree = -1 (which would be {rest})"
+    copies = f"data_parallel_replicate_degree to {_listed(_divisors(world_size // other))}"
+    if mesh.data_parallel_shard_degree == -1:
+        return f"set {copies}"
+    return f"set data_parallel_shard_degree to -1 and {copies}"
 
 
 def _product(facts: Facts) -> str:

@@ -42,6 +42,27 @@ def test_rest_that_does_not_divide():
     assert "set data_parallel_replicate_degree to 1 or 2 or 4 or 8" in problem
 
 
+TENSOR = "--parallelism.tensor_parallel_degree"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "fix"),
+    [
+        (8, [TENSOR, "2", REPLICATE, "3"], "set data_parallel_replicate_degree to 1 or 2 or 4, or"),
+        (6, [TENSOR, "4"], "degrees whose product divides 6, or start a multiple of 4 processes"),
+        (6, [TENSOR, "4", SHARD, "2"], "degrees whose product divides 6, or start 8 processes"),
+        (
+            8,
+            [TENSOR, "2", REPLICATE, "3", SHARD, "2"],
+            "_shard_degree to -1 and data_parallel_replicate_degree to 1 or 2 or 4, or start 12",
+        ),
+    ],
+)
+def test_a_fix_of_the_mesh_makes_one(world_size: int, arguments: list[str], fix: str):
+    (problem,) = problems(world_size, *arguments)
+    assert fix in problem
+
+
 def test_batch_numbers_and_nearest_valid_ones():
     batch = ["--training.local_batch_size", "4", "--training.global_batch_size", "20"]
     (problem,) = problems(2, *batch)
