@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pool import GlooPool
@@ -176,7 +176,7 @@ def check_operator(world: World, setting: Setting) -> None:
         else spread_attention.visibility_levels(ids, context.layout, context.rank)
     )
     place = (setting.method, setting.balanced, context.group.group_name)
-    torch.library.opcheck(spread_attention.spread_attention, (*own, ids, levels, *place))
+    library.opcheck(spread_attention.spread_attention, (*own, ids, levels, *place))
 
 
 @pytest.mark.parametrize("documents", ["none", "long"])

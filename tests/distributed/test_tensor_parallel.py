@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -252,9 +252,9 @@ def train_overlapping(world: World, case: Case) -> tuple[tiny.Result, Counter[st
 
         return slow
 
-    library = torch.library.Library("symm_mem", "IMPL")
+    fragment = library.Library("symm_mem", "IMPL")
     for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
-        library.impl(name, counted(name), "CPU")
+        fragment.impl(name, counted(name), "CPU")
     dist.is_nccl_available = lambda: True  # the compiler asks
     torch._inductor.config.force_disable_caches = True  # they ignore which groups are enabled
     return tiny.train(world, case), calls

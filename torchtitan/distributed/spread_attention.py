@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from torchtitan.distributed.attention_kernels import Gradients, Part, choose_kernel, merge
@@ -52,7 +52,7 @@ def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -
     return (some.to(torch.int8) + all_).to("cpu")
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "torchtitan::spread_attention",
     mutates_args=(),
     schema=f"({_INPUTS}, {_PLACE}) -> (Tensor, Tensor)",
@@ -83,7 +83,7 @@ def spread_attention(
     return out.to(q.dtype), lse
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "torchtitan::spread_attention_backward",
     mutates_args=(),
     schema=f"({_RESULTS}, {_INPUTS}, {_PLACE}) -> (Tensor, Tensor, Tensor)",

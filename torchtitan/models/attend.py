@@ -51,7 +51,9 @@ class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """`q` `[B, H, T, hd]`, `k` and `v` `[B, Hkv, T, hd]`; returns `[B, H, T, hd]`, and the
         log-sum-exp of the scores `[B, H, T]` where the kernel gives it (here: None)."""
-        grouped = q.size(1) != k.size(1)
+        grouped = False
+        if q.size(1) != k.size(1):  # a branch: under compile, a comparison may stay a symbol
+            grouped = True
         if mask is None or isinstance(mask, Tensor):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped

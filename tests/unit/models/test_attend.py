@@ -42,6 +42,15 @@ def test_attend(kv_heads, ids):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-13)
 
 
+def test_compiled_attention_of_models_with_other_heads():
+    """In one process, compile takes the sizes of the second model to be symbols."""
+    attend = Attend()
+    attend.compile(backend="aot_eager", fullgraph=True)
+    for heads, kv_heads in ((4, 2), (8, 4), (6, 6)):
+        q, k, v = (torch.randn(2, n, 8, 16) for n in (heads, kv_heads, kv_heads))
+        torch.testing.assert_close(attend(q, k, v, None)[0], reference(q, k, v, None))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_kernel_for_cuda_computes_the_same(kv_heads, monkeypatch):
