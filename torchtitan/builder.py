@@ -252,14 +252,12 @@ def describe(facts: Facts, dims: ParallelDims, world: World, model: BuiltModel) 
     pipeline = ""
     if model.plan is not None:
         layers = ", ".join(map(str, model.plan.layers))
-        pipeline = f"; {facts.pipeline_microbatches} microbatches through stages of {layers} layers"
+        pipeline = f"; stages of {layers} layers"
     return (
         f"Training {config.model.name} {config.model.flavor}"
         f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
-        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps of"
-        f" {facts.global_batch_size} sequences of {training.seq_len} tokens"
-        f" ({facts.accumulation_steps} x {training.local_batch_size} per rank);"
-        f" {facts.num_lanes} data lanes{pipeline}"
+        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps:"
+        f" {facts.describe_batch()}; {facts.num_lanes} data lanes{pipeline}"
     )
 
 

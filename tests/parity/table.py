@@ -160,6 +160,7 @@ PIPELINE = [
     row(COMPILED, FULL, pp=2, schedule="1F1B", microbatches=2),
     row(shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
     row(FULL, shard=2, pp=3, schedule="1F1B", layers=4),
+    row(parallelism(fsdp_reshard_after_forward="always"), shard=2, pp=2, schedule="GPipe"),
     row(replicate=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
     row(BY_OPERATOR, replicate=2, shard=2, pp=2, schedule="GPipe", **PACKED),
     row(tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),

@@ -23,6 +23,11 @@ def check(facts: Facts) -> list[Problem]:
     return problems
 
 
+def is_mesh(facts: Facts) -> bool:
+    """Whether the degrees make a mesh of the processes."""
+    return not any(_mesh(facts))
+
+
 def _mesh(facts: Facts) -> Iterator[Problem]:
     mesh = facts.config.parallelism
     shard, replicate = mesh.data_parallel_shard_degree, mesh.data_parallel_replicate_degree
@@ -87,11 +92,14 @@ def _batch(facts: Facts) -> Iterator[Problem]:
     if facts.global_batch_size % unit:
         below = facts.global_batch_size // unit * unit
         nearest = [str(size) for size in (below, below + unit) if size > 0]
+        share, rest = divmod(facts.global_batch_size, facts.dp_degree)
+        smaller = [n for n in _divisors(share) if n < training.local_batch_size] if not rest else []
+        local = f"training.local_batch_size to {smaller[-1]}" if smaller else "the mesh"
         yield Problem(
             key,
             "is not a multiple of training.local_batch_size x data-parallel degree = "
             f"{training.local_batch_size} x {facts.dp_degree} = {unit}",
-            f"set it to {' or '.join(nearest)}, or change training.local_batch_size",
+            f"set it to {' or '.join(nearest)}, or change {local}",
             value,
         )
 

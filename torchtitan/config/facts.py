@@ -69,6 +69,17 @@ class Facts:
         size = self.config.parallelism.pipeline_parallel_microbatch_size
         return self.accumulation_steps * self.config.training.local_batch_size // size
 
+    def describe_batch(self) -> str:
+        """A step's sequences, and how a rank works through its share of them, in words."""
+        mesh, training = self.config.parallelism, self.config.training
+        count, size = self.accumulation_steps, training.local_batch_size
+        if mesh.pipeline_parallel_degree > 1:
+            count, size = self.pipeline_microbatches, mesh.pipeline_parallel_microbatch_size
+        return (
+            f"{self.global_batch_size} sequences of {training.seq_len} tokens a step, on each rank"
+            f" in {count} microbatch{'es' * (count > 1)} of {size}"
+        )
+
 
 def default_lanes(global_batch_size: int) -> int:
     """The largest divisor of the global batch size up to 64: a function of the config alone."""

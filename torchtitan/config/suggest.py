@@ -13,9 +13,11 @@ _SPECIAL_FLAGS = ("check", "help")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like `name`, if any is alike enough to be what was meant."""
+    """The candidate most like `name`, or that begins with it, if that can be what was meant."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=CUTOFF)
+    if not matches and len(name) > 1:
+        matches = [candidate for candidate in by_lower if candidate.startswith(name.lower())]
     return by_lower[matches[0]] if matches else None
 
 

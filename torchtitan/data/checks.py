@@ -4,6 +4,7 @@ import math
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from torchtitan.config.checks import is_mesh
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.suggest import did_you_mean
@@ -24,7 +25,10 @@ _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 def check(facts: Facts) -> list[Problem]:
     """Problems that follow from the config and the number of processes; reads no files."""
-    return [*_check_dataset(facts), *_check_lanes(facts), *_check_workers(facts)]
+    problems = _check_dataset(facts)
+    if is_mesh(facts):  # else there are no data ranks to share anything
+        problems += [*_check_lanes(facts), *_check_workers(facts)]
+    return problems
 
 
 def probe(facts: Facts) -> list[Problem]:

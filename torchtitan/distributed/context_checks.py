@@ -4,6 +4,7 @@ import math
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
+from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.checks import model_args
 
 DEGREE_KEY = "parallelism.context_parallel_degree"
@@ -19,10 +20,13 @@ def check(facts: Facts) -> list[Problem]:
     if heads is None:
         problem = "this model's attention cannot be spread over ranks"
         return [Problem(DEGREE_KEY, problem, "set it to 1", degree)]
-    problems = _sequence(facts)
-    if section.context_parallel_method == "ulysses":
-        problems += _heads(facts, *heads)
-    elif facts.device_type == "cuda" and facts.config.training.document_mask:
+    if model_problems(facts, args):
+        return []  # of a degree of tensor parallelism that is none, nothing follows
+    problems = _heads(facts, *heads) if section.context_parallel_method == "ulysses" else []
+    if not problems:
+        problems += _sequence(facts)
+    masked = facts.config.training.document_mask
+    if masked and facts.device_type == "cuda" and section.context_parallel_method != "ulysses":
         problems.append(_slow(facts))
     return problems
 
@@ -52,8 +56,11 @@ def _sequence(facts: Facts) -> list[Problem]:
         return []
     above = -(-seq_len // divisor) * divisor
     nearest = f"{above - divisor} or {above}" if above > divisor else str(above)
-    with_tensor = f" and tensor_parallel_degree = {tensor_degree}" if tensor_degree > 1 else ""
-    problem = f"context_parallel_degree = {degree}{with_tensor} needs a multiple of {divisor}"
+    degrees = f"context_parallel_degree = {degree} needs"
+    if tensor_degree > 1:
+        degrees = f"context_parallel_degree = {degree} and"
+        degrees += f" tensor_parallel_degree = {tensor_degree} need"
+    problem = f"{degrees} a multiple of {divisor}"
     return [Problem("training.seq_len", problem, f"set it to {nearest}", seq_len)]
 
 

@@ -91,11 +91,8 @@ def _microbatches(facts: Facts, args: ModelArgs) -> Iterator[Problem]:
         problem = f"{has}, fewer than the pipeline's {stages} stages: ranks will often be idle"
         yield _too_few(facts, problem, stages, severity="warning")
     if SCHEDULES[schedule].goes_in_rounds and not _fills_rounds(count, degree):
-        step = facts.config.training.local_batch_size // section.pipeline_parallel_microbatch_size
-        # Of `degree` steps in a row one is a multiple of `degree`, so there is one above.
-        reach = step * degree
-        numbers = range(max(step, count - reach), count + reach + 1, step)
-        good = [n for n in numbers if n >= degree and _fills_rounds(n, degree)]
+        reach = degree * _step(facts)
+        good = _possible(facts, max(degree, count - reach), count + reach)
         nearest = [n for n in good if n < count][-1:] + [n for n in good if n > count][:1]
         sizes = " or ".join(str(_batch_size(facts, n)) for n in nearest)
         problem = (
@@ -109,8 +106,27 @@ def _fills_rounds(count: int, degree: int) -> bool:
     return count % max(1, count // degree) == 0
 
 
+def _step(facts: Facts) -> int:
+    """Microbatches of a local batch: their number in a step is a multiple of it."""
+    section = facts.config.parallelism
+    return facts.config.training.local_batch_size // section.pipeline_parallel_microbatch_size
+
+
+def _possible(facts: Facts, least: int, most: int) -> list[int]:
+    """Numbers of microbatches that a batch can have and the schedule can arrange. Of as many
+    multiples of `_step` in a row as there are ranks, one at least is among them."""
+    section, step = facts.config.parallelism, _step(facts)
+    degree = section.pipeline_parallel_degree
+    rounds = SCHEDULES[section.pipeline_parallel_schedule].goes_in_rounds
+    numbers = range(-(-least // step) * step, most + 1, step)
+    return [n for n in numbers if not rounds or (n >= degree and _fills_rounds(n, degree))]
+
+
 def _too_few(facts: Facts, problem: str, needed: int, severity: str = "error") -> Problem:
-    fix = f"set it to {_batch_size(facts, needed)} or more"
+    degree = facts.config.parallelism.pipeline_parallel_degree
+    possible = _possible(facts, needed, needed + 2 * degree * _step(facts))[:2]
+    sizes = " or ".join(str(_batch_size(facts, number)) for number in possible)
+    fix = f"set it to {sizes}, or to more"
     size = facts.config.parallelism.pipeline_parallel_microbatch_size
     sequences = facts.pipeline_microbatches * size
     local = facts.config.training.local_batch_size

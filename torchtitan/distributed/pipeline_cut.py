@@ -15,7 +15,7 @@ from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.config.suggest import nearest
-from torchtitan.distributed.pipeline_schedule import SCHEDULES, read_schedule
+from torchtitan.distributed.pipeline_schedule import CSV_KEY, SCHEDULES, read_schedule
 
 NAMES_KEY = "parallelism.module_fqns_per_model_part"
 LAYERS_KEY = "parallelism.pipeline_parallel_layers_per_stage"
@@ -110,7 +110,7 @@ def _fits(section: Parallelism, count: int) -> bool:
 def _wrong_number_of_stages(section: Parallelism, count: int, num_layers: int) -> Problem:
     degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
     exactly = SCHEDULES[schedule].stages_per_rank
-    wanted = f"{exactly * degree}" if exactly else f"a multiple of {degree} from {2 * degree} on"
+    wanted = f"{exactly * degree}" if exactly else f"{2 * degree}, {3 * degree} or so on"
     problem = f"makes {count} stages, and {schedule} on {degree} pipeline ranks needs {wanted}"
     if section.module_fqns_per_model_part:
         fix = f"list the modules of {wanted} stages, or choose another schedule"
@@ -135,7 +135,10 @@ def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> Probl
         return Problem(LAYERS_KEY, problem, "set it larger, or leave it unset", layers)
     problem = f"{schedule} makes {count} stages of it, and the model has {num_layers} layers"
     if section.pipeline_parallel_schedule_csv:
-        problem = f"the schedule's file has {count} stages, and the model has {num_layers} layers"
+        path = section.pipeline_parallel_schedule_csv
+        problem = f"has {count} stages, and the model has {num_layers} layers"
+        fix = f"write one of at most {num_layers} stages, or leave it empty to use a named one"
+        return Problem(CSV_KEY, problem, fix, path)
     fix = f"set it to at most {max(1, num_layers * degree // count)}"
     if count > degree and num_layers >= degree:
         fix += f', or {SCHEDULE_KEY} to "1F1B", which makes one stage a rank'

@@ -65,11 +65,13 @@ class PipelineRunner:
         self._counts_loss = counts_loss
         self._pieces: list[Batch] = []
         self._num_targets = 0
+        self._connected = False
         self._schedules: dict[tuple[int, torch.Size], PipelineSchedule] = {}
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
         assert num_targets > 0, "a step without targets has no mean"
+        self._connect()
         for part in self._stages.values():
             part.train()
         self._pieces, self._num_targets = self._split(microbatches), num_targets
@@ -89,6 +91,7 @@ class PipelineRunner:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
         """See `Runner`. Of any number of microbatches, of any size."""
+        self._connect()
         for part in self._stages.values():
             part.eval()
         pieces = self._split(microbatches)
@@ -133,6 +136,13 @@ class PipelineRunner:
                 self._loss(out, piece).backward()
             else:
                 out.backward(self._empty_hidden(piece, self._device))
+
+    def _connect(self) -> None:
+        """Let all ranks along the pipeline meet once. NCCL connects them in the first exchange of
+        the group, which all must take part in, and a pipeline begins with those of few ranks."""
+        if not self._connected:
+            dist.all_reduce(torch.zeros((), device=self._device), group=self._group)
+            self._connected = True
 
     def _split(self, microbatches: Sequence[Batch]) -> list[Batch]:
         """The pipeline's microbatches, on the device."""

@@ -141,6 +141,12 @@ def _check_complete(
                 f"{_name(action)}: a step of this config has {num_microbatches} microbatches"
                 " (sequences of a rank and step / parallelism.pipeline_parallel_microbatch_size)"
             )
+    found = 1 + max(action.microbatch for action in actions)
+    if found < num_microbatches:
+        raise ValueError(
+            f"has {found} microbatches, and a step of this config has {num_microbatches} (sequences"
+            " of a rank and step / parallelism.pipeline_parallel_microbatch_size)"
+        )
     for stage in range(num_stages):
         for microbatch in range(num_microbatches):
             kinds = "".join(k for k in "FBIW" if Action(stage, k, microbatch) in counts)
@@ -167,22 +173,32 @@ def _play(ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int) -> Non
                 places[rank] += 1
                 moved = True
     stuck = [
-        f"line {rank + 1} at {' and '.join(map(_name, groups[places[rank]]))}"
+        f"line {rank + 1} at {' and '.join(map(_name, groups[places[rank]]))} for"
+        f" {' and '.join(_needs(groups[places[rank]], done, num_stages))}"
         for rank, groups in enumerate(ranks)
         if places[rank] < len(groups)
     ]
     if stuck:
-        raise ValueError(f"would wait for ever, for what is only done later: {', '.join(stuck)}")
+        raise ValueError(f"waits for ever, for what is only done later: {', '.join(stuck)}")
 
 
 def _is_ready(action: Action, done: set[Action], num_stages: int) -> bool:
-    stage, kind, microbatch = action
-    if kind == "F":
-        return stage == 0 or Action(stage - 1, "F", microbatch) in done
-    if kind == "W":
-        return Action(stage, "I", microbatch) in done
-    behind = (Action(stage + 1, k, microbatch) in done for k in "BI")
-    return Action(stage, "F", microbatch) in done and (stage == num_stages - 1 or any(behind))
+    return not _needs([action], done, num_stages)
+
+
+def _needs(actions: Sequence[Action], done: set[Action], num_stages: int) -> list[str]:
+    """Names of what has to be done before these."""
+    names = []
+    for stage, kind, microbatch in actions:
+        needed = [(stage, {"F": "", "W": "I"}.get(kind, "F"))]
+        if kind == "F" and stage > 0:
+            needed.append((stage - 1, "F"))
+        if kind in "BI" and stage < num_stages - 1:
+            needed.append((stage + 1, "BI"))
+        for other, kinds in needed:
+            if kinds and not any(Action(other, k, microbatch) in done for k in kinds):
+                names.append(_name(Action(other, kinds[0], microbatch)))
+    return names
 
 
 def _name(action: Action) -> str:

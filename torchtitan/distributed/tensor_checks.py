@@ -21,7 +21,9 @@ def check(facts: Facts) -> list[Problem]:
     degree, args = section.tensor_parallel_degree, model_args(facts)
     problems = list(_async(facts)) if section.enable_async_tensor_parallel else []
     if degree > 1 and args is not None:
-        problems += [*model_problems(facts, args), *_sequence(facts), *_machines(facts)]
+        refused = model_problems(facts, args)
+        # A degree that is none asks nothing of the sequence.
+        problems += [*(refused or _sequence(facts)), *_machines(facts)]
     return problems
 
 

@@ -25,7 +25,7 @@ def report(rehearsal: Rehearsal, facts: Facts) -> str:
             f"{rehearsal.num_parameters:,} of {rehearsal.total_parameters:,} ({share:.3%})",
         ),
         ("memory", _memory(rehearsal)),
-        ("step", _step(rehearsal, facts)),
+        ("step", f"{facts.describe_batch()}, of which {rehearsal.num_microbatches} ran"),
         *(("traffic", line) for line in _traffic(rehearsal)),
         ("took", f"{rehearsal.seconds:.1f} s and {peak:.2f} GiB on this machine"),
     ]
@@ -61,17 +61,6 @@ def _memory(rehearsal: Rehearsal) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / _MIB:.2f} MiB"
-
-
-def _step(rehearsal: Rehearsal, facts: Facts) -> str:
-    training, section = facts.config.training, facts.config.parallelism
-    count, size = facts.accumulation_steps, training.local_batch_size
-    if rehearsal.dims.pp > 1:
-        count, size = facts.pipeline_microbatches, section.pipeline_parallel_microbatch_size
-    return (
-        f"{facts.global_batch_size} sequences of {training.seq_len} tokens; for this rank {count}"
-        f" x {size}, of which {rehearsal.num_microbatches} x {size} was run"
-    )
 
 
 def _traffic(rehearsal: Rehearsal) -> list[str]:

@@ -67,7 +67,7 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
 
 def _rehearse(loaded: LoadedConfig) -> int:
     """One step as one rank of the world in the environment, which need not exist; a report."""
-    place = _read(env.read_place)
+    config, place = loaded.config, _read(env.read_place)
     facts = _facts_of_a_look(loaded, place.world_size, full=False)
     # Not the run folder: a rehearsal leaves it alone.
     preflight.require(facts, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
@@ -75,6 +75,8 @@ def _rehearse(loaded: LoadedConfig) -> int:
     from torchtitan.tools.rehearsal_report import report
     from torchtitan.tools.rehearse import rehearse
 
+    of = f"{config.model.name} {config.model.flavor}"
+    print(f"Rehearsing a step of {of} as rank {place.rank} of {place.world_size} ...", flush=True)
     print(report(rehearse(facts, place.rank), facts))
     return DONE
 
@@ -98,14 +100,10 @@ def summary(facts: Facts) -> str:
     for kind in ("tensor", "context", "pipeline"):
         degree = getattr(config.parallelism, f"{kind}_parallel_degree")
         mesh += f", {kind} parallel {degree}" if degree > 1 else ""
-    batch = (
-        f"{config.training.local_batch_size} x {facts.accumulation_steps} per rank and step"
-        f" = {facts.global_batch_size} sequences of {config.training.seq_len} tokens"
-    )
     name = f"{config.model.name} {config.model.flavor}"
     return (
         f"ok: {name} on {facts.world_size} process{'es' if facts.world_size > 1 else ''}: {mesh};"
-        f" batch {batch}; {facts.num_lanes} lanes"
+        f" {facts.describe_batch()}; {facts.num_lanes} lanes"
     )
 
 

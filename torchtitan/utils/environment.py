@@ -81,7 +81,7 @@ def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
     world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
     rank = _read(environ, "RANK", 0, 0, faults)
     if not faults and rank >= world_size:
-        faults.append(_rank_too_high(rank, world_size))
+        faults.append(_rank_too_high(rank, world_size, f"set it to 0 up to {world_size - 1}"))
     if faults:
         raise EnvironmentFaults(faults)
     return ProcessEnvironment(rank, world_size)
@@ -151,6 +151,6 @@ def _contradictions(
     return faults
 
 
-def _rank_too_high(rank: int, world_size: int) -> EnvironmentFault:
+def _rank_too_high(rank: int, world_size: int, fix: str = _HINT) -> EnvironmentFault:
     problem = f"must be below WORLD_SIZE = {world_size}"
-    return EnvironmentFault("RANK", str(rank), problem)
+    return EnvironmentFault("RANK", str(rank), problem, fix)

@@ -5,6 +5,7 @@ import pytest
 from torchtitan.config.checks import check
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
 
 def problems(world_size: int, *arguments: str) -> list[str]:
@@ -67,9 +68,14 @@ def test_batch_numbers_and_nearest_valid_ones():
     batch = ["--training.local_batch_size", "4", "--training.global_batch_size", "20"]
     (problem,) = problems(2, *batch)
     assert "4 x 2 = 8" in problem
-    assert "set it to 16 or 24" in problem
+    assert "set it to 16 or 24, or change training.local_batch_size to 2." in problem
+    (problem,) = problems(3, *batch)
+    assert "set it to 12 or 24, or change the mesh." in problem
 
 
-def test_batch_is_not_judged_on_a_broken_mesh():
-    (problem,) = problems(8, REPLICATE, "3", "--training.global_batch_size", "7")
+def test_nothing_is_judged_on_a_broken_mesh():
+    arguments = [REPLICATE, "3", "--training.global_batch_size", "7", "--training.dataset=stdlib"]
+    (problem,) = problems(8, *arguments)
     assert "parallelism" in problem
+    facts = Facts(load_config(arguments).config, 8, "cpu")
+    assert list(map(str, errors_of(preflight(facts, [ARITHMETIC])))) == [problem]

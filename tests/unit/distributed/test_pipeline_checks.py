@@ -68,12 +68,12 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
         (2, {"microbatch_size": 3}, "microbatch_size = 3: does not divide training.local_batch_size"
          " = 8. Fix: set it to 1 or 2, or training.local_batch_size to a multiple of 3"),
         (2, {"microbatch_size": 8}, "global_batch_size = 8: a step has 1 microbatch on each rank, "
-         "and 1F1B on 2 pipeline ranks needs at least 2. Fix: set it to 16 or more, or "
+         "and 1F1B on 2 pipeline ranks needs at least 2. Fix: set it to 16 or 24, or to more, or "
          "parallelism.pipeline_parallel_microbatch_size to 4"),
         (2, {"schedule": "DualPipeV", "microbatch_size": 4}, "needs at least 4. Fix: set it to 16"),
         (2, {"layers_per_stage": 2}, "layers_per_stage = 2: makes 3 stages, and 1F1B on 2 pipeline "
          "ranks needs 2. Fix: set it to 3 or 4, or leave it unset"),
-        (2, {**INTERLEAVED, "layers_per_stage": 3}, "needs a multiple of 2 from 4 on. Fix: leave"),
+        (2, {**INTERLEAVED, "layers_per_stage": 3}, "needs 4, 6 or so on. Fix: leave"),
         (2, {**INTERLEAVED, "layers_per_stage": 1}, "makes 6 stages, and the model has 4 layers"),
         (2, {"first_stage_less_layers": 4}, "first_stage_less_layers = 4: leaves no layer for that "
          "stage, which needs at least one. Fix: set it to at most 3"),
@@ -114,6 +114,18 @@ def test_what_a_split_backward_excludes(
     message = errors(2, sections, schedule=schedule)
     assert (expected in message) == SCHEDULES[schedule].splits_backward
     assert bool(message) == SCHEDULES[schedule].splits_backward
+
+
+def test_advised_numbers_fill_rounds() -> None:
+    """9 would be above what is too few, and is refused too."""
+    sections = {"training": {"local_batch_size": 3}, "model": {"args": {"n_layers": 8}}}
+    found = facts(2, sections, **INTERLEAVED)
+    (problem,) = pipeline_checks.check(found)
+    assert problem.severity == "warning"
+    assert "Fix: set it to 6 or 12, or to more" in str(problem)
+    assert "Fix: set it to 6 or 12" in errors(
+        2, {**sections, "training": {"local_batch_size": 3, "global_batch_size": 9}}, **INTERLEAVED
+    )
 
 
 def test_a_huge_batch_is_judged_at_once() -> None:
@@ -181,6 +193,12 @@ def test_schedule_of_a_file(tmp_path: Path) -> None:
 
     assert found() == ""
     assert "has 2 lines for parallelism.pipeline_parallel_degree = 4" in found(4)
+    assert "has 8 microbatches, and a step of this config has 16" in found(
+        sections={"training": {"local_batch_size": 16}}
+    )
+    assert "has 2 stages, and the model has 1 layers. Fix: write one of at most 1" in found(
+        sections={"model": {"args": {"n_layers": 1}}}
+    )
     assert "0F4: a step of this config has 4 microbatches" in found(microbatch_size=2)
     halves = path.read_text().replace("1B7", "1I7,1W7")
     path.write_text(halves)

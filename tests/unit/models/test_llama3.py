@@ -212,3 +212,17 @@ def test_blocks_compile_without_breaks():
     for ours, reference in zip(compiled.parameters(), eager.parameters()):
         if reference.grad is not None:  # the head is not part of the forward
             torch.testing.assert_close(ours.grad, reference.grad, rtol=0, atol=1e-11)
+
+
+def test_the_embedding_sums_wide_in_narrow_models():
+    """Else the gradient of a common token would depend on how many tokens a microbatch has."""
+    model = build(dtype=torch.bfloat16)
+    outputs = []
+    model.tok_embeddings.register_forward_hook(lambda *args: outputs.append(args[2]))
+    tokens, positions = torch.full((8, 256), 7), torch.arange(256).expand(8, -1)
+    hidden = model(tokens, positions)
+    outputs[0].retain_grad()
+    hidden.sum().backward()
+    exact = outputs[0].grad.double().sum((0, 1))
+    found = model.tok_embeddings.weight.grad[7].double()
+    assert (found - exact).abs().max() < 2**-8 * exact.abs().max()

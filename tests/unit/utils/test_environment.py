@@ -88,7 +88,6 @@ def test_place_needs_no_launcher():
 @pytest.mark.parametrize(
     ("environ", "variable"),
     [
-        ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK"),
         ({"RANK": "1"}, "RANK"),
         ({"RANK": "x"}, "RANK"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
@@ -98,6 +97,13 @@ def test_a_place_that_does_not_exist(environ: dict[str, str], variable: str):
     with pytest.raises(EnvironmentFaults) as caught:
         read_place(environ)
     assert [fault.variable for fault in caught.value.faults] == [variable]
+
+
+def test_a_place_beyond_the_last():
+    with pytest.raises(EnvironmentFaults) as caught:
+        read_place({"RANK": "8", "WORLD_SIZE": "8"})
+    (fault,) = caught.value.faults
+    assert (fault.variable, fault.fix) == ("RANK", "set it to 0 up to 7")
 
 
 @pytest.mark.parametrize(

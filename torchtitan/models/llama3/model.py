@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.attend import Attend, Mask, Masks
+from torchtitan.models.embedding import Embedding
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.rms_norm import rms_norm
 from torchtitan.models.spec import InitRule, TensorParallelStyles, WrapUnit
@@ -145,7 +146,7 @@ class Llama(nn.Module):
         self.args = args
         self.masks = Masks()
         # The modules at both ends are None in the stages of a pipeline that do without.
-        self.tok_embeddings: nn.Embedding | None = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings: Embedding | None = Embedding(args.vocab_size, args.dim)
         # Keyed by name, not by place, so that names stay when layers are taken away.
         self.layers = nn.ModuleDict({str(n): Block(args) for n in range(args.n_layers)})
         self.norm: RMSNorm | None = RMSNorm(args.dim, args.norm_eps)
