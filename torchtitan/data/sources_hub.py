@@ -15,6 +15,8 @@ from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource
 
 _FORMATS = ("arrow", "cache", "csv", "json", "parquet", "text")
+"""Names of the library's readers; `cache` is what it has prepared before."""
+_TITLES = "Parquet, JSON, CSV, Arrow or text"
 
 
 class _Wanted(NamedTuple):
@@ -91,7 +93,7 @@ def _load(wanted: _Wanted) -> tuple[Any, str | None]:
         format_name = type(builder).__module__.rpartition(".")[2]
         if format_name not in _FORMATS:
             problem = f"its files are read as {format_name!r}, which is not supported"
-            fix = f"use a dataset of {', '.join(name for name in _FORMATS if name != 'cache')}"
+            fix = f"use a dataset of {_TITLES} files"
             raise ConfigError(Problem(wanted.key, problem, fix, value=wanted.value))
         if wanted.streaming:
             splits: Any = builder.as_streaming_dataset()
@@ -156,23 +158,23 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if has(hub.GatedRepoError):
+    # The library raises some of them anew, as text.
+    if has(hub.GatedRepoError) or "is a gated dataset" in text:
         problem = f"{path} is gated: its owner has to grant access"
         fix = "ask for access on its page, and set HF_TOKEN to a token of the account that has it"
-    elif has(hub.RevisionNotFoundError):
+    elif has(hub.RevisionNotFoundError) or text.startswith("DatasetNotFoundError: Revision"):
         key, value = "data.revision", wanted.revision or "main"
         problem = f"{path} has no such revision"
         fix = "set a branch, a tag or a commit that its page lists"
-    elif has(hub.RepositoryNotFoundError):
+    elif has(hub.RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be" in text:
         problem = f"there is no dataset {path} on the hub, or it is private"
         fix = "correct the name; for a private one, set HF_TOKEN to a token that may read it"
     elif _is_offline(causes):
         missing = True
-        problem = f"{path} is not on this machine, and " + (
-            "HF_HUB_OFFLINE forbids to ask the hub"
-            if HF_HUB_OFFLINE
-            else "the hub cannot be reached"
-        )
+        obstacle = "the hub cannot be reached"
+        if HF_HUB_OFFLINE:
+            obstacle = "HF_HUB_OFFLINE forbids to ask the hub"
+        problem = f"{path} is not on this machine, and {obstacle}"
         fix = (
             "download it where there is a network, and set training.dataset_path to the folder"
             ' (training.dataset = "hf"), or give this machine access'
@@ -182,11 +184,13 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
     elif "BuilderConfig" in text or "Config name is missing" in str(error):
         key, value = "data.subset", wanted.subset
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
-        problem = f"{path} has {len(names)} subsets, of which one has to be named"
+        problem = f"{path} has no such subset"
+        if wanted.subset is None:
+            problem = f"{path} has {len(names)} subsets, of which one has to be named"
         fix = did_you_mean(wanted.subset or "", names)
     elif has(DataFilesNotFoundError, DatasetNotFoundError) or "EmptyDataset" in repr(causes):
         problem = f"{path} holds no files of a known format"
-        fix = f"give one with files of {', '.join(_FORMATS)}"
+        fix = f"give one with {_TITLES} files"
     else:
         problem, fix = f"{path} cannot be read: {text}", "mend or replace the dataset"
     return ConfigError(Problem(key, problem, fix, value=value, missing_asset=missing))
