@@ -19,8 +19,6 @@ from torchtitan.data.sources import BadRow, Row, Source, read_document
 
 _RANGE_ROWS = 1024
 _MOST_RANGES = 2**16
-_FORGETFUL = '"BufferShuffledExamplesIterable"'
-"""In the state of a Hugging Face stream with a shuffle buffer, which its state leaves out."""
 
 
 class MapSource:
@@ -121,6 +119,7 @@ class _StreamRows(Iterator[Row]):
         self._dataset = dataset
         self._name = name
         self._shard = shard
+        self._can_seek = _has_state(dataset) and not _has_buffer(dataset)
         self._num_read = 0
         """Rows of the part that were read, whether of this shard or not."""
         if cursor:
@@ -138,7 +137,7 @@ class _StreamRows(Iterator[Row]):
                 return Row(place, _size(item, 0), item)
 
     def cursor(self) -> str:
-        if not _has_state(self._dataset):
+        if not self._can_seek:
             return ""
         state = self._protect(self._dataset.state_dict)
         try:
@@ -151,7 +150,7 @@ class _StreamRows(Iterator[Row]):
                 f"{self._name}: its state_dict() is stored as JSON, so it may hold only texts,"
                 " numbers, True, False, None, lists, and dicts with texts as keys"
             )
-        return "" if _FORGETFUL in text else text
+        return text
 
     def _protect(self, function: Any, *arguments: Any) -> Any:
         try:
@@ -189,6 +188,17 @@ def _has_parts(dataset: Any) -> bool:
 
 def _has_state(dataset: Any) -> bool:
     return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+
+
+def _has_buffer(dataset: Any) -> bool:
+    """Whether it is a Hugging Face stream with a shuffle buffer, which its state leaves out."""
+    parts = [getattr(dataset, "_ex_iterable", None)]
+    for part in parts:
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        if part is not None:
+            parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
+    return False
 
 
 def _size(item: Any, depth: int) -> int:

@@ -107,6 +107,14 @@ class SampleStream:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             iterator = iter(self._loader)
+        except ValueError as error:
+            # Every tensor is sent as a file descriptor of its own.
+            if "too many fds" not in str(error):
+                raise
+            raise DataError(
+                "the dataset holds too many tensors to be sent to reading processes; hold them as"
+                " one tensor or as arrays, or set training.dataloader.num_workers = 0"
+            ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes = [p for p in multiprocessing.active_children() if p not in before]
