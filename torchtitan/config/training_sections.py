@@ -28,11 +28,13 @@ class Dataloader(Section):
 
 class Training(Section):
     dataset: str = "auto"
-    """`stdlib` (the sources of Python's standard library), `json`, `text`, or a registered name.
-    `auto` chooses by the suffix of the files in `dataset_path`."""
+    """`stdlib` (the sources of Python's standard library), `json`, `text`, `parquet`, `c4`,
+    `c4_validation`, `c4_test`, `hf:owner/name` (of the Hugging Face hub), `hf` (a folder that its
+    `datasets` library reads), or a registered name. `auto` chooses `json`, `text` or `parquet` by
+    the suffix of the files in `dataset_path`."""
 
     dataset_path: str | None = None
-    """File, folder or glob to read."""
+    """File, folder or glob to read. `c4` without it streams from the Hugging Face hub."""
 
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one forward (a microbatch)."""
@@ -79,7 +81,21 @@ class Data(Section):
     divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
 
     text_column: str = "text"
-    """Field of a JSON row that holds the text."""
+    """Column (field of a JSON row) that holds the text, or a list of tokens."""
+
+    subset: str | None = None
+    """Subset (configuration) of a Hugging Face dataset. Unset: its only one; `en` for C4."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; a commit keeps the data what they are. Unset: the
+    newest."""
+
+    streaming: bool = True
+    """Read a Hugging Face dataset from where it is, file by file, instead of downloading and
+    preparing all of it first."""
 
     shuffle: bool = True
     """Shuffle the documents anew in every epoch, by `debug.seed`."""
@@ -96,6 +112,11 @@ class Data(Section):
 
     max_bad_rows: NonNegativeInt = 100
     """With `on_bad_row = "skip"`: the run stops when a rank has left out more than this."""
+
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_mib` in bytes."""
+        return max(1, int(self.max_document_mib * 2**20))
 
 
 class ParamGroup(Section):

@@ -1,24 +1,33 @@
 """What can be known to be wrong with the data before a run starts."""
 
 import math
+import pickle
+import re
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from torchtitan.config.checks import is_mesh
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.suggest import did_you_mean
-from torchtitan.data.registry import build_source, datasets, missing_path
+from torchtitan.data.registry import (
+    DatasetEntry,
+    build_source,
+    find_dataset,
+    missing_path,
+    unknown_dataset,
+)
 from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
 
 if TYPE_CHECKING:
     from torchtitan.data.pieces import Shard
-    from torchtitan.data.sources import FileSource, Source
+    from torchtitan.data.sources import Source
+    from torchtitan.data.sources_files import FileSource
 
 _PROBED_SHARDS = 16
 _PROBED_ROWS = 8
 _PROBED_BYTES = 32 * 2**20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
@@ -88,20 +97,39 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
 
 def _check_dataset(facts: Facts) -> list[Problem]:
     training = facts.config.training
-    entry = datasets().get(training.dataset)
+    entry = find_dataset(training.dataset)
     if entry is None:
-        fix = did_you_mean(training.dataset, sorted(datasets()))
-        return [Problem("training.dataset", "is unknown", fix, value=training.dataset)]
+        return [unknown_dataset(training.dataset)]
+    problems = _check_hub_keys(facts, entry)
     path = training.dataset_path
     if path is None:
-        return [missing_path(training.dataset)] if entry.needs_path else []
+        return [*problems, *([missing_path(training.dataset)] if entry.needs_path else [])]
     if not path or "\0" in path:
         fix = "give a file, a folder or a glob"
-        return [Problem("training.dataset_path", "is not a path", fix, value=path)]
-    if training.dataset == "stdlib":
-        fix = 'remove it, or set training.dataset to "auto", "json" or "text"'
-        return [Problem("training.dataset_path", 'is not used by "stdlib"', fix, value=path)]
-    return []
+        problems.append(Problem("training.dataset_path", "is not a path", fix, value=path))
+    elif not entry.takes_path:
+        fix = 'remove it, or set training.dataset to "auto", "json", "text" or "parquet"'
+        problem = f'is not used by "{training.dataset}"'
+        problems.append(Problem("training.dataset_path", problem, fix, value=path))
+    return problems
+
+
+def _check_hub_keys(facts: Facts, entry: DatasetEntry) -> list[Problem]:
+    """Keys of `[data]` that say which part of a Hugging Face dataset to read."""
+    data = facts.config.data
+    used = {"split": entry.takes_split}
+    used |= dict.fromkeys(("subset", "revision", "streaming"), entry.takes_hub_keys)
+    problems = []
+    for name, is_used in used.items():
+        value = getattr(data, name)
+        if not is_used and value != type(data).model_fields[name].default:
+            problem = f'is not used by "{entry.name}"'
+            fix = 'remove it; it is for training.dataset = "hf:owner/name"'
+            problems.append(Problem(f"data.{name}", problem, fix, value=value))
+        elif value == "":
+            fix = "name one, or remove it"
+            problems.append(Problem(f"data.{name}", "is empty", fix, value=value))
+    return problems
 
 
 def _check_lanes(facts: Facts) -> list[Problem]:
@@ -159,12 +187,16 @@ def _check_workers(facts: Facts) -> list[Problem]:
 def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     """Problems of dealing the data out, of their first rows, and of files that are cut off."""
     from torchtitan.data.pieces import too_few_shards
-    from torchtitan.data.sources import FileSource
+    from torchtitan.data.sources_files import FileSource
 
+    problems = [*getattr(source, "problems", list)(), *_probe_pickling(facts, source)]
+    if problems:
+        return problems
     shards = source.shards(facts.num_lanes)
     if len(shards) < facts.num_lanes:
         return [too_few_shards(len(shards), facts.num_lanes, facts.config.data.lanes)]
     problems = _probe_rows(facts, source, shards)
+    problems += _probe_revision(facts, source)
     if isinstance(source, FileSource) and not problems:
         problems = [
             *_probe_amount(facts, source),
@@ -173,16 +205,52 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     return problems
 
 
+def _probe_pickling(facts: Facts, source: "Source") -> list[Problem]:
+    """Whether reading processes can have a copy of a dataset that is not the library's own."""
+    from torchtitan.data.sources_files import FileSource
+
+    num_workers = facts.config.training.dataloader.num_workers
+    if num_workers == 0 or isinstance(source, FileSource):
+        return []
+    try:
+        pickle.dumps(source)
+    except Exception as error:
+        problem = f"the dataset cannot be sent to reading processes: {error}"
+        fix = "make it picklable (no open files, lambdas or local classes), or set 0"
+        key = "training.dataloader.num_workers"
+        return [Problem(key, problem, fix, value=num_workers)]
+    return []
+
+
+def _probe_revision(facts: Facts, source: "Source") -> list[Problem]:
+    """A dataset of the hub may change while a run is stopped, which a resume refuses."""
+    commit, revision = source.description.get("commit"), facts.config.data.revision
+    if commit is None or _COMMIT.fullmatch(revision or ""):
+        return []
+    return [
+        Problem(
+            "data.revision",
+            "the dataset may change, and a resume would then be refused",
+            f'set "{commit}", the newest commit',
+            value=revision,
+            severity="warning",
+        )
+    ]
+
+
 def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:
     """The first unusable row among the first rows of some shards, unless some may be left out."""
     from torchtitan.data.sources import BadRow
+    from torchtitan.data.sources_torch import StreamSource
 
+    # Each part of a stream may be a connection of its own.
+    num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
     num_usable = 0
     first: tuple[str, BadRow] | None = None
-    for shard in shards[:: max(1, len(shards) // _PROBED_SHARDS)]:
+    for shard in shards[:: -(-len(shards) // num_probed)]:
         for row in islice(source.rows(shard), _PROBED_ROWS):
             try:
-                num_usable += bool(source.text(row))
+                num_usable += len(source.text(row)) > 0
             except BadRow as error:
                 first = first or (source.locate(shard, row), error)
     if num_usable and (first is None or facts.config.data.on_bad_row == "skip"):

@@ -1,5 +1,6 @@
 """The files of a dataset: finding them, and reading plain and compressed ones as bytes."""
 
+import codecs
 import glob
 import gzip
 import io
@@ -11,7 +12,8 @@ from typing import Any, BinaryIO, Literal
 from torchtitan.config import ConfigError, DataError, Problem
 
 KEY = "training.dataset_path"
-Kind = Literal["json", "text"]
+BOM = codecs.BOM_UTF8
+Kind = Literal["json", "text", "parquet"]
 
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "json",
@@ -19,7 +21,11 @@ SUFFIXES: dict[str, Kind] = {
     ".json": "json",
     ".txt": "text",
     ".text": "text",
+    ".parquet": "parquet",
 }
+_TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
+_POINTER = b"version https://git-lfs"
+"""How the file begins that stands for one which Git LFS has not fetched yet."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -107,7 +113,7 @@ def corruption(error: Exception) -> str | None:
     return None
 
 
-def find_files(path: str, kind: Literal["auto", "json", "text"]) -> tuple[Kind, list[DataFile]]:
+def find_files(path: str, kind: Kind | Literal["auto"]) -> tuple[Kind, list[DataFile]]:
     """The files that a path, folder or glob stands for, sorted, and their kind.
 
     Empty files are left out. Raises ConfigError: nothing there, nothing but empty files, one file
@@ -122,6 +128,9 @@ def find_files(path: str, kind: Literal["auto", "json", "text"]) -> tuple[Kind, 
         if not os.access(file, os.R_OK):
             raise _error(path, f"no permission to read {file}", "change the file's permissions")
         files.append(DataFile(file, os.path.getsize(file)))
+        if _is_pointer(files[-1]):
+            problem = f"{file} only stands for a file that Git LFS has not fetched"
+            raise _error(path, problem, "run `git lfs pull` in the folder of the data")
     if not any(file.size for file in files):
         raise _error(path, f"all {len(files)} files are empty", "give files with content")
     return kind, [file for file in files if file.size]
@@ -130,9 +139,11 @@ def find_files(path: str, kind: Literal["auto", "json", "text"]) -> tuple[Kind, 
 def suffix_kind(path: str) -> Kind | None:
     """What the suffix says about a file, looking through `.gz` and `.zst`."""
     stem, suffix = os.path.splitext(path.lower())
-    if suffix in COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1]
-    return SUFFIXES.get(suffix)
+    if suffix not in COMPRESSIONS:
+        return SUFFIXES.get(suffix)
+    kind = SUFFIXES.get(os.path.splitext(stem)[1])
+    # A footer at the end of a compressed file cannot be reached.
+    return None if kind == "parquet" else kind
 
 
 def _expand(path: str, kind: str) -> list[str]:
@@ -147,7 +158,8 @@ def _expand(path: str, kind: str) -> list[str]:
             if not name.startswith((".", "_")) and _fits(name, kind)
         ]
         if not paths:
-            wanted = "files" if kind == "text" else f"{', '.join(SUFFIXES)} files"
+            suffixes = [name for name, of in SUFFIXES.items() if kind in ("auto", of)]
+            wanted = "files" if kind == "text" else f"{', '.join(suffixes)} files"
             raise _error(path, f"the folder holds no {wanted}", "name the files by a glob")
         return sorted(paths)
     if glob.has_magic(expanded):
@@ -161,7 +173,15 @@ def _expand(path: str, kind: str) -> list[str]:
 
 
 def _fits(name: str, kind: str) -> bool:
-    return kind == "text" or suffix_kind(name) in ((kind,) if kind == "json" else ("json", "text"))
+    found = suffix_kind(name)
+    return kind == "text" or (found is not None if kind == "auto" else found == kind)
+
+
+def _is_pointer(file: DataFile) -> bool:
+    if not 0 < file.size < 512 or (file.compression is None and suffix_kind(file.path) == "text"):
+        return False
+    with open(file.path, "rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
 
 
 def _refuse_twice(path: str, paths: list[str]) -> None:
@@ -184,9 +204,10 @@ def _kind_of(path: str, paths: list[str]) -> Kind:
     problem = (
         f"the suffix of {unclear} does not say what it holds"
         if unclear is not None
-        else "holds both JSON and text files"
+        else f"holds both {' and '.join(sorted(_TITLES[kind] for kind in kinds if kind))} files"
     )
-    raise _error(path, problem, 'set training.dataset to "json" or "text", or narrow the path')
+    fix = 'set training.dataset to "json", "text" or "parquet", or narrow the path'
+    raise _error(path, problem, fix)
 
 
 def _error(path: str, problem: str, fix: str, missing_asset: bool = False) -> ConfigError:

@@ -72,10 +72,12 @@ class Lane:
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(bad_rows=self._bad_rows)
                 text = self._text(shard, row)
-                if not text:
+                if text is None or len(text) == 0:
                     continue
                 found = True
-                tokens = settings.tokenizer.encode_array(text, bos=True, eos=True)
+                tokens = text
+                if isinstance(tokens, str):
+                    tokens = settings.tokenizer.encode_array(tokens, bos=True, eos=True)
                 yield here, tokens[here.token :]
             if not found:
                 raise DataError(
@@ -94,7 +96,11 @@ class Lane:
             shard_index = int(own[number])
             shard = settings.shards[shard_index]
             resumed = resumed and number == start.shard
-            for block, rows in enumerate(_blocks(settings.source.rows(shard))):
+            # With a cursor the rows begin at the block in which the last run was stopped.
+            cursor = start.cursor if resumed else ""
+            first = start.block if cursor else 0
+            blocks = _blocks(settings.source, shard, cursor)
+            for block, (cursor, rows) in enumerate(blocks, first):
                 if resumed and block < start.block:
                     continue
                 resumed = resumed and block == start.block
@@ -102,18 +108,25 @@ class Lane:
                 for place in range(start.row if resumed else 0, len(rows)):
                     resumed = resumed and place == start.row
                     token = start.token if resumed else 0
-                    yield Position(epoch, number, block, place, token), shard, rows[order[place]]
+                    position = Position(epoch, number, block, place, token, cursor=cursor)
+                    yield position, shard, rows[order[place]]
 
     def _order(self, length: int, *key: int) -> np.ndarray:
         if not self._settings.shuffle:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _text(self, shard: Shard, row: Row) -> str | None:
-        """The text of a row, None for one that is left out. Raises DataError as configured."""
+    def _text(self, shard: Shard, row: Row) -> str | np.ndarray | None:
+        """The text of a row, or its tokens; None for one that is left out.
+
+        Raises DataError as configured.
+        """
         settings = self._settings
         try:
-            return settings.source.text(row)
+            text = settings.source.text(row)
+            if not isinstance(text, str):
+                _refuse_unknown_tokens(text, settings.tokenizer.vocab_size)
+            return text
         except BadRow as error:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
@@ -128,15 +141,25 @@ class Lane:
         return None
 
 
-def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Consecutive rows in groups that fit into memory many times over."""
+def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
+    """Consecutive rows in groups that fit into memory many times over, from `cursor` on.
+
+    Each comes with the cursor at which it begins; empty for the first and if there are none.
+    """
+    rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
+    next_cursor = getattr(rows, "cursor", lambda: "")
     block: list[Row] = []
     size = 0
     for row in rows:
         block.append(row)
         size += row.size
         if len(block) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
-            yield block
-            block, size = [], 0
+            yield cursor, block
+            block, size, cursor = [], 0, next_cursor()
     if block:
-        yield block
+        yield cursor, block
+
+
+def _refuse_unknown_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    if len(tokens) and (highest := int(tokens.max())) >= vocab_size:
+        raise BadRow(f"token {highest} is not one of the tokenizer's {vocab_size}")

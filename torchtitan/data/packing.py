@@ -30,6 +30,8 @@ class Position(NamedTuple):
     """Tokens of the document that earlier samples have taken."""
     bad_rows: int = 0
     """Rows left out before this place."""
+    cursor: str = ""
+    """From which the source goes on at the beginning of the block, if it can seek."""
 
 
 class Sample(NamedTuple):

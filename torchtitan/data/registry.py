@@ -1,18 +1,24 @@
 """Datasets by name. Importing this module imports neither torch nor numpy."""
 
 import os
+import re
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.c4 import c4, c4_test, c4_validation
 
 if TYPE_CHECKING:
     from torchtitan.data.sources import Source
 
-Factory = Callable[[Training, Data], "Source"]
+HUB_PREFIX = "hf:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+Factory = Callable[[Training, Data], Any]
 
 
 @dataclass(frozen=True)
@@ -22,22 +28,37 @@ class DatasetEntry:
     description: str
     """One line for `torchtitan list datasets`."""
     needs_path: bool = False
-    """Whether `training.dataset_path` must be set; otherwise it is refused."""
+    """Whether `training.dataset_path` must be set."""
+    takes_path: bool = True
+    """Whether it may be set."""
+    takes_hub_keys: bool = False
+    """Whether `data.subset`, `data.revision` and `data.streaming` mean something to it."""
+    takes_split: bool = False
+    """Whether `data.split` does."""
 
 
 _DATASETS: dict[str, DatasetEntry] = {}
 
 
 def register_dataset(
-    name: str, factory: Factory, description: str = "", needs_path: bool = False
+    name: str,
+    factory: Factory,
+    description: str = "",
+    needs_path: bool = False,
+    takes_path: bool = True,
 ) -> None:
-    """Make `training.dataset = name` known; `factory(training, data)` builds its Source.
+    """Make `training.dataset = name` known; `factory(training, data)` builds it.
 
-    The factory raises ConfigError for what the user can mend. Raises ValueError for a taken name.
+    It returns a `torch.utils.data.Dataset` or `IterableDataset`, or a Source. It raises ConfigError
+    for what the user can mend. Raises ValueError for a taken name.
     """
-    if name in _DATASETS:
-        raise ValueError(f"a dataset named {name!r} is registered already")
-    _DATASETS[name] = DatasetEntry(name, factory, description, needs_path)
+    _register(DatasetEntry(name, factory, description, needs_path, takes_path))
+
+
+def _register(entry: DatasetEntry) -> None:
+    if entry.name in _DATASETS or entry.name.startswith(HUB_PREFIX):
+        raise ValueError(f"a dataset named {entry.name!r} is registered already")
+    _DATASETS[entry.name] = entry
 
 
 def datasets() -> dict[str, DatasetEntry]:
@@ -45,38 +66,79 @@ def datasets() -> dict[str, DatasetEntry]:
     return dict(_DATASETS)
 
 
+def find_dataset(name: str) -> DatasetEntry | None:
+    """The dataset of that name; any `hf:owner/name` is one."""
+    if name.startswith(HUB_PREFIX) and _HUB_ID.fullmatch(name[len(HUB_PREFIX) :]):
+        return DatasetEntry(
+            name, _from_hub, "", takes_path=False, takes_hub_keys=True, takes_split=True
+        )
+    return _DATASETS.get(name)
+
+
 def build_source(training: Training, data: Data) -> "Source":
     """The dataset that the config names. Raises ConfigError."""
-    entry = _DATASETS.get(training.dataset)
+    entry = find_dataset(training.dataset)
     if entry is None:
-        names = ", ".join(sorted(_DATASETS))
-        raise ConfigError(
-            Problem(
-                "training.dataset",
-                "there is no such dataset",
-                f"use one of {names}",
-                value=training.dataset,
-            )
-        )
-    return entry.factory(training, data)
+        raise ConfigError(unknown_dataset(training.dataset))
+    built = entry.factory(training, data)
+    from torchtitan.data.sources_torch import as_source
+
+    return as_source(built, training.dataset, data.text_column, data.max_document_bytes)
 
 
-def _max_document_bytes(data: Data) -> int:
-    return max(1, int(data.max_document_mib * 2**20))
+def unknown_dataset(name: str) -> Problem:
+    """The problem of a name that is none."""
+    if name.startswith(HUB_PREFIX):
+        fix = f'write "{HUB_PREFIX}owner/name"'
+        return Problem("training.dataset", "is not the id of a dataset", fix, value=name)
+    fix = did_you_mean(name, sorted(_DATASETS))
+    if "/" in name:
+        fix = f'write "{HUB_PREFIX}{name}" for a dataset of the Hugging Face hub'
+    return Problem("training.dataset", "is unknown", fix, value=name)
 
 
 def _from_files(training: Training, data: Data) -> "Source":
     from torchtitan.data.files import find_files
-    from torchtitan.data.sources import JsonSource, TextSource
+    from torchtitan.data.sources_files import TextSource
+    from torchtitan.data.sources_json import JsonSource
+    from torchtitan.data.sources_parquet import ParquetSource
 
     if training.dataset_path is None:
         raise ConfigError(missing_path(training.dataset))
     wanted = training.dataset
-    assert wanted in ("auto", "json", "text")
+    assert wanted in ("auto", "json", "text", "parquet")
     kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]
     if kind == "text":
-        return TextSource(files, _max_document_bytes(data))
-    return JsonSource(files, _max_document_bytes(data), data.text_column)
+        return TextSource(files, data.max_document_bytes)
+    if kind == "parquet":
+        return ParquetSource(files, data.max_document_bytes, data.text_column)
+    return JsonSource(files, data.max_document_bytes, data.text_column)
+
+
+def _from_hub(training: Training, data: Data) -> "Source":
+    from torchtitan.data.sources_hub import hub_source
+
+    path = training.dataset.removeprefix(HUB_PREFIX)
+    return hub_source(path, training, data, data.split, data.subset)
+
+
+def _from_folder(training: Training, data: Data) -> "Source":
+    from torchtitan.data.sources_hub import hub_source
+
+    if training.dataset_path is None:
+        raise ConfigError(missing_path(training.dataset))
+    folder = os.path.expanduser(training.dataset_path)
+    if not os.path.isdir(folder):
+        raise ConfigError(
+            Problem(
+                "training.dataset_path",
+                f"{os.path.abspath(folder)} is not a folder",
+                f'correct it; a dataset of the hub is training.dataset = "{HUB_PREFIX}owner/name"',
+                value=training.dataset_path,
+                missing_asset=True,
+            )
+        )
+    return hub_source(folder, training, data, data.split, data.subset)
 
 
 def missing_path(dataset: str) -> Problem:
@@ -104,7 +166,7 @@ _NOT_LIBRARY = {
 
 def _stdlib(training: Training, data: Data) -> "Source":
     from torchtitan.data.files import DataFile
-    from torchtitan.data.sources import TextSource
+    from torchtitan.data.sources_files import TextSource
 
     root = sysconfig.get_paths()["stdlib"]
     files = []
@@ -124,10 +186,28 @@ def _stdlib(training: Training, data: Data) -> "Source":
                 missing_asset=True,
             )
         )
-    return TextSource(files, _max_document_bytes(data))
+    return TextSource(files, data.max_document_bytes)
 
 
-register_dataset("stdlib", _stdlib, "the sources of Python's standard library, on every machine")
+_STDLIB_TITLE = "the sources of Python's standard library, on every machine"
+register_dataset("stdlib", _stdlib, _STDLIB_TITLE, takes_path=False)
 register_dataset("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True)
 register_dataset("text", _from_files, "text files, also .gz and .zst", needs_path=True)
-register_dataset("auto", _from_files, "JSON or text by the files' suffix", needs_path=True)
+register_dataset("parquet", _from_files, "Parquet files", needs_path=True)
+register_dataset("auto", _from_files, "JSON, text or Parquet by the files' suffix", needs_path=True)
+_register(DatasetEntry("c4", c4, "C4, from a folder or the hub", takes_hub_keys=True))
+_register(
+    DatasetEntry("c4_validation", c4_validation, "C4's validation split", takes_hub_keys=True)
+)
+for _name in ("c4_test", "c4_mini"):
+    register_dataset(_name, c4_test, "a few hundred documents in C4's layout, for tests")
+_register(
+    DatasetEntry(
+        "hf",
+        _from_folder,
+        f'a folder that Hugging Face datasets reads; "{HUB_PREFIX}owner/name" is one of the hub',
+        needs_path=True,
+        takes_hub_keys=True,
+        takes_split=True,
+    )
+)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.config import DataError
 from torchtitan.data.lanes import Lane, LaneSettings
 from torchtitan.data.packing import Position, Sample
+from torchtitan.utils.torch_compat import hide_worker_info
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,6 +45,8 @@ class LaneDataset(IterableDataset[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
+        # A dataset that cuts itself up by worker would give other rows than without workers.
+        hide_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         own = list(self._positions.items())[first::step]
         lanes = {index: Lane(self._settings, index, position) for index, position in own}
@@ -104,6 +107,14 @@ class SampleStream:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             iterator = iter(self._loader)
+        except ValueError as error:
+            # Every tensor is sent as a file descriptor of its own.
+            if "too many fds" not in str(error):
+                raise
+            raise DataError(
+                "the dataset holds too many tensors to be sent to reading processes; hold them as"
+                " one tensor or as arrays, or set training.dataloader.num_workers = 0"
+            ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes = [p for p in multiprocessing.active_children() if p not in before]

@@ -43,6 +43,13 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
     scatter(output, value, group=group)
 
 
+def hide_worker_info() -> None:
+    """Have `get_worker_info` say from now on that this process is no reading process."""
+    import torch.utils.data._utils.worker as worker
+
+    worker._worker_info = None
+
+
 def enable_async_tensor_parallel(group_name: str) -> None:
     """Have the compiler overlap this group's collectives with the matrix products beside them.
 

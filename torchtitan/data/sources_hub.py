@@ -1,0 +1,218 @@
+"""Datasets of the Hugging Face hub, and folders that its `datasets` library reads.
+
+A hub dataset is streamed, file by file, unless `data.streaming = false` has it downloaded and
+prepared first. Only formats that are data are read: neither scripts nor pickles.
+"""
+
+import os
+import re
+from typing import Any, NamedTuple
+
+from torchtitan.config import ConfigError, Problem
+from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.sources import Source
+from torchtitan.data.sources_torch import MapSource, StreamSource
+
+_FORMATS = ("arrow", "cache", "csv", "json", "parquet", "text")
+"""Names of the library's readers; `cache` is what it has prepared before."""
+_TITLES = "Parquet, JSON, CSV, Arrow or text"
+
+
+class _Wanted(NamedTuple):
+    """Which rows of which dataset; the keys of `[data]` have the same names."""
+
+    path: str
+    """`owner/name` on the hub, or a local folder."""
+    subset: str | None
+    split: str
+    revision: str | None
+    streaming: bool
+    key: str
+    """The key of the config that named the dataset, for messages."""
+    value: str
+    """What it was set to."""
+
+
+def hub_source(path: str, training: Training, data: Data, split: str, subset: str | None) -> Source:
+    """The dataset `owner/name` of the hub, or in the folder `path`, as a source.
+
+    Raises ConfigError for whatever stands in the way of reading it.
+    """
+    is_local = os.path.isdir(path)
+    key = "training.dataset_path" if is_local else "training.dataset"
+    value = (training.dataset_path or "") if is_local else training.dataset
+    wanted = _Wanted(path, subset, split, data.revision, data.streaming, key, value)
+    description: dict[str, Any] = {"subset": subset, "split": split}
+    if is_local and _is_saved(path):
+        dataset = _load_saved(wanted)
+    else:
+        dataset, commit = _load(wanted)
+        if not is_local:
+            description["commit"] = commit
+    dataset = _select(dataset, data.text_column)
+    # A folder may move; an id of the hub may not.
+    name = os.path.basename(os.path.normpath(path)) if is_local else path
+    kind = MapSource if hasattr(dataset, "__len__") else StreamSource
+    return kind(dataset, name, data.text_column, data.max_document_bytes, **description)
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any(
+        os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")
+    )
+
+
+def _load_saved(wanted: _Wanted) -> Any:
+    import datasets  # type: ignore[import-untyped]
+
+    for key in ("subset", "revision"):
+        if getattr(wanted, key) is not None:
+            problem = "a folder that save_to_disk wrote has none"
+            value = getattr(wanted, key)
+            raise ConfigError(Problem(f"data.{key}", problem, "remove it", value=value))
+    try:
+        dataset = datasets.load_from_disk(wanted.path)
+    except Exception as error:
+        raise _unreadable(wanted, error) from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if wanted.split not in dataset:
+        raise _no_split(wanted, list(dataset))
+    return dataset[wanted.split]
+
+
+def _load(wanted: _Wanted) -> tuple[Any, str | None]:
+    """The dataset, and the commit of the hub it is from."""
+    import datasets
+
+    options = {"name": wanted.subset, "revision": wanted.revision}
+    try:
+        builder = datasets.load_dataset_builder(wanted.path, **options)
+        format_name = type(builder).__module__.rpartition(".")[2]
+        if format_name not in _FORMATS:
+            problem = f"its files are read as {format_name!r}, which is not supported"
+            fix = f"use a dataset of {_TITLES} files"
+            raise ConfigError(Problem(wanted.key, problem, fix, value=wanted.value))
+        if wanted.streaming:
+            splits: Any = builder.as_streaming_dataset()
+            if wanted.split not in splits:
+                raise _no_split(wanted, list(splits))
+            return splits[wanted.split], builder.hash
+        builder.download_and_prepare()
+        assert builder.info.splits is not None
+        # "train[:10%]" is a part of "train".
+        if wanted.split.partition("[")[0] not in builder.info.splits:
+            raise _no_split(wanted, list(builder.info.splits))
+        return builder.as_dataset(split=wanted.split), builder.hash
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _unreadable(wanted, error) from error
+
+
+def _select(dataset: Any, column: str) -> Any:
+    """The dataset with nothing but the column of the text, if its columns are known."""
+    features = dataset.features
+    if features is None:
+        return dataset
+    if column not in features:
+        names = ", ".join(map(repr, features)) or "none"
+        problem = f"there is no column {column!r}; the columns are {names}"
+        fix = "set it to the column that holds the text"
+        raise ConfigError(Problem("data.text_column", problem, fix, value=column))
+    kind = features[column]
+    inner = getattr(kind, "feature", kind)
+    dtype = str(getattr(inner, "dtype", type(inner).__name__))
+    if not (dtype in ("string", "large_string") or (inner is not kind and "int" in dtype)):
+        problem = f"column {column!r} holds {dtype} where text is expected"
+        texts = [name for name, of in features.items() if getattr(of, "dtype", "") == "string"]
+        fix = f"set one of {', '.join(texts)}" if texts else "use a dataset of text"
+        raise ConfigError(Problem("data.text_column", problem, fix, value=column))
+    return dataset.select_columns([column])
+
+
+def _no_split(wanted: _Wanted, splits: list[Any]) -> ConfigError:
+    names = [str(split) for split in splits]
+    problem = f"{wanted.path} has no such split"
+    fix = did_you_mean(wanted.split, names)
+    return ConfigError(Problem("data.split", problem, fix, value=wanted.split))
+
+
+def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
+    """What a failure of the library means to the user."""
+    import huggingface_hub.errors as hub
+    from datasets.config import HF_HUB_OFFLINE  # type: ignore[import-untyped]
+    from datasets.exceptions import (  # type: ignore[import-untyped]
+        DataFilesNotFoundError,
+        DatasetNotFoundError,
+    )
+
+    path = wanted.path
+    causes = _causes(error)
+    text = _first_line(error)
+    key, missing = wanted.key, False
+    value: str | None = wanted.value
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    # The library raises some of them anew, as text.
+    if has(hub.GatedRepoError) or "is a gated dataset" in text:
+        problem = f"{path} is gated: its owner has to grant access"
+        fix = "ask for access on its page, and set HF_TOKEN to a token of the account that has it"
+    elif has(hub.RevisionNotFoundError) or text.startswith("DatasetNotFoundError: Revision"):
+        key, value = "data.revision", wanted.revision or "main"
+        problem = f"{path} has no such revision"
+        fix = "set a branch, a tag or a commit that its page lists"
+    elif has(hub.RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be" in text:
+        problem = f"there is no dataset {path} on the hub, or it is private"
+        fix = "correct the name; for a private one, set HF_TOKEN to a token that may read it"
+    elif _is_offline(causes):
+        missing = True
+        obstacle = "the hub cannot be reached"
+        if HF_HUB_OFFLINE:
+            obstacle = "HF_HUB_OFFLINE forbids to ask the hub"
+        problem = f"{path} is not on this machine, and {obstacle}"
+        fix = (
+            "download it where there is a network, and set training.dataset_path to the folder"
+            ' (training.dataset = "hf"), or give this machine access'
+        )
+    elif has(hub.HfHubHTTPError):
+        problem, fix = f"the hub refused {path}: {text}", "try again later, or use a local copy"
+    elif "BuilderConfig" in text or "Config name is missing" in str(error):
+        key, value = "data.subset", wanted.subset
+        names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
+        problem = f"{path} has no such subset"
+        if wanted.subset is None:
+            problem = f"{path} has {len(names)} subsets, of which one has to be named"
+        fix = did_you_mean(wanted.subset or "", names)
+    elif has(DataFilesNotFoundError, DatasetNotFoundError) or "EmptyDataset" in repr(causes):
+        problem = f"{path} holds no files of a known format"
+        fix = f"give one with {_TITLES} files"
+    else:
+        problem, fix = f"{path} cannot be read: {text}", "mend or replace the dataset"
+    return ConfigError(Problem(key, problem, fix, value=value, missing_asset=missing))
+
+
+def _is_offline(causes: list[BaseException]) -> bool:
+    # By name: huggingface_hub has changed its HTTP library once already.
+    names = {"ConnectError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled"}
+    return any(
+        isinstance(cause, ConnectionError) or type(cause).__name__ in names for cause in causes
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in causes:
+        causes.append(link)
+        link = link.__cause__ or link.__context__
+    return causes
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

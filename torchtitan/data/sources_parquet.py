@@ -1,0 +1,215 @@
+"""Parquet: a row group is a shard, and a resume seeks to the row group it stopped in.
+
+Where there are far more files than lanes, whole files are the shards, so that nobody but the check
+before the start has to read every footer. Only the column of the text is read.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchtitan.config import DataError, Problem
+from torchtitan.data.files import KEY, DataFile
+from torchtitan.data.pieces import PIECES_PER_LANE, Shard, relative_names, whole_files
+from torchtitan.data.sources import BadRow, Row, read_document
+
+_BUFFER_BYTES = 2**20
+_BATCH_ROWS = 128
+"""Rows that are made Python objects at a time."""
+
+
+class ParquetSource:
+    """Columns of text, or of lists of integers, which are tokens."""
+
+    def __init__(self, files: Sequence[DataFile], max_document_bytes: int, column: str):
+        self.files = list(files)
+        self.column = column
+        self.max_document_bytes = max_document_bytes
+        sizes = [file.size for file in self.files]
+        self.description: dict[str, Any] = {
+            "kind": "parquet",
+            "column": column,
+            "files": [list(item) for item in zip(relative_names(files), sizes, strict=True)],
+        }
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the footers: unreadable, without the column, or nothing but nulls."""
+        problems = []
+        num_nulls = num_rows = 0
+        for file in self.files:
+            try:
+                with open_parquet(file) as parquet:
+                    flaw = column_flaw(parquet.schema_arrow, self.column)
+                    num_rows += parquet.metadata.num_rows
+                    num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
+            except DataError as error:
+                problems.append(Problem(KEY, str(error), "mend or replace the file"))
+                continue
+            if flaw:
+                fix = "set it to the column that holds the text"
+                return [*problems, Problem("data.text_column", f"{file.path}: {flaw}", fix)]
+        if not problems and num_rows == 0:
+            return [Problem(KEY, "the files hold no rows", "give data with content")]
+        if not problems and num_nulls == num_rows:
+            problem = f"column {self.column!r} is null in all {num_rows} rows"
+            return [Problem("data.text_column", problem, "set another column, or give other data")]
+        return problems
+
+    def shards(self, num_lanes: int) -> list[Shard]:
+        if len(self.files) >= PIECES_PER_LANE * num_lanes:
+            return [Shard(index) for index in range(len(self.files))]
+        groups = []
+        for index, file in enumerate(self.files):
+            with open_parquet(file) as parquet:
+                sizes = _group_sizes(parquet.metadata)
+            groups += [(index, number) for number, size in enumerate(sizes) if size]
+        shares = whole_files(range(len(groups)), num_lanes)
+        return [
+            Shard(groups[k][0], groups[k][1], groups[k][1] + 1, share.offset, share.stride)
+            for share in shares
+            for k in [share.file]
+        ]
+
+    def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
+        return _ParquetRows(self.files[shard.file], self.column, shard, int(cursor or 0))
+
+    def text(self, row: Row) -> str | np.ndarray:
+        if row.flaw:
+            raise BadRow(row.flaw)
+        if row.content is None:
+            raise BadRow(f"column {self.column!r} holds null where text is expected", self.column)
+        return read_document(
+            {self.column: row.content}, column=self.column, max_bytes=self.max_document_bytes
+        )
+
+    def locate(self, shard: Shard, row: Row) -> str:
+        return f"{self.files[shard.file].path} (row {row.place + 1})"
+
+
+class _ParquetRows(Iterator[Row]):
+    """The rows of a shard from row `start` of the file on."""
+
+    def __init__(self, file: DataFile, column: str, shard: Shard, start: int):
+        self._next = start
+        """The row of the file that comes next, or one before it that is not of this shard."""
+        self._rows = self._read(file, column, shard)
+
+    def __next__(self) -> Row:
+        row = next(self._rows)
+        self._next = row.place + 1
+        return row
+
+    def cursor(self) -> str:
+        return str(self._next)
+
+    def _read(self, file: DataFile, column: str, shard: Shard) -> Iterator[Row]:
+        with open_parquet(file) as parquet:
+            flaw = column_flaw(parquet.schema_arrow, column)
+            if flaw:
+                raise DataError(f"{file.path}: {flaw}")
+            sizes = _group_sizes(parquet.metadata)
+            starts = [0, *itertools.accumulate(sizes)]
+            groups = range(len(sizes)) if shard.end is None else range(shard.start, shard.end)
+            origin = starts[groups.start]
+            for group in groups:
+                first = starts[group]
+                if starts[group + 1] <= self._next:
+                    continue
+                for place, content in enumerate(_contents(file, parquet, group, column), first):
+                    if place < self._next or (place - origin) % shard.stride != shard.offset:
+                        continue
+                    if isinstance(content, Row):
+                        yield content._replace(place=place)
+                    else:
+                        yield Row(place, 0 if content is None else len(content), content)
+
+
+def open_parquet(file: DataFile) -> Any:
+    """The file as a ParquetFile, its footer read. Raises DataError."""
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    file.open().close()
+    try:
+        # With a buffer, pages are read one after another instead of a row group's column at once.
+        return pyarrow.parquet.ParquetFile(file.path, buffer_size=_BUFFER_BYTES)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"{file.path}: its Parquet footer cannot be read: {reason}") from error
+
+
+def column_flaw(schema: Any, column: str) -> str:
+    """Why the column is missing, or holds neither text nor tokens; empty if it is fine."""
+    import pyarrow
+
+    places = schema.get_all_field_indices(column)
+    if len(places) > 1:
+        return f"there are {len(places)} columns {column!r}"
+    if not places:
+        names = ", ".join(repr(name) for name in schema.names) or "none"
+        return f"there is no column {column!r}; the columns are {names}"
+    kind = schema.field(places[0]).type
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_null(kind):
+        return f"column {column!r} is null in every row"
+    is_text = (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+    )
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if is_text or (is_list and types.is_integer(kind.value_type)):
+        return ""
+    texts = [
+        field.name
+        for field in schema
+        if types.is_string(field.type) or types.is_large_string(field.type)
+    ]
+    others = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
+    return f"column {column!r} holds {kind} where text is expected{others}"
+
+
+def _contents(
+    file: DataFile, parquet: Any, group: int, column: str
+) -> Iterator[bytes | list[int] | Row | None]:
+    """The values of a row group; a Row with a flaw where it is damaged, as its last."""
+    import pyarrow
+
+    try:
+        batches = parquet.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False)
+        for batch in batches:
+            values = batch.column(0)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            # As bytes: what is not UTF-8 must be a flaw of its row, not of the whole batch.
+            if pyarrow.types.is_large_string(values.type):
+                values = values.cast(pyarrow.large_binary())
+            elif pyarrow.types.is_string(values.type) or pyarrow.types.is_string_view(values.type):
+                values = values.cast(pyarrow.binary())
+            yield from values.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{file.path}: cannot be read: {error}") from error
+        reason = str(error).split("\n")[0]
+        yield Row(0, 0, None, f"row group {group} is damaged ({reason})")
+
+
+def _group_sizes(metadata: Any) -> list[int]:
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _count_nulls(metadata: Any, column: str) -> int:
+    """Rows of which the statistics, where there are any, say that the column is null."""
+    count = 0
+    for group in range(metadata.num_row_groups):
+        chunks = metadata.row_group(group)
+        for index in range(chunks.num_columns):
+            chunk = chunks.column(index)
+            if chunk.path_in_schema == column and chunk.statistics is not None:
+                count += chunk.statistics.null_count or 0
+    return count
