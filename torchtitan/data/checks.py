@@ -1,12 +1,15 @@
 """What can be known to be wrong with the data before a run starts."""
 
 import math
+import os
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.registry import build_source, datasets, missing_path
 from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
@@ -14,37 +17,93 @@ from torchtitan.models.registry import get_family
 if TYPE_CHECKING:
     from torchtitan.data.pieces import Shard
     from torchtitan.data.sources import FileSource, Source
+    from torchtitan.data.token_source import TokenSource
 
 _PROBED_SHARDS = 16
 _PROBED_ROWS = 8
 _PROBED_BYTES = 32 * 2**20
+_PROBED_TOKEN_BYTES = 256 * 2**20
+"""Read to compare digests: the offsets of many tokens, and all of small data."""
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 
 def check(facts: Facts) -> list[Problem]:
     """Problems that follow from the config and the number of processes; reads no files."""
-    return [*_check_dataset(facts), *_check_lanes(facts), *_check_workers(facts)]
+    return [*check_data(facts), *_check_lanes(facts), *_check_workers(facts)]
+
+
+def check_data(facts: Facts) -> list[Problem]:
+    """Those of `check` that are about what is read."""
+    config = facts.config
+    problems = check_sources(config.training, config.data)
+    if problems:
+        return problems
+    for named in named_sources(config.training, config.data):
+        problems += [named.retold(problem) for problem in _check_dataset(named)]
+    return problems
 
 
 def probe(facts: Facts) -> list[Problem]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
     problems = probe_tokenizer(facts)
-    training, data = facts.config.training, facts.config.data
-    if _check_dataset(facts):
-        return problems
-    try:
-        source = build_source(training, data)
-        problems += _probe_source(facts, source)
-    except ConfigError as error:
-        problems += error.problems
-    except DataError as error:
-        problems.append(Problem(_key(facts), str(error), "mend or replace the file"))
+    return problems if check_data(facts) else problems + probe_data(facts)
+
+
+def probe_data(facts: Facts) -> list[Problem]:
+    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
+    problems: list[Problem] = []
+    files: dict[str, NamedSource] = {}
+    for named in named_sources(facts.config.training, facts.config.data):
+        config = facts.config.model_copy(update={"training": named.training, "data": named.data})
+        own = replace(facts, config=config)
+        found: list[Problem] = []
+        try:
+            source = build_source(named.training, named.data)
+            found += _probe_source(own, source)
+            found += _probe_shared_files(named, source, files)
+        except ConfigError as error:
+            found += error.problems
+        except DataError as error:
+            found.append(Problem(_key(own), str(error), "mend or replace the file"))
+        problems += [named.retold(problem) for problem in found]
     return problems
+
+
+def _probe_shared_files(
+    named: NamedSource, source: "Source", files: dict[str, NamedSource]
+) -> list[Problem]:
+    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
+    shared = [path for path in paths if path in files]
+    for path in paths:
+        files.setdefault(path, named)
+    if not shared:
+        return []
+    first = files[shared[0]]
+    return [
+        Problem(
+            "training.dataset_path",
+            f"{len(shared)} of the files are in {first.place} ({first.name}), too, for example"
+            f" {shared[0]}; their documents count in both",
+            "leave them out of one of the sources, unless that is meant",
+            value=named.training.dataset_path,
+            severity="warning",
+        )
+    ]
+
+
+def probe_tokenizer_files(facts: Facts) -> list[Problem]:
+    """Problems of the tokenizer alone, whatever the model."""
+    return _probe_tokenizer(facts, with_model=False)
 
 
 def probe_tokenizer(facts: Facts) -> list[Problem]:
     """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
+    return _probe_tokenizer(facts, with_model=True)
+
+
+def _probe_tokenizer(facts: Facts, with_model: bool) -> list[Problem]:
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
     path = facts.config.model.tokenizer_path
@@ -52,7 +111,7 @@ def probe_tokenizer(facts: Facts) -> list[Problem]:
         tokenizer = build_tokenizer(path)
     except ConfigError as error:
         return error.problems
-    problems = _vocabulary_problems(facts, tokenizer.vocab_size)
+    problems = _vocabulary_problems(facts, tokenizer.vocab_size) if with_model else []
     if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False)) == _ROUND_TRIP:
         return problems
     return [
@@ -82,8 +141,8 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
     return model_problems(facts, args)
 
 
-def _check_dataset(facts: Facts) -> list[Problem]:
-    training = facts.config.training
+def _check_dataset(named: NamedSource) -> list[Problem]:
+    training = named.training
     entry = datasets().get(training.dataset)
     if entry is None:
         fix = did_you_mean(training.dataset, sorted(datasets()))
@@ -156,10 +215,13 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     """Problems of dealing the data out, of their first rows, and of files that are cut off."""
     from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.sources import FileSource
+    from torchtitan.data.token_source import TokenSource
 
     shards = source.shards(facts.num_lanes)
     if len(shards) < facts.num_lanes:
         return [too_few_shards(len(shards), facts.num_lanes, facts.config.data.lanes)]
+    if isinstance(source, TokenSource):
+        return _probe_tokens(facts, source)
     problems = _probe_rows(facts, source, shards)
     if isinstance(source, FileSource) and not problems:
         problems = [
@@ -167,6 +229,25 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
             *_probe_whole_files(facts, source, shards),
         ]
     return problems
+
+
+def _probe_tokens(facts: Facts, source: "TokenSource") -> list[Problem]:
+    """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+    from torchtitan.data.token_files import TokenFileError
+    from torchtitan.data.token_source import tokenizer_problem, unusable
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config, path = facts.config, facts.config.training.dataset_path
+    try:
+        problem = tokenizer_problem(source, build_tokenizer(config.model.tokenizer_path), path)
+        source.check_content(_PROBED_TOKEN_BYTES)
+    except TokenFileError as error:
+        return [unusable(error, path or "")]
+    except ConfigError:  # of the tokenizer, and told with it
+        return []
+    if problem is not None:
+        return [problem]
+    return _amount_problems(facts, source.index.num_tokens, "tokens")
 
 
 def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:
@@ -194,17 +275,20 @@ def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[P
 
 def _probe_amount(facts: Facts, source: "FileSource") -> list[Problem]:
     """Whether finite, uncompressed data can fill one step; a token is at least a byte."""
+    if any(file.compression for file in source.files):
+        return []
+    return _amount_problems(facts, sum(file.size for file in source.files), "bytes")
+
+
+def _amount_problems(facts: Facts, amount: int, unit: str) -> list[Problem]:
     training, epochs = facts.config.training, facts.config.data.epochs
-    if epochs is None or any(file.compression for file in source.files):
+    if epochs is None or amount * epochs // training.seq_len >= facts.global_batch_size:
         return []
-    num_bytes = sum(file.size for file in source.files)
-    available = num_bytes * epochs // training.seq_len
-    if available >= facts.global_batch_size:
-        return []
+    available = amount * epochs // training.seq_len
     return [
         Problem(
             "data.epochs",
-            f"{epochs} x {num_bytes} bytes give at most {available} sequences of"
+            f"{epochs} x {amount} {unit} give at most {available} sequences of"
             f" {training.seq_len} tokens, and a step takes {facts.global_batch_size}",
             "give more data, or lower training.global_batch_size or training.seq_len",
             value=epochs,

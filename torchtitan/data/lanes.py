@@ -16,7 +16,7 @@ from torchtitan.config import DataError
 from torchtitan.data.packing import Packer, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, Source
+from torchtitan.data.sources import BadRow, HasTokens, Row, Source
 from torchtitan.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,12 @@ class Lane:
         self._bad_rows = position.bad_rows
         self._packer = Packer(self._documents(position), settings.seq_len)
 
-    def next_sample(self) -> Sample | None:
-        """The next sample; None, for ever, when `epochs` are over. Raises DataError."""
-        item = self._packer.next_sample()
+    def next_sample(self, length: int | None = None) -> Sample | None:
+        """The next sample, which advances by `length` tokens (None: `seq_len`).
+
+        None, for ever, when `epochs` are over. Raises DataError.
+        """
+        item = self._packer.next_sample(length)
         if item is None:
             if self.position.epoch != self._settings.epochs:
                 # A lane that is entered again has nothing left either.
@@ -71,11 +74,10 @@ class Lane:
             found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(bad_rows=self._bad_rows)
-                text = self._text(shard, row)
-                if not text:
+                tokens = self._tokens(shard, row)
+                if tokens is None or not len(tokens):
                     continue
                 found = True
-                tokens = settings.tokenizer.encode_array(text, bos=True, eos=True)
                 yield here, tokens[here.token :]
             if not found:
                 raise DataError(
@@ -109,11 +111,14 @@ class Lane:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _text(self, shard: Shard, row: Row) -> str | None:
-        """The text of a row, None for one that is left out. Raises DataError as configured."""
+    def _tokens(self, shard: Shard, row: Row) -> np.ndarray | None:
+        """The tokens of a row; None for one without text and for one that is left out.
+
+        Raises DataError as configured.
+        """
         settings = self._settings
         try:
-            return settings.source.text(row)
+            return row_tokens(settings.source, settings.tokenizer, row)
         except BadRow as error:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
@@ -126,6 +131,17 @@ class Lane:
                 f" the last one: {message}"
             )
         return None
+
+
+def row_tokens(source: Source, tokenizer: Tokenizer, row: Row) -> np.ndarray | None:
+    """A document between its start and end token, int32 `[num_tokens]`; None for an empty one.
+
+    A source that has tokens already says so by a method `tokens(row)`. Raises BadRow.
+    """
+    if isinstance(source, HasTokens):
+        return source.tokens(row)
+    text = source.text(row)
+    return tokenizer.encode_array(text, bos=True, eos=True) if text else None
 
 
 def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:

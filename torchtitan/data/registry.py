@@ -68,15 +68,26 @@ def _max_document_bytes(data: Data) -> int:
 def _from_files(training: Training, data: Data) -> "Source":
     from torchtitan.data.files import find_files
     from torchtitan.data.sources import JsonSource, TextSource
+    from torchtitan.data.token_files import is_token_folder
 
     if training.dataset_path is None:
         raise ConfigError(missing_path(training.dataset))
+    if training.dataset == "auto" and is_token_folder(training.dataset_path):
+        return _tokens(training, data)
     wanted = training.dataset
     assert wanted in ("auto", "json", "text")
     kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]
     if kind == "text":
         return TextSource(files, _max_document_bytes(data))
     return JsonSource(files, _max_document_bytes(data), data.text_column)
+
+
+def _tokens(training: Training, data: Data) -> "Source":
+    from torchtitan.data.token_source import TokenSource
+
+    if training.dataset_path is None:
+        raise ConfigError(missing_path(training.dataset))
+    return TokenSource(training.dataset_path)
 
 
 def missing_path(dataset: str) -> Problem:
@@ -130,4 +141,5 @@ def _stdlib(training: Training, data: Data) -> "Source":
 register_dataset("stdlib", _stdlib, "the sources of Python's standard library, on every machine")
 register_dataset("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True)
 register_dataset("text", _from_files, "text files, also .gz and .zst", needs_path=True)
-register_dataset("auto", _from_files, "JSON or text by the files' suffix", needs_path=True)
+register_dataset("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True)
+register_dataset("auto", _from_files, "JSON, text or tokens, by the files", needs_path=True)

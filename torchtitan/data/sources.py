@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from torchtitan.config import DataError
 from torchtitan.data.files import DataFile, corruption
@@ -73,6 +75,15 @@ class Source(Protocol):
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Where a row is, for a message: `file:line (byte n)`."""
+        ...
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """A source of documents that have been tokenised before."""
+
+    def tokens(self, row: Row) -> np.ndarray:
+        """A document between its start and end token, int32 `[num_tokens]`. Raises DataError."""
         ...
 
 
