@@ -267,17 +267,18 @@ def write_shard(
             borders.append(len(sizes))
     facts = {
         "job": job,
-        "num_tokens": str(ends[-1]),
-        "bad_rows": str(bad_rows),
+        "num_tokens": ends[-1],
+        "bad_rows": bad_rows,
         "bin_sha256": digest.hexdigest(),
-        "pieces": json.dumps(borders),
+        "pieces": borders,
     }
     arrays: dict[str, np.ndarray] = {
         "offsets": np.array(ends, dtype=np.uint64),
         "sizes": np.array(sizes, dtype=np.uint32),
     }
     with _appearing(folder / f"{name}.idx") as stream:
-        stream.write(save(arrays, metadata=dict(sorted(facts.items()))))
+        # One entry: the order of several would be another in every process.
+        stream.write(save(arrays, metadata={"shard": json.dumps(facts)}))
 
 
 def finished_shard(folder: Path, name: str, dtype: str, job: str) -> ShardInfo | None:
@@ -285,8 +286,8 @@ def finished_shard(folder: Path, name: str, dtype: str, job: str) -> ShardInfo |
     bin_file, idx_file = folder / f"{name}.bin", folder / f"{name}.idx"
     try:
         with safe_open(idx_file, framework="numpy") as stored:
-            facts = stored.metadata() or {}
-        num_tokens, borders = int(facts["num_tokens"]), json.loads(facts["pieces"])
+            facts = json.loads((stored.metadata() or {})["shard"])
+        num_tokens, borders = facts["num_tokens"], facts["pieces"]
         if facts["job"] != job:
             return None
         if bin_file.stat().st_size != num_tokens * np.dtype(dtype).itemsize:
@@ -295,13 +296,13 @@ def finished_shard(folder: Path, name: str, dtype: str, job: str) -> ShardInfo |
             name=name,
             num_documents=borders[-1],
             num_tokens=num_tokens,
-            bad_rows=int(facts["bad_rows"]),
+            bad_rows=facts["bad_rows"],
             bin_sha256=facts["bin_sha256"],
             idx_sha256=file_digest(idx_file),
             idx_bytes=idx_file.stat().st_size,
             pieces=tuple(borders),
         )
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
