@@ -107,8 +107,8 @@ def _prepare(facts: Facts, named: NamedSource, folder: Path, shard_bytes: int) -
     config = facts.config
     data_path = Path(config.training.dataset_path or "").expanduser().resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
-        problem = f"lies in the data that are read, {data_path}, and would be taken for data"
-        raise ConfigError(Problem("--output", problem, "choose a folder beside them", str(folder)))
+        text = f"lies in the data that are read, {data_path}, and would be taken for data"
+        raise ConfigError(Problem("--output", text, "choose a folder beside them", str(folder)))
     source = build_source(config.training, config.data)
     if hasattr(source, "tokens"):
         problem = Problem(

@@ -1,4 +1,4 @@
-"""Several sources by token share: exact shares, whole streams, the same everywhere, exact resumes."""
+"""Several sources by token share: exact shares, whole streams, resumes, bad inputs."""
 
 import json
 import random

@@ -298,7 +298,7 @@ def test_tokens_of_another_tokenizer(tokens, tmp_path):
     assert problem.key == "training.dataset_path"
     assert "another tokenizer (bytes-1) than model.tokenizer_path (json-" in problem.problem
     edit_index(tokens, tokenizer="json-1234")
-    with pytest.raises(ConfigError, match="json-1234.*bytes-1"):
+    with pytest.raises(ConfigError, match=r"json-1234.*bytes-1"):
         Run(make_config(str(tokens)))
 
 
