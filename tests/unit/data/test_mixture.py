@@ -125,7 +125,7 @@ def test_realised_share_of_what_is_trained_on(config):
     for letter, weight in WEIGHTS.items():
         told = run.source_tokens[letter]
         assert counts[letter] <= told <= counts[letter] + unclear
-        assert abs(told / total - weight / 10) <= 1e-4
+        assert abs(told / total - weight / 10) <= 1e-3
     assert unclear / total < 0.002
     # One source is through several times by now, and another is not.
     epochs = [[s["epoch"] for s in state["sources"]] for state in run.lane_states.values()]
