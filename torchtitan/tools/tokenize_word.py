@@ -13,8 +13,8 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.checks import check_data, probe_tokenizer_files
-from torchtitan.data.probes import probe_data
 from torchtitan.data.named_sources import NamedSource, named_sources
+from torchtitan.data.probes import probe_data
 from torchtitan.data.registry import build_source
 from torchtitan.data.token_files import (
     INDEX_NAME,
@@ -26,6 +26,7 @@ from torchtitan.data.token_files import (
     check_sizes,
     read_index,
 )
+from torchtitan.data.token_source import TokenSource
 from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tokenize
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.preflight import errors_of, report
@@ -113,7 +114,7 @@ def _prepare(facts: Facts, named: NamedSource, folder: Path, shard_bytes: int) -
         text = f"lies in the data that are read, {data_path}, and would be taken for data"
         raise ConfigError(Problem("--output", text, "choose a folder beside them", str(folder)))
     source = build_source(config.training, config.data)
-    if hasattr(source, "tokens"):
+    if isinstance(source, TokenSource):
         problem = Problem(
             "training.dataset_path",
             "holds tokens already",
