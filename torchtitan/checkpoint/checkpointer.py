@@ -14,7 +14,6 @@ import secrets
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from torchtitan.checkpoint.agreement import on_all, on_main
 from torchtitan.checkpoint.background import Background
 from torchtitan.checkpoint.checks import SPACE_FACTOR, memory_problem, space_problem
 from torchtitan.checkpoint.commit import Commit, describe_on_all_ranks
-from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata
+from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata, quiet_dcp
 from torchtitan.checkpoint.initial_load import verify_share
 from torchtitan.checkpoint.manifest import (
     InvalidCheckpoint,
@@ -110,7 +109,7 @@ class Checkpointer:
             self._staging = Staging(pinned=section.async_mode == "async_with_pinned_mem")
         info = {key: value for key, value in run_info.items() if key != "run_id"}
         self._commit = Commit(section, self.folder, writers, self.run_id, info, on_site)
-        _quiet_dcp()
+        quiet_dcp()
         what = f"the checkpoint folder {self.folder} cannot be used"
         on_main(self.world, what, self._prepare_folder)
         if world.world_size > 1:
@@ -346,9 +345,3 @@ class Checkpointer:
             if later > step:
                 moved = move_aside(self.folder, later, "rewound")
                 logger.warning("Going back to step %d: step %d is now %s.", step, later, moved)
-
-
-def _quiet_dcp() -> None:
-    """No advice of DCP to its own developers. For good: a thread must not change the filters."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")

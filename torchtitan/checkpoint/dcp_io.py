@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,12 @@ def describe_entry(entry: TensorStorageMetadata) -> dict[str, Any]:
 
 def _describe(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+
+
+def quiet_dcp() -> None:
+    """No advice of DCP to its own developers. For good: a thread must not change the filters."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 class _Unpickler(pickle.Unpickler):

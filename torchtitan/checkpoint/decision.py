@@ -160,7 +160,9 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     notices += more
     if not stored.good:
         start = initial_start(facts)
-        step, notices = start.step or step, [*notices, *start.notices]
+        if start.step:
+            step, notices = start.step, []
+        notices += start.notices
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
     known = {} if stored.is_seed else stored.config
@@ -247,7 +249,7 @@ def _action(config: JobConfig, stored: _Stored) -> tuple[Action, int, list[str]]
     if last >= steps:
         return "finished", last, [f"The run is finished: all {steps} steps are trained."]
     if not stored.good:
-        return "resume", 0, ["The run has no checkpoint yet: it starts again."]
+        return "resume", 0, ["The run has no checkpoint yet: it starts again from step 0."]
     return "resume", last, []
 
 
