@@ -239,7 +239,9 @@ def stopping_words(progress: Progress) -> str:
         return f"{words} It is saved; the same command goes on from it."
     if progress.saved_step:
         return f"{words} The last saved step is {progress.saved_step}."
-    return f"{words} Nothing is saved (checkpoint.enable is false): a rerun starts from step 0."
+    return (
+        f"{words} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
+    )
 
 
 def closing_words(config: JobConfig, folder: RunFolder) -> str:

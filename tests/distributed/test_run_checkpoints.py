@@ -82,7 +82,9 @@ def test_save_under_way_is_awaited_when_the_run_fails(tmp_path: Path) -> None:
     assert done.returncode == 5, done.stderr
     saved = good_steps(folder)
     assert saved, done.stderr
-    assert f"Saved step {saved[-1]}" in done.stderr
+    # Before the process groups are gone and the run says how it ended.
+    told = done.stderr.index(f"Saved step {saved[-1]}")
+    assert told < done.stderr.index("the loss or the gradient norm is not finite")
     assert not list((folder / "checkpoint").glob(".tmp-*"))
 
 

@@ -7,7 +7,7 @@
 - "finished": it holds this run, and there is nothing left to do.
 
 A folder that holds nothing but a seed checkpoint is a run that has not begun: of its config only
-the model binds the run that starts from it.
+the model, and where checkpoints lie, binds the run that starts from it.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import Manifest
 from torchtitan.checkpoint.rerun import (
+    MUST_NOT,
     WAYS_OUT,
     compare,
     read_stored_config,
@@ -141,7 +142,7 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
         raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
     problems, notices = compare(stored.config, config)
     if stored.is_seed:
-        problems, notices = _of_the_model(problems), ["The run starts from the seed checkpoint."]
+        problems, notices = _binding_a_seed(problems), ["The run starts from the seed checkpoint."]
     asked = config.checkpoint.load_step
     if _is_done(asked, stored):
         notices.append(
@@ -209,16 +210,16 @@ def _seed_again(config: JobConfig, facts: Facts, stored: _Stored) -> Decision:
         text = f"would write initial weights into a run that was trained to step {stored.step}"
         fix = f"remove it; {WAYS_OUT}"
         raise ConfigError(Problem("checkpoint.create_seed_checkpoint", text, fix, True))
-    problems = _of_the_model(compare(stored.config, config)[0])
+    problems = _binding_a_seed(compare(stored.config, config)[0])
     if problems:
         raise ConfigError(problems)
     batch, lanes, notice = facts.global_batch_size, facts.num_lanes, "The seed checkpoint is there."
     return Decision("finished", newest.run_id, 0, batch, lanes, notices=(notice,))
 
 
-def _of_the_model(problems: list[Problem]) -> list[Problem]:
-    """Those that make another model of it."""
-    return [problem for problem in problems if problem.key.startswith("model.")]
+def _binding_a_seed(problems: list[Problem]) -> list[Problem]:
+    """Those that make another model of it, or look for it elsewhere."""
+    return [p for p in problems if p.key.startswith("model.") or p.key in MUST_NOT]
 
 
 def _load_problems_of_a_new_run(section: Checkpoint) -> list[Problem]:

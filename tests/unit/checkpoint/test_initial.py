@@ -69,6 +69,7 @@ def test_run_starts_from_a_seed_on_any_mesh(tmp_path: Path) -> None:
 def test_seed_of_another_model_is_refused(tmp_path: Path) -> None:
     write_seed(tmp_path)
     assert "model.flavor" in refused(tmp_path, model={"flavor": "8B"})
+    assert "checkpoint.folder" in refused(tmp_path, checkpoint={"folder": "elsewhere"})
 
 
 def test_seed_is_written_once(tmp_path: Path) -> None:
