@@ -216,7 +216,13 @@ def build_saver(config: JobConfig, world: World, folder: RunFolder, dims: Parall
     checkpointer = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
-        checkpointer = Checkpointer(config.checkpoint, folder.checkpoint_folder, world, run_info)
+        checkpointer = Checkpointer(
+            config.checkpoint,
+            folder.checkpoint_folder,
+            world,
+            run_info,
+            save_timeout_seconds=config.comm.init_timeout_seconds,
+        )
     return Saver(config.checkpoint, checkpointer, world)
 
 

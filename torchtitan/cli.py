@@ -83,6 +83,12 @@ def _tokenize(argv: list[str]) -> int:
     return tokenize_word.run(argv)
 
 
+def _convert(argv: list[str]) -> int:
+    from torchtitan.tools import convert_words
+
+    return convert_words.run(argv)
+
+
 def _list(argv: list[str]) -> int:
     from torchtitan.tools import list_words
 
@@ -99,6 +105,7 @@ _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train from a TOML file; --check only looks whether it could start"),
     "tokenize": (_tokenize, "make files of tokens from a dataset, to train on without tokenising"),
     "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
+    "convert": (_convert, "a checkpoint into a file of torch.save"),
     "list": (_list, "models, datasets or handlers that are there"),
     "doctor": (_doctor, "what this machine offers, and what is missing"),
 }

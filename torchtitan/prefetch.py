@@ -1,5 +1,6 @@
 """Fetching a step's data ahead, while the ranks agree whether that step will be trained."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchtitan.config import DataError
@@ -25,13 +26,21 @@ class Prefetch:
     """Reads one step ahead. All ranks call every method, in the same order."""
 
     def __init__(
-        self, loader: Loader, loss: Loss, world: World, stop: StopRequest, counts_data: bool
+        self,
+        loader: Loader,
+        loss: Loss,
+        world: World,
+        stop: StopRequest,
+        counts_data: bool,
+        save_failed: Callable[[], bool] = lambda: False,
     ):
+        """`save_failed` is asked, once a step, whether a checkpoint could not be written."""
         self._loader = loader
         self._loss = loss
         self._world = world
         self._stop = stop
         self._counts_data = counts_data
+        self._save_failed = save_failed
         self._fetched: _Fetched | None = None
 
     def start(self) -> None:
@@ -54,6 +63,7 @@ class Prefetch:
             stop=self._stop.requested,
             failed=error is not None,
             counts_data=self._counts_data,
+            save_failed=self._save_failed(),
         )
         self._fetched = _Fetched(data, error, pending)
 

@@ -84,7 +84,7 @@ def _problems_of_the_stored_run(facts: Facts) -> list[Problem]:
         decision = decide(config, facts, Path(config.job.dump_folder).expanduser().resolve())
     except ConfigError as error:
         return error.problems
-    if decision.action != "resume":
+    if decision.action == "finished" or (decision.action == "new" and not decision.step):
         return []
     return preflight(replace(facts, config=resolved_config(config, decision)), [ARITHMETIC])
 

@@ -58,11 +58,11 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
-        saver = builder.build_saver(config, world, folder, dims)
+        saver = stack.enter_context(builder.build_saver(config, world, folder, dims))
         loader = builder.build_loader(facts, dims, world, tokenizer, saver)
         stack.callback(loader.close)
         model = builder.build_model(
-            config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.resumes
+            config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.loads
         )
         optimizers = build_optimizers(
             config.optimizer, model.parts, world.device, model.parameter_names
@@ -72,15 +72,17 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = builder.build_metrics(config, folder, world, model, saver)
         stack.callback(metrics.close)
-        step = first_step = progress.step = progress.saved_step = saver.state.step
+        step = first_step = progress.step = saver.state.step
+        progress.saved_step = saver.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq))
         stop = stack.enter_context(StopRequest())
         finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
-        ahead = Prefetch(loader, runner.loss, world, stop, dims.counts_data(world.rank))
+        counts_data = dims.counts_data(world.rank)
+        ahead = Prefetch(loader, runner.loss, world, stop, counts_data, saver.save_failed)
         logger.info(builder.describe(facts, dims, world, model))
 
-        def save(finished: bool) -> None:
+        def save(finished: bool, last: bool) -> None:
             finite.settle()
             metrics.flush()
             state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
@@ -88,16 +90,21 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             with timeout(
                 world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
             ):
-                saver.save(state, lanes, model.parts, optimizers, finished)
-            progress.saved_step = step
-            if world.is_main:
-                set_status(folder, "running", step)
+                saver.save(state, lanes, model.parts, optimizers, finished, last)
+
+        def tell_saved() -> None:
+            if progress.saved_step != saver.saved_step:
+                progress.saved_step = saver.saved_step
+                if world.is_main:
+                    set_status(folder, "running", saver.saved_step)
 
         metrics.start_step()
         ahead.start()
         while step < training.steps:
             with metrics.timing("data"):
                 data, agreed = ahead.wait()
+            if agreed.save_failed:
+                saver.raise_failure()
             if agreed.ended or agreed.stop:
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
@@ -105,6 +112,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = gradient_norm(model.parameters, dims.ranks_per_stage)
             clip_gradients(model.parameters, norm, training.max_norm)
+            saver.before_change()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
             lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
@@ -133,7 +141,8 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 set_timeout(world, config.comm.train_timeout_seconds)
             if saver.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
-                    save(finished=step == training.steps)
+                    save(finished=step == training.steps, last=step == training.steps)
+            tell_saved()
             profiler.step()
             garbage.step(step)
 
@@ -141,7 +150,20 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and saver.is_due(step, last=True):
-            save(finished=progress.status == "data_exhausted")
+            save(finished=progress.status == "data_exhausted", last=True)
+        saver.wait()
+        tell_saved()
+
+
+def write_seed(facts: Facts, world: World, folder: RunFolder) -> None:
+    """Save the initial weights as step 0, for a run on any mesh to start from."""
+    config = facts.config
+    dims = ParallelDims.from_facts(facts)
+    mesh = dims.build_mesh(world.device.type)
+    vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
+    saver = builder.build_saver(config, world, folder, dims)
+    model = builder.build_model(config, vocab_size, mesh, dims, world.device)
+    saver.save_seed(model.parts)
 
 
 def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int:
@@ -176,7 +198,12 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
                 logger.info(closing_words(config, folder))
                 return DONE
             progress.step = decision.step
-            train(replace(facts, config=folder.config), world, folder, progress)
+            facts = replace(facts, config=folder.config)
+            if config.checkpoint.create_seed_checkpoint:
+                write_seed(facts, world, folder)
+                progress.status = "seeded"
+            else:
+                train(facts, world, folder, progress)
     except BaseException as error:
         code = exit_code_of(error)
         if is_main:
@@ -213,7 +240,9 @@ def stopping_words(progress: Progress) -> str:
         return f"{words} It is saved; the same command goes on from it."
     if progress.saved_step:
         return f"{words} The last saved step is {progress.saved_step}."
-    return f"{words} Nothing is saved (checkpoint.enable is false): a rerun starts from step 0."
+    return (
+        f"{words} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
+    )
 
 
 def closing_words(config: JobConfig, folder: RunFolder) -> str:

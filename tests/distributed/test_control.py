@@ -41,6 +41,7 @@ def _exchange(world: World, by_rank: dict[int, dict[str, Any]]) -> dict[str, Any
         ({r: {"ended": True} for r in range(3)}, Agreement(30, 48, True, False, 0, None)),
         ({2: {"failed": True}}, Agreement(30, 48, False, False, 1, 2)),
         ({1: {"failed": True}, 2: {"failed": True}}, Agreement(30, 48, False, False, 2, None)),
+        ({1: {"save_failed": True}}, Agreement(30, 48, False, False, 0, None, True)),
     ],
 )
 def test_all_ranks_learn_the_same(

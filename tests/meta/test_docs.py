@@ -32,6 +32,7 @@ FOREIGN = {
     "ssh",
     "tail",
     "tensorboard",
+    "torch.distributed.checkpoint.format_utils",
 }
 
 

@@ -1,9 +1,7 @@
-"""`Checkpointer`: how a checkpoint appears, and which one a run continues from.
+"""`Checkpointer`: saving, beside training or not, and which checkpoint a run continues from.
 
-A save writes into a temporary folder, syncs and digests every file, lists them in the manifest, and
-renames the folder to `step-N`. The rename is the commit: before it there is no checkpoint, after it
-there is a whole one, wherever the process is killed. A load believes nothing: it picks the newest
-step whose files all match their digests, moves damaged ones aside with a loud message, and compares
+How a checkpoint appears is said in `commit`. A load believes nothing: it picks the newest step
+whose files all match their digests, moves damaged ones aside with a loud message, and compares
 names, shapes and types with the model before the first tensor is written.
 
 Rank 0 decides (file systems may show ranks different listings), all ranks write, digest and verify
@@ -14,10 +12,9 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,39 +24,32 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from torchtitan.checkpoint.agreement import on_all, on_main
-from torchtitan.checkpoint.checks import SPACE_FACTOR, space_problem
-from torchtitan.checkpoint.dcp_io import (
-    METADATA_NAME,
-    SafeReader,
-    StepWriter,
-    check_metadata,
-    describe_tensor,
-)
-from torchtitan.checkpoint.files import sync_folder
+from torchtitan.checkpoint.background import Background
+from torchtitan.checkpoint.checks import SPACE_FACTOR, memory_problem, space_problem
+from torchtitan.checkpoint.commit import Commit, describe_on_all_ranks
+from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata, quiet_dcp
+from torchtitan.checkpoint.initial_load import verify_share
 from torchtitan.checkpoint.manifest import (
-    FileRecord,
     InvalidCheckpoint,
     Manifest,
     manifest_differences,
     manifest_from_json,
     manifest_to_json,
-    record_file,
     verify_file,
-    write_manifest,
 )
+from torchtitan.checkpoint.staging import Staging, num_local_bytes
 from torchtitan.checkpoint.steps_folder import (
     committed_steps,
     delete_leftovers,
-    delete_old_steps,
     inspect_step,
     move_aside,
     step_folders,
     step_name,
-    temporary_name,
 )
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World
+from torchtitan.distributed.world import World, beside
+from torchtitan.utils.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +81,8 @@ class Checkpointer:
 
     `run_info` holds `run_id` and whatever else a manifest should keep (config, mesh, versions), as
     JSON values. `on_site(name, step)` is called between the phases of a save; tests kill processes
-    there. The caller holds the lock of the run folder.
+    there. `save_timeout_seconds` is how long the ranks wait for each other in a save beside
+    training. The caller holds the lock of the run folder.
     """
 
     def __init__(
@@ -101,14 +92,24 @@ class Checkpointer:
         world: World,
         run_info: Mapping[str, Any],
         on_site: Callable[[str, int], None] = lambda site, step: None,
+        save_timeout_seconds: int = 300,
     ):
         self.section = section
         self.folder = Path(folder)
         self.world = world
         self.run_id = str(run_info["run_id"])
-        self.info = {key: value for key, value in run_info.items() if key != "run_id"}
         self.on_site = on_site
         self.resumed_from = -1
+        self.saved_step = -1
+        """The last step that this process knows to be committed."""
+        writers, self._background = world, Background()
+        self._staging: Staging | None = None
+        if section.async_mode != "disabled":
+            writers = beside(world, save_timeout_seconds)
+            self._staging = Staging(pinned=section.async_mode == "async_with_pinned_mem")
+        info = {key: value for key, value in run_info.items() if key != "run_id"}
+        self._commit = Commit(section, self.folder, writers, self.run_id, info, on_site)
+        quiet_dcp()
         what = f"the checkpoint folder {self.folder} cannot be used"
         on_main(self.world, what, self._prepare_folder)
         if world.world_size > 1:
@@ -120,7 +121,8 @@ class Checkpointer:
 
     def require_space(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise `ConfigError`, on all ranks, when the disk has no room for a checkpoint of these
-        tensors and some more. For the start of a run, before the first step is trained."""
+        tensors and some more, or a machine's memory none for the copies of its ranks. For the start
+        of a run, before the first step is trained."""
         shares = self.world.gather_distinct_json(
             {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         )
@@ -129,6 +131,18 @@ class Checkpointer:
         free = self.world.broadcast_json(shutil.disk_usage(self.folder).free)
         if free < needed:
             raise ConfigError(space_problem(self.folder, needed, free))
+        if self._staging is not None:
+            self._require_memory(sum(map(num_local_bytes, tensors.values())))
+
+    def _require_memory(self, num_bytes: int) -> None:
+        """Of each machine, for the copies that its ranks make of so many bytes each."""
+        ranks = self.world.gather_json([socket.gethostname(), num_bytes, available_bytes()])
+        for host in sorted({host for host, *_ in ranks}):
+            needed = sum(size for name, size, _ in ranks if name == host)
+            known = [free for name, _, free in ranks if name == host and free is not None]
+            if known and min(known) < needed:
+                mode = self.section.async_mode
+                raise ConfigError(memory_problem(mode, host, needed, min(known)))
 
     # --- save -----------------------------------------------------------------------------------
 
@@ -138,36 +152,52 @@ class Checkpointer:
         tensors: Mapping[str, torch.Tensor],
         state: dict[str, Any],
         model_only: bool = False,
+        blocking: bool = False,
     ) -> None:
         """Commit a checkpoint of `step`, then delete old ones by `checkpoint.keep_latest_k`.
 
         `tensors` may be DTensors, and may differ between ranks; `state` (JSON) is rank 0's. A step
         that is already committed is left as it is. Raises the same `CheckpointError` on all ranks,
         with nothing committed, when anything fails on any of them.
+
+        By `checkpoint.async_mode`, and unless `blocking`, the tensors are copied and the rest goes
+        on beside training: call `before_change` before they change, and `wait` before the end. What
+        was saved before is waited for first, and its error raised.
         """
-        what = f"the checkpoint of step {step} was not saved"
-        started = time.monotonic()
-        self.on_site("ckpt.begin", step)
-        name = on_main(self.world, what, lambda: self._begin(step))
-        if name is None:
-            logger.info("Step %d is already saved.", step)
+        self.wait()
+        commit = partial(
+            self._commit.save, state=state, model_only=model_only, protected=self.resumed_from
+        )
+        if self._staging is None or blocking:
+            commit(step, tensors)
+            self.saved_step = step
+            self.world.barrier()  # rank 0 may still be deleting old steps
             return
-        temporary = self.folder / name
-        try:
-            files, descriptions = self._write(what, step, temporary, tensors)
-            manifest = Manifest(
-                self.run_id, step, model_only, files, descriptions, state, dict(self.info)
-            )
-            on_main(self.world, what, lambda: self._commit(temporary, manifest))
-        except CheckpointError:
-            if self.world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self.on_site("ckpt.after_commit", step)
-        gib, seconds = manifest.num_bytes / 2**30, time.monotonic() - started
-        logger.info("Saved step %d (%.3g GiB) in %.1f s.", step, gib, seconds)
-        if self.world.is_main:
-            self._delete_old(step)
+        started = time.monotonic()
+        staging, copies = self._staging, self._staging.start(tensors)
+        logger.info("Copied step %d to save it, in %.1f s.", step, time.monotonic() - started)
+
+        def finish() -> None:
+            staging.finish()
+            commit(step, copies)
+            self.saved_step = step
+
+        self._background.start(step, finish)
+
+    def before_change(self) -> None:
+        """To be called before the tensors that `save` was given change."""
+        if self._staging is not None:
+            self._staging.before_change()
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether `wait` would raise at once, as far as this rank knows."""
+        return self._background.failed
+
+    def wait(self) -> None:
+        """Return when nothing is being saved; raises `CheckpointError` when the save has failed,
+        on all ranks."""
+        self._background.wait()
 
     def _prepare_folder(self) -> None:
         # A mode without write access for others, whatever the umask.
@@ -204,74 +234,6 @@ class Checkpointer:
         finally:
             if self.world.is_main:
                 (self.folder / name).unlink(missing_ok=True)
-
-    def _begin(self, step: int) -> str | None:
-        """Make the temporary folder; None when the step is there already."""
-        if step in step_folders(self.folder):
-            candidate = inspect_step(self.folder, step)
-            if candidate.manifest is not None and candidate.manifest.run_id == self.run_id:
-                return None
-            moved = move_aside(self.folder, step, "quarantine")
-            logger.error("%s: moved to %s", candidate.fault or "a step of another run", moved)
-        name = temporary_name(step, self.run_id)
-        (self.folder / name).mkdir()
-        return name
-
-    def _write(
-        self, what: str, step: int, temporary: Path, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, FileRecord], dict[str, dict[str, Any]]]:
-        """Write, sync and digest this rank's share; returns all ranks' files and tensors."""
-
-        def write() -> dict[str, FileRecord]:
-            writer = StepWriter(temporary)
-            group = self.world.control_group
-            with _quiet_dcp():
-                dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-            self.on_site("ckpt.shard_written", step)
-            records = {name: record_file(temporary / name) for name in self._own_files(temporary)}
-            self.on_site("ckpt.hashed", step)
-            return records
-
-        records = on_all(self.world, what, write)
-        listed = {name: [record.size, record.sha256] for name, record in records.items()}
-        files: dict[str, FileRecord] = {}
-        for part in self.world.gather_json(listed):
-            files.update({name: FileRecord(*entry) for name, entry in part.items()})
-        descriptions: dict[str, dict[str, Any]] = {}
-        for described in self._describe_on_all_ranks(tensors):
-            descriptions.update(described)
-        return files, descriptions
-
-    def _describe_on_all_ranks(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> list[dict[str, dict[str, Any]]]:
-        """What the tensors of all ranks are; those of ranks with the same tensors once."""
-        return self.world.gather_distinct_json(
-            {name: describe_tensor(tensor) for name, tensor in tensors.items()}
-        )
-
-    def _own_files(self, temporary: Path) -> list[str]:
-        own = sorted(path.name for path in temporary.glob(f"__{self.world.rank}_*.distcp"))
-        return [*own, METADATA_NAME] if self.world.is_main else own
-
-    def _commit(self, temporary: Path, manifest: Manifest) -> None:
-        # DCP can lose data and report success; what it says it wrote must be in the files.
-        check_metadata(temporary, manifest)
-        self.on_site("ckpt.manifest", manifest.step)
-        write_manifest(temporary, manifest)
-        sync_folder(temporary)
-        self.on_site("ckpt.rename", manifest.step)
-        # Where a non-empty step exists, this fails: a rename never replaces one.
-        os.rename(temporary, self.folder / step_name(manifest.step))
-        sync_folder(self.folder)
-
-    def _delete_old(self, step: int) -> None:
-        self.on_site("purge.begin", step)
-        try:
-            keep = self.section.keep_latest_k
-            delete_old_steps(self.folder, self.run_id, step, keep, self.resumed_from)
-        except OSError as error:
-            logger.warning("Old checkpoints could not be deleted: %s", error)
 
     # --- find and load --------------------------------------------------------------------------
 
@@ -310,7 +272,7 @@ class Checkpointer:
         types; otherwise `CheckpointError` lists the differences, before any tensor was written.
         """
         self.on_site("load.begin", found.step)
-        ranks = self._describe_on_all_ranks(tensors)
+        ranks = describe_on_all_ranks(self.world, tensors)
         differences = manifest_differences(found.manifest, ranks)
         if differences:
             raise CheckpointError(f"{found.path} does not fit the run: {differences}")
@@ -318,8 +280,7 @@ class Checkpointer:
         def read() -> None:
             reader = SafeReader(found.path)
             group = self.world.control_group
-            with _quiet_dcp():
-                dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+            dcp.load(dict(tensors), storage_reader=reader, process_group=group)
 
         on_all(self.world, f"{found.path} could not be loaded", read)
         return found.state
@@ -351,11 +312,9 @@ class Checkpointer:
         if "fault" in answer:
             return None, answer["fault"]
         manifest = manifest_from_json(answer)
-        by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
         fault = ""
         try:
-            for name in by_size[self.world.rank :: self.world.world_size]:
-                verify_file(path / name, manifest.files[name])
+            verify_share(self.world, path, manifest)
         except InvalidCheckpoint as error:
             fault = str(error)
         faults = [text for text in self.world.gather_json(fault) if text]
@@ -386,12 +345,3 @@ class Checkpointer:
             if later > step:
                 moved = move_aside(self.folder, later, "rewound")
                 logger.warning("Going back to step %d: step %d is now %s.", step, later, moved)
-
-
-@contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """Without DCP's advice to its own developers."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-        yield

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from torchtitan.checkpoint.decision import decide, starts_anew
+from torchtitan.checkpoint.initial import setting_problems
 from torchtitan.checkpoint.steps_folder import inspect_steps
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
@@ -32,6 +33,7 @@ def check(facts: Facts) -> list[Problem]:
     if section.keep_latest_k == 1:
         text = "would leave nothing to fall back to when the only checkpoint is damaged"
         problems.append(Problem("checkpoint.keep_latest_k", text, "use 2 or more, or 0 for all", 1))
+    problems += setting_problems(section) + _save_problems(facts)
     return problems + _switch_problems(facts)
 
 
@@ -72,14 +74,48 @@ def _switch_problems(facts: Facts) -> list[Problem]:
         text = f"is more than training.steps = {steps}: only the last step will be saved"
         fix = "set it to less, so that a stopped run can be resumed"
         return [Problem("checkpoint.interval", text, fix, section.interval, severity="warning")]
-    if section.load_step >= 0:
+    asked = {
+        "load_step": section.load_step >= 0,
+        "initial_load_path": section.initial_load_path is not None,
+        "load_only": section.load_only,
+        "create_seed_checkpoint": section.create_seed_checkpoint,
+    }
+    if any(asked.values()):
         text = "has no effect, because checkpoint.enable is false"
-        return [Problem("checkpoint.load_step", text, "set checkpoint.enable", section.load_step)]
+        return [
+            Problem(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
+            for key, is_set in asked.items()
+            if is_set
+        ]
     if steps > _LONG_RUN_STEPS:
         text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
         fix = "set it to true"
         return [Problem("checkpoint.enable", text, fix, False, severity="warning")]
     return []
+
+
+def _save_problems(facts: Facts) -> list[Problem]:
+    """What contradicts itself about what is saved."""
+    section, problems = facts.config.checkpoint, []
+    if section.export_dtype != "float32" and not section.last_save_model_only:
+        text = "is the number format of a last checkpoint without optimizer, which is not asked for"
+        fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
+        problems.append(Problem("checkpoint.export_dtype", text, fix, section.export_dtype))
+    if not section.create_seed_checkpoint:
+        return problems
+    key = "checkpoint.create_seed_checkpoint"
+    if facts.world_size > 1:
+        text = f"is done by one process, and there are {facts.world_size}"
+        fix = "start one (NGPU=1), with all degrees of [parallelism] 1"
+        problems.append(Problem(key, text, fix, True))
+    for other, value in (
+        ("load_only", section.load_only),
+        ("initial_load_path", section.initial_load_path),
+    ):
+        if value:
+            text = f"saves initial weights, and checkpoint.{other} is set, which contradicts it"
+            problems.append(Problem(key, text, "leave out one of the two", True))
+    return problems
 
 
 def _folder_problems(dump_folder: Path) -> list[Problem]:
@@ -118,6 +154,15 @@ def space_problem(folder: Path, needed: float, free: float) -> Problem:
     )
     fix = "free some space, or put job.dump_folder on a larger disk"
     return Problem("checkpoint.folder", text, fix, str(folder))
+
+
+def memory_problem(mode: str, host: str, needed: float, free: float) -> Problem:
+    """That `host` has too little memory for copies of what is saved (bytes)."""
+    text = (
+        f"needs {needed / 2**30:.2f} GiB of host memory on {host} for copies of what is saved,"
+        f" {free / 2**30:.2f} GiB are free"
+    )
+    return Problem("checkpoint.async_mode", text, 'set it to "disabled"', mode)
 
 
 def _on_memory(folder: Path) -> bool:

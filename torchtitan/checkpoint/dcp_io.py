@@ -11,6 +11,8 @@ import io
 import math
 import os
 import pickle
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,18 @@ class UnsafeMetadata(Exception):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's file reader, with a `.metadata` that cannot run code or leave its folder."""
+    """DCP's file reader, with a `.metadata` that cannot run code or leave its folder.
+
+    `leave_others` is that of `read_metadata`, below.
+    """
+
+    def __init__(self, path: Path, leave_others: bool = False):
+        super().__init__(path)
+        self._leave_others = leave_others
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the checkpoint. Raises `UnsafeMetadata` or an unpickling error."""
-        metadata = read_metadata(Path(self.path))
+        metadata = read_metadata(Path(self.path), self._leave_others)
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -78,8 +87,12 @@ class StepWriter(FileSystemWriter):
         return StorageMeta(save_id=self.save_id)
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """Read `.metadata` of a folder, trusting nothing in it."""
+def read_metadata(folder: Path, leave_others: bool = False) -> Metadata:
+    """Read `.metadata` of a folder, trusting nothing in it.
+
+    Entries that are not tensors would be unpickled in full if anybody loaded them: they are
+    refused, or, with `leave_others`, left out of what is returned.
+    """
     path = folder / METADATA_NAME
     with open_regular(path) as file:
         metadata = _Unpickler(io.BytesIO(file.read())).load()
@@ -87,9 +100,12 @@ def read_metadata(folder: Path) -> Metadata:
         raise UnsafeMetadata(f"{path}: does not describe a checkpoint")
     if not isinstance(metadata.storage_meta, StorageMeta):
         metadata.storage_meta = StorageMeta()
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(key, str) or not isinstance(entry, TensorStorageMetadata):
+    for key, entry in list(metadata.state_dict_metadata.items()):
+        if isinstance(key, str) and isinstance(entry, TensorStorageMetadata):
+            continue
+        if not leave_others:
             raise UnsafeMetadata(f"{path}: {key!r} is not a tensor")
+        del metadata.state_dict_metadata[key]
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
             raise UnsafeMetadata(f"{path}: {index!r} has no place in a file")
@@ -99,6 +115,22 @@ def read_metadata(folder: Path) -> Metadata:
         if info.transform_descriptors:
             raise UnsafeMetadata(f"{path}: {index.fqn!r} asks for a transformation")
     return metadata
+
+
+def check_places(metadata: Metadata, sizes: Mapping[str, int]) -> None:
+    """Raise `UnsafeMetadata` unless every chunk of every tensor lies within a file of `sizes`
+    (bytes by name), and the chunks make up the tensors."""
+    for name, entry in metadata.state_dict_metadata.items():
+        found = 0
+        for chunk in entry.chunks:
+            place = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if place is None or place.relative_path not in sizes:
+                raise UnsafeMetadata(f"{name} was not written")
+            if place.offset + place.length > sizes[place.relative_path]:
+                raise UnsafeMetadata(f"{name} lies beyond the end of {place.relative_path}")
+            found += math.prod(chunk.sizes)
+        if found != math.prod(entry.size):
+            raise UnsafeMetadata(f"{name} was not written whole")
 
 
 def check_metadata(folder: Path, manifest: Manifest) -> None:
@@ -111,20 +143,9 @@ def check_metadata(folder: Path, manifest: Manifest) -> None:
     try:
         metadata = read_metadata(folder)
         described = {
-            name: _describe(entry.properties.dtype, entry.size)
-            for name, entry in metadata.state_dict_metadata.items()
+            name: describe_entry(entry) for name, entry in metadata.state_dict_metadata.items()
         }
-        for name, entry in metadata.state_dict_metadata.items():
-            found = 0
-            for chunk in entry.chunks:
-                place = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-                if place is None or place.relative_path not in manifest.files:
-                    raise UnsafeMetadata(f"{name} was not written")
-                if place.offset + place.length > manifest.files[place.relative_path].size:
-                    raise UnsafeMetadata(f"{name} lies beyond the end of {place.relative_path}")
-                found += math.prod(chunk.sizes)
-            if found != math.prod(entry.size):
-                raise UnsafeMetadata(f"{name} was not written whole")
+        check_places(metadata, {name: record.size for name, record in manifest.files.items()})
     except Exception as error:  # a damaged pickle can raise anything
         raise InvalidCheckpoint(f"{path}: {error or type(error).__name__}") from error
     if described != dict(manifest.tensors):
@@ -136,8 +157,19 @@ def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
     return _describe(tensor.dtype, tensor.shape)
 
 
+def describe_entry(entry: TensorStorageMetadata) -> dict[str, Any]:
+    """The same of a tensor in `.metadata`."""
+    return _describe(entry.properties.dtype, entry.size)
+
+
 def _describe(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+
+
+def quiet_dcp() -> None:
+    """No advice of DCP to its own developers. For good: a thread must not change the filters."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -5,6 +5,9 @@
 - "new": the folder holds no run, or `job.new_run` asks for another one;
 - "resume": it holds this run, unfinished or with `training.steps` raised;
 - "finished": it holds this run, and there is nothing left to do.
+
+A folder that holds nothing but a seed checkpoint is a run that has not begun: of its config only
+the model, and where checkpoints lie, binds the run that starts from it.
 """
 
 import json
@@ -14,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import Manifest
 from torchtitan.checkpoint.rerun import (
+    MUST_NOT,
     WAYS_OUT,
     compare,
     read_stored_config,
@@ -72,6 +77,11 @@ class _Stored:
         return bool(self.status or self.good)
 
     @property
+    def is_seed(self) -> bool:
+        """Whether its config is the one of `create_seed_checkpoint`: nothing was trained yet."""
+        return stored_value(self.config or {}, "checkpoint.create_seed_checkpoint") is True
+
+    @property
     def newest(self) -> Manifest | None:
         return self.good[-1] if self.good else None
 
@@ -84,7 +94,9 @@ class _Stored:
     def ended(self) -> str:
         """How the run ended, if it did: completed or data_exhausted."""
         status = str(self.status.get("status"))
-        if status in ("completed", "data_exhausted"):
+        # A job with `load_only` trained for itself: what is saved is as it was.
+        aside = stored_value(self.config or {}, "checkpoint.load_only") is True and self.good
+        if status in ("completed", "data_exhausted") and not aside:
             return status
         # A job that was killed after its last checkpoint had no time to write the status.
         newest = self.newest
@@ -117,6 +129,8 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     if not stored.is_run:
         _refuse_foreign_config(path)
         return _new(facts, secrets.token_hex(6), step_problems(config.checkpoint, folder))
+    if config.checkpoint.create_seed_checkpoint and stored.trained:
+        return _seed_again(config, facts, stored)
     newest_id = stored.newest.run_id if stored.newest else secrets.token_hex(6)
     run_id = str(stored.status.get("run_id") or newest_id)
     if not stored.trained:
@@ -127,6 +141,8 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
         fix = f"restore {CONFIG_NAME} in it, {WAYS_OUT}"
         raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
     problems, notices = compare(stored.config, config)
+    if stored.is_seed:
+        problems, notices = _binding_a_seed(problems), ["The run starts from the seed checkpoint."]
     asked = config.checkpoint.load_step
     if _is_done(asked, stored):
         notices.append(
@@ -143,7 +159,15 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
         notices.append("job.new_run is ignored: the launcher has started this job again.")
     action, step, more = _action(config, stored)
     notices += more
-    global_batch_size, num_lanes = _batch_and_lanes(facts, stored.config, action, notices)
+    if not stored.good:
+        start = initial_start(facts)
+        if start.step:
+            step, notices = start.step, []
+        notices += start.notices
+    elif config.checkpoint.initial_load_path is not None:
+        notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
+    known = {} if stored.is_seed else stored.config
+    global_batch_size, num_lanes = _batch_and_lanes(facts, known, action, notices)
     load_step = config.checkpoint.load_step
     return Decision(
         action, run_id, step, global_batch_size, num_lanes, load_step, asked, tuple(notices)
@@ -151,10 +175,13 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
 
 
 def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
-    """`config` with what the decision settles: batch size, lanes, and the step to load."""
-    training = config.training.model_copy(update={"global_batch_size": decision.global_batch_size})
+    """`config` with what the decision settles: batch size, lanes, and the step to load. A seed
+    settles none: it is for every mesh."""
     # Kept, it would move this very run aside when somebody trains from its config.toml.
     job = config.job.model_copy(update={"new_run": False})
+    if config.checkpoint.create_seed_checkpoint:
+        return config.model_copy(update={"job": job})
+    training = config.training.model_copy(update={"global_batch_size": decision.global_batch_size})
     data = config.data.model_copy(update={"lanes": decision.num_lanes})
     checkpoint = config.checkpoint.model_copy(update={"load_step": decision.load_step})
     sections = {"job": job, "training": training, "data": data, "checkpoint": checkpoint}
@@ -170,7 +197,29 @@ def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
     """A start from nothing, unless there are problems."""
     if problems:
         raise ConfigError(problems)
-    return Decision("new", run_id, 0, facts.global_batch_size, facts.num_lanes)
+    start = initial_start(facts)
+    return Decision(
+        "new", run_id, start.step, start.global_batch_size, start.num_lanes, notices=start.notices
+    )
+
+
+def _seed_again(config: JobConfig, facts: Facts, stored: _Stored) -> Decision:
+    """What writing a seed checkpoint does where there are checkpoints, or a run, already."""
+    newest = stored.newest
+    if not stored.is_seed or stored.config is None or newest is None:
+        text = f"would write initial weights into a run that was trained to step {stored.step}"
+        fix = f"remove it; {WAYS_OUT}"
+        raise ConfigError(Problem("checkpoint.create_seed_checkpoint", text, fix, True))
+    problems = _binding_a_seed(compare(stored.config, config)[0])
+    if problems:
+        raise ConfigError(problems)
+    batch, lanes, notice = facts.global_batch_size, facts.num_lanes, "The seed checkpoint is there."
+    return Decision("finished", newest.run_id, 0, batch, lanes, notices=(notice,))
+
+
+def _binding_a_seed(problems: list[Problem]) -> list[Problem]:
+    """Those that make another model of it, or look for it elsewhere."""
+    return [p for p in problems if p.key.startswith("model.") or p.key in MUST_NOT]
 
 
 def _load_problems_of_a_new_run(section: Checkpoint) -> list[Problem]:
@@ -225,7 +274,8 @@ def _continuation_problems(
         text = f"the run is finished at step {stored.step}, and left no checkpoint to go on from"
         return [Problem("training.steps", text, f"set it back, {WAYS_OUT}", steps)]
     newest = stored.newest
-    if checkpoint.load_step < 0 and newest is not None and newest.model_only:
+    # A model alone at step 0 is a seed: there is nothing else to go on from.
+    if checkpoint.load_step < 0 and newest is not None and newest.model_only and newest.step > 0:
         text = f"the checkpoint of step {newest.step} has no optimizer state to go on from"
         fix = (
             "choose an earlier one with checkpoint.load_step and checkpoint.allow_rewind, and set"

@@ -96,9 +96,17 @@ def read_manifest(folder: Path) -> Manifest:
 def manifest_differences(manifest: Manifest, ranks: Sequence[Mapping[str, dict[str, Any]]]) -> str:
     """What keeps ranks with these tensors (each as in `Manifest.tensors`) from loading this
     checkpoint, in words; empty when together they have exactly its tensors."""
-    saved, wanted = manifest.tensors, {name for tensors in ranks for name in tensors}
+    wanted = {name for tensors in ranks for name in tensors}
     if manifest.model_only and any(name.startswith(OPTIMIZER_PREFIX) for name in wanted):
         return "it holds the model only, no optimizer state to go on from"
+    return tensor_differences(manifest.tensors, ranks)
+
+
+def tensor_differences(
+    saved: Mapping[str, dict[str, Any]], ranks: Sequence[Mapping[str, dict[str, Any]]]
+) -> str:
+    """What differs between tensors that were saved and those of all ranks together, in words."""
+    wanted = {name for tensors in ranks for name in tensors}
     texts = [
         f"{name} is {_show(saved[name])} in it, {_show(entry)} in the run"
         for tensors in ranks

@@ -36,7 +36,7 @@ from torchtitan.config.toml_text import config_toml_text
 if TYPE_CHECKING:
     from torchtitan.distributed.world import World
 
-Status = Literal["running", "completed", "preempted", "failed", "data_exhausted"]
+Status = Literal["running", "completed", "preempted", "failed", "data_exhausted", "seeded"]
 
 
 class RunFolder:

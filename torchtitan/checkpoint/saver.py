@@ -7,17 +7,20 @@ place of every data lane, whichever rank serves it.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found
+from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
 from torchtitan.distributed.world import World
+from torchtitan.utils.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,10 @@ class RunState:
 
 
 class Saver:
-    """Saves at intervals and at the end; finds what to resume from. All ranks call every method."""
+    """Saves at intervals and at the end; finds what to start from. All ranks call every method.
+
+    As a context it does not end before what is being saved is.
+    """
 
     def __init__(self, section: Checkpoint, checkpointer: Checkpointer | None, world: World):
         self._section = section
@@ -42,35 +48,68 @@ class Saver:
         self._world = world
         self._last_saved = -1
         self._found: Found | None = None
+        self._initial: InitialLoad | None = None
         if checkpointer is not None:
             self._found = checkpointer.find(section.load_step)
+            if self._found is not None:
+                self._last_saved = checkpointer.saved_step = self._found.step
+            elif section.initial_load_path is not None:
+                self._initial = InitialLoad(section, world)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            logger.error("%s", failure)  # the run ends with its first error
 
     @property
-    def resumes(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self._found is not None
+    def loads(self) -> bool:
+        """Whether there are weights to start from, so that no others are needed."""
+        return self._found is not None or self._initial is not None
 
     @property
     def state(self) -> RunState:
-        """Where the run stands in the checkpoint that was found; the start without one."""
-        if self._found is None:
-            return RunState()
+        """Where the run stands in what it starts from; the start without such."""
+        stored: Mapping[str, Any] = {}
+        if self._found is not None:
+            stored = self._found.state
+        elif self._initial is not None:
+            stored = self._initial.state
         names = {field.name for field in fields(RunState)}
-        return RunState(**{key: value for key, value in self._found.state.items() if key in names})
+        return RunState(**{key: value for key, value in stored.items() if key in names})
+
+    @property
+    def saved_step(self) -> int:
+        """The last step that is sure to be saved in the run folder; 0 without one."""
+        return 0 if self._checkpointer is None else max(0, self._checkpointer.saved_step)
 
     def load(
         self, model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
-        """Load model and optimizer state in place from what was found, if anything was. Raises
-        `ConfigError` when there is no room on the disk for the next checkpoint."""
+        """Load in place what there is to start from: the model, and optimizer state where that is
+        to come along. Raises `ConfigError` when there is no room for the next checkpoint."""
         if self._checkpointer is None:
             return
-        tensors = model_tensors(model_parts) | optimizer_tensors(model_parts, optimizers)
-        self._checkpointer.require_space(tensors)
+        model = model_tensors(model_parts)
+        optimizer = optimizer_tensors(model_parts, optimizers)
+        if not self._section.load_only:
+            self._checkpointer.require_space(model | optimizer)
+        if self._initial is not None:
+            self._initial.load(model, optimizer)
         if self._found is None:
             return
-        self._checkpointer.load(self._found, tensors)
-        self._last_saved = self._found.step
+        is_seed = self._found.model_only and self._found.step == 0
+        self._checkpointer.load(self._found, model if is_seed else model | optimizer)
         logger.info("Resumed from step %d (%s).", self._found.step, self._found.path)
 
     def check_data(self, fingerprint: str) -> None:
@@ -85,9 +124,11 @@ class Saver:
         )
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Whether `step` is to be saved: each interval, and the `last` one."""
-        due = last or step % self._section.interval == 0
-        return self._checkpointer is not None and due and step != self._last_saved
+        """Whether `step` is to be saved: each interval, the `last` one, and the first if asked."""
+        if self._checkpointer is None or self._section.load_only or step == self._last_saved:
+            return False
+        first = self._section.enable_first_step_checkpoint and step == 1
+        return last or first or step % self._section.interval == 0
 
     def save(
         self,
@@ -96,21 +137,67 @@ class Saver:
         model_parts: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.Optimizer],
         finished: bool,
+        last: bool,
     ) -> None:
-        """Commit a checkpoint. `lane_states`: those of this rank; `finished`: the run is over."""
+        """Save a checkpoint; it is sure to be there when `saved_step` says so.
+
+        `lane_states`: those of this rank; `finished`: the run is over; `last`: this job is, so that
+        the save need not go on beside training. Raises what went wrong with the save before.
+        """
         assert self._checkpointer is not None
+        self.wait()
         lanes: dict[str, dict[str, Any]] = {}
         for part in self._world.gather_json({str(k): v for k, v in lane_states.items()}):
             lanes.update(part)
         model_only = finished and self._section.last_save_model_only
         tensors = model_tensors(model_parts)
-        if not model_only:
+        if model_only:
+            tensors = self._exported(tensors)
+        else:
             tensors |= optimizer_tensors(model_parts, optimizers)
         ordered = dict(sorted(lanes.items(), key=_number))
-        whole = asdict(state) | {"lane_states": ordered, "finished": finished}
-        self._checkpointer.save(state.step, tensors, whole, model_only=model_only)
+        whole = asdict(replace(state, lane_states=ordered)) | {"finished": finished}
+        self._checkpointer.save(state.step, tensors, whole, model_only, blocking=last)
         self._last_saved = state.step
-        self._world.barrier()  # rank 0 may still be deleting old steps
+        if any(True for part in model_parts for _ in part.buffers()):
+            self.before_change()  # a forward may change them
+
+    def save_seed(self, model_parts: Sequence[nn.Module]) -> None:
+        """Save the initial weights as step 0."""
+        assert self._checkpointer is not None
+        tensors = model_tensors(model_parts)
+        self._checkpointer.require_space(tensors)
+        self._checkpointer.save(0, tensors, asdict(RunState()), model_only=True, blocking=True)
+
+    def before_change(self) -> None:
+        """To be called before parameters and optimizer state change: copies may be under way."""
+        if self._checkpointer is not None:
+            self._checkpointer.before_change()
+
+    def save_failed(self) -> bool:
+        """Whether this rank knows that what was being saved is not."""
+        return self._checkpointer is not None and self._checkpointer.save_failed
+
+    def wait(self) -> None:
+        """Return when nothing is being saved. Raises `CheckpointError` when the save has failed, on
+        all ranks."""
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+
+    def raise_failure(self) -> None:
+        """To be called on all ranks when a rank says `save_failed`: raises `CheckpointError`."""
+        self.wait()
+        raise CheckpointError("a checkpoint was not saved; the log of another rank says why")
+
+    def _exported(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's tensors in `checkpoint.export_dtype`."""
+        if self._section.export_dtype == "float32":
+            return dict(tensors)
+        dtype = torch_dtype(self._section.export_dtype)
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
 
 
 def _number(item: tuple[str, Any]) -> int:

@@ -6,6 +6,7 @@ Looked up before any guess by similarity, which would lead a reader of an older 
 
 RENAMED = {
     "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
     "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
     "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
     "compile.backend": "handlers.compile.backend",
@@ -49,10 +50,8 @@ MISSING_SECTIONS = frozenset(
 _MISSING = {
     "activation_checkpoint": "debug determinism_check early_stop memory_budget"
     " per_op_sac_force_recompute_mm_shapes_by_fqns visualize_memory_budget_pareto",
-    "checkpoint": "async_mode create_seed_checkpoint enable_first_step_checkpoint"
-    " enable_ft_dataloader_checkpoints exclude_from_loading export_dtype initial_load_in_hf"
-    " initial_load_in_hf_quantized initial_load_model_only initial_load_model_weights_only"
-    " initial_load_path interval_type last_save_in_hf load_only",
+    "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf"
+    " initial_load_in_hf_quantized interval_type last_save_in_hf",
     "comm": "save_traces_file_prefix save_traces_folder trace_buf_size",
     "compile": "components",
     "debug": "moe_force_load_balance",

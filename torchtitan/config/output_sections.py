@@ -1,8 +1,10 @@
 """Sections about what a run leaves behind: checkpoints, metrics, profiler traces."""
 
+from typing import Literal
+
 from pydantic import Field
 
-from torchtitan.config.section import NonNegativeInt, PositiveInt, Section
+from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
 
 
 class Checkpoint(Section):
@@ -18,11 +20,42 @@ class Checkpoint(Section):
     keep_latest_k: NonNegativeInt = 10
     """Checkpoints to keep, at least 2; 0 keeps all."""
 
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Write checkpoints while training goes on, from copies in host memory. `async` makes the
+    copies before the next step; `async_with_pinned_mem` makes them beside it on a GPU, and keeps
+    the memory between saves."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after step 1, too, to see early that saving works."""
+
     load_step: int = Field(default=-1, ge=-1, le=2**63 - 1)
     """Step to resume from; -1 is the newest good one."""
 
     last_save_model_only: bool = False
     """Save only the model at the last step: smaller, but the run cannot be continued from there."""
+
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights that `last_save_model_only` saves; `float32` leaves them in
+    theirs. `float16` holds nothing beyond 65504."""
+
+    load_only: bool = False
+    """Load as usual, and save nothing."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step 0, with one process, and end. A run on any mesh, in the same
+    `job.dump_folder`, then starts from them."""
+
+    initial_load_path: str | None = None
+    """Folder of the checkpoint that a new run starts from: a `step-N`, or weights that
+    `torch.distributed.checkpoint` saved. Once the run has checkpoints of its own, they count."""
+
+    initial_load_model_only: bool = True
+    """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the
+    place in the data come along."""
+
+    exclude_from_loading: Names = ()
+    """What to leave at its start although `initial_load_path` has it: any of `optimizer`,
+    `lr_scheduler`, `dataloader`, `train_state`. Needs `initial_load_model_only = false`."""
 
     allow_rewind: bool = False
     """Resume from `load_step` although later checkpoints exist; those are moved aside."""

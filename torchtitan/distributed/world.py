@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.utils.environment import ProcessEnvironment
-from torchtitan.utils.torch_compat import all_gather_single, set_group_timeouts
+from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,17 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.control_group)
+
+
+def beside(world: World, timeout_seconds: int) -> World:
+    """The same processes over a gloo group of their own, for what a thread of each does while the
+    main ones go on: messages of both over one group would be taken for each other.
+
+    `set_timeout` leaves `timeout_seconds` alone. All ranks must call it.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc=OWN_TIMEOUT)
+    return replace(world, control_group=group)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 
 def apply_replicate(
@@ -64,11 +65,27 @@ def enable_async_tensor_parallel(group_name: str) -> None:
         enable_symm_mem_for_group(group_name)
 
 
+OWN_TIMEOUT = "keeps its own time limit"
+"""Description of process groups that `set_group_timeouts` passes over."""
+
+
 def set_group_timeouts(timeout: timedelta) -> None:
-    """Bound every collective of every process group from now on."""
+    """Bound every collective of every process group from now on, but those of `OWN_TIMEOUT`."""
     module: Any = dist.distributed_c10d
     for group in list(module._world.pg_map):
-        module._set_pg_timeout(timeout, group)
+        if group.group_desc != OWN_TIMEOUT:
+            module._set_pg_timeout(timeout, group)
+
+
+def with_local(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor like `tensor`, a DTensor perhaps, whose data on this rank are `local`.
+
+    Unlike `DTensor.from_local` this leaves `local` on its device, whatever the mesh's is.
+    """
+    if not isinstance(tensor, DTensor):
+        return local
+    make: Any = DTensor
+    return make(local, tensor._spec, requires_grad=False)
 
 
 class PipelineSchedule(Protocol):

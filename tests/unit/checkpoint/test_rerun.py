@@ -22,6 +22,8 @@ SAME_RUN: list[tuple[str, Any]] = [
     ("handlers.compile.backend", "eager"),
     ("checkpoint.interval", 7),
     ("checkpoint.load_step", 7),
+    ("checkpoint.async_mode", "async"),
+    ("checkpoint.initial_load_path", "elsewhere"),
     ("metrics.log_freq", 3),
     ("comm.train_timeout_seconds", 5),
     ("debug.deterministic", True),
@@ -79,7 +81,12 @@ def test_other_run(key: str, value: Any) -> None:
 
 def test_keys_of_the_list_exist() -> None:
     keys = [*flatten(JobConfig().model_dump()), *(key for key, _ in SAME_RUN)]
-    unset = {"job.config_file", "training.dataset_path", "data.sources.path"}
+    unset = {
+        "job.config_file",
+        "training.dataset_path",
+        "data.sources.path",
+        "checkpoint.initial_load_path",
+    }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern
     assert all(MAY_DIFFER.values())

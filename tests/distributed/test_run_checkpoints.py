@@ -1,0 +1,149 @@
+"""Whole runs that save beside training, start from a seed, or from another run's checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import runs
+from tests.distributed.test_runs import start_and_signal
+from torchtitan.checkpoint.steps_folder import inspect_steps
+
+ASYNC = "--checkpoint.async_mode=async"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves at steps 4, 8 and 10, not beside training."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    runs.run(folder)
+    return folder
+
+
+def good_steps(folder: Path) -> list[int]:
+    return [c.step for c in inspect_steps(folder / "checkpoint") if c.manifest]
+
+
+def test_killed_while_saving_beside_training(uninterrupted: Path, tmp_path: Path) -> None:
+    """The same command goes on, and what comes of it is the uninterrupted run, bit by bit."""
+    folder = tmp_path / "run"
+    pinned = "--checkpoint.async_mode=async_with_pinned_mem"
+    start_and_signal(folder, signal.SIGKILL, pinned, "--checkpoint.interval=1")
+    done = runs.run(folder, ASYNC)
+    assert "Resumed from step " in done.stderr
+    assert runs.curve(folder) == runs.curve(uninterrupted)
+    assert good_steps(folder)[-1] == 10
+    assert runs.status(folder)["status"] == "completed"
+
+
+_SCRIPT = """
+import os, signal, sys, time
+from torchtitan.checkpoint import commit
+
+real, fault = commit.record_file, os.environ["FAULT"]
+
+
+def record_file(path):
+    at_step_2 = path.parent.name.startswith(".tmp-step-2-")
+    if at_step_2 and fault == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if fault == "fail":
+        raise OSError(5, "Input/output error")
+    time.sleep(0.3)
+    return real(path)
+
+
+commit.record_file = record_file
+from torchtitan.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def run_with_fault(folder: Path, fault: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Every save takes longer than a step."""
+    command = runs.command(folder, ASYNC, *arguments)
+    return subprocess.run(
+        [sys.executable, "-c", _SCRIPT, *command[command.index("torchtitan.train") + 1 :]],
+        env=runs.environment() | {"FAULT": fault},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_save_under_way_is_awaited_when_the_run_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    bad = ("--optimizer.lr=1e38", "--training.max_norm=inf", "--checkpoint.interval=1")
+    done = run_with_fault(folder, "", *bad, "--lr_scheduler.warmup_steps=0")
+    assert done.returncode == 5, done.stderr
+    saved = good_steps(folder)
+    assert saved, done.stderr
+    # Before the process groups are gone and the run says how it ended.
+    told = done.stderr.index(f"Saved step {saved[-1]}")
+    assert told < done.stderr.index("the loss or the gradient norm is not finite")
+    assert not list((folder / "checkpoint").glob(".tmp-*"))
+
+
+def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run_with_fault(folder, "stop", "--checkpoint.interval=2", "--training.steps=3000")
+    assert done.returncode == 7, done.stderr
+    status = runs.status(folder)
+    assert status["status"] == "preempted"
+    assert good_steps(folder)[-1] == status["step"]
+    assert 2 in good_steps(folder)
+
+
+def test_save_that_fails_ends_the_run(tmp_path: Path) -> None:
+    """Soon, and not when something is to be saved again."""
+    folder = tmp_path / "run"
+    rare = ("--checkpoint.interval=5000", "--checkpoint.enable_first_step_checkpoint")
+    done = run_with_fault(folder, "fail", *rare, "--training.steps=5000")
+    assert done.returncode == 4, done.stderr
+    assert "the checkpoint of step 1 was not saved: rank 0: [Errno 5]" in done.stderr
+    assert good_steps(folder) == []
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("failed", 4)
+    assert status["step"] < 5000
+
+
+def test_run_from_a_seed(uninterrupted: Path, tmp_path: Path) -> None:
+    """It is where the run would have started without one."""
+    folder = tmp_path / "run"
+    done = runs.run(folder, "--checkpoint.create_seed_checkpoint")
+    assert good_steps(folder) == [0]
+    assert runs.status(folder)["status"] == "seeded"
+    assert not (folder / "metrics.jsonl").exists()
+    done = runs.run(folder, ASYNC, processes=2)
+    assert "Resumed from step 0" in done.stderr
+    for row, expected in zip(runs.curve(folder), runs.curve(uninterrupted), strict=True):
+        assert row == pytest.approx(expected, rel=2e-5)
+    assert good_steps(folder) == [0, 4, 8, 10]
+
+
+def test_another_run_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
+    """With everything that the checkpoint holds, its last steps are the first run's again."""
+    path = uninterrupted / "checkpoint" / "step-4"
+    start = (f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only=false")
+    folder = tmp_path / "run"
+    done = runs.run(folder, *start)
+    assert f"goes on from step 4 of {path}" in done.stderr
+    assert runs.curve(folder) == runs.curve(uninterrupted)[4:]
+    rows, expected = runs.records(folder)[-1], runs.records(uninterrupted)[-1]
+    assert rows["num_tokens_seen"] == expected["num_tokens_seen"]
+    assert good_steps(folder) == [8, 10]
+    assert "The run is finished" in runs.run(folder, *start).stderr
+
+
+def test_weights_of_another_run_start_anew(uninterrupted: Path, tmp_path: Path) -> None:
+    path = os.path.relpath(uninterrupted / "checkpoint" / "step-10")
+    folder = tmp_path / "run"
+    runs.run(folder, f"--checkpoint.initial_load_path={path}", "--checkpoint.load_only")
+    steps, losses, _ = zip(*runs.curve(folder), strict=True)
+    assert steps == tuple(range(1, 11))
+    assert losses[0] < runs.curve(uninterrupted)[3][1], "trained weights, and the first data"
+    assert good_steps(folder) == []

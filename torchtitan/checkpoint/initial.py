@@ -1,0 +1,169 @@
+"""What a new run starts from, when it is a checkpoint of another one. No torch.
+
+`checkpoint.initial_load_path` names a folder: a `step-N` of this library, or weights that any
+program saved with `torch.distributed.checkpoint`. Weights fit wherever the model does. To take over
+more (the optimizer's state, the step, the place in the data) needs a manifest, and the same lanes.
+It is looked at only while the run has no checkpoint of its own, so it happens once, however often
+the job is restarted.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.checkpoint.manifest import (
+    MANIFEST_NAME,
+    InvalidCheckpoint,
+    Manifest,
+    check_listing,
+    read_manifest,
+)
+from torchtitan.checkpoint.rerun import stored_value
+from torchtitan.checkpoint.steps_folder import step_folders, step_name
+from torchtitan.config import ConfigError, Problem
+from torchtitan.config.facts import Facts, default_lanes
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.suggest import did_you_mean
+
+_KEY = "checkpoint.initial_load_path"
+_EXCLUDE_KEY = "checkpoint.exclude_from_loading"
+_STATE_OF_PART = {
+    "optimizer": (),
+    "lr_scheduler": (),
+    "dataloader": ("lane_states", "data_fingerprint"),
+    "train_state": ("step", "num_tokens_seen"),
+}
+"""What may be left out, by TorchTitan's names, and what of the JSON state goes with it. Optimizer
+state is tensors; the learning rate is no state at all, but a function of the step."""
+
+
+@dataclass(frozen=True)
+class InitialStart:
+    """Where a new run begins, and how its data are cut."""
+
+    step: int
+    global_batch_size: int
+    num_lanes: int
+    notices: tuple[str, ...] = ()
+
+
+def initial_path(section: Checkpoint) -> Path:
+    """The folder of `initial_load_path`."""
+    assert section.initial_load_path is not None
+    return Path(section.initial_load_path).expanduser().resolve()
+
+
+def without_excluded(state: Mapping[str, Any], excluded: Sequence[str]) -> dict[str, Any]:
+    """A stored JSON state without what belongs to the excluded parts."""
+    dropped = {name for part in excluded for name in _STATE_OF_PART[part]}
+    return {name: value for name, value in state.items() if name not in dropped}
+
+
+def initial_start(facts: Facts) -> InitialStart:
+    """Where a run without checkpoints of its own begins. Raises `ConfigError` when it cannot begin
+    from `initial_load_path` as configured; names, the manifest and sizes are read."""
+    config, section = facts.config, facts.config.checkpoint
+    batch, lanes = facts.global_batch_size, facts.num_lanes
+    if not section.enable or section.initial_load_path is None:
+        return InitialStart(0, batch, lanes)
+    path = initial_path(section)
+    manifest = _inspect(section, path)
+    if section.initial_load_model_only:
+        return InitialStart(0, batch, lanes, (f"The weights are those of {path}.",))
+    assert manifest is not None
+    state = without_excluded(manifest.state, section.exclude_from_loading)
+    step = int(state.get("step", 0))
+    if step >= config.training.steps:
+        text = f"{path} is of step {step} already, which the run goes on from"
+        raise ConfigError(
+            Problem("training.steps", text, f"set it to more than {step}", config.training.steps)
+        )
+    stored = manifest.info.get("config")
+    if config.training.global_batch_size <= 0 and isinstance(stored, Mapping):
+        batch = stored_value(stored, "training.global_batch_size") or batch
+    lanes = config.data.lanes or default_lanes(batch)
+    lane_states = state.get("lane_states")
+    if lane_states:
+        lanes = len(lane_states)
+        if config.data.lanes not in (None, lanes):
+            text = f"is {lanes} in {path}, whose places in the data the run goes on from"
+            fix = 'leave it unset, or add "dataloader" to checkpoint.exclude_from_loading'
+            raise ConfigError(Problem("data.lanes", text, fix, config.data.lanes))
+    notice = f"The run goes on from step {step} of {path}."
+    return InitialStart(step, batch, lanes, (notice,))
+
+
+def setting_problems(section: Checkpoint) -> list[Problem]:
+    """Settings about the start that contradict each other. Touches no file."""
+    excluded = list(section.exclude_from_loading)
+    problems = [_unknown_part(name) for name in excluded if name not in _STATE_OF_PART]
+    if problems or not excluded:
+        return problems
+    if section.initial_load_path is None or section.initial_load_model_only:
+        text = "leaves something out of what a new run takes over, and this one takes over no more"
+        text += " than weights. A run goes on from its own checkpoints as they are"
+        fix = "remove it; or start in another --job.dump_folder, with checkpoint.initial_load_path"
+        fix += " and checkpoint.initial_load_model_only = false"
+        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+    if ("lr_scheduler" in excluded) != ("train_state" in excluded):
+        text = "the learning rate follows from the step, so neither can be left out alone"
+        fix = 'name both "lr_scheduler" and "train_state", or none of them'
+        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+    if "optimizer" in excluded and "lr_scheduler" not in excluded:
+        text = "moments that start at zero need the warmup of the learning rate again"
+        fix = 'add "lr_scheduler" and "train_state"'
+        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+    return []
+
+
+def _unknown_part(name: str) -> Problem:
+    if name == "model":
+        text = "without the model there is nothing to load"
+        return Problem(_EXCLUDE_KEY, text, "remove it, or checkpoint.initial_load_path", name)
+    return Problem(
+        _EXCLUDE_KEY, "is nothing that can be left out", did_you_mean(name, _STATE_OF_PART), name
+    )
+
+
+def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
+    """The manifest of a folder that can be started from; None for one of plain weights."""
+
+    def refuse(text: str, fix: str, **more: Any) -> ConfigError:
+        return ConfigError(Problem(_KEY, text, fix, section.initial_load_path, **more))
+
+    whole = "name the folder of a checkpoint, such as .../checkpoint/step-1000"
+    if not path.exists():
+        raise refuse("does not exist", whole, missing_asset=True)
+    if not path.is_dir():
+        fix = (
+            "make a folder of it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
+        )
+        raise refuse("is a file, not a folder that torch.distributed.checkpoint has saved", fix)
+    names = sorted(os.listdir(path))
+    if MANIFEST_NAME not in names and ".metadata" not in names:
+        steps = step_folders(path)
+        if steps:
+            raise refuse(
+                f"is no checkpoint, but holds steps {', '.join(map(str, steps))}",
+                f"choose one, such as {path / step_name(steps[-1])}",
+            )
+        kinds = sorted({name.rpartition(".")[2] for name in names if "." in name.strip(".")})
+        found = f"only files of the kind {', '.join(kinds[:5])}" if kinds else "nothing of the kind"
+        raise refuse(f"is no folder that torch.distributed.checkpoint has saved: {found}", whole)
+    if os.stat(path).st_mode & 0o002 and not section.trust_path:
+        text = "may be written to by anybody on this machine, who could plant a checkpoint"
+        raise refuse(text, "`chmod o-w` it, or set checkpoint.trust_path")
+    manifest = None
+    if MANIFEST_NAME in names:
+        try:
+            manifest = read_manifest(path)
+            check_listing(path, manifest)
+        except InvalidCheckpoint as error:
+            raise refuse(f"is damaged ({error})", "choose another checkpoint") from error
+    if not section.initial_load_model_only and (manifest is None or manifest.model_only):
+        text = f"cannot be had from {path}, which holds only a model"
+        fix = "set it to true, or choose a checkpoint that holds the optimizer's state as well"
+        raise ConfigError(Problem("checkpoint.initial_load_model_only", text, fix, False))
+    return manifest

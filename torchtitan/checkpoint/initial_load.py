@@ -1,0 +1,121 @@
+"""Loading what a new run starts from; `initial` says what that can be."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.checkpoint.agreement import on_all, on_main
+from torchtitan.checkpoint.commit import describe_on_all_ranks
+from torchtitan.checkpoint.initial import initial_path, without_excluded
+from torchtitan.checkpoint.manifest import (
+    Manifest,
+    manifest_from_json,
+    manifest_to_json,
+    tensor_differences,
+    verify_file,
+)
+from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
+from torchtitan.config import CheckpointError
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class InitialLoad:
+    """The checkpoint of `checkpoint.initial_load_path`, verified to the byte if it has a manifest.
+    All ranks make it and call every method."""
+
+    def __init__(self, section: Checkpoint, world: World):
+        self._world = world
+        self._model_only = section.initial_load_model_only
+        self._excluded = section.exclude_from_loading
+        path = initial_path(section)
+        self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
+        self._folder = self._open(path)
+        manifest = self._folder.manifest
+        if manifest is None:
+            logger.warning("%s has no manifest: damage in it would not be noticed.", path)
+        else:
+            on_all(world, self._what, lambda: verify_share(world, path, manifest))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The JSON state to go on with; empty when only weights are taken."""
+        manifest = self._folder.manifest
+        if self._model_only or manifest is None:
+            return {}
+        return without_excluded(manifest.state, self._excluded)
+
+    def load(
+        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Fill the tensors in place. Raises `CheckpointError`, before any was written, when they
+        are not those of the checkpoint; weights alone may be of another floating point type."""
+        folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
+        if not self._model_only:
+            assert folder.manifest is not None
+            if "optimizer" not in self._excluded:
+                wanted, stored = wanted | dict(optimizer), dict(folder.manifest.tensors)
+        ranks = describe_on_all_ranks(self._world, wanted)
+        if self._model_only:
+            self._tell_conversions(stored, ranks)
+            stored = _converted(stored, ranks)
+        differences = tensor_differences(stored, ranks)
+        if differences:
+            raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
+        on_all(self._world, self._what, lambda: folder.load(wanted, self._world.control_group))
+        what = "The weights" if self._model_only else "The run"
+        logger.info("%s: loaded from %s.", what, folder.path)
+
+    def _open(self, path: Path) -> ModelFolder:
+        """As rank 0 sees it."""
+
+        def read() -> dict[str, Any]:
+            folder = read_model_folder(path)
+            manifest = None if folder.manifest is None else manifest_to_json(folder.manifest)
+            return {
+                "manifest": manifest,
+                "tensors": dict(folder.tensors),
+                "prefix": folder.prefix,
+            }
+
+        found = on_main(self._world, self._what, read)
+        manifest = found["manifest"] and manifest_from_json(found["manifest"])
+        return ModelFolder(path, manifest, found["tensors"], found["prefix"])
+
+    def _tell_conversions(self, stored: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
+        changed = {
+            (stored[name]["dtype"], entry["dtype"])
+            for tensors in ranks
+            for name, entry in tensors.items()
+            if name in stored and stored[name]["dtype"] != entry["dtype"]
+        }
+        for before, after in sorted(changed):
+            logger.info("Weights are converted from %s to %s.", before, after)
+
+
+def verify_share(world: World, path: Path, manifest: Manifest) -> None:
+    """Read this rank's share of a checkpoint's files, the largest ones first. Raises
+    `InvalidCheckpoint` at the first byte that is not as it was written."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in by_size[world.rank :: world.world_size]:
+        verify_file(path / name, manifest.files[name])
+
+
+def _converted(
+    stored: Mapping[str, dict[str, Any]], ranks: list[dict[str, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """`stored` with the floating point types that the ranks want."""
+    wanted = {name: entry["dtype"] for tensors in ranks for name, entry in tensors.items()}
+    return {
+        name: entry | {"dtype": wanted[name]}
+        if entry["dtype"] in _FLOATS and wanted.get(name) in _FLOATS
+        else entry
+        for name, entry in stored.items()
+    }

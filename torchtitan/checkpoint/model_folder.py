@@ -1,0 +1,95 @@
+"""The model in a folder that `torch.distributed.checkpoint` has saved, whoever did.
+
+A step of this library names tensors like the model does, and its manifest tells whether it is
+whole. Folders of other programs have no manifest; their names may begin with `model.`, and there
+may be entries beside the model, tensors or pickles, which are left alone.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from torchtitan.checkpoint.dcp_io import (
+    METADATA_NAME,
+    SafeReader,
+    check_metadata,
+    check_places,
+    describe_entry,
+    read_metadata,
+)
+from torchtitan.checkpoint.manifest import (
+    MANIFEST_NAME,
+    OPTIMIZER_PREFIX,
+    InvalidCheckpoint,
+    Manifest,
+    check_listing,
+    read_manifest,
+    verify_file,
+)
+
+_MODEL_PREFIX = "model."
+# TorchTitan's, beside the model.
+_OTHER_PARTS = ("optimizer", "lr_scheduler", "dataloader", "ft_dataloader", "train_state")
+# Early 2025 it saved a table that follows from the config.
+_DERIVED = ("freqs_cis",)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """`tensors`: the model's, by name, as in `Manifest.tensors`; in the files each name has
+    `prefix` before it."""
+
+    path: Path
+    manifest: Manifest | None
+    tensors: Mapping[str, dict[str, Any]]
+    prefix: str = ""
+
+    def load(
+        self, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Fill tensors of these names in place, converting their type where it differs. With
+        `group` all its ranks must call it, DTensors being filled by parts."""
+        reader = SafeReader(self.path, leave_others=self.manifest is None)
+        named = {self.prefix + name: tensor for name, tensor in tensors.items()}
+        dcp.load(named, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def read_model_folder(path: Path) -> ModelFolder:
+    """What there is, from names and sizes. Raises `InvalidCheckpoint`."""
+    if os.path.lexists(path / MANIFEST_NAME):
+        manifest = read_manifest(path)
+        check_listing(path, manifest)
+        # Its digest first: nothing reads a damaged pickle.
+        verify_file(path / METADATA_NAME, manifest.files[METADATA_NAME])
+        check_metadata(path, manifest)
+        tensors = {
+            name: entry
+            for name, entry in manifest.tensors.items()
+            if not name.startswith(OPTIMIZER_PREFIX)
+        }
+        return ModelFolder(path, manifest, tensors)
+    try:
+        metadata = read_metadata(path, leave_others=True)
+        sizes = {
+            entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)
+        }
+        check_places(metadata, sizes)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InvalidCheckpoint(
+            f"{path / METADATA_NAME}: {error or type(error).__name__}"
+        ) from error
+    stored = {
+        name: describe_entry(entry)
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.split(".")[0] not in _OTHER_PARTS and name.split(".")[-1] not in _DERIVED
+    }
+    if not stored:
+        raise InvalidCheckpoint(f"{path / METADATA_NAME}: names no tensor of a model")
+    prefix = _MODEL_PREFIX if all(name.startswith(_MODEL_PREFIX) for name in stored) else ""
+    return ModelFolder(path, None, {n[len(prefix) :]: d for n, d in stored.items()}, prefix)
