@@ -177,7 +177,7 @@ def build_model(config: JobConfig) -> "nn.Module":
 
     family = get_family(config.model.name)
     vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
-    return family.build(family.resolve_args(config.model.flavor, config.model.args, vocab_size))
+    return family.build(family.resolve(config.model, vocab_size))
 
 
 def mean_loss(model: "nn.Module", batch: "Batch") -> "Tensor":

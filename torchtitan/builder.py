@@ -97,7 +97,7 @@ def build_model(
     for a caller who loads all of them next. All ranks must call it.
     """
     family = get_family(config.model.name)
-    args = family.resolve_args(config.model.flavor, config.model.args, vocab_size)
+    args = family.resolve(config.model, vocab_size)
     with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
     _require_language_model(model, family.name)
@@ -106,6 +106,8 @@ def build_model(
     handlers = build_handlers(config, dims)
     for handler in handlers:
         handler.convert(model)
+    if config.model.print_after_conversion:
+        logger.info("The model after its handlers:\n%s", model)
     plan, parts = None, [model]
     if dims.pp > 1:
         plan = plan_pipeline(Facts(config, dims.world_size, device.type), args.modules())

@@ -95,6 +95,12 @@ def _list(argv: list[str]) -> int:
     return list_words.run(argv)
 
 
+def _download(argv: list[str]) -> int:
+    from torchtitan.tools import download
+
+    return download.run(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from torchtitan.tools import doctor
 
@@ -107,6 +113,7 @@ _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
     "convert": (_convert, "a checkpoint into a file of torch.save"),
     "list": (_list, "models, datasets or handlers that are there"),
+    "download": (_download, "a model's tokenizer, or other files of it, from the hub"),
     "doctor": (_doctor, "what this machine offers, and what is missing"),
 }
 

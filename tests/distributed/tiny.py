@@ -49,6 +49,7 @@ class Case:
     heads: int = 8
     kv_heads: int = 4
     tied: bool = False
+    norm: str = "rmsnorm"
     document_mask: bool = False
     loss_chunks: int = 3
     schedule: str = "1F1B"
@@ -68,7 +69,7 @@ class Case:
             "tied_embeddings": self.tied,
         }
         sections: dict[str, dict[str, Any]] = {
-            "model": {"args": args},
+            "model": {"args": args, "norm_type": self.norm},
             "training": {
                 **float64,
                 "dataset": "stdlib",

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from torchtitan.cli import _WORDS
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.load import load_config
+from torchtitan.tools.download import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -58,6 +60,10 @@ def problem_of(command: str) -> str | None:
         return _problem_of_arguments(rest)
     if program == "torchtitan" and rest[:1] == ["train"]:
         return _problem_of_arguments(rest[1:])
+    if program == "torchtitan" and rest[:1] == ["download"]:
+        return _problem_of_download(rest[1:])
+    if program == "python" and rest[0].startswith("scripts/download_"):
+        return _missing(rest[0]) or _problem_of_download(rest[1:])
     if program == "torchtitan":
         return None if rest[0] in {*_WORDS, "--version", "--help"} else "no such word"
     if program == "./run_llama_train.sh":
@@ -84,6 +90,14 @@ def _problem_of_arguments(arguments: list[str]) -> str | None:
     return None
 
 
+def _problem_of_download(arguments: list[str]) -> str | None:
+    try:
+        parse_arguments(arguments)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def _missing(name: str) -> str | None:
     return None if (ROOT / name.partition("::")[0]).exists() else f"{name} does not exist"
 
@@ -104,6 +118,8 @@ def test_commands_are_found_and_can_be_wrong(monkeypatch: pytest.MonkeyPatch):
     assert problem_of("CONFIG_FILE=train_configs/no.toml ./run_llama_train.sh")
     assert problem_of("torchrun --nproc_per_node 2 -m torchtitan.train --trainign.steps 5")
     assert problem_of("torchtitan tarin")
+    assert problem_of("torchtitan download --repo_idd a/b")
+    assert problem_of("python scripts/download_tokenizer.py --repo a/b")
     assert problem_of("python scripts/no_such.py")
 
 

@@ -12,6 +12,7 @@ WITHOUT_TORCH = [
     "torchtitan.preflight",
     "torchtitan.models.registry",
     "torchtitan.models.llama3",
+    "torchtitan.models.llama2",
     "torchtitan.models.llama3.flavors",
     "torchtitan.models.checks",
     "torchtitan.distributed.pipeline_checks",

@@ -118,6 +118,9 @@ TENSOR = [
     row(parallelism(fsdp_reshard_after_forward="always"), replicate=2, shard=2, tp=2, **BOTH),
     row(COMPILED, BY_OPERATOR, shard=2, tp=2, microbatches=2, **BOTH),
     row(shard=2, tp=4, loss_chunks=1),
+    row(shard=2, tp=2, norm="layernorm", **PACKED),
+    row(BY_OPERATOR, shard=2, tp=2, norm="np_layernorm"),
+    row(COMPILED, FULL, tp=2, norm="fused_rmsnorm", **PACKED),
 ]
 CONTEXT = [
     row(ALLGATHER, cp=2, **TIED),
@@ -163,6 +166,7 @@ PIPELINE = [
     row(parallelism(fsdp_reshard_after_forward="always"), shard=2, pp=2, schedule="GPipe"),
     row(replicate=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
     row(BY_OPERATOR, replicate=2, shard=2, pp=2, schedule="GPipe", **PACKED),
+    row(shard=2, pp=2, schedule="1F1B", norm="np_layernorm"),
     row(tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
     row(BY_OPERATOR, tp=2, pp=2, schedule="1F1B", **PACKED),
     row(COMPILED, FULL, tp=2, pp=2, schedule="1F1B", **PACKED),
@@ -244,6 +248,8 @@ def _special(case: Case) -> Iterator[str]:
         yield f"{case.kv_heads} key heads"
     if case.layers != Case.layers:
         yield f"{case.layers} layers"
+    if case.norm != Case.norm:
+        yield case.norm
 
 
 def name_of(case: Case) -> str:
@@ -252,6 +258,8 @@ def name_of(case: Case) -> str:
 
 
 def reference_of(case: Case) -> Case:
-    """One process that trains the same model, with nothing special."""
+    """One process that trains the same model, with nothing special. The fused norm has to be equal
+    to the usual one."""
     model = ("layers", "heads", "kv_heads", "tied", "document_mask")
-    return Case(**{name: getattr(case, name) for name in model})
+    norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
+    return Case(norm=norm, **{name: getattr(case, name) for name in model})

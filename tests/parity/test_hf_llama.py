@@ -130,3 +130,33 @@ def test_there_and_back_is_the_identity():
     back = from_hf(to_hf(weights, args), args)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_without_parameters_in_its_norms_it_is_olmo():
+    args = llama_args(2, scaled=False, tied=False).model_copy(
+        update={"norm_type": "np_layernorm", "norm_eps": 1e-5}
+    )
+    ours = build_ours(args, torch.float64)
+    config = transformers.OlmoConfig(
+        vocab_size=VOCAB,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.num_kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        attn_implementation="eager",
+    )
+    theirs = transformers.OlmoForCausalLM(config).double()
+    theirs.load_state_dict(to_hf(ours.state_dict(), args))
+    tokens, positions, _ = sequence(packed=False)
+    # Their norms are float32 in any model, so it cannot be closer than one of float32.
+    assert_close(ours.head(ours(tokens, positions)), theirs(tokens).logits, 2e-5, "logits")
+
+
+def test_layernorm_has_no_counterpart():
+    args = llama_args(2, scaled=False, tied=False).model_copy(update={"norm_type": "layernorm"})
+    with pytest.raises(ValueError, match="Llama with layernorm"):
+        hf_names(args)

@@ -74,7 +74,7 @@ def whole_digests(world: World, case: Case, vocab_size: int) -> dict[str, str]:
     """Of a model that no part of the library but the initialisation has touched."""
     config = case.config()
     family = builder.get_family("llama3")
-    args = family.resolve_args(config.model.flavor, config.model.args, vocab_size)
+    args = family.resolve(config.model, vocab_size)
     model = family.build(args).double()
     initialize_parameters(model, model.init_rule, config.debug.seed)  # type: ignore[arg-type]
     return {name: digest(tensor) for name, tensor in model.named_parameters()}

@@ -56,7 +56,7 @@ def test_one_process_equals_a_plain_loop(case: Case, reference) -> None:
     """Of PyTorch's own parts: else all rows could be wrong alike."""
     config = case.config()
     family = get_family("llama3")
-    args = family.resolve_args(config.model.flavor, config.model.args, tiny.VOCAB_SIZE)
+    args = family.resolve(config.model, tiny.VOCAB_SIZE)
     model = family.build(args).double()
     initialize_parameters(model, model.init_rule, config.debug.seed)
     optimizer = _adamw(model, config.optimizer)
@@ -85,8 +85,9 @@ def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """Norms have no weight decay."""
     norms = [tensor for name, tensor in model.named_parameters() if name.endswith("norm.weight")]
     others = [tensor for tensor in model.parameters() if tensor.dim() > 1]
+    groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [{"params": others}, {"params": norms, "weight_decay": 0.0}],
+        groups if norms else groups[:1],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

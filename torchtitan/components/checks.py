@@ -12,6 +12,7 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import LRScheduler, Optimizer
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_DEFAULT_GROUPS = Optimizer.model_fields["param_groups"].default
 
 
 def check(facts: Facts) -> list[Problem]:
@@ -49,7 +50,8 @@ def group_index(section: Optimizer, name: str) -> int:
 
 
 def check_patterns(section: Optimizer, names: Sequence[str]) -> list[Problem]:
-    """The groups of `optimizer.param_groups` that none of the model's parameters falls into."""
+    """The groups of `optimizer.param_groups` that none of the model's parameters falls into. The
+    default's may: not every model has norms with weights."""
     used = {group_index(section, name) for name in names}
     problems = []
     for index, group in enumerate(section.param_groups):
@@ -59,6 +61,8 @@ def check_patterns(section: Optimizer, names: Sequence[str]) -> list[Problem]:
         if matches:
             problem = f"earlier patterns already take all it matches, such as {matches[0]}"
             fix = "list the narrower pattern first, or remove this group"
+        elif group in _DEFAULT_GROUPS:
+            continue
         else:
             problem = "it matches no parameter of the model"
             fix = f"use a glob over full names such as {_examples(names)}, or remove this group"

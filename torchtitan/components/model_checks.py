@@ -16,7 +16,7 @@ def probe(facts: Facts) -> list[Problem]:
     config = facts.config
     try:
         family = get_family(config.model.name)
-        args = family.resolve_args(config.model.flavor, config.model.args)
+        args = family.resolve(config.model)
     except ConfigError:
         return []
     import torch

@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from torchtitan.config.section import Names, Section
 
+NormType = Literal["rmsnorm", "layernorm", "np_layernorm", "fused_rmsnorm"]
+
 
 class Model(Section):
     name: str = "llama3"
@@ -15,10 +17,19 @@ class Model(Section):
     """Size within the family."""
 
     tokenizer_path: str = "bytes"
-    """`bytes` (one token a byte, needs no file), a `tokenizer.json`, or a folder that holds one."""
+    """`bytes` (one token a byte, needs no file), a `tokenizer.json`, a `tokenizer.model` of
+    tiktoken or sentencepiece, or a folder that holds one."""
+
+    norm_type: NormType = "rmsnorm"
+    """Norm before attention and feed-forward and at the end: `rmsnorm`; `fused_rmsnorm`, the same
+    by PyTorch's own function on every device; `layernorm` without a bias; `np_layernorm` without
+    parameters."""
 
     handlers: Names = ()
     """Model handlers, applied in this order; each has its settings in `[handlers.NAME]`."""
+
+    print_after_conversion: bool = False
+    """Log the model's modules after the handlers have changed it, and before it is cut."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Hyper-parameters that override the flavor's, for example `n_layers = 4`."""

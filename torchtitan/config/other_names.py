@@ -60,7 +60,6 @@ _MISSING = {
     "job": "custom_config_module save_config_file use_for_integration_test",
     "lr_scheduler": "total_steps",
     "metrics": "enable_wandb rank_0_only save_for_all_ranks",
-    "model": "norm_type print_after_conversion",
     "optimizer": "early_step_in_backward",
     "parallelism": "enable_compiled_autograd expert_parallel_comm_backend expert_parallel_degree"
     " expert_tensor_parallel_degree pipeline_parallel_expert_parallel_overlap"

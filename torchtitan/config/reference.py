@@ -46,8 +46,9 @@ def _sections(
 ) -> Iterator[str]:
     for section, doc in known_sections().items():
         if section == "model.args":
-            for family, args in model_args.items():
-                yield f"## [model.args] of {family}\n\n{_one_line(doc)}\n"
+            for args in dict.fromkeys(model_args.values()):
+                sharing = ", ".join(name for name, other in model_args.items() if other is args)
+                yield f"## [model.args] of {sharing}\n\n{_one_line(doc)}\n"
                 yield _table(keys_of(args), defaults=False)
             continue
         if section == "handlers":

@@ -81,11 +81,11 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
     model = facts.config.model
     try:
         family = get_family(model.name)
-        family.resolve_args(model.flavor, model.args)
+        family.resolve(model)
     except ConfigError:
         return []
     try:
-        args = family.resolve_args(model.flavor, model.args, vocab_size)
+        args = family.resolve(model, vocab_size)
     except ConfigError as error:
         return error.problems
     return model_problems(facts, args)

@@ -1,8 +1,8 @@
 """Text to token ids and back.
 
-`bytes` needs no file: a token is a byte of UTF-8. A `tokenizer.json` is read with the `tokenizers`
-library. Which kind a path is, is decided in one place (`build_tokenizer`), where further kinds
-join.
+`bytes` needs no file: a token is a byte of UTF-8. The others are files, each read with the library
+that made it: `tokenizer.json` (tokenizers), and `tokenizer.model`, which may be tiktoken's or
+sentencepiece's. What a file is, its content tells (`build_tokenizer`), not its name.
 
 Documents are data: the text of a special token inside a document is encoded as ordinary text, so
 that no document can forge a boundary.
@@ -16,8 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.data.sentencepiece_model import SentencePieceTokenizer
+from torchtitan.data.surrogates import without_surrogates
+from torchtitan.data.tiktoken_model import TiktokenTokenizer
 
 KEY = "model.tokenizer_path"
+_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+"""Looked for in a folder, in this order. The last is where Meta's repositories have it."""
+_MOST_BYTES = 256 * 2**20
+"""No tokenizer is larger; the weights of a model are."""
+_DOWNLOAD = (
+    "download one, for example with `torchtitan download --repo_id meta-llama/Llama-3.1-8B"
+    ' --local_dir DIR`, or use "bytes", which needs no file'
+)
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 _PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
@@ -59,38 +70,70 @@ class Tokenizer(Protocol):
 
 
 def build_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `path`: `bytes`, a `tokenizer.json`, or a folder that holds one.
+    """The tokenizer at `path`: `bytes`, a file, or a folder that holds one.
 
     Raises ConfigError naming the files looked for, or the file that is broken.
     """
     if path == "bytes":
         return ByteTokenizer()
     given = Path(path).expanduser()
-    file = given / "tokenizer.json" if given.is_dir() else given
-    if file.is_file() and file.suffix == ".json":
+    looked_for = [given / name for name in _FILES]
+    if not given.is_dir():
+        looked_for = [given] if given.suffix else [given, *looked_for]
+    file = next(filter(Path.is_file, looked_for), None)
+    if file is None:
+        raise ConfigError(_not_found(path, given, looked_for))
+    return _read(file, path)
+
+
+def _read(file: Path, path: str) -> Tokenizer:
+    """The tokenizer in `file`, by its content; `path` is what the user set, for messages."""
+    try:
+        size = file.stat().st_size
+        content = file.read_bytes() if size <= _MOST_BYTES else b""
+    except OSError as error:
+        problem = f"{file} cannot be read: {error.strerror}"
+        raise ConfigError(Problem(KEY, problem, "make it readable", value=path)) from None
+    if file.suffix == ".json" or content.lstrip().startswith(b"{"):
         return JsonTokenizer.from_file(file, path)
-    raise ConfigError(_not_found(path, given, file))
+    for kind in (TiktokenTokenizer, SentencePieceTokenizer):
+        if not kind.recognises(content):
+            continue
+        try:
+            return kind(content)
+        except ValueError as error:
+            problem = f"{file} is not a readable tokenizer: {error}"
+        fix = "download the file again, or use another one"
+        raise ConfigError(Problem(KEY, problem, fix, value=path))
+    problem = f"{file} is no tokenizer: it is {_in_words(content, size)}"
+    raise ConfigError(Problem(KEY, problem, _DOWNLOAD, value=path))
 
 
-def _not_found(path: str, given: Path, file: Path) -> Problem:
-    download = (
-        "download it, for example with `hf download meta-llama/Llama-3.1-8B tokenizer.json"
-        ' tokenizer_config.json --local-dir DIR`, or use "bytes", which needs no file'
-    )
-    models = sorted(str(model) for model in given.glob("**/*.model")) if given.is_dir() else []
-    if file.is_file():
-        models = [str(file)]
-    if models:
-        return Problem(
-            KEY,
-            f"found {', '.join(models)}, but only tokenizer.json is supported",
-            f"point to the tokenizer.json of the same model; {download}",
-            value=path,
-        )
-    looked_for = [str(given.absolute())] if not given.is_dir() else []
-    looked_for.append(str((given / "tokenizer.json").absolute()))
-    problem = f"there is no tokenizer; looked for {', '.join(looked_for)}"
-    return Problem(KEY, problem, download, value=path, missing_asset=True)
+def _in_words(content: bytes, size: int) -> str:
+    """What a file is that has been taken for a tokenizer."""
+    if size > _MOST_BYTES:
+        return f"{size / 2**20:,.0f} MiB large"
+    if not content:
+        return "empty"
+    if content.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, in place of a file that has not been fetched"
+    if content.lstrip().startswith(b"<"):
+        return "a web page"
+    return "neither a tokenizer.json nor a model of tiktoken or sentencepiece"
+
+
+def _not_found(path: str, given: Path, looked_for: list[Path]) -> Problem:
+    others = sorted(given.glob("*")) if given.is_dir() else []
+    # GPT-2's two files, and models under names of their own.
+    others = [file for file in others if file.name == "vocab.json" or file.suffix == ".model"]
+    if others:
+        found = ", ".join(str(file) for file in others)
+        problem = f"found {found}, but none of {', '.join(_FILES)}"
+        fix = f"name the file itself, if it is a tokenizer.model; or {_DOWNLOAD}"
+        return Problem(KEY, problem, fix, value=path)
+    names = ", ".join(str(file.absolute()) for file in looked_for)
+    problem = f"there is no tokenizer; looked for {names}"
+    return Problem(KEY, problem, _DOWNLOAD, value=path, missing_asset=True)
 
 
 class ByteTokenizer:
@@ -164,7 +207,9 @@ class JsonTokenizer:
         raise ConfigError(problem)
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(
+            without_surrogates(text), add_special_tokens=False
+        ).ids
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos:

@@ -50,7 +50,7 @@ def _model_args(facts: Facts) -> ModelArgs | None:
     """The model's hyper-parameters; None if the model's own check refuses them."""
     model = facts.config.model
     try:
-        args = get_family(model.name).resolve_args(model.flavor, model.args)
+        args = get_family(model.name).resolve(model)
     except ConfigError:
         return None
     # The tokenizer's, if unset: it moves the balance, but makes no cut impossible.

@@ -62,7 +62,7 @@ def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
     else:
         holders = _holders(section, len(blocks))
     if section.module_fqns_per_model_part:
-        stages = _named_stages(section, list(modules), len(holders))
+        stages = _named_stages(section, modules, len(holders))
     else:
         stages = _balanced_stages(section, modules, blocks, len(holders))
     return PipelinePlan(tuple(map(tuple, stages)), holders)
@@ -191,8 +191,9 @@ def _share_out(num_layers: int, weights: Sequence[float]) -> list[int]:
     return sizes
 
 
-def _named_stages(section: Parallelism, names: list[str], count: int) -> list[list[str]]:
+def _named_stages(section: Parallelism, modules: Mapping[str, int], count: int) -> list[list[str]]:
     """The stages that the user lists; an error if they are not the model's modules in order."""
+    names = list(modules)
     stages = [list(stage) for stage in section.module_fqns_per_model_part]
     listed = [name for stage in stages for name in stage]
     problems = []
@@ -212,6 +213,10 @@ def _named_stages(section: Parallelism, names: list[str], count: int) -> list[li
     if not all(stages):
         problem = f"stage {stages.index([])} has no module"
         problems.append(Problem(NAMES_KEY, problem, "give every stage at least one"))
+    for stage in stages if not problems else []:
+        if stage and not any(modules[name] for name in stage):
+            problem = f"{_some(stage)} has no parameters, and a stage needs some"
+            problems.append(Problem(NAMES_KEY, problem, "put it into a stage beside it"))
     if not problems and listed != names:
         early = next(name for name, right in zip(listed, names, strict=True) if name != right)
         problem = f'"{early}" stands too early'

@@ -11,7 +11,7 @@ _STAND_IN_VOCAB_SIZE = 256
 def check(facts: Facts) -> list[Problem]:
     """Unknown family, flavor or hyper-parameter, hyper-parameters that do not fit, `seq_len`.
 
-    Whether the vocabulary fits is decided where the tokenizer is known: `ModelFamily.resolve_args`.
+    Whether the vocabulary fits is decided where the tokenizer is known: `ModelFamily.resolve`.
     """
     try:
         _, args = _resolve(facts)
@@ -62,4 +62,4 @@ def model_args(facts: Facts) -> ModelArgs | None:
 def _resolve(facts: Facts) -> tuple[ModelFamily, ModelArgs]:
     model = facts.config.model
     family = get_family(model.name)
-    return family, family.resolve_args(model.flavor, model.args)
+    return family, family.resolve(model)

@@ -8,7 +8,9 @@ from importlib import import_module
 
 from torchtitan.models.spec import ModelFamily, lookup
 
-_BUILT_IN = ("torchtitan.models.llama3",)
+_BUILT_IN = ("torchtitan.models.llama3", "torchtitan.models.llama2")
+_ALIASES = {"llama": "llama3"}
+"""TorchTitan's first name of the family."""
 _registered: dict[str, ModelFamily] = {}
 
 
@@ -20,7 +22,9 @@ def families() -> dict[str, ModelFamily]:
 
 def get_family(name: str) -> ModelFamily:
     """The family of this name; `ConfigError` with the nearest name when there is none."""
-    return lookup(families(), name, "model.name", "model family")
+    known = families()
+    name = name if name in known else _ALIASES.get(name, name)
+    return lookup(known, name, "model.name", "model family")
 
 
 def register_family(family: ModelFamily) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 from pydantic import ValidationError
 
 from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.model_sections import Model
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.value_errors import problems_of_table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 T = TypeVar("T")
+_USUAL_NORM = Model.model_fields["norm_type"].default
 
 
 class ModelArgs(Section):
@@ -198,6 +200,20 @@ class ModelFamily:
         if problems:
             raise ConfigError(problems)
         return args
+
+    def resolve(self, model: Model, vocab_size: int | None = None) -> ModelArgs:
+        """`resolve_args` of what the section `[model]` says, with its `norm_type` among them."""
+        overrides = dict(model.args)
+        if model.norm_type != _USUAL_NORM:
+            if "norm_type" not in self.args_type.model_fields:
+                problem = f"the family {self.name} has no choice of norms"
+                raise ConfigError(Problem("model.norm_type", problem, "remove it", model.norm_type))
+            if overrides.setdefault("norm_type", model.norm_type) != model.norm_type:
+                problem = "model.args.norm_type says otherwise"
+                raise ConfigError(
+                    Problem("model.norm_type", problem, "remove one of the two", model.norm_type)
+                )
+        return self.resolve_args(model.flavor, overrides, vocab_size)
 
     def _unknown(self, name: str) -> Problem:
         names = self.args_type.model_fields

@@ -148,7 +148,7 @@ def _vocab_size(config: JobConfig) -> int:
     try:
         return build_tokenizer(model.tokenizer_path).vocab_size
     except ConfigError:
-        size = get_family(model.name).resolve_args(model.flavor, model.args).vocab_size
+        size = get_family(model.name).resolve(model).vocab_size
     return STAND_IN_VOCAB_SIZE if size is None else size
 
 

@@ -92,18 +92,19 @@ def problem_of(path):
 def test_missing(tmp_path):  # row 47
     for path in (tmp_path / "absent", tmp_path, tmp_path / "tokenizer.json"):
         problem = problem_of(path)
-        assert problem.missing_asset and "tokenizer.json" in str(problem)
-        assert "hf download" in problem.fix
+        assert problem.missing_asset and "tokenizer.json" in problem.problem
+        assert ("original/tokenizer.model" in problem.problem) == (path.suffix == "")
+        assert "torchtitan download --repo_id" in problem.fix
 
 
 def test_other_formats(tmp_path):  # row 47
-    (tmp_path / "original").mkdir()
-    model = tmp_path / "original" / "tokenizer.model"
-    model.write_bytes(b"IQ== 0\n")
-    for path in (tmp_path, model):
-        problem = problem_of(path)
-        assert str(model) in problem.problem and "only tokenizer.json" in problem.problem
-        assert not problem.missing_asset
+    for name in ("vocab.json", "merges.txt", "mine.model"):
+        (tmp_path / name).write_text("{}")
+    problem = problem_of(tmp_path)
+    assert str(tmp_path / "vocab.json") in problem.problem and "mine.model" in problem.problem
+    assert "none of tokenizer.json, tokenizer.model, original/tokenizer.model" in problem.problem
+    assert "name the file itself" in problem.fix and "torchtitan download" in problem.fix
+    assert not problem.missing_asset
 
 
 def test_broken_files(tmp_path):  # row 48

@@ -107,7 +107,7 @@ def test_holders(schedule: str, holders: list[int]) -> None:
 
 def test_named_modules_may_be_cut_anywhere() -> None:
     names = [["tok_embeddings"], ["layers.0", "layers.1", "norm"], ["output"]]
-    made = plan(model(2), 3, module_fqns_per_model_part=names)
+    made = plan(model(2, 70, 70), 3, module_fqns_per_model_part=names)
     assert [list(stage) for stage in made.stages] == names
     assert made.layers == [0, 2, 0]
 
@@ -122,3 +122,10 @@ def test_405b_was_made_for_this() -> None:
     flavor = get_family("llama3").flavors["405B"]
     modules = flavor.model_copy(update={"vocab_size": 128256}).modules()
     assert plan(modules, 8).layers == [15, 16, 16, 16, 16, 16, 16, 15]
+
+
+def test_a_stage_needs_parameters() -> None:
+    names = [["layers.0", "layers.1"], ["norm"]]
+    modules = {"layers.0": 100, "layers.1": 100, "norm": 0}
+    with pytest.raises(ConfigError, match="norm has no parameters, and a stage needs some"):
+        plan(modules, 2, module_fqns_per_model_part=names)

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from torchtitan.config.errors import Problem
+from torchtitan.config.model_sections import NormType
 from torchtitan.config.section import PositiveFloat, PositiveInt
 from torchtitan.models.spec import ModelArgs
 
@@ -43,8 +44,11 @@ class LlamaArgs(ModelArgs):
     multiple_of: Width = 256
     """The width of the feed-forward by Llama's rule is a multiple of this."""
 
+    norm_type: NormType = "rmsnorm"
+    """Kind of norm; `model.norm_type` sets it."""
+
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm, to the variance in LayerNorm."""
 
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's wavelengths."""
@@ -87,10 +91,11 @@ class LlamaArgs(ModelArgs):
         assert self.vocab_size is not None
         kv_dim = self.num_kv_heads * self.head_dim
         attention = 2 * self.dim * (self.dim + kv_dim)
-        block = attention + 3 * self.dim * self.ffn_hidden_dim + 2 * self.dim
+        norm = 0 if self.norm_type == "np_layernorm" else self.dim
+        block = attention + 3 * self.dim * self.ffn_hidden_dim + 2 * norm
         vocabulary = self.vocab_size * self.dim
         blocks = {f"layers.{n}": block for n in range(self.n_layers)}
-        return {"tok_embeddings": vocabulary, **blocks, "norm": self.dim, "output": vocabulary}
+        return {"tok_embeddings": vocabulary, **blocks, "norm": norm, "output": vocabulary}
 
     def hidden_size(self) -> int:
         """See `ModelArgs`."""

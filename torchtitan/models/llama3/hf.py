@@ -1,5 +1,6 @@
 """Weights between our names and those of Hugging Face's `LlamaForCausalLM`.
 
+With `np_layernorm`, which has no weights to name, they are those of `OlmoForCausalLM`.
 Two things differ. Names; and RoPE's pairs: ours are neighbouring channels (0, 1), (2, 3), ..., as
 in Meta's code, theirs are channel i of the first half of a head with channel i of the second half.
 The rows of the query and key projections are therefore in another order.
@@ -31,13 +32,20 @@ _ROTATED = ("attention.wq.weight", "attention.wk.weight")
 
 
 def hf_names(args: LlamaArgs) -> dict[str, str]:
-    """Hugging Face's name of every parameter, by ours. Tied weights count once, as embedding."""
+    """Hugging Face's name of every parameter, by ours. Tied weights count once, as embedding.
+
+    Raises ValueError for `layernorm`: no model there has weights of norms without a bias.
+    """
+    if args.norm_type == "layernorm":
+        raise ValueError("no model of Hugging Face's is a Llama with layernorm")
     names = dict(_TOP)
     if args.tied_embeddings:
         del names["output.weight"]
     for layer in range(args.n_layers):
         for ours, theirs in _BLOCK.items():
             names[f"layers.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
+    if args.norm_type == "np_layernorm":
+        names = {ours: theirs for ours, theirs in names.items() if not ours.endswith("norm.weight")}
     return names
 
 

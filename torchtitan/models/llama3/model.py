@@ -1,6 +1,6 @@
 """Llama 3: a decoder-only transformer (https://arxiv.org/abs/2407.21783).
 
-The residual stream passes through blocks of attention and feed-forward, each behind an RMSNorm.
+The residual stream passes through blocks of attention and feed-forward, each behind a norm.
 RoPE turns queries and keys by their position; grouped-query attention shares keys and values among
 heads.
 
@@ -22,24 +22,12 @@ from torch import Tensor, nn
 from torchtitan.models.attend import Attend, Mask, Masks
 from torchtitan.models.embedding import Embedding
 from torchtitan.models.llama3.flavors import LlamaArgs
-from torchtitan.models.rms_norm import rms_norm
+from torchtitan.models.norms import build_norm
 from torchtitan.models.spec import InitRule, TensorParallelStyles, WrapUnit
 from torchtitan.utils.dtypes import at_least_float32
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in at least float32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_rotations(positions: Tensor, args: LlamaArgs, dtype: torch.dtype) -> Tensor:
@@ -117,8 +105,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = build_norm(args.norm_type, args.dim, args.norm_eps)
+        self.ffn_norm = build_norm(args.norm_type, args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:  # [B, T, D]
         x = x + self.attention(self.attention_norm(x), rotations, mask)
@@ -149,7 +137,7 @@ class Llama(nn.Module):
         self.tok_embeddings: Embedding | None = Embedding(args.vocab_size, args.dim)
         # Keyed by name, not by place, so that names stay when layers are taken away.
         self.layers = nn.ModuleDict({str(n): Block(args) for n in range(args.n_layers)})
-        self.norm: RMSNorm | None = RMSNorm(args.dim, args.norm_eps)
+        self.norm: nn.Module | None = build_norm(args.norm_type, args.dim, args.norm_eps)
         self.output: Head | None = Head(args.dim, args.vocab_size, bias=False)
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight

@@ -1,0 +1,55 @@
+"""`model.print_after_conversion`: the model as the handlers leave it, told once."""
+
+import contextlib
+import io
+
+import pytest
+from torch import nn
+
+from tests.distributed.tiny import VOCAB_SIZE, Case
+from tests.pool import GlooPool
+from torchtitan import builder
+from torchtitan.config.facts import Facts
+from torchtitan.config.section import Section
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.world import World
+from torchtitan.handlers.registry import register_handler
+from torchtitan.utils.logging import init_logging
+
+
+class NoSettings(Section):
+    pass
+
+
+class Renamed(nn.SiLU):
+    """Shows that a handler was here."""
+
+
+@register_handler("marks", NoSettings)
+class Marks:
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def convert(self, model: nn.Module) -> None:
+        model.mark = Renamed()
+
+
+def log_of_building(world: World, case: Case) -> str:
+    config = case.config()
+    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        init_logging(world.rank)
+        builder.build_model(config, VOCAB_SIZE, dims.build_mesh("cpu"), dims, world.device)
+    return log.getvalue()
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_rank_0_tells_the_model_after_the_handlers(gloo_pool: GlooPool, switch: bool) -> None:
+    model = {"print_after_conversion": switch, "handlers": ["marks"]}
+    case = Case(2, tp=2, settings={"model": model})
+    first, second = gloo_pool.run(2, log_of_building, case)
+    assert second == ""
+    assert (first != "") == switch
+    if switch:
+        assert "(mark): Renamed()" in first
+        assert "(wq): Linear(in_features=32, out_features=32, bias=False)" in first

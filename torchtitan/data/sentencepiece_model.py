@@ -1,0 +1,65 @@
+"""A `tokenizer.model` of sentencepiece, as Llama 2 has it.
+
+Everything is in the file: pieces, normalisation, and the ids of start, end and padding. Its control
+symbols (`<s>`, `</s>`) are never found in text, so a document cannot forge one.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from torchtitan.data.surrogates import without_surrogates
+
+_FIRST_FIELD = b"\n"
+"""Tag of the list of pieces, with which the model's protocol buffer begins."""
+
+
+class SentencePieceTokenizer:
+    """See the module. Raises ValueError where `content`, that of the file, is damaged."""
+
+    def __init__(self, content: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self._content = content
+        try:
+            self._processor = SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise ValueError("sentencepiece cannot read it") from None
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id = _id(self._processor.bos_id())
+        self.pad_id = _id(self._processor.pad_id())
+        eos_id = _id(self._processor.eos_id())
+        if eos_id is None:
+            raise ValueError("it was trained without an end-of-text token")
+        self.eos_id: int = eos_id
+        self.fingerprint = "sentencepiece-1-" + hashlib.sha256(content).hexdigest()
+
+    @staticmethod
+    def recognises(content: bytes) -> bool:
+        """Whether a file with this content is one of sentencepiece's, be it damaged further on."""
+        return content.startswith(_FIRST_FIELD)
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        ids: list[int] = self._processor.encode(without_surrogates(text), out_type=int)
+        if bos and self.bos_id is not None:
+            ids.insert(0, self.bos_id)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
+        return np.array(self.encode(text, bos, eos), dtype=np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        # A model's vocabulary may be larger than the tokenizer's.
+        text: str = self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._content,)
+
+
+def _id(number: int) -> int | None:
+    """sentencepiece gives -1 for what a model does not have."""
+    return None if number < 0 else number
