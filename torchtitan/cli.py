@@ -91,8 +91,8 @@ def _doctor(argv: list[str]) -> int:
 
 _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train from a TOML file; --check only looks whether it could start"),
-    "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
-    "list": (_list, "models, datasets or handlers that are there"),
+    "config": (_config, "show, copy or convert a config; schema; docs"),
+    "list": (_list, "configs, models, datasets, optimizers and more that are there"),
     "doctor": (_doctor, "what this machine offers, and what is missing"),
 }
 

@@ -66,7 +66,8 @@ def tell_notices(loaded: LoadedConfig) -> None:
         print(f"notice: {notice}", file=sys.stderr)
     file = loaded.config.job.config_file
     if file and not all(notice.startswith("--") for notice in loaded.notices):
-        print(f"`torchtitan config convert {file}` writes it with today's keys", file=sys.stderr)
+        hint = f"`torchtitan config convert {file}` writes the file with today's keys"
+        print(f"notice: {hint}", file=sys.stderr)
 
 
 def _check(loaded: LoadedConfig, full: bool) -> int:

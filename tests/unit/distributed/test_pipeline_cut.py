@@ -122,3 +122,15 @@ def test_405b_was_made_for_this() -> None:
     flavor = get_family("llama3").flavors["405B"]
     modules = flavor.model_copy(update={"vocab_size": 128256}).modules()
     assert plan(modules, 8).layers == [15, 16, 16, 16, 16, 16, 16, 15]
+
+
+def test_stages_begin_at_the_split_points() -> None:
+    modules = model(4)
+    cut = plan(modules, 2, "Interleaved1F1B", split_points=["layers.1", "layers.3", "norm"])
+    assert [list(stage) for stage in cut.stages] == [
+        ["tok_embeddings", "layers.0"],
+        ["layers.1", "layers.2"],
+        ["layers.3"],
+        ["norm", "output"],
+    ]
+    assert cut.holders == (0, 1, 0, 1)
