@@ -56,6 +56,31 @@ def test_it_passes_the_check_at_its_world_size(path: Path, monkeypatch, capsys):
     assert any("today" in line for line in told) and "torchtitan config convert" in told[-1]
 
 
+def test_only_rank_0_tells_what_keys_are_today(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    arguments = [str(TOMLS / "v0.1.0" / "debug_model.toml"), "--check", *DATASET, *TOKENIZER]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    train_word.run(arguments)
+    assert "notice: " not in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    train_word.run(arguments)
+    assert "notice: training.seed is debug.seed today\n" in capsys.readouterr().err
+
+
+def test_shown_with_today_s_keys(capsys):
+    path = TOMLS / "early_2025" / "llama3_8b.toml"
+    assert config_words.run(["show", str(path), "--training.batch_size", "4"]) == 0
+    printed = capsys.readouterr()
+    shown = {line.split(" ")[0]: line for line in printed.out.splitlines()}
+    assert shown["local_batch_size"].startswith("local_batch_size = 4")
+    assert shown["local_batch_size"].endswith("# command line")
+    assert shown["implementation"].endswith(f"# {path}")
+    assert shown["handlers"].startswith('handlers = ["compile"]')
+    assert shown["handlers"].endswith(f"# {path}")
+    assert "notice: --training.batch_size is training.local_batch_size today" in printed.err
+
+
 def test_the_same_run_in_three_releases_is_the_same_config():
     """What the files of one size say in other words comes to the same."""
     configs = [load_toml(path) for path in FILES if path.stem == "debug_model"]
