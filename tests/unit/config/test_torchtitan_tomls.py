@@ -61,6 +61,9 @@ def test_only_rank_0_tells_what_keys_are_today(monkeypatch, capsys):
     arguments = [str(TOMLS / "v0.1.0" / "debug_model.toml"), "--check", *DATASET, *TOKENIZER]
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     train_word.run(arguments)
     assert "notice: " not in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
