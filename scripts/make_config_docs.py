@@ -1,10 +1,16 @@
-"""Write docs/config.md from the config's sections: python scripts/make_config_docs.py"""
+"""Write docs/config.md, and the tables of docs/from_torchtitan.md, from the code they describe:
+python scripts/make_config_docs.py"""
 
 from pathlib import Path
 
+from torchtitan.config.legacy_reference import with_tables
 from torchtitan.tools.config_words import reference
 
 if __name__ == "__main__":
-    page = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    page = docs / "config.md"
     page.write_text(reference(), encoding="utf-8")
+    print(f"wrote {page}")
+    page = docs / "from_torchtitan.md"
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {page}")

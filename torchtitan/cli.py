@@ -110,9 +110,9 @@ def _doctor(argv: list[str]) -> int:
 _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train from a TOML file; --check only looks whether it could start"),
     "tokenize": (_tokenize, "make files of tokens from a dataset, to train on without tokenising"),
-    "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
+    "config": (_config, "show, copy or convert a config; schema; docs"),
     "convert": (_convert, "a checkpoint into a file of torch.save"),
-    "list": (_list, "models, datasets or handlers that are there"),
+    "list": (_list, "configs, models, datasets, optimizers and more that are there"),
     "download": (_download, "a model's tokenizer, or other files of it, from the hub"),
     "doctor": (_doctor, "what this machine offers, and what is missing"),
 }

@@ -11,6 +11,7 @@ import pytest
 from torchtitan.cli import _WORDS
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
+from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
 from torchtitan.tools.download import parse_arguments
 
@@ -148,7 +149,10 @@ def unknown_keys(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_exist(page: Path):
-    assert unknown_keys(page.read_text()) == []
+    unknown = unknown_keys(page.read_text())
+    if page.name == "from_torchtitan.md":  # the one page about older keys
+        unknown = [name for name in unknown if not (is_old_key(name) or is_old_section(name))]
+    assert unknown == []
 
 
 def test_unknown_keys_are_noticed():

@@ -56,13 +56,22 @@ KEYS = [
         section("training.dataloader", "workers = 1"),
     ),
     Bad("wrong-section", ["belongs in section [optimizer]"], section("training", "lr = 1.0")),
-    Bad("renamed", ["`training.local_batch_size`"], section("training", "batch_size = 1")),
     Bad(
-        "switched-off",
-        ["compile.enable: is set in another way here", "remove it, and write", "if it was true"],
-        section("compile", "enable = false"),
+        "renamed",
+        ["training.batch_size = 0: must be more than 0"],
+        section("training", "batch_size = 0"),
     ),
-    Bad("switch-flag", ["`--model.handlers compile` if"], arguments=["--training.compile", "true"]),
+    Bad(
+        "old-and-new",
+        ["is training.local_batch_size today, and `training.local_batch_size` is set too"],
+        section("training", "batch_size = 1\nlocal_batch_size = 1"),
+    ),
+    Bad(
+        "not-built",
+        ["fault_tolerance.enable = true: this library does not have fault tolerance by replicas"],
+        section("fault_tolerance", "enable = true"),
+    ),
+    Bad("not-built-flag", ["--training.gc_debug = true"], arguments=["--training.gc_debug"]),
     Bad("quoted", ["did you mean unquoted `training.steps`?"], '"training.steps" = 1\n'),
     Bad(
         "quoted-in-its-section",
@@ -274,7 +283,7 @@ ARITHMETIC_CASES = [
     Bad("lanes-mesh", ["data.lanes", "2"], None, ["data.lanes=1"], 2),
     Bad("dataset", ['did you mean "stdlib"?'], None, ["training.dataset=stdlb"], 1),
     Bad("flavor", ["model.flavor", "8B"], None, ["model.flavor=9B"], 1),
-    Bad("family", ['did you mean "llama3"?'], None, ["model.name=llama"], 1),
+    Bad("family", ['did you mean "llama3"?'], None, ["model.name=lama"], 1),
     Bad("args", ["n_layers"], None, ["model.args.n_layer=2"], 1),
     Bad(
         "args-type",

@@ -13,6 +13,8 @@ from typing import Any
 from torchtitan.config import toml_file
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import Key, example_table, free_table_of, known_keys
+from torchtitan.config.legacy import old_key
+from torchtitan.config.legacy_keys import NONE_MEANS
 from torchtitan.config.suggest import secret_problem, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret
@@ -66,7 +68,7 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
     if free_table_of(name):
         _take_free(flag, name, bool(equals), inline, rest, parsed)
         return
-    key = known_keys().get(name)
+    key = _find(name)
     if key is None:
         key = _negated(name)
         if key is None:
@@ -93,7 +95,9 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
 
 
 def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str) -> None:
-    if key.kind in ("table", "tables", "lists") or (
+    if texts == ["None"] and key.name in NONE_MEANS:
+        _set(parsed, key.name, NONE_MEANS[key.name], flag)
+    elif key.kind in ("table", "tables", "lists") or (
         key.kind == "strings" and texts[0].startswith("[")
     ):
         text = " ".join(texts)
@@ -153,6 +157,11 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
     parsed.values[name] = value
 
 
+def _find(name: str) -> Key | None:
+    """The key of this name, today's or an older release's."""
+    return known_keys().get(name) or old_key(name)
+
+
 def _normalise(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
@@ -164,7 +173,7 @@ def _negated(name: str) -> Key | None:
         name.removeprefix("no_"),
         f"{section}.{last.removeprefix('no_')}",
     ):
-        key = known_keys().get(positive)
+        key = _find(positive)
         if positive != name and key is not None and key.kind == "bool":
             return key
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import known_keys, known_sections
-from torchtitan.config.other_names import is_another_name, is_missing
+from torchtitan.config.legacy import is_old_section
 from torchtitan.config.section import MAX_INT64
 from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
 from torchtitan.utils.redaction import holds_a_secret, names_a_secret
@@ -71,14 +71,22 @@ def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Pro
 
 
 def _unknown_table(name: str, table: dict[str, Any]) -> list[Problem]:
-    """One problem for the table, unless its keys are known by their own old names."""
+    """One problem for the table; one a key if it is an older release's, which has such keys."""
+    if is_old_section(name):
+        return [unknown_key(key, key) for key in _keys_below(name, table)]
     secrets = [f"{name}.{key}" for key in table if names_a_secret(key)]
-    if is_missing(name):
-        return [unknown_key(key, key) for key in secrets or [name]]
-    others = [f"{name}.{key}" for key in table if is_another_name(f"{name}.{key}")]
-    if others or secrets:
-        return [unknown_key(key, key) for key in others + secrets]
+    if secrets:
+        return [unknown_key(key, key) for key in secrets]
     return [unknown_section(name)]
+
+
+def _keys_below(prefix: str, table: dict[str, Any]) -> Iterator[str]:
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, dict) and value:
+            yield from _keys_below(name, value)
+        else:
+            yield name
 
 
 def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:

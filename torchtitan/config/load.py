@@ -5,17 +5,19 @@ once, after merging, so a wrong value in the file does not matter if the command
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from torchtitan.config.cli_args import parse_command_line
+from torchtitan.config import legacy
+from torchtitan.config.cli_args import CommandLine, parse_command_line
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys_check import split_known
+from torchtitan.config.legacy import is_old
 from torchtitan.config.toml_file import read_toml
 from torchtitan.config.value_errors import problems_of
 
@@ -30,39 +32,68 @@ class LoadedConfig:
 
     config: JobConfig
     origins: dict[str, str]
+    notices: tuple[str, ...] = ()
+    """What an older release's keys are today, one sentence each."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What file and command line set, as a table of today's keys."""
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:
     """The config that a command line describes; raises `ConfigError` with every problem found."""
     command_line = parse_command_line(argv)
-    problems = list(command_line.problems)
     file_name = command_line.values.get("job.config_file")
-    file_values: dict[str, Any] = {}
-    if file_name is not None:
-        try:
-            file_values, key_problems = split_known(read_toml(Path(str(file_name))))
-            problems += key_problems
-        except ConfigError as error:
-            problems += error.problems
-    values = _merge(file_values, command_line.values)
-    config, value_problems = _validate(values, list(command_line.values))
-    problems += value_problems
-    if config is None or problems:
-        raise ConfigError(problems)
-    origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
-    origins |= dict.fromkeys(_leaves(file_values), str(file_name))
-    origins |= dict.fromkeys(_leaves(_merge({}, command_line.values)), COMMAND_LINE)
-    return LoadedConfig(config, origins)
+    path = None if file_name is None else Path(str(file_name))
+    return _load(path, command_line)
 
 
 def load_toml(path: Path) -> JobConfig:
     """The config in one file, such as a run folder's `config.toml`, exactly as it was written."""
-    values, problems = split_known(read_toml(path))
-    config, value_problems = _validate(values, [])
-    problems += value_problems
+    return _load(path, CommandLine()).config
+
+
+def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
+    problems = list(command_line.problems)
+    table: dict[str, Any] = {}
+    file = legacy.Translated()
+    if path is not None:
+        try:
+            table, file = _read(path)
+        except ConfigError as error:
+            problems += error.problems
+    old = {name: value for name, value in command_line.values.items() if is_old(name, value)}
+    today = {name: value for name, value in command_line.values.items() if name not in old}
+    flags = legacy.translate(old, today, "--")
+    flag_values = {**today, **flags.values}
+
+    values = _merge(table, flag_values)
+    settled = legacy.settle(values, file, flags, today)
+    config, value_problems = _validate(values, list(flag_values))
+    written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
+    problems += [*file.problems, *flags.problems, *settled.problems]
+    problems += [_by_written_name(problem, written) for problem in value_problems]
     if config is None or problems:
         raise ConfigError(problems)
-    return config
+    from_file = dict.fromkeys(_leaves(values), str(path))
+    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *settled.by_flags], COMMAND_LINE)
+    origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
+    origins |= from_file
+    origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
+    return LoadedConfig(config, origins, tuple(settled.notices), values)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], legacy.Translated]:
+    """A file's values by today's keys, and what became of older ones."""
+    rest, old = legacy.take_old(read_toml(path))
+    table, problems = split_known(rest)
+    file = legacy.translate(old, _leaves(rest))
+    _, secrets = split_known(_merge({}, file.values))
+    file.problems += [*problems, *secrets]
+    return _merge(table, file.values), file
+
+
+def _by_written_name(problem: Problem, written: dict[str, str]) -> Problem:
+    """Of a wrong value, under the name that the user knows."""
+    return replace(problem, key=written.get(problem.key, problem.key))
 
 
 def _validate(values: dict[str, Any], flags: list[str]) -> tuple[JobConfig | None, list[Problem]]:

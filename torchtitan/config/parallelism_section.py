@@ -89,3 +89,7 @@ class Parallelism(Section):
     module_fqns_per_model_part: Annotated[tuple[Names, ...], Field(strict=False)] = ()
     """The modules of every stage by name, instead of a balanced cut: `tok_embeddings`, `layers.0`,
     ..., `norm`, `output`, each in exactly one stage, in order."""
+
+    pipeline_parallel_split_points: Names = ()
+    """The modules at which a new stage begins, such as `layers.8`, instead of a balanced cut or of
+    listing the modules of every stage."""

@@ -18,7 +18,8 @@ whether the run could start, for the number of processes in `WORLD_SIZE` (1 when
 looking at this machine's hardware (`--check full` does).
 
 Unknown keys, wrong types and values out of range are errors; all of them are reported at once.
-`unset` means that the key has no value unless it is given.
+`unset` means that the key has no value unless it is given. Older keys of TorchTitan's work, too;
+[from_torchtitan.md](from_torchtitan.md) has them.
 """
 
 _KINDS = {

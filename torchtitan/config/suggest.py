@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import known_keys, known_sections
-from torchtitan.config.other_names import RENAMED, SWITCHES, is_missing
+from torchtitan.config.legacy import is_old_key, old_defaults, today_name
+from torchtitan.config.legacy_keys import MISNAMED
 from torchtitan.utils.redaction import names_a_secret
 
 CUTOFF = 0.6
@@ -43,12 +44,8 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
     if names_a_secret(name):
         return secret_problem(shown)
     dashes = "--" if from_command_line else ""
-    if name in RENAMED:
-        return Problem(shown, "has another name here", f"write `{dashes}{RENAMED[name]}`")
-    if name in SWITCHES:
-        return _switch_elsewhere(shown, name, from_command_line)
-    if is_missing(name):
-        return Problem(shown, "is not available yet", "remove it")
+    if name in MISNAMED:
+        return Problem(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
     if from_command_line and name in known_sections():
         fix = f"write `--{name}.KEY`; keys: {', '.join(_keys_in(name))}"
         return Problem(shown, "is a section, not a setting", fix)
@@ -65,25 +62,21 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
     if section in known_sections():
         keys = _keys_in(section)
         match = nearest(last, keys)
-        prefix = f"did you mean `{dashes}{section}.{match}`? " if match else ""
+        if match is None:
+            old = [key.rpartition(".") for key in old_defaults() if is_old_key(key)]
+            match = nearest(last, [key for head, _, key in old if head == section])
+        name_today = match and today_name(f"{section}.{match}")
+        prefix = f"did you mean `{dashes}{name_today}`? " if match else ""
         return Problem(shown, "is unknown", f"{prefix}Keys of [{section}]: {', '.join(keys)}")
-    match = nearest(name, known_keys())
+    match = nearest(name, [*known_keys(), *old_defaults()])
     if match:
-        return Problem(shown, "is unknown", f"did you mean `{dashes}{match}`?")
+        return Problem(shown, "is unknown", f"did you mean `{dashes}{today_name(match)}`?")
     return Problem(shown, "is unknown", f"the sections are {_sections()}")
-
-
-def _switch_elsewhere(shown: str, name: str, from_command_line: bool) -> Problem:
-    key, value = SWITCHES[name]
-    bare = value.strip('[]"')
-    text = f"--{key} {bare}" if from_command_line else f"{key} = {value}"
-    fix = f"remove it, and write `{text}` if it was true"
-    return Problem(shown, "is set in another way here", fix)
 
 
 def unknown_section(name: str) -> Problem:
     """The problem of a table, or of a key at the top level, that is not a section."""
-    if names_a_secret(name) or is_missing(name):
+    if names_a_secret(name):
         return unknown_key(name, name)
     match = nearest(name, known_sections())
     prefix = f"did you mean [{match}]? " if match else ""

@@ -5,7 +5,12 @@ from collections.abc import Iterator
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.distributed.pipeline_cut import SCHEDULE_KEY, plan_pipeline
+from torchtitan.distributed.pipeline_cut import (
+    NAMES_KEY,
+    SCHEDULE_KEY,
+    SPLIT_KEY,
+    plan_pipeline,
+)
 from torchtitan.distributed.pipeline_schedule import CSV_KEY, SCHEDULES, read_schedule
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
@@ -21,6 +26,9 @@ def check(facts: Facts) -> list[Problem]:
     if section.pipeline_parallel_degree == 1 or args is None:
         return []
     problems = args.pipeline_parallel_problems(section.pipeline_parallel_degree)
+    if section.module_fqns_per_model_part and section.pipeline_parallel_split_points:
+        problem = f"{NAMES_KEY} says the same in another way"
+        problems.append(Problem(SPLIT_KEY, problem, "keep one of the two"))
     problems += _microbatch_size(facts)
     if section.pipeline_parallel_schedule_csv:
         return problems  # the rest is for the probe, which knows what is in the file

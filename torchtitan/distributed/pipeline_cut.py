@@ -18,6 +18,7 @@ from torchtitan.config.suggest import nearest
 from torchtitan.distributed.pipeline_schedule import CSV_KEY, SCHEDULES, read_schedule
 
 NAMES_KEY = "parallelism.module_fqns_per_model_part"
+SPLIT_KEY = "parallelism.pipeline_parallel_split_points"
 LAYERS_KEY = "parallelism.pipeline_parallel_layers_per_stage"
 DEGREE_KEY = "parallelism.pipeline_parallel_degree"
 SCHEDULE_KEY = "parallelism.pipeline_parallel_schedule"
@@ -63,6 +64,8 @@ def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
         holders = _holders(section, len(blocks))
     if section.module_fqns_per_model_part:
         stages = _named_stages(section, modules, len(holders))
+    elif section.pipeline_parallel_split_points:
+        stages = _split_stages(section, list(modules), len(holders))
     else:
         stages = _balanced_stages(section, modules, blocks, len(holders))
     return PipelinePlan(tuple(map(tuple, stages)), holders)
@@ -77,6 +80,8 @@ def number_of_stages(section: Parallelism, num_layers: int) -> int:
     degree = section.pipeline_parallel_degree
     if section.module_fqns_per_model_part:
         return len(section.module_fqns_per_model_part)
+    if section.pipeline_parallel_split_points:
+        return len(section.pipeline_parallel_split_points) + 1
     if section.pipeline_parallel_layers_per_stage is not None:
         ends = (
             section.pipeline_parallel_first_stage_less_layers,
@@ -92,7 +97,7 @@ def _holders(section: Parallelism, num_layers: int) -> tuple[int, ...]:
     degree, count = section.pipeline_parallel_degree, number_of_stages(section, num_layers)
     if not _fits(section, count):
         raise ConfigError(_wrong_number_of_stages(section, count, num_layers))
-    if count > num_layers and not section.module_fqns_per_model_part:
+    if count > num_layers and not _is_cut_by_hand(section):
         # Before anything of that length is made: a degree may be a slip of the keyboard.
         raise ConfigError(_too_many_stages(section, count, num_layers))
     if SCHEDULES[section.pipeline_parallel_schedule].is_v:
@@ -115,6 +120,10 @@ def _wrong_number_of_stages(section: Parallelism, count: int, num_layers: int) -
     if section.module_fqns_per_model_part:
         fix = f"list the modules of {wanted} stages, or choose another schedule"
         return Problem(NAMES_KEY, problem, fix)
+    if section.pipeline_parallel_split_points:
+        points = exactly * degree - 1 if exactly else f"{wanted} less one"
+        fix = f"name {points} modules at which a stage begins, or choose another schedule"
+        return Problem(SPLIT_KEY, problem, fix)
     layers = section.pipeline_parallel_layers_per_stage
     fitting = []
     for number in range(1, num_layers + 1):
@@ -143,6 +152,10 @@ def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> Probl
     if count > degree and num_layers >= degree:
         fix += f', or {SCHEDULE_KEY} to "1F1B", which makes one stage a rank'
     return Problem(DEGREE_KEY, problem, fix, degree)
+
+
+def _is_cut_by_hand(section: Parallelism) -> bool:
+    return bool(section.module_fqns_per_model_part or section.pipeline_parallel_split_points)
 
 
 def _is_block(name: str) -> bool:
@@ -189,6 +202,25 @@ def _share_out(num_layers: int, weights: Sequence[float]) -> list[int]:
         totals = [size + weight for size, weight in zip(sizes, weights, strict=True)]
         sizes[min(range(len(sizes)), key=lambda stage: (totals[stage], -stage))] += 1
     return sizes
+
+
+def _split_stages(section: Parallelism, names: list[str], count: int) -> list[list[str]]:
+    """The stages that begin at the modules which the user names, and at the first one."""
+    points = list(section.pipeline_parallel_split_points)
+    for point in points:
+        if point not in names[1:]:
+            problem = f'no stage can begin at "{point}"'
+            match = nearest(point, names[1:])
+            fix = f'did you mean "{match}"?' if match else f"choose from {_some(names[1:])}"
+            raise ConfigError(Problem(SPLIT_KEY, problem, fix))
+    starts = [0, *map(names.index, points)]
+    if starts != sorted(set(starts)):
+        problem = "its modules are not in the order of the forward, each once"
+        raise ConfigError(Problem(SPLIT_KEY, problem, f"order them as in {_some(names)}", points))
+    if len(starts) != count:
+        problem = f"makes {len(starts)} stages, and the schedule's file has {count}"
+        raise ConfigError(Problem(SPLIT_KEY, problem, f"name {count - 1} modules", points))
+    return [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
 
 
 def _named_stages(section: Parallelism, modules: Mapping[str, int], count: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.legacy_keys import HANDLERS_NOT_BUILT
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.handlers.registry import handler_settings, handlers
 
@@ -12,14 +13,17 @@ def check(facts: Facts) -> list[Problem]:
     chosen = facts.config.model.handlers
     problems = []
     for place, name in enumerate(chosen):
-        if name not in known:
+        if name in HANDLERS_NOT_BUILT and name not in known:
+            problem = f"this library does not have {HANDLERS_NOT_BUILT[name]} yet"
+            problems.append(Problem("model.handlers", problem, "leave it out", value=name))
+        elif name not in known:
             fix = did_you_mean(name, known)
             problems.append(Problem("model.handlers", "is not a handler", fix, value=name))
         elif name in chosen[:place]:
             problem = "is listed twice"
             problems.append(Problem("model.handlers", problem, "list it once", value=name))
     for name in facts.config.handlers:
-        if name not in known:
+        if name not in known and not (name in HANDLERS_NOT_BUILT and name in chosen):
             fix = did_you_mean(name, known)
             problems.append(Problem(f"handlers.{name}", "is not a handler", fix))
     if problems:

@@ -1,6 +1,7 @@
-"""`torchtitan config show | schema | docs`."""
+"""`torchtitan config show | copy | convert | schema | docs`."""
 
 import json
+import sys
 from collections.abc import Mapping
 
 from torchtitan.config.errors import ConfigError, Problem
@@ -10,9 +11,14 @@ from torchtitan.config.reference import reference_page
 from torchtitan.config.section import Section
 from torchtitan.config.show import show_config
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.tools import config_files
 
 USAGE = """usage: torchtitan config show FILE [--section.key value ...]
            resolved values, each with its origin
+       torchtitan config copy NAME FILE
+           a shipped config (`torchtitan list configs`) as a file of your own
+       torchtitan config convert OLD.toml [NEW.toml]
+           a TOML of an older TorchTitan with today's keys, without its comments
        torchtitan config schema
            JSON schema of the TOML file, for editors
        torchtitan config docs
@@ -25,18 +31,39 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     word, *rest = argv
+    if word not in _NUMBERS:
+        fix = did_you_mean(word, _NUMBERS)
+        raise ConfigError(Problem(f"config {word}", "is not a command", fix))
+    numbers = _NUMBERS[word]
+    if numbers and len(rest) not in numbers:
+        usage = next(line for line in USAGE.splitlines() if f" config {word}" in line)
+        fix = f"write `{usage[usage.index('torchtitan') :]}`"
+        problem = "takes no arguments" if numbers == (0,) else "has not the arguments that it needs"
+        raise ConfigError(Problem(f"config {word}", problem, fix, " ".join(rest)))
     if word == "show":
-        print(show_config(load_config(rest)))
-    elif word in ("schema", "docs") and rest:
-        raise ConfigError(Problem(f"config {word}", "takes no arguments", "remove them", rest[0]))
+        loaded = load_config(rest)
+        for notice in loaded.notices:
+            print(f"notice: {notice}", file=sys.stderr)
+        print(show_config(loaded))
+    elif word == "copy":
+        return config_files.copy(*rest)
+    elif word == "convert":
+        return config_files.convert(rest[0], rest[1] if len(rest) > 1 else None)
     elif word == "schema":
         print(json.dumps(json_schema(), indent=2))
-    elif word == "docs":
-        print(reference(), end="")
     else:
-        fix = did_you_mean(word, ("show", "schema", "docs"))
-        raise ConfigError(Problem(f"config {word}", "is not a command", fix))
+        print(reference(), end="")
     return 0
+
+
+_NUMBERS: dict[str, tuple[int, ...]] = {
+    "show": (),
+    "copy": (2,),
+    "convert": (1, 2),
+    "schema": (0,),
+    "docs": (0,),
+}
+"""How many arguments a word takes; any for ()."""
 
 
 def reference() -> str:

@@ -1,4 +1,4 @@
-"""`torchtitan list models | datasets | handlers`."""
+"""`torchtitan list configs | models | datasets | tokenizers | optimizers | handlers`."""
 
 from collections.abc import Callable
 
@@ -25,6 +25,33 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _configs() -> list[tuple[str, str]]:
+    from torchtitan.tools.config_files import description, shipped_configs
+
+    return [(name, description(path)) for name, path in shipped_configs().items()]
+
+
+def _optimizers() -> list[tuple[str, str]]:
+    """The choices of the section, with the settings that are its own."""
+    from torchtitan.config.fields import known_keys
+
+    settings = [
+        key.last_name
+        for key in known_keys().values()
+        if key.section == "optimizer" and key.last_name != "name"
+    ]
+    text = f"settings: {', '.join(settings)}"
+    return [(name, text) for name in known_keys()["optimizer.name"].choices]
+
+
+def _tokenizers() -> list[tuple[str, str]]:
+    """What `model.tokenizer_path` may be."""
+    return [
+        ("bytes", "one token a byte of UTF-8; needs no file"),
+        ("tokenizer.json", "a file of the tokenizers library, or the folder that holds it"),
+    ]
+
+
 def _models() -> list[tuple[str, str]]:
     from torchtitan.models.registry import families
 
@@ -47,7 +74,10 @@ def _handlers() -> list[tuple[str, str]]:
 
 
 _LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "configs": _configs,
     "models": _models,
     "datasets": _datasets,
+    "tokenizers": _tokenizers,
+    "optimizers": _optimizers,
     "handlers": _handlers,
 }

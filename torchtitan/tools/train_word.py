@@ -1,5 +1,6 @@
 """The word `train`: from a command line to a run, or to the list of what stands in its way."""
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,6 +27,8 @@ def run(argv: list[str]) -> int:
         return DONE
     arguments, check = _split_check(argv)
     loaded = load_config(arguments)
+    if not env.is_quiet_rank():
+        tell_notices(loaded)
     if check:
         return _check(loaded, full=check == "full")
     if loaded.config.comm.mode == "fake_backend":
@@ -55,6 +58,16 @@ def run(argv: list[str]) -> int:
     from torchtitan.train import run as run_training
 
     return run_training(loaded.config, place)
+
+
+def tell_notices(loaded: LoadedConfig) -> None:
+    """Say what the keys of an older release are today."""
+    for notice in loaded.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    file = loaded.config.job.config_file
+    if file and not all(notice.startswith("--") for notice in loaded.notices):
+        hint = f"`torchtitan config convert {file}` writes the file with today's keys"
+        print(f"notice: {hint}", file=sys.stderr)
 
 
 def _check(loaded: LoadedConfig, full: bool) -> int:

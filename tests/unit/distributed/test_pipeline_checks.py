@@ -46,6 +46,8 @@ def errors(degree: int, sections: dict[str, dict[str, Any]] | None = None, **key
         (2, {"schedule": "DualPipeV", "microbatch_size": 2}),
         (2, {"schedule": "1F1B", "layers_per_stage": 3}),
         (2, {"module_fqns_per_model_part": [NAMED[:3], NAMED[3:]]}),
+        (2, {"split_points": ["layers.1"]}),
+        (2, {"split_points": ["layers.0", "layers.3", "norm"], "schedule": "Interleaved1F1B"}),
         (2, {"first_stage_less_layers": 2}),
         (1, {"schedule_csv": "none.csv", "microbatch_size": 3}),
     ],
@@ -88,6 +90,15 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
         (2, {"module_fqns_per_model_part": [NAMED[:3], NAMED[2:]]}, '"layers.1" is in 2 places'),
         (2, {"module_fqns_per_model_part": [[], NAMED]}, "stage 0 has no module"),
         (2, {"module_fqns_per_model_part": [NAMED[3:], NAMED[:3]]}, '"layers.2" stands too early'),
+        (2, {"module_fqns_per_model_part": [NAMED[:3], NAMED[3:]], "split_points": ["layers.2"]},
+         "split_points: parallelism.module_fqns_per_model_part says the same in another way"),
+        (2, {"split_points": ["layers.1", "layers.2"]}, "split_points: makes 3 stages, and 1F1B on "
+         "2 pipeline ranks needs 2. Fix: name 1 modules"),
+        (2, {"split_points": ["layer.1"]}, 'begin at "layer.1". Fix: did you mean "layers.1"?'),
+        (2, {"split_points": ["tok_embeddings"]}, 'no stage can begin at "tok_embeddings"'),
+        (2, {**INTERLEAVED, "split_points": ["layers.2", "layers.1", "layers.3"]},
+         "not in the order of the forward"),
+        (2, {**INTERLEAVED, "split_points": ["layers.1", "layers.1", "layers.3"]}, "each once"),
     ],
 )  # fmt: skip
 def test_refused(degree: int, keys: dict[str, Any], expected: str) -> None:

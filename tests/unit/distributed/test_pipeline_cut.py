@@ -129,3 +129,15 @@ def test_a_stage_needs_parameters() -> None:
     modules = {"layers.0": 100, "layers.1": 100, "norm": 0}
     with pytest.raises(ConfigError, match="norm has no parameters, and a stage needs some"):
         plan(modules, 2, module_fqns_per_model_part=names)
+
+
+def test_stages_begin_at_the_split_points() -> None:
+    modules = model(4)
+    cut = plan(modules, 2, "Interleaved1F1B", split_points=["layers.1", "layers.3", "norm"])
+    assert [list(stage) for stage in cut.stages] == [
+        ["tok_embeddings", "layers.0"],
+        ["layers.1", "layers.2"],
+        ["layers.3"],
+        ["norm", "output"],
+    ]
+    assert cut.holders == (0, 1, 0, 1)

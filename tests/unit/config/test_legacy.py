@@ -1,0 +1,514 @@
+"""TorchTitan's TOMLs and flags of three releases are translated, or refused by name."""
+
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from torchtitan.config import legacy
+from torchtitan.config import legacy_keys as tables
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.fields import free_table_of, known_keys
+from torchtitan.config.legacy_reference import with_tables
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.section import Section
+from torchtitan.handlers.registry import HandlerEntry, handlers
+
+TOMLS = Path(__file__).parents[2] / "assets" / "torchtitan_tomls"
+
+
+def columns() -> dict[str, dict[str, Any]]:
+    """Every key of every release with its default."""
+    with (TOMLS / "keys.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter=";", quoting=csv.QUOTE_NONE))
+    releases = [name for name in rows[0] if name != "key"]
+    return {
+        release: {row["key"]: json.loads(row[release]) for row in rows if row[release]}
+        for release in releases
+    }
+
+
+COLUMNS = columns()
+EVERY_KEY = sorted({name for column in COLUMNS.values() for name in column})
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Loads a TOML of dotted keys, and flags."""
+
+    def load(keys: dict[str, Any], *flags: str) -> LoadedConfig:
+        return load_config([str(write(tmp_path, keys)), *flags])
+
+    return load
+
+
+def write(folder: Path, keys: dict[str, Any]) -> Path:
+    table: dict[str, Any] = {}
+    for name, value in keys.items():
+        *sections, last = name.split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def problems_of(call) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return caught.value.problems
+
+
+def problem_of(call) -> str:
+    (problem,) = problems_of(call)
+    return str(problem)
+
+
+def value_of(loaded: LoadedConfig, name: str) -> Any:
+    value: Any = loaded.config
+    for part in name.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+# the tables
+
+
+def test_a_key_is_either_today_s_or_older():
+    built = sorted(set(legacy.old_defaults()) & set(known_keys()))
+    assert built == [], "a section has these now: take them out of legacy_keys.py"
+    for (name, value), feature in tables.NOT_BUILT_VALUES.items():
+        assert value not in known_keys()[name].choices, f"take {feature} out of NOT_BUILT_VALUES"
+    assert not set(tables.MISNAMED) & (set(known_keys()) | set(legacy.old_defaults()))
+
+
+def test_no_handler_is_both_there_and_not_built():
+    assert not set(handlers()) & set(tables.HANDLERS_NOT_BUILT), "HANDLERS_NOT_BUILT: take it out"
+
+
+def test_every_key_of_the_releases_is_known():
+    assert len(EVERY_KEY) == 195
+    assert [n for n in EVERY_KEY if n not in known_keys() and not legacy.is_old_key(n)] == []
+
+
+def test_the_tables_have_no_keys_but_the_releases():
+    older_still = {"training.data_parallel_degree"}
+    assert sorted(set(legacy.old_defaults()) - set(EVERY_KEY) - older_still) == []
+
+
+def test_what_old_names_lead_to_exists():
+    not_built = {key for feature in tables.NOT_BUILT for key in feature.switches}
+    not_built |= {key for feature in tables.NOT_BUILT for key in feature.settings}
+    for name in legacy.old_defaults():
+        today = legacy.today_name(name)
+        assert (
+            today in known_keys()
+            or free_table_of(today)
+            or today in not_built
+            or (today == name and (name in tables.IGNORED or name in tables.BY_OTHER_KEYS))
+        ), name
+
+
+# every key of every release
+
+
+@pytest.mark.parametrize("release", COLUMNS)
+def test_each_key_is_accepted_at_its_default(release: str, load):
+    for name, default in COLUMNS[release].items():
+        if default is not None:
+            load({name: default})
+
+
+@pytest.mark.parametrize("release", COLUMNS)
+def test_each_key_is_accepted_at_its_default_as_a_flag(release: str):
+    for name, default in COLUMNS[release].items():
+        if name == "job.config_file" or default == "":  # `--x ''` is no value
+            continue
+        texts = [",".join(default) or "[]"] if isinstance(default, list) else [str(default)]
+        load_config([f"--{name}", *texts])
+        if isinstance(default, bool):
+            section, _, key = name.rpartition(".")
+            load_config([f"--{name}" if default else f"--{section}.no_{key}"])
+
+
+@pytest.mark.parametrize("release", COLUMNS)
+def test_all_defaults_of_a_release_together(release: str, load):
+    keys = {name: value for name, value in COLUMNS[release].items() if value is not None}
+    if release == "v0.2.2":
+        del keys["model.hf_assets_path"], keys["training.dataloader.num_workers"]
+    loaded = load(keys)
+    assert loaded.config.model.handlers == ()
+    assert loaded.config.handlers == {}
+    told = [notice.split(" ")[0] for notice in loaded.notices]
+    assert len(told) == len(set(told)), "one notice a key"
+
+
+# renamed
+
+VALUES = {
+    "bool": (True, "true"),
+    "int": (3, "3"),
+    "float": (0.25, "0.25"),
+    "str": ("x", "x"),
+    "strings": (["a", "b"], "a,b"),
+}
+SPECIAL = {"parallelism.pipeline_parallel_schedule": ("GPipe", "GPipe")}
+
+
+def plain_renames() -> list[tuple[str, str]]:
+    return [(old, new) for old, new in tables.RENAMED.items() if new in known_keys()]
+
+
+@pytest.mark.parametrize(("old", "new"), plain_renames())
+def test_an_old_name_sets_today_s_key_and_says_so(old: str, new: str, load):
+    value, text = SPECIAL.get(new) or VALUES[known_keys()[new].kind]
+    loaded = load({old: value})
+    assert value_of(loaded, new) == (tuple(value) if isinstance(value, list) else value)
+    assert loaded.notices == (f"{old} is {new} today",)
+    assert loaded.origins[new] == loaded.config.job.config_file
+    for flag in (old, old.replace("_", "-")):
+        from_flag = load_config([f"--{flag}", text])
+        assert value_of(from_flag, new) == value_of(loaded, new)
+        assert from_flag.notices == (f"--{old} is {new} today",)
+        assert from_flag.origins[new] == "command line"
+
+
+@pytest.mark.parametrize(("old", "new"), plain_renames())
+def test_old_and_new_together_are_refused(old: str, new: str, load):
+    value, text = SPECIAL.get(new) or VALUES[known_keys()[new].kind]
+    problem = problem_of(partial(load, {old: value, new: value}))
+    assert f"{old} = " in problem and f"is {new} today, and `{new}` is set too" in problem
+    assert f"keep `{new}` alone" in problem
+    problem = problem_of(partial(load_config, [f"--{old}", text, f"--{new}", text]))
+    assert f"--{old} = " in problem and f"keep `--{new}` alone" in problem
+
+
+def test_two_old_names_of_one_key_are_refused(load):
+    keys = {"checkpoint.model_weights_only": True, "checkpoint.last_save_model_weights_only": True}
+    problem = problem_of(partial(load, keys))
+    assert "checkpoint.model_weights_only" in problem
+    assert "`checkpoint.last_save_model_weights_only`" in problem or "is set too" in problem
+
+
+def test_the_command_line_wins_whichever_names_both_use(load):
+    key = "training.local_batch_size"
+    assert value_of(load({"training.batch_size": 2}, "--training.batch_size", "4"), key) == 4
+    assert value_of(load({"training.batch_size": 2}, f"--{key}", "4"), key) == 4
+    assert value_of(load({key: 2}, "--training.batch_size", "4"), key) == 4
+    loaded = load({"training.batch_size": "wrong"}, f"--{key}", "4")
+    assert loaded.origins[key] == "command line"
+
+
+def test_a_wrong_value_is_told_under_the_name_that_was_written(load):
+    problem = problem_of(partial(load, {"training.batch_size": 0}))
+    assert problem.startswith("training.batch_size = 0: must be more than 0")
+    problem = problem_of(partial(load, {"training.batch_size": "8"}))
+    assert problem.startswith('training.batch_size = "8": needs an integer')
+    problem = problem_of(partial(load_config, ["--training.batch_size", "x"]))
+    assert problem.startswith('training.batch_size = "x": needs an integer')
+    assert "has no value" in problem_of(partial(load_config, ["--training.batch_size"]))
+
+
+# converted
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new", "today"),
+    [
+        ("optimizer.fused", True, "optimizer.implementation", "fused"),
+        ("optimizer.fused", False, "optimizer.implementation", "foreach"),
+        *[
+            (f"{section}.context_parallel_rotate_method", old, new_key, new)
+            for section in ("experimental", "parallelism")
+            for new_key in ["parallelism.context_parallel_method"]
+            for old, new in (("allgather", "allgather"), ("alltoall", "ring"))
+        ],
+        ("experimental.custom_import", "json", "job.custom_import", ("json",)),
+        ("experimental.custom_import", "", "job.custom_import", ()),
+        ("model.name", "llama", "model.name", "llama3"),
+    ],
+)
+def test_a_value_is_converted(old: str, value: Any, new: str, today: Any, load):
+    loaded = load({old: value})
+    assert value_of(loaded, new) == today
+    assert len(loaded.notices) == 1 and loaded.notices[0].startswith(old)
+    if value != "":
+        assert value_of(load_config([f"--{old}", str(value)]), new) == today
+
+
+def test_a_converted_value_is_told(load):
+    (notice,) = load({"optimizer.fused": False}).notices
+    assert notice == 'optimizer.fused = false is optimizer.implementation = "foreach" today'
+    (notice,) = load({"model.name": "llama"}).notices
+    assert notice == 'model.name = "llama" is "llama3" today'
+
+
+def test_none_on_the_command_line_leaves_a_key_unset(load):
+    for name in EVERY_KEY:
+        if any(name in column and column[name] is None for column in COLUMNS.values()):
+            load_config([f"--{name}", "None"]) if name not in ("job.config_file",) else None
+    flags = ["--debug.seed", "None", "--parallelism.context_parallel_load_balancer", "None"]
+    loaded = load({"debug.seed": 5}, *flags, "--parallelism.module_fqns_per_model_part", "None")
+    assert loaded.config.debug.seed == 0
+    assert loaded.config.parallelism.context_parallel_load_balancer == "none"
+    assert loaded.config.parallelism.module_fqns_per_model_part == ()
+    assert load_config(["--training.seed", "None"]).config.debug.seed == 0
+
+
+def test_microbatches_become_their_size(load):
+    keys = {"experimental.pipeline_parallel_degree": 2, "training.batch_size": 8}
+    old, new = tables.MICROBATCHES, legacy.MICROBATCH_SIZE
+    loaded = load({**keys, old: 4})
+    assert value_of(loaded, new) == 2
+    assert f"{old} = 4 is {new} = 2 today" in loaded.notices
+    assert value_of(load({**keys, old: 4}, "--training.local_batch_size", "16"), new) == 4
+    assert value_of(load(keys, f"--{old}", "2"), new) == 4
+    assert load(keys, f"--{old}", "2").origins[new] == "command line"
+    assert value_of(load({**keys, old: 3}, f"--{new}", "1"), new) == 1
+    problem = problem_of(partial(load, {**keys, old: 3}))
+    assert "cannot be cut into 3 microbatches" in problem and f"{new} = 4 instead" in problem
+    assert "is not a number" in problem_of(partial(load, {**keys, old: 0}))
+    assert value_of(load({"training.batch_size": 8, old: 3}), new) == 1  # no pipeline
+
+
+def test_total_steps_other_than_the_run_s_are_refused(load):
+    load({"training.steps": 7, tables.TOTAL_STEPS: 7})
+    load({tables.TOTAL_STEPS: 7}, "--training.steps", "7")
+    problem = problem_of(partial(load, {"training.steps": 7, tables.TOTAL_STEPS: 9}))
+    assert "does not have a learning rate for another number of steps" in problem
+
+
+# handlers
+
+
+@pytest.mark.parametrize("switch", ["training.compile", "compile.enable"])
+def test_compile_is_a_handler(switch: str, load):
+    loaded = load({switch: True, "compile.backend": "eager", "compile.components": ["model"]})
+    assert loaded.config.model.handlers == ("compile",)
+    assert loaded.config.handlers == {"compile": {"backend": "eager"}}
+    assert f'{switch} is "compile" in model.handlers today' in loaded.notices
+    assert load({switch: False}).config.model.handlers == ()
+    assert load({switch: False}).notices == ()
+    flag = load({}, f"--{switch}")
+    assert flag.config.model.handlers == ("compile",)
+    assert flag.origins["model.handlers"] == "command line"
+    assert load({switch: True}, f"--{switch}", "false").config.model.handlers == ()
+    assert load({"model.handlers": ["compile"]}, f"--no-{switch}").config.model.handlers == ()
+    assert load({switch: True}, "--model.handlers", "[]").config.model.handlers == ()
+    assert "needs true or false" in problem_of(partial(load, {switch: "yes"}))
+    together = {switch: True, "model.handlers": ["compile"]}
+    assert "is model.handlers today" in problem_of(partial(load, together))
+
+
+def test_compiling_the_loss_alone_is_refused(load):
+    keys = {"compile.components": ["loss"], "compile.enable": True}
+    assert "compiles the blocks" in problem_of(partial(load, keys))
+    load({**keys, "compile.enable": False})
+
+
+def test_settings_of_a_handler_that_is_not_used_are_left_out(load):
+    loaded = load(
+        {"compile.backend": "eager", "float8.filter_fqns": ["output"], "mx.filter_fqns": []}
+    )
+    assert loaded.config.handlers == {} and loaded.notices == ()
+
+
+class Float8(Section):
+    recipe_name: str | None = None
+    filter_fqns: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("switch", "table"),
+    [
+        ({"float8.enable_float8_linear": True}, "float8"),
+        ({"model.converters": ["float8"]}, "float8"),
+        ({"model.converters": ["quantize.linear.float8"]}, "quantize.linear.float8"),
+    ],
+)
+def test_float8_is_a_handler_once_there_is_one(switch, table, load, monkeypatch):
+    from torchtitan.config.facts import Facts
+    from torchtitan.handlers import checks, registry
+
+    keys = {**switch, f"{table}.recipe_name": "rowwise", "training.compile": True}
+    loaded = load(keys)
+    assert loaded.config.model.handlers == ("float8", "compile")
+    assert loaded.config.handlers == {"float8": {"recipe_name": "rowwise"}}
+    facts = Facts(loaded.config, 1, "cuda")
+    (problem,) = checks.check(facts)
+    assert str(problem) == (
+        'model.handlers = "float8": this library does not have training in float8 yet. '
+        "Fix: leave it out."
+    )
+    entry = HandlerEntry(Float8, lambda: type(None))  # type: ignore[arg-type, return-value]
+    monkeypatch.setitem(registry._ENTRIES, "float8", entry)
+    assert checks.check(facts) == []
+
+
+def test_mx_is_a_handler_once_there_is_one(load):
+    keys = {"mx.recipe_name": "mxfp8", "mx.use_fp8_dim1_cast_triton_kernel": False}
+    loaded = load({"model.converters": ["mx"], **keys})
+    expected = {"recipe_name": "mxfp8_cublas", "mxfp8_dim1_cast_kernel_choice": "torch"}
+    assert loaded.config.handlers == {"mx": expected}
+    keys = {"quantize.linear.mx.recipe_name": "mxfp8_cublas"}
+    loaded = load({"model.converters": ["quantize.linear.mx"], **keys})
+    assert loaded.config.model.handlers == ("mx",)
+    assert loaded.config.handlers == {"mx": {"recipe_name": "mxfp8_cublas"}}
+
+
+@pytest.mark.parametrize("name", tables.MOE_CONVERTERS)
+def test_converters_of_experts_are_refused(name: str, load):
+    assert "does not have a mixture of experts" in problem_of(
+        partial(load, {"model.converters": [name]})
+    )
+
+
+# not built
+
+
+def switches() -> list[tuple[str, Any]]:
+    return [
+        (name, value)
+        for feature in tables.NOT_BUILT
+        for name, off in feature.switches.items()
+        for value in [on(off[0])]
+        if legacy.is_old_key(name)
+    ]
+
+
+def on(off: Any) -> Any:
+    if isinstance(off, bool):
+        return not off
+    return off + 2 if isinstance(off, int) else ["on"] if isinstance(off, list) else "on"
+
+
+@pytest.mark.parametrize(("name", "value"), switches())
+def test_a_feature_that_is_not_built_is_refused_by_name(name: str, value: Any, load):
+    (feature,) = [item for item in tables.NOT_BUILT if name in item.switches]
+    problem = problem_of(partial(load, {name: value}))
+    assert problem.startswith(f"{name} = ")
+    assert f"this library does not have {feature.name} yet. Fix: " in problem
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    assert problem_of(partial(load_config, [f"--{name}", text])).startswith(f"--{name} = ")
+    for off in feature.switches[name]:
+        if off is not None:
+            assert load({name: off}).notices == ()
+
+
+def test_settings_of_a_feature_that_is_off_say_nothing(load):
+    keys = {
+        name: on(default)
+        for feature in tables.NOT_BUILT
+        for name, default in feature.settings.items()
+        if legacy.is_old_key(name)
+    }
+    assert len(keys) > 10
+    assert load(keys).notices == ()
+
+
+def test_metrics_of_all_ranks_are_the_opposite_of_rank_0_only(load):
+    if "metrics.save_for_all_ranks" in known_keys():
+        loaded = load({"metrics.rank_0_only": False})
+        assert value_of(loaded, "metrics.save_for_all_ranks") is True
+        return
+    assert load({"metrics.rank_0_only": True}).notices == ()
+    problem = problem_of(partial(load, {"metrics.rank_0_only": False}))
+    assert problem.startswith("metrics.rank_0_only = false: this library does not have metrics of")
+    assert "set it to" not in problem  # true is off
+
+
+@pytest.mark.parametrize(("name", "value"), tables.NOT_BUILT_VALUES)
+def test_a_choice_that_is_not_built_is_refused_by_name(name: str, value: str, load):
+    feature = tables.NOT_BUILT_VALUES[name, value]
+    assert f"does not have {feature} yet" in problem_of(partial(load, {name: value}))
+    assert f"does not have {feature} yet" in problem_of(partial(load_config, [f"--{name}", value]))
+
+
+@pytest.mark.parametrize("name", tables.IGNORED)
+def test_what_changes_nothing_is_ignored(name: str, load):
+    default, reason = tables.IGNORED[name]
+    notices = load({name: "x" if default is None else not default}).notices
+    assert notices == ((f"{name} is not needed: {reason}",) if reason else ())
+
+
+def test_seconds_are_refused_with_the_reason(load):
+    problem = problem_of(partial(load, {"checkpoint.interval_type": "seconds"}))
+    assert "set checkpoint.interval to a number of steps" in problem and "clocks differ" in problem
+
+
+# what is still unknown
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("experimental.pipeline_parallel_degre", "parallelism.pipeline_parallel_degree"),
+        ("training.batch_sice", "training.local_batch_size"),
+        ("fault_tolerance.enabel", "fault_tolerance.enable"),
+        ("quantize.linear.float8.filter_fqn", "handlers.float8.filter_fqns"),
+    ],
+)
+def test_a_misspelt_old_key_is_an_error_with_what_was_meant(name: str, meant: str, load):
+    problem = problem_of(partial(load, {name: 1}))
+    assert problem.startswith(f"{name}: is unknown") and f"did you mean `{meant}`?" in problem
+    problem = problem_of(partial(load_config, [f"--{name}", "1"]))
+    assert f"did you mean `--{meant}`?" in problem
+
+
+def test_keys_like_none_of_them_still_get_a_guess():
+    problem = problem_of(partial(load_config, ["--metrics.enable_tensorbord", "1"]))
+    assert "`--metrics.enable_tensorboard`" in problem
+
+
+def test_names_that_nothing_ever_had():
+    problem = problem_of(partial(load_config, ["--optimizer.learning_rate", "1"]))
+    assert "has another name here. Fix: write `--optimizer.lr`" in problem
+
+
+def test_empty_old_tables_are_nothing(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text("[experimental]\n[float8]\n[quantize.linear.float8]\n[validation]\n")
+    assert load_config([str(path)]).notices == ()
+
+
+def test_a_quoted_old_name_is_still_told(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('"training.batch_size" = 4\n')
+    assert "quoted key" in problem_of(partial(load_config, [str(path)]))
+
+
+# the page
+
+PAGE = Path(__file__).parents[3] / "docs" / "from_torchtitan.md"
+
+
+def test_the_page_s_tables_are_current():
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tables(page) == page, "run scripts/make_config_docs.py"
+
+
+def test_the_page_has_every_older_key():
+    page = PAGE.read_text(encoding="utf-8")
+    settings = {name for feature in tables.NOT_BUILT for name in feature.settings}
+    names = [name for name in legacy.old_defaults() if legacy.is_old_key(name)]
+    assert [name for name in names if name not in settings and f"`{name}" not in page] == []
+
+
+def test_the_page_has_every_default_that_differs():
+    """From those of the last release with TOML."""
+    page = PAGE.read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `([\w.]+)` \|[^|]*\|[^|]*\|$", page, re.MULTILINE))
+    differing = set()
+    for name, default in COLUMNS["v0.2.2"].items():
+        here = known_keys()[name].default if name in known_keys() else default
+        if (list(here) if isinstance(here, tuple) else here) != default:
+            differing.add(name)
+    differing.discard("parallelism.module_fqns_per_model_part")  # unset in two spellings
+    assert rows == differing

@@ -1,0 +1,296 @@
+"""The keys of TorchTitan's three TOML releases that today's sections do not have, as tables.
+
+A key is looked up here only if no section has it. So whoever builds one of the features of
+`NOT_BUILT` adds the field to its section and takes the entry out; a test fails while it is in both.
+`legacy.py` does with the tables what they say.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+RENAMED = {
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
+    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
+    "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
+    "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
+    "experimental.enable_async_tensor_parallel": "parallelism.enable_async_tensor_parallel",
+    "experimental.enable_compiled_autograd": "parallelism.enable_compiled_autograd",
+    "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
+    "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
+    "experimental.pipeline_parallel_schedule_csv": "parallelism.pipeline_parallel_schedule_csv",
+    "experimental.pipeline_parallel_split_points": "parallelism.pipeline_parallel_split_points",
+    "job.print_args": "job.print_config",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "memory_estimation.enabled": "memory_estimation.enable",
+    "model.hf_assets_path": "model.tokenizer_path",
+    "training.batch_size": "training.local_batch_size",
+    "training.data_parallel_degree": "parallelism.data_parallel_shard_degree",
+    "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
+    "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
+    "training.deterministic": "debug.deterministic",
+    "training.disable_loss_parallel": "parallelism.disable_loss_parallel",
+    "training.seed": "debug.seed",
+    "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
+    "training.warmup_steps": "lr_scheduler.warmup_steps",
+}
+"""The same setting, with the same values, under another name."""
+
+MISNAMED = {
+    "optimizer.learning_rate": "optimizer.lr",
+    "training.learning_rate": "optimizer.lr",
+}
+"""Names that no release has had, and that people write all the same."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A key whose values are written otherwise today; a value that is not listed stays as it is."""
+
+    name: str
+    values: Mapping[Any, Any]
+    default: Any
+
+
+_METHODS = {"allgather": "allgather", "alltoall": "ring"}
+
+CONVERTED = {
+    "experimental.context_parallel_rotate_method": Converted(
+        "parallelism.context_parallel_method", _METHODS, "allgather"
+    ),
+    "metrics.rank_0_only": Converted(
+        "metrics.save_for_all_ranks", {True: False, False: True}, True
+    ),
+    "mx.recipe_name": Converted("handlers.mx.recipe_name", {"mxfp8": "mxfp8_cublas"}, "mxfp8"),
+    "mx.use_fp8_dim1_cast_triton_kernel": Converted(
+        "handlers.mx.mxfp8_dim1_cast_kernel_choice", {True: "triton", False: "torch"}, True
+    ),
+    "optimizer.fused": Converted(
+        "optimizer.implementation", {True: "fused", False: "foreach"}, False
+    ),
+    "parallelism.context_parallel_rotate_method": Converted(
+        "parallelism.context_parallel_method", _METHODS, "allgather"
+    ),
+}
+
+CUSTOM_IMPORT = "experimental.custom_import"
+"""One module as text, "" for none; a list today, `job.custom_import`."""
+
+CONVERTERS = "model.converters"
+CONVERTER_NAMES = {"quantize.linear.float8": "float8", "quantize.linear.mx": "mx"}
+"""Handlers that had other names as converters."""
+MOE_CONVERTERS = ("quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+
+HANDLER_SWITCHES = {
+    "float8.enable_float8_linear": "float8",
+    "training.compile": "compile",
+    "compile.enable": "compile",
+}
+"""Switches that put a handler into `model.handlers`, in the order in which handlers go there."""
+
+HANDLER_TABLES = {
+    "compile.": "handlers.compile.",
+    "float8.": "handlers.float8.",
+    "mx.": "handlers.mx.",
+    "quantize.linear.float8.": "handlers.float8.",
+    "quantize.linear.mx.": "handlers.mx.",
+}
+"""Where the settings below are today. They mean nothing, and are left out, without the handler."""
+
+HANDLER_SETTINGS: dict[str, Any] = {
+    "compile.backend": "inductor",
+    "float8.emulate": False,
+    "float8.enable_fsdp_float8_all_gather": False,
+    "float8.filter_fqns": [],
+    "float8.precompute_float8_dynamic_scale_for_fsdp": False,
+    "float8.recipe_name": None,
+    "mx.filter_fqns": ["output"],
+    "quantize.linear.float8.emulate": False,
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": False,
+    "quantize.linear.float8.filter_fqns": [],
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": False,
+    "quantize.linear.float8.recipe_name": None,
+    "quantize.linear.mx.filter_fqns": ["output"],
+    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "triton",
+    "quantize.linear.mx.recipe_name": "mxfp8_cublas",
+}
+"""Settings of handlers, with their defaults then."""
+
+HANDLERS_NOT_BUILT = {"float8": "training in float8", "mx": "training in MX formats"}
+"""What is said about a handler that nobody has registered."""
+
+COMPONENTS = "compile.components"
+MICROBATCHES = "experimental.pipeline_parallel_microbatches"
+TOTAL_STEPS = "lr_scheduler.total_steps"
+BY_OTHER_KEYS: dict[str, Any] = {
+    COMPONENTS: ["model", "loss"],
+    MICROBATCHES: None,
+    TOTAL_STEPS: None,
+}
+"""Keys whose meaning depends on other keys, with their defaults then."""
+
+OLD_VALUES = {("model.name", "llama"): "llama3"}
+"""Values of today's keys that have another name today."""
+
+NONE_MEANS: dict[str, Any] = {
+    "debug.seed": 0,
+    "parallelism.context_parallel_load_balancer": "none",
+    "parallelism.module_fqns_per_model_part": [],
+    "parallelism.pipeline_parallel_schedule_csv": "",
+}
+"""Keys that took `None` on the command line, and have a value for it today."""
+
+IGNORED: dict[str, tuple[Any, str]] = {
+    "activation_checkpoint.early_stop": (False, ""),
+    "job.save_config_file": (None, "every run keeps its settings in config.toml of its folder"),
+    "job.use_for_integration_test": (False, ""),
+    "training.dataloader.persistent_workers": (False, ""),
+}
+"""Keys that change nothing here whatever their value: the default then, and a reason worth telling.
+Recomputation stops early and reading processes live as long as the run in any case."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that TorchTitan has and this library has not, or not yet.
+
+    `switches` maps a key to the values with which it is off, the default then first; `settings`
+    maps a key that means nothing while the feature is off to its default.
+    """
+
+    name: str
+    switches: Mapping[str, tuple[Any, ...]]
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    instead: str = ""
+    """What to do instead of using it."""
+
+
+NOT_BUILT = (
+    Feature("debugging of activation checkpointing", {"activation_checkpoint.debug": (False,)}),
+    Feature(
+        "a determinism check in activation checkpointing",
+        {"activation_checkpoint.determinism_check": ("default", "none")},
+    ),
+    Feature(
+        "recomputing matrix products by module",
+        {
+            "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
+                ["moe.router.gate"],
+                [],
+            )
+        },
+    ),
+    Feature(
+        "activation checkpointing by a memory budget",
+        {},  # `NOT_BUILT_VALUES` has its mode
+        {
+            "activation_checkpoint.memory_budget": 0.5,
+            "activation_checkpoint.visualize_memory_budget_pareto": False,
+        },
+    ),
+    Feature(
+        "Hugging Face checkpoints in the run",
+        {
+            "checkpoint.initial_load_in_hf": (False,),
+            "checkpoint.initial_load_in_hf_quantized": (False,),
+            "checkpoint.last_save_in_hf": (False,),
+        },
+    ),
+    Feature(
+        "a checkpoint interval in time",
+        {"checkpoint.interval_type": ("steps",)},
+        instead="set checkpoint.interval to a number of steps: ranks count the same steps, and"
+        " their clocks differ",
+    ),
+    Feature(
+        "the flight recorder of collectives",
+        {"comm.trace_buf_size": (20000, 0)},
+        {"comm.save_traces_file_prefix": "rank_", "comm.save_traces_folder": "comm_traces"},
+    ),
+    Feature(
+        "a class of arguments of one's own",
+        {"experimental.custom_args_module": ("",), "job.custom_config_module": ("",)},
+        instead="register what is yours in a module that job.custom_import names; its settings go"
+        " into [model.args] or [handlers.NAME]",
+    ),
+    Feature(
+        "fault tolerance by replicas",
+        {"fault_tolerance.enable": (False,), "fault_tolerance.semi_sync_method": (None, "")},
+        {
+            "checkpoint.enable_ft_dataloader_checkpoints": True,
+            "fault_tolerance.fragment_sync_delay": 0,
+            "fault_tolerance.fragment_update_alpha": 0.0,
+            "fault_tolerance.group_size": 0,
+            "fault_tolerance.min_replica_size": 1,
+            "fault_tolerance.process_group": "gloo",
+            "fault_tolerance.process_group_timeout_ms": 10000,
+            "fault_tolerance.replica_id": 0,
+            "fault_tolerance.should_quantize": False,
+            "fault_tolerance.sync_steps": 5,
+        },
+    ),
+    Feature(
+        "keeping float8 weights for the forward only",
+        {"float8.force_recompute_fp8_weight_in_bwd": (False,)},
+    ),
+    Feature(
+        "memory estimation by this key",
+        {"memory_estimation.enable": (False,)},
+        {"memory_estimation.disable_fake_mode": False},
+        instead='rehearse a step with comm.mode = "fake_backend"',
+    ),
+    Feature("logging to Weights & Biases", {"metrics.enable_wandb": (False,)}),
+    Feature("metrics of every rank", {"metrics.save_for_all_ranks": (False,)}),
+    Feature(
+        "a mixture of experts",
+        {
+            "debug.moe_force_load_balance": (False,),
+            "parallelism.expert_parallel_degree": (1,),
+            "parallelism.expert_tensor_parallel_degree": (1,),
+        },
+        {
+            "parallelism.expert_parallel_comm_backend": "standard",
+            "parallelism.pipeline_parallel_expert_parallel_overlap": True,
+            "quantize.grouped_mm.float8.fqns": [],
+            "quantize.grouped_mm.mx.fqns": [],
+            "quantize.grouped_mm.mx.recipe_name": "mxfp8",
+        },
+    ),
+    Feature("the optimizer's step in the backward", {"optimizer.early_step_in_backward": (False,)}),
+    Feature("compiled autograd", {"parallelism.enable_compiled_autograd": (False,)}),
+    Feature(
+        "memory snapshots",
+        {"profiling.enable_memory_snapshot": (False,)},
+        {"profiling.save_memory_snapshot_folder": "memory_snapshot"},
+    ),
+    Feature("offloading to the host's memory", {"training.enable_cpu_offload": (False,)}),
+    Feature("debugging of garbage collection", {"training.gc_debug": (False,)}),
+    Feature(
+        "validation",
+        {"validation.enable": (False,)},
+        {
+            "validation.dataloader.num_workers": 0,
+            "validation.dataloader.persistent_workers": False,
+            "validation.dataloader.pin_memory": False,
+            "validation.dataloader.prefetch_factor": None,
+            "validation.dataset": "c4_validation",
+            "validation.dataset_path": None,
+            "validation.freq": 10,
+            "validation.local_batch_size": 8,
+            "validation.seq_len": 2048,
+            "validation.steps": -1,
+        },
+    ),
+)
+"""Keys of features that do not exist: accepted while they are off, refused by name when not."""
+
+NOT_BUILT_VALUES = {
+    ("activation_checkpoint.mode", "memory_budget"): "activation checkpointing by a memory budget",
+    ("comm.mode", "local_tensor"): "training on local tensors alone",
+}
+"""Choices of today's keys that stand for features that do not exist."""
+
+INTEGERS_OR_NONE = (MICROBATCHES, TOTAL_STEPS, "validation.dataloader.prefetch_factor")
+"""Keys whose default, None, does not tell their type."""

@@ -1,0 +1,88 @@
+"""`torchtitan config copy | convert`, and the list of the TOMLs that come with the library."""
+
+import sys
+from pathlib import Path
+
+import tomli_w
+
+import torchtitan
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.fields import known_sections
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.suggest import did_you_mean
+
+_FOLDER = Path(torchtitan.__file__).parents[1] / "train_configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of `train_configs/` by name; none where the package is not in its clone."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.toml"))}
+
+
+def description(path: Path) -> str:
+    """What a shipped TOML is for, from its first comment."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# for "):
+            return line.removeprefix("# ")
+    return ""
+
+
+def copy(name: str, file: str) -> int:
+    """Write a copy of the shipped TOML `name` to `file`, which must not exist."""
+    known = shipped_configs()
+    if not known:
+        problem = (
+            f"there is no folder {_FOLDER}: the configs are in the repository, beside the package"
+        )
+        raise ConfigError(Problem("config copy", problem, "install from a clone: pip install -e ."))
+    stem = name.removesuffix(".toml")
+    if stem not in known:
+        fix = did_you_mean(stem, known)
+        raise ConfigError(Problem(f"config copy {name}", "is no config of this library", fix))
+    target = _write(Path(file), known[stem].read_text(encoding="utf-8"), f"{stem}.toml")
+    print(f"wrote {target}; start it with\n  CONFIG_FILE={target} ./run_llama_train.sh")
+    return 0
+
+
+def convert(old: str, new: str | None) -> int:
+    """Write the TOML `old`, of any release, with today's keys: to the file `new`, or to stdout."""
+    loaded = load_config(["--job.config_file", old])
+    for notice in loaded.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    text = _today(loaded, old)
+    if new is None:
+        print(text, end="")
+    else:
+        target = _write(Path(new), text, Path(old).name)
+        print(f"wrote {target}; comments were not carried over")
+    return 0
+
+
+def _today(loaded: LoadedConfig, old: str) -> str:
+    """What the file sets, and no more, in the order of the sections."""
+    given = {name: table for name, table in loaded.given.items() if table}
+    job = {key: value for key, value in given.get("job", {}).items() if key != "config_file"}
+    given["job"] = job
+    ordered = {name: given[name] for name in known_sections() if given.get(name)}
+    comment = (
+        f"# {Path(old).name} with today's keys, by `torchtitan config convert`; its comments are"
+    )
+    return f"{comment}\n# not carried over\n\n{tomli_w.dumps(ordered)}"
+
+
+def _write(path: Path, text: str, default_name: str) -> Path:
+    """Write a file that must not exist yet; in a folder, under the default name."""
+    path = path.expanduser()
+    if path.is_dir():
+        path = path / default_name
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        fix = "choose another name, or remove that file first"
+        raise ConfigError(Problem(str(path), "exists already", fix)) from None
+    except OSError as error:
+        fix = "write to a folder that exists and is yours"
+        problem = f"cannot be written: {error.strerror}"
+        raise ConfigError(Problem(str(path), problem, fix)) from None
+    return path
