@@ -77,6 +77,12 @@ def _config(argv: list[str]) -> int:
     return config_words.run(argv)
 
 
+def _tokenize(argv: list[str]) -> int:
+    from torchtitan.tools import tokenize_word
+
+    return tokenize_word.run(argv)
+
+
 def _list(argv: list[str]) -> int:
     from torchtitan.tools import list_words
 
@@ -91,6 +97,7 @@ def _doctor(argv: list[str]) -> int:
 
 _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train from a TOML file; --check only looks whether it could start"),
+    "tokenize": (_tokenize, "make files of tokens from a dataset, to train on without tokenising"),
     "config": (_config, "show FILE: resolved values and their origins; schema; docs"),
     "list": (_list, "models, datasets or handlers that are there"),
     "doctor": (_doctor, "what this machine offers, and what is missing"),

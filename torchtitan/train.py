@@ -127,6 +127,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 lr=lr,
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
+                source_tokens=data.source_tokens,
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, config.comm.train_timeout_seconds)

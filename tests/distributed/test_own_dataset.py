@@ -11,7 +11,7 @@ from tests.distributed.test_runs import wait_for_step
 
 PAGE = (runs.ROOT / "docs" / "datasets.md").read_text("utf-8")
 SECTION = PAGE.partition("## A dataset of one's own")[2]
-ARGUMENTS = ["--checkpoint.interval=6", "--training.steps=30"]
+WALKS = ["--training.dataset=walks", "--checkpoint.interval=6", "--training.steps=30"]
 
 
 def block(language: str) -> str:
@@ -30,7 +30,7 @@ def test_example_trains_and_goes_on_after_a_kill(tmp_path: Path):
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
 
     def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        words = runs.command(folder, *ARGUMENTS, *arguments)
+        words = runs.command(folder, *arguments)
         (tmp_path / "config.toml").write_text(toml)  # `command` has written its own
         return subprocess.Popen(
             words,
@@ -48,12 +48,11 @@ def test_example_trains_and_goes_on_after_a_kill(tmp_path: Path):
     sums, whole, killed = (tmp_path / name for name in ("sums", "whole", "killed"))
     finish(start(sums, "--training.steps=3"))
     assert len(runs.curve(sums)) == 3
-    walks = "--training.dataset=walks"
-    finish(start(whole, walks))
-    process = start(killed, walks)
+    finish(start(whole, *WALKS))
+    process = start(killed, *WALKS)
     wait_for_step(killed, 8, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert "resum" in finish(start(killed, walks)).lower()
+    assert "resum" in finish(start(killed, *WALKS)).lower()
     assert runs.curve(killed) == runs.curve(whole) and len(runs.curve(whole)) == 30

@@ -205,6 +205,11 @@ VALUES = [
     value("activation_checkpoint.selective_ac_option", "2", 'write "2"'),
     value("optimizer.param_groups", '[{patern = "a"}]', "did you mean `pattern`?", "is missing"),
     value("optimizer.param_groups", '[{pattern = "a", lr_factor = 0.0}]', "[0].lr_factor"),
+    value("data.sources", "[{wieght = 1}]", "did you mean `weight`?", "weight: is missing"),
+    value("data.sources", "[{weight = -1}]", "data.sources[0].weight = -1: must be at least 0"),
+    value("data.sources", "[{weight = nan}]", "data.sources[0].weight", "not a finite number"),
+    value("data.sources", '[{path = "hf_abcdefghijklmnopqrstuvwxyz01234567"}]', "like a secret"),
+    value("data.sources", "5", "write a list of tables, for example [{weight = 0.5}]"),
     Bad(
         "flag-type",
         ['training.steps = "two": needs an integer. Fix: write an integer, for example 10000'],

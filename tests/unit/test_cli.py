@@ -41,6 +41,7 @@ def cli() -> Iterator[CliServer]:
         (["config", "schema"], '"title": "torchtitan run"'),
         (["config", "docs"], "# Config reference"),
         (["config", "show", "--training.steps=5"], "# command line"),
+        (["tokenize"], "usage: torchtitan tokenize"),
         (["list", "models"], "llama3"),
         (["list", "datasets"], "stdlib"),
         (["list", "handlers"], "compile"),
@@ -69,6 +70,9 @@ def test_words_work_without_torch(torchless: CliServer, arguments: list[str], ex
         (["train", *GOOD, "--check"], {"WORLD_SIZE": "x"}, "WORLD_SIZE = x"),
         (["train", *GOOD, "--data.lanes=3"], {}, "data.lanes = 3"),
         (["train", *GOOD, "--model.flavor=9B"], {}, "model.flavor"),
+        (["train", "--data.sources=[{weight = 1.0}]"], {}, "data.sources[0].path"),
+        (["tokenize", "--output=x"], {}, 'dataset "auto" needs it'),
+        (["tokenize", *GOOD, "--workers=2"], {}, "--output: is missing"),
     ],
 )
 def test_config_errors_are_told_without_torch(

@@ -23,6 +23,7 @@ MAY_DIFFER: dict[str, str] = {
     "job.device": "the same numbers up to rounding on every device",
     "model.tokenizer_path": "a path; a checkpoint knows its tokenizer by content",
     "training.dataset_path": "a path; a checkpoint knows its data by content",
+    "data.sources.path": "as training.dataset_path, of all sources",
     "training.local_batch_size": "how a step is cut; global_batch_size says how large it is",
     "training.loss_chunks": "memory; the same sums up to rounding",
     "training.gc_freq": "speed",
@@ -51,6 +52,7 @@ MUST_NOT = ("checkpoint.folder",)
 NOTICED = (
     "model.tokenizer_path",
     "training.dataset_path",
+    "data.sources.path",
     "data.on_bad_row",
     "data.max_bad_rows",
     "data.max_document_mib",
@@ -60,6 +62,7 @@ NOTICED = (
 _FREE_HANDLERS = {"compile"}
 _RESOLVED = ("training.global_batch_size", "data.lanes")
 _STEPS = "training.steps"
+_SOURCE_PATHS = "data.sources.path"
 _MISSING = object()
 
 
@@ -99,6 +102,9 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
     for side in (old, new):
         handlers = side.get("model.handlers", [])
         side["model.handlers"] = [name for name in handlers if name not in _FREE_HANDLERS]
+        sources = side.get("data.sources", [])
+        side["data.sources"] = [{k: v for k, v in t.items() if k != "path"} for t in sources]
+        side[_SOURCE_PATHS] = [table.get("path") for table in sources]
     problems, notices = [], []
     for key in sorted({*old, *new}):
         before, now = old.get(key, _MISSING), new.get(key, _MISSING)

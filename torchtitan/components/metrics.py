@@ -7,7 +7,7 @@ and gradient norm stay on the device until a step is logged, since reading them 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,13 @@ class MetricsLogger:
         lr: float,
         num_targets: int,
         num_tokens: int,
+        source_tokens: Mapping[str, int] | None = None,
     ) -> None:
         """A step is done. Waits for the device only if the step is logged, on ranks that show it.
 
         `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
-        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks.
+        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks; `source_tokens`: of each
+        source of a mixture, of all steps so far.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -122,6 +124,8 @@ class MetricsLogger:
         if self._sinks:
             values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr)}
             record = self._record(step, values, num_targets)
+            for name, count in (source_tokens or {}).items():
+                record[f"source_tokens/{name}"] = count
             self._each_sink(lambda sink: sink.write(record))
         else:
             self._start_interval(self._clock())

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchtitan.config import toml_file
 from torchtitan.config.errors import Problem
-from torchtitan.config.fields import Key, free_table_of, known_keys
+from torchtitan.config.fields import Key, example_table, free_table_of, known_keys
 from torchtitan.config.suggest import secret_problem, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret
@@ -192,7 +192,7 @@ def _how_to_write(key: Key) -> str:
         "strings": "a,b",
         "lists": '\'[["a", "b"], ["c"]]\'',
         "table": "'{n_layers = 4}'",
-        "tables": "'[{pattern = \"*bias\"}]'",
+        "tables": f"'{example_table(key)}'",
     }
     value = key.choices[0] if key.choices else examples[key.kind]
     return f"write `--{key.name} {value}`" + (", or [] for none" if key.kind == "strings" else "")

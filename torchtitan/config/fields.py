@@ -30,6 +30,8 @@ class Key:
     optional: bool = False
     choices: tuple[str, ...] = ()
     bounds: str = ""
+    item: type[Section] | None = None
+    """What each table of a list of tables holds."""
 
     @property
     def section(self) -> str:
@@ -64,6 +66,15 @@ def keys_of(model: type[Section]) -> list[Key]:
     return list(_walk(model, ""))
 
 
+def example_table(key: Key) -> str:
+    """A list with one table, of the keys without a default, for a key that is such a list."""
+    values = {"int": "1", "float": "0.5", "str": '"*bias"', "bool": "true"}
+    keys = keys_of(key.item) if key.item is not None else []
+    required = [key for key in keys if key.default is None and not key.optional]
+    shown = ", ".join(f"{key.last_name} = {values.get(key.kind, '[]')}" for key in required)
+    return f"[{{{shown}}}]"
+
+
 def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
     for field_name, field in model.model_fields.items():
         name = prefix + field_name
@@ -94,6 +105,7 @@ def _key(name: str, field: FieldInfo, base: Any, optional: bool, metadata: list[
         optional=optional,
         choices=choices,
         bounds=_bounds(metadata) if kind in ("int", "float") else "",
+        item=_item(base) if kind == "tables" else None,
     )
 
 
@@ -107,11 +119,17 @@ def _kind(name: str, base: Any) -> tuple[Any, tuple[str, ...]]:
     if origin is dict:
         return "table", ()
     if origin is tuple:
-        item, *_ = _unwrap(typing.get_args(base)[0], [])
+        item = _item(base)
         if item is str:
             return "strings", ()
         return ("lists" if typing.get_origin(item) is tuple else "tables"), ()
     raise AssertionError(f"{name}: no way to write a {base} in TOML")
+
+
+def _item(base: Any) -> Any:
+    """What a tuple holds."""
+    item, *_ = _unwrap(typing.get_args(base)[0], [])
+    return item
 
 
 def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]:

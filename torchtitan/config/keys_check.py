@@ -98,8 +98,11 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
 
 
 def secrets_in(name: str, value: Any) -> Iterator[Problem]:
-    """A problem when a text, or a text in a list, has the shape of a token."""
-    texts = value if isinstance(value, list) else [value]
+    """A problem when a text, or a text in a list (of tables), has the shape of a token."""
+    items = value if isinstance(value, list) else [value]
+    texts = [
+        text for item in items for text in (item.values() if isinstance(item, dict) else [item])
+    ]
     if any(isinstance(text, str) and holds_a_secret(text) for text in texts):
         yield secret_problem(name)
 

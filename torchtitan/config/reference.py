@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
 from torchtitan.config.section import Section
 from torchtitan.config.toml_text import toml_value
-from torchtitan.config.training_sections import ParamGroup
 
 _HEAD = """# Config reference
 
@@ -58,10 +57,12 @@ def _sections(
                 yield _table(keys_of(settings))
             continue
         yield f"## [{section}]\n\n{_one_line(doc)}\n"
-        yield _table([key for key in known_keys().values() if key.section == section])
-        if section == "optimizer":
-            yield "Each table of `param_groups` has:\n"
-            yield _table(keys_of(ParamGroup))
+        keys = [key for key in known_keys().values() if key.section == section]
+        yield _table(keys)
+        for key in keys:
+            if key.item is not None:
+                yield f"Each table of `{key.last_name}` has:\n"
+                yield _table(keys_of(key.item))
 
 
 def _table(keys: list[Key], defaults: bool = True) -> str:

@@ -28,13 +28,14 @@ class Dataloader(Section):
 
 class Training(Section):
     dataset: str = "auto"
-    """`stdlib` (the sources of Python's standard library), `json`, `text`, `parquet`, `c4`,
-    `c4_validation`, `c4_test`, `hf:owner/name` (of the Hugging Face hub), `hf` (a folder that its
-    `datasets` library reads), or a registered name. `auto` chooses `json`, `text` or `parquet` by
-    the suffix of the files in `dataset_path`."""
+    """`stdlib` (the sources of Python's standard library), `json`, `text`, `parquet`, `tokens`,
+    `c4`, `c4_validation`, `c4_test`, `hf:owner/name` (of the Hugging Face hub), `hf` (a folder that
+    its `datasets` library reads), or a registered name. `auto` chooses by the files in
+    `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
 
     dataset_path: str | None = None
-    """File, folder or glob to read. `c4` without it streams from the Hugging Face hub."""
+    """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
+    unset when `data.sources` says what to read."""
 
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one forward (a microbatch)."""
@@ -75,7 +76,42 @@ class Training(Section):
     """Reading processes."""
 
 
+class DataSource(Section):
+    path: str | None = None
+    """File, folder or glob to read, as `training.dataset_path`."""
+
+    dataset: str = "auto"
+    """Kind of data, as `training.dataset`."""
+
+    weight: NonNegativeFloat
+    """Share of the tokens, in any unit: the weights of all sources are divided by their sum. 0
+    leaves the source out for now."""
+
+    column: str | None = None
+    """Field of a row that holds the text. Unset: `data.text_column`."""
+
+    subset: str | None = None
+    """Subset of a Hugging Face dataset, as `data.subset`."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset, as `data.split`."""
+
+    revision: str | None = None
+    """Revision of a hub dataset, as `data.revision`."""
+
+    streaming: bool = True
+    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
+
+    name: str | None = None
+    """What messages and metrics call the source. Unset: the last part of `path`, without its
+    suffix, or `dataset`."""
+
+
 class Data(Section):
+    sources: Annotated[tuple[DataSource, ...], Field(strict=False)] = ()
+    """Datasets that are mixed by token share, in place of `training.dataset_path`: a table
+    `[[data.sources]]` each."""
+
     lanes: PositiveInt | None = None
     """Independent data streams; must divide `global_batch_size`, and the data-parallel degree must
     divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
@@ -102,7 +138,7 @@ class Data(Section):
 
     epochs: PositiveInt | None = None
     """Passes over the data after which the run ends, even before `training.steps`. Unset: as many
-    as the steps need."""
+    as the steps need. Of several `sources` each has its own passes, and this must be unset."""
 
     max_document_mib: PositiveFloat = 64.0
     """Documents larger than this (MiB of text) are treated as `on_bad_row` says."""

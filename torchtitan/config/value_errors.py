@@ -8,10 +8,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan.config.errors import Problem
-from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.fields import Key, example_table, keys_of, known_keys
 from torchtitan.config.section import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean, nearest
-from torchtitan.config.training_sections import ParamGroup
 
 _NEEDS = {
     "int_type": "an integer",
@@ -161,8 +160,9 @@ def _unknown(name: str, detail: ErrorDetails, keys: Mapping[str, Key]) -> Proble
     """An unknown key of a free-form table, or of a table in a list (`optimizer.param_groups`)."""
     if len(detail["loc"]) == 1:
         return Problem(name, "is unknown", did_you_mean(str(detail["loc"][0]), keys))
-    last = name.rpartition(".")[2]
-    known = [key.name for key in keys_of(ParamGroup)]
+    table, _, last = name.rpartition(".")
+    tables = keys.get(table.partition("[")[0])
+    known = [key.name for key in keys_of(tables.item)] if tables and tables.item else []
     match = nearest(last, known)
     prefix = f"did you mean `{match}`? " if match else ""
     return Problem(name, "is unknown", f"{prefix}Keys: {', '.join(known)}")
@@ -184,7 +184,7 @@ def _example(key: Key | None) -> str:
         "str": f"write text{default}",
         "strings": 'write a list of texts, for example ["a", "b"]',
         "lists": 'write a list of lists, for example [["a", "b"], ["c"]]',
-        "tables": 'write a list of tables, for example [{pattern = "*bias"}]',
+        "tables": f"write a list of tables, for example {example_table(key)}",
         "table": "write a table",
     }
     return words[key.kind]

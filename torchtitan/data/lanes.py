@@ -16,7 +16,7 @@ from torchtitan.config import DataError
 from torchtitan.data.packing import Packer, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, Source
+from torchtitan.data.sources import BadRow, HasTokens, Row, Source
 from torchtitan.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,12 @@ class Lane:
         self._bad_rows = position.bad_rows
         self._packer = Packer(self._documents(position), settings.seq_len)
 
-    def next_sample(self) -> Sample | None:
-        """The next sample; None, for ever, when `epochs` are over. Raises DataError."""
-        item = self._packer.next_sample()
+    def next_sample(self, length: int | None = None) -> Sample | None:
+        """The next sample, which advances by `length` tokens (None: `seq_len`).
+
+        None, for ever, when `epochs` are over. Raises DataError.
+        """
+        item = self._packer.next_sample(length)
         if item is None:
             if self.position.epoch != self._settings.epochs:
                 # A lane that is entered again has nothing left either.
@@ -71,13 +74,10 @@ class Lane:
             found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(bad_rows=self._bad_rows)
-                text = self._text(shard, row)
-                if text is None or len(text) == 0:
+                tokens = self._tokens(shard, row)
+                if tokens is None or not len(tokens):
                     continue
                 found = True
-                tokens = text
-                if isinstance(tokens, str):
-                    tokens = settings.tokenizer.encode_array(tokens, bos=True, eos=True)
                 yield here, tokens[here.token :]
             if not found:
                 raise DataError(
@@ -116,17 +116,14 @@ class Lane:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _text(self, shard: Shard, row: Row) -> str | np.ndarray | None:
-        """The text of a row, or its tokens; None for one that is left out.
+    def _tokens(self, shard: Shard, row: Row) -> np.ndarray | None:
+        """The tokens of a row; None for one without text and for one that is left out.
 
         Raises DataError as configured.
         """
         settings = self._settings
         try:
-            text = settings.source.text(row)
-            if not isinstance(text, str):
-                _refuse_unknown_tokens(text, settings.tokenizer.vocab_size)
-            return text
+            return row_tokens(settings.source, settings.tokenizer, row)
         except BadRow as error:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
@@ -139,6 +136,23 @@ class Lane:
                 f" the last one: {message}"
             )
         return None
+
+
+def row_tokens(source: Source, tokenizer: Tokenizer, row: Row) -> np.ndarray | None:
+    """A document between its start and end token, int32 `[num_tokens]`; None for an empty one.
+
+    Tokens that the data hold already are taken as they are. Raises BadRow.
+    """
+    if isinstance(source, HasTokens):
+        return source.tokens(row)
+    text = source.text(row)
+    if len(text) == 0:
+        return None
+    if isinstance(text, str):
+        return tokenizer.encode_array(text, bos=True, eos=True)
+    if (highest := int(text.max())) >= tokenizer.vocab_size:
+        raise BadRow(f"token {highest} is not one of the tokenizer's {tokenizer.vocab_size}")
+    return text
 
 
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
@@ -158,8 +172,3 @@ def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, li
             block, size, cursor = [], 0, next_cursor()
     if block:
         yield cursor, block
-
-
-def _refuse_unknown_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    if len(tokens) and (highest := int(tokens.max())) >= vocab_size:
-        raise BadRow(f"token {highest} is not one of the tokenizer's {vocab_size}")

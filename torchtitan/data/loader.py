@@ -17,9 +17,12 @@ import torch
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.lanes import LaneSettings
-from torchtitan.data.packing import Position, Sample, make_batch
+from torchtitan.data.mixture import AnyPosition, Mixture
+from torchtitan.data.named_sources import NamedSource, require_sources
+from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
+from torchtitan.data.token_source import tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
 from torchtitan.models.batch import Batch
@@ -75,12 +78,14 @@ class StepData:
     """What a rank trains on in one step."""
 
     microbatches: list[Batch]
-    lane_states: dict[int, dict[str, int]]
-    """Of this rank's lanes after the step; JSON, some 100 bytes each."""
+    lane_states: dict[int, dict[str, Any]]
+    """Of this rank's lanes after the step; JSON, some 100 bytes each, times the sources."""
     ended: bool
     """All lanes of this rank had ended before the step: it holds padding only, no targets."""
     bad_rows: int
     """Rows that this rank's lanes have left out since the start of the run."""
+    source_tokens: dict[str, int]
+    """Where sources are mixed: tokens of each since the start of the run, over all ranks."""
 
 
 class Loader:
@@ -88,22 +93,23 @@ class Loader:
 
     def __init__(
         self,
-        settings: LaneSettings,
+        mixture: Mixture,
         plan: LanePlan,
         stream: SampleStream,
-        positions: dict[int, Position],
+        positions: dict[int, AnyPosition],
         document_mask: bool,
         pin_memory: bool,
     ):
-        self.fingerprint = _fingerprint(settings)
+        self.fingerprint = _fingerprint(mixture)
         """Names the data and how they are cut: a resume with another one would go astray."""
-        self._settings = settings
+        self._mixture = mixture
+        self._settings = mixture.sources[0]
         self._plan = plan
         self._stream = stream
         self._positions = positions
         self._document_mask = document_mask
         self._pin_memory = pin_memory
-        tokenizer = settings.tokenizer
+        tokenizer = self._settings.tokenizer
         self._pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     def next_step(self) -> StepData:
@@ -123,7 +129,7 @@ class Loader:
             self._batch(samples[start : start + plan.local_batch_size])
             for start in range(0, len(samples), plan.local_batch_size)
         ]
-        states = {lane: position._asdict() for lane, position in self._positions.items()}
+        states = {lane: position.state() for lane, position in self._positions.items()}
         bad_rows = sum(position.bad_rows for position in self._positions.values())
         if bad_rows > self._settings.max_bad_rows:
             raise DataError(
@@ -131,7 +137,8 @@ class Loader:
                 f" data.max_bad_rows = {self._settings.max_bad_rows}"
             )
         ended = all(sample is None for sample in samples)
-        return StepData(batches, states, ended, bad_rows)
+        source_tokens = self._mixture.source_tokens(self._positions[plan.lanes[0]])
+        return StepData(batches, states, ended, bad_rows, source_tokens)
 
     def close(self) -> None:
         """End the reading processes."""
@@ -157,26 +164,16 @@ def build_loader(
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
-    source = build_source(training, data)
-    shards = source.shards(plan.num_lanes)
-    if len(shards) < plan.num_lanes:
-        raise ConfigError(too_few_shards(len(shards), plan.num_lanes, data.lanes))
-    settings = LaneSettings(
-        source=source,
-        shards=shards,
-        tokenizer=tokenizer,
-        num_lanes=plan.num_lanes,
-        seq_len=training.seq_len,
-        seed=seed,
-        shuffle=data.shuffle,
-        epochs=data.epochs,
-        on_bad_row=data.on_bad_row,
-        max_bad_rows=data.max_bad_rows,
+    named = require_sources(training, data)
+    mixture = Mixture(
+        sources=tuple(_settings(source, seed, tokenizer, plan.num_lanes) for source in named),
+        names=tuple(source.name for source in named),
+        weights=tuple(source.weight for source in named),
     )
-    positions = {lane: Position() for lane in plan.lanes}
+    positions = {lane: mixture.start() for lane in plan.lanes}
     if lane_states is not None:
         states = {int(lane): state for lane, state in lane_states.items()}
-        positions = {lane: _position(lane, states) for lane in plan.lanes}
+        positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
     options = training.dataloader
     num_workers = workers_for(len(plan.lanes), options.num_workers)
     if num_workers < options.num_workers:
@@ -187,23 +184,51 @@ def build_loader(
             options.num_workers,
             len(plan.lanes),
         )
-    dataset = LaneDataset(settings, dict(positions))
+    dataset = LaneDataset(mixture, dict(positions))
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
     pin_memory = options.pin_memory and torch.cuda.is_available()
-    return Loader(settings, plan, stream, positions, training.document_mask, pin_memory)
+    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory)
 
 
-def _position(lane: int, states: dict[int, dict[str, Any]]) -> Position:
+def _settings(named: NamedSource, seed: int, tokenizer: Tokenizer, num_lanes: int) -> LaneSettings:
+    """One source as all lanes see it. Raises ConfigError by the keys that name it."""
+    training, data = named.training, named.data
     try:
-        return Position(**states[lane])
+        source = build_source(training, data)
+        problem = tokenizer_problem(source, tokenizer, training.dataset_path)
+        shards = [] if problem else source.shards(num_lanes)
+        if problem is None and len(shards) < num_lanes:
+            problem = too_few_shards(len(shards), num_lanes, data.lanes)
+        if problem is not None:
+            raise ConfigError(problem)
+    except ConfigError as error:
+        raise ConfigError([named.retold(problem) for problem in error.problems]) from None
+    return LaneSettings(
+        source=source,
+        shards=shards,
+        tokenizer=tokenizer,
+        num_lanes=num_lanes,
+        seq_len=training.seq_len,
+        seed=seed,
+        shuffle=data.shuffle,
+        epochs=data.epochs,
+        on_bad_row=data.on_bad_row,
+        max_bad_rows=data.max_bad_rows,
+    )
+
+
+def _position(mixture: Mixture, lane: int, states: dict[int, dict[str, Any]]) -> AnyPosition:
+    try:
+        return mixture.position(states[lane])
     except (KeyError, TypeError) as error:
         raise DataError(f"the stored state of data lane {lane} is not usable: {error!r}") from error
 
 
-def _fingerprint(settings: LaneSettings) -> str:
+def _fingerprint(mixture: Mixture) -> str:
+    settings = mixture.sources[0]
     facts = {
         "format": _FORMAT,
-        "data": settings.source.description,
+        "data": mixture.description(),
         "tokenizer": settings.tokenizer.fingerprint,
         "num_lanes": settings.num_lanes,
         "seq_len": settings.seq_len,

@@ -8,7 +8,7 @@ stream's first, a target once. Cutting documents at the end of a sample wastes n
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Position(NamedTuple):
     cursor: str = ""
     """From which the source goes on at the beginning of the block, if it can seek."""
 
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return self._asdict()
+
 
 class Sample(NamedTuple):
     """Up to `seq_len + 1` consecutive tokens of a lane; small, as it travels between processes."""
@@ -41,6 +45,20 @@ class Sample(NamedTuple):
     """int32 `[num_tokens]`."""
     lengths: tuple[int, ...]
     """How many of them belong to each document; sums to num_tokens."""
+    parts: tuple[int, ...] = ()
+    """Of a sequence put together from several streams: how many of the tokens are of each, one more
+    than it contributes inputs; sums to num_tokens. Empty for one stream."""
+
+    def split(self) -> "Iterator[Sample]":
+        """The parts, each from one stream."""
+        lengths = iter(self.lengths)
+        start = 0
+        for size in self.parts or (len(self.tokens),):
+            own: list[int] = []
+            while sum(own) < size:
+                own.append(next(lengths))
+            yield Sample(self.tokens[start : start + size], tuple(own))
+            start += size
 
 
 class Packer:
@@ -52,12 +70,14 @@ class Packer:
         self._pending: deque[tuple[Position, np.ndarray]] = deque()
         self._num_pending = 0
 
-    def next_sample(self) -> tuple[Sample, Position] | None:
+    def next_sample(self, length: int | None = None) -> tuple[Sample, Position] | None:
         """A sample and where the next one starts; None when nothing is left to predict.
 
-        The last sample may be short; the position after it is that of the last token.
+        It advances by `length` tokens, `seq_len` when None. The last sample may be short; the
+        position after it is that of the last token.
         """
-        wanted = self._seq_len + 1
+        length = self._seq_len if length is None else length
+        wanted = length + 1
         while self._num_pending < wanted:
             document = next(self._documents, None)
             if document is None:
@@ -67,7 +87,7 @@ class Packer:
         if self._num_pending < 2:
             return None
         sample = self._peek(wanted)
-        self._advance(min(self._seq_len, self._num_pending - 1))
+        self._advance(min(length, self._num_pending - 1))
         return sample, self._pending[0][0]
 
     def _peek(self, wanted: int) -> Sample:
@@ -97,28 +117,33 @@ def make_batch(
 ) -> Batch:
     """The batch `[len(samples), seq_len]` of samples; None (no data left) is padding throughout.
 
-    Padding is a document of its own without targets. With `document_mask`, positions restart in
-    every document, and the first token of a document is not a target.
+    Padding is a document of its own without targets, and so is each part of a sample of several,
+    with targets. With `document_mask`, positions restart in every document, and the first token of
+    a document is not a target.
     """
     shape = (len(samples), seq_len)
     tokens = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int64)
-    steps = np.arange(seq_len, dtype=np.int64)
-    positions = np.tile(steps, (len(samples), 1))
+    positions = np.tile(np.arange(seq_len, dtype=np.int64), (len(samples), 1))
     for b, sample in enumerate(samples):
         if sample is None:
             continue
-        inputs = sample.tokens[:seq_len]
-        tokens[b, : len(inputs)] = inputs
-        labels[b, : len(sample.tokens) - 1] = sample.tokens[1:]
-        starts = np.cumsum(sample.lengths)
-        starts = starts[starts < seq_len]
-        documents[b, starts] = 1
+        end = 0
+        for part in sample.split():
+            # The last token is an input too where nothing follows, at the end of the data.
+            start, last = end, len(part.tokens) - 1
+            end = min(start + last + (not sample.parts), seq_len)
+            tokens[b, start:end] = part.tokens[: end - start]
+            labels[b, start : start + last] = part.tokens[1:]
+            borders = start + np.cumsum(part.lengths)
+            documents[b, borders[(borders <= end) & (borders < seq_len)]] = 1
+            documents[b, start] = start > 0
+            if document_mask:
+                labels[b, borders[borders <= end] - 1] = IGNORE_INDEX
+        starts = np.flatnonzero(documents[b])
         documents[b] = np.cumsum(documents[b])
         if document_mask:
-            ends = np.cumsum(sample.lengths) - 1
-            labels[b, ends[ends < seq_len]] = IGNORE_INDEX
             positions[b] -= np.concatenate(([0], starts))[documents[b]]
     arrays = {
         "tokens": tokens,

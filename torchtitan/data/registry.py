@@ -102,9 +102,12 @@ def _from_files(training: Training, data: Data) -> "Source":
     from torchtitan.data.sources_files import TextSource
     from torchtitan.data.sources_json import JsonSource
     from torchtitan.data.sources_parquet import ParquetSource
+    from torchtitan.data.token_files import is_token_folder
 
     if training.dataset_path is None:
         raise ConfigError(missing_path(training.dataset))
+    if training.dataset == "auto" and is_token_folder(training.dataset_path):
+        return _tokens(training, data)
     wanted = training.dataset
     assert wanted in ("auto", "json", "text", "parquet")
     kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]
@@ -139,6 +142,14 @@ def _from_folder(training: Training, data: Data) -> "Source":
             )
         )
     return hub_source(folder, training, data, data.split, data.subset)
+
+
+def _tokens(training: Training, data: Data) -> "Source":
+    from torchtitan.data.token_source import TokenSource
+
+    if training.dataset_path is None:
+        raise ConfigError(missing_path(training.dataset))
+    return TokenSource(training.dataset_path)
 
 
 def missing_path(dataset: str) -> Problem:
@@ -194,7 +205,10 @@ register_dataset("stdlib", _stdlib, _STDLIB_TITLE, takes_path=False)
 register_dataset("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True)
 register_dataset("text", _from_files, "text files, also .gz and .zst", needs_path=True)
 register_dataset("parquet", _from_files, "Parquet files", needs_path=True)
-register_dataset("auto", _from_files, "JSON, text or Parquet by the files' suffix", needs_path=True)
+register_dataset("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True)
+register_dataset(
+    "auto", _from_files, "JSON, text, Parquet or tokens, by the files", needs_path=True
+)
 _register(DatasetEntry("c4", c4, "C4, from a folder or the hub", takes_hub_keys=True))
 _register(
     DatasetEntry("c4_validation", c4_validation, "C4's validation split", takes_hub_keys=True)

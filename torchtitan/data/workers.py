@@ -7,19 +7,18 @@ StatefulDataLoader keeps state per worker instead, which ties a checkpoint to th
 
 import atexit
 import multiprocessing
-import os
 import signal
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, resource_tracker
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from torchtitan.config import DataError
-from torchtitan.data.lanes import Lane, LaneSettings
-from torchtitan.data.packing import Position, Sample
+from torchtitan.data.mixture import AnyPosition, Mixture
+from torchtitan.data.packing import Sample
+from torchtitan.utils.children import end_with_parent
 from torchtitan.utils.torch_compat import hide_worker_info
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -31,7 +30,7 @@ class Item(NamedTuple):
     lane: int
     sample: Sample | None
     """None when the lane has ended."""
-    position: Position
+    position: AnyPosition
     """Where the lane's next sample starts."""
     error: str = ""
 
@@ -39,8 +38,8 @@ class Item(NamedTuple):
 class LaneDataset(IterableDataset[Item]):
     """Samples of the given lanes in rounds, for ever; worker w of W serves every W-th of them."""
 
-    def __init__(self, settings: LaneSettings, positions: dict[int, Position]):
-        self._settings = settings
+    def __init__(self, mixture: Mixture, positions: dict[int, AnyPosition]):
+        self._mixture = mixture
         self._positions = positions
 
     def __iter__(self) -> Iterator[Item]:
@@ -49,7 +48,7 @@ class LaneDataset(IterableDataset[Item]):
         hide_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         own = list(self._positions.items())[first::step]
-        lanes = {index: Lane(self._settings, index, position) for index, position in own}
+        lanes = {index: self._mixture.lane(index, position) for index, position in own}
         while True:
             for index, lane in lanes.items():
                 # As a value: raised, it would reach the user inside the traceback of a worker.
@@ -158,16 +157,4 @@ def _context() -> Any:
 
 def _prepare_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """Without this a reader outlives a killed run for ever.
-
-    By process id its parent is the fork server, which stays while one of its children does; the
-    kernel's parent-death signal and DataLoader's own watchdog look at that one only.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()

@@ -79,7 +79,7 @@ def test_other_run(key: str, value: Any) -> None:
 
 def test_keys_of_the_list_exist() -> None:
     keys = [*flatten(JobConfig().model_dump()), *(key for key, _ in SAME_RUN)]
-    unset = {"job.config_file", "training.dataset_path"}
+    unset = {"job.config_file", "training.dataset_path", "data.sources.path"}
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern
     assert all(MAY_DIFFER.values())
@@ -91,6 +91,25 @@ def test_changes_worth_a_notice() -> None:
     assert notices == ["training.dataset_path was unset and is '/elsewhere' from here on."]
     # A run that met a bad row may go on without it.
     assert "data.on_bad_row" in compare({}, changed("data.on_bad_row", "skip"))[1][0]
+
+
+def test_sources_may_move_but_not_change() -> None:
+    def sources(*tables: dict[str, Any]) -> JobConfig:
+        return changed("data.sources", list(tables))
+
+    stored = sources({"path": "/a", "weight": 1}, {"path": "/b", "weight": 2})
+    before = stored.model_dump(exclude_none=True)
+    assert compare(before, stored) == ([], [])
+    moved = sources({"path": "/new/a", "weight": 1}, {"path": "/b", "weight": 2})
+    problems, notices = compare(before, moved)
+    assert problems == [] and "'/new/a'" in notices[0]
+    for other in (
+        sources({"path": "/a", "weight": 1}, {"path": "/b", "weight": 3}),
+        sources({"path": "/a", "weight": 1}),
+        sources({"path": "/a", "weight": 1}, {"path": "/b", "weight": 2, "column": "body"}),
+    ):
+        (problem,) = compare(before, other)[0]
+        assert problem.key == "data.sources"
 
 
 def test_older_configs_compare_by_defaults() -> None:

@@ -105,6 +105,7 @@ class Run:
             for plan in plans
         ]
         self.lane_states: dict[str, Any] = {}
+        self.source_tokens: dict[str, int] = {}
         self.ended = False
 
     def step(self, name: str = "tokens") -> np.ndarray:
@@ -116,6 +117,7 @@ class Run:
             parts.append(rows.reshape(self.rounds, -1, rows.shape[-1]))
             states.update(data.lane_states)
             ended.append(data.ended)
+            self.source_tokens = data.source_tokens
         self.lane_states = json.loads(json.dumps(states))
         self.ended = all(ended)
         return np.concatenate(parts, axis=1)

@@ -1,0 +1,52 @@
+"""Whole runs on tokens made beforehand and on a mixture: losses, metrics, a kill, another mesh."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import runs
+from tests.distributed.test_runs import start_and_signal
+from torchtitan import cli
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of very different lengths."""
+    generator = random.Random(5)
+    words = ["lane", "mesh", "step", "shard", "epoch"]
+    texts = [" ".join(generator.choices(words, k=generator.choice([3, 9, 90]))) for _ in range(400)]
+    file = tmp_path_factory.mktemp("text") / "words.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return file
+
+
+def test_the_loss_on_tokens_is_that_on_the_text(text: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    data = f"--training.dataset_path={text}"
+    words = ["tokenize", data, f"--output={tokens}", "--data.lanes=8", "--workers=1"]
+    assert cli.main(words) == 0
+    for name, path in (("text", text), ("tokens", tokens)):
+        arguments = ("--training.dataset=auto", f"--training.dataset_path={path}")
+        runs.run(tmp_path / name, *arguments, "--checkpoint.enable=false")
+    curve = runs.curve(tmp_path / "text")
+    assert len(curve) == 10 and runs.curve(tmp_path / "tokens") == curve
+
+
+def test_a_mixture_that_is_killed_and_goes_on_on_another_mesh(text: Path, tmp_path: Path) -> None:
+    sources = f"[{{path = '{text}', weight = 3}}, {{dataset = 'stdlib', weight = 1}}]"
+    arguments = ("--training.dataset=auto", f"--data.sources={sources}", "--training.steps=12")
+    runs.run(tmp_path / "whole", *arguments)
+    start_and_signal(tmp_path / "killed", signal.SIGKILL, *arguments)
+    done = runs.run(tmp_path / "killed", *arguments, processes=2)
+    assert "Resumed from step" in done.stderr
+    for (step, loss, _), expected in zip(
+        runs.curve(tmp_path / "killed"), runs.curve(tmp_path / "whole"), strict=True
+    ):
+        assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=2e-6))
+    for name in ("whole", "killed"):
+        record = runs.records(tmp_path / name)[-1]
+        assert record["source_tokens/words"] == record["num_tokens_seen"] * 3 / 4
+        assert record["source_tokens/stdlib"] == record["num_tokens_seen"] / 4

@@ -1,0 +1,196 @@
+"""Several sources in one lane, by token share.
+
+Within a lane each source is a lane of its own: its shards, its shuffle, its epochs, its packing.
+What is mixed are the sequences that these give. In a *round*, in which every lane gives one
+sequence, the tokens of the round are dealt to the sources, each time to the one that is furthest
+behind its share (`Shares.deal`), and laid out around a circle, one source after another. The lanes
+are as many equal arcs of that circle, turned a little further every round, so that every lane gets
+of every source (`Shares.parts`). An arc that holds a border of sources is a sequence of two parts.
+
+What is dealt is whole sequences as soon as one of them is less than the promised exactness, a
+thousandth of the tokens so far; before that it is single tokens. So the share is exact from the
+start, whatever the lengths of documents and sequences, and all but the first sequences are of one
+source. A document never lies between pieces of another, and is cut only where its sequence, or its
+part of one, ends; it goes on in the lane's next sequence of that source.
+
+Nothing here knows of ranks: how a round is dealt follows from the tokens dealt so far, which every
+lane keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchtitan.data.lanes import Lane, LaneSettings
+from torchtitan.data.packing import Position, Sample
+
+EXACTNESS = 1000
+"""The share of a source is off by at most one in so many of the tokens, from so many tokens on."""
+_GOLDEN = 0x9E3779B97F4A7C15
+"""The golden ratio in 64 bits: its multiples fill a circle evenly, however many are taken."""
+
+
+class Shares:
+    """Which tokens of a round come from which source. Pure arithmetic on integers."""
+
+    def __init__(self, weights: Sequence[float], num_lanes: int, seq_len: int):
+        # As they are written: 0.1 is a tenth here, not the nearest binary fraction.
+        fractions = [Fraction(str(weight)) for weight in weights]
+        scale = lcm(*(fraction.denominator for fraction in fractions))
+        self._weights = [int(fraction * scale) for fraction in fractions]
+        self._sum = sum(self._weights)
+        self._num_lanes = num_lanes
+        self._seq_len = seq_len
+
+    def deal(self, taken: Sequence[int]) -> list[int]:
+        """Tokens of each source in the next round, after `taken` of each in all rounds before.
+
+        Everywhere, no source is ahead by more than a unit, and so none behind by more than a unit
+        for each other source: a token, or, when that many sequences are few enough, a sequence.
+        """
+        before, others = sum(taken), max(1, len(taken) - 1)
+        unit = self._seq_len if before >= EXACTNESS * others * self._seq_len else 1
+        round_size = self._num_lanes * self._seq_len
+        # In tokens times the sum of the weights, so that all stay integers.
+        whole = unit * self._sum
+        behind = [
+            weight * (before + round_size) - self._sum * count
+            for weight, count in zip(self._weights, taken)
+        ]
+        # Most at once, leaving enough for the order of the last ones to matter.
+        units = [max(0, lack // whole - len(taken)) for lack in behind]
+        behind = [lack - whole * given for lack, given in zip(behind, units)]
+        for _ in range(round_size // unit - sum(units)):
+            source = max(range(len(behind)), key=behind.__getitem__)
+            behind[source] -= whole
+            units[source] += 1
+        return [unit * count for count in units]
+
+    def parts(self, dealt: Sequence[int], round_: int, lane: int) -> list[tuple[int, int]]:
+        """What a lane's sequence of a round is made of: (source, number of tokens)."""
+        turned = ((round_ * _GOLDEN) % 2**64 * self._num_lanes) >> 64
+        start = (lane + turned) % self._num_lanes * self._seq_len
+        end = start + self._seq_len
+        parts, border = [], 0
+        for source, count in enumerate(dealt):
+            inside = min(end, border + count) - max(start, border)
+            if inside > 0:
+                parts.append((source, inside))
+            border += count
+        return parts
+
+
+class MixedPosition(NamedTuple):
+    """Where a lane of several sources stands."""
+
+    round: int
+    """Sequences that it has given."""
+    taken: tuple[int, ...]
+    """Tokens that all lanes together have given in as many rounds, of each source."""
+    sources: tuple[Position, ...]
+    """Where the next sequence, or part of one, of each source starts."""
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows left out before this place."""
+        return sum(position.bad_rows for position in self.sources)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        sources = [position.state() for position in self.sources]
+        return {"round": self.round, "taken": list(self.taken), "sources": sources}
+
+
+AnyPosition = Position | MixedPosition
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What all lanes of a run have in common: one source, or several with their shares."""
+
+    sources: tuple[LaneSettings, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    @cached_property
+    def shares(self) -> Shares:
+        """How a round is dealt."""
+        first = self.sources[0]
+        return Shares(self.weights, first.num_lanes, first.seq_len)
+
+    def start(self) -> AnyPosition:
+        """Where a lane starts."""
+        count = len(self.sources)
+        return MixedPosition(0, (0,) * count, (Position(),) * count) if count > 1 else Position()
+
+    def position(self, state: Mapping[str, Any]) -> AnyPosition:
+        """The position of a stored state. Raises TypeError or KeyError for one of other data."""
+        if len(self.sources) == 1:
+            return Position(**state)
+        sources = tuple(Position(**inner) for inner in state["sources"])
+        taken = tuple(int(count) for count in state["taken"])
+        if not len(self.sources) == len(sources) == len(taken):
+            raise TypeError(f"it is of {len(sources)} sources, and there are {len(self.sources)}")
+        return MixedPosition(int(state["round"]), taken, sources)
+
+    def lane(self, index: int, position: AnyPosition) -> "Lane | MixedLane":
+        """Lane `index` from `position` on."""
+        if isinstance(position, Position):
+            return Lane(self.sources[0], index, position)
+        return MixedLane(self, index, position)
+
+    def description(self) -> Any:
+        """What identifies the data (JSON)."""
+        if len(self.sources) == 1:
+            return self.sources[0].source.description
+        return [
+            {"weight": weight, "data": settings.source.description}
+            for weight, settings in zip(self.weights, self.sources)
+        ]
+
+    def source_tokens(self, position: AnyPosition) -> dict[str, int]:
+        """Tokens of each source so far, over all lanes; nothing where there is but one source."""
+        if isinstance(position, Position):
+            return {}
+        return dict(zip(self.names, position.taken))
+
+
+class MixedLane:
+    """The stream of lane `index` of a mixture, from `position` on. It never ends."""
+
+    def __init__(self, mixture: Mixture, index: int, position: MixedPosition):
+        self.position = position
+        """Where the next sequence starts."""
+        self._shares = mixture.shares
+        self._index = index
+        self._lanes = [
+            Lane(settings, index, inner)
+            for settings, inner in zip(mixture.sources, position.sources)
+        ]
+
+    def next_sample(self) -> Sample:
+        """The next sequence, of one or several parts. Raises DataError."""
+        position = self.position
+        dealt = self._shares.deal(position.taken)
+        parts = []
+        for source, count in self._shares.parts(dealt, position.round, self._index):
+            part = self._lanes[source].next_sample(count)
+            assert part is not None, "sources of a mixture do not end"
+            parts.append(part)
+        self.position = MixedPosition(
+            round=position.round + 1,
+            taken=tuple(before + now for before, now in zip(position.taken, dealt)),
+            sources=tuple(lane.position for lane in self._lanes),
+        )
+        if len(parts) == 1:
+            return parts[0]
+        return Sample(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            lengths=tuple(length for part in parts for length in part.lengths),
+            parts=tuple(len(part.tokens) for part in parts),
+        )

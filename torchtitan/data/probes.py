@@ -1,0 +1,192 @@
+"""A look into the data before a run: footers, first rows, small files to their end. No torch."""
+
+import pickle
+import re
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.facts import Facts
+
+if TYPE_CHECKING:
+    from torchtitan.data.pieces import Shard
+    from torchtitan.data.sources import Source
+    from torchtitan.data.sources_files import FileSource
+    from torchtitan.data.token_source import TokenSource
+
+_PROBED_SHARDS = 16
+_PROBED_ROWS = 8
+_PROBED_BYTES = 32 * 2**20
+_PROBED_TOKEN_BYTES = 256 * 2**20
+"""Read to compare digests: the offsets of many tokens, and all of small data."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
+
+
+def probe_source(facts: Facts, source: "Source") -> list[Problem]:
+    """Problems of dealing the data out, of their first rows, and of files that are cut off."""
+    from torchtitan.data.pieces import too_few_shards
+    from torchtitan.data.sources_files import FileSource
+    from torchtitan.data.token_source import TokenSource
+
+    problems = [*getattr(source, "problems", list)(), *_probe_pickling(facts, source)]
+    if problems:
+        return problems
+    shards = source.shards(facts.num_lanes)
+    if len(shards) < facts.num_lanes:
+        return [too_few_shards(len(shards), facts.num_lanes, facts.config.data.lanes)]
+    if isinstance(source, TokenSource):
+        return _probe_tokens(facts, source)
+    problems = _probe_rows(facts, source, shards)
+    problems += _probe_revision(facts, source)
+    if isinstance(source, FileSource) and not problems:
+        problems = [
+            *_probe_amount(facts, source),
+            *_probe_whole_files(facts, source, shards),
+        ]
+    return problems
+
+
+def _probe_pickling(facts: Facts, source: "Source") -> list[Problem]:
+    """Whether reading processes can have a copy of a dataset that is not the library's own."""
+    from torchtitan.data.sources_files import FileSource
+
+    num_workers = facts.config.training.dataloader.num_workers
+    if num_workers == 0 or isinstance(source, FileSource):
+        return []
+    try:
+        pickle.dumps(source)
+    except Exception as error:
+        problem = f"the dataset cannot be sent to reading processes: {error}"
+        fix = "make it picklable (no open files, lambdas or local classes), or set 0"
+        key = "training.dataloader.num_workers"
+        return [Problem(key, problem, fix, value=num_workers)]
+    return []
+
+
+def _probe_revision(facts: Facts, source: "Source") -> list[Problem]:
+    """A dataset of the hub may change while a run is stopped, which a resume refuses."""
+    commit, revision = source.description.get("commit"), facts.config.data.revision
+    if commit is None or _COMMIT.fullmatch(revision or ""):
+        return []
+    return [
+        Problem(
+            "data.revision",
+            "the dataset may change, and a resume would then be refused",
+            f'set "{commit}", the newest commit',
+            value=revision,
+            severity="warning",
+        )
+    ]
+
+
+def _probe_tokens(facts: Facts, source: "TokenSource") -> list[Problem]:
+    """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+    from torchtitan.data.token_files import TokenFileError
+    from torchtitan.data.token_source import tokenizer_problem, unusable
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config, path = facts.config, facts.config.training.dataset_path
+    try:
+        problem = tokenizer_problem(source, build_tokenizer(config.model.tokenizer_path), path)
+        source.check_content(_PROBED_TOKEN_BYTES)
+    except TokenFileError as error:
+        return [unusable(error, path or "")]
+    except ConfigError:  # of the tokenizer, and told with it
+        return []
+    if problem is not None:
+        return [problem]
+    return _amount_problems(facts, source.index.num_tokens, "tokens")
+
+
+def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:
+    """The first unusable row among the first rows of some shards, unless some may be left out."""
+    from torchtitan.data.sources import BadRow
+    from torchtitan.data.sources_torch import StreamSource
+
+    # Each part of a stream may be a connection of its own.
+    num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
+    num_usable = 0
+    first: tuple[str, BadRow] | None = None
+    for shard in shards[:: -(-len(shards) // num_probed)]:
+        for row in islice(source.rows(shard), _PROBED_ROWS):
+            try:
+                num_usable += len(source.text(row)) > 0
+            except BadRow as error:
+                first = first or (source.locate(shard, row), error)
+    if num_usable and (first is None or facts.config.data.on_bad_row == "skip"):
+        return []
+    if first is None:
+        return [Problem(named_by(facts), "the first rows hold no text", "give data with content")]
+    where, reason = first
+    if reason.column is None:
+        return [Problem(named_by(facts), f"{where}: {reason}", _ROW_FIX)]
+    fix = "set it to the column that holds the text"
+    return [Problem("data.text_column", f"{where}: {reason}", fix, value=reason.column)]
+
+
+def _probe_amount(facts: Facts, source: "FileSource") -> list[Problem]:
+    """Whether finite, uncompressed data can fill one step; a token is at least a byte."""
+    if any(file.compression for file in source.files):
+        return []
+    return _amount_problems(facts, sum(file.size for file in source.files), "bytes")
+
+
+def _amount_problems(facts: Facts, amount: int, unit: str) -> list[Problem]:
+    training, epochs = facts.config.training, facts.config.data.epochs
+    if epochs is None or amount * epochs // training.seq_len >= facts.global_batch_size:
+        return []
+    available = amount * epochs // training.seq_len
+    return [
+        Problem(
+            "data.epochs",
+            f"{epochs} x {amount} {unit} give at most {available} sequences of"
+            f" {training.seq_len} tokens, and a step takes {facts.global_batch_size}",
+            "give more data, or lower training.global_batch_size or training.seq_len",
+            value=epochs,
+        )
+    ]
+
+
+def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]") -> list[Problem]:
+    """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
+    from torchtitan.data.pieces import Shard
+
+    budget = _PROBED_BYTES
+    problems = []
+    strides = {shard.file: shard.stride for shard in shards if shard.end is None}
+    num_filled: int | None = sum(shard.end is not None for shard in shards)
+    for index, stride in strides.items():
+        file = source.files[index]
+        budget -= file.size
+        if budget < 0:
+            num_filled = None
+            break
+        num_rows = 0
+        for row in source.rows(Shard(index)):
+            num_rows += 1
+            if row.flaw and facts.config.data.on_bad_row == "error":
+                where = source.locate(Shard(index), row)
+                problems.append(Problem(named_by(facts), f"{where}: {row.flaw}", _ROW_FIX))
+                break
+        if num_filled is not None:
+            num_filled += min(num_rows, stride)
+    if not problems and num_filled is not None and num_filled < facts.num_lanes:
+        problems.append(too_few_documents(num_filled, facts))
+    return problems
+
+
+def too_few_documents(count: int, facts: Facts) -> Problem:
+    """The problem of a lane that would have nothing to read."""
+    return Problem(
+        "data.lanes",
+        f"the data hold {count} documents, too few for {facts.num_lanes} lanes",
+        f"set data.lanes to at most {count}, or give more data",
+        value=facts.config.data.lanes,
+    )
+
+
+def named_by(facts: Facts) -> str:
+    """The key that says which data are read."""
+    named = facts.config.training.dataset_path is None
+    return "training.dataset" if named else "training.dataset_path"

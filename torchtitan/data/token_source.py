@@ -1,0 +1,129 @@
+"""Tokenised documents as a source: a position is found at once, nothing is parsed or tokenised.
+
+A shard for a lane is a range of documents. With the number of lanes that the tokens were made for,
+those ranges are the pieces into which the text was cut, so a run reads the same samples as from the
+text, shuffled or not; with any other number, they are cut anew.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.data.pieces import PIECES_PER_LANE, Shard
+from torchtitan.data.sources import Row
+from torchtitan.data.token_files import (
+    Documents,
+    TokenFileError,
+    check_digests,
+    check_sizes,
+    open_documents,
+    read_index,
+    token_folder,
+)
+from torchtitan.data.tokenizers import Tokenizer
+
+_LARGEST_PIECE_TOKENS = 2**20
+
+
+class TokenSource:
+    """The documents of a folder that `torchtitan tokenize` has written."""
+
+    def __init__(self, path: str):
+        """Raises ConfigError for a folder that is not whole; looks at the sizes of files only."""
+        self.folder: Path = token_folder(path)
+        try:
+            self.index = read_index(self.folder)
+            check_sizes(self.folder, self.index)
+        except TokenFileError as error:
+            raise ConfigError(unusable(error, path, not self.folder.exists())) from None
+        self.description: dict[str, Any] = {"kind": "tokens", "digest": self.index.digest}
+        self._opened: dict[int, Documents] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # each process maps files for itself
+
+    def shards(self, num_lanes: int) -> list[Shard]:
+        shards = self.index.shards
+        if num_lanes == self.index.num_lanes:
+            borders = [list(shard.pieces) for shard in shards]
+        else:
+            size = self.index.num_tokens / (PIECES_PER_LANE * num_lanes)
+            size = max(1.0, min(size, _LARGEST_PIECE_TOKENS))
+            borders = [_even(s.num_documents, s.num_tokens / size) for s in shards]
+        # A piece without a row is one of the text, too, and keeps its place in the order.
+        return [
+            Shard(file, start, end)
+            for file, cuts in enumerate(borders)
+            for start, end in itertools.pairwise(cuts)
+        ]
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        sizes = self._documents(shard.file).sizes[shard.start : shard.end]
+        for number, size in enumerate(sizes.tolist(), start=shard.start):
+            yield Row(number, size, (shard.file, number))
+
+    def tokens(self, row: Row) -> np.ndarray:
+        file, number = row.content
+        documents = self._documents(file)
+        start, end = documents.offsets[number : number + 2].tolist()
+        tokens = documents.tokens[start:end].astype(np.int32)
+        if len(tokens) != end - start or tokens.max(initial=0) >= self.index.vocab_size:
+            name = self.folder / f"{self.index.shards[file].name}.bin"
+            raise DataError(f"{name} is damaged: document {number} holds what is no token")
+        return tokens
+
+    def text(self, row: Row) -> str:
+        raise TypeError("tokens are read by tokens()")
+
+    def locate(self, shard: Shard, row: Row) -> str:
+        return f"{self.folder / self.index.shards[shard.file].name}.bin (document {row.place})"
+
+    def check_content(self, max_bytes: float) -> None:
+        """Compare digests, as far as `max_bytes` reach. Raises TokenFileError."""
+        check_digests(self.folder, self.index, max_bytes)
+
+    def _documents(self, file: int) -> Documents:
+        if file not in self._opened:
+            try:
+                opened = open_documents(self.folder, self.index, self.index.shards[file])
+            except TokenFileError as error:
+                raise DataError(str(error)) from error
+            while len(self._opened) >= 64:  # a process may have few files open
+                self._opened.pop(next(iter(self._opened)))
+            self._opened[file] = opened
+        return self._opened[file]
+
+
+def tokenizer_problem(source: Any, tokenizer: Tokenizer, path: str | None) -> Problem | None:
+    """The problem of tokens that another tokenizer has made than the run's, if that is so."""
+    if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
+        return None
+    return Problem(
+        "training.dataset_path",
+        f"the tokens were made by another tokenizer ({_short(source.index.tokenizer)}) than"
+        f" model.tokenizer_path ({_short(tokenizer.fingerprint)})",
+        "set model.tokenizer_path to the tokenizer that made them, or tokenize the text again",
+        path,
+    )
+
+
+def unusable(error: TokenFileError, path: str, missing: bool = False) -> Problem:
+    """The problem of a folder of tokens that cannot be used."""
+    fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
+    if "not finished" in str(error):
+        fix = "let `torchtitan tokenize` come to its end"
+    return Problem("training.dataset_path", str(error), fix, path, missing_asset=missing)
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint if len(fingerprint) < 24 else f"{fingerprint[:20]}..."
+
+
+def _even(num_documents: int, num_pieces: float) -> list[int]:
+    """Borders of about so many equal ranges of documents."""
+    count = max(1, min(num_documents, round(num_pieces)))
+    return [num_documents * k // count for k in range(count + 1)]

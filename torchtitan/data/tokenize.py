@@ -1,0 +1,233 @@
+"""Tokenising a dataset once, by several processes, into files that a run maps into memory.
+
+The pieces into which the lanes' source is cut are put together to output shards of some size: a
+function of the data and the number of lanes. Each shard is made by one process from its own pieces
+alone, so the number of processes changes nothing in the output, and a shard that is finished stays
+so when the work is interrupted. No torch.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtitan.config import DataError
+from torchtitan.data.lanes import row_tokens
+from torchtitan.data.pieces import Shard
+from torchtitan.data.sources import BadRow, Source
+from torchtitan.data.token_files import (
+    FORMAT,
+    INDEX_NAME,
+    JOB_NAME,
+    VERSION,
+    Document,
+    ShardInfo,
+    TokenIndex,
+    finished_shard,
+    token_dtype,
+    write_shard,
+    write_text,
+)
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.utils.children import end_with_parent
+
+logger = logging.getLogger(__name__)
+
+_MIN_SHARDS = 64
+"""Data are cut into at least so many shards, down to `_SMALLEST_BYTES`, for processes to share."""
+_SMALLEST_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """What is made of what. Picklable, for the processes."""
+
+    source: Source
+    tokenizer: Tokenizer
+    num_lanes: int
+    groups: tuple[tuple[Shard, ...], ...]
+    """The pieces of the source that each output shard is made of."""
+    max_document_mib: float
+    on_bad_row: str
+    max_bad_rows: int
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The same for work that can be shared: a stopped job goes on where this is equal."""
+        facts = {
+            "version": VERSION,
+            "source": self.source.description,
+            "tokenizer": self.tokenizer.fingerprint,
+            "num_lanes": self.num_lanes,
+            "groups": [len(group) for group in self.groups],
+            "max_document_mib": self.max_document_mib,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        return token_dtype(self.tokenizer.vocab_size)
+
+
+def group_pieces(
+    source: Source, pieces: Sequence[Shard], largest_bytes: int
+) -> tuple[tuple[Shard, ...], ...]:
+    """Consecutive pieces in groups of up to about `largest_bytes`, with many groups to share."""
+    sizes = [piece_bytes(source, piece) for piece in pieces]
+    wanted = min(max(sum(sizes) // _MIN_SHARDS, _SMALLEST_BYTES), largest_bytes)
+    groups: list[list[Shard]] = []
+    filled = wanted
+    for piece, size in zip(pieces, sizes):
+        if filled >= wanted:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += size
+    return tuple(tuple(group) for group in groups)
+
+
+def piece_bytes(source: Source, piece: Shard) -> int:
+    """Bytes on the disk of a piece; a guess where its source does not say."""
+    if piece.end is not None:
+        return piece.end - piece.start
+    files: Any = getattr(source, "files", None)
+    size = getattr(files[piece.file], "size", None) if files else None
+    return max(1, size // piece.stride) if isinstance(size, int) else 2**20
+
+
+def tokenize(
+    job: TokenizeJob, num_workers: int, on_finished: Callable[[int, ShardInfo], None]
+) -> TokenIndex:
+    """Write what is not there yet, and then the index. `on_finished(number, shard)` is called for
+    each shard, those from before first. Raises DataError; what is finished then stays."""
+    write_text(job.folder / JOB_NAME, json.dumps({"format": FORMAT, "job": job.id}) + "\n")
+    found: dict[int, ShardInfo] = {}
+
+    def finish(number: int, shard: ShardInfo) -> None:
+        found[number] = shard
+        on_finished(number, shard)
+        bad_rows = sum(shard.bad_rows for shard in found.values())
+        if bad_rows > job.max_bad_rows:
+            raise DataError(
+                f"left out {bad_rows} rows, more than data.max_bad_rows = {job.max_bad_rows}"
+            )
+
+    missing = []
+    for number in range(len(job.groups)):
+        shard = finished_shard(job.folder, _name(number), job.dtype, job.id)
+        if shard is None:
+            missing.append(number)
+        else:
+            finish(number, shard)
+    for number, shard in _made(job, missing, num_workers):
+        finish(number, shard)
+    index = TokenIndex(
+        tokenizer=job.tokenizer.fingerprint,
+        dtype=job.dtype,
+        vocab_size=job.tokenizer.vocab_size,
+        num_lanes=job.num_lanes,
+        job=job.id,
+        source=job.source.description,
+        shards=tuple(found[number] for number in range(len(job.groups))),
+    )
+    for unfinished in job.folder.glob(".*.unfinished"):
+        unfinished.unlink(missing_ok=True)
+    write_text(job.folder / INDEX_NAME, index.to_json())
+    (job.folder / JOB_NAME).unlink(missing_ok=True)
+    return index
+
+
+def _made(
+    job: TokenizeJob, numbers: Sequence[int], num_workers: int
+) -> Iterator[tuple[int, ShardInfo]]:
+    """Shards in the order in which they are finished."""
+    num_workers = min(num_workers, len(numbers))
+    if num_workers <= 1:
+        for number in numbers:
+            yield number, _make(job, number)
+        return
+    before = set(multiprocessing.active_children())
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    executor = ProcessPoolExecutor(num_workers, context, _prepare_worker, (job,))
+    done = False
+    try:
+        futures: dict[Future[ShardInfo], int] = {
+            executor.submit(_make_in_worker, number): number for number in numbers
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        done = True
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process was killed, perhaps for want of memory; the same command goes on"
+            " with what is finished, and takes less memory with fewer --workers"
+        ) from error
+    finally:
+        executor.shutdown(wait=done, cancel_futures=True)
+        for process in set() if done else set(multiprocessing.active_children()) - before:
+            process.kill()  # or this one would wait for the shards that they are at
+
+
+def _make(job: TokenizeJob, number: int) -> ShardInfo:
+    bad_rows = 0
+
+    def documents(piece: Shard) -> Iterator[Document]:
+        nonlocal bad_rows
+        for row in job.source.rows(piece):
+            try:
+                found = row_tokens(job.source, job.tokenizer, row)
+            except BadRow as error:
+                message = f"{job.source.locate(piece, row)}: {error}"
+                if job.on_bad_row == "error":
+                    fix = 'To leave such rows out, set data.on_bad_row = "skip"'
+                    raise DataError(f"{message}. {fix}") from None
+                bad_rows += 1
+                logger.warning("Left out a row: %s", message)
+                if bad_rows > job.max_bad_rows:
+                    limit = f"data.max_bad_rows = {job.max_bad_rows}"
+                    raise DataError(f"left out more rows than {limit}: {message}") from None
+                yield Document(np.empty(0, np.int32), row.size, bad=True)
+                continue
+            # A row without text is kept as an empty document: the order counts it.
+            yield Document(np.empty(0, np.int32) if found is None else found, row.size)
+
+    name = _name(number)
+    try:
+        write_shard(job.folder, name, job.dtype, map(documents, job.groups[number]), job.id)
+    except OSError as error:
+        raise DataError(f"{job.folder / name} cannot be written: {error.strerror}") from None
+    shard = finished_shard(job.folder, name, job.dtype, job.id)
+    if shard is None:
+        raise DataError(f"{job.folder / name} was changed while it was written")
+    return shard
+
+
+_job: TokenizeJob | None = None
+"""In a worker: what it works at, which is sent to it once."""
+
+
+def _prepare_worker(job: TokenizeJob) -> None:
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the main process to answer
+    end_with_parent()
+
+
+def _make_in_worker(number: int) -> ShardInfo:
+    assert _job is not None
+    return _make(_job, number)
+
+
+def _name(number: int) -> str:
+    return f"{number:05}"
