@@ -114,10 +114,11 @@ def is_token_folder(path: str) -> bool:
     folder = token_folder(path)
     for name in (INDEX_NAME, JOB_NAME):
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            with open(folder / name, "rb") as stream:
+                start = stream.read(100)  # data of any size may be called so
+        except OSError:
             continue
-        if isinstance(content, dict) and content.get("format") == FORMAT:
+        if f'"format": "{FORMAT}"'.encode() in start:
             return True
     return False
 

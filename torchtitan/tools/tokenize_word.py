@@ -1,6 +1,7 @@
 """`torchtitan tokenize`: a dataset as files of tokens, which runs read without tokenising."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +70,9 @@ def run(argv: list[str]) -> int:
         raise ConfigError(problems)
     facts = Facts(config, 1, "cpu")
     named = _choose(facts, options.source)
-    facts = Facts(
-        config.model_copy(update={"training": named.training, "data": named.data}), 1, "cpu"
+    data = named.data.model_copy(update={"epochs": None})  # how often it is read is for the run
+    facts = replace(
+        facts, config=config.model_copy(update={"training": named.training, "data": data})
     )
     folder = Path(options.output or "").expanduser().absolute()
     job = _prepare(facts, named, folder, shard_mib * 2**20)
