@@ -30,11 +30,11 @@ class Training(Section):
     dataset: str = "auto"
     """`stdlib` (the sources of Python's standard library), `json`, `text`, `parquet`, `tokens`,
     `c4`, `c4_validation`, `c4_test`, `hf:owner/name` (of the Hugging Face hub), `hf` (a folder that
-    its `datasets` library reads), or a registered name. `auto` chooses `json`, `text`, `parquet` or
-    `tokens` by the files in `dataset_path`."""
+    its `datasets` library reads), or a registered name. `auto` chooses by the files in
+    `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
 
     dataset_path: str | None = None
-    """File, folder or glob to read. `c4` without it streams from the Hugging Face hub. Leave it
+    """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
     unset when `data.sources` says what to read."""
 
     local_batch_size: PositiveInt = 8
@@ -89,6 +89,18 @@ class DataSource(Section):
 
     column: str | None = None
     """Field of a row that holds the text. Unset: `data.text_column`."""
+
+    subset: str | None = None
+    """Subset of a Hugging Face dataset, as `data.subset`."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset, as `data.split`."""
+
+    revision: str | None = None
+    """Revision of a hub dataset, as `data.revision`."""
+
+    streaming: bool = True
+    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
 
     name: str | None = None
     """What messages and metrics call the source. Unset: the last part of `path`, without its

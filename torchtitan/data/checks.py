@@ -1,16 +1,28 @@
 """What can be known to be wrong with the data before a run starts."""
 
 import math
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torchtitan.config.checks import is_mesh
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
-from torchtitan.data.probes import probe_data
-from torchtitan.data.registry import find_dataset, missing_path, unknown_dataset
+from torchtitan.data.probes import named_by, probe_source
+from torchtitan.data.registry import (
+    DatasetEntry,
+    build_source,
+    find_dataset,
+    missing_path,
+    unknown_dataset,
+)
 from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
+
+if TYPE_CHECKING:
+    from torchtitan.data.sources import Source
 
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
@@ -41,6 +53,49 @@ def probe(facts: Facts) -> list[Problem]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
     problems = probe_tokenizer(facts)
     return problems if check_data(facts) else problems + probe_data(facts)
+
+
+def probe_data(facts: Facts) -> list[Problem]:
+    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
+    problems: list[Problem] = []
+    files: dict[str, NamedSource] = {}
+    for named in named_sources(facts.config.training, facts.config.data):
+        config = facts.config.model_copy(update={"training": named.training, "data": named.data})
+        own = replace(facts, config=config)
+        found: list[Problem] = []
+        try:
+            source = build_source(named.training, named.data)
+            found += probe_source(own, source)
+            found += _probe_shared_files(named, source, files)
+        except ConfigError as error:
+            found += error.problems
+        except DataError as error:
+            found.append(Problem(named_by(own), str(error), "mend or replace the file"))
+        problems += [named.retold(problem) for problem in found]
+    return problems
+
+
+def _probe_shared_files(
+    named: NamedSource, source: "Source", files: dict[str, NamedSource]
+) -> list[Problem]:
+    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
+    shared = [path for path in paths if path in files]
+    for path in paths:
+        files.setdefault(path, named)
+    if not shared:
+        return []
+    first = files[shared[0]]
+    return [
+        Problem(
+            "training.dataset_path",
+            f"{len(shared)} of the files are in {first.place} ({first.name}), too, for example"
+            f" {shared[0]}; their documents count in both",
+            "leave them out of one of the sources, unless that is meant",
+            value=named.training.dataset_path,
+            severity="warning",
+        )
+    ]
 
 
 def probe_tokenizer_files(facts: Facts) -> list[Problem]:
@@ -96,6 +151,7 @@ def _check_dataset(named: NamedSource) -> list[Problem]:
     entry = find_dataset(training.dataset)
     if entry is None:
         return [unknown_dataset(training.dataset)]
+    problems = _check_hub_keys(named.data, entry)
     path = training.dataset_path
     if path is None:
         return [missing_path(training.dataset)] if entry.needs_path else []
@@ -109,13 +165,10 @@ def _check_dataset(named: NamedSource) -> list[Problem]:
     return []
 
 
-def _check_hub_keys(data: Data, names: list[str]) -> list[Problem]:
-    """Keys of `[data]` that say which part of a Hugging Face dataset to read, of which none of the
-    datasets may be one."""
-    entries = [entry for entry in map(find_dataset, names) if entry is not None]
-    used = {"split": any(entry.takes_split for entry in entries)}
-    takes_hub_keys = any(entry.takes_hub_keys for entry in entries)
-    used |= dict.fromkeys(("subset", "revision", "streaming"), takes_hub_keys)
+def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[Problem]:
+    """Keys of `[data]` that say which part of a Hugging Face dataset to read."""
+    used = {"split": entry.takes_split}
+    used |= dict.fromkeys(("subset", "revision", "streaming"), entry.takes_hub_keys)
     problems = []
     for name, is_used in used.items():
         value = getattr(data, name)

@@ -14,6 +14,8 @@ from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.training_sections import Data, DataSource, Training
 
 TABLES = "data.sources"
+_HUB_KEYS = ("subset", "split", "revision", "streaming")
+"""Say which part of a Hugging Face dataset to read; each table has its own."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class NamedSource:
             ("training.dataset_path", "path"),
             ("training.dataset", "dataset"),
             ("data.text_column", "column"),
+            *((f"data.{name}", name) for name in _HUB_KEYS),
         ):
             text = text.replace(key, f"{self.place}.{own}")
         return text
@@ -60,7 +63,11 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
                 update={"dataset": table.dataset, "dataset_path": table.path}
             ),
             data=data.model_copy(
-                update={"sources": (), "text_column": table.column or data.text_column}
+                update={
+                    "sources": (),
+                    "text_column": table.column or data.text_column,
+                    **{key: getattr(table, key) for key in _HUB_KEYS},
+                }
             ),
             place=f"{TABLES}[{index}]",
         )
@@ -81,7 +88,8 @@ def check_sources(training: Training, data: Data) -> list[Problem]:
         problems.append(Problem(TABLES, "all weights are 0", fix))
     first_with: dict[tuple[str | None, ...], int] = {}
     for index, table in enumerate(tables):
-        what = (table.path and os.path.normpath(table.path), table.dataset, table.column)
+        path = table.path and os.path.normpath(table.path)
+        what = (path, table.dataset, table.column, table.subset, table.split)
         first = first_with.setdefault(what, index)
         if first != index:
             problem = f"reads the same as {TABLES}[{first}]"
@@ -112,6 +120,13 @@ def _keys_beside(training: Training, data: Data) -> list[Problem]:
     if training.dataset != "auto":
         problem = f"and [[{TABLES}]] both say what to read"
         problems.append(Problem("training.dataset", problem, fix, training.dataset))
+    for name in _HUB_KEYS:
+        value = getattr(data, name)
+        if value != Data.model_fields[name].default:
+            problem = f"belongs to one dataset, and [[{TABLES}]] names several"
+            problems.append(
+                Problem(f"data.{name}", problem, f"set it in the tables of {TABLES}", value)
+            )
     if data.epochs is not None and len(data.sources) > 1:
         problems.append(
             Problem(

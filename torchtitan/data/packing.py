@@ -8,7 +8,7 @@ stream's first, a target once. Cutting documents at the end of a sample wastes n
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Position(NamedTuple):
     cursor: str = ""
     """From which the source goes on at the beginning of the block, if it can seek."""
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """As JSON."""
         return self._asdict()
 
