@@ -1,28 +1,16 @@
 """What can be known to be wrong with the data before a run starts."""
 
 import math
-import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torchtitan.config.checks import is_mesh
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
-from torchtitan.data.probes import named_by, probe_source
-from torchtitan.data.registry import (
-    DatasetEntry,
-    build_source,
-    find_dataset,
-    missing_path,
-    unknown_dataset,
-)
+from torchtitan.data.probes import probe_data
+from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
-
-if TYPE_CHECKING:
-    from torchtitan.data.sources import Source
 
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
@@ -41,11 +29,8 @@ def check_data(facts: Facts) -> list[Problem]:
     problems = check_sources(config.training, config.data)
     if problems:
         return problems
-    sources = named_sources(config.training, config.data)
-    for named in sources:
+    for named in named_sources(config.training, config.data):
         problems += [named.retold(problem) for problem in _check_dataset(named)]
-    if not problems:
-        problems += _check_hub_keys(config.data, [named.training.dataset for named in sources])
     return problems
 
 
@@ -53,49 +38,6 @@ def probe(facts: Facts) -> list[Problem]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
     problems = probe_tokenizer(facts)
     return problems if check_data(facts) else problems + probe_data(facts)
-
-
-def probe_data(facts: Facts) -> list[Problem]:
-    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
-    problems: list[Problem] = []
-    files: dict[str, NamedSource] = {}
-    for named in named_sources(facts.config.training, facts.config.data):
-        config = facts.config.model_copy(update={"training": named.training, "data": named.data})
-        own = replace(facts, config=config)
-        found: list[Problem] = []
-        try:
-            source = build_source(named.training, named.data)
-            found += probe_source(own, source)
-            found += _probe_shared_files(named, source, files)
-        except ConfigError as error:
-            found += error.problems
-        except DataError as error:
-            found.append(Problem(named_by(own), str(error), "mend or replace the file"))
-        problems += [named.retold(problem) for problem in found]
-    return problems
-
-
-def _probe_shared_files(
-    named: NamedSource, source: "Source", files: dict[str, NamedSource]
-) -> list[Problem]:
-    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
-    paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
-    shared = [path for path in paths if path in files]
-    for path in paths:
-        files.setdefault(path, named)
-    if not shared:
-        return []
-    first = files[shared[0]]
-    return [
-        Problem(
-            "training.dataset_path",
-            f"{len(shared)} of the files are in {first.place} ({first.name}), too, for example"
-            f" {shared[0]}; their documents count in both",
-            "leave them out of one of the sources, unless that is meant",
-            value=named.training.dataset_path,
-            severity="warning",
-        )
-    ]
 
 
 def probe_tokenizer_files(facts: Facts) -> list[Problem]:
@@ -154,15 +96,15 @@ def _check_dataset(named: NamedSource) -> list[Problem]:
     problems = _check_hub_keys(named.data, entry)
     path = training.dataset_path
     if path is None:
-        return [missing_path(training.dataset)] if entry.needs_path else []
+        return [*problems, *([missing_path(training.dataset)] if entry.needs_path else [])]
     if not path or "\0" in path:
         fix = "give a file, a folder or a glob"
-        return [Problem("training.dataset_path", "is not a path", fix, value=path)]
-    if not entry.takes_path:
+        problems.append(Problem("training.dataset_path", "is not a path", fix, value=path))
+    elif not entry.takes_path:
         fix = 'remove it, or set training.dataset to "auto", "json", "text" or "parquet"'
         problem = f'is not used by "{training.dataset}"'
-        return [Problem("training.dataset_path", problem, fix, value=path)]
-    return []
+        problems.append(Problem("training.dataset_path", problem, fix, value=path))
+    return problems
 
 
 def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[Problem]:
@@ -173,7 +115,7 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[Problem]:
     for name, is_used in used.items():
         value = getattr(data, name)
         if not is_used and value != type(data).model_fields[name].default:
-            problem = f"is not used by {', '.join(map(repr, names))}"
+            problem = f'is not used by "{entry.name}"'
             fix = 'remove it; it is for training.dataset = "hf:owner/name"'
             problems.append(Problem(f"data.{name}", problem, fix, value=value))
         elif value == "":

@@ -139,20 +139,13 @@ class Lane:
 
 
 def row_tokens(source: Source, tokenizer: Tokenizer, row: Row) -> np.ndarray | None:
-    """A document between its start and end token, int32 `[num_tokens]`; None for an empty one.
-
-    Tokens that the data hold already are taken as they are. Raises BadRow.
-    """
-    if isinstance(source, HasTokens):
-        return source.tokens(row)
-    text = source.text(row)
-    if len(text) == 0:
-        return None
-    if isinstance(text, str):
-        return tokenizer.encode_array(text, bos=True, eos=True)
-    if (highest := int(text.max())) >= tokenizer.vocab_size:
-        raise BadRow(f"token {highest} is not one of the tokenizer's {tokenizer.vocab_size}")
-    return text
+    """A document, int32 `[num_tokens]`; None for an empty one. Text is put between a start and an
+    end token, tokens are taken as they are. Raises BadRow."""
+    document = source.text(row)
+    if isinstance(document, str):
+        return tokenizer.encode_array(document, bos=True, eos=True) if document else None
+    _refuse_unknown_tokens(document, tokenizer.vocab_size)
+    return document
 
 
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
@@ -172,3 +165,8 @@ def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, li
             block, size, cursor = [], 0, next_cursor()
     if block:
         yield cursor, block
+
+
+def _refuse_unknown_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    if len(tokens) and (highest := int(tokens.max())) >= vocab_size:
+        raise BadRow(f"token {highest} is not one of the tokenizer's {vocab_size}")

@@ -1,12 +1,16 @@
-"""A look into the data before a run: footers, first rows, small files to their end. No torch."""
+"""What can be known to be wrong with the data by looking at their files, before a run starts."""
 
+import os
 import pickle
 import re
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.data.named_sources import NamedSource, named_sources
+from torchtitan.data.registry import build_source
 
 if TYPE_CHECKING:
     from torchtitan.data.pieces import Shard
@@ -23,7 +27,50 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
 
 
-def probe_source(facts: Facts, source: "Source") -> list[Problem]:
+def probe_data(facts: Facts) -> list[Problem]:
+    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
+    problems: list[Problem] = []
+    files: dict[str, NamedSource] = {}
+    for named in named_sources(facts.config.training, facts.config.data):
+        config = facts.config.model_copy(update={"training": named.training, "data": named.data})
+        own = replace(facts, config=config)
+        found: list[Problem] = []
+        try:
+            source = build_source(named.training, named.data)
+            found += _probe_source(own, source)
+            found += _probe_shared_files(named, source, files)
+        except ConfigError as error:
+            found += error.problems
+        except DataError as error:
+            found.append(Problem(_key(own), str(error), "mend or replace the file"))
+        problems += [named.retold(problem) for problem in found]
+    return problems
+
+
+def _probe_shared_files(
+    named: NamedSource, source: "Source", files: dict[str, NamedSource]
+) -> list[Problem]:
+    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
+    shared = [path for path in paths if path in files]
+    for path in paths:
+        files.setdefault(path, named)
+    if not shared:
+        return []
+    first = files[shared[0]]
+    return [
+        Problem(
+            "training.dataset_path",
+            f"{len(shared)} of the files are in {first.place} ({first.name}), too, for example"
+            f" {shared[0]}; their documents count in both",
+            "leave them out of one of the sources, unless that is meant",
+            value=named.training.dataset_path,
+            severity="warning",
+        )
+    ]
+
+
+def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     """Problems of dealing the data out, of their first rows, and of files that are cut off."""
     from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.sources_files import FileSource
@@ -117,10 +164,10 @@ def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[P
     if num_usable and (first is None or facts.config.data.on_bad_row == "skip"):
         return []
     if first is None:
-        return [Problem(named_by(facts), "the first rows hold no text", "give data with content")]
+        return [Problem(_key(facts), "the first rows hold no text", "give data with content")]
     where, reason = first
     if reason.column is None:
-        return [Problem(named_by(facts), f"{where}: {reason}", _ROW_FIX)]
+        return [Problem(_key(facts), f"{where}: {reason}", _ROW_FIX)]
     fix = "set it to the column that holds the text"
     return [Problem("data.text_column", f"{where}: {reason}", fix, value=reason.column)]
 
@@ -167,7 +214,7 @@ def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]"
             num_rows += 1
             if row.flaw and facts.config.data.on_bad_row == "error":
                 where = source.locate(Shard(index), row)
-                problems.append(Problem(named_by(facts), f"{where}: {row.flaw}", _ROW_FIX))
+                problems.append(Problem(_key(facts), f"{where}: {row.flaw}", _ROW_FIX))
                 break
         if num_filled is not None:
             num_filled += min(num_rows, stride)
@@ -186,7 +233,6 @@ def too_few_documents(count: int, facts: Facts) -> Problem:
     )
 
 
-def named_by(facts: Facts) -> str:
-    """The key that says which data are read."""
+def _key(facts: Facts) -> str:
     named = facts.config.training.dataset_path is None
     return "training.dataset" if named else "training.dataset_path"

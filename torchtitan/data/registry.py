@@ -206,9 +206,7 @@ register_dataset("json", _from_files, "JSON lines or arrays, also .gz and .zst",
 register_dataset("text", _from_files, "text files, also .gz and .zst", needs_path=True)
 register_dataset("parquet", _from_files, "Parquet files", needs_path=True)
 register_dataset("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True)
-register_dataset(
-    "auto", _from_files, "JSON, text, Parquet or tokens, by the files", needs_path=True
-)
+register_dataset("auto", _from_files, "one of these four, by the files", needs_path=True)
 _register(DatasetEntry("c4", c4, "C4, from a folder or the hub", takes_hub_keys=True))
 _register(
     DatasetEntry("c4_validation", c4_validation, "C4's validation split", takes_hub_keys=True)

@@ -8,7 +8,7 @@ the run or is left out is decided in one place (`lanes.py`). The kinds of source
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -69,15 +69,6 @@ class Source(Protocol):
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Where a row is, for a message: `file:line (byte n)`."""
-        ...
-
-
-@runtime_checkable
-class HasTokens(Protocol):
-    """A source of documents that have been tokenised before."""
-
-    def tokens(self, row: Row) -> np.ndarray:
-        """A document between its start and end token, int32 `[num_tokens]`. Raises DataError."""
         ...
 
 

@@ -186,7 +186,7 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
         nonlocal bad_rows
         for row in job.source.rows(piece):
             try:
-                found = row_tokens(job.source, job.tokenizer, row)
+                tokens = row_tokens(job.source, job.tokenizer, row)
             except BadRow as error:
                 message = f"{job.source.locate(piece, row)}: {error}"
                 if job.on_bad_row == "error":
@@ -200,7 +200,7 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
                 yield Document(np.empty(0, np.int32), row.size, bad=True)
                 continue
             # A row without text is kept as an empty document: the order counts it.
-            yield Document(np.empty(0, np.int32) if found is None else found, row.size)
+            yield Document(np.empty(0, np.int32) if tokens is None else tokens, row.size)
 
     name = _name(number)
     try:
