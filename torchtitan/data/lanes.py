@@ -16,7 +16,7 @@ from torchtitan.config import DataError
 from torchtitan.data.packing import Packer, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, Source
+from torchtitan.data.sources import BadRow, Row, Source, row_tokens
 from torchtitan.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -138,16 +138,6 @@ class Lane:
         return None
 
 
-def row_tokens(source: Source, tokenizer: Tokenizer, row: Row) -> np.ndarray | None:
-    """A document, int32 `[num_tokens]`; None for an empty one. Text is put between a start and an
-    end token, tokens are taken as they are. Raises BadRow."""
-    document = source.text(row)
-    if isinstance(document, str):
-        return tokenizer.encode_array(document, bos=True, eos=True) if document else None
-    _refuse_unknown_tokens(document, tokenizer.vocab_size)
-    return document
-
-
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
     """Consecutive rows in groups that fit into memory many times over, from `cursor` on.
 
@@ -165,8 +155,3 @@ def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, li
             block, size, cursor = [], 0, next_cursor()
     if block:
         yield cursor, block
-
-
-def _refuse_unknown_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    if len(tokens) and (highest := int(tokens.max())) >= vocab_size:
-        raise BadRow(f"token {highest} is not one of the tokenizer's {vocab_size}")

@@ -8,11 +8,14 @@ the run or is left out is decided in one place (`lanes.py`). The kinds of source
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from torchtitan.data.pieces import Shard
+
+if TYPE_CHECKING:
+    from torchtitan.data.tokenizers import Tokenizer
 
 _TOKEN_BYTES = 4
 
@@ -70,6 +73,17 @@ class Source(Protocol):
     def locate(self, shard: Shard, row: Row) -> str:
         """Where a row is, for a message: `file:line (byte n)`."""
         ...
+
+
+def row_tokens(source: Source, tokenizer: "Tokenizer", row: Row) -> np.ndarray | None:
+    """A document, int32 `[num_tokens]`; None for an empty one. Text is put between a start and an
+    end token, tokens are taken as they are. Raises BadRow."""
+    document = source.text(row)
+    if isinstance(document, str):
+        return tokenizer.encode_array(document, bos=True, eos=True) if document else None
+    if len(document) and (highest := int(document.max())) >= tokenizer.vocab_size:
+        raise BadRow(f"token {highest} is not one of the tokenizer's {tokenizer.vocab_size}")
+    return document
 
 
 def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:

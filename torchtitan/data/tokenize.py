@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config import DataError
-from torchtitan.data.lanes import row_tokens
 from torchtitan.data.pieces import Shard
-from torchtitan.data.sources import BadRow, Source
+from torchtitan.data.sources import BadRow, Source, row_tokens
 from torchtitan.data.token_files import (
     FORMAT,
     INDEX_NAME,

@@ -65,7 +65,7 @@ def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
     if section.module_fqns_per_model_part:
         stages = _named_stages(section, modules, len(holders))
     elif section.pipeline_parallel_split_points:
-        stages = _split_stages(section, list(modules), len(holders))
+        stages = _split_stages(section, modules, len(holders))
     else:
         stages = _balanced_stages(section, modules, blocks, len(holders))
     return PipelinePlan(tuple(map(tuple, stages)), holders)
@@ -204,8 +204,9 @@ def _share_out(num_layers: int, weights: Sequence[float]) -> list[int]:
     return sizes
 
 
-def _split_stages(section: Parallelism, names: list[str], count: int) -> list[list[str]]:
+def _split_stages(section: Parallelism, modules: Mapping[str, int], count: int) -> list[list[str]]:
     """The stages that begin at the modules which the user names, and at the first one."""
+    names = list(modules)
     points = list(section.pipeline_parallel_split_points)
     for point in points:
         if point not in names[1:]:
@@ -220,7 +221,15 @@ def _split_stages(section: Parallelism, names: list[str], count: int) -> list[li
     if len(starts) != count:
         problem = f"makes {len(starts)} stages, and the schedule's file has {count}"
         raise ConfigError(Problem(SPLIT_KEY, problem, f"name {count - 1} modules", points))
-    return [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
+    stages = [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
+    if empty := _without_parameters(stages, modules):
+        problem = f"{_some(empty[0])} has no parameters, and a stage needs some"
+        raise ConfigError(Problem(SPLIT_KEY, problem, "leave out the module it begins at", points))
+    return stages
+
+
+def _without_parameters(stages: list[list[str]], modules: Mapping[str, int]) -> list[list[str]]:
+    return [stage for stage in stages if stage and not any(modules[name] for name in stage)]
 
 
 def _named_stages(section: Parallelism, modules: Mapping[str, int], count: int) -> list[list[str]]:
@@ -245,10 +254,9 @@ def _named_stages(section: Parallelism, modules: Mapping[str, int], count: int) 
     if not all(stages):
         problem = f"stage {stages.index([])} has no module"
         problems.append(Problem(NAMES_KEY, problem, "give every stage at least one"))
-    for stage in stages if not problems else []:
-        if stage and not any(modules[name] for name in stage):
-            problem = f"{_some(stage)} has no parameters, and a stage needs some"
-            problems.append(Problem(NAMES_KEY, problem, "put it into a stage beside it"))
+    for stage in [] if problems else _without_parameters(stages, modules):
+        problem = f"{_some(stage)} has no parameters, and a stage needs some"
+        problems.append(Problem(NAMES_KEY, problem, "put it into a stage beside it"))
     if not problems and listed != names:
         early = next(name for name, right in zip(listed, names, strict=True) if name != right)
         problem = f'"{early}" stands too early'

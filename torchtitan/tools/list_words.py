@@ -49,6 +49,10 @@ def _tokenizers() -> list[tuple[str, str]]:
     return [
         ("bytes", "one token a byte of UTF-8; needs no file"),
         ("tokenizer.json", "a file of the tokenizers library, or the folder that holds it"),
+        (
+            "tokenizer.model",
+            "tiktoken (Llama 3) or sentencepiece (Llama 2), or its folder",
+        ),
     ]
 
 

@@ -10,18 +10,11 @@ from test_legacy import COLUMNS, TOMLS
 
 from torchtitan.config.load import load_config, load_toml
 from torchtitan.config.toml_file import read_toml
-from torchtitan.data.registry import datasets
 from torchtitan.tools import config_words, train_word
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted(TOMLS.rglob("*.toml"))
 WORLD_SIZES = {"debug_model": 1, "llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 512}
-
-# Stand-ins for what these files name, until it is there. Once C4 is a dataset and the tokenizers
-# lie in tests/assets, both lists are empty and can go.
-DATASET = [] if "c4_test" in datasets() else ["--training.dataset", "stdlib"]
-TOKENIZERS = [ROOT / "tests/assets/test_tiktoken.model", ROOT / "tests/assets/tokenizer"]
-TOKENIZER = [] if all(path.exists() for path in TOKENIZERS) else ["--model.tokenizer_path", "bytes"]
 
 files = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
@@ -48,7 +41,7 @@ def test_it_has_keys_of_its_release_only(path: Path):
 def test_it_passes_the_check_at_its_world_size(path: Path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZES[path.stem]))
-    assert train_word.run([str(path), "--check", *DATASET]) == 0
+    assert train_word.run([str(path), "--check"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("ok: llama3 ")
     assert "is not a" not in printed.err
@@ -58,7 +51,7 @@ def test_it_passes_the_check_at_its_world_size(path: Path, monkeypatch, capsys):
 
 def test_only_rank_0_tells_what_keys_are_today(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    arguments = [str(TOMLS / "v0.1.0" / "debug_model.toml"), "--check", *DATASET, *TOKENIZER]
+    arguments = [str(TOMLS / "v0.1.0" / "debug_model.toml"), "--check"]
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -119,8 +112,6 @@ def test_the_debug_run_runs(release: str, tmp_path: Path):
             *(sys.executable, "-m", "torchtitan.train"),
             *("--job.config_file", str(TOMLS / release / "debug_model.toml")),
             *("--job.dump_folder", str(folder), "--training.seq_len", "64", "--job.device", "cpu"),
-            *DATASET,
-            *TOKENIZER,
         ],
         cwd=ROOT,
         capture_output=True,

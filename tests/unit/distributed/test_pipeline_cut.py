@@ -129,6 +129,8 @@ def test_a_stage_needs_parameters() -> None:
     modules = {"layers.0": 100, "layers.1": 100, "norm": 0}
     with pytest.raises(ConfigError, match="norm has no parameters, and a stage needs some"):
         plan(modules, 2, module_fqns_per_model_part=names)
+    with pytest.raises(ConfigError, match="norm has no parameters, and a stage needs some"):
+        plan(modules, 2, split_points=["norm"])
 
 
 def test_stages_begin_at_the_split_points() -> None:
