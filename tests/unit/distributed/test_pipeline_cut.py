@@ -134,7 +134,7 @@ def test_a_stage_needs_parameters() -> None:
 
 
 def test_stages_begin_at_the_split_points() -> None:
-    modules = model(4)
+    modules = model(4, 100, 100)
     cut = plan(modules, 2, "Interleaved1F1B", split_points=["layers.1", "layers.3", "norm"])
     assert [list(stage) for stage in cut.stages] == [
         ["tok_embeddings", "layers.0"],
