@@ -27,9 +27,9 @@ found = find_spec("torchtitan")
 ours = found is not None and os.path.realpath(found.origin or "").startswith(
     os.path.join(os.path.realpath(clone), "torchtitan") + os.sep
 )
-needed = ["torch"]
+needed = ["torch", "datasets", "sentencepiece", "tiktoken"]
 if extra == "dev":
-    needed += ["pytest", "pytest_timeout", "ruff", "mypy", "importlinter", "transformers"]
+    needed += ["pytest", "pytest_timeout", "xdist", "ruff", "mypy", "importlinter", "transformers"]
 sys.exit(not (ours and all(find_spec(name) for name in needed)))
 PYTHON
 }
