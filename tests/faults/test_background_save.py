@@ -137,6 +137,7 @@ def save_three(world: World, folder: str) -> tuple[list[tuple[str, int]], list[s
         checkpointer.wait()
     finally:
         logger.removeHandler(handler)
+    world.barrier()  # rank 0 deletes what is older after the others have gone on
     return events, messages, checkpointer.steps()
 
 
