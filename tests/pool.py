@@ -5,7 +5,11 @@ fails on one rank leaves the others waiting for it; then all are killed, and the
 ones.
 """
 
+import faulthandler
+import gc
 import multiprocessing
+import os
+import signal
 import tempfile
 import time
 import traceback
@@ -58,10 +62,23 @@ class GlooPool:
             connection.close()
         self._workers.clear()
 
+    def _where(self, late: list[int]) -> str:
+        """The stacks of ranks that do not answer, most recent call first."""
+        processes = {rank: self._workers[rank][0] for rank in late}
+        for process in processes.values():
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(2)  # until they have written
+        return "\n".join(
+            f"rank {rank}:\n{_stacks_file(self._folder.name, process.pid).read_text()}"
+            for rank, process in processes.items()
+        )
+
     def _grow(self, world_size: int) -> None:
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(theirs, self._folder.name), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -75,7 +92,9 @@ class GlooPool:
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = sorted(ranks[connection] for connection in waiting)
-                raise RankFailure(f"ranks {late} did not answer within {timeout} s")
+                raise RankFailure(
+                    f"ranks {late} did not answer within {timeout} s\n{self._where(late)}"
+                )
             for connection in ready:
                 rank = ranks[connection]  # type: ignore[index]
                 try:
@@ -88,10 +107,19 @@ class GlooPool:
         return [results[rank] for rank in range(len(workers))]
 
 
-def _serve(connection: Connection) -> None:
+def _stacks_file(folder: str, pid: int) -> Path:
+    return Path(folder) / f"stacks-{pid}"
+
+
+def _serve(connection: Connection, folder: str) -> None:
     import torch
 
+    # Written by the handler itself, in C: also while the rank waits for others, or for a lock.
+    stacks = _stacks_file(folder, os.getpid()).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks)
+
     torch.set_num_threads(1)
+    gc.freeze()  # or each collection between tests walks through all that torch has imported
     while True:
         try:
             rank, world_size, store, timeout, function, args = connection.recv()
@@ -129,3 +157,7 @@ def _call(
         dist.destroy_process_group()
         # DTensor keeps meshes by shape: the next one of that shape would get groups that are gone.
         _clear_sharding_prop_cache()
+        # A model and its mesh are a cycle. Until it is collected, gloo's threads stay, 18 on every
+        # rank of a mesh with three axes, and wake a hundred times a second: after hundreds of tests
+        # they leave no processor to the next one.
+        gc.collect()

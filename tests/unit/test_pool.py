@@ -1,0 +1,49 @@
+"""The pool of processes itself: what it says of ranks that fail, and what it leaves behind."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from torch import distributed as dist
+
+from tests.pool import GlooPool, RankFailure
+from torchtitan.distributed.world import World
+
+
+def wait_for_nobody(world: World) -> None:
+    if world.rank == 1:
+        time.sleep(60)
+    dist.barrier()
+
+
+def test_a_rank_that_does_not_answer_is_asked_where_it_is() -> None:
+    pool = GlooPool()
+    pool.run(2, count_threads)  # the processes have started
+    with pytest.raises(RankFailure) as failure:
+        pool.run(2, wait_for_nobody, timeout=5)
+    first, second = str(failure.value).split("rank 1:")
+    assert "ranks [0, 1] did not answer" in first
+    assert "in barrier" in first
+    assert "in wait_for_nobody" in second
+    assert "in barrier" not in second
+
+
+def make_a_mesh(world: World) -> None:
+    mesh = dist.init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("a", "b"))
+    cycle: list[object] = [mesh.get_all_groups()]
+    cycle.append(cycle)
+    dist.barrier()
+
+
+def count_threads(world: World) -> int:
+    return len(list(Path(f"/proc/{os.getpid()}/task").iterdir()))
+
+
+def test_nothing_is_left_of_the_groups_of_earlier_tests(gloo_pool: GlooPool) -> None:
+    """Gloo's threads and sockets: after hundreds of tests they were thousands."""
+    gloo_pool.run(2, make_a_mesh)
+    before = gloo_pool.run(2, count_threads)
+    for _ in range(3):
+        gloo_pool.run(2, make_a_mesh)
+    assert gloo_pool.run(2, count_threads) == before
