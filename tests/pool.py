@@ -6,14 +6,17 @@ ones.
 """
 
 import faulthandler
+import functools
 import gc
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from inspect import isclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -138,7 +141,6 @@ def _call(
 
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from torchtitan.distributed.world import World
 
@@ -155,9 +157,26 @@ def _call(
         return function(World(rank, world_size, rank, torch.device("cpu"), group), *args)
     finally:
         dist.destroy_process_group()
-        # DTensor keeps meshes by shape: the next one of that shape would get groups that are gone.
-        _clear_sharding_prop_cache()
-        # A model and its mesh are a cycle. Until it is collected, gloo's threads stay, 18 on every
-        # rank of a mesh with three axes, and wake a hundred times a second: after hundreds of tests
-        # they leave no processor to the next one.
-        gc.collect()
+        # While a mesh lives, so do gloo's threads, 18 on every rank of one with three axes, and wake
+        # a hundred times a second: after some hundred tests they leave no processor to the next.
+        _forget_meshes()
+        gc.collect()  # a model and its mesh are a cycle
+
+
+def _forget_meshes() -> None:
+    """Empty DTensor's caches, whose keys are meshes.
+
+    The next mesh of that shape would be given groups that are gone, and none would ever be freed.
+    """
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    getattr(_redistribute, "_planner_cache", {}).clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed.tensor"):
+            owners = [module, *(value for value in vars(module).values() if isclass(value))]
+            for value in [value for owner in owners for value in vars(owner).values()]:
+                cached = getattr(value, "__func__", value)  # of a static method
+                if isinstance(cached, functools._lru_cache_wrapper):
+                    cached.cache_clear()

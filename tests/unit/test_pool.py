@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.pool import GlooPool, RankFailure
 from torchtitan.distributed.world import World
@@ -29,11 +31,12 @@ def test_a_rank_that_does_not_answer_is_asked_where_it_is() -> None:
     assert "in barrier" not in second
 
 
-def make_a_mesh(world: World) -> None:
-    mesh = dist.init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("a", "b"))
-    cycle: list[object] = [mesh.get_all_groups()]
+def use_a_mesh(world: World) -> None:
+    mesh = dist.init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("a", "b"))["a"]
+    tensor = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    (tensor @ tensor).redistribute(mesh, [Replicate()])  # DTensor's caches know the mesh
+    cycle: list[object] = [mesh]
     cycle.append(cycle)
-    dist.barrier()
 
 
 def count_threads(world: World) -> int:
@@ -42,8 +45,8 @@ def count_threads(world: World) -> int:
 
 def test_nothing_is_left_of_the_groups_of_earlier_tests(gloo_pool: GlooPool) -> None:
     """Gloo's threads and sockets: after hundreds of tests they were thousands."""
-    gloo_pool.run(2, make_a_mesh)
+    gloo_pool.run(2, use_a_mesh)
     before = gloo_pool.run(2, count_threads)
     for _ in range(3):
-        gloo_pool.run(2, make_a_mesh)
+        gloo_pool.run(2, use_a_mesh)
     assert gloo_pool.run(2, count_threads) == before
