@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class StepData:
     """All lanes of this rank had ended before the step: it holds padding only, no targets."""
     bad_rows: int
     """Rows that this rank's lanes have left out since the start of the run."""
-    source_tokens: dict[str, int]
+    source_tokens: dict[str, int] = field(default_factory=dict)
     """Where sources are mixed: tokens of each since the start of the run, over all ranks."""
 
 

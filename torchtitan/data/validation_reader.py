@@ -93,7 +93,7 @@ class SetReader:
         batch = make_batch([*samples, *missing], seq_len, self._document_mask, pad_id)
         if self._options.pin_memory and torch.cuda.is_available():
             batch = batch.pin_memory()
-        return StepData([batch], {}, ended=not samples, bad_rows=0, source_tokens={})
+        return StepData([batch], {}, ended=not samples, bad_rows=0)
 
     def _is_over(self, place: int) -> bool:
         """Whether the sequence of this number, in rounds over all lanes, is not to be read."""

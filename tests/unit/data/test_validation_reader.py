@@ -1,5 +1,6 @@
 """A validation set is read to its end exactly once, whoever reads it."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_the_same_sequences_on_any_number_of_ranks(dataset, dp: int):
     for rank in range(dp):
         together += sequences(read(reader_of(path, dp, rank)))
     assert together == alone
+
+
+def test_a_set_keeps_its_order(tmp_path):
+    path = write_jsonl(tmp_path, make_documents(200))
+    labels = torch.cat([batch["labels"].flatten() for batch in read(reader_of(path, lanes=1))])
+    text = ByteTokenizer().decode(labels[labels != IGNORE_INDEX].tolist())
+    assert [int(number) for number in re.findall(r"<(\d+)>", text)] == list(range(200))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
