@@ -21,11 +21,14 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
+from torchtitan.components.validation import Validator
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
 from torchtitan.data.loader import LanePlan, Loader
 from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.data.validation_reader import Pass, build_reader
+from torchtitan.data.validation_sets import validation_sets
 from torchtitan.distributed.context_parallel import ContextParallel
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -38,7 +41,10 @@ from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import handlers as known_handlers
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs
+from torchtitan.prefetch import Prefetch
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.garbage import GarbageCollection
+from torchtitan.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +217,39 @@ def build_loader(
         )
     saver.check_data(loader.fingerprint)
     return loader
+
+
+def build_validator(
+    facts: Facts,
+    dims: ParallelDims,
+    world: World,
+    tokenizer: Tokenizer,
+    runner: Runner,
+    metrics: MetricsLogger,
+    stop: StopRequest,
+    garbage: GarbageCollection,
+) -> Validator:
+    """What evaluates the model while it is trained; without a set it never is due."""
+    config, section = facts.config, facts.config.validation
+    readers = [
+        build_reader(
+            named,
+            tokenizer,
+            num_lanes=section.lanes,
+            max_sequences=None if section.steps < 0 else section.steps * facts.global_batch_size,
+            dp_degree=dims.dp,
+            dp_rank=dims.dp_rank(world.rank),
+        )
+        for named in validation_sets(config)
+    ]
+    if len(world.gather_distinct_json([reader.fingerprint for reader in readers])) > 1:
+        raise DataError("the ranks see different validation files; every machine must see the same")
+    counts_data = dims.counts_data(world.rank)
+
+    def fetch_ahead(steps: Pass) -> Prefetch:
+        return Prefetch(steps, runner.loss, world, stop, counts_data)
+
+    return Validator(section, config.comm, readers, fetch_ahead, runner, metrics, world, garbage)
 
 
 def build_saver(config: JobConfig, world: World, folder: RunFolder, dims: ParallelDims) -> Saver:

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torchtitan.config import DataError
-from torchtitan.data.loader import Loader, StepData
+from torchtitan.data.loader import StepData
 from torchtitan.distributed.control import Agreement, PendingAgreement, start_exchange
 from torchtitan.distributed.runner import Loss
 from torchtitan.distributed.world import World
 from torchtitan.utils.signals import StopRequest
 
 _MAX_EMPTY_STEPS = 1000
+
+
+class Steps(Protocol):
+    """Where the data come from: the loader, or a pass over a validation set."""
+
+    def next_step(self) -> StepData:
+        """The data of the next step, for ever. May raise."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Prefetch:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: Steps,
         loss: Loss,
         world: World,
         stop: StopRequest,

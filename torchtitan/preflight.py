@@ -33,6 +33,7 @@ _FEATURES = (
     "torchtitan.distributed.context_checks",
     "torchtitan.distributed.pipeline_checks",
     "torchtitan.data.checks",
+    "torchtitan.data.validation_sets",
     "torchtitan.components.checks",
     "torchtitan.handlers.checks",
     "torchtitan.checkpoint.checks",
@@ -41,6 +42,7 @@ _PROBES = {
     FILES: (
         "torchtitan.distributed.pipeline_checks",
         "torchtitan.data.checks",
+        "torchtitan.data.validation_sets",
         "torchtitan.components.checks",
         "torchtitan.handlers.checks",
     ),

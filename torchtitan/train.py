@@ -80,6 +80,9 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
         counts_data = dims.counts_data(world.rank)
         ahead = Prefetch(loader, runner.loss, world, stop, counts_data, saver.save_failed)
+        validator = builder.build_validator(
+            facts, dims, world, tokenizer, runner, metrics, stop, garbage
+        )
         logger.info(builder.describe(facts, dims, world, model))
 
         def save(finished: bool, last: bool) -> None:
@@ -139,6 +142,9 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, config.comm.train_timeout_seconds)
+            if validator.is_due(step, last=step == training.steps):
+                finite.settle()
+                validator.run(step)
             if saver.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -147,6 +153,9 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             garbage.step(step)
 
         finite.settle()
+        ended_early = progress.status == "data_exhausted" and step > first_step
+        if ended_early and validator.is_due(step, last=True):
+            validator.run(step)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and saver.is_due(step, last=True):

@@ -17,6 +17,7 @@ WITHOUT_TORCH = [
     "torchtitan.models.checks",
     "torchtitan.distributed.pipeline_checks",
     "torchtitan.data.checks",
+    "torchtitan.data.validation_sets",
     "torchtitan.data.registry",
     "torchtitan.checkpoint.checks",
     "torchtitan.components.checks",

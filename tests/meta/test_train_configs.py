@@ -50,6 +50,7 @@ def test_the_configs_that_are_promised_are_there():
     promised = {
         "debug_model",
         "debug_mixture",
+        "debug_validation",
         "debug_4d",
         "llama3_2_1b",
         "llama3_2_3b",
@@ -78,7 +79,7 @@ def test_documentation_has_the_degrees(path: Path):
     assert int(seq_len) == config.training.seq_len
     stated = re.search(r"WORLD_SIZE=(\d+)", first_comment(path))
     assert stated
-    if path.stem in ("debug_model", "debug_mixture"):
+    if path.stem in ("debug_model", "debug_mixture", "debug_validation"):
         return
     assert stated[1] in gpus
     section = config.parallelism

@@ -38,6 +38,7 @@ MAY_DIFFER: dict[str, str] = {
     "checkpoint.create_seed_checkpoint": "the same weights that the run would start from without",
     "checkpoint.async_mode": "speed; the same files",
     "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
+    "validation.*": "what is measured, not what is trained",
     "metrics.*": "logging",
     "profiling.*": "logging",
     "comm.*": "time limits",

@@ -1,4 +1,4 @@
-"""The console: a line a logged step, and on a terminal a progress bar below the lines.
+"""The console: a line a record, and on a terminal a progress bar below the lines.
 
 Lines go through the logger, which knows the ranks to show. The bar is drawn by the training loop
 itself, at most a few times a second, rather than by a thread that would compete with it.
@@ -22,6 +22,7 @@ _COLORS = {
     "memory": 36,
     "tps": 34,
     "mfu": 35,
+    "perplexity": 33,
 }
 """ANSI colour of each figure."""
 
@@ -46,7 +47,11 @@ class ConsoleSink:
             self._bar.advance(step)
 
     def write(self, record: Record) -> None:
-        logger.info(format_line(record, len(str(self._steps)), self._color))
+        width = len(str(self._steps))
+        if "loss" not in record:
+            logger.info(format_validation(record, width, self._color))
+            return
+        logger.info(format_line(record, width, self._color))
         if self._bar is not None:
             self._bar.show(f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s")
 
@@ -78,10 +83,24 @@ def format_line(record: Record, step_width: int = 1, color: bool = False) -> str
     }
     if record.get("mfu") is not None:
         figures["mfu"] = f"{100 * record['mfu']:.2f}%"
-    words = [f"{name}: {figure}" for name, figure in figures.items()]
-    if color:
-        words = [f"\x1b[{_COLORS[name]}m{word}\x1b[0m" for name, word in zip(figures, words)]
-    return "  ".join(words)
+    return _line({name: f"{name}: {figure}" for name, figure in figures.items()}, color)
+
+
+def format_validation(record: Record, step_width: int = 1, color: bool = False) -> str:
+    """Loss and perplexity of a validation set for people, under the names of the metrics."""
+    words = {"step": f"step: {record['step']:{step_width}d}"}
+    for key, value in record.items():
+        figure = key.rpartition("/")[2]
+        if figure in ("loss", "perplexity"):
+            words[figure] = f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+    return _line(words, color)
+
+
+def _line(words: dict[str, str], color: bool) -> str:
+    """The words in a row, each in the colour of its figure."""
+    if not color:
+        return "  ".join(words.values())
+    return "  ".join(f"\x1b[{_COLORS[name]}m{word}\x1b[0m" for name, word in words.items())
 
 
 class _ProgressBar:

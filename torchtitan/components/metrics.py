@@ -6,6 +6,7 @@ and gradient norm stay on the device until a step is logged, since reading them 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -130,6 +131,22 @@ class MetricsLogger:
         else:
             self._start_interval(self._clock())
 
+    def log_validation(self, step: int, name: str, loss: Tensor | float, num_targets: int) -> None:
+        """The set `name` was evaluated after `step`. Waits for the device on ranks that show it.
+
+        `loss`: mean over the set's `num_targets` targets on all ranks, `[]`.
+        """
+        if not self._sinks:
+            return
+        value, place = float(loss), f"validation/{name}"
+        record = {
+            "step": step,
+            f"{place}/loss": value,
+            f"{place}/perplexity": _perplexity(value),
+            f"{place}/num_targets": num_targets,
+        }
+        self._each_sink(lambda sink: sink.write(record))
+
     def flush(self) -> None:
         """Return when every record so far is on the disk; call before a checkpoint commits."""
         self._each_sink(lambda sink: sink.flush())
@@ -225,3 +242,10 @@ class MetricsLogger:
         if name not in self._warned:
             self._warned.add(name)
             logger.warning("%s cannot be written, training goes on: %r", name, error)
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

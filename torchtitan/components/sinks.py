@@ -1,8 +1,8 @@
 """Where records of metrics go: a file of JSON lines, TensorBoard.
 
-A sink takes records, one a logged step, and may fail at any of them (disk full, folder gone): it
-raises, and `MetricsLogger` decides what that means. Another place to log to is another class with
-these methods.
+A sink takes records, one a logged step and one a validation set, and may fail at any of them (disk
+full, folder gone): it raises, and `MetricsLogger` decides what that means. Another place to log to
+is another class with these methods.
 """
 
 import json
@@ -25,6 +25,7 @@ TENSORBOARD_TAGS = {
     "step_seconds": "time_metrics/end_to_end(s)",
     "data_seconds": "time_metrics/data_loading(s)",
     "checkpoint_seconds": "time_metrics/checkpoint(s)",
+    "validation_seconds": "time_metrics/validation(s)",
     "data_fraction": "time_metrics/data_loading(%)",
     "memory_active_gib": "memory/max_active(GiB)",
     "memory_active_fraction": "memory/max_active(%)",
@@ -50,7 +51,8 @@ class Sink(Protocol):
         """Before the first write: forget what was written for steps after `step`."""
 
     def write(self, record: Record) -> None:
-        """Take the record of a step; `record["step"]` grows."""
+        """Take a record; `record["step"]` never falls. That of a validation has no `loss`, but
+        `validation/NAME/loss` and others of that name."""
 
     def flush(self) -> None:
         """Return when what was written survives the machine's failure."""

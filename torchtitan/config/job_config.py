@@ -10,6 +10,7 @@ from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.config.run_sections import Comm, Debug, Job
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import Data, LRScheduler, Optimizer, Training
+from torchtitan.config.validation_section import Validation
 
 
 class JobConfig(Section):
@@ -42,6 +43,9 @@ class JobConfig(Section):
 
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     """Saving and resuming."""
+
+    validation: Validation = Field(default_factory=Validation)
+    """Loss on data that are not trained on."""
 
     metrics: Metrics = Field(default_factory=Metrics)
     """Logging."""

@@ -147,9 +147,11 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "job.save_config_file": (None, "every run keeps its settings in config.toml of its folder"),
     "job.use_for_integration_test": (False, ""),
     "training.dataloader.persistent_workers": (False, ""),
+    "validation.dataloader.persistent_workers": (False, ""),
 }
 """Keys that change nothing here whatever their value: the default then, and a reason worth telling.
-Recomputation stops early and reading processes live as long as the run in any case."""
+Recomputation stops early in any case, reading processes live as long as the run, and those of a
+validation as long as it takes."""
 
 
 @dataclass(frozen=True)
@@ -267,22 +269,6 @@ NOT_BUILT = (
     ),
     Feature("offloading to the host's memory", {"training.enable_cpu_offload": (False,)}),
     Feature("debugging of garbage collection", {"training.gc_debug": (False,)}),
-    Feature(
-        "validation",
-        {"validation.enable": (False,)},
-        {
-            "validation.dataloader.num_workers": 0,
-            "validation.dataloader.persistent_workers": False,
-            "validation.dataloader.pin_memory": False,
-            "validation.dataloader.prefetch_factor": None,
-            "validation.dataset": "c4_validation",
-            "validation.dataset_path": None,
-            "validation.freq": 10,
-            "validation.local_batch_size": 8,
-            "validation.seq_len": 2048,
-            "validation.steps": -1,
-        },
-    ),
 )
 """Keys of features that do not exist: accepted while they are off, refused by name when not."""
 
@@ -292,5 +278,5 @@ NOT_BUILT_VALUES = {
 }
 """Choices of today's keys that stand for features that do not exist."""
 
-INTEGERS_OR_NONE = (MICROBATCHES, TOTAL_STEPS, "validation.dataloader.prefetch_factor")
+INTEGERS_OR_NONE = (MICROBATCHES, TOTAL_STEPS)
 """Keys whose default, None, does not tell their type."""

@@ -5,7 +5,7 @@ import math
 from torchtitan.config.checks import is_mesh
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.training_sections import Data
+from torchtitan.config.training_sections import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.probes import probe_data
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
@@ -30,7 +30,7 @@ def check_data(facts: Facts) -> list[Problem]:
     if problems:
         return problems
     for named in named_sources(config.training, config.data):
-        problems += [named.retold(problem) for problem in _check_dataset(named)]
+        problems += [named.retold(problem) for problem in check_dataset(named)]
     return problems
 
 
@@ -88,7 +88,8 @@ def _vocabulary_problems(facts: Facts, vocab_size: int) -> list[Problem]:
     return model_problems(facts, args)
 
 
-def _check_dataset(named: NamedSource) -> list[Problem]:
+def check_dataset(named: NamedSource) -> list[Problem]:
+    """Problems of one dataset, by the keys of a single one."""
     training = named.training
     entry = find_dataset(training.dataset)
     if entry is None:
@@ -149,16 +150,7 @@ def _check_workers(facts: Facts) -> list[Problem]:
     options = facts.config.training.dataloader
     key = "training.dataloader.num_workers"
     if options.num_workers == 0:
-        if options.prefetch_factor is None:
-            return []
-        return [
-            Problem(
-                "training.dataloader.prefetch_factor",
-                "nothing is read ahead without reading processes",
-                f"remove it, or set {key} above 0",
-                value=options.prefetch_factor,
-            )
-        ]
+        return check_prefetching(options, "training.dataloader")
     own = facts.num_lanes // facts.dp_degree
     if own == 0 or facts.num_lanes % facts.dp_degree:
         return []
@@ -172,6 +164,20 @@ def _check_workers(facts: Facts) -> list[Problem]:
             f"set {used}, or another divisor of {own}",
             value=options.num_workers,
             severity="warning",
+        )
+    ]
+
+
+def check_prefetching(options: Dataloader, place: str) -> list[Problem]:
+    """The problem of reading ahead without anybody to do it, in the table at `place`."""
+    if options.num_workers or options.prefetch_factor is None:
+        return []
+    return [
+        Problem(
+            f"{place}.prefetch_factor",
+            "nothing is read ahead without reading processes",
+            f"remove it, or set {place}.num_workers above 0",
+            value=options.prefetch_factor,
         )
     ]
 

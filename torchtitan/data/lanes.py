@@ -39,6 +39,8 @@ class LaneSettings:
     epochs: int | None
     on_bad_row: str
     max_bad_rows: int
+    may_be_empty: bool = False
+    """Whether a lane without documents is one that has ended rather than a mistake."""
 
 
 class Lane:
@@ -79,7 +81,7 @@ class Lane:
                     continue
                 found = True
                 yield here, tokens[here.token :]
-            if not found:
+            if not (found or settings.may_be_empty):
                 raise DataError(
                     f"data lane {self._index} of {settings.num_lanes} found no document in epoch"
                     f" {epoch}: the data ({len(settings.shards)} parts) hold too few documents."

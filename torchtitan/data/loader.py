@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torchtitan.data.named_sources import NamedSource, require_sources
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
+from torchtitan.data.sources import Source
 from torchtitan.data.token_source import tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
@@ -84,7 +85,7 @@ class StepData:
     """All lanes of this rank had ended before the step: it holds padding only, no targets."""
     bad_rows: int
     """Rows that this rank's lanes have left out since the start of the run."""
-    source_tokens: dict[str, int]
+    source_tokens: dict[str, int] = field(default_factory=dict)
     """Where sources are mixed: tokens of each since the start of the run, over all ranks."""
 
 
@@ -190,19 +191,25 @@ def build_loader(
     return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory)
 
 
-def _settings(named: NamedSource, seed: int, tokenizer: Tokenizer, num_lanes: int) -> LaneSettings:
-    """One source as all lanes see it. Raises ConfigError by the keys that name it."""
-    training, data = named.training, named.data
+def build_named(named: NamedSource, tokenizer: Tokenizer) -> Source:
+    """The source. Raises ConfigError by the keys that name it."""
     try:
-        source = build_source(training, data)
-        problem = tokenizer_problem(source, tokenizer, training.dataset_path)
-        shards = [] if problem else source.shards(num_lanes)
-        if problem is None and len(shards) < num_lanes:
-            problem = too_few_shards(len(shards), num_lanes, data.lanes)
+        source = build_source(named.training, named.data)
+        problem = tokenizer_problem(source, tokenizer, named.training.dataset_path)
         if problem is not None:
             raise ConfigError(problem)
     except ConfigError as error:
         raise ConfigError([named.retold(problem) for problem in error.problems]) from None
+    return source
+
+
+def _settings(named: NamedSource, seed: int, tokenizer: Tokenizer, num_lanes: int) -> LaneSettings:
+    """One source as all lanes see it. Raises ConfigError by the keys that name it."""
+    training, data = named.training, named.data
+    source = build_named(named, tokenizer)
+    shards = source.shards(num_lanes)
+    if len(shards) < num_lanes:
+        raise ConfigError(named.retold(too_few_shards(len(shards), num_lanes, data.lanes)))
     return LaneSettings(
         source=source,
         shards=shards,

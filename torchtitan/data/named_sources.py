@@ -8,13 +8,14 @@ wrong with that is told by the keys that the user has written. No torch.
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.training_sections import Data, DataSource, Training
 
 TABLES = "data.sources"
-_HUB_KEYS = ("subset", "split", "revision", "streaming")
+HUB_KEYS = ("subset", "split", "revision", "streaming")
 """Say which part of a Hugging Face dataset to read; each table has its own."""
 
 
@@ -29,6 +30,8 @@ class NamedSource:
     data: Data
     place: str = ""
     """`data.sources[0]`; empty for `training.dataset_path`."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """What the keys of a single dataset are called where this one is configured."""
 
     def retold(self, problem: Problem) -> Problem:
         """A problem of the single dataset, by the keys of this source's table."""
@@ -40,14 +43,20 @@ class NamedSource:
         return replace(problem, key=key, problem=text, fix=fix)
 
     def _translated(self, text: str) -> str:
-        for key, own in (
-            ("training.dataset_path", "path"),
-            ("training.dataset", "dataset"),
-            ("data.text_column", "column"),
-            *((f"data.{name}", name) for name in _HUB_KEYS),
-        ):
-            text = text.replace(key, f"{self.place}.{own}")
+        for key, own in self.keys.items():
+            text = text.replace(key, own)
         return text
+
+
+def keys_of_table(place: str, path: str) -> dict[str, str]:
+    """The keys of a single dataset as those of the table at `place`, in which `path` is the name of
+    the path."""
+    return {
+        "training.dataset_path": f"{place}.{path}",  # before the next one, which it begins with
+        "training.dataset": f"{place}.dataset",
+        "data.text_column": f"{place}.column",
+        **{f"data.{name}": f"{place}.{name}" for name in HUB_KEYS},
+    }
 
 
 def named_sources(training: Training, data: Data) -> list[NamedSource]:
@@ -66,10 +75,11 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
                 update={
                     "sources": (),
                     "text_column": table.column or data.text_column,
-                    **{key: getattr(table, key) for key in _HUB_KEYS},
+                    **{key: getattr(table, key) for key in HUB_KEYS},
                 }
             ),
             place=f"{TABLES}[{index}]",
+            keys=keys_of_table(f"{TABLES}[{index}]", "path"),
         )
         for index, (name, table) in enumerate(zip(names, data.sources))
     ]
@@ -120,7 +130,7 @@ def _keys_beside(training: Training, data: Data) -> list[Problem]:
     if training.dataset != "auto":
         problem = f"and [[{TABLES}]] both say what to read"
         problems.append(Problem("training.dataset", problem, fix, training.dataset))
-    for name in _HUB_KEYS:
+    for name in HUB_KEYS:
         value = getattr(data, name)
         if value != Data.model_fields[name].default:
             problem = f"belongs to one dataset, and [[{TABLES}]] names several"

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -29,9 +30,15 @@ _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out
 
 def probe_data(facts: Facts) -> list[Problem]:
     """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
+    return probe_sources(facts, named_sources(facts.config.training, facts.config.data), {})
+
+
+def probe_sources(
+    facts: Facts, sources: Iterable[NamedSource], files: dict[str, NamedSource]
+) -> list[Problem]:
+    """Problems of the files of `sources`. `files` are those that were seen before."""
     problems: list[Problem] = []
-    files: dict[str, NamedSource] = {}
-    for named in named_sources(facts.config.training, facts.config.data):
+    for named in sources:
         config = facts.config.model_copy(update={"training": named.training, "data": named.data})
         own = replace(facts, config=config)
         found: list[Problem] = []
@@ -47,6 +54,21 @@ def probe_data(facts: Facts) -> list[Problem]:
     return problems
 
 
+def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
+    """The files of those sources that are files, by their real paths."""
+    files: dict[str, NamedSource] = {}
+    for named in sources:
+        if named.training.dataset_path is None and named.training.dataset != "stdlib":
+            continue  # of the hub, or of a kind that only its factory knows
+        try:
+            source = build_source(named.training, named.data)
+        except (ConfigError, DataError):
+            continue  # told by the probe of these sources
+        for file in getattr(source, "files", ()):
+            files.setdefault(os.path.realpath(file.path), named)
+    return files
+
+
 def _probe_shared_files(
     named: NamedSource, source: "Source", files: dict[str, NamedSource]
 ) -> list[Problem]:
@@ -58,10 +80,11 @@ def _probe_shared_files(
     if not shared:
         return []
     first = files[shared[0]]
+    place = f"{first.place} ({first.name})" if first.place else "the training data"
     return [
         Problem(
             "training.dataset_path",
-            f"{len(shared)} of the files are in {first.place} ({first.name}), too, for example"
+            f"{len(shared)} of the files are in {place}, too, for example"
             f" {shared[0]}; their documents count in both",
             "leave them out of one of the sources, unless that is meant",
             value=named.training.dataset_path,
@@ -80,6 +103,8 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     if problems:
         return problems
     shards = source.shards(facts.num_lanes)
+    if not shards:
+        return [Problem(_key(facts), "holds no document", "give data with content")]
     if len(shards) < facts.num_lanes:
         return [too_few_shards(len(shards), facts.num_lanes, facts.config.data.lanes)]
     if isinstance(source, TokenSource):
@@ -119,7 +144,7 @@ def _probe_revision(facts: Facts, source: "Source") -> list[Problem]:
     return [
         Problem(
             "data.revision",
-            "the dataset may change, and a resume would then be refused",
+            "the dataset may change; a resume with other training data is refused",
             f'set "{commit}", the newest commit',
             value=revision,
             severity="warning",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from torchtitan.config import DataError
@@ -75,6 +76,8 @@ class SampleStream:
             prefetch_factor=prefetch_factor if num_workers else None,
             worker_init_fn=_prepare_worker,
             multiprocessing_context=_context() if num_workers else None,
+            # Its seeds are drawn from this, and not from the numbers that training may draw.
+            generator=torch.Generator(),
         )
         self._iterator: Iterator[Item] | None = None
         self._processes: list[Any] = []

@@ -24,6 +24,8 @@ SAME_RUN: list[tuple[str, Any]] = [
     ("checkpoint.load_step", 7),
     ("checkpoint.async_mode", "async"),
     ("checkpoint.initial_load_path", "elsewhere"),
+    ("validation.enable", True),
+    ("validation.sets", [{"name": "a"}]),
     ("metrics.log_freq", 3),
     ("comm.train_timeout_seconds", 5),
     ("debug.deterministic", True),

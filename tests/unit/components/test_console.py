@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.components.console import format_line
+from torchtitan.components.console import format_line, format_validation
 
 RECORD = {
     "step": 30,
@@ -40,6 +40,8 @@ metrics.resume(0)
 for step in range(1, 5):
     metrics.start_step()
     metrics.log_step(step, loss=1.0, grad_norm=1.0, lr=0.1, num_targets=1, num_tokens=1)
+    if step == 2:
+        metrics.log_validation(step, "web", 1.0, 1)
     logging.getLogger("torchtitan").info("between")
     print("to stdout")
 metrics.close()
@@ -81,10 +83,25 @@ def test_coloured_line_is_the_same_line() -> None:
     assert plain == format_line({**RECORD, "mfu": 0.5}, 2)
 
 
+def test_coloured_line_of_a_validation() -> None:
+    record = {
+        "step": 30,
+        "validation/web/loss": 3.25,
+        "validation/web/perplexity": 1e7,
+        "validation/web/num_targets": 5,
+    }
+    plain = "step:   30  validation/web/loss: 3.2500  validation/web/perplexity: 1e+07"
+    assert format_validation(record, 4) == plain
+    colored = format_validation(record, 4, color=True)
+    assert colored.count("\x1b[0m") == 3
+    assert "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b[")) == plain
+
+
 def test_terminal_gets_a_bar_below_whole_lines(tmp_path: Path) -> None:
     output = run_on_terminal(tmp_path, 0, "fancy")
     assert "━" in output and "4/4" in output and "loss 1.0000" in output
     assert output.count("between") == 4 and output.count("tps: ") == 3
+    assert output.count("validation/web/loss: 1.0000") == 1
     # Other output replaces the bar's line, below which the bar is drawn again.
     assert len(re.findall("(?:\n|\x1b\\[2K)to stdout", output)) == 4
     assert "\x1b[?25h" in output  # the cursor is visible again
@@ -103,4 +120,4 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == 4 * "to stdout\n" + "the last word\n"
     assert "\x1b" not in done.stderr and "━" not in done.stderr
-    assert len(done.stderr.splitlines()) == 7
+    assert len(done.stderr.splitlines()) == 8

@@ -315,3 +315,35 @@ def test_a_full_disk_costs_lines_but_neither_the_run_nor_the_file(tmp_path: Path
     # Each sink warns once, whatever follows.
     assert done.stderr.count("metrics.jsonl cannot be written") == 1
     assert done.stderr.count("WARNING TensorBoard cannot be written") <= 1
+
+
+def test_a_validation_is_a_record_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    clock = Clock()
+    metrics = build(tmp_path, clock, enable_tensorboard=True)
+    train(metrics, clock, 1, 3)
+    with metrics.timing("validation"):
+        clock.wait(6.0)
+        metrics.log_validation(3, "web", torch.tensor(2.5, dtype=torch.float64), 1000)
+        metrics.log_validation(3, "far", 800.0, 10)
+    train(metrics, clock, 4, 6)
+    metrics.close()
+    _, _, web, far, after = records(tmp_path)
+    assert web == {
+        "step": 3,
+        "validation/web/loss": 2.5,
+        "validation/web/perplexity": math.exp(2.5),
+        "validation/web/num_targets": 1000,
+    }
+    assert far["validation/far/perplexity"] is None  # more than a number can be
+    assert after["validation_seconds"] == 2.0 and after["step_seconds"] == 4.0
+    assert scalars(tmp_path / "tb", "validation/web/loss") == [(3, 2.5)]
+    assert scalars(tmp_path / "tb", "validation/web/perplexity") == [
+        (3, pytest.approx(math.exp(2.5), rel=1e-6))
+    ]
+    assert scalars(tmp_path / "tb", "time_metrics/validation(s)") == [(6, 2.0)]
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[2] == "step: 3  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
+    assert lines[3].endswith("validation/far/perplexity: inf")
