@@ -130,3 +130,12 @@ def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> lis
     """Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at
     the tip of a V), which gloo cannot."""
     return [greeting for greeting in greetings() if greeting.group_peer != rank]
+
+
+def gloo_trace() -> bytes | None:
+    """The newest collectives of this process over gloo, as torch's analyser of flight recorders
+    reads them; None with a torch that does not record them."""
+    import torch._C._distributed_c10d as c10d
+
+    dump: Any = getattr(c10d, "_dump_fr_trace", None)
+    return None if dump is None else dump()

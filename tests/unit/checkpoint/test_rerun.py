@@ -25,7 +25,9 @@ SAME_RUN: list[tuple[str, Any]] = [
     ("checkpoint.async_mode", "async"),
     ("checkpoint.initial_load_path", "elsewhere"),
     ("metrics.log_freq", 3),
+    ("training.gc_debug", True),
     ("comm.train_timeout_seconds", 5),
+    ("comm.trace_buf_size", 0),
     ("debug.deterministic", True),
     ("debug.threads", 2),
 ]
