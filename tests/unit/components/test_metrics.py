@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.components import metrics as metrics_module
@@ -222,7 +223,11 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "", "\n", '{"step": null}\n'])
-def test_resume_leaves_one_curve(tmp_path: Path, torn: str) -> None:
+def test_resume_leaves_one_curve(
+    tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are told apart, and ordered, by a count, as text: 9 comes after 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     clock = Clock()
     metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
     metrics.resume(0)

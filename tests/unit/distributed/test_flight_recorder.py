@@ -1,5 +1,7 @@
-"""Records of collectives, written when a run fails, and read by torch's own analyser."""
+"""Records of collectives, written when a run fails."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import environment
+from torchtitan.config.run_sections import Comm
+from torchtitan.distributed.flight_recorder import FlightRecorder
 
 FAILS = """
 import logging, sys
@@ -41,27 +45,18 @@ def run(folder: Path, size: int, error: str, *prefix: str) -> subprocess.Complet
     )
 
 
-def analysed(folder: Path, prefix: str) -> str:
-    """What `python -m torch.distributed.flight_recorder.fr_trace` makes of the files."""
-    command = ["-m", "torch.distributed.flight_recorder.fr_trace", str(folder)]
-    done = subprocess.run(
-        [sys.executable, *command, "--prefix", prefix, "--just_print_entries"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_an_error_leaves_the_newest_collectives(tmp_path: Path) -> None:
     done = run(tmp_path, 3, "other", "node-")
     assert done.returncode == 1 and "OSError: told by itself" in done.stderr
-    assert "WARNING Wrote the newest collectives" in done.stderr
-    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["node-0"]
-    table = analysed(tmp_path / "traces", "node-")
-    assert table.count("gloo:all_reduce") == 3, table
+    assert "WARNING The newest collectives of this rank are in" in done.stderr
+    [file] = (tmp_path / "traces").iterdir()
+    assert file.name == "node-0.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["operation"] for line in lines] == ["all_reduce"] * 3
+    assert [line["sizes"] for line in lines] == [[[5]], [[6]], [[7]]]
+    numbers = [line["number"] for line in lines]
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+    assert all(line["group"] == "default_pg" and line["ranks"] == [0] for line in lines)
 
 
 @pytest.mark.parametrize(("size", "error"), [(3, ""), (3, "data"), (0, "other")])
@@ -69,3 +64,20 @@ def test_nothing_is_left_without_need(tmp_path: Path, size: int, error: str) -> 
     """After a good run, after an error that says itself what it is, or when it is off."""
     run(tmp_path, size, error)
     assert not (tmp_path / "traces").exists()
+
+
+def test_variables_of_nccl_are_set_and_those_of_users_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU this is as far as NCCL's recorder can be tested."""
+    names = ["TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"]
+    names += ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"]
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    FlightRecorder(Comm(), tmp_path, 3, "cuda")
+    file = str(tmp_path / "comm_traces" / "rank_")
+    assert [os.environ[name] for name in names] == ["20000", "1", file, file]
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7"
+    assert (tmp_path / "comm_traces").is_dir(), "NCCL makes none"
