@@ -193,10 +193,8 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     progress = Progress()
     try:
         recorder = FlightRecorder(config.comm, folder.path, environment.rank, facts.device_type)
-        with (
-            open_world(facts.device_type, environment, config.comm.init_timeout_seconds) as world,
-            recorder,
-        ):
+        patience = config.comm.init_timeout_seconds
+        with open_world(facts.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
             for notice in decision.notices:
                 logger.info(notice)

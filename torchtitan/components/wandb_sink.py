@@ -97,7 +97,8 @@ def _start(mode: str | None, **arguments: Any) -> Any:
             "Weights & Biases cannot be reached (%s). Training goes on, and its records are kept in"
             " %s: `wandb login`, then `wandb sync` with the folders offline-run-* in it uploads"
             " them.",
-            error,
+            " ".join(str(error).split()),
             Path(arguments["dir"]) / "wandb",
         )
+        wandb.teardown()  # the attempt has taken the id, and its process would not give it again
         return wandb.init(settings=settings, mode="offline", **arguments)

@@ -11,6 +11,7 @@ import pytest
 from test_metrics import Clock, build, records, train
 
 from tests.wandb_file import offline_runs
+from torchtitan.components import wandb_sink
 from torchtitan.components.checks import probe
 from torchtitan.components.wandb_sink import WandbSink
 from torchtitan.config import JobConfig
@@ -121,16 +122,24 @@ def test_each_rank_has_a_run_of_a_group(tmp_path: Path) -> None:
     assert all(len(run.history) == 1 for run in runs.values())
 
 
-def test_without_a_login_records_are_kept_for_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("reason", ["nobody is logged in", "connection refused"])
+def test_without_login_or_server_records_are_kept_for_later(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
 ) -> None:
+    if reason == "connection refused":
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_SECONDS", 2.0)
     metrics = build(
         tmp_path, clock := Clock(), more_sinks=opener(tmp_path, environment={"mode": None})
     )
     train(metrics, clock, 1, 7)
     metrics.close()
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "cannot be reached (nobody is logged in). Training goes on" in warning
+    assert "Weights & Biases cannot be reached" in warning and f"{reason})" in warning
     assert "`wandb sync`" in warning and str(tmp_path / "wandb") in warning
     [run] = offline_runs(tmp_path)
     assert len(run.history) == 4 == len(records(tmp_path))
