@@ -19,6 +19,7 @@ class OfflineRun:
         (file,) = folder.glob("run-*.wandb")
         self.run: Any = None
         self.history: list[dict[str, Any]] = []
+        self.axis: str | None = None
         self.exit_code: int | None = None
         for record in _records(file.read_bytes()):
             kind = record.WhichOneof("record_type")
@@ -26,6 +27,8 @@ class OfflineRun:
                 self.run = record.run
             elif kind == "history":
                 self.history.append(_values(record.history.item))
+            elif kind == "metric" and record.metric.glob_name == "*":
+                self.axis = record.metric.step_metric
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 

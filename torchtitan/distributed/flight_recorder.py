@@ -39,16 +39,12 @@ class FlightRecorder:
         self._folder = folder / section.save_traces_folder
         suffix = "" if self._is_nccl else ".jsonl"
         self._path = self._folder / f"{section.save_traces_file_prefix}{rank}{suffix}"
-        size = str(section.trace_buf_size)
-        variables = {"TORCH_FR_BUFFER_SIZE": size, "TORCH_NCCL_TRACE_BUFFER_SIZE": size}
+        _set("TORCH_FR_BUFFER_SIZE", str(section.trace_buf_size), "TORCH_NCCL_TRACE_BUFFER_SIZE")
         if self._enabled and self._is_nccl:
-            # torch appends the rank. The setting has the second name in newer versions.
-            file = str(self._folder / section.save_traces_file_prefix)
-            variables |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": file, "TORCH_FR_DUMP_TEMP_FILE": file}
-            variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+            file = str(self._folder / section.save_traces_file_prefix)  # torch appends the rank
+            _set("TORCH_FR_DUMP_TEMP_FILE", file, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+            _set("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
             self._make_folder()
-        for name, value in variables.items():
-            os.environ.setdefault(name, value)
 
     def __enter__(self) -> "FlightRecorder":
         return self
@@ -82,6 +78,13 @@ class FlightRecorder:
             logger.warning("the folder of records of collectives cannot be made: %s", error)
             return False
         return True
+
+
+def _set(name: str, value: str, *older_names: str) -> None:
+    """Set a variable of torch's, unless a user has, by this name or by an older one. That is not
+    set too, since torch warns of it."""
+    if not {name, *older_names} & os.environ.keys():
+        os.environ[name] = value
 
 
 def gloo_collectives() -> list[dict[str, Any]]:

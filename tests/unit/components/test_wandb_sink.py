@@ -67,7 +67,7 @@ def test_records_arrive_under_the_tags_of_tensorboard(tmp_path: Path) -> None:
     assert run.run.run_id == "abc123" and run.run.project == "mine" and run.run.entity == "team"
     assert run.run.display_name == "try 1" and list(run.run.tags) == ["a", "b"]
     assert run.run.run_group == "g" and run.run.job_type == "j" and run.run.notes == "what it is"
-    assert run.exit_code == 0
+    assert run.exit_code == 0 and run.axis == "step"
     written = records(folder)
     assert [row["step"] for row in run.history] == [1, 3, 6, 7]
     for row, record in zip(run.history, written, strict=True):

@@ -70,14 +70,19 @@ def test_variables_of_nccl_are_set_and_those_of_users_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU this is as far as NCCL's recorder can be tested."""
-    names = ["TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"]
-    names += ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"]
-    for name in names:
+    names = ["TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"]
+    older = ["TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+    for name in names + older:
         monkeypatch.setenv(name, "")  # so that it is as before afterwards
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
-    FlightRecorder(Comm(), tmp_path, 3, "cuda")
+    FlightRecorder(Comm(trace_buf_size=5), tmp_path, 3, "cuda")
     file = str(tmp_path / "comm_traces" / "rank_")
-    assert [os.environ[name] for name in names] == ["20000", "1", file, file]
-    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7"
+    assert [os.environ.pop(name) for name in names] == ["5", "1", file]
+    assert not set(older) & os.environ.keys(), "torch warns of them"
     assert (tmp_path / "comm_traces").is_dir(), "NCCL makes none"
+
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "mine")
+    FlightRecorder(Comm(), tmp_path, 3, "cuda")
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "mine"
