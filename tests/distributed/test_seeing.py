@@ -20,7 +20,29 @@ WATCHED = [
     "--profiling.profile_freq=2",
     "--profiling.profiler_warmup=0",
     "--training.gc_debug",
+    "--job.custom_import=leaky",
+    "--model.handlers=leaky",
 ]
+LEAKY = """
+import torch
+from torchtitan.config.section import Section
+from torchtitan.handlers.registry import register_handler
+
+@register_handler("leaky", Section)
+class Leaky:
+    def __init__(self, job_config, parallel_dims):
+        pass
+
+    def convert(self, model):
+        pass
+
+    def pre_optimizer_hook(self, model):
+        self.circle = [torch.zeros(2**18)]
+        self.circle.append(self.circle)
+
+    def post_optimizer_hook(self, model):
+        del self.circle
+"""
 
 
 def test_watching_changes_no_bit_and_sees_every_rank(
@@ -28,11 +50,15 @@ def test_watching_changes_no_bit_and_sees_every_rank(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    (tmp_path / "leaky.py").write_text(LEAKY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     alone, watched = tmp_path / "alone", tmp_path / "watched"
     runs.run(alone, "--training.steps=3", "--comm.trace_buf_size=0", processes=2)
     done = runs.run(watched, "--training.steps=3", *WATCHED, processes=2)
     assert runs.curve(watched) == runs.curve(alone)
     assert "Time of the run: " in done.stderr
+    found = "After step 1 the garbage collector freed 1 tensors of 1.00 MiB"
+    assert done.stderr.count(found) == 2, "on each rank, once"
 
     runs.run(watched, "--training.steps=5", *WATCHED, processes=2)  # goes on where it ended
     own = (watched / "metrics" / "rank_1.jsonl").read_text().splitlines()
