@@ -74,8 +74,8 @@ class WandbSink:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-def _start(mode: str | None, **arguments: Any) -> Any:
-    """A run as the environment asks for it; offline where that cannot be had."""
+def _start(mode: Any, **arguments: Any) -> Any:
+    """A run in `mode`, one of wandb's or None; offline where that cannot be had."""
     import wandb
 
     # Not the console: it is in the run's log, and wandb would put itself between it and stderr.
