@@ -6,7 +6,7 @@ trained.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 
@@ -21,7 +21,9 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
+from torchtitan.components.sinks import Sink
 from torchtitan.components.validation import Validator
+from torchtitan.components.wandb_sink import WandbSink
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
@@ -43,8 +45,10 @@ from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.environment import read_wandb
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.uptime import seconds_since_start
 
 logger = logging.getLogger(__name__)
 
@@ -271,6 +275,16 @@ def build_metrics(
     config: JobConfig, folder: RunFolder, world: World, model: BuiltModel, saver: Saver
 ) -> MetricsLogger:
     """Metrics that go on after the step that is resumed from."""
+    more_sinks: dict[str, Callable[[], Sink]] = {}
+    if config.metrics.enable_wandb:
+        more_sinks[WandbSink.name] = lambda: WandbSink(
+            folder.path,
+            folder.decision.run_id,
+            config.model_dump(mode="json"),
+            read_wandb(),
+            config.job.description,
+            world.rank if config.metrics.save_for_all_ranks else None,
+        )
     metrics = MetricsLogger(
         config.metrics,
         folder.path,
@@ -280,6 +294,8 @@ def build_metrics(
         flops_per_token=model.flops_per_token,
         flops_per_token_causal=model.flops_per_token_causal,
         steps=config.training.steps,
+        more_sinks=more_sinks,
+        seconds_before=seconds_since_start(),
     )
     metrics.resume(saver.state.step, saver.state.num_tokens_seen)
     return metrics

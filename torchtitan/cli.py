@@ -114,7 +114,7 @@ _WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "convert": (_convert, "a checkpoint into a file of torch.save"),
     "list": (_list, "configs, models, datasets, optimizers and more that are there"),
     "download": (_download, "a model's tokenizer, or other files of it, from the hub"),
-    "doctor": (_doctor, "what this machine offers, and what is missing"),
+    "doctor": (_doctor, "what is here, what a run would use, what is wrong"),
 }
 
 

@@ -25,6 +25,7 @@ from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
 from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World, open_world, set_timeout, timeout
@@ -70,12 +71,11 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
-        metrics = builder.build_metrics(config, folder, world, model, saver)
-        stack.callback(metrics.close)
+        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, saver))
         step = first_step = progress.step = saver.state.step
         progress.saved_step = saver.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
-        garbage = stack.enter_context(GarbageCollection(training.gc_freq))
+        garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         stop = stack.enter_context(StopRequest())
         finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
         counts_data = dims.counts_data(world.rank)
@@ -159,8 +159,10 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and saver.is_due(step, last=True):
-            save(finished=progress.status == "data_exhausted", last=True)
-        saver.wait()
+            with metrics.timing("checkpoint"):
+                save(finished=progress.status == "data_exhausted", last=True)
+        with metrics.timing("checkpoint"):
+            saver.wait()
         tell_saved()
 
 
@@ -199,7 +201,9 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     folder = RunFolder.open(config, facts, is_main, check)
     progress = Progress()
     try:
-        with open_world(facts.device_type, environment, config.comm.init_timeout_seconds) as world:
+        recorder = FlightRecorder(config.comm, folder.path, environment.rank, facts.device_type)
+        patience = config.comm.init_timeout_seconds
+        with open_world(facts.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
             for notice in decision.notices:
                 logger.info(notice)

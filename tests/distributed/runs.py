@@ -69,18 +69,24 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
+def launcher_variables(world_size: int) -> list[dict[str, str]]:
+    """What a launcher would tell the ranks of one machine."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    world = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [world | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
+
+
 def start_ranks(
     folder: Path, *arguments: str, folders: Sequence[Path]
 ) -> list[subprocess.Popen[str]]:
     """Start one process in each of `folders`, without a launcher that would look after them."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    world = {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": len(folders)}
     processes = []
-    for rank, working_folder in enumerate(folders):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        launcher = {name: str(value) for name, value in (world | place).items()}
+    variables = launcher_variables(len(folders))
+    for launcher, working_folder in zip(variables, folders, strict=True):
         processes.append(
             subprocess.Popen(
                 command(folder, *arguments),

@@ -36,6 +36,8 @@ FOREIGN = {
     "tail",
     "tensorboard",
     "torch.distributed.checkpoint.format_utils",
+    "torch.distributed.flight_recorder.fr_trace",
+    "wandb",
 }
 
 
@@ -60,6 +62,8 @@ def problem_of(command: str) -> str | None:
     if program == "torchtitan.train":
         return _problem_of_arguments(rest)
     if program == "torchtitan" and rest[:1] == ["train"]:
+        return _problem_of_arguments(rest[1:])
+    if program == "torchtitan" and rest[:1] == ["doctor"]:
         return _problem_of_arguments(rest[1:])
     if program == "torchtitan" and rest[:1] == ["download"]:
         return _problem_of_download(rest[1:])

@@ -71,7 +71,11 @@ KEYS = [
         ["fault_tolerance.enable = true: this library does not have fault tolerance by replicas"],
         section("fault_tolerance", "enable = true"),
     ),
-    Bad("not-built-flag", ["--training.gc_debug = true"], arguments=["--training.gc_debug"]),
+    Bad(
+        "not-built-flag",
+        ["--activation_checkpoint.debug = true"],
+        arguments=["--activation_checkpoint.debug"],
+    ),
     Bad("quoted", ["did you mean unquoted `training.steps`?"], '"training.steps" = 1\n'),
     Bad(
         "quoted-in-its-section",

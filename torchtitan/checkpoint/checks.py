@@ -12,7 +12,7 @@ from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
-_TAKEN = re.compile(r"config\.toml|run_status\.json|metrics\.jsonl|previous-[0-9]+")
+_TAKEN = re.compile(r"config\.toml|run_status\.json|metrics(\.jsonl)?|wandb|previous-[0-9]+")
 _LONG_RUN_STEPS = 1000
 SPACE_FACTOR = 1.2
 
@@ -25,7 +25,12 @@ def check(facts: Facts) -> list[Problem]:
         text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
         fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
         problems.append(Problem("checkpoint.folder", text, fix, section.folder))
-    others = (config.metrics.save_tb_folder, config.profiling.save_traces_folder)
+    others = (
+        config.metrics.save_tb_folder,
+        config.profiling.save_traces_folder,
+        config.profiling.save_memory_snapshot_folder,
+        config.comm.save_traces_folder,
+    )
     if section.folder in others or _TAKEN.fullmatch(section.folder):
         text = "is the name of something else in the run folder"
         fix = 'choose a name of its own, such as "checkpoint"'

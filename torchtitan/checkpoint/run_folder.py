@@ -36,6 +36,16 @@ from torchtitan.config.toml_text import config_toml_text
 if TYPE_CHECKING:
     from torchtitan.distributed.world import World
 
+_FOLDER_KEYS = (
+    "checkpoint.folder",
+    "metrics.save_tb_folder",
+    "profiling.save_traces_folder",
+    "profiling.save_memory_snapshot_folder",
+    "comm.save_traces_folder",
+)
+_FOLDERS_OF_SINKS = ("metrics", "wandb")
+"""Of the metrics of all ranks, and of wandb, which chooses its name itself."""
+
 Status = Literal["running", "completed", "preempted", "failed", "data_exhausted", "seeded"]
 
 
@@ -148,8 +158,8 @@ def _unwritable(path: Path, error: OSError) -> Problem:
 def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move what a run of this library left into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
-    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME]
-    for key in ("checkpoint.folder", "metrics.save_tb_folder", "profiling.save_traces_folder"):
+    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_FOLDERS_OF_SINKS]
+    for key in _FOLDER_KEYS:
         section, field = key.split(".")
         names += [
             str(stored_value(stored, key) or ""),

@@ -1,4 +1,5 @@
-"""What can be wrong with the settings of optimizer, schedule, metrics and profiler. No torch."""
+"""What can be wrong with the settings of optimizer and schedule, and of all that watches a run:
+metrics, profiler, memory snapshots, records of collectives. No torch."""
 
 import importlib.util
 import os
@@ -10,8 +11,14 @@ from pathlib import Path
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import LRScheduler, Optimizer
+from torchtitan.utils.environment import read_wandb
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_FILE_PREFIX = re.compile(r"[A-Za-z_-]([A-Za-z0-9._-]{0,126}[A-Za-z._-])?")
+"""It starts with no dot, and does not end with a digit: the rank follows."""
+_TAKEN_NAMES = ("config.toml", "run_status.json", "metrics.jsonl", "metrics", "wandb")
+_WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+_WANDB_NOT_IN_PROJECT = "/\\#?%:"
 _DEFAULT_GROUPS = Optimizer.model_fields["param_groups"].default
 
 
@@ -21,6 +28,7 @@ def check(facts: Facts) -> list[Problem]:
         *_check_optimizer(facts),
         *_check_schedule(facts),
         *_check_profiling(facts),
+        *_check_snapshots(facts),
         *_check_folders(facts),
     ]
 
@@ -38,6 +46,28 @@ def probe(facts: Facts) -> list[Problem]:
     if profiling.enable_profiling:
         key = "profiling.save_traces_folder"
         problems += _probe_folder(facts, key, profiling.save_traces_folder)
+    if profiling.enable_memory_snapshot:
+        key = "profiling.save_memory_snapshot_folder"
+        problems += _probe_folder(facts, key, profiling.save_memory_snapshot_folder)
+    if metrics.enable_wandb:
+        problems += _probe_wandb(facts)
+    return problems
+
+
+def _probe_wandb(facts: Facts) -> list[Problem]:
+    """Without its package nothing would be logged, so that is an error; a login may still come."""
+    if importlib.util.find_spec("wandb") is None:
+        problem = "the package wandb is not installed"
+        fix = "run `pip install wandb`, or set it to false"
+        return [Problem("metrics.enable_wandb", problem, fix, value=True)]
+    problems, environment = _probe_folder(facts, "metrics.enable_wandb", "wandb"), read_wandb()
+    if environment.mode is not None and environment.mode not in _WANDB_MODES:
+        problem, fix = "is no mode of wandb's", f"set it to one of {', '.join(_WANDB_MODES[:4])}"
+        problems.append(Problem("WANDB_MODE", problem, fix, value=environment.mode))
+    project = environment.project or ""
+    if set(project) & set(_WANDB_NOT_IN_PROJECT) or len(project) > 128:
+        problem = f"a project's name has up to 128 characters, and none of {_WANDB_NOT_IN_PROJECT}"
+        problems.append(Problem("WANDB_PROJECT", problem, "shorten it to a plain name", project))
     return problems
 
 
@@ -141,11 +171,33 @@ def _check_profiling(facts: Facts) -> Iterator[Problem]:
         yield Problem("profiling.profile_freq", problem, fix, value=value, severity="warning")
 
 
+def _check_snapshots(facts: Facts) -> Iterator[Problem]:
+    section, steps = facts.config.profiling, facts.config.training.steps
+    if not section.enable_memory_snapshot:
+        return
+    if facts.device_type == "cpu":
+        problem = "only CUDA's allocator keeps a history of its blocks, and this run is on the CPU"
+        fix = "set it to false; memory_peak_gib in the metrics is what a process takes on a CPU"
+        yield Problem("profiling.enable_memory_snapshot", problem, fix, value=True)
+    elif section.profile_freq > steps and not section.enable_profiling:
+        problem = f"no snapshot is due before the run ends: training.steps = {steps}"
+        fix = f"set it to at most {steps}, unless you only want the one when memory runs out"
+        value = section.profile_freq
+        yield Problem("profiling.profile_freq", problem, fix, value=value, severity="warning")
+
+
 def _check_folders(facts: Facts) -> Iterator[Problem]:
     config = facts.config
+    prefix = config.comm.save_traces_file_prefix
+    if not _FILE_PREFIX.fullmatch(prefix):
+        problem = "it must be the start of a file's name, which ends with the rank"
+        fix = "use letters, `.`, `_` and `-`, with no dot at the start and no digit at the end"
+        yield Problem("comm.save_traces_file_prefix", problem, fix, value=prefix)
     folders = {
         "metrics.save_tb_folder": config.metrics.save_tb_folder,
         "profiling.save_traces_folder": config.profiling.save_traces_folder,
+        "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
+        "comm.save_traces_folder": config.comm.save_traces_folder,
     }
     taken = {config.checkpoint.folder: "checkpoint.folder"}
     for key, folder in folders.items():
@@ -153,6 +205,9 @@ def _check_folders(facts: Facts) -> Iterator[Problem]:
             problem = "it must be the name of a folder below job.dump_folder"
             fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
             yield Problem(key, problem, fix, value=folder)
+        elif folder in _TAKEN_NAMES:
+            problem = "the run folder has something else of that name"
+            yield Problem(key, problem, "use another name", value=folder)
         elif folder in taken:
             yield Problem(key, f"{taken[folder]} is the same", "use another name", value=folder)
         taken.setdefault(folder, key)

@@ -58,7 +58,7 @@ class ConsoleSink:
     def flush(self) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._bar is not None:
             self._bar.close()
 

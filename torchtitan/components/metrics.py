@@ -1,4 +1,4 @@
-"""Metrics: one record a logged step, the same numbers for the file, TensorBoard and the console.
+"""Metrics: one record a logged step, the same numbers in the file, the console and all else.
 
 The clock runs from before the first wait for data and is read once at each logged step, so that an
 interval misses nothing: waiting, evaluating, saving and logging all count in `step_seconds`. Loss
@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchtitan.components.console import ConsoleSink, is_terminal
+from torchtitan.components.goodput import TimeSplit, earlier_seconds
 from torchtitan.components.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
 from torchtitan.config.output_sections import Metrics
 from torchtitan.utils.device import device_name, memory_peak, reset_memory_peak
@@ -25,15 +27,19 @@ from torchtitan.utils.hardware import peak_flops
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+RANKS_FOLDER = "metrics"
+"""Below the run folder, with `save_for_all_ranks`: the metrics of ranks other than 0."""
 
 
 class MetricsLogger:
     """Collects the figures of steps and writes records of them.
 
-    Rank 0 writes files and draws the progress bar; ranks whose INFO messages are shown print lines.
-    All ranks may call everything; on the others it does nothing. `flops_per_token` is by
-    TorchTitan's formula, `flops_per_token_causal` counts only the attention that a causal mask
-    leaves. `steps` is the number of steps of the whole run. `clock` gives seconds.
+    Rank 0 writes files and draws the progress bar (with `save_for_all_ranks` every rank writes);
+    ranks whose INFO messages are shown print lines. All ranks may call everything; on the others it
+    does nothing. `flops_per_token` is by TorchTitan's formula, `flops_per_token_causal` counts only
+    the attention that a causal mask leaves. `steps` is the number of steps of the whole run.
+    `more_sinks` are opened, under their names, on ranks that write. `clock` gives seconds, of which
+    the process has spent `seconds_before`.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class MetricsLogger:
         flops_per_token: float,
         flops_per_token_causal: float,
         steps: int,
+        more_sinks: Mapping[str, Callable[[], Sink]] | None = None,
+        seconds_before: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.num_tokens_seen = 0
@@ -64,10 +72,13 @@ class MetricsLogger:
         self._interval_steps = 0
         self._interval_tokens = 0
         self._spans: dict[str, float] = {"data": 0.0}
+        self._split = TimeSplit(clock, seconds_before)
         self._console: ConsoleSink | None = None
         self._sinks: list[Sink] = []
         self._warned: set[str] = set()
-        self._open_sinks(section, folder, rank == 0)
+        self._file = metrics_file(folder, rank)
+        self._writes = rank == 0 or section.save_for_all_ranks
+        self._open_sinks(section, folder, rank, more_sinks or {})
         reset_memory_peak(device)
 
     def resume(self, step: int, num_tokens_seen: int = 0) -> None:
@@ -77,6 +88,11 @@ class MetricsLogger:
         `num_tokens_seen`: that of the checkpoint.
         """
         self.num_tokens_seen = num_tokens_seen
+        if self._writes and self._file.is_file():
+            try:
+                self._split.add(earlier_seconds(self._file, step))
+            except OSError as error:
+                self._warn("the time of earlier starts", error, "read")
         self._each_sink(lambda sink: sink.resume(step))
 
     def is_logged(self, step: int) -> bool:
@@ -86,14 +102,17 @@ class MetricsLogger:
     def start_step(self) -> None:
         """Call before waiting for the step's data."""
         if self._started is None:
+            self._split.start_training()
             self._started = self._clock()
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Count the time within as `<name>_seconds`: the mean per step of the interval."""
+        """Count the time within as `<name>_seconds`, the mean per step of the interval, and in the
+        split of the run's time as the share of `name`."""
         start = self._clock()
         try:
-            yield
+            with self._split.spent(name):
+                yield
         finally:
             self._spans[name] = self._spans.get(name, 0.0) + self._clock() - start
 
@@ -151,10 +170,24 @@ class MetricsLogger:
         """Return when every record so far is on the disk; call before a checkpoint commits."""
         self._each_sink(lambda sink: sink.flush())
 
-    def close(self) -> None:
-        """Write what is left, end the progress bar."""
-        self._each_sink(lambda sink: sink.close())
+    def close(self, failed: bool = False) -> None:
+        """Write what is left, end the progress bar, and say where the time went. `failed`: an
+        error ends the run."""
+        self._each_sink(lambda sink: sink.close(failed))
         self._sinks, self._console = [], None
+        if self._started is not None:
+            logger.info("Time of the run: %s", self._split.describe())
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
 
     def _record(self, step: int, values: Record, num_targets: int) -> Record:
         """The record of the interval that ends now, the device having been waited for."""
@@ -178,6 +211,7 @@ class MetricsLogger:
             "step_seconds": seconds / self._interval_steps,
             **spans,
             "data_fraction": self._spans["data"] / seconds,
+            **self._split.record(),
             "memory_peak_gib": memory.reserved_gib,
             "memory_peak_fraction": memory.reserved_gib / memory.capacity_gib,
         }
@@ -199,16 +233,26 @@ class MetricsLogger:
     def _utilisation(self, flops_per_second: float) -> float | None:
         return None if self._peak_flops is None else flops_per_second / self._peak_flops
 
-    def _open_sinks(self, section: Metrics, folder: Path, is_main: bool) -> None:
+    def _open_sinks(
+        self,
+        section: Metrics,
+        folder: Path,
+        rank: int,
+        more_sinks: Mapping[str, Callable[[], Sink]],
+    ) -> None:
         openers: list[tuple[str, Callable[[], Sink]]] = []
-        if is_main:
-            openers.append(("metrics.jsonl", lambda: JsonLinesSink(folder / METRICS_FILE)))
-        if is_main and section.enable_tensorboard:
+        if self._writes:
+            openers.append(("metrics.jsonl", lambda: JsonLinesSink(self._file)))
+        if self._writes and section.enable_tensorboard:
             tb_folder = folder / section.save_tb_folder
+            if section.save_for_all_ranks:
+                tb_folder /= f"rank_{rank}"
             openers.append(("TensorBoard", lambda: TensorBoardSink(tb_folder)))
+        if self._writes:
+            openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
             fancy = is_terminal() and not section.disable_color_printing
-            openers.append(("the console", lambda: self._open_console(fancy, fancy and is_main)))
+            openers.append(("the console", lambda: self._open_console(fancy, fancy and rank == 0)))
         for name, open_sink in openers:
             try:
                 self._sinks.append(open_sink())
@@ -238,10 +282,10 @@ class MetricsLogger:
                 if sink is self._console:
                     self._console = None
 
-    def _warn(self, name: str, error: Exception) -> None:
+    def _warn(self, name: str, error: Exception, what: str = "written") -> None:
         if name not in self._warned:
             self._warned.add(name)
-            logger.warning("%s cannot be written, training goes on: %r", name, error)
+            logger.warning("%s cannot be %s, training goes on: %r", name, what, error)
 
 
 def _perplexity(loss: float) -> float:
@@ -249,3 +293,8 @@ def _perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def metrics_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its records, below the run folder."""
+    return folder / RANKS_FOLDER / f"rank_{rank}.jsonl" if rank else folder / METRICS_FILE

@@ -3,6 +3,7 @@
 The profiler waits, then runs `profiler_warmup` steps without recording (its start distorts them),
 then records `profiler_active` steps. Traces lie in `<save_traces_folder>/iteration_N/`, one file a
 rank, N being the last step in it. The steps are the run's: a resumed run traces the same ones.
+Memory snapshots keep the same rhythm; see `memory_snapshot.py`.
 """
 
 import logging
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 
+from torchtitan.components.memory_snapshot import MemorySnapshots
 from torchtitan.config.output_sections import Profiling
 
 logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """A context around the loop; `step()` ends each step. Does nothing unless profiling is enabled.
+    """A context around the loop; `step()` ends each step. Does nothing unless profiling or memory
+    snapshots are enabled; these need CUDA.
 
     `folder`: the run folder. `start_step`: steps trained before this process started.
     """
@@ -38,6 +41,10 @@ class Profiler:
         self._step = start_step
         self._ended = False
         self._profile: Any = None
+        self._snapshots: MemorySnapshots | None = None
+        if section.enable_memory_snapshot:
+            snapshots = folder / section.save_memory_snapshot_folder
+            self._snapshots = MemorySnapshots(snapshots, section.profile_freq, rank)
         if not section.enable_profiling:
             return
         length = section.profiler_warmup + section.profiler_active
@@ -69,6 +76,8 @@ class Profiler:
         self._step += 1
         if self._profile is not None:
             self._profile.step()
+        if self._snapshots is not None:
+            self._snapshots.step(self._step)
 
     def __exit__(
         self,
@@ -77,6 +86,8 @@ class Profiler:
         traceback: TracebackType | None,
     ) -> None:
         self._ended = True
+        if self._snapshots is not None:
+            self._snapshots.close(self._step, error)
         if self._profile is not None:
             self._profile.__exit__(kind, error, traceback)
 

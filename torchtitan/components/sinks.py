@@ -1,4 +1,4 @@
-"""Where records of metrics go: a file of JSON lines, TensorBoard.
+"""Where records of metrics go: a file of JSON lines, TensorBoard (wandb has a module of its own).
 
 A sink takes records, one a logged step and one a validation set, and may fail at any of them (disk
 full, folder gone): it raises, and `MetricsLogger` decides what that means. Another place to log to
@@ -10,6 +10,8 @@ import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
+
+from torchtitan.components.goodput import SHARE_PREFIX
 
 Record = dict[str, Any]
 
@@ -35,7 +37,18 @@ TENSORBOARD_TAGS = {
     "num_ooms": "memory/num_ooms",
 }
 """Record key -> TorchTitan's tag. Tags in % show the record's fraction times 100. Other keys keep
-their name."""
+their name, but for the shares of time, which get a % too."""
+
+
+def tagged(record: Record) -> dict[str, Any]:
+    """The values of a record as TensorBoard and wandb show them, by tag; unknown ones left out."""
+    values = {}
+    for key, value in record.items():
+        if key == "step" or value is None:
+            continue
+        tag = TENSORBOARD_TAGS.get(key, key + "(%)" * key.startswith(SHARE_PREFIX))
+        values[tag] = value * 100 if tag.endswith("(%)") else value
+    return values
 
 
 class Sink(Protocol):
@@ -57,8 +70,8 @@ class Sink(Protocol):
     def flush(self) -> None:
         """Return when what was written survives the machine's failure."""
 
-    def close(self) -> None:
-        """Write what is left. Nothing is called afterwards."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left; `failed`: an error ends the run. Nothing is called afterwards."""
 
 
 class JsonLinesSink:
@@ -73,6 +86,7 @@ class JsonLinesSink:
 
     def __init__(self, path: Path):
         self._path = path
+        path.parent.mkdir(exist_ok=True)
         self._open()
 
     def resume(self, step: int) -> None:
@@ -101,7 +115,7 @@ class JsonLinesSink:
     def flush(self) -> None:
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._file.close()
 
     def _open(self) -> None:
@@ -140,18 +154,14 @@ class TensorBoardSink:
             self._writer = SummaryWriter(
                 str(self._folder), max_queue=1000, purge_step=self._purge_step
             )
-        for key, value in record.items():
-            if key == "step" or value is None:
-                continue
-            tag = TENSORBOARD_TAGS.get(key, key)
-            shown = value * 100 if tag.endswith("(%)") else value
-            self._writer.add_scalar(tag, shown, record["step"])
+        for tag, value in tagged(record).items():
+            self._writer.add_scalar(tag, value, record["step"])
 
     def flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._writer is not None:
             self._writer.close()
 

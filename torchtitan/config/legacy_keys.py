@@ -207,11 +207,6 @@ NOT_BUILT = (
         " their clocks differ",
     ),
     Feature(
-        "the flight recorder of collectives",
-        {"comm.trace_buf_size": (20000, 0)},
-        {"comm.save_traces_file_prefix": "rank_", "comm.save_traces_folder": "comm_traces"},
-    ),
-    Feature(
         "a class of arguments of one's own",
         {"experimental.custom_args_module": ("",), "job.custom_config_module": ("",)},
         instead="register what is yours in a module that job.custom_import names; its settings go"
@@ -243,8 +238,6 @@ NOT_BUILT = (
         {"memory_estimation.disable_fake_mode": False},
         instead='rehearse a step with comm.mode = "fake_backend"',
     ),
-    Feature("logging to Weights & Biases", {"metrics.enable_wandb": (False,)}),
-    Feature("metrics of every rank", {"metrics.save_for_all_ranks": (False,)}),
     Feature(
         "a mixture of experts",
         {
@@ -262,13 +255,7 @@ NOT_BUILT = (
     ),
     Feature("the optimizer's step in the backward", {"optimizer.early_step_in_backward": (False,)}),
     Feature("compiled autograd", {"parallelism.enable_compiled_autograd": (False,)}),
-    Feature(
-        "memory snapshots",
-        {"profiling.enable_memory_snapshot": (False,)},
-        {"profiling.save_memory_snapshot_folder": "memory_snapshot"},
-    ),
     Feature("offloading to the host's memory", {"training.enable_cpu_offload": (False,)}),
-    Feature("debugging of garbage collection", {"training.gc_debug": (False,)}),
 )
 """Keys of features that do not exist: accepted while they are off, refused by name when not."""
 

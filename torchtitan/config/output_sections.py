@@ -77,6 +77,14 @@ class Metrics(Section):
     save_tb_folder: str = "tb"
     """Folder of the event files, below `job.dump_folder`."""
 
+    enable_wandb: bool = False
+    """Log to Weights & Biases, too; needs the package `wandb`. WANDB_PROJECT, WANDB_TEAM,
+    WANDB_RUN_NAME and WANDB_MODE say where and as what."""
+
+    save_for_all_ranks: bool = False
+    """Every rank writes its own metrics, and event files in a folder `rank_N`; else rank 0 alone
+    does."""
+
     disable_color_printing: bool = False
     """Plain console output without colours or progress bar."""
 
@@ -89,10 +97,17 @@ class Profiling(Section):
     """Folder of the traces, below `job.dump_folder`."""
 
     profile_freq: PositiveInt = 10
-    """Steps between the ends of two traces."""
+    """Steps between the ends of two traces, and between two memory snapshots."""
 
     profiler_active: PositiveInt = 1
     """Steps in a trace."""
 
     profiler_warmup: NonNegativeInt = 3
     """Steps before a trace in which the profiler runs without recording."""
+
+    enable_memory_snapshot: bool = False
+    """Write snapshots of the GPU's memory, with the history of its blocks, each `profile_freq`
+    steps and when memory runs out. CUDA only."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots, below `job.dump_folder`."""

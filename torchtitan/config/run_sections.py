@@ -7,6 +7,7 @@ from pydantic import Field
 from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
 
 MAX_SEED = 2**63 - 1
+MAX_TRACE_ENTRIES = 2**31 - 1
 
 
 class Job(Section):
@@ -42,6 +43,16 @@ class Comm(Section):
 
     train_timeout_seconds: PositiveInt = 100
     """Seconds that a collective may take after the first step; a lost rank is noticed by then."""
+
+    trace_buf_size: Annotated[int, Field(ge=0, le=MAX_TRACE_ENTRIES)] = 20000
+    """Newest collectives that each rank remembers, to be written when one of them times out or
+    fails; 0 remembers none."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder of these records of collectives, below `job.dump_folder`."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Start of their files' names; the rank follows."""
 
 
 class Debug(Section):

@@ -72,6 +72,10 @@ class Training(Section):
     gc_freq: PositiveInt = 50
     """Steps between two runs of Python's garbage collector, which is off in between."""
 
+    gc_debug: bool = False
+    """Run the garbage collector after every step, and name what keeps tensors alive until it comes:
+    objects that refer to each other in a circle. Slow."""
+
     dataloader: Dataloader = Field(default_factory=Dataloader)
     """Reading processes."""
 

@@ -1,6 +1,8 @@
-"""`torchtitan doctor`: what this machine offers, and what is missing, in one screen.
+"""`torchtitan doctor`: what is here, what a run would use, and what is wrong, a line each.
 
-Meant to be pasted into a bug report; it prints no environment variables, which may hold secrets.
+Alone it looks at this machine; with a config also at what that needs; under torchrun at all
+machines, at the run folder that they share, and at how fast each axis of the mesh carries data.
+Meant to be pasted into a bug report, so it prints no environment variables, which may hold secrets.
 """
 
 import importlib.metadata
@@ -9,78 +11,118 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
-from torchtitan import __version__
-from torchtitan.config.errors import ConfigError, Problem
-from torchtitan.distributed.checks import MINIMUM_TORCH
-from torchtitan.utils.environment import EnvironmentFaults, read_environment
+from torchtitan import __version__, preflight
+from torchtitan.config.custom_import import import_custom_modules
+from torchtitan.config.exit_codes import DONE, FAILED
+from torchtitan.config.facts import Facts
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.tools.findings import Finding, of_problem
+from torchtitan.utils import environment as env
 
-_NEEDED = ("torch", "numpy", "pydantic", "tyro", "tokenizers", "tensorboard", "rich", "zstandard")
-_EXTRAS = {"transformers": "Hugging Face parity tests", "torchao": "quantised training"}
+_NEEDED = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "tyro",
+    "rich",
+    "tokenizers",
+    "tiktoken",
+    "sentencepiece",
+    "datasets",
+    "pyarrow",
+    "zstandard",
+    "safetensors",
+    "huggingface_hub",
+    "tensorboard",
+)
+_EXTRAS = {
+    "wandb": "metrics.enable_wandb",
+    "transformers": "Hugging Face parity tests",
+}
+
+USAGE = """usage: torchtitan doctor [FILE] [--section.key value ...]
+       torchrun --nproc_per_node N -m torchtitan doctor [FILE] [--section.key value ...]
+
+One line for each finding: `ok`, `WRONG` with what to do, `look` for what may be meant, `-` for
+what is only told. The exit status is 1 if anything is WRONG. With a config it looks at
+what the config needs; under torchrun it measures each axis of its mesh."""
 
 
 def run(argv: list[str]) -> int:
-    """Print one line a fact; exit status 1 when training could not work here."""
-    if argv and argv[0] in ("-h", "--help"):
-        print("usage: torchtitan doctor")
-        return 0
-    if argv:
-        raise ConfigError(Problem("doctor", "takes no arguments", "remove them", argv[0]))
-    healthy = True
-    for ok, subject, finding in _findings():
-        mark = {True: "ok     ", False: "MISSING", None: "-      "}[ok]
-        healthy = healthy and ok is not False
-        print(f"{mark} {subject}: {finding}")
-    return 0 if healthy else 1
+    """Print a line for each finding; exit status 1 when something is wrong."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        return DONE
+    loaded = load_config(argv)
+    quiet, wrong = env.is_quiet_rank(), False
+    for finding in _findings(loaded, has_config=bool(argv)):
+        wrong = wrong or finding.ok is False
+        if not quiet:
+            print(finding.line(), flush=True)
+        elif finding.ok is False and not finding.common:  # what rank 0 may not have
+            print(finding.line(), file=sys.stderr, flush=True)
+    return FAILED if wrong else DONE
 
 
-Finding = tuple[bool | None, str, str]
-"""Good, bad or merely told (None); the subject; what was found."""
+def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
+    yield from _versions()
+    try:
+        place = env.read_environment()
+    except env.EnvironmentFaults as faults:
+        for fault in faults.faults:
+            name = fault.variable if fault.value is None else f"{fault.variable} = {fault.value}"
+            yield Finding(False, "launcher", f"{name} {fault.problem}", fault.fix)
+        place = env.ProcessEnvironment()
+    else:
+        words = f"rank {place.rank} of {place.world_size}" if place.launched else "one process"
+        yield Finding(None, "launcher", words)
+    try:
+        import torch  # noqa: F401 - a broken installation is what this command is for
+    except Exception as error:
+        text = f"cannot be imported: {type(error).__name__}: {error}"
+        yield Finding(False, "torch", text, "install it anew, as pytorch.org says for your system")
+        return
+
+    from torchtitan.tools.doctor_machine import facts_of_machine, machine_findings
+    from torchtitan.tools.doctor_processes import processes_findings, run_folder_findings
+
+    facts = facts_of_machine(loaded.config, place)
+    yield from machine_findings(facts, place)
+    yield from run_folder_findings(loaded.config)
+    if has_config and place.rank == 0:
+        yield from _config_findings(facts)
+    if place.launched:
+        for finding in processes_findings(facts, place):
+            yield replace(finding, common=True)
 
 
-def _findings() -> Iterator[Finding]:
-    yield True, "torchtitan", f"{__version__} from {os.path.dirname(os.path.dirname(__file__))}"
-    yield sys.version_info >= (3, 10), "python", f"{platform.python_version()}, {sys.executable}"
-    yield None, "machine", f"{platform.platform()}, {os.cpu_count()} cores, {_memory()}"
+def _versions() -> Iterator[Finding]:
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    yield Finding(True, "torchtitan", f"{__version__} from {folder}")
+    python = f"{platform.python_version()}, {sys.executable}"
+    yield Finding(sys.version_info >= (3, 10), "python", python, "install Python 3.10 or newer")
     for package in _NEEDED:
         version = _version(package)
-        yield version is not None, package, version or f"run `pip install {package}`"
+        text = version or "is not installed"
+        yield Finding(version is not None, package, text, f"run `pip install {package}`")
     for package, purpose in _EXTRAS.items():
-        yield None, package, f"{_version(package) or 'not installed'} ({purpose})"
-    if _version("torch"):
-        yield from _torch_findings()
+        yield Finding(None, package, f"{_version(package) or 'not installed'} ({purpose})")
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    yield None, "C++ compiler", compiler or "none, so the compile handler cannot work on CPUs"
-    free = shutil.disk_usage(".").free / 2**30
-    yield None, "disk", f"{free:.1f} GiB free in {os.getcwd()}"
-    yield _launcher()
+    text = compiler or "none, so the handler compile cannot work on CPUs"
+    yield Finding(None, "C++ compiler", text)
+    yield Finding(None, "machine", f"{platform.platform()}, {os.cpu_count()} cores, {_memory()}")
 
 
-def _torch_findings() -> Iterator[Finding]:
-    try:
-        import torch
-        import torch.distributed as dist
-    except Exception as error:  # a broken installation is what this command is for
-        yield False, "torch", f"cannot be imported: {type(error).__name__}: {error}"
-        return
-    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    yield installed >= MINIMUM_TORCH, "torch", "2.11 or newer is needed"
-    yield dist.is_available() and dist.is_gloo_available(), "gloo", "talks between CPU processes"
-    if not torch.cuda.is_available():
-        yield None, "GPUs", f"none usable (torch built for CUDA {torch.version.cuda})"
-        return
-    for index in range(torch.cuda.device_count()):
-        yield True, f"GPU {index}", torch.cuda.get_device_name(index)
-    yield dist.is_nccl_available(), "nccl", "talks between GPUs"
+def _config_findings(facts: Facts) -> Iterator[Finding]:
+    """What `train --check full` would say."""
+    from torchtitan.tools.train_word import summary
 
-
-def _launcher() -> Finding:
-    try:
-        place = read_environment()
-    except EnvironmentFaults as faults:
-        return False, "launcher", str(faults)
-    words = f"rank {place.rank} of {place.world_size}" if place.launched else "none, one process"
-    return None, "launcher", words
+    problems = import_custom_modules(facts.config) or preflight.preflight(facts)
+    yield from (of_problem(problem) for problem in problems)
+    if not preflight.errors_of(problems):
+        yield Finding(True, "config", summary(facts).removeprefix("ok: "))
 
 
 def _version(package: str) -> str | None:

@@ -103,6 +103,43 @@ def is_restart(environ: Mapping[str, str] | None = None) -> bool:
     return any(re.fullmatch(r"[0-9]+", count) and int(count) > 0 for count in counts)
 
 
+@dataclass(frozen=True)
+class WandbEnvironment:
+    """What users of wandb set by variables; None and "" where nothing is set."""
+
+    mode: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    run_id: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def read_wandb(environ: Mapping[str, str] | None = None) -> WandbEnvironment:
+    """wandb's variables, by TorchTitan's names for them and by wandb's own."""
+    environ = os.environ if environ is None else environ
+
+    def first(*names: str) -> str | None:
+        values = (environ.get(name, "").strip() for name in names)
+        return next((value for value in values if value), None)
+
+    tags = first("WANDB_RUN_TAGS", "WANDB_TAGS") or ""
+    return WandbEnvironment(
+        mode=first("WANDB_MODE"),
+        project=first("WANDB_PROJECT"),
+        entity=first("WANDB_TEAM", "WANDB_ENTITY"),
+        name=first("WANDB_RUN_NAME", "WANDB_NAME"),
+        run_id=first("WANDB_RUN_ID"),
+        group=first("WANDB_RUN_GROUP"),
+        job_type=first("WANDB_RUN_JOB_TYPE", "WANDB_JOB_TYPE"),
+        notes=first("WANDB_RUN_NOTES", "WANDB_NOTES"),
+        tags=tuple(tag.strip() for tag in tags.split(",") if tag.strip()),
+    )
+
+
 def guess_device_type() -> str:
     """Return "cuda" when the machine seems to have a usable GPU, else "cpu", by its device files.
 

@@ -3,18 +3,34 @@
 The collector starts by itself whenever enough objects have been made, which is at another moment on
 every rank, and then all others wait in the next collective. So it is off while training, and every
 rank runs it after the same steps.
+
+What it is needed for are objects that refer to each other in a circle. A tensor that hangs on such
+a circle holds its memory until the next run, thousands of microbatches later perhaps. `debug` finds
+them: the collector then runs after every step, and the log says what was kept alive, and by what.
 """
 
 import gc
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_MIB = 2**20
+_MAX_HOLDERS = 5
 
 
 class GarbageCollection:
-    """Collects every `freq` steps, and never in between, while the context is entered."""
+    """Collects every `freq` steps, and never in between, while the context is entered. `debug`
+    collects after every step, and warns of each new kind of circle with tensors on it, once."""
 
-    def __init__(self, freq: int):
+    def __init__(self, freq: int, debug: bool = False):
         assert freq > 0
         self._freq = freq
+        self._debug = debug
+        self._told: set[str] = set()
         self._was_enabled = False
 
     def __enter__(self) -> "GarbageCollection":
@@ -27,8 +43,25 @@ class GarbageCollection:
 
     def step(self, step: int) -> None:
         """Call once a step, on every rank."""
-        if step % self._freq == 0:
+        if self._debug:
+            self._collect_and_tell(step)
+        elif step % self._freq == 0:
             gc.collect()
+
+    def _collect_and_tell(self, step: int) -> None:
+        tensors = tensors_in_garbage()
+        kind = ", ".join(sorted({holders for _, holders in tensors}))
+        if tensors and kind not in self._told:
+            self._told.add(kind)
+            size = sum(size for size, _ in tensors) / _MIB
+            logger.warning(
+                "After step %d the garbage collector freed %d tensors of %.2f MiB, which were kept"
+                " alive by: %s. What refers to itself in a circle frees nothing until it runs.",
+                step,
+                len(tensors),
+                size,
+                kind,
+            )
 
     def __exit__(
         self,
@@ -39,3 +72,54 @@ class GarbageCollection:
         gc.unfreeze()
         if self._was_enabled:
             gc.enable()
+
+
+def tensors_in_garbage() -> list[tuple[int, str]]:
+    """Collect; the size in bytes of each tensor that was only now freed, and what referred to it.
+
+    They are kept for a look before they are freed, so two collections are run.
+    """
+    flags, before = gc.get_debug(), len(gc.garbage)
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+    finally:
+        gc.set_debug(flags)
+    garbage = gc.garbage[before:]
+    del gc.garbage[before:]
+    found = _tensors_among(garbage)
+    del garbage
+    gc.collect()
+    return found
+
+
+def _tensors_among(garbage: Sequence[Any]) -> list[tuple[int, str]]:
+    """A tensor that only hangs on a circle, without leading back to it, is no garbage itself: it is
+    found as what the objects of the circle refer to."""
+    import torch
+
+    found: dict[int, int] = {}
+    holders: dict[int, Counter[str]] = {}
+    for holder in garbage:
+        for item in (holder, *gc.get_referents(holder)):
+            if isinstance(item, torch.Tensor):
+                found[id(item)] = item.numel() * item.element_size()
+                holders.setdefault(id(item), Counter())
+                if item is not holder:
+                    holders[id(item)][_describe(holder)] += 1
+    return [(size, _names(holders[key])) for key, size in found.items()]
+
+
+def _names(holders: Counter[str]) -> str:
+    names = [name for name, _ in holders.most_common(_MAX_HOLDERS)]
+    return " and ".join(sorted(names)) or "itself"
+
+
+def _describe(holder: Any) -> str:
+    """The type of an object; a function and a table of attributes by a name that can be found."""
+    if isinstance(holder, dict):
+        return f"a dict with {', '.join(map(repr, list(holder)[:3]))}"
+    name = getattr(holder, "__qualname__", None)
+    if isinstance(name, str):
+        return f"{type(holder).__name__} {getattr(holder, '__module__', '')}.{name}"
+    return f"{type(holder).__module__}.{type(holder).__qualname__}"

@@ -1,6 +1,8 @@
 """Secrets: recognising them, and keeping them out of everything that is printed or stored."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _SECRET_WORDS = frozenset(
     ["token", "secret", "password", "passwd", "passwort", "apikey", "credential", "credentials"]
@@ -34,6 +36,19 @@ def names_a_secret(key: str) -> bool:
 def holds_a_secret(text: str) -> bool:
     """Whether a value has the shape of a well-known kind of token, or a URL with a password."""
     return bool(_SECRET_VALUE.search(text))
+
+
+def redact_tree(value: Any) -> Any:
+    """A copy of nested tables and lists, as JSON holds them, with what looks like a secret, or is
+    kept under a name like a secret's, hidden."""
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if names_a_secret(str(key)) and item is not None else redact_tree(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact_tree(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def redact(text: str) -> str:

@@ -4,6 +4,7 @@ Each name is private, or moved, in some of them. Private names that are the same
 used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (checkpoint reader).
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -130,3 +131,28 @@ def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> lis
     """Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at
     the tip of a V), which gloo cannot."""
     return [greeting for greeting in greetings() if greeting.group_peer != rank]
+
+
+def gloo_trace() -> list[dict[str, Any]] | None:
+    """The newest collectives of this process over gloo, oldest first, in words of torch's flight
+    recorder; None with a torch that does not record them."""
+    import torch._C._distributed_c10d as c10d
+
+    dump: Any = getattr(c10d, "_dump_fr_trace_json", None)
+    return None if dump is None else json.loads(dump()).get("entries", [])
+
+
+def nccl_trace() -> bytes:
+    """The newest collectives of this process over NCCL, as torch's analyser of flight recorders
+    reads them. Not run by a test: it needs CUDA."""
+    import torch._C._distributed_c10d as c10d
+
+    dump: Any = c10d._dump_nccl_trace  # type: ignore[attr-defined, unused-ignore]
+    return dump()
+
+
+def ranks_of_groups() -> dict[str, list[int]]:
+    """The ranks of each process group that there is, by its name."""
+    module: Any = dist.distributed_c10d
+    groups = list(module._world.pg_map)
+    return {group.group_name: dist.get_process_group_ranks(group) for group in groups}

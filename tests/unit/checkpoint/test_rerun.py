@@ -27,7 +27,9 @@ SAME_RUN: list[tuple[str, Any]] = [
     ("validation.enable", True),
     ("validation.sets", [{"name": "a"}]),
     ("metrics.log_freq", 3),
+    ("training.gc_debug", True),
     ("comm.train_timeout_seconds", 5),
+    ("comm.trace_buf_size", 0),
     ("debug.deterministic", True),
     ("debug.threads", 2),
 ]

@@ -267,12 +267,14 @@ def test_finished_run_is_not_checked(tmp_path: Path) -> None:
 
 def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     stopped_run(tmp_path, 5)
-    (tmp_path / "tb").mkdir()
+    seen = {"tb", "metrics", "wandb", "profile_trace", "memory_snapshot", "comm_traces"}
+    for name in seen:
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
     assert opened.decision.action == "new"
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
-    assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint", "tb"}
+    assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint"} | seen
     now = {path.name for path in tmp_path.iterdir()}
     assert now == {".lock", "config.toml", "run_status.json", "notes.txt", "previous-1"}
     # The stored config does not move the run aside when it is trained from.

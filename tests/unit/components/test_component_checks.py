@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,40 @@ def test_run_too_short_for_a_trace_is_a_warning() -> None:
 def test_folder_names_stay_below_the_run_folder(name: str) -> None:
     only(check(facts(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
     only(check(facts(profiling={"save_traces_folder": name})), "profiling.save_traces_folder")
+    key = "save_memory_snapshot_folder"
+    only(check(facts(profiling={key: name})), f"profiling.{key}")
+    only(check(facts(comm={"save_traces_folder": name})), "comm.save_traces_folder")
+
+
+@pytest.mark.parametrize("name", ["metrics", "wandb", "config.toml"])
+def test_names_of_the_run_folder_are_taken(name: str) -> None:
+    problem = only(check(facts(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
+    assert "has something else of that name" in problem.problem
+
+
+@pytest.mark.parametrize("prefix", ["", "a/", "../rank_", ".rank_", "rank_1", "r k"])
+def test_prefix_of_traces_of_collectives(prefix: str) -> None:
+    settings = {"save_traces_file_prefix": prefix}
+    only(check(facts(comm=settings)), "comm.save_traces_file_prefix")
+
+
+@pytest.mark.parametrize("prefix", ["r", "rank_", "node-1.rank-"])
+def test_good_prefixes(prefix: str) -> None:
+    assert check(facts(comm={"save_traces_file_prefix": prefix})) == []
+
+
+def test_memory_snapshots_need_a_gpu() -> None:
+    snapshots = facts(profiling={"enable_memory_snapshot": True})
+    problem = only(check(snapshots), "profiling.enable_memory_snapshot")
+    assert problem.severity == "error" and "CUDA" in problem.problem
+    assert check(replace(snapshots, device_type="cuda")) == []
+
+
+def test_a_run_too_short_for_a_snapshot_is_a_warning() -> None:
+    profiling = {"enable_memory_snapshot": True, "profile_freq": 1001}
+    snapshots = replace(facts(profiling=profiling), device_type="cuda")
+    problem = only(check(snapshots), "profiling.profile_freq")
+    assert problem.severity == "warning"
 
 
 def test_folders_must_differ() -> None:
@@ -92,7 +127,7 @@ def probed(dump_folder: Path) -> list[Problem]:
         facts(
             job={"dump_folder": str(dump_folder)},
             metrics={"enable_tensorboard": True},
-            profiling={"enable_profiling": True},
+            profiling={"enable_profiling": True, "enable_memory_snapshot": True},
         )
     )
 
@@ -117,7 +152,11 @@ def test_probe_finds_a_folder_that_is_not_writable() -> None:
                 if os.geteuid() == 0:
                     os.setuid(65534)
                 keys = [problem.key for problem in probed(Path(folder))]
-                expected = ["metrics.save_tb_folder", "profiling.save_traces_folder"]
+                expected = [
+                    "metrics.save_tb_folder",
+                    "profiling.save_traces_folder",
+                    "profiling.save_memory_snapshot_folder",
+                ]
                 os._exit(0 if keys == expected else 1)
             finally:
                 os._exit(2)

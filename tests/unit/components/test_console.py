@@ -120,4 +120,5 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == 4 * "to stdout\n" + "the last word\n"
     assert "\x1b" not in done.stderr and "━" not in done.stderr
-    assert len(done.stderr.splitlines()) == 8
+    lines = done.stderr.splitlines()
+    assert len(lines) == 8 and "Time of the run: " in lines[-1]

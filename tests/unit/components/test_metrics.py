@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.components import metrics as metrics_module
@@ -35,7 +36,14 @@ class Clock:
 
 
 def build(
-    folder: Path, clock: Clock | None = None, *, rank: int = 0, steps: int = 7, **section: Any
+    folder: Path,
+    clock: Clock | None = None,
+    *,
+    rank: int = 0,
+    steps: int = 7,
+    seconds_before: float = 0.0,
+    more_sinks: dict[str, Any] | None = None,
+    **section: Any,
 ) -> MetricsLogger:
     return MetricsLogger(
         Metrics(**{"log_freq": 3, **section}),
@@ -46,6 +54,8 @@ def build(
         flops_per_token=6e9,
         flops_per_token_causal=3e9,
         steps=steps,
+        more_sinks=more_sinks,
+        seconds_before=seconds_before,
         clock=clock or Clock(),
     )
 
@@ -153,6 +163,54 @@ def test_other_ranks_write_nothing_and_never_wait(tmp_path: Path) -> None:
     assert metrics.num_tokens_seen == 700
 
 
+def test_all_ranks_write_where_they_are_asked_to(tmp_path: Path) -> None:
+    clock = Clock()
+    settings = {"enable_tensorboard": True, "save_for_all_ranks": True}
+    for rank in (0, 3):
+        metrics = build(tmp_path, clock, rank=rank, **settings)
+        metrics.resume(0)
+        train(metrics, clock, 1, 7)
+        metrics.close()
+    own = tmp_path / "metrics" / "rank_3.jsonl"
+    steps = [json.loads(line)["step"] for line in own.read_text().splitlines()]
+    assert steps == [record["step"] for record in records(tmp_path)] == [1, 3, 6, 7]
+    for rank in (0, 3):
+        assert len(scalars(tmp_path / "tb" / f"rank_{rank}", "lr")) == 4
+
+    metrics = build(tmp_path, clock, rank=3, **settings)
+    metrics.resume(3)  # on each rank
+    assert len(own.read_text().splitlines()) == 2
+
+
+def test_more_sinks_are_opened_where_files_are_written(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Mine:
+        name = "mine"
+        keeps_trying = False
+
+        def resume(self, step: int) -> None:
+            told.append(("resume", step))
+
+        def write(self, record: dict[str, Any]) -> None:
+            told.append(("write", record["step"]))
+
+        def flush(self) -> None:
+            told.append("flush")
+
+        def close(self, failed: bool = False) -> None:
+            told.append(("close", failed))
+
+    for rank in (0, 1):
+        metrics = build(tmp_path, clock := Clock(), rank=rank, more_sinks={"mine": Mine})
+        with pytest.raises(KeyError), metrics:
+            metrics.resume(0)
+            train(metrics, clock, 1, 1)
+            metrics.flush()
+            raise KeyError
+    assert told == [("resume", 0), ("write", 1), "flush", ("close", True)]
+
+
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     metrics = build(tmp_path, clock := Clock())
     metrics.start_step()
@@ -165,7 +223,11 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "", "\n", '{"step": null}\n'])
-def test_resume_leaves_one_curve(tmp_path: Path, torn: str) -> None:
+def test_resume_leaves_one_curve(
+    tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are told apart, and ordered, by a count, as text: 9 comes after 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     clock = Clock()
     metrics = build(tmp_path, clock, enable_tensorboard=True, steps=12)
     metrics.resume(0)

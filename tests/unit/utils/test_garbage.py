@@ -1,7 +1,11 @@
 """Python's collector runs at the agreed steps and at no other time."""
 
 import gc
+import logging
 import weakref
+
+import pytest
+import torch
 
 from torchtitan.utils.garbage import GarbageCollection
 
@@ -48,3 +52,61 @@ def test_a_collector_that_was_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def circle_with(tensor: torch.Tensor) -> weakref.ref[Node]:
+    node = Node()
+    node.activations = tensor  # type: ignore[attr-defined]
+    return weakref.ref(node)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_debug_names_what_keeps_tensors_alive(caplog: pytest.LogCaptureFixture) -> None:
+    with GarbageCollection(freq=1000, debug=True) as collection:
+        torch.zeros(2**18)  # freed at once: no circle
+        collection.step(1)
+        assert warnings_of(caplog) == []
+        node = circle_with(torch.zeros(2**18))
+        assert node() is not None
+        collection.step(2)
+        assert node() is None, "debugging must free what the collector would free"
+        [warning] = warnings_of(caplog)
+        assert "After step 2 " in warning and "freed 1 tensors of 1.00 MiB" in warning
+        assert "Node" in warning or "activations" in warning
+        circle_with(torch.zeros(2**18))
+        collection.step(3)
+        assert len(warnings_of(caplog)) == 1, "the same kind once"
+    assert gc.garbage == [] and gc.get_debug() == 0 and gc.isenabled()
+
+
+def test_debug_finds_tensors_in_closures(caplog: pytest.LogCaptureFixture) -> None:
+    def leak() -> None:
+        tensor = torch.zeros(2**20)
+
+        def again() -> int:
+            return again() if tensor is None else tensor.numel()
+
+        again()
+
+    with GarbageCollection(freq=1000, debug=True) as collection:
+        leak()
+        collection.step(1)
+    [warning] = warnings_of(caplog)
+    assert "4.00 MiB" in warning
+
+
+def test_debug_frees_what_was_put_into_gc_garbage_before(caplog: pytest.LogCaptureFixture) -> None:
+    """And leaves the objects of others there."""
+    caplog.set_level(logging.WARNING)
+    mine = object()
+    gc.garbage.append(mine)
+    try:
+        with GarbageCollection(freq=1, debug=True) as collection:
+            circle_with(torch.zeros(4))
+            collection.step(1)
+        assert gc.garbage == [mine]
+    finally:
+        gc.garbage.clear()

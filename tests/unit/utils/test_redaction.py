@@ -3,7 +3,7 @@
 import pytest
 
 from torchtitan.config.fields import known_keys
-from torchtitan.utils.redaction import holds_a_secret, names_a_secret, redact
+from torchtitan.utils.redaction import holds_a_secret, names_a_secret, redact, redact_tree
 
 HF = "hf_" + "aB3" * 10
 
@@ -63,3 +63,18 @@ def test_plain_values(value: str):
 )
 def test_redact_assignments(text: str, shown: str):
     assert redact(text) == shown
+
+
+def test_redact_tree():
+    tree = {
+        "hf_token": "plain",
+        "unset_token": None,
+        "data": [{"path": "https://me:word@host/x"}, 3, ("a", HF)],
+        "model": {"tokenizer_path": "tok", "api_key": {"deep": 1}},
+    }
+    assert redact_tree(tree) == {
+        "hf_token": "<hidden>",
+        "unset_token": None,
+        "data": [{"path": "https://<hidden>@host/x"}, 3, ["a", "<hidden>"]],
+        "model": {"tokenizer_path": "tok", "api_key": "<hidden>"},
+    }

@@ -1,0 +1,101 @@
+"""Whole runs with everything on that watches them, and a run that hangs."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed import runs
+from tests.wandb_file import offline_runs
+
+WATCHED = [
+    "--metrics.enable_tensorboard",
+    "--metrics.enable_wandb",
+    "--metrics.save_for_all_ranks",
+    "--profiling.enable_profiling",
+    "--profiling.profile_freq=2",
+    "--profiling.profiler_warmup=0",
+    "--training.gc_debug",
+    "--job.custom_import=leaky",
+    "--model.handlers=leaky",
+]
+LEAKY = """
+import torch
+from torchtitan.config.section import Section
+from torchtitan.handlers.registry import register_handler
+
+@register_handler("leaky", Section)
+class Leaky:
+    def __init__(self, job_config, parallel_dims):
+        pass
+
+    def convert(self, model):
+        pass
+
+    def pre_optimizer_hook(self, model):
+        self.circle = [torch.zeros(2**18)]
+        self.circle.append(self.circle)
+
+    def post_optimizer_hook(self, model):
+        del self.circle
+"""
+
+
+def test_watching_changes_no_bit_and_sees_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    (tmp_path / "leaky.py").write_text(LEAKY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    alone, watched = tmp_path / "alone", tmp_path / "watched"
+    runs.run(alone, "--training.steps=3", "--comm.trace_buf_size=0", processes=2)
+    done = runs.run(watched, "--training.steps=3", *WATCHED, processes=2)
+    assert runs.curve(watched) == runs.curve(alone)
+    assert "Time of the run: " in done.stderr
+    found = "After step 1 the garbage collector freed 1 tensors of 1.00 MiB"
+    assert done.stderr.count(found) == 2, "on each rank, once"
+
+    runs.run(watched, "--training.steps=5", *WATCHED, processes=2)  # goes on where it ended
+    own = (watched / "metrics" / "rank_1.jsonl").read_text().splitlines()
+    of_main = runs.records(watched)
+    assert [json.loads(line)["loss"] for line in own] == [record["loss"] for record in of_main]
+    assert len(own) == 5
+    for rank in (0, 1):
+        events = EventAccumulator(str(watched / "tb" / f"rank_{rank}"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("time_share/compute(%)")] == [1, 2, 3, 4, 5]
+    run_id = runs.status(watched)["run_id"]
+    starts = [run for run in offline_runs(watched) if run.run.run_id == f"{run_id}-rank1"]
+    assert [[row["step"] for row in run.history] for run in starts] == [[1, 2, 3], [4, 5]]
+    assert starts[0].config["training"]["steps"] == 3
+    shares = {key: value for key, value in of_main[-1].items() if key.startswith("time_share/")}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["time_share/startup"] > 0 and shares["time_share/checkpoint"] > 0
+
+
+def test_a_run_that_hangs_leaves_its_collectives(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--training.steps=100000", "--comm.train_timeout_seconds=4"]
+    first, second = runs.start_ranks(folder, *arguments, folders=[tmp_path, tmp_path])
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or len(runs.records(folder)) < 3:
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        os.kill(second.pid, signal.SIGSTOP)
+        output, _ = first.communicate(timeout=120)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 1
+    assert "The newest collectives of this rank are in" in output
+    lines = (folder / "comm_traces" / "rank_0.jsonl").read_text().splitlines()
+    numbers = [json.loads(line)["number"] for line in lines]
+    assert len(numbers) > 20 and numbers == sorted(set(numbers)), "all of the one group, in order"
+    assert json.loads(lines[-1])["ranks"] == [0, 1]

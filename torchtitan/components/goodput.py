@@ -1,0 +1,107 @@
+"""Goodput: where the wall time of a run goes.
+
+Every moment is booked on exactly one activity, so the shares of all add up to 1: `startup` until
+the first step waits for its data, `compute` in the loop, and within it whatever is timed under a
+name of its own (`data`, `checkpoint`, ...). Time is the host's: on a GPU that is still at work
+while the host waits for data, the device has lost nothing.
+
+A run may take several starts. Each goes on from the totals of the ones before it, as their records
+have them; what was trained after the step that is resumed from was for nothing, and becomes `lost`.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STARTUP, DATA, COMPUTE, CHECKPOINT, LOST = "startup", "data", "compute", "checkpoint", "lost"
+TOTAL_KEY = "run_seconds"
+SHARE_PREFIX = "time_share/"
+
+
+class TimeSplit:
+    """Books time on activities. `clock` gives seconds; `seconds_before` have passed already."""
+
+    def __init__(self, clock: Callable[[], float], seconds_before: float = 0.0):
+        self._clock = clock
+        self._booked_until = clock()
+        self._activities = [STARTUP]
+        self._seconds: dict[str, float] = defaultdict(float)
+        # Shown in every record, also while they take nothing.
+        self._seconds |= {STARTUP: seconds_before, DATA: 0.0, COMPUTE: 0.0, CHECKPOINT: 0.0}
+
+    def start_training(self) -> None:
+        """The first step begins: what follows is `compute` unless it is `spent` otherwise."""
+        self._book()
+        self._activities = [COMPUTE]
+
+    @contextmanager
+    def spent(self, activity: str) -> Iterator[None]:
+        """Book the time within on `activity`, except what is spent on another one in it."""
+        self._book()
+        self._activities.append(activity)
+        try:
+            yield
+        finally:
+            self._book()
+            self._activities.pop()
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what earlier starts of the run have spent."""
+        for activity, part in seconds.items():
+            self._seconds[activity] += part
+
+    def record(self) -> dict[str, float]:
+        """The seconds of the run so far over all its starts, and the share of each activity."""
+        self._book()
+        total = sum(self._seconds.values())
+        shares = {SHARE_PREFIX + name: part / total for name, part in self._seconds.items()}
+        return {TOTAL_KEY: total, **shares}
+
+    def describe(self) -> str:
+        """The same in a line: the largest share first, without what took nothing."""
+        self._book()
+        total = sum(self._seconds.values())
+        parts = [
+            f"{100 * part / total:.1f}% {'start-up' if name == STARTUP else name}"
+            for name, part in sorted(self._seconds.items(), key=lambda item: -item[1])
+            if part > 0
+        ]
+        return f"{total:,.1f} s: {', '.join(parts)}"
+
+    def _book(self) -> None:
+        now = self._clock()
+        self._seconds[self._activities[-1]] += now - self._booked_until
+        self._booked_until = now
+
+
+def earlier_seconds(path: Path, step: int) -> dict[str, float]:
+    """The seconds of each activity in the starts before this one, which goes on after `step`, from
+    the records in `path`; what the records of later steps have more is `lost`."""
+    kept: dict[str, float] = {}
+    latest: dict[str, float] = {}
+    for record in _records(path):
+        latest = _seconds(record)
+        if record["step"] <= step:
+            kept = latest
+    lost = sum(latest.values()) - sum(kept.values())
+    return {**kept, LOST: kept.get(LOST, 0.0) + lost} if lost > 0 else kept
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Those that are whole; a process may have died while it wrote the last one."""
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            if isinstance(record["step"], int) and isinstance(record[TOTAL_KEY], float):
+                yield record
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    shares = {key: value for key, value in record.items() if key.startswith(SHARE_PREFIX)}
+    total = record[TOTAL_KEY]
+    return {key.removeprefix(SHARE_PREFIX): share * total for key, share in shares.items()}

@@ -1,0 +1,85 @@
+"""What the doctor says about a process of a run on this machine: device, kernels, threads."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config import JobConfig
+from torchtitan.config.facts import Facts
+from torchtitan.distributed import checks
+from torchtitan.tools.findings import Finding, of_problem
+from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.device import GIB, device_type
+from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.process import set_up_process
+
+
+def facts_of_machine(config: JobConfig, place: ProcessEnvironment) -> Facts:
+    """The config on what this process would train on."""
+    try:
+        kind = device_type(config.job.device)
+    except RuntimeError:  # the check of the hardware tells
+        kind = "cuda"
+    return Facts(config, place.world_size, kind)
+
+
+def machine_findings(facts: Facts, place: ProcessEnvironment) -> Iterator[Finding]:
+    """One after the other. Sets up threads and allocator, as a run does."""
+    problems = checks.probe(facts)
+    yield from (of_problem(problem) for problem in problems)
+    yield Finding(dist.is_available() and dist.is_gloo_available(), "gloo", "talks between CPUs")
+    if torch.cuda.is_available():
+        yield Finding(dist.is_nccl_available(), "nccl", "talks between GPUs")
+        for index in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(index).total_memory / GIB
+            text = f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
+            yield Finding(True, f"GPU {index}", text)
+    else:
+        yield Finding(None, "GPUs", f"none usable (torch built for CUDA {torch.version.cuda})")
+    if problems and facts.device_type == "cuda":
+        return
+    setting = f"job.device = {facts.config.job.device}"
+    yield Finding(True, "device", f"{_device(facts, place)} ({setting})")
+    yield Finding(None, "attention", _attention(facts))
+    if facts.device_type == "cpu":
+        yield Finding(None, "CPU kernels", _cpu_kernels())
+        yield Finding(None, "allocator", _allocator(facts.config))
+    else:
+        yield Finding(None, "allocator", f"CUDA's, {torch.cuda.get_allocator_backend()}")
+    set_up_process(facts.config.debug.threads, place, facts.config.debug.seed)
+    setting = f"debug.threads = {facts.config.debug.threads}"
+    yield Finding(None, "threads", f"{torch.get_num_threads()} for each process ({setting})")
+
+
+def _device(facts: Facts, place: ProcessEnvironment) -> str:
+    if facts.device_type == "cpu":
+        return "cpu"
+    return f"cuda:{place.local_rank}, {torch.cuda.get_device_name(place.local_rank)}"
+
+
+def _attention(facts: Facts) -> str:
+    """Which kernel `models/attend.py` and `distributed/attention_kernels.py` come to."""
+    config = facts.config
+    if config.parallelism.context_parallel_degree > 1:
+        method = config.parallelism.context_parallel_method
+        return f"over the ranks of cp, by {method}"
+    if not config.training.document_mask:
+        return "scaled_dot_product_attention, causal (a flash kernel where there is one)"
+    if facts.device_type == "cuda":
+        return "FlexAttention with a block mask of documents, compiled"
+    return "scaled_dot_product_attention with a mask of documents"
+
+
+def _cpu_kernels() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    one_dnn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
+    return f"{capability}, {one_dnn}"
+
+
+def _allocator(config: JobConfig) -> str:
+    if config.debug.cpu_allocator == "system":
+        return "the system's, as it is (debug.cpu_allocator)"
+    if tune_cpu_allocator():
+        return "glibc's, told to keep its memory (debug.cpu_allocator)"
+    return "the system's, which is not glibc's and takes no advice"
