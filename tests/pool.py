@@ -157,8 +157,8 @@ def _call(
         return function(World(rank, world_size, rank, torch.device("cpu"), group), *args)
     finally:
         dist.destroy_process_group()
-        # While a mesh lives, so do gloo's threads, 18 on every rank of one with three axes, and wake
-        # a hundred times a second: after some hundred tests they leave no processor to the next.
+        # While a mesh lives, so do gloo's threads (18 on every rank of one with three axes), which
+        # wake a hundred times a second: after some hundred tests no processor is left to the next.
         _forget_meshes()
         gc.collect()  # a model and its mesh are a cycle
 
