@@ -53,7 +53,8 @@ REPOSITORIES = {
 SCRIPT = """
 import json, os, sys, time
 sys.path[:0] = {folders!r}
-time.sleep = lambda seconds: None  # the library's pauses between its tries
+pauses = []
+time.sleep = pauses.append  # the library's, between its tries
 import numpy as np
 from data_runs import Run, make_config
 from test_bad_data import facts_for
@@ -155,7 +156,10 @@ def test_a_moving_revision_is_warned_of(answers):
 def test_row_62_offline(tmp_path):
     case = "tell('hf:own/plain')"
     closed = "http://127.0.0.1:9"
-    (message,) = ask(tmp_path, closed, [case])[case]
-    assert "the hub cannot be reached" in message and '"hf"' in message
+    answers = ask(tmp_path, closed, [case, "tell('c4')", "sum(pauses)"])
+    for (message,) in (answers[case], answers["tell('c4')"]):
+        assert "the hub cannot be reached" in message and '"hf"' in message
+    # Of ours, of each; the library alone would pause for 23 seconds.
+    assert 0 < answers["sum(pauses)"] <= 4
     (message,) = ask(tmp_path, closed, [case], HF_HUB_OFFLINE="1")[case]
     assert "HF_HUB_OFFLINE forbids" in message
