@@ -7,11 +7,25 @@ import subprocess
 from pathlib import Path
 
 from tests.distributed import runs
-from tests.distributed.test_runs import wait_for_step
 
 PAGE = (runs.ROOT / "docs" / "datasets.md").read_text("utf-8")
 SECTION = PAGE.partition("## A dataset of one's own")[2]
-WALKS = ["--training.dataset=walks", "--checkpoint.interval=6", "--training.steps=30"]
+DYING = """
+import os, signal
+
+rows = Walks.__iter__
+
+
+def rows_and_death(self):
+    for row in rows(self):
+        if str(self.next_row) == os.environ.get("LAST_ROW"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+
+
+Walks.__iter__ = rows_and_death
+"""
+"""For the test's copy of the page's module: a certain row kills the process that reads it."""
 
 
 def block(language: str) -> str:
@@ -20,39 +34,34 @@ def block(language: str) -> str:
     return found[1]
 
 
-def test_example_trains_and_goes_on_after_a_kill(tmp_path: Path):
-    (tmp_path / "my_data.py").write_text(block("python"))
-    # The page's TOML in that of the tests' runs.
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run on the page's module and with its TOML, in that of the tests' runs."""
+    (folder.parent / "my_data.py").write_text(block("python") + DYING)
+    words = runs.command(folder, *arguments)
     tables = '[training]\ndataset = "stdlib"\n'
     assert tables in runs.CONFIG
-    toml = runs.CONFIG.replace(tables, block("toml"))
-    environment = runs.environment()
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    (folder.parent / "config.toml").write_text(runs.CONFIG.replace(tables, block("toml")))
+    known = runs.environment() | environment
+    known["PYTHONPATH"] = os.pathsep.join([str(folder.parent), known["PYTHONPATH"]])
+    return subprocess.run(words, env=known, capture_output=True, text=True)
 
-    def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        words = runs.command(folder, *arguments)
-        (tmp_path / "config.toml").write_text(toml)  # `command` has written its own
-        return subprocess.Popen(
-            words,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    def finish(process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-        return output
+def test_map_style_trains(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "--training.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert len(runs.curve(tmp_path / "run")) == 3
 
-    sums, whole, killed = (tmp_path / name for name in ("sums", "whole", "killed"))
-    finish(start(sums, "--training.steps=3"))
-    assert len(runs.curve(sums)) == 3
-    finish(start(whole, *WALKS))
-    process = start(killed, *WALKS)
-    wait_for_step(killed, 8, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert "resum" in finish(start(killed, *WALKS)).lower()
-    assert runs.curve(killed) == runs.curve(whole) and len(runs.curve(whole)) == 30
+
+def test_iterable_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """From its state: the steps that both processes trained are the same."""
+    arguments = ("--training.dataset=walks", "--checkpoint.interval=5", "--training.steps=12")
+    folder = tmp_path / "run"
+    done = run(folder, *arguments, LAST_ROW="48")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    before = runs.curve(folder)
+    assert 7 <= len(before) <= 9, "it dies some steps after the checkpoint, and before the next"
+    done = run(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Resumed from step 5" in done.stderr
+    after = runs.curve(folder)
+    assert len(after) == 12 and after[: len(before)] == before

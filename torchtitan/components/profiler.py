@@ -8,7 +8,6 @@ rank, N being the last step in it. The steps are the run's: a resumed run traces
 import logging
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -70,15 +69,10 @@ class Profiler:
         if self._profile is not None:
             self._profile.step()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: Any) -> None:
         self._ended = True
         if self._profile is not None:
-            self._profile.__exit__(kind, error, traceback)
+            self._profile.__exit__(*details)
 
     def _write(self, profile: Any) -> None:
         if self._ended:  # the run's end cut this one off, perhaps before its first step

@@ -6,7 +6,6 @@ rank runs it after the same steps.
 """
 
 import gc
-from types import TracebackType
 
 
 class GarbageCollection:
@@ -30,12 +29,7 @@ class GarbageCollection:
         if step % self._freq == 0:
             gc.collect()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         gc.unfreeze()
         if self._was_enabled:
             gc.enable()
