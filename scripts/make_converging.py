@@ -133,7 +133,7 @@ RUNS = (
     Run(
         "moved",
         CHECKPOINT,
-        "killed three times, goes on as FSDP 2, tensor parallel 2, pipeline 2",
+        "killed three times, then on another mesh",
         _killed([ALONE, FSDP, TENSOR, PIPELINE], _MODES[0]),
     ),
 )
