@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -200,7 +201,7 @@ class Runner:
                     return
                 if any(process.poll() not in (None, 0) for process in processes):
                     break
-                if time.monotonic() - told > 10:
+                if time.monotonic() - told > 30:
                     told = time.monotonic()
                     print(f"{title}: step {step} of {STEPS}", flush=True)
         finally:
@@ -218,8 +219,8 @@ class Runner:
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             port = listener.getsockname()[1]
-        threads = max(1, (os.cpu_count() or 1) // leg.processes)
-        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+        # One thread each: then sums are the same however many cores there are.
+        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         common |= {"WORLD_SIZE": leg.processes, "LOCAL_WORLD_SIZE": leg.processes}
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         folder = f"--job.dump_folder={self.folder / run.name}"
@@ -364,6 +365,8 @@ def main() -> int:
     if find_spec("matplotlib") is None:
         print("The picture needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
+    # So that a run does not go on when its script is asked to end.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     runner = Runner(options.folder.resolve())
     for name in options.again:
         (runner.folder / f"{name}.json").unlink(missing_ok=True)
