@@ -2,7 +2,7 @@
 
     python scripts/make_converging.py [--folder outputs/converging] [--again NAME] [--page-only]
 
-About 25 minutes on two cores. Runs that are finished are not run again, so that it may be stopped
+About 20 minutes on two cores. Runs that are finished are not run again, so that it may be stopped
 and started at any time; `--again` repeats one of them, `--page-only` writes the page with what is
 there. The picture needs matplotlib, which nothing else here does: pip install matplotlib
 """
@@ -40,7 +40,7 @@ SMOOTHED = 25
 COMMON = (
     f"--training.steps={STEPS}",
     f"--training.global_batch_size={BATCH}",
-    "--training.seq_len=48",
+    "--training.seq_len=32",
     # At the file's 3e-3 such small batches are unstable: rounding grows tenfold in eight steps.
     "--optimizer.lr=1e-3",
     "--lr_scheduler.warmup_steps=50",
