@@ -381,7 +381,7 @@ def main() -> int:
         print(failure, file=sys.stderr)
         return 1
     finished = {name: losses for name, losses in curves.items() if losses is not None}
-    if REFERENCE.name in finished:
+    if REFERENCE.name in finished and len(finished) > 1:
         draw(finished)
     write_page(finished, runner.seconds())
     return 0
