@@ -11,8 +11,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh
 setup_env dev
 
-# Many tests wait for processes of their own, so two files are at work at a time.
-[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile
-
 # The linters are tests too (tests/meta/test_linters.py), so there is one report.
 exec "$PYTHON" -m pytest "$@"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,34 @@ def command(folder: Path, *arguments: str, processes: int = 1) -> list[str]:
     ]
 
 
+_KILLED = """
+import os, signal, sys
+from torchtitan.utils.garbage import GarbageCollection
+
+last_step, end_step = int(sys.argv.pop(1)), GarbageCollection.step
+
+
+def end_step_or_die(self, step):
+    if step == last_step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    end_step(self, step)
+
+
+GarbageCollection.step = end_step_or_die
+from torchtitan.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def killed_after(step: int, words: list[str]) -> list[str]:
+    """The command line `words` of a process, which is killed at the end of a step: when that is
+    logged, and its save is over or goes on beside training."""
+    at = words.index("-m")
+    assert words[at + 1] == "torchtitan.train"
+    return [*words[:at], "-c", _KILLED, str(step), *words[at + 2 :]]
+
+
 def environment() -> dict[str, str]:
     """Without whatever launcher started the tests."""
     launcher = (
@@ -81,15 +110,17 @@ def launcher_variables(world_size: int) -> list[dict[str, str]]:
 
 
 def start_ranks(
-    folder: Path, *arguments: str, folders: Sequence[Path]
+    folder: Path, *arguments: str, folders: Sequence[Path], killed_rank: int | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Start one process in each of `folders`, without a launcher that would look after them."""
+    """Start one process in each of `folders`, without a launcher that would look after them. One
+    may be killed after step 6."""
     processes = []
     variables = launcher_variables(len(folders))
-    for launcher, working_folder in zip(variables, folders, strict=True):
+    for rank, (launcher, working_folder) in enumerate(zip(variables, folders, strict=True)):
+        words = command(folder, *arguments)
         processes.append(
             subprocess.Popen(
-                command(folder, *arguments),
+                killed_after(6, words) if rank == killed_rank else words,
                 env=environment() | launcher,
                 cwd=working_folder,
                 stdout=subprocess.PIPE,
@@ -113,6 +144,19 @@ def run(
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
+
+
+def run_killed(folder: Path, *arguments: str) -> None:
+    """Run until the process is killed after step 6."""
+    done = subprocess.run(
+        killed_after(6, command(folder, *arguments)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert len(records(folder)) == 6
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,11 @@
 
 import json
 import random
-import signal
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import runs
-from tests.distributed.test_runs import start_and_signal
 from torchtitan import cli
 
 
@@ -39,9 +37,9 @@ def test_a_mixture_that_is_killed_and_goes_on_on_another_mesh(text: Path, tmp_pa
     sources = f"[{{path = '{text}', weight = 3}}, {{dataset = 'stdlib', weight = 1}}]"
     arguments = ("--training.dataset=auto", f"--data.sources={sources}", "--training.steps=12")
     runs.run(tmp_path / "whole", *arguments)
-    start_and_signal(tmp_path / "killed", signal.SIGKILL, *arguments)
+    runs.run_killed(tmp_path / "killed", *arguments)
     done = runs.run(tmp_path / "killed", *arguments, processes=2)
-    assert "Resumed from step" in done.stderr
+    assert "Resumed from step 4" in done.stderr
     for (step, loss, _), expected in zip(
         runs.curve(tmp_path / "killed"), runs.curve(tmp_path / "whole"), strict=True
     ):

@@ -7,11 +7,9 @@ import subprocess
 from pathlib import Path
 
 from tests.distributed import runs
-from tests.distributed.test_runs import wait_for_step
 
 PAGE = (runs.ROOT / "docs" / "datasets.md").read_text("utf-8")
 SECTION = PAGE.partition("## A dataset of one's own")[2]
-WALKS = ["--training.dataset=walks", "--checkpoint.interval=6", "--training.steps=30"]
 
 
 def block(language: str) -> str:
@@ -20,39 +18,37 @@ def block(language: str) -> str:
     return found[1]
 
 
-def test_example_trains_and_goes_on_after_a_kill(tmp_path: Path):
-    (tmp_path / "my_data.py").write_text(block("python"))
-    # The page's TOML in that of the tests' runs.
+def run(
+    folder: Path, *arguments: str, killed_after: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A run on the page's module and with its TOML, in that of the tests' runs."""
+    (folder.parent / "my_data.py").write_text(block("python"))
+    words = runs.command(folder, *arguments)
+    if killed_after is not None:
+        words = runs.killed_after(killed_after, words)
     tables = '[training]\ndataset = "stdlib"\n'
     assert tables in runs.CONFIG
-    toml = runs.CONFIG.replace(tables, block("toml"))
+    (folder.parent / "config.toml").write_text(runs.CONFIG.replace(tables, block("toml")))
     environment = runs.environment()
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder.parent), environment["PYTHONPATH"]])
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
 
-    def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        words = runs.command(folder, *arguments)
-        (tmp_path / "config.toml").write_text(toml)  # `command` has written its own
-        return subprocess.Popen(
-            words,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    def finish(process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-        return output
+def test_map_style_trains(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "--training.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert len(runs.curve(tmp_path / "run")) == 3
 
-    sums, whole, killed = (tmp_path / name for name in ("sums", "whole", "killed"))
-    finish(start(sums, "--training.steps=3"))
-    assert len(runs.curve(sums)) == 3
-    finish(start(whole, *WALKS))
-    process = start(killed, *WALKS)
-    wait_for_step(killed, 8, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert "resum" in finish(start(killed, *WALKS)).lower()
-    assert runs.curve(killed) == runs.curve(whole) and len(runs.curve(whole)) == 30
+
+def test_iterable_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """From its state: the steps after the checkpoint, which both processes train, are the same."""
+    folder = tmp_path / "run"
+    done = run(folder, "--training.dataset=walks", killed_after=7)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    before = runs.curve(folder)
+    assert len(before) == 7
+    done = run(folder, "--training.dataset=walks")
+    assert done.returncode == 0, done.stderr
+    assert "Resumed from step 4" in done.stderr
+    after = runs.curve(folder)
+    assert len(after) == 10 and after[:7] == before

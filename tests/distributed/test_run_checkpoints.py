@@ -1,7 +1,6 @@
 """Whole runs that save beside training, start from a seed, or from another run's checkpoint."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import runs
-from tests.distributed.test_runs import start_and_signal
 from torchtitan.checkpoint.steps_folder import inspect_steps
 
 ASYNC = "--checkpoint.async_mode=async"
@@ -31,7 +29,7 @@ def test_killed_while_saving_beside_training(uninterrupted: Path, tmp_path: Path
     """The same command goes on, and what comes of it is the uninterrupted run, bit by bit."""
     folder = tmp_path / "run"
     pinned = "--checkpoint.async_mode=async_with_pinned_mem"
-    start_and_signal(folder, signal.SIGKILL, pinned, "--checkpoint.interval=1")
+    runs.run_killed(folder, pinned, "--checkpoint.interval=1")
     done = runs.run(folder, ASYNC)
     assert "Resumed from step " in done.stderr
     assert runs.curve(folder) == runs.curve(uninterrupted)

@@ -1,5 +1,6 @@
 """What the checkpoint tests run on every rank: a small sharded model that trains, saves, loads."""
 
+import ast
 import hashlib
 import os
 import signal
@@ -127,4 +128,18 @@ def save_and_die(world: World, folder: str, site: str, victim: int) -> None:
         checkpointer.save(step, trainer.tensors(), {"step": step})
         content = trainer.content()
         if world.is_main:
-            Path(folder, f"ack-{step}").write_text(repr(content))
+            note(folder, "ack", step, content)
+
+
+def note(folder: str, kind: str, step: int, content: dict[str, str]) -> None:
+    """Leave the content of a step for `noted`, whole or not at all: this process may be killed at
+    any time, its pool does that when another rank dies."""
+    unfinished = Path(folder, f".note-{kind}-{step}")
+    unfinished.write_text(repr(content))
+    unfinished.rename(Path(folder, f"{kind}-{step}"))
+
+
+def noted(folder: Path, kind: str) -> dict[int, dict[str, str]]:
+    """The contents that were noted, by step."""
+    paths = folder.glob(f"{kind}-*")
+    return {int(p.name.rpartition("-")[2]): ast.literal_eval(p.read_text()) for p in paths}

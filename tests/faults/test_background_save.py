@@ -1,22 +1,25 @@
 """Saves beside training: the same bits as without, never two at a time, and no failure is lost."""
 
-import ast
 import logging
 import os
 import signal
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.faults.saving import Trainer, make_checkpointer, recover
+from tests.faults.saving import Trainer, make_checkpointer, note, noted, recover
 from tests.pool import GlooPool, RankFailure
+from torchtitan.checkpoint import background as background_module
 from torchtitan.checkpoint import commit as commit_module
 from torchtitan.checkpoint.staging import Staging
 from torchtitan.config import CheckpointError, ConfigError
-from torchtitan.distributed.world import World, set_timeout
+from torchtitan.distributed.world import World
+from torchtitan.utils.torch_compat import set_group_timeouts
 
 MODES = ["async", "async_with_pinned_mem"]
 
@@ -107,8 +110,18 @@ def test_copies_share_nothing_and_kept_memory_is_used_again() -> None:
         assert third.dtype == torch.float64
 
 
+def open_when_waited_for(thread: Any, gate: Gate) -> None:
+    real = thread.join
+
+    def join() -> None:
+        gate.open()
+        real()
+
+    thread.join = join
+
+
 def save_three(world: World, folder: str) -> tuple[list[tuple[str, int]], list[str], list[int]]:
-    """Without waiting in between, the first one being held for a while."""
+    """Without waiting in between, the first one being held until the second is waiting for it."""
     events: list[tuple[str, int]] = []
     gate = Gate("ckpt.hashed", 1)
 
@@ -129,13 +142,17 @@ def save_three(world: World, folder: str) -> tuple[list[tuple[str, int]], list[s
     checkpointer = make_checkpointer(
         world, folder, on_site=on_site, async_mode="async", keep_latest_k=2
     )
-    threading.Timer(0.3, gate.open).start()
+    worth_a_line = background_module._WORTH_A_LINE_SECONDS
+    background_module._WORTH_A_LINE_SECONDS = 0.0
     try:
         for step in (1, 2, 3):
             trainer.train_step(step)
             checkpointer.save(step, trainer.tensors(), {})
+            if step == 1:
+                open_when_waited_for(checkpointer._background._thread, gate)
         checkpointer.wait()
     finally:
+        background_module._WORTH_A_LINE_SECONDS = worth_a_line
         logger.removeHandler(handler)
     world.barrier()  # rank 0 deletes what is older after the others have gone on
     return events, messages, checkpointer.steps()
@@ -145,7 +162,7 @@ def test_never_two_at_a_time(gloo_pool: GlooPool, tmp_path: Path) -> None:
     for events, messages, steps in gloo_pool.run(2, save_three, str(tmp_path)):
         assert [step for _, step in events] == sorted(step for _, step in events)
         assert {step for _, step in events} == {1, 2, 3}
-        assert any("Waited 0." in text and "of step 1, which" in text for text in messages)
+        assert any("Waited " in text and "of step 1, which" in text for text in messages)
         assert set(steps) == {2, 3}
 
 
@@ -197,7 +214,6 @@ def test_failure_is_told_on_all_ranks(gloo_pool: GlooPool, tmp_path: Path, how: 
 
 def see_a_failure_coming(world: World, folder: str) -> bool:
     """Without waiting: this is what the ranks exchange at every step."""
-    failed = threading.Event()
 
     def on_site(site: str, step: int) -> None:
         if site == "ckpt.begin":
@@ -205,8 +221,8 @@ def see_a_failure_coming(world: World, folder: str) -> bool:
 
     checkpointer = make_checkpointer(world, folder, on_site=on_site, async_mode="async")
     checkpointer.save(1, Trainer(world).tensors(), {})
-    while not checkpointer.save_failed:
-        failed.wait(0.01)
+    checkpointer._background._thread.join()
+    assert checkpointer.save_failed
     with pytest.raises(CheckpointError, match="step 1 was not saved: RuntimeError: before"):
         checkpointer.wait()
     return checkpointer.save_failed
@@ -232,10 +248,12 @@ def save_beside_and_die(world: World, folder: str, site: str, victim: int) -> No
         trainer.train_step(step)
         if step <= 3:
             contents[step] = trainer.content()
+            if world.is_main:
+                note(folder, "content", step, contents[step])
             checkpointer.save(step, trainer.tensors(), {"step": step})
         if world.is_main and checkpointer.saved_step > told:
             told = checkpointer.saved_step
-            Path(folder, f"ack-{told}").write_text(repr(contents[told]))
+            note(folder, "told", told, contents[told])
     checkpointer.wait()
 
 
@@ -258,26 +276,32 @@ def test_killed_while_saving_beside_training(
         gloo_pool.run(2, save_beside_and_die, str(tmp_path), site, victim)
     result = gloo_pool.run(2, recover, str(tmp_path))[0]
     assert result["step"] == (3 if site in ("ckpt.after_commit", "purge.begin") else 2)
-    acknowledged = {
-        int(path.name.removeprefix("ack-")): ast.literal_eval(path.read_text())
-        for path in tmp_path.glob("ack-*")
-    }
-    assert result["step"] >= max(acknowledged, default=0)
-    if result["step"] in acknowledged:
-        assert result["content"] == acknowledged[result["step"]]
+    assert result["content"] == noted(tmp_path, "content")[result["step"]]
+    assert result["step"] >= max(noted(tmp_path, "told"), default=0)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
 def save_slowly_with_short_patience(world: World, folder: str) -> list[int]:
-    """A save may take longer than a step may."""
+    """Rank 1 writes for longer than a step may take, as rank 0 finds out with a collective that
+    nobody joins."""
+    patience_seconds, is_over, waiting = 0.3, Path(folder, "is-over"), threading.Event()
 
     def on_site(site: str, step: int) -> None:
-        if site == "ckpt.shard_written" and world.rank == 1:
-            threading.Event().wait(3)
+        if site == "ckpt.hashed":
+            waiting.set()
+        while site == "ckpt.shard_written" and world.rank == 1 and not is_over.exists():
+            time.sleep(0.01)
 
+    tensors = Trainer(world).tensors()
     checkpointer = make_checkpointer(world, folder, on_site=on_site, async_mode="async")
-    set_timeout(world, 1)
-    checkpointer.save(1, Trainer(world).tensors(), {})
+    set_group_timeouts(timedelta(seconds=patience_seconds))
+    checkpointer.save(1, tensors, {})
+    if world.is_main:
+        waiting.wait()
+        time.sleep(patience_seconds)
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            world.barrier()
+        is_over.touch()
     checkpointer.wait()
     return checkpointer.steps()
 

@@ -4,7 +4,6 @@ Processes are really killed and files really damaged; what a restarted job then 
 is compared, to the bit, with what was saved.
 """
 
-import ast
 import os
 import resource
 import shutil
@@ -22,6 +21,7 @@ from tests.faults.damage import DAMAGES, flip, resign
 from tests.faults.saving import (
     Trainer,
     make_checkpointer,
+    noted,
     recover,
     save_and_die,
     save_steps,
@@ -51,10 +51,7 @@ def test_killed_while_saving(gloo_pool: GlooPool, tmp_path: Path, site: str, vic
     result = gloo_pool.run(2, recover, str(tmp_path))[0]
     committed = site in ("ckpt.after_commit", "purge.begin")
     assert result["step"] == (3 if committed else 2)
-    acknowledged = {
-        int(path.name.removeprefix("ack-")): ast.literal_eval(path.read_text())
-        for path in tmp_path.glob("ack-*")
-    }
+    acknowledged = noted(tmp_path, "ack")
     assert result["step"] >= max(acknowledged)
     if result["step"] in acknowledged:
         assert result["content"] == acknowledged[result["step"]]

@@ -5,6 +5,7 @@ are computed in float32 even in a float64 model, which bounds how well that one 
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -56,20 +57,25 @@ def build_theirs(args: LlamaArgs, dtype: torch.dtype) -> torch.nn.Module:
             "high_freq_factor": args.rope_high_freq_factor,
             "original_max_position_embeddings": args.rope_original_max_seq_len,
         }
-    config = transformers.LlamaConfig(
+    config = their_config(
+        transformers.LlamaConfig, args, rms_norm_eps=args.norm_eps, rope_parameters=rope
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def their_config(kind: type, args: LlamaArgs, **settings: Any) -> Any:
+    return kind(
         vocab_size=VOCAB,
         hidden_size=args.dim,
         intermediate_size=args.ffn_hidden_dim,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
         num_key_value_heads=args.num_kv_heads,
-        rms_norm_eps=args.norm_eps,
         max_position_embeddings=1024,
         tie_word_embeddings=args.tied_embeddings,
-        rope_parameters=rope,
         attn_implementation="eager",
+        **settings,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype)
 
 
 def sequence(packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -137,18 +143,8 @@ def test_without_parameters_in_its_norms_it_is_olmo():
         update={"norm_type": "np_layernorm", "norm_eps": 1e-5}
     )
     ours = build_ours(args, torch.float64)
-    config = transformers.OlmoConfig(
-        vocab_size=VOCAB,
-        hidden_size=args.dim,
-        intermediate_size=args.ffn_hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.num_kv_heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        attn_implementation="eager",
-    )
+    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
+    config = their_config(transformers.OlmoConfig, args, rope_parameters=rope)
     theirs = transformers.OlmoForCausalLM(config).double()
     theirs.load_state_dict(to_hf(ours.state_dict(), args))
     tokens, positions, _ = sequence(packed=False)

@@ -9,7 +9,6 @@ Memory snapshots keep the same rhythm; see `memory_snapshot.py`.
 import logging
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -79,17 +78,12 @@ class Profiler:
         if self._snapshots is not None:
             self._snapshots.step(self._step)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: Any) -> None:
         self._ended = True
         if self._snapshots is not None:
             self._snapshots.close(self._step, error)
         if self._profile is not None:
-            self._profile.__exit__(kind, error, traceback)
+            self._profile.__exit__(*details)
 
     def _write(self, profile: Any) -> None:
         if self._ended:  # the run's end cut this one off, perhaps before its first step

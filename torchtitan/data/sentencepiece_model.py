@@ -7,15 +7,13 @@ symbols (`<s>`, `</s>`) are never found in text, so a document cannot forge one.
 import hashlib
 from typing import Any
 
-import numpy as np
-
-from torchtitan.data.surrogates import without_surrogates
+from torchtitan.data.list_tokenizer import ListTokenizer
 
 _FIRST_FIELD = b"\n"
 """Tag of the list of pieces, with which the model's protocol buffer begins."""
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ListTokenizer):
     """See the module. Raises ValueError where `content`, that of the file, is damaged."""
 
     def __init__(self, content: bytes):
@@ -40,16 +38,9 @@ class SentencePieceTokenizer:
         """Whether a file with this content is one of sentencepiece's, be it damaged further on."""
         return content.startswith(_FIRST_FIELD)
 
-    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        ids: list[int] = self._processor.encode(without_surrogates(text), out_type=int)
-        if bos and self.bos_id is not None:
-            ids.insert(0, self.bos_id)
-        if eos:
-            ids.append(self.eos_id)
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text, out_type=int)
         return ids
-
-    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
-        return np.array(self.encode(text, bos, eos), dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         # A model's vocabulary may be larger than the tokenizer's.

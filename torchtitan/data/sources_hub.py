@@ -6,11 +6,13 @@ prepared first. Only formats that are data are read: neither scripts nor pickles
 
 import os
 import re
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.hub_access import offline_if_unreachable
 from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource
 
@@ -47,7 +49,7 @@ def hub_source(path: str, training: Training, data: Data, split: str, subset: st
     if is_local and _is_saved(path):
         dataset = _load_saved(wanted)
     else:
-        dataset, commit = _load(wanted)
+        dataset, commit = _load(wanted, is_local)
         if not is_local:
             description["commit"] = commit
     dataset = _select(dataset, data.text_column)
@@ -83,13 +85,14 @@ def _load_saved(wanted: _Wanted) -> Any:
     return dataset[wanted.split]
 
 
-def _load(wanted: _Wanted) -> tuple[Any, str | None]:
+def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None]:
     """The dataset, and the commit of the hub it is from."""
     import datasets
 
     options = {"name": wanted.subset, "revision": wanted.revision}
     try:
-        builder = datasets.load_dataset_builder(wanted.path, **options)
+        with nullcontext() if is_local else offline_if_unreachable():
+            builder = datasets.load_dataset_builder(wanted.path, **options)
         format_name = type(builder).__module__.rpartition(".")[2]
         if format_name not in _FORMATS:
             problem = f"its files are read as {format_name!r}, which is not supported"

@@ -21,8 +21,10 @@ _RANGE_ROWS = 1024
 _MOST_RANGES = 2**16
 
 
-class MapSource:
-    """A dataset with `len` and `[index]`; ranges of consecutive indices are the shards."""
+class _DatasetSource:
+    """What both kinds hold; `description` is what else a resume must find unchanged."""
+
+    kind: str
 
     def __init__(
         self, dataset: Any, name: str, column: str, max_document_bytes: int, **description: Any
@@ -32,12 +34,20 @@ class MapSource:
         self.column = column
         self.max_document_bytes = max_document_bytes
         self.description: dict[str, Any] = {
-            "kind": "map",
+            "kind": self.kind,
             "name": name,
             "column": column,
-            "rows": len(dataset),
             **description,
         }
+
+
+class MapSource(_DatasetSource):
+    """A dataset with `len` and `[index]`; ranges of consecutive indices are the shards."""
+
+    kind = "map"
+
+    def __init__(self, dataset: Any, *args: Any, **description: Any):
+        super().__init__(dataset, *args, rows=len(dataset), **description)
 
     def shards(self, num_lanes: int) -> list[Shard]:
         num_rows = len(self.dataset)
@@ -62,26 +72,17 @@ class MapSource:
         return f"{self.name}[{row.place}]"
 
 
-class StreamSource:
+class StreamSource(_DatasetSource):
     """A dataset that is iterated over.
 
     Its parts are the shards if it has `num_shards` and `shard(num_shards, index)`, as those of
     Hugging Face have; else, or where there are fewer parts than lanes, rows by stride.
     """
 
-    def __init__(
-        self, dataset: Any, name: str, column: str, max_document_bytes: int, **description: Any
-    ):
-        self.dataset = dataset
-        self.name = name
-        self.column = column
-        self.max_document_bytes = max_document_bytes
-        self.description: dict[str, Any] = {
-            "kind": "stream",
-            "name": name,
-            "column": column,
-            **description,
-        }
+    kind = "stream"
+
+    def __init__(self, dataset: Any, *args: Any, **description: Any):
+        super().__init__(dataset, *args, **description)
         self._parted = dataset
         """The dataset, cut up further where that was needed and can be done."""
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.data.list_tokenizer import ListTokenizer
 from torchtitan.data.sentencepiece_model import SentencePieceTokenizer
-from torchtitan.data.surrogates import without_surrogates
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
 
 KEY = "model.tokenizer_path"
@@ -162,7 +162,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
-class JsonTokenizer:
+class JsonTokenizer(ListTokenizer):
     """A `tokenizer.json`, with the special tokens that `tokenizer_config.json` names beside it.
 
     Without that file the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
@@ -206,18 +206,9 @@ class JsonTokenizer:
             )
         raise ConfigError(problem)
 
-    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(
-            without_surrogates(text), add_special_tokens=False
-        ).ids
-        if bos and self.bos_id is not None:
-            ids.insert(0, self.bos_id)
-        if eos:
-            ids.append(self.eos_id)
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-    def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
-        return np.array(self.encode(text, bos, eos), dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

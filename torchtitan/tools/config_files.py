@@ -1,6 +1,7 @@
 """`torchtitan config copy | convert`, and the list of the TOMLs that come with the library."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import tomli_w
@@ -11,12 +12,25 @@ from torchtitan.config.fields import known_sections
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.suggest import did_you_mean
 
-_FOLDER = Path(torchtitan.__file__).parents[1] / "train_configs"
+_CLONE = Path(torchtitan.__file__).parents[1]
+_FOLDER = "train_configs"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The files of `train_configs/` by name; none where the package is not in its clone."""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.toml"))}
+    """The files of `train_configs/` by name: those of the clone, or else of the installation."""
+    paths = sorted((_CLONE / _FOLDER).glob("*.toml")) or sorted(_installed())
+    return {path.stem: path for path in paths}
+
+
+def _installed() -> list[Path]:
+    """Where the installer has put them, which depends on how it was called."""
+    try:
+        files = metadata.files("torchtitan") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = [file for file in files if file.parent.name == _FOLDER and file.suffix == ".toml"]
+    paths = [Path(str(file.locate())).resolve() for file in found]
+    return [path for path in paths if path.is_file()]
 
 
 def description(path: Path) -> str:
@@ -32,15 +46,18 @@ def copy(name: str, file: str) -> int:
     known = shipped_configs()
     if not known:
         problem = (
-            f"there is no folder {_FOLDER}: the configs are in the repository, beside the package"
+            f"{_CLONE / _FOLDER} does not exist, and the installation lists no configs of its own"
         )
-        raise ConfigError(Problem("config copy", problem, "install from a clone: pip install -e ."))
+        raise ConfigError(Problem("config copy", problem, "install from a clone: pip install ."))
     stem = name.removesuffix(".toml")
     if stem not in known:
         fix = did_you_mean(stem, known)
         raise ConfigError(Problem(f"config copy {name}", "is no config of this library", fix))
     target = _write(Path(file), known[stem].read_text(encoding="utf-8"), f"{stem}.toml")
-    print(f"wrote {target}; start it with\n  CONFIG_FILE={target} ./run_llama_train.sh")
+    start = f"torchtitan train {target}"
+    if (_CLONE / "run_llama_train.sh").is_file():
+        start = f"CONFIG_FILE={target} ./run_llama_train.sh"
+    print(f"wrote {target}; start it with\n  {start}")
     return 0
 
 

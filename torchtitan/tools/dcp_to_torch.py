@@ -97,9 +97,25 @@ def _save_new(weights: dict[str, torch.Tensor], file: Path) -> None:
             torch.save(weights, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.link(temporary, file)
+        _name(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _name(temporary: Path, file: Path) -> None:
+    """Give a finished file its name. Raises FileExistsError where that is taken."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has hard links
+        with open(file, "xb"):
+            pass  # the name is ours now, so that nobody else's file is replaced
+        try:
+            os.replace(temporary, file)
+        except OSError:
+            file.unlink()
+            raise
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,6 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -63,12 +62,7 @@ class GarbageCollection:
                 kind,
             )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         gc.unfreeze()
         if self._was_enabled:
             gc.enable()

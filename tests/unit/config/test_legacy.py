@@ -1,82 +1,17 @@
-"""TorchTitan's TOMLs and flags of three releases are translated, or refused by name."""
+"""TorchTitan's keys of three releases are translated, from TOMLs and flags; typos are told."""
 
-import csv
-import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
+from old_keys import COLUMNS, EVERY_KEY, problem_of, value_of
 
 from torchtitan.config import legacy
 from torchtitan.config import legacy_keys as tables
-from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.fields import free_table_of, known_keys
-from torchtitan.config.legacy_reference import with_tables
-from torchtitan.config.load import LoadedConfig, load_config
-from torchtitan.config.section import Section
-from torchtitan.handlers.registry import HandlerEntry, handlers
-
-TOMLS = Path(__file__).parents[2] / "assets" / "torchtitan_tomls"
-
-
-def columns() -> dict[str, dict[str, Any]]:
-    """Every key of every release with its default."""
-    with (TOMLS / "keys.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter=";", quoting=csv.QUOTE_NONE))
-    releases = [name for name in rows[0] if name != "key"]
-    return {
-        release: {row["key"]: json.loads(row[release]) for row in rows if row[release]}
-        for release in releases
-    }
-
-
-COLUMNS = columns()
-EVERY_KEY = sorted({name for column in COLUMNS.values() for name in column})
-
-
-@pytest.fixture
-def load(tmp_path: Path):
-    """Loads a TOML of dotted keys, and flags."""
-
-    def load(keys: dict[str, Any], *flags: str) -> LoadedConfig:
-        return load_config([str(write(tmp_path, keys)), *flags])
-
-    return load
-
-
-def write(folder: Path, keys: dict[str, Any]) -> Path:
-    table: dict[str, Any] = {}
-    for name, value in keys.items():
-        *sections, last = name.split(".")
-        inner = table
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    path = folder / "run.toml"
-    path.write_text(tomli_w.dumps(table))
-    return path
-
-
-def problems_of(call) -> list[Problem]:
-    with pytest.raises(ConfigError) as caught:
-        call()
-    return caught.value.problems
-
-
-def problem_of(call) -> str:
-    (problem,) = problems_of(call)
-    return str(problem)
-
-
-def value_of(loaded: LoadedConfig, name: str) -> Any:
-    value: Any = loaded.config
-    for part in name.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return value
-
+from torchtitan.config.load import load_config
+from torchtitan.handlers.registry import handlers
 
 # the tables
 
@@ -285,164 +220,6 @@ def test_total_steps_other_than_the_run_s_are_refused(load):
     assert "does not have a learning rate for another number of steps" in problem
 
 
-# handlers
-
-
-@pytest.mark.parametrize("switch", ["training.compile", "compile.enable"])
-def test_compile_is_a_handler(switch: str, load):
-    loaded = load({switch: True, "compile.backend": "eager", "compile.components": ["model"]})
-    assert loaded.config.model.handlers == ("compile",)
-    assert loaded.config.handlers == {"compile": {"backend": "eager"}}
-    assert f'{switch} is "compile" in model.handlers today' in loaded.notices
-    assert load({switch: False}).config.model.handlers == ()
-    assert load({switch: False}).notices == ()
-    flag = load({}, f"--{switch}")
-    assert flag.config.model.handlers == ("compile",)
-    assert flag.origins["model.handlers"] == "command line"
-    assert load({switch: True}, f"--{switch}", "false").config.model.handlers == ()
-    assert load({"model.handlers": ["compile"]}, f"--no-{switch}").config.model.handlers == ()
-    assert load({switch: True}, "--model.handlers", "[]").config.model.handlers == ()
-    assert "needs true or false" in problem_of(partial(load, {switch: "yes"}))
-    together = {switch: True, "model.handlers": ["compile"]}
-    assert "is model.handlers today" in problem_of(partial(load, together))
-
-
-def test_compiling_the_loss_alone_is_refused(load):
-    keys = {"compile.components": ["loss"], "compile.enable": True}
-    assert "compiles the blocks" in problem_of(partial(load, keys))
-    load({**keys, "compile.enable": False})
-
-
-def test_settings_of_a_handler_that_is_not_used_are_left_out(load):
-    loaded = load(
-        {"compile.backend": "eager", "float8.filter_fqns": ["output"], "mx.filter_fqns": []}
-    )
-    assert loaded.config.handlers == {} and loaded.notices == ()
-
-
-class Float8(Section):
-    recipe_name: str | None = None
-    filter_fqns: tuple[str, ...] = ()
-
-
-@pytest.mark.parametrize(
-    ("switch", "table"),
-    [
-        ({"float8.enable_float8_linear": True}, "float8"),
-        ({"model.converters": ["float8"]}, "float8"),
-        ({"model.converters": ["quantize.linear.float8"]}, "quantize.linear.float8"),
-    ],
-)
-def test_float8_is_a_handler_once_there_is_one(switch, table, load, monkeypatch):
-    from torchtitan.config.facts import Facts
-    from torchtitan.handlers import checks, registry
-
-    keys = {**switch, f"{table}.recipe_name": "rowwise", "training.compile": True}
-    loaded = load(keys)
-    assert loaded.config.model.handlers == ("float8", "compile")
-    assert loaded.config.handlers == {"float8": {"recipe_name": "rowwise"}}
-    facts = Facts(loaded.config, 1, "cuda")
-    (problem,) = checks.check(facts)
-    assert str(problem) == (
-        'model.handlers = "float8": this library does not have training in float8 yet. '
-        "Fix: leave it out."
-    )
-    entry = HandlerEntry(Float8, lambda: type(None))  # type: ignore[arg-type, return-value]
-    monkeypatch.setitem(registry._ENTRIES, "float8", entry)
-    assert checks.check(facts) == []
-
-
-def test_mx_is_a_handler_once_there_is_one(load):
-    keys = {"mx.recipe_name": "mxfp8", "mx.use_fp8_dim1_cast_triton_kernel": False}
-    loaded = load({"model.converters": ["mx"], **keys})
-    expected = {"recipe_name": "mxfp8_cublas", "mxfp8_dim1_cast_kernel_choice": "torch"}
-    assert loaded.config.handlers == {"mx": expected}
-    keys = {"quantize.linear.mx.recipe_name": "mxfp8_cublas"}
-    loaded = load({"model.converters": ["quantize.linear.mx"], **keys})
-    assert loaded.config.model.handlers == ("mx",)
-    assert loaded.config.handlers == {"mx": {"recipe_name": "mxfp8_cublas"}}
-
-
-@pytest.mark.parametrize("name", tables.MOE_CONVERTERS)
-def test_converters_of_experts_are_refused(name: str, load):
-    assert "does not have a mixture of experts" in problem_of(
-        partial(load, {"model.converters": [name]})
-    )
-
-
-# not built
-
-
-def switches() -> list[tuple[str, Any]]:
-    return [
-        (name, value)
-        for feature in tables.NOT_BUILT
-        for name, off in feature.switches.items()
-        for value in [on(off[0])]
-        if legacy.is_old_key(name)
-    ]
-
-
-def on(off: Any) -> Any:
-    if isinstance(off, bool):
-        return not off
-    return off + 2 if isinstance(off, int) else ["on"] if isinstance(off, list) else "on"
-
-
-@pytest.mark.parametrize(("name", "value"), switches())
-def test_a_feature_that_is_not_built_is_refused_by_name(name: str, value: Any, load):
-    (feature,) = [item for item in tables.NOT_BUILT if name in item.switches]
-    problem = problem_of(partial(load, {name: value}))
-    assert problem.startswith(f"{name} = ")
-    assert f"this library does not have {feature.name} yet. Fix: " in problem
-    text = ",".join(value) if isinstance(value, list) else str(value)
-    assert problem_of(partial(load_config, [f"--{name}", text])).startswith(f"--{name} = ")
-    for off in feature.switches[name]:
-        if off is not None:
-            assert load({name: off}).notices == ()
-
-
-def test_settings_of_a_feature_that_is_off_say_nothing(load):
-    keys = {
-        name: on(default)
-        for feature in tables.NOT_BUILT
-        for name, default in feature.settings.items()
-        if legacy.is_old_key(name)
-    }
-    assert len(keys) > 10
-    assert load(keys).notices == ()
-
-
-def test_metrics_of_all_ranks_are_the_opposite_of_rank_0_only(load):
-    if "metrics.save_for_all_ranks" in known_keys():
-        loaded = load({"metrics.rank_0_only": False})
-        assert value_of(loaded, "metrics.save_for_all_ranks") is True
-        return
-    assert load({"metrics.rank_0_only": True}).notices == ()
-    problem = problem_of(partial(load, {"metrics.rank_0_only": False}))
-    assert problem.startswith("metrics.rank_0_only = false: this library does not have metrics of")
-    assert "set it to" not in problem  # true is off
-
-
-@pytest.mark.parametrize(("name", "value"), tables.NOT_BUILT_VALUES)
-def test_a_choice_that_is_not_built_is_refused_by_name(name: str, value: str, load):
-    feature = tables.NOT_BUILT_VALUES[name, value]
-    assert f"does not have {feature} yet" in problem_of(partial(load, {name: value}))
-    assert f"does not have {feature} yet" in problem_of(partial(load_config, [f"--{name}", value]))
-
-
-@pytest.mark.parametrize("name", tables.IGNORED)
-def test_what_changes_nothing_is_ignored(name: str, load):
-    default, reason = tables.IGNORED[name]
-    notices = load({name: "x" if default is None else not default}).notices
-    assert notices == ((f"{name} is not needed: {reason}",) if reason else ())
-
-
-def test_seconds_are_refused_with_the_reason(load):
-    problem = problem_of(partial(load, {"checkpoint.interval_type": "seconds"}))
-    assert "set checkpoint.interval to a number of steps" in problem and "clocks differ" in problem
-
-
 # what is still unknown
 
 
@@ -482,33 +259,3 @@ def test_a_quoted_old_name_is_still_told(tmp_path: Path):
     path = tmp_path / "run.toml"
     path.write_text('"training.batch_size" = 4\n')
     assert "quoted key" in problem_of(partial(load_config, [str(path)]))
-
-
-# the page
-
-PAGE = Path(__file__).parents[3] / "docs" / "from_torchtitan.md"
-
-
-def test_the_page_s_tables_are_current():
-    page = PAGE.read_text(encoding="utf-8")
-    assert with_tables(page) == page, "run scripts/make_config_docs.py"
-
-
-def test_the_page_has_every_older_key():
-    page = PAGE.read_text(encoding="utf-8")
-    settings = {name for feature in tables.NOT_BUILT for name in feature.settings}
-    names = [name for name in legacy.old_defaults() if legacy.is_old_key(name)]
-    assert [name for name in names if name not in settings and f"`{name}" not in page] == []
-
-
-def test_the_page_has_every_default_that_differs():
-    """From those of the last release with TOML."""
-    page = PAGE.read_text(encoding="utf-8")
-    rows = set(re.findall(r"^\| `([\w.]+)` \|[^|]*\|[^|]*\|$", page, re.MULTILINE))
-    differing = set()
-    for name, default in COLUMNS["v0.2.2"].items():
-        here = known_keys()[name].default if name in known_keys() else default
-        if (list(here) if isinstance(here, tuple) else here) != default:
-            differing.add(name)
-    differing.discard("parallelism.module_fqns_per_model_part")  # unset in two spellings
-    assert rows == differing

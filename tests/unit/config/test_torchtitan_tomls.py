@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_legacy import COLUMNS, TOMLS
+from old_keys import COLUMNS, TOMLS
 
 from torchtitan.config.load import load_config, load_toml
 from torchtitan.config.toml_file import read_toml

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import COMMIT, Repositories, serve
 
 import torchtitan
+from tests.unit.hub_server import COMMIT, Hub, Repository
 
 CARD = b"""---
 configs:
@@ -32,26 +32,29 @@ def lines(name: str, count: int = 40) -> bytes:
     return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-REPOSITORIES: Repositories = {
-    "allenai/c4": {
-        "README.md": CARD,
-        **{f"en/c4-train.{n:05}-of-00005.json.gz": lines(f"train {n}") for n in range(5)},
-        "en/c4-validation.00000-of-00001.json.gz": lines("validation"),
-        "other/a.json.gz": lines("other"),
-    },
-    "own/plain": {"data/train.jsonl": gzip.decompress(lines("plain"))},
-    "own/gated": "GatedRepo",
-    "own/busy": "TooManyRequests",
-    "own/card": {"README.md": b"only words"},
-    "own/script": {"script.py": b"raise SystemExit('ran')"},
-    "own/pickled": {"train.pkl": b"cos\nsystem\n(S'touch ran'\ntR."},
+REPOSITORIES = {
+    "allenai/c4": Repository(
+        {
+            "README.md": CARD,
+            **{f"en/c4-train.{n:05}-of-00005.json.gz": lines(f"train {n}") for n in range(5)},
+            "en/c4-validation.00000-of-00001.json.gz": lines("validation"),
+            "other/a.json.gz": lines("other"),
+        }
+    ),
+    "own/plain": Repository({"data/train.jsonl": gzip.decompress(lines("plain"))}),
+    "own/gated": Repository(refusal="GatedRepo"),
+    "own/busy": Repository(refusal="TooManyRequests"),
+    "own/card": Repository({"README.md": b"only words"}),
+    "own/script": Repository({"script.py": b"raise SystemExit('ran')"}),
+    "own/pickled": Repository({"train.pkl": b"cos\nsystem\n(S'touch ran'\ntR."}),
 }
 
 # What one process asks for, one after another: importing the libraries takes longer than all of it.
 SCRIPT = """
 import json, os, sys, time
 sys.path[:0] = {folders!r}
-time.sleep = lambda seconds: None  # the library's pauses between its tries
+pauses = []
+time.sleep = pauses.append  # the library's, between its tries
 import numpy as np
 from data_runs import Run, make_config
 from test_bad_data import facts_for
@@ -124,9 +127,9 @@ PROBED = ["tell('c4')", f"tell('c4', {PINNED})"]
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with serve(REPOSITORIES) as (endpoint, _):
+    with Hub(REPOSITORIES) as hub:
         home = tmp_path_factory.mktemp("hub")
-        return ask(home, endpoint, [*MESSAGES, *READ, *PROBED])
+        return ask(home, hub.url, [*MESSAGES, *READ, *PROBED])
 
 
 @pytest.mark.parametrize("case", MESSAGES)
@@ -153,7 +156,10 @@ def test_a_moving_revision_is_warned_of(answers):
 def test_row_62_offline(tmp_path):
     case = "tell('hf:own/plain')"
     closed = "http://127.0.0.1:9"
-    (message,) = ask(tmp_path, closed, [case])[case]
-    assert "the hub cannot be reached" in message and '"hf"' in message
+    answers = ask(tmp_path, closed, [case, "tell('c4')", "sum(pauses)"])
+    for (message,) in (answers[case], answers["tell('c4')"]):
+        assert "the hub cannot be reached" in message and '"hf"' in message
+    # Of ours, of each; the library alone would pause for 23 seconds.
+    assert 0 < answers["sum(pauses)"] <= 4
     (message,) = ask(tmp_path, closed, [case], HF_HUB_OFFLINE="1")[case]
     assert "HF_HUB_OFFLINE forbids" in message

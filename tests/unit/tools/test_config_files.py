@@ -1,5 +1,10 @@
 """`torchtitan config copy | convert` and `torchtitan list configs`."""
 
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,8 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import known_keys
 from torchtitan.config.load import load_config
 from torchtitan.tools import config_files, config_words, list_words
+
+ROOT = Path(__file__).parents[3]
 
 
 def problem_of(*arguments: str) -> str:
@@ -47,9 +54,51 @@ def test_a_wrong_name_is_told():
     assert "write `torchtitan config convert OLD.toml [NEW.toml]`" in problem_of("convert")
 
 
-def test_a_package_without_its_clone_says_so(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(config_files, "_FOLDER", tmp_path / "train_configs")
-    assert "beside the package" in problem_of("copy", "llama3_8b", str(tmp_path / "x.toml"))
+def test_a_package_without_configs_says_so(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(config_files, "_CLONE", tmp_path)
+    monkeypatch.setattr(config_files.metadata, "files", lambda name: None)
+    assert "lists no configs" in problem_of("copy", "llama3_8b", str(tmp_path / "x.toml"))
+
+
+def test_an_installed_wheel_has_them(tmp_path: Path):
+    """Built and unpacked as an installer does, without a clone near it."""
+    wheel = build_wheel(tmp_path)
+    site, prefix = tmp_path / "site", tmp_path / "prefix"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (data,) = site.glob("torchtitan-*.data")
+    shutil.move(data / "data", prefix)
+    # As an installer writes it: paths from the folder of packages to where the files have gone.
+    (record,) = site.glob("torchtitan-*.dist-info/RECORD")
+    record.write_text(record.read_text().replace(f"{data.name}/data/", "../prefix/"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torchtitan.cli", "config", "copy", "llama3_8b", "mine.toml"],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torchtitan train mine.toml" in done.stdout
+    shipped = config_files.shipped_configs()
+    assert (tmp_path / "mine.toml").read_bytes() == shipped["llama3_8b"].read_bytes()
+    installed = (prefix / "share" / "torchtitan" / "train_configs").glob("*.toml")
+    assert {path.stem for path in installed} == set(shipped)
+
+
+def build_wheel(folder: Path) -> Path:
+    """In a copy of what it is built from, as building leaves folders behind."""
+    clone = folder / "clone"
+    for name in ("torchtitan", "train_configs"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone / name)
+    build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(folder)], cwd=clone, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
 
 
 def test_a_conversion_holds_what_the_file_says_and_no_more(tmp_path: Path, capsys):

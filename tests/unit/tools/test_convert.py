@@ -1,5 +1,7 @@
 """`torchtitan convert`: a file that plain torch reads, or none."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,29 @@ def test_values_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
     assert main([*arguments, "--dtype", "float16"]) == 4
     assert "a has values that are too large for torch.float16" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+@pytest.mark.parametrize("is_taken", [False, True], ids=["free", "taken"])
+def test_where_there_are_no_hard_links(
+    step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, is_taken: bool
+) -> None:
+    """As on FAT; also when another program takes the file's name meanwhile."""
+    file = tmp_path / "model.pt"
+
+    def link(source: Path, target: Path) -> None:
+        if is_taken:
+            file.write_text("another's")
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    status = main(["convert", "dcp-to-torch", str(step[0]), str(file)])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    if is_taken:
+        assert status == 4 and "File exists" in capsys.readouterr().err
+        assert file.read_text() == "another's"
+    else:
+        assert status == 0
+        assert {name: tensor.tolist() for name, tensor in read(file).items()} == step[1]
 
 
 def test_damage_makes_no_file(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli_server import CliServer
-from tests.unit.tools.hub_server import COMMIT, Hub, Repository
+from tests.unit.hub_server import COMMIT, Hub, Repository
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"

@@ -7,7 +7,7 @@ have as many key heads as query heads; `debugmodel` is Llama 3's but for that.
 from typing import Any
 
 from torchtitan.models.llama3 import FAMILY as LLAMA3
-from torchtitan.models.llama3.flavors import LlamaArgs
+from torchtitan.models.llama3.flavors import SHAPE_70B, LlamaArgs
 from torchtitan.models.spec import ModelFamily
 
 
@@ -22,15 +22,7 @@ FLAVORS: dict[str, LlamaArgs] = {
     "debugmodel": _sized(dim=256, n_layers=6, n_heads=8),
     "7B": _sized(vocab_size=_VOCAB_SIZE, dim=4096, n_layers=32, n_heads=32),
     "13B": _sized(vocab_size=_VOCAB_SIZE, dim=5120, n_layers=40, n_heads=40),
-    "70B": _sized(
-        vocab_size=_VOCAB_SIZE,
-        dim=8192,
-        n_layers=80,
-        n_heads=64,
-        n_kv_heads=8,
-        ffn_dim_multiplier=1.3,
-        multiple_of=4096,
-    ),
+    "70B": _sized(vocab_size=_VOCAB_SIZE, **SHAPE_70B),
 }
 
 FAMILY = ModelFamily(name="llama2", args_type=LlamaArgs, flavors=FLAVORS, build=LLAMA3.build)

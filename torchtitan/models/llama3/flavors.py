@@ -7,7 +7,7 @@ time); and half as many key heads as query heads, to exercise the grouped attent
 """
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -176,6 +176,15 @@ class LlamaArgs(ModelArgs):
 
 
 _VOCAB_SIZE = 128256
+SHAPE_70B: dict[str, Any] = {
+    "dim": 8192,
+    "n_layers": 80,
+    "n_heads": 64,
+    "n_kv_heads": 8,
+    "ffn_dim_multiplier": 1.3,
+    "multiple_of": 4096,
+}
+"""Llama 2's, too."""
 
 FLAVORS: dict[str, LlamaArgs] = {
     "debugmodel": LlamaArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4),
@@ -208,16 +217,7 @@ FLAVORS: dict[str, LlamaArgs] = {
         multiple_of=1024,
         rope_scaling_factor=8.0,
     ),
-    "70B": LlamaArgs(
-        vocab_size=_VOCAB_SIZE,
-        dim=8192,
-        n_layers=80,
-        n_heads=64,
-        n_kv_heads=8,
-        ffn_dim_multiplier=1.3,
-        multiple_of=4096,
-        rope_scaling_factor=8.0,
-    ),
+    "70B": LlamaArgs(vocab_size=_VOCAB_SIZE, rope_scaling_factor=8.0, **SHAPE_70B),
     "405B": LlamaArgs(
         vocab_size=_VOCAB_SIZE,
         dim=16384,
