@@ -6,7 +6,7 @@ trained.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 
@@ -21,6 +21,7 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
+from torchtitan.components.update import AfterBackward, InBackward, Update
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
@@ -125,7 +126,7 @@ def build_model(
     )
     for part in built.parts:
         parallelize(part, config, mesh, dims)
-        part.to_empty(device=device)
+        _allocate(part, device, parameters_on_host=config.training.enable_cpu_offload)
         if initialise:
             initialize_parameters(part, model.init_rule, config.debug.seed)
         _refuse_unset_buffers(part)
@@ -144,6 +145,20 @@ def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
     """The handlers of `model.handlers`, in that order."""
     known = known_handlers()
     return [known[name].load()(config, dims) for name in config.model.handlers]
+
+
+def build_update(
+    config: JobConfig,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    dims: ParallelDims,
+    saver: Saver | None = None,
+) -> Update:
+    """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
+    if config.optimizer.early_step_in_backward:
+        before_change = saver.before_change if saver is not None else lambda: None
+        return InBackward(optimizers, dims.ranks_per_stage, before_change)
+    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
 
 
 def build_runner(
@@ -281,6 +296,16 @@ def _require_language_model(model: nn.Module, family: str) -> None:
     if not isinstance(model, LanguageModel):
         missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
         raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")
+
+
+def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:
+    """Memory for what is on the meta device. FSDP moves parameters that are on the host to the
+    device when they are needed, but buffers have to be there."""
+    part.to_empty(device=torch.device("cpu") if parameters_on_host else device)
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def _refuse_unset_buffers(model: nn.Module) -> None:
