@@ -83,11 +83,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of measurements of every option")
     parser.add_argument("--steps", type=int, default=6, help="measured after the warmup")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=list(MODELS), help="one of the two models only")
     options, overrides = parser.parse_known_args()
-    for model, variants in OPTIONS.items():
+    for model in [options.model] if options.model else MODELS:
         chosen = {
             name: settings
-            for name, settings in variants.items()
+            for name, settings in OPTIONS[model].items()
             if options.device == "cuda" or name not in CUDA_ONLY
         }
         rounds = []

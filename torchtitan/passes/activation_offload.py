@@ -41,7 +41,7 @@ class _BlockForward:
 
     def __init__(self, stay: set[int]):
         self.stay = stay
-        """Addresses of the memory of tensors that are not copied."""
+        """Memory of tensors that are not copied."""
         self.saved: dict[Any, _Saved] = {}
         """By what identifies a tensor: several operators may keep the same. Empty once the backward
         has begun; then only autograd knows them, and drops each after its last use."""
@@ -69,7 +69,7 @@ class ActivationOffload:
             return
         while len(self._in_both) > 1:
             self._free(self._in_both.popleft())
-        stay = {_address(tensor) for tensor in _tensors([*block.parameters(), args[1:], kwargs])}
+        stay = {_memory_of(tensor) for tensor in _tensors([*block.parameters(), args[1:], kwargs])}
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
         self._open = _BlockForward(stay), hooks
@@ -94,7 +94,7 @@ class ActivationOffload:
             type(tensor) is not Tensor
             or tensor.nbytes < SMALLEST_BYTES
             or tensor.device.type != self._device.type
-            or _address(tensor) in block.stay
+            or _memory_of(tensor) in block.stay
         ):
             return tensor
         # Its memory cannot become another tensor's meanwhile, since the first one found is held.
@@ -189,7 +189,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(member)
 
 
-def _address(tensor: Tensor) -> int:
-    """Of the memory that it is a part of."""
+def _memory_of(tensor: Tensor) -> int:
+    """What identifies the memory that it is a part of, while that exists."""
     local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+    return local.untyped_storage()._cdata
