@@ -6,7 +6,7 @@ trained.
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 
@@ -22,6 +22,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
 from torchtitan.components.sinks import Sink
+from torchtitan.components.update import AfterBackward, InBackward, Update
 from torchtitan.components.validation import Validator
 from torchtitan.components.wandb_sink import WandbSink
 from torchtitan.config import DataError, JobConfig
@@ -135,7 +136,7 @@ def build_model(
     )
     for part in built.parts:
         parallelize(part, config, mesh, dims)
-        part.to_empty(device=device)
+        _allocate(part, device, parameters_on_host=config.training.enable_cpu_offload)
         if initialise:
             initialize_parameters(part, model.init_rule, config.debug.seed)
         _refuse_unset_buffers(part)
@@ -154,6 +155,20 @@ def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
     """The handlers of `model.handlers`, in that order."""
     known = known_handlers()
     return [known[name].load()(config, dims) for name in config.model.handlers]
+
+
+def build_update(
+    config: JobConfig,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    dims: ParallelDims,
+    saver: Saver | None = None,
+) -> Update:
+    """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
+    if config.optimizer.early_step_in_backward:
+        before_change = saver.before_change if saver is not None else lambda: None
+        return InBackward(optimizers, dims.ranks_per_stage, before_change)
+    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
 
 
 def build_runner(
@@ -336,6 +351,16 @@ def _require_language_model(model: nn.Module, family: str) -> None:
     if not isinstance(model, LanguageModel):
         missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
         raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")
+
+
+def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:
+    """Memory for what is on the meta device. FSDP moves parameters that are on the host to the
+    device when they are needed, but buffers have to be there."""
+    part.to_empty(device=torch.device("cpu") if parameters_on_host else device)
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def _refuse_unset_buffers(model: nn.Module) -> None:

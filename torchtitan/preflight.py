@@ -32,6 +32,7 @@ _FEATURES = (
     "torchtitan.distributed.tensor_checks",
     "torchtitan.distributed.context_checks",
     "torchtitan.distributed.pipeline_checks",
+    "torchtitan.distributed.memory_checks",
     "torchtitan.data.checks",
     "torchtitan.data.validation_sets",
     "torchtitan.components.checks",

@@ -20,13 +20,13 @@ from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
-from torchtitan.components.optimizer import build_optimizers, step_optimizers
+from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
 from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.flight_recorder import FlightRecorder
-from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.grad_clip import clip_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World, open_world, set_timeout, timeout
 from torchtitan.prefetch import Prefetch
@@ -70,6 +70,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         )
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
+        update = builder.build_update(config, model, optimizers, dims, saver)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, saver))
         step = first_step = progress.step = saver.state.step
@@ -77,7 +78,10 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         stop = stack.enter_context(StopRequest())
-        finite = FiniteSteps(lag=0 if world.device.type == "cpu" else 1)
+        finite = FiniteSteps(
+            lag=0 if world.device.type == "cpu" else 1,
+            left_out=not config.optimizer.early_step_in_backward,
+        )
         counts_data = dims.counts_data(world.rank)
         ahead = Prefetch(loader, runner.loss, world, stop, counts_data, saver.save_failed)
         validator = builder.build_validator(
@@ -112,16 +116,17 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
             step += 1
+            lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+            set_learning_rates(optimizers, lr)  # first, as steps may be made in the backward
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
-            norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+            norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)
             saver.before_change()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
-            lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
-            set_learning_rates(optimizers, lr)
-            is_finite = torch.isfinite(norm) & torch.isfinite(loss)
-            step_optimizers(optimizers, is_finite)
+            # Beside the parameters; where these are on the host, this waits for the loss.
+            is_finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
+            update.step(is_finite)
             for handler in model.handlers:
                 handler.post_optimizer_hook(model.part_or_parts)
             for optimizer in optimizers:

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.pool import GlooPool
-from torchtitan.distributed.grad_clip import gradient_norm
+from torchtitan.distributed.grad_clip import PassingNorm, gradient_norm
 from torchtitan.distributed.world import World
 
 
@@ -17,7 +17,31 @@ def test_gradients_of_uneven_shards_have_one_norm(gloo_pool: GlooPool) -> None:
     assert norms == pytest.approx([expected] * 4, rel=1e-14)
 
 
+def test_the_norm_of_passing_gradients_is_the_same(gloo_pool: GlooPool) -> None:
+    """Bit for bit, in whatever order they pass; and a norm is that of one step."""
+    for whole, passing, second in gloo_pool.run(4, _norms_of_passing_gradients):
+        assert whole == passing == second > 0
+
+
+def _norms_of_passing_gradients(world: World) -> list[float]:
+    parameters = _parameters_with_gradients()
+    whole = gradient_norm(parameters, world.world_size)
+    passing = PassingNorm(world.world_size, world.device)
+    norms = [whole.item()]
+    for order in ((2, 0, 1), (1, 2, 0)):
+        for index in order:
+            gradient = parameters[index].grad
+            assert gradient is not None
+            passing.add(index, gradient)
+        norms.append(passing.take().item())
+    return norms
+
+
 def _norm_of_known_gradients(world: World) -> float:
+    return gradient_norm(_parameters_with_gradients(), world.world_size).item()
+
+
+def _parameters_with_gradients() -> list[torch.nn.Parameter]:
     whole = torch.arange(131 * 3, dtype=torch.float64).view(131, 3)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     half = mesh["shard"]
@@ -31,4 +55,4 @@ def _norm_of_known_gradients(world: World) -> float:
         parameter = torch.nn.Parameter(torch.zeros_like(tensor))
         parameter.grad = tensor
         parameters.append(parameter)
-    return gradient_norm(parameters, world.world_size).item()
+    return parameters

@@ -1,7 +1,9 @@
 """Noticing that a step was not finite, without making the host wait for every step.
 
 The optimizer leaves such a step out on the device, so nothing is spoilt when the host learns of it
-late: on a GPU one step later, when that answer no longer stops the device from being fed.
+late: on a GPU one step later, when that answer no longer stops the device from being fed. (Steps in
+the backward cannot be left out. Then the weights are lost, but nothing is saved before the host has
+learnt of it.)
 """
 
 from collections import deque
@@ -18,8 +20,14 @@ class FiniteSteps:
     The flags are the same on all ranks (they come from reduced values): all raise at the same step.
     """
 
-    def __init__(self, lag: int):
+    def __init__(self, lag: int, left_out: bool = True):
+        """`left_out`: whether the updates of such steps are not made."""
         self._lag = lag
+        self._result = (
+            "The update was left out, so the weights are sound."
+            if left_out
+            else "With optimizer.early_step_in_backward it has changed the weights, which are lost."
+        )
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def expect(self, step: int, is_finite: Tensor) -> None:
@@ -44,7 +52,7 @@ class FiniteSteps:
             ready.synchronize()
         if not bool(flag):
             raise NonFiniteError(
-                f"step {step}: the loss or the gradient norm is not finite. The update was left"
-                " out, so the weights are sound. Lower optimizer.lr, lengthen the warmup, or look"
-                f" at the data of that step; checkpoints before step {step} are unharmed"
+                f"step {step}: the loss or the gradient norm is not finite. {self._result} Lower"
+                " optimizer.lr, lengthen the warmup, or look at the data of that step; checkpoints"
+                f" before step {step} are unharmed"
             )

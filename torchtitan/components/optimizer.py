@@ -1,9 +1,9 @@
 """Optimizers: parameter groups by name, and a step that a non-finite gradient cannot poison.
 
-There is one optimizer for each model part of this rank. Its groups come from
-`optimizer.param_groups`: globs over full parameter names, of which the first that matches wins;
-what none matches forms the last group. Every group carries `lr_factor`, by which the schedule's
-learning rate is multiplied.
+There is one optimizer for each model part of this rank, or for each parameter, where they step in
+the backward. Groups come from `optimizer.param_groups`: globs over full parameter names, of which
+the first that matches wins; what none matches forms the last group. Every group carries
+`lr_factor`, by which the schedule's learning rate is multiplied.
 
 One NaN in a gradient would stay in the moments for good, and scaling the update by zero does not
 help, since `0 * nan` is `nan`. So a step that is not finite has to be left out altogether.
@@ -30,7 +30,8 @@ def build_optimizers(
     device: torch.device,
     all_names: Iterable[str] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer per model part, over its parameters that require gradients.
+    """One optimizer per model part, over its parameters that require gradients; with
+    `early_step_in_backward` one per parameter.
 
     A tied parameter counts once, under its first name. `all_names` are the parameter names of the
     whole model, needed where this rank holds only a part of it: a pattern must match one of them.
@@ -43,7 +44,10 @@ def build_optimizers(
     problems = check_patterns(section, list(all_names))
     if problems:
         raise ConfigError(problems)
-    return [_build_optimizer(section, part, device) for part in model_parts]
+    trained = [_trained_parameters(part) for part in model_parts]
+    if section.early_step_in_backward:
+        trained = [[pair] for pairs in trained for pair in pairs]
+    return [_build_optimizer(section, pairs, device) for pairs in trained]
 
 
 def step_optimizers(optimizers: Sequence[torch.optim.Optimizer], is_finite: Tensor) -> None:
@@ -70,10 +74,12 @@ def _trained_parameters(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _build_optimizer(
-    section: OptimizerSection, part: nn.Module, device: torch.device
+    section: OptimizerSection,
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     members: list[list[nn.Parameter]] = [[] for _ in range(len(section.param_groups) + 1)]
-    for name, param in _trained_parameters(part):
+    for name, param in named_parameters:
         members[group_index(section, name)].append(param)
 
     groups: list[dict[str, Any]] = []

@@ -81,7 +81,7 @@ class Profiler:
     def __exit__(self, *details: Any) -> None:
         self._ended = True
         if self._snapshots is not None:
-            self._snapshots.close(self._step, error)
+            self._snapshots.close(self._step, details[1])
         if self._profile is not None:
             self._profile.__exit__(*details)
 

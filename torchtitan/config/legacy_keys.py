@@ -40,6 +40,7 @@ RENAMED = {
 
 MISNAMED = {
     "optimizer.learning_rate": "optimizer.lr",
+    "training.enable_activation_offloading": "activation_checkpoint.offload",
     "training.learning_rate": "optimizer.lr",
 }
 """Names that no release has had, and that people write all the same."""
@@ -185,12 +186,9 @@ NOT_BUILT = (
         },
     ),
     Feature(
-        "activation checkpointing by a memory budget",
-        {},  # `NOT_BUILT_VALUES` has its mode
-        {
-            "activation_checkpoint.memory_budget": 0.5,
-            "activation_checkpoint.visualize_memory_budget_pareto": False,
-        },
+        "a picture of memory budgets",
+        {"activation_checkpoint.visualize_memory_budget_pareto": (False,)},
+        instead="compare runs with different values of activation_checkpoint.memory_budget",
     ),
     Feature(
         "Hugging Face checkpoints in the run",
@@ -253,14 +251,11 @@ NOT_BUILT = (
             "quantize.grouped_mm.mx.recipe_name": "mxfp8",
         },
     ),
-    Feature("the optimizer's step in the backward", {"optimizer.early_step_in_backward": (False,)}),
     Feature("compiled autograd", {"parallelism.enable_compiled_autograd": (False,)}),
-    Feature("offloading to the host's memory", {"training.enable_cpu_offload": (False,)}),
 )
 """Keys of features that do not exist: accepted while they are off, refused by name when not."""
 
 NOT_BUILT_VALUES = {
-    ("activation_checkpoint.mode", "memory_budget"): "activation checkpointing by a memory budget",
     ("comm.mode", "local_tensor"): "training on local tensors alone",
 }
 """Choices of today's keys that stand for features that do not exist."""

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan.config.section import Names, Section
+from torchtitan.config.section import Fraction, Names, Section
 
 NormType = Literal["rmsnorm", "layernorm", "np_layernorm", "fused_rmsnorm"]
 
@@ -36,9 +36,10 @@ class Model(Section):
 
 
 class ActivationCheckpoint(Section):
-    mode: Literal["none", "full", "selective"] = "selective"
+    mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
     """`full` recomputes every block in the backward, `selective` a part of them (see
-    `selective_ac_option`), `none` keeps everything."""
+    `selective_ac_option`), `none` keeps everything. `memory_budget` leaves it to the compiler to
+    choose what is cheapest to recompute; it needs the handler `compile`."""
 
     selective_ac_option: str = "2"
     """With `selective`: `op` keeps what is dear to recompute (attention, every second matrix
@@ -51,5 +52,13 @@ class ActivationCheckpoint(Section):
             return value
         raise ValueError('is neither "op" nor a positive number. Fix: write "op", or "2" for half')
 
+    memory_budget: Fraction = 0.5
+    """With `memory_budget`: memory that a block's activations may take, from 0 (that of `full`) to
+    1 (what the compiler keeps by itself)."""
+
     preserve_rng_state: bool = True
     """Restore the random state for the recomputation; only needed by models with dropout."""
+
+    offload: bool = False
+    """Keep in host memory, until the backward, what the blocks' activations take; on CUDA the
+    copies run beside the computation. Goes with every `mode`, for what it keeps."""

@@ -69,6 +69,10 @@ class Training(Section):
     """The head and the loss work on a microbatch in this many parts, so that the logits of only one
     part exist at a time. 1 computes them at once."""
 
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory: a unit's parameters are on the
+    device while it computes, and the optimizer steps on the CPU. With FSDP and HSDP, not DDP."""
+
     gc_freq: PositiveInt = 50
     """Steps between two runs of Python's garbage collector, which is off in between."""
 
@@ -191,6 +195,10 @@ class Optimizer(Section):
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; `fused` falls back to `foreach` on a device that lacks it."""
+
+    early_step_in_backward: bool = False
+    """Step each parameter, and free its gradient, as soon as the backward has it, so that not all
+    gradients exist at once. Needs `training.max_norm = inf` and one microbatch a step."""
 
     param_groups: Annotated[tuple[ParamGroup, ...], Field(strict=False)] = (
         ParamGroup(pattern="*norm.weight", weight_decay=0.0),

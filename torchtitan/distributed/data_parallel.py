@@ -11,7 +11,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -28,15 +34,18 @@ def apply_data_parallel(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    cpu_offload: bool = False,
 ) -> None:
     """Wrap `model` in place; names of parameters stay.
 
     Copies without shards are DDP, copies of shards HSDP, else FSDP. Forward and backward compute in
     `param_dtype`, gradients are summed over ranks in `reduce_dtype`. The unit that comes last in
-    the forward is not freed after it, because the backward needs it at once.
+    the forward is not freed after it, because the backward needs it at once. With `cpu_offload`
+    (not for DDP) parameters, and so gradients and optimizer state, have to be put in host memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     if dims.shards == 1 and dims.dp_replicate > 1:
+        assert not cpu_offload, "refused by the check"
         for unit in units:
             apply_replicate(list(unit.modules), mesh["dp_replicate"], policy)
         apply_replicate([model], mesh["dp_replicate"], policy)
@@ -45,8 +54,15 @@ def apply_data_parallel(
         if dims.dp_replicate > 1:
             assert dp_mesh.mesh_dim_names is not None
             dp_mesh = mesh["dp_replicate", dp_mesh.mesh_dim_names[0]]
+        offload = OffloadPolicy()
+        if cpu_offload:  # page-locked memory is what CUDA copies to and from beside computing
+            offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
         shard = partial(
-            fully_shard, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=_dimension_to_shard
+            fully_shard,
+            mesh=dp_mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            shard_placement_fn=_dimension_to_shard,
         )
         for unit in units:
             keep = unit is units[-1] or not reshard_after_forward

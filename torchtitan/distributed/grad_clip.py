@@ -6,7 +6,7 @@ whatever the number of parameters and meshes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,24 +27,61 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
     device = None
     for parameter in parameters:
         device = parameter.device
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        num_shards = 1
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            num_shards = math.prod(
-                mesh.size(axis)
-                for axis, placement in enumerate(gradient.placements)
-                if not isinstance(placement, Replicate)
-            )
-            gradient = gradient.to_local()
-        by_copies.setdefault(ranks_per_stage // num_shards, []).append(gradient)
+        if parameter.grad is not None:
+            copies, gradient = _held(parameter.grad, ranks_per_stage)
+            by_copies.setdefault(copies, []).append(gradient)
+    norms = {copies: _norms(gradients) for copies, gradients in by_copies.items()}
+    return _over_ranks(norms, device)
+
+
+class PassingNorm:
+    """`gradient_norm`, bit for bit, of gradients that do not all exist at the same time."""
+
+    def __init__(self, ranks_per_stage: int, device: torch.device):
+        """`device` is that of the gradients."""
+        self._ranks_per_stage = ranks_per_stage
+        self._device = device
+        self._norms: dict[int, tuple[int, Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, index: int, gradient: Tensor) -> None:
+        """Count the gradient of the parameter of this index, once."""
+        assert index not in self._norms, "a parameter has two gradients in one step"
+        copies, gradient = _held(gradient, self._ranks_per_stage)
+        self._norms[index] = copies, _norms([gradient])[0]
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """The norm of what was added; starts anew. All ranks must call it."""
+        by_copies: dict[int, list[Tensor]] = {}
+        for _, (copies, norm) in sorted(self._norms.items(), key=lambda item: item[0]):
+            by_copies.setdefault(copies, []).append(norm)
+        self._norms.clear()
+        return _over_ranks(by_copies, self._device)
+
+
+def _held(gradient: Tensor, ranks_per_stage: int) -> tuple[int, Tensor]:
+    """How many ranks hold the same part of the gradient as this one, and that part."""
+    if not isinstance(gradient, DTensor):
+        return ranks_per_stage, gradient
+    mesh = gradient.device_mesh
+    num_shards = math.prod(
+        mesh.size(axis)
+        for axis, placement in enumerate(gradient.placements)
+        if not isinstance(placement, Replicate)
+    )
+    return ranks_per_stage // num_shards, gradient.to_local()
+
+
+def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_norm(gradients, 2, dtype=at_least_float32(gradients[0].dtype))
+
+
+def _over_ranks(norms: Mapping[int, Sequence[Tensor]], device: torch.device | None) -> Tensor:
+    """The norm over all ranks from the norms of parts, by the number of ranks that hold each."""
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for copies, gradients in by_copies.items():
-        wide = at_least_float32(gradients[0].dtype)
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
-        total = total + norms.square().sum() / copies
+    for copies, parts in norms.items():
+        total = total + torch.stack(tuple(parts)).square().sum() / copies
     dist.all_reduce(total)
     return total.sqrt()
 

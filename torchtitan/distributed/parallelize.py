@@ -1,5 +1,6 @@
 """Everything that is done to a model between its construction and its first weights, in order."""
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -10,7 +11,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.models.spec import LanguageModel
 from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.passes.compile import apply_compile
+from torchtitan.passes.activation_offload import apply_activation_offload
+from torchtitan.passes.compile import apply_compile, memory_budget_of
 from torchtitan.utils.dtypes import torch_dtype
 
 
@@ -25,22 +27,32 @@ def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: Par
         apply_context_parallel(model, ContextParallel.of(config.parallelism, mesh["cp"]))
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.
     apply_activation_checkpoint(model.blocks(), config.activation_checkpoint)
+    # By hooks around the blocks, so what checkpointing does not keep is not offloaded either.
+    if config.activation_checkpoint.offload:
+        apply_activation_offload(model.blocks(), torch.device(mesh.device_type))
     # Before data parallelism, whose hooks stay outside of the compiled graphs.
-    apply_compile(model.blocks())
+    apply_compile(model.blocks(), memory_budget_of(config.activation_checkpoint))
     training = config.training
-    # With nothing to gather, each unit would only cost the time of its hooks.
-    alone = (
-        dims.dp_replicate * dims.shards == 1
-        and config.parallelism.fsdp_reshard_after_forward == "default"
-    )
     apply_data_parallel(
         model,
-        [] if alone else model.wrap_units(),
+        model.wrap_units() if _needs_units(config, dims) else [],
         mesh,
         dims,
         param_dtype=torch_dtype(training.mixed_precision_param),
         reduce_dtype=torch_dtype(training.mixed_precision_reduce),
         reshard_after_forward=_reshard_after_forward(config, dims),
+        cpu_offload=training.enable_cpu_offload,
+    )
+
+
+def _needs_units(config: JobConfig, dims: ParallelDims) -> bool:
+    """Whether parts of the model are gathered by themselves. With nothing to gather, each would
+    only cost the time of its hooks, unless memory is saved by having one at a time."""
+    return (
+        dims.dp_replicate * dims.shards > 1
+        or config.parallelism.fsdp_reshard_after_forward != "default"
+        or config.training.enable_cpu_offload
+        or config.optimizer.early_step_in_backward
     )
 
 

@@ -35,7 +35,8 @@ class ModelHandler(Protocol):
 
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """After the gradients are clipped, before the optimizer's step. `model` is a list where
-        this rank has several stages of a pipeline."""
+        this rank has several stages of a pipeline. With `optimizer.early_step_in_backward` the
+        steps have been made by then, and there are no gradients."""
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """After the optimizer's step."""

@@ -42,7 +42,7 @@ def apply_activation_checkpoint(
     blocks: Mapping[str, nn.Module], section: ActivationCheckpoint
 ) -> None:
     """Replace the forward of the blocks that `section` names."""
-    if section.mode == "none":
+    if section.mode in ("none", "memory_budget"):  # the latter is the compiler's, `passes/compile`
         return
     by_operator = section.mode == "selective" and section.selective_ac_option == "op"
     every = 1 if section.mode == "full" or by_operator else int(section.selective_ac_option)

@@ -3,12 +3,19 @@
 All blocks have the same code, so one compilation serves them all, and takes the same time for 4
 layers as for 126. A handler marks what is to be compiled; when it happens is fixed by the order of
 passes.
+
+A memory budget tells the compiler how much of a block's activations may wait for the backward. It
+chooses what to compute again, the cheapest for the memory that it takes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch._functorch.config
 from torch import nn
+
+from torchtitan.config.model_sections import ActivationCheckpoint
 
 _MARK = "_compile_options"
 
@@ -30,9 +37,30 @@ def is_marked_for_compile(block: nn.Module) -> bool:
     return hasattr(block, _MARK)
 
 
-def apply_compile(blocks: Mapping[str, nn.Module]) -> None:
+def memory_budget_of(section: ActivationCheckpoint) -> float | None:
+    """What the compiler is to keep within, from 0 to 1; None for what it keeps by itself."""
+    return section.memory_budget if section.mode == "memory_budget" else None
+
+
+def apply_compile(blocks: Mapping[str, nn.Module], memory_budget: float | None = None) -> None:
     """Compile the marked blocks in place, each as one full graph; nothing runs yet."""
+    backends: dict[str, Any] = {}
     for block in blocks.values():
         options = getattr(block, _MARK, None)
         if options is not None:
-            block.compile(backend=options.backend, fullgraph=True)
+            name = options.backend
+            if memory_budget is not None and name not in backends:
+                # One function for all blocks: what another one has compiled would not be reused.
+                backends[name] = _within(memory_budget, name)
+            block.compile(backend=backends.get(name, name), fullgraph=True)
+
+
+def _within(memory_budget: float, backend: str) -> Callable[..., Any]:
+    """The backend of this name, under a budget that no other compilation of the process has."""
+    compile_graph: Any = torch._dynamo.lookup_backend(backend)
+
+    def compile_within_budget(graph: Any, inputs: Any, **arguments: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=memory_budget):
+            return compile_graph(graph, inputs, **arguments)
+
+    return compile_within_budget

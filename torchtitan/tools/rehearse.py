@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan import builder
 from torchtitan.builder import BuiltModel
-from torchtitan.components.optimizer import build_optimizers, step_optimizers
+from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.grad_clip import clip_gradients
 from torchtitan.distributed.parallel_dims import AXES, ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.world import fake_world
@@ -124,6 +124,7 @@ def _step(
     """What `train` does in a step. Returns this rank's gradients."""
     training = facts.config.training
     builder.call_after_load(model)
+    update = builder.build_update(facts.config, model, optimizers, dims)
     runner = builder.build_runner(facts.config, model, mesh, dims, _DEVICE)
     if isinstance(runner, PipelineRunner):
         loss = torch.zeros((), device=_DEVICE)
@@ -131,12 +132,12 @@ def _step(
             runner.rehearse(batch)
     else:
         loss = runner.forward_backward(batches, facts.global_batch_size * training.seq_len)
-    norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+    norm = update.gradient_norm()
     clip_gradients(model.parameters, norm, training.max_norm)
     for handler in model.handlers:
         handler.pre_optimizer_hook(model.part_or_parts)
     gradients = [_local(p.grad) for p in model.parameters if p.grad is not None]
-    step_optimizers(optimizers, torch.isfinite(norm) & torch.isfinite(loss))
+    update.step(torch.isfinite(norm) & torch.isfinite(loss))
     for handler in model.handlers:
         handler.post_optimizer_hook(model.part_or_parts)
     return gradients

@@ -74,6 +74,20 @@ def test_stages_are_those_of_the_pipeline_s_rank():
     }
 
 
+def test_with_options_that_save_memory():
+    settings = {
+        "optimizer": {"early_step_in_backward": True},
+        "training": {"enable_cpu_offload": True, "max_norm": float("inf")},
+        "activation_checkpoint": {"offload": True},
+    }
+    plain, saving = (
+        rehearsed(Case(world_size=4, tp=2, settings=chosen)) for chosen in ({}, settings)
+    )
+    assert saving.gradient_bytes == 0 < plain.gradient_bytes  # after the backward
+    assert saving.parameter_bytes == plain.parameter_bytes
+    assert saving.optimizer_bytes == plain.optimizer_bytes
+
+
 @pytest.mark.parametrize(("microbatches", "whole"), [(1, 0), (2, 1)])
 def test_gradients_of_whole_layers_accumulate(microbatches: int, whole: int):
     result = rehearsed(Case(world_size=2, microbatches=microbatches))
