@@ -106,7 +106,8 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                     set_status(folder, "running", saver.saved_step)
 
         metrics.start_step()
-        ahead.start()
+        with metrics.timing("data"):
+            ahead.start()
         while step < training.steps:
             with metrics.timing("data"):
                 data, agreed = ahead.wait()

@@ -1,4 +1,4 @@
-"""The order of things in the loop, seen from inside a real run."""
+"""The order of things in the loop, and what its time is booked on, seen from inside a real run."""
 
 import subprocess
 import sys
@@ -10,10 +10,12 @@ _SCRIPT = """
 import sys
 from torchtitan.checkpoint.saver import Saver
 from torchtitan.components.finite import FiniteSteps
+from torchtitan.components.goodput import TimeSplit
 from torchtitan.components.metrics import MetricsLogger
+from torchtitan.prefetch import Prefetch
 from torchtitan.utils.garbage import GarbageCollection
 
-calls = []
+calls, splits, reads = [], [], []
 
 
 def note(kind, method, name):
@@ -30,10 +32,25 @@ note(FiniteSteps, "settle", lambda: "settle")
 note(MetricsLogger, "flush", lambda: "flush")
 note(Saver, "save", lambda state, *rest: f"save-{state.step}")
 note(GarbageCollection, "step", lambda step: f"garbage-{step}")
+start_of_split, start_of_reading = TimeSplit.__init__, Prefetch.start
+
+
+def keep(self, *arguments, **named):
+    splits.append(self)
+    start_of_split(self, *arguments, **named)
+
+
+def read(self):
+    reads.append(splits[0]._activities[-1])
+    start_of_reading(self)
+
+
+TimeSplit.__init__, Prefetch.start = keep, read
 from torchtitan.cli import main
 
 status = main(["train", *sys.argv[1:]])
 print("CALLS", *calls)
+print("READS", *reads)
 sys.exit(status)
 """
 
@@ -59,3 +76,5 @@ def test_order_around_a_checkpoint(tmp_path: Path) -> None:
         *("settle", "flush", "save-4", "garbage-4"),
         "settle",
     ]
+    reads = next(line for line in done.stdout.splitlines() if line.startswith("READS")).split()
+    assert reads[1:] == ["data"] * 4

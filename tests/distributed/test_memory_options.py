@@ -30,9 +30,12 @@ from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config.facts import Facts
-from torchtitan.distributed import data_parallel
+from torchtitan.distributed import data_parallel, parallelize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
+from torchtitan.passes import activation_offload
+from torchtitan.passes.activation_offload import _Saved
+from torchtitan.passes.compile import apply_compile
 
 CPU_OFFLOAD = {"training": {"enable_cpu_offload": True}}
 EARLY = {"optimizer": {"early_step_in_backward": True}}
@@ -52,6 +55,10 @@ class Trained(NamedTuple):
     left_gradients: int
     """That existed after the backward."""
     is_offloaded: bool
+    num_copied: int
+    """Tensors of activations that were copied to the host."""
+    budgets: set[float | None]
+    """Memory budgets that blocks were compiled with."""
 
 
 def train(world: World, case: Case) -> Trained:
@@ -59,7 +66,10 @@ def train(world: World, case: Case) -> Trained:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    with mock.patch.object(data_parallel, "fully_shard", wraps=fully_shard) as sharding:
+    with (
+        mock.patch.object(data_parallel, "fully_shard", wraps=fully_shard) as sharding,
+        mock.patch.object(parallelize, "apply_compile", wraps=apply_compile) as compiling,
+    ):
         model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
@@ -76,7 +86,8 @@ def train(world: World, case: Case) -> Trained:
     losses, norms, left = [], [], 0
     for lr in LEARNING_RATES:
         set_learning_rates(optimizers, lr)
-        losses.append(runner.forward_backward(batches, 100).item())
+        with mock.patch.object(activation_offload, "_Saved", wraps=_Saved) as copying:
+            losses.append(runner.forward_backward(batches, 100).item())
         left = max(left, sum(parameter.grad is not None for parameter in parameters))
         norms.append(update.gradient_norm().item())
         update.step(torch.tensor(True))
@@ -89,7 +100,9 @@ def train(world: World, case: Case) -> Trained:
     }
     policies = [call.kwargs["offload_policy"] for call in sharding.call_args_list]
     offloaded = [isinstance(policy, CPUOffloadPolicy) for policy in policies]
-    return Trained(losses, norms, held, max(counts), left, any(offloaded))
+    budgets = {call.args[1] for call in compiling.call_args_list}
+    copied = copying.call_count
+    return Trained(losses, norms, held, max(counts), left, any(offloaded), copied, budgets)
 
 
 def assert_same(found: list[Trained], expected: list[Trained]) -> None:
@@ -110,6 +123,7 @@ def both(pool: GlooPool, *options: dict[str, Any], **case: Any) -> list[Trained]
     found = pool.run(with_options.world_size, train, with_options)
     assert_same(found, expected)
     assert expected[0].left_gradients > 0 and not expected[0].is_offloaded
+    assert expected[0].num_copied == 0 and expected[0].budgets == {None}
     return found
 
 
@@ -168,19 +182,22 @@ def test_early_steps_of_every_implementation(gloo_pool: GlooPool, implementation
     ids=["one process", "fsdp", "tp", "cp", "pp", "compiled", "inductor"],
 )
 def test_activation_offload(gloo_pool: GlooPool, case: dict[str, Any]) -> None:
-    both(gloo_pool, OFFLOAD, **case)
+    for rank in both(gloo_pool, OFFLOAD, **case):
+        assert rank.num_copied > 0
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.5])
 def test_memory_budget(gloo_pool: GlooPool, budget: float) -> None:
     options = {"activation_checkpoint": {"mode": "memory_budget", "memory_budget": budget}}
-    both(gloo_pool, options, shard=2, settings=[COMPILED])
+    for rank in both(gloo_pool, options, shard=2, settings=[COMPILED]):
+        assert rank.budgets == {budget}
 
 
 def test_all_of_them(gloo_pool: GlooPool) -> None:
     options = {"activation_checkpoint": {"mode": "memory_budget", "offload": True}}
     found = both(gloo_pool, options, CPU_OFFLOAD, EARLY, shard=2, tp=2, settings=[COMPILED])
     assert found[0].is_offloaded and found[0].left_gradients == 0
+    assert found[0].num_copied > 0 and found[0].budgets == {0.5}
 
 
 ALL_IN_RUNS = (

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -173,8 +173,9 @@ class MetricsLogger:
     def close(self, failed: bool = False) -> None:
         """Write what is left, end the progress bar, and say where the time went. `failed`: an
         error ends the run."""
-        self._each_sink(lambda sink: sink.close(failed))
-        self._sinks, self._console = [], None
+        sinks, self._sinks, self._console = self._sinks, [], None
+        for sink in sinks:
+            self._guarded(sink, lambda sink: sink.close(failed))
         if self._started is not None:
             logger.info("Time of the run: %s", self._split.describe())
 
@@ -277,10 +278,15 @@ class MetricsLogger:
             action(sink)
         except Exception as error:
             self._warn(sink.name, error)
-            if not sink.keeps_trying:
-                self._sinks.remove(sink)
-                if sink is self._console:
-                    self._console = None
+            if not sink.keeps_trying and sink in self._sinks:
+                self._give_up(sink)
+
+    def _give_up(self, sink: Sink) -> None:
+        self._sinks.remove(sink)
+        if sink is self._console:
+            self._console = None
+        with suppress(Exception):  # whatever it holds: a process, a thread, the terminal
+            sink.close(failed=True)
 
     def _warn(self, name: str, error: Exception, what: str = "written") -> None:
         if name not in self._warned:

@@ -58,7 +58,7 @@ class Sink(Protocol):
     """As a warning about it names it."""
 
     keeps_trying: bool
-    """After a failure: go on writing (True), or give it up for this run."""
+    """After a failure: go on writing (True), or give it up for this run, and close it."""
 
     def resume(self, step: int) -> None:
         """Before the first write: forget what was written for steps after `step`."""
@@ -71,7 +71,8 @@ class Sink(Protocol):
         """Return when what was written survives the machine's failure."""
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left; `failed`: an error ends the run. Nothing is called afterwards."""
+        """Write what is left; `failed`: an error ends the run, or the sink. Nothing is called
+        afterwards."""
 
 
 class JsonLinesSink:

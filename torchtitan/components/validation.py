@@ -106,7 +106,7 @@ class Validator:
                 ahead.start()  # while the device is still at work
                 num_targets += agreed.num_targets
                 num_batches += 1
-                self._garbage.step(num_batches)
+                self._garbage.validation_batch(num_batches)
                 if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     logger.info(

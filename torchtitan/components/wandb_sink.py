@@ -5,13 +5,19 @@ never stops a run. Without a login or a network, records are kept in the run fol
 format, and `wandb sync` uploads them later. The id of the run there is that of the run folder, so a
 resume goes on with it.
 
+Records pass through a process of wandb's own, and wandb waits for its answers without a limit. So a
+process that does not answer in time is killed here, and every wait for it ends with an error.
+
 The x-axis is the step of each record (`step`), not wandb's count of calls: that one cannot go back,
 and a resume does. Steps that are trained again after a resume appear there twice.
 """
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from torchtitan.components.sinks import Record, tagged
@@ -23,7 +29,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_PROJECT = "torchtitan"
 _MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 _INIT_TIMEOUT_SECONDS = 60.0
-_FINISH_TIMEOUT_SECONDS = 60.0
+_FINISH_TIMEOUT_SECONDS = 20.0
+"""For uploads at the end; a launcher that was told to stop kills the run after 30."""
+_ANSWER_TIMEOUT_SECONDS = 30.0
+"""Beyond what wandb may take; other ranks wait meanwhile, by default for 100."""
 
 
 class WandbSink:
@@ -65,13 +74,55 @@ class WandbSink:
         """What is there stays: wandb does not forget."""
 
     def write(self, record: Record) -> None:
-        self._run.log({"step": record["step"], **tagged(record)})
+        with _answers_within(_ANSWER_TIMEOUT_SECONDS):
+            self._run.log({"step": record["step"], **tagged(record)})
 
     def flush(self) -> None:
         """Nothing to do: a process of wandb's writes what it was sent, also if this one dies."""
 
     def close(self, failed: bool = False) -> None:
-        self._run.finish(exit_code=1 if failed else 0)
+        with _answers_within(_FINISH_TIMEOUT_SECONDS + _ANSWER_TIMEOUT_SECONDS):
+            try:
+                self._run.finish(exit_code=1 if failed else 0)
+            finally:  # now, and not when Python ends, when nobody looks at the time
+                _end_process()
+
+
+@contextmanager
+def _answers_within(seconds: float) -> Iterator[None]:
+    """While entered, wandb's process is killed if it takes longer. Whoever waits for it fails."""
+    process = _process()
+    timer = threading.Timer(seconds, _kill, [process, seconds])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _process() -> "Popen[bytes] | None":
+    """wandb's process; None without one, or if another program has started it."""
+    from wandb.sdk import wandb_setup
+
+    # Its names for this are private; a test that stops the process tells when they change.
+    connection = getattr(wandb_setup.singleton(), "_connection", None)
+    return getattr(getattr(connection, "_proc", None), "_process", None)
+
+
+def _kill(process: "Popen[bytes] | None", seconds: float) -> None:
+    if process is not None:
+        logger.warning("Weights & Biases did not answer for %.0f s: its process is ended", seconds)
+        process.kill()
+
+
+def _end_process() -> None:
+    """Let wandb's process end. That it fails is no news, and no reason to end this one: with the
+    status of its process, wandb would."""
+    import wandb
+
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _start(mode: Any, **arguments: Any) -> Any:
@@ -100,5 +151,6 @@ def _start(mode: Any, **arguments: Any) -> Any:
             " ".join(str(error).split()),
             Path(arguments["dir"]) / "wandb",
         )
-        wandb.teardown()  # the attempt has taken the id, and its process would not give it again
+        with _answers_within(_ANSWER_TIMEOUT_SECONDS):
+            _end_process()  # the attempt has taken the id, and would not give it again
         return wandb.init(settings=settings, mode="offline", **arguments)

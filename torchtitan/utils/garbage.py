@@ -42,21 +42,28 @@ class GarbageCollection:
 
     def step(self, step: int) -> None:
         """Call once a step, on every rank."""
+        self._after(step, "step")
+
+    def validation_batch(self, number: int) -> None:
+        """Call once a batch of a validation, on every rank: there may be many between two steps."""
+        self._after(number, "validation batch")
+
+    def _after(self, number: int, what: str) -> None:
         if self._debug:
-            self._collect_and_tell(step)
-        elif step % self._freq == 0:
+            self._collect_and_tell(f"{what} {number}")
+        elif number % self._freq == 0:
             gc.collect()
 
-    def _collect_and_tell(self, step: int) -> None:
+    def _collect_and_tell(self, place: str) -> None:
         tensors = tensors_in_garbage()
         kind = ", ".join(sorted({holders for _, holders in tensors}))
         if tensors and kind not in self._told:
             self._told.add(kind)
             size = sum(size for size, _ in tensors) / _MIB
             logger.warning(
-                "After step %d the garbage collector freed %d tensors of %.2f MiB, which were kept"
+                "After %s the garbage collector freed %d tensors of %.2f MiB, which were kept"
                 " alive by: %s. What refers to itself in a circle frees nothing until it runs.",
-                step,
+                place,
                 len(tensors),
                 size,
                 kind,

@@ -1,12 +1,18 @@
 """Steps in the backward: each parameter by itself, after whoever copies it was told."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
+from torchtitan import builder
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.update import InBackward
+from torchtitan.config import JobConfig
+from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Optimizer
+from torchtitan.distributed.parallel_dims import ParallelDims
 
 CPU = torch.device("cpu")
 SECTION = {"lr": 0.1, "param_groups": [{"pattern": "1.*", "weight_decay": 0.0, "lr_factor": 0.5}]}
@@ -45,6 +51,16 @@ def test_who_copies_is_told_before_anything_changes() -> None:
     assert seen == [[True, True], [True, False]]  # the last layer's first
     assert unchanged() == [False, False]
     assert [weight.grad for weight in weights] == [None, None]
+
+
+def test_in_a_run_it_is_the_saver_that_copies() -> None:
+    model, saver = build(), mock.Mock()
+    config = JobConfig.model_validate({"optimizer": {"early_step_in_backward": True, **SECTION}})
+    dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
+    optimizers = build_optimizers(config.optimizer, [model], CPU)
+    builder.build_update(config, mock.Mock(), optimizers, dims, saver)
+    model(torch.ones(2, 3)).sum().backward()
+    assert saver.before_change.call_count == len(optimizers) == 2
 
 
 def test_two_gradients_of_a_parameter_in_one_step_are_noticed() -> None:

@@ -164,12 +164,15 @@ def test_a_folder_that_wandb_cannot_have_does_not_stop_the_run(
     assert len(records(tmp_path)) == 4
 
 
-KILLED = """
+HIT = """
 import logging, os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_metrics as t
 from test_wandb_sink import opener
+from torchtitan.components import wandb_sink
+
+wandb_sink._FINISH_TIMEOUT_SECONDS = wandb_sink._ANSWER_TIMEOUT_SECONDS = 2.0
 
 def children():
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -183,30 +186,64 @@ def children():
 logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s")
 folder = Path({folder!r})
 clock = t.Clock()
-metrics = t.build(folder, clock, steps=40, log_freq=1, more_sinks=opener(folder))
+metrics = t.build(folder, clock, steps={steps}, log_freq=1, more_sinks=opener(folder))
 t.train(metrics, clock, 1, 2)
 services = list(children())
 assert services
 for pid in services:
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, signal.{signal})
 time.sleep(0.5)
-t.train(metrics, clock, 3, 40)
+t.train(metrics, clock, 3, {steps})
 metrics.flush()
 metrics.close()
 print("still here")
 """
 
 
-def test_wandb_that_dies_in_the_middle_does_not_stop_the_run(tmp_path: Path) -> None:
+def run_while_wandb_is_hit(folder: Path, name: str, steps: int) -> str:
+    """What a process logs whose wandb gets the signal `name` after 2 of its `steps`."""
     here = Path(__file__)
-    code = KILLED.format(root=str(here.parents[3]), tests=str(here.parent), folder=str(tmp_path))
+    places = {"root": str(here.parents[3]), "tests": str(here.parent), "folder": str(folder)}
+    code = HIT.format(**places, signal=name, steps=steps)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "still here"
-    assert len(records(tmp_path)) == 40
-    assert done.stderr.count("Weights & Biases cannot be written, training goes on") <= 1
+    assert len(records(folder)) == steps
+    return done.stderr
+
+
+def test_wandb_that_dies_in_the_middle_does_not_stop_the_run(tmp_path: Path) -> None:
+    errors = run_while_wandb_is_hit(tmp_path, "SIGKILL", 40)
+    assert errors.count("Weights & Biases cannot be written, training goes on") <= 1
+
+
+@pytest.mark.parametrize("steps", [40, 1500], ids=["at the end", "when it takes no more"])
+def test_wandb_that_hangs_does_not_stop_the_run(tmp_path: Path, steps: int) -> None:
+    errors = run_while_wandb_is_hit(tmp_path, "SIGSTOP", steps)
+    assert errors.count("Weights & Biases did not answer") == 1
+    assert errors.count("Weights & Biases cannot be written, training goes on") == 1
+
+
+def test_a_process_of_wandb_s_that_fails_does_not_end_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb would end Python with the status of its process."""
+    import wandb
+
+    metrics = build(tmp_path, clock := Clock(), more_sinks=opener(tmp_path))
+    train(metrics, clock, 1, 7)
+    torn_down = []
+
+    def fail() -> None:
+        torn_down.append(True)
+        sys.exit(3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wandb, "teardown", fail)
+        metrics.close()
+    assert torn_down == [True]
 
 
 def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:

@@ -32,6 +32,15 @@ def test_cycles_are_freed_at_every_freq_th_step_only() -> None:
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
+def test_batches_of_a_validation_count_by_themselves() -> None:
+    with GarbageCollection(freq=2) as collection:
+        node = weakref.ref(Node())
+        collection.validation_batch(1)
+        assert node() is not None
+        collection.validation_batch(2)
+        assert node() is None
+
+
 def test_old_cycles_are_freed_too() -> None:
     """What has survived a collection is looked through again at the next one."""
     with GarbageCollection(freq=1) as collection:
@@ -79,6 +88,11 @@ def test_debug_names_what_keeps_tensors_alive(caplog: pytest.LogCaptureFixture) 
         circle_with(torch.zeros(2**18))
         collection.step(3)
         assert len(warnings_of(caplog)) == 1, "the same kind once"
+        circle: list[object] = [torch.zeros(8)]
+        circle.append(circle)
+        del circle
+        collection.validation_batch(5)
+        assert "After validation batch 5 " in warnings_of(caplog)[1]
     assert gc.garbage == [] and gc.get_debug() == 0 and gc.isenabled()
 
 
