@@ -39,12 +39,17 @@ class FlightRecorder:
         self._folder = folder / section.save_traces_folder
         suffix = "" if self._is_nccl else ".jsonl"
         self._path = self._folder / f"{section.save_traces_file_prefix}{rank}{suffix}"
+        self._modified_before = _modified(self._path)
+        """An earlier start's; if it changes, NCCL's watchdog has been faster than this."""
         _set("TORCH_FR_BUFFER_SIZE", str(section.trace_buf_size), "TORCH_NCCL_TRACE_BUFFER_SIZE")
         if self._enabled and self._is_nccl:
             file = str(self._folder / section.save_traces_file_prefix)  # torch appends the rank
             _set("TORCH_FR_DUMP_TEMP_FILE", file, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
             _set("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-            self._make_folder()
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                logger.warning("records of collectives cannot be written: %s", error)
 
     def __enter__(self) -> "FlightRecorder":
         return self
@@ -56,28 +61,22 @@ class FlightRecorder:
         traceback: TracebackType | None,
     ) -> None:
         unforeseen = isinstance(error, Exception) and not isinstance(error, _SAYS_ITSELF_WHAT_IT_IS)
-        if self._enabled and unforeseen and self._make_folder():
+        if self._enabled and unforeseen:
             self._write()
 
     def _write(self) -> None:
         try:
-            if not self._is_nccl:
-                lines = (json.dumps(entry) for entry in gloo_collectives())
-                self._path.write_text("".join(f"{line}\n" for line in lines))
-            elif not self._path.exists():  # the watchdog was faster
-                self._path.write_bytes(nccl_trace())
+            if _modified(self._path) == self._modified_before or not self._is_nccl:
+                content = nccl_trace() if self._is_nccl else _lines(gloo_collectives())
+                if not content:
+                    logger.warning("No collectives of this rank are recorded")
+                    return
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._path.write_bytes(content)
         except Exception as error:  # the error that ends the run is the one to be seen
             logger.warning("the record of collectives cannot be written: %r", error)
             return
         logger.warning("The newest collectives of this rank are in %s", self._path)
-
-    def _make_folder(self) -> bool:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.warning("the folder of records of collectives cannot be made: %s", error)
-            return False
-        return True
 
 
 def _set(name: str, value: str, *older_names: str) -> None:
@@ -85,6 +84,18 @@ def _set(name: str, value: str, *older_names: str) -> None:
     set too, since torch warns of it."""
     if not {name, *older_names} & os.environ.keys():
         os.environ[name] = value
+
+
+def _modified(path: Path) -> int | None:
+    """Nanoseconds; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _lines(entries: list[dict[str, Any]]) -> bytes:
+    return "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
 
 
 def gloo_collectives() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.runs import environment
 from torchtitan.config.run_sections import Comm
+from torchtitan.distributed import flight_recorder
 from torchtitan.distributed.flight_recorder import FlightRecorder
 
 FAILS = """
@@ -64,6 +65,37 @@ def test_nothing_is_left_without_need(tmp_path: Path, size: int, error: str) -> 
     """After a good run, after an error that says itself what it is, or when it is off."""
     run(tmp_path, size, error)
     assert not (tmp_path / "traces").exists()
+
+
+def test_a_torch_that_records_nothing_over_gloo_leaves_no_empty_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flight_recorder, "gloo_trace", lambda: None)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "3")  # for the recorder to set no variable
+    with pytest.raises(OSError), FlightRecorder(Comm(), tmp_path, 0, "cpu"):
+        raise OSError
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.messages == ["No collectives of this rank are recorded"]
+
+
+@pytest.mark.parametrize("watchdog", [False, True])
+def test_what_nccl_s_watchdog_has_written_is_kept_but_not_an_earlier_start_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watchdog: bool
+) -> None:
+    """On a CPU, with a stand-in for NCCL's ring."""
+    for name in ("BUFFER_SIZE", "DUMP_TEMP_FILE"):
+        monkeypatch.setenv(f"TORCH_FR_{name}", "5")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    monkeypatch.setattr(flight_recorder, "nccl_trace", lambda: b"written here")
+    file = tmp_path / "comm_traces" / "rank_0"
+    file.parent.mkdir()
+    file.write_bytes(b"earlier")
+    os.utime(file, (1, 1))
+    with pytest.raises(OSError), FlightRecorder(Comm(), tmp_path, 0, "cuda"):
+        if watchdog:
+            file.write_bytes(b"by the watchdog")
+        raise OSError
+    assert file.read_bytes() == (b"by the watchdog" if watchdog else b"written here")
 
 
 def test_variables_of_nccl_are_set_and_those_of_users_kept(
