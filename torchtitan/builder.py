@@ -224,9 +224,15 @@ def build_loader(
         global_batch_size=facts.global_batch_size,
         local_batch_size=config.training.local_batch_size,
     )
-    states = saver.state.lane_states
+    stored = saver.state
     loader = data_loader.build_loader(
-        config.training, config.data, config.debug.seed, tokenizer, plan, states
+        config.training,
+        config.data,
+        config.debug.seed,
+        tokenizer,
+        plan,
+        stored.lane_states,
+        stored.data_fingerprint,
     )
     if len(set(world.gather_json(loader.fingerprint))) > 1:
         loader.close()

@@ -41,14 +41,20 @@ class Prefetch:
         stop: StopRequest,
         counts_data: bool,
         save_failed: Callable[[], bool] = lambda: False,
+        max_bad_rows: int | None = None,
     ):
-        """`save_failed` is asked, once a step, whether a checkpoint could not be written."""
+        """`save_failed` is asked, once a step, whether a checkpoint could not be written.
+
+        `max_bad_rows`: how many rows all ranks together may have left out. Counted here and not by
+        rank, so that the mesh has no say in where a run stops.
+        """
         self._loader = loader
         self._loss = loss
         self._world = world
         self._stop = stop
         self._counts_data = counts_data
         self._save_failed = save_failed
+        self._max_bad_rows = max_bad_rows
         self._fetched: _Fetched | None = None
 
     def start(self) -> None:
@@ -72,6 +78,7 @@ class Prefetch:
             failed=error is not None,
             counts_data=self._counts_data,
             save_failed=self._save_failed(),
+            bad_rows=0 if data is None else data.bad_rows,
         )
         self._fetched = _Fetched(data, error, pending)
 
@@ -79,7 +86,8 @@ class Prefetch:
         """The data that were started, and what all ranks know about them.
 
         A step in which no rank has a target (all its documents are one token long, say) is left
-        out. Raises DataError on all ranks when any could not read its data.
+        out. Raises DataError on all ranks when any could not read its data, or when they have left
+        out too many rows.
         """
         for _ in range(_MAX_EMPTY_STEPS):
             data, agreed = self._wait_once()
@@ -100,5 +108,10 @@ class Prefetch:
         if agreed.num_failed:
             who = "several ranks" if agreed.failed_rank is None else f"rank {agreed.failed_rank}"
             raise DataError(f"{who} could not read the data; the log there says why")
+        if self._max_bad_rows is not None and agreed.bad_rows > self._max_bad_rows:
+            raise DataError(
+                f"left out {agreed.bad_rows} rows that cannot be read, more than"
+                f" data.max_bad_rows = {self._max_bad_rows}; the logs of the ranks name them"
+            )
         assert fetched.data is not None
         return fetched.data, agreed

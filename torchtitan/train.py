@@ -83,7 +83,15 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             left_out=not config.optimizer.early_step_in_backward,
         )
         counts_data = dims.counts_data(world.rank)
-        ahead = Prefetch(loader, runner.loss, world, stop, counts_data, saver.save_failed)
+        ahead = Prefetch(
+            loader,
+            runner.loss,
+            world,
+            stop,
+            counts_data,
+            saver.save_failed,
+            config.data.max_bad_rows,
+        )
         validator = builder.build_validator(
             facts, dims, world, tokenizer, runner, metrics, stop, garbage
         )
@@ -145,6 +153,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
                 source_tokens=data.source_tokens,
+                bad_rows=agreed.bad_rows,
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, config.comm.train_timeout_seconds)

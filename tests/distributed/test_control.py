@@ -42,6 +42,10 @@ def _exchange(world: World, by_rank: dict[int, dict[str, Any]]) -> dict[str, Any
         ({2: {"failed": True}}, Agreement(30, 48, False, False, 1, 2)),
         ({1: {"failed": True}, 2: {"failed": True}}, Agreement(30, 48, False, False, 2, None)),
         ({1: {"save_failed": True}}, Agreement(30, 48, False, False, 0, None, True)),
+        (
+            {r: {"bad_rows": r + 1, "counts_data": r != 1} for r in range(3)},
+            Agreement(20, 32, False, False, 0, None, bad_rows=4),
+        ),
     ],
 )
 def test_all_ranks_learn_the_same(
@@ -88,12 +92,12 @@ class _Data:
         return self.steps.pop(0)
 
 
-def _step(num_targets: int) -> Any:
+def _step(num_targets: int, bad_rows: int = 0) -> Any:
     from torchtitan.data.loader import StepData
 
     labels = torch.full((1, 4), IGNORE_INDEX)
     labels[0, :num_targets] = 1
-    return StepData([Batch(tokens=torch.ones(1, 4), labels=labels)], {}, False, 0)
+    return StepData([Batch(tokens=torch.ones(1, 4), labels=labels)], {}, False, bad_rows)
 
 
 def _targets_of_steps(world: World) -> list[int]:
@@ -135,6 +139,34 @@ def test_failure_to_read_reaches_all(gloo_pool: GlooPool) -> None:
     assert second == "rows.jsonl, line 3: not JSON"
     assert first == third
     assert "rank 1 could not read" in first
+
+
+def _leave_out_rows(world: World, max_bad_rows: int) -> str:
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.prefetch import Prefetch
+    from torchtitan.utils.signals import StopRequest
+
+    data = _Data([_step(num_targets=1, bad_rows=2)])
+    ahead = Prefetch(
+        data,  # type: ignore[arg-type]
+        CrossEntropyLoss(),
+        world,
+        StopRequest(),
+        True,
+        max_bad_rows=max_bad_rows,
+    )
+    ahead.start()
+    try:
+        return str(ahead.wait()[1].bad_rows)
+    except DataError as error:
+        return str(error)
+
+
+def test_row_57_rows_left_out_count_on_all_ranks_together(gloo_pool: GlooPool) -> None:
+    """So a run stops where it would on any other mesh."""
+    assert gloo_pool.run(2, _leave_out_rows, 4) == ["4", "4"]
+    first, second = gloo_pool.run(2, _leave_out_rows, 3)
+    assert first == second and "left out 4 rows" in first and "max_bad_rows = 3" in first
 
 
 def _wait_for_nobody(world: World) -> float:

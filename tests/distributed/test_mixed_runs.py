@@ -33,6 +33,19 @@ def test_the_loss_on_tokens_is_that_on_the_text(text: Path, tmp_path: Path) -> N
     assert len(curve) == 10 and runs.curve(tmp_path / "tokens") == curve
 
 
+def test_rows_that_are_left_out_are_told(text: Path, tmp_path: Path) -> None:  # row 57
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n{\n".join(text.read_text().splitlines()))
+    arguments = ("--training.dataset=auto", f"--training.dataset_path={file}")
+    skip = ("--data.on_bad_row=skip", "--checkpoint.enable=false", "--training.steps=4")
+    runs.run(tmp_path / "run", *arguments, *skip)
+    told = [record.get("bad_rows", 0) for record in runs.records(tmp_path / "run")]
+    assert len(told) == 4 and told == sorted(told) and 0 < told[-1] < 100
+    fewer = f"--data.max_bad_rows={told[-1] - 1}"
+    done = runs.run(tmp_path / "stopped", *arguments, *skip, fewer, expect=3)
+    assert f"left out {told[-1]} rows" in done.stderr
+
+
 def test_a_mixture_that_is_killed_and_goes_on_on_another_mesh(text: Path, tmp_path: Path) -> None:
     sources = f"[{{path = '{text}', weight = 3}}, {{dataset = 'stdlib', weight = 1}}]"
     arguments = ("--training.dataset=auto", f"--data.sources={sources}", "--training.steps=12")

@@ -126,12 +126,13 @@ class MetricsLogger:
         num_targets: int,
         num_tokens: int,
         source_tokens: Mapping[str, int] | None = None,
+        bad_rows: int = 0,
     ) -> None:
         """A step is done. Waits for the device only if the step is logged, on ranks that show it.
 
         `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
         `[]`; `num_targets`, `num_tokens`: of the step, over all ranks; `source_tokens`: of each
-        source of a mixture, of all steps so far.
+        source of a mixture, of all steps so far; `bad_rows`: left out so far, by all lanes.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -146,6 +147,8 @@ class MetricsLogger:
             record = self._record(step, values, num_targets)
             for name, count in (source_tokens or {}).items():
                 record[f"source_tokens/{name}"] = count
+            if bad_rows:
+                record["bad_rows"] = bad_rows
             self._each_sink(lambda sink: sink.write(record))
         else:
             self._start_interval(self._clock())

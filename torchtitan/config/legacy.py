@@ -188,6 +188,8 @@ def today_value(name: str, value: Any) -> Any:
         return [value] if value else []
     if name == tables.CONVERTERS and isinstance(value, list):
         return [tables.CONVERTER_NAMES.get(str(item), item) for item in value]
+    if name == tables.SPLIT_POINTS and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
     if name in tables.CONVERTED:
         for old, new in tables.CONVERTED[name].values.items():
             if _same(old, value):

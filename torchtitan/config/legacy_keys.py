@@ -79,6 +79,9 @@ CONVERTED = {
 CUSTOM_IMPORT = "experimental.custom_import"
 """One module as text, "" for none; a list today, `job.custom_import`."""
 
+SPLIT_POINTS = "experimental.pipeline_parallel_split_points"
+"""A list, or a text with commas, which TorchTitan split."""
+
 CONVERTERS = "model.converters"
 CONVERTER_NAMES = {"quantize.linear.float8": "float8", "quantize.linear.mx": "mx"}
 """Handlers that had other names as converters."""

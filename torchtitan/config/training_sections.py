@@ -155,7 +155,8 @@ class Data(Section):
     """What to do with a row that cannot be read: stop, or leave it out and count it."""
 
     max_bad_rows: NonNegativeInt = 100
-    """With `on_bad_row = "skip"`: the run stops when a rank has left out more than this."""
+    """With `on_bad_row = "skip"`: the run stops when all ranks together have left out
+    more than this."""
 
     @property
     def max_document_bytes(self) -> int:

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -151,12 +152,7 @@ def _expand(path: str, kind: str) -> list[str]:
     if os.path.isfile(expanded):
         return [expanded]
     if os.path.isdir(expanded):
-        paths = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(expanded)
-            for name in names
-            if not name.startswith((".", "_")) and _fits(name, kind)
-        ]
+        paths = [path for path in _walk(expanded) if _fits(os.path.basename(path), kind)]
         if not paths:
             suffixes = [name for name, of in SUFFIXES.items() if kind in ("auto", of)]
             wanted = "files" if kind == "text" else f"{', '.join(suffixes)} files"
@@ -170,6 +166,14 @@ def _expand(path: str, kind: str) -> list[str]:
         raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
     where = os.path.abspath(expanded)
     raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The files below a folder, but for what programs keep there for themselves, as in `.git` and
+    `.cache`."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        yield from (os.path.join(place, name) for name in names if not name.startswith((".", "_")))
 
 
 def _fits(name: str, kind: str) -> bool:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 2**20
+_MOST_EMPTY_EPOCHS = 32
+"""In a row. Shards without a document fall to another lane in every epoch, so one is no reason to
+stop; so many mean that there is none for this lane."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Lane:
 
     def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
         settings = self._settings
-        epoch = start.epoch
+        epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:
             found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
             for position, shard, row in self._rows(epoch, start):
@@ -81,11 +84,12 @@ class Lane:
                     continue
                 found = True
                 yield here, tokens[here.token :]
-            if not (found or settings.may_be_empty):
+            num_empty = 0 if found else num_empty + 1
+            if num_empty == _MOST_EMPTY_EPOCHS and not settings.may_be_empty:
                 raise DataError(
-                    f"data lane {self._index} of {settings.num_lanes} found no document in epoch"
-                    f" {epoch}: the data ({len(settings.shards)} parts) hold too few documents."
-                    " Set a smaller data.lanes, or give more data"
+                    f"data lane {self._index} of {settings.num_lanes} found no document in"
+                    f" {num_empty} epochs up to {epoch}: the data ({len(settings.shards)} parts)"
+                    " hold too few documents. Set a smaller data.lanes, or give more data"
                 )
             epoch += 1
 

@@ -158,10 +158,12 @@ def build_loader(
     tokenizer: Tokenizer,
     plan: LanePlan,
     lane_states: Mapping[int, dict[str, Any]] | Mapping[str, dict[str, Any]] | None = None,
+    stored_fingerprint: str | None = None,
 ) -> Loader:
     """The loader of one rank, continuing from `lane_states` (of all lanes, or at least its own).
 
-    Their keys may be strings, as JSON makes them.
+    Their keys may be strings, as JSON makes them. `stored_fingerprint` is that of the data that
+    they are of: in other data a source's cursor has no meaning.
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
@@ -175,6 +177,8 @@ def build_loader(
     if lane_states is not None:
         states = {int(lane): state for lane, state in lane_states.items()}
         positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
+        if stored_fingerprint not in (None, _fingerprint(mixture)):
+            positions = {lane: place.without_cursor() for lane, place in positions.items()}
     options = training.dataloader
     num_workers = workers_for(len(plan.lanes), options.num_workers)
     if num_workers < options.num_workers:

@@ -105,6 +105,10 @@ class MixedPosition(NamedTuple):
         sources = [position.state() for position in self.sources]
         return {"round": self.round, "taken": list(self.taken), "sources": sources}
 
+    def without_cursor(self) -> "MixedPosition":
+        """The same places, to be found by going through the rows."""
+        return self._replace(sources=tuple(place.without_cursor() for place in self.sources))
+
 
 AnyPosition = Position | MixedPosition
 

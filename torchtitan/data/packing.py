@@ -37,6 +37,10 @@ class Position(NamedTuple):
         """As JSON."""
         return self._asdict()
 
+    def without_cursor(self) -> "Position":
+        """The same place, to be found by going through the rows."""
+        return self._replace(cursor="")
+
 
 class Sample(NamedTuple):
     """Up to `seq_len + 1` consecutive tokens of a lane; small, as it travels between processes."""

@@ -110,13 +110,11 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     if isinstance(source, TokenSource):
         return _probe_tokens(facts, source)
     problems = _probe_rows(facts, source, shards)
-    problems += _probe_revision(facts, source)
-    if isinstance(source, FileSource) and not problems:
-        problems = [
-            *_probe_amount(facts, source),
-            *_probe_whole_files(facts, source, shards),
-        ]
-    return problems
+    if not problems and isinstance(source, FileSource):
+        return [*_probe_amount(facts, source), *_probe_whole_files(facts, source, shards)]
+    if not problems:
+        problems = _probe_shared_rows(facts, source, shards)
+    return problems + _probe_revision(facts, source)
 
 
 def _probe_pickling(facts: Facts, source: "Source") -> list[Problem]:
@@ -246,6 +244,20 @@ def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]"
     if not problems and num_filled is not None and num_filled < facts.num_lanes:
         problems.append(too_few_documents(num_filled, facts))
     return problems
+
+
+def _probe_shared_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:
+    """Whether a few row groups or parts of a stream, whose rows the lanes share out by stride, have
+    a row for each lane."""
+    strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
+    if max(strides.values()) == 1 or len(strides) > _PROBED_SHARDS:
+        return []
+    num_filled = 0
+    for whole, stride in strides.items():
+        num_filled += sum(1 for _ in islice(source.rows(whole), stride))
+        if num_filled >= facts.num_lanes:
+            return []
+    return [too_few_documents(num_filled, facts)]
 
 
 def too_few_documents(count: int, facts: Facts) -> Problem:

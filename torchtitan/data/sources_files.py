@@ -23,6 +23,10 @@ class FileSource:
             "files": [list(item) for item in zip(relative_names(files), sizes, strict=True)]
         }
 
+    def num_bytes(self, shard: Shard) -> int:
+        """On the disk, of the bytes or the file that a shard is of."""
+        return self.files[shard.file].size if shard.end is None else shard.end - shard.start
+
     def rows(self, shard: Shard) -> Iterator[Row]:
         rows = self._rows(shard)
         return rows if shard.stride == 1 else islice(rows, shard.offset, None, shard.stride)
@@ -60,11 +64,15 @@ class TextSource(FileSource):
     def __init__(self, files: Sequence[DataFile], max_document_bytes: int):
         super().__init__(files, max_document_bytes)
         self.description["kind"] = "text"
+        self._packed_size = min(_PACKED_TEXT, max_document_bytes)
 
     def shards(self, num_lanes: int) -> list[Shard]:
         size = min(piece_size(self.files, num_lanes), self.max_document_bytes)
         plain = [i for i, file in enumerate(self.files) if file.compression is None]
         packed = [i for i, file in enumerate(self.files) if file.compression is not None]
+        # Another limit on documents may cut the text anew, and then no place is what it was.
+        cuts = {"cut": size if plain else None, "packed_cut": self._packed_size if packed else None}
+        self.description |= cuts
         shards = cut_text(self.files, plain, size)
         if len(shards) + len(packed) >= num_lanes:
             return shards + whole_files(packed, 1)
@@ -77,7 +85,7 @@ class TextSource(FileSource):
             yield Row(shard.start, len(content), content)
             return
         place = 0
-        while content := stream.read(min(_PACKED_TEXT, self.max_document_bytes)):
+        while content := stream.read(self._packed_size):
             content += stream.readline(1 << 16)
             while stream.peek(1)[:1] and stream.peek(1)[0] & 0xC0 == 0x80:  # type: ignore[attr-defined]
                 content += stream.read(1)

@@ -48,10 +48,10 @@ def hub_source(path: str, training: Training, data: Data, split: str, subset: st
     description: dict[str, Any] = {"subset": subset, "split": split}
     if is_local and _is_saved(path):
         dataset = _load_saved(wanted)
+        description["files"] = _sizes(path, [item["filename"] for item in dataset.cache_files])
     else:
-        dataset, commit = _load(wanted, is_local)
-        if not is_local:
-            description["commit"] = commit
+        dataset, commit, files = _load(wanted, is_local)
+        description |= {"files": _sizes(path, files)} if is_local else {"commit": commit}
     dataset = _select(dataset, data.text_column)
     # A folder may move; an id of the hub may not.
     name = os.path.basename(os.path.normpath(path)) if is_local else path
@@ -85,8 +85,17 @@ def _load_saved(wanted: _Wanted) -> Any:
     return dataset[wanted.split]
 
 
-def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None]:
-    """The dataset, and the commit of the hub it is from."""
+def _sizes(folder: str, files: list[str]) -> list[list[Any]]:
+    """What tells files from others: their names in the folder, which may move, and bytes."""
+    return [
+        [os.path.relpath(os.path.abspath(file), os.path.abspath(folder)), os.path.getsize(file)]
+        for file in sorted(files)
+        if os.path.isfile(file)
+    ]
+
+
+def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None, list[str]]:
+    """The dataset, the commit of the hub it is from, and the names of its split's files."""
     import datasets
 
     options = {"name": wanted.subset, "revision": wanted.revision}
@@ -102,17 +111,23 @@ def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None]:
             splits: Any = builder.as_streaming_dataset()
             if wanted.split not in splits:
                 raise _no_split(wanted, list(splits))
-            return splits[wanted.split], builder.hash
+            return splits[wanted.split], builder.hash, _files_of(builder, wanted.split)
         builder.download_and_prepare()
         assert builder.info.splits is not None
-        # "train[:10%]" is a part of "train".
-        if wanted.split.partition("[")[0] not in builder.info.splits:
+        name = wanted.split.partition("[")[0]  # "train[:10%]" is a part of "train"
+        if name not in builder.info.splits:
             raise _no_split(wanted, list(builder.info.splits))
-        return builder.as_dataset(split=wanted.split), builder.hash
+        dataset = builder.as_dataset(split=wanted.split)
+        return dataset, builder.hash, _files_of(builder, name)
     except ConfigError:
         raise
     except Exception as error:
         raise _unreadable(wanted, error) from error
+
+
+def _files_of(builder: Any, split: str) -> list[str]:
+    files = builder.config.data_files or {}
+    return [str(file) for file in files.get(split, ())]
 
 
 def _select(dataset: Any, column: str) -> Any:

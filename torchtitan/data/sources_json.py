@@ -81,8 +81,8 @@ def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Ite
             flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
         if size == 0:
             return
-        if flaw:
-            yield Row(place, 0, None, flaw)
+        if flaw:  # with its size, as blocks must not depend on the limit, which may be set anew
+            yield Row(place, size, None, flaw)
         elif not line.isspace():
             yield Row(place, size, line)
         place += size

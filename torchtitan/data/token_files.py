@@ -37,6 +37,10 @@ class TokenFileError(ValueError):
     """A file is not what its index says; the message names it."""
 
 
+class NoTokens(TokenFileError):
+    """`torchtitan tokenize` has written nothing there."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What the index says of a shard."""
@@ -139,6 +143,10 @@ def read_index(folder: Path) -> TokenIndex:
             raise TokenFileError(
                 f"{folder} is not finished; the same `torchtitan tokenize` goes on with it"
             ) from None
+        if not folder.is_dir():
+            raise NoTokens(f"there is no folder {folder.absolute()}") from None
+        if not file.exists():
+            raise NoTokens(f"{folder.absolute()} holds no {INDEX_NAME}") from None
         raise TokenFileError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise TokenFileError(f"{file} is not JSON: {error}") from None

@@ -17,6 +17,7 @@ from torchtitan.data.pieces import PIECES_PER_LANE, Shard
 from torchtitan.data.sources import Row
 from torchtitan.data.token_files import (
     Documents,
+    NoTokens,
     TokenFileError,
     check_digests,
     check_sizes,
@@ -111,6 +112,9 @@ def tokenizer_problem(source: Any, tokenizer: Tokenizer, path: str | None) -> Pr
 def unusable(error: TokenFileError, path: str, missing: bool = False) -> Problem:
     """The problem of a folder of tokens that cannot be used."""
     fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
+    if isinstance(error, NoTokens):
+        fix = "correct the path, or make the folder with `torchtitan tokenize`; other data are not"
+        fix += ' training.dataset = "tokens"'
     if "not finished" in str(error):
         fix = "let `torchtitan tokenize` come to its end"
     return Problem("training.dataset_path", str(error), fix, path, missing_asset=missing)

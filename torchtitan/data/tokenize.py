@@ -16,13 +16,14 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from torchtitan.config import DataError
 from torchtitan.data.pieces import Shard
 from torchtitan.data.sources import BadRow, Source, row_tokens
+from torchtitan.data.sources_files import FileSource
+from torchtitan.data.sources_parquet import ParquetSource
 from torchtitan.data.token_files import (
     FORMAT,
     INDEX_NAME,
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 _MIN_SHARDS = 64
 """Data are cut into at least so many shards, down to `_SMALLEST_BYTES`, for processes to share."""
 _SMALLEST_BYTES = 2**18
+_GUESSED_ROW_BYTES = 2**10
+_GUESSED_PART_BYTES = 2**28
+"""Of a stream: each is a shard, as one may be as large as a file of C4."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,14 @@ def group_pieces(
 
 
 def piece_bytes(source: Source, piece: Shard) -> int:
-    """Bytes on the disk of a piece; a guess where its source does not say."""
-    if piece.end is not None:
-        return piece.end - piece.start
-    files: Any = getattr(source, "files", None)
-    size = getattr(files[piece.file], "size", None) if files else None
-    return max(1, size // piece.stride) if isinstance(size, int) else 2**20
+    """Bytes on the disk of a piece, about; a guess where its source does not say."""
+    if isinstance(source, FileSource | ParquetSource):
+        size = source.num_bytes(piece)
+    elif piece.end is None:
+        size = _GUESSED_PART_BYTES
+    else:
+        size = (piece.end - piece.start) * _GUESSED_ROW_BYTES
+    return max(1, size // piece.stride)
 
 
 def tokenize(

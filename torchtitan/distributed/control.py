@@ -2,9 +2,9 @@
 
 While the device works on a step, the host fetches the next one's data and starts one small sum of
 integers over gloo: how many targets the data hold, whether anything is left, whether somebody was
-asked to stop, failed, or could not write a checkpoint. Its result is read when the next step
-begins. So all ranks take every decision at the same step, and the number of targets, by which the
-loss is divided, is known before the forward.
+asked to stop, failed, or could not write a checkpoint, and how many rows were left out. Its result
+is read when the next step begins. So all ranks take every decision at the same step, and the number
+of targets, by which the loss is divided, is known before the forward.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Agreement:
     """The rank that failed, where it was one only."""
     save_failed: bool = False
     """A checkpoint that was written in the background was not saved."""
+    bad_rows: int = 0
+    """Rows that all lanes have left out since the start of the run."""
 
 
 class PendingAgreement:
@@ -42,7 +44,9 @@ class PendingAgreement:
     def wait(self) -> Agreement:
         """The agreement, as soon as all ranks have spoken."""
         self._work.wait()
-        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved = self._values.tolist()
+        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows = (
+            self._values.tolist()
+        )
         return Agreement(
             num_targets=targets,
             num_tokens=tokens,
@@ -51,6 +55,7 @@ class PendingAgreement:
             num_failed=failed,
             failed_rank=failed_ranks if failed == 1 else None,
             save_failed=unsaved > 0,
+            bad_rows=bad_rows,
         )
 
 
@@ -64,6 +69,7 @@ def start_exchange(
     failed: bool,
     counts_data: bool,
     save_failed: bool = False,
+    bad_rows: int = 0,
 ) -> PendingAgreement:
     """Speak for this rank; every rank does once a step.
 
@@ -79,6 +85,7 @@ def start_exchange(
             1 if failed else 0,
             world.rank if failed else 0,
             1 if save_failed else 0,
+            bad_rows if counts_data else 0,
         ]
     )
     work = dist.all_reduce(values, group=world.control_group, async_op=True)

@@ -1,6 +1,7 @@
 """`torchtitan tokenize`: a dataset as files of tokens, which runs read without tokenising."""
 
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,8 @@ def run(argv: list[str]) -> int:
     )
     folder = Path(options.output or "").expanduser().absolute()
     job = _prepare(facts, named, folder, shard_mib * 2**20)
+    if min(num_workers, len(job.groups)) > 1:
+        _require_picklable(job, num_workers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder)
@@ -132,6 +135,16 @@ def _prepare(facts: Facts, named: NamedSource, folder: Path, shard_bytes: int) -
         max_bad_rows=config.data.max_bad_rows,
         folder=folder,
     )
+
+
+def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
+    """Raises ConfigError for a dataset of which processes cannot have a copy."""
+    try:
+        pickle.dumps(job)
+    except Exception as error:
+        problem = f"the dataset cannot be sent to processes: {error}"
+        fix = "make it picklable (no open files, lambdas or local classes), or set --workers 1"
+        raise ConfigError(Problem("--workers", problem, fix, num_workers)) from None
 
 
 def _finished(job: TokenizeJob) -> TokenIndex | None:

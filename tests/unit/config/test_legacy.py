@@ -168,6 +168,12 @@ def test_a_wrong_value_is_told_under_the_name_that_was_written(load):
         ("experimental.custom_import", "json", "job.custom_import", ("json",)),
         ("experimental.custom_import", "", "job.custom_import", ()),
         ("model.name", "llama", "model.name", "llama3"),
+        (
+            "experimental.pipeline_parallel_split_points",
+            "layers.2, layers.4",
+            "parallelism.pipeline_parallel_split_points",
+            ("layers.2", "layers.4"),
+        ),
     ],
 )
 def test_a_value_is_converted(old: str, value: Any, new: str, today: Any, load):

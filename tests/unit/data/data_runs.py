@@ -96,12 +96,15 @@ class Run:
         seed: int = 7,
         num_lanes: int = NUM_LANES,
         global_batch: int = GLOBAL_BATCH,
+        fingerprint: str | None = None,
     ):
         tokenizer = build_tokenizer("bytes")
         plans = [LanePlan(num_lanes, dp, r, global_batch, 1) for r in range(dp)]
         self.rounds = plans[0].samples_per_lane
         self.loaders: list[Loader] = [
-            build_loader(config.training, config.data, seed, tokenizer, plan, lane_states)
+            build_loader(
+                config.training, config.data, seed, tokenizer, plan, lane_states, fingerprint
+            )
             for plan in plans
         ]
         self.lane_states: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -122,8 +123,10 @@ def test_rows_54_and_55_parquet(tmp_path):
     write_parquet(tmp_path / "a.parquet", columns={"text": pyarrow.array([], pyarrow.string())})
     assert "hold no rows" in only(probe(facts_for(tmp_path))).problem
     write_parquet(tmp_path / "a.parquet", columns={"text": TEXTS[:3]})
+    problem = only(probe(facts_for(tmp_path, lanes=4)))
+    assert problem.key == "data.lanes" and "3 documents, too few for 4 lanes" in problem.problem
     with pytest.raises(DataError, match="too few documents"):
-        Run(make_config(str(tmp_path)), num_lanes=4).step()
+        Run(make_config(str(tmp_path), shuffle=False), num_lanes=4).step()
     write_rows(tmp_path / "b.jsonl")
     problem = only(probe(facts_for(tmp_path)))
     assert "both JSON and Parquet" in problem.problem and '"parquet"' in problem.fix
@@ -199,6 +202,39 @@ def test_local_folders(tmp_path):
     next(saved.glob("train/*.arrow")).write_bytes(b"x")
     problem = only(probe(facts_for(saved, **options)))
     assert problem.key == "training.dataset_path" and "cannot be read" in problem.problem
+
+
+def test_row_64_folders_of_hugging_face_are_known_by_their_files(tmp_path):
+    """As other files are: wherever the folder lies, by names and sizes."""
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    for kind, streaming in (("files", True), ("files", False), ("saved", True)):
+        prints = []
+        for place in ("one", "two", "changed"):
+            folder = tmp_path / f"{kind}-{streaming}-{place}" / "data"
+            if kind == "saved":
+                (rows if place != "changed" else rows.select(range(1, 60))).save_to_disk(folder)
+            else:
+                folder.mkdir(parents=True)
+                write_rows(folder / "train.jsonl", ROWS[place == "changed" :])
+            config = make_config(str(folder), dataset="hf", streaming=streaming)
+            prints.append(Run(config, num_lanes=2).loaders[0].fingerprint)
+        assert prints[0] == prints[1] != prints[2], (kind, streaming)
+
+
+def test_places_in_other_data(tmp_path, monkeypatch):
+    """What `checkpoint.allow_dataset_change` lets in: a cursor of Parquet means nothing to JSON."""
+    monkeypatch.setattr("torchtitan.data.lanes._BLOCK_ROWS", 2)
+    one_group = write_parquet(tmp_path / "a.parquet", row_group_size=60)
+    parquet = Run(make_config(str(one_group)), num_lanes=2)
+    parquet.step()
+    while not all(state["cursor"] for state in parquet.lane_states.values()):
+        parquet.step()
+    states, before = parquet.lane_states, parquet.loaders[0].fingerprint
+    assert all(state["shard"] == 0 for state in states.values())
+    other = make_config(str(write_rows(tmp_path / "b.jsonl")))
+    assert Run(other, num_lanes=2, lane_states=states, fingerprint=before).step().size
+    same = Run(make_config(str(one_group)), num_lanes=2, lane_states=states, fingerprint=before)
+    assert np.array_equal(same.step(), parquet.step())
 
 
 def test_stream_that_breaks_off(tmp_path):
@@ -315,6 +351,7 @@ def test_factories_that_make_nothing_to_read():
     assert "a NoneType, which cannot" in problem_of(None)
     assert "has no length" in problem_of(torch.utils.data.Dataset())
     assert "too few for 4 lanes" in problem_of(TEXTS[:3], lanes=4)
+    assert "3 documents, too few for 4 lanes" in problem_of(Stream(TEXTS[:3]), lanes=4)
     assert "hold no text" in problem_of([""] * 60)
     workers = {"training__dataloader": {"num_workers": 2}}
     problem = problem_of(Stream(TEXTS, state={}), **workers)

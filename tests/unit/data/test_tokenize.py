@@ -283,7 +283,10 @@ def test_index_leads_nowhere_else(tokens):
 
 def test_not_a_folder_of_tokens(tmp_path):
     absent = only(probe(facts_for(tmp_path / "none", training__dataset="tokens")))
-    assert absent.missing_asset and "cannot be read" in absent.problem
+    assert absent.missing_asset and f"there is no folder {tmp_path / 'none'}" in absent.problem
+    empty = only(probe(facts_for(tmp_path, training__dataset="tokens")))
+    assert f"{tmp_path} holds no index.json" in empty.problem
+    assert "correct the path" in absent.fix and absent.fix == empty.fix
     (tmp_path / "index.json").write_text('{"text": "a row"}\n')
     problem = only(probe(facts_for(tmp_path, training__dataset="tokens")))
     assert "is not an index of tokens" in problem.problem
