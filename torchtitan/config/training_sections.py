@@ -156,7 +156,7 @@ class Data(Section):
 
     max_bad_rows: NonNegativeInt = 100
     """With `on_bad_row = "skip"`: the run stops when all ranks together have left out
-    more than this."""
+    more than this. Rows count in the first epoch only."""
 
     @property
     def max_document_bytes(self) -> int:

@@ -79,7 +79,7 @@ class Lane:
             found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(bad_rows=self._bad_rows)
-                tokens = self._tokens(shard, row)
+                tokens = self._tokens(shard, row, epoch)
                 if tokens is None or not len(tokens):
                     continue
                 found = True
@@ -122,7 +122,7 @@ class Lane:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _tokens(self, shard: Shard, row: Row) -> np.ndarray | None:
+    def _tokens(self, shard: Shard, row: Row, epoch: int) -> np.ndarray | None:
         """The tokens of a row; None for one without text and for one that is left out.
 
         Raises DataError as configured.
@@ -134,6 +134,8 @@ class Lane:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
             raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
+        if epoch > 0:  # counted and told before: a few rows must not end a run by coming again
+            return None
         self._bad_rows += 1
         logger.warning("Left out a row: %s", message)
         if self._bad_rows > settings.max_bad_rows:

@@ -99,7 +99,7 @@ def check_sources(training: Training, data: Data) -> list[Problem]:
     first_with: dict[tuple[str | None, ...], int] = {}
     for index, table in enumerate(tables):
         path = table.path and os.path.normpath(table.path)
-        what = (path, table.dataset, table.column, table.subset, table.split)
+        what = (path, table.dataset, table.column, table.subset, table.split, table.revision)
         first = first_with.setdefault(what, index)
         if first != index:
             problem = f"reads the same as {TABLES}[{first}]"

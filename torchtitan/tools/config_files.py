@@ -92,6 +92,7 @@ def _write(path: Path, text: str, default_name: str) -> Path:
     path = path.expanduser()
     if path.is_dir():
         path = path / default_name
+    file = None
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -99,6 +100,8 @@ def _write(path: Path, text: str, default_name: str) -> Path:
         fix = "choose another name, or remove that file first"
         raise ConfigError(Problem(str(path), "exists already", fix)) from None
     except OSError as error:
+        if file is not None:  # a part of a TOML is none, and would be in the way of the next try
+            path.unlink(missing_ok=True)
         fix = "write to a folder that exists and is yours"
         problem = f"cannot be written: {error.strerror}"
         raise ConfigError(Problem(str(path), problem, fix)) from None

@@ -51,7 +51,8 @@ def write_rows(file: Path, rows=ROWS) -> Path:
 
 def read_all(path, dataset="auto", **data):
     """One pass over the data: the number of targets, and the last step's data."""
-    run = Run(make_config(str(path), dataset=dataset, epochs=1, **data), num_lanes=2)
+    data = {"epochs": 1} | data
+    run = Run(make_config(str(path), dataset=dataset, **data), num_lanes=2)
     targets = 0
     try:
         while not (step := run.loaders[0].next_step()).ended:
@@ -241,6 +242,13 @@ def test_row_57_too_many_bad_rows(tmp_path):
     assert read_all(file, on_bad_row="skip", max_bad_rows=12)[1].bad_rows == 12
     with pytest.raises(DataError, match="max_bad_rows = 11"):
         read_all(file, on_bad_row="skip", max_bad_rows=11)
+
+
+def test_row_57_bad_rows_are_counted_in_the_first_epoch(tmp_path):
+    """Else one bad row would end a long run on little data."""
+    file = write_rows(tmp_path / "a.jsonl", [*ROWS, "{", "{"])
+    targets, last = read_all(file, epochs=3, on_bad_row="skip", max_bad_rows=2)
+    assert last.bad_rows == 2 and targets > 2 * read_all(write_rows(file, ROWS))[0]
 
 
 def test_row_57_bad_rows_are_counted_once_over_a_resume(tmp_path):

@@ -300,6 +300,8 @@ def test_row_60_weights_and_doubles(tmp_path):
     assert "no finite sum" in only(check(mixed_facts(*huge))).problem
     problem = only(check(mixed_facts(a, b, {**a, "weight": 1})))
     assert problem.key == "data.sources[2]" and "same as data.sources[0]" in problem.problem
+    hub = [{"dataset": "hf:own/data", "weight": 1, "revision": name} for name in ("v1", "v2")]
+    assert [problem for problem in check(mixed_facts(*hub)) if "same as" in problem.problem] == []
     named = [{**table, "name": "web"} for table in (a, b)]
     problem = only(check(mixed_facts(*named, c)))
     assert problem.key == "data.sources[0].name" and problem.value == "web"

@@ -1,6 +1,7 @@
 """`torchtitan config copy | convert` and `torchtitan list configs`."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def test_nothing_is_overwritten(tmp_path: Path):
 def test_what_cannot_be_written_is_told(tmp_path: Path):
     path = str(tmp_path / "no" / "mine.toml")
     assert "cannot be written: No such file" in problem_of("copy", "llama3_8b", path)
+
+
+def test_a_full_disk_leaves_no_part_of_a_config(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        problem = problem_of("copy", "llama3_8b", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large" in problem and not path.exists()
 
 
 def test_a_wrong_name_is_told():
