@@ -39,6 +39,17 @@ def on_meta(args: LlamaArgs) -> Llama:
         return Llama(args)
 
 
+def test_parameters_are_named_as_in_metas_checkpoints() -> None:
+    """So that `torchtitan convert dcp-to-torch` is enough for torchtune and others."""
+    outside = {"tok_embeddings.weight", "norm.weight", "output.weight"}
+    block = (
+        *("attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "ffn_norm"),
+    )
+    inside = {f"layers.{layer}.{name}.weight" for layer in range(2) for name in block}
+    assert set(on_meta(SMALL).state_dict()) == outside | inside
+
+
 @pytest.mark.parametrize("flavor", PUBLISHED_PARAMETERS)
 def test_flavors_have_the_published_number_of_parameters(flavor):
     model = on_meta(FLAVORS[flavor])
