@@ -211,7 +211,8 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
 
     def check(resolved: JobConfig) -> None:
         """Batch size and lanes may be those stored with the run, and the mesh be new to them."""
-        preflight.require(replace(facts, config=resolved), [preflight.ARITHMETIC])
+        # The warnings were printed before this module was imported.
+        preflight.require(replace(facts, config=resolved), [preflight.ARITHMETIC], quiet=True)
 
     folder = RunFolder.open(config, facts, is_main, check)
     progress = Progress()

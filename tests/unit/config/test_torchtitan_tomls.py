@@ -105,13 +105,17 @@ def test_it_converts_to_today_s_keys(path: Path, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("release", COLUMNS)
 def test_the_debug_run_runs(release: str, tmp_path: Path):
-    """As in its release, but with shorter sequences, on the CPU, in a folder of the test's."""
+    """As in its release, but with shorter sequences, on the CPU, in a folder of the test's.
+
+    The early one is profiled, here too late: a warning, told once.
+    """
     folder = tmp_path / "run"
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torchtitan.train"),
             *("--job.config_file", str(TOMLS / release / "debug_model.toml")),
             *("--job.dump_folder", str(folder), "--training.seq_len", "64", "--job.device", "cpu"),
+            *("--profiling.profile_freq", "11"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -119,6 +123,7 @@ def test_the_debug_run_runs(release: str, tmp_path: Path):
         timeout=280,
     )
     assert run.returncode == 0, run.stderr
+    assert run.stderr.count("warning: profiling.profile_freq") == (release == "early_2025")
     assert json.loads((folder / "run_status.json").read_text())["status"] == "completed"
     assert list((folder / "tb").rglob("*tfevents*"))
     stored = load_config([str(folder / "config.toml")])
