@@ -115,7 +115,7 @@ def go_on(world: World, case: Case, folder: str, last: int, save: bool) -> Leg:
             optimizer.zero_grad()
     if save:
         state = RunState(last, last * 1000, data_fingerprint=loader.fingerprint)
-        saver.save(state, data.lane_states, model.parts, optimizers, finished=False)
+        saver.save(state, data.lane_states, model.parts, optimizers, finished=False, last=True)
     loader.close()
     leg.content = digests()
     return leg
