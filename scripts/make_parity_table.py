@@ -53,7 +53,8 @@ all of them.
 *tied*: the head uses the embedding's matrix. *packed*: several documents in a sequence, which do
 not see each other. *accumulates*: the gradients of so many batches add up to a step. Context
 parallelism is named with its method and load balancer, pipeline parallelism with its schedule, and
-a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`.
+a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`. *On the host*:
+parameters, gradients and moments, or activations, wait in host memory (on a CPU in other memory).
 
 | processes | mesh | special | loss | norm | parameters | moments |
 |---:|---|---|---:|---:|---:|---:|

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from tests.faults.saving import Trainer, make_checkpointer, recover, save_steps
 from tests.pool import GlooPool, RankFailure
+from torchtitan.checkpoint.room import SPACE_FACTOR, Room
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.distributed.world import World
@@ -249,39 +251,37 @@ def test_machines_without_a_shared_folder(gloo_pool: GlooPool, tmp_path: Path) -
     assert not list((tmp_path / "0").iterdir())
 
 
-def need_space(world: World, folder: str) -> str:
-    from torchtitan.checkpoint import checkpointer as module
-
+def need_space(world: World, folder: str, room: tuple[int, int | None]) -> str:
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.require_space(trainer.tensors())
-    real = module.shutil.disk_usage
-    module.shutil.disk_usage = lambda path: real(path)._replace(free=500)
-    try:
+    with mock.patch("torchtitan.checkpoint.checkpointer.room_in", return_value=Room(*room)):
         with pytest.raises(ConfigError) as caught:
             checkpointer.require_space(trainer.tensors())
-    finally:
-        module.shutil.disk_usage = real
+        lenient = make_checkpointer(world, folder, allow_low_disk=True)
+        with mock.patch("torchtitan.checkpoint.checkpointer.logger.warning") as warning:
+            lenient.require_space(trainer.tensors())
+    told = [str(call.args[1]) for call in warning.call_args_list]
+    assert told == [str(caught.value)] * world.is_main
     return str(caught.value)
 
 
-def test_space_is_looked_for_at_the_start(gloo_pool: GlooPool, tmp_path: Path) -> None:
-    for message in gloo_pool.run(2, need_space, str(tmp_path)):
-        assert message.startswith("checkpoint.folder = ") and "GiB are free" in message
+@pytest.mark.parametrize(
+    ("room", "words"), [((500, None), "GiB are free"), ((10**15, 9), "has room for 9")]
+)
+def test_space_is_looked_for_at_the_start(
+    gloo_pool: GlooPool, tmp_path: Path, room: tuple[int, int | None], words: str
+) -> None:
+    for message in gloo_pool.run(2, need_space, str(tmp_path), room):
+        assert message.startswith("checkpoint.folder = ") and words in message
 
 
 def need_space_for_stages(world: World, folder: str, spare: int) -> None:
     """Two stages on two ranks each, of 40 and of 12 bytes."""
-    from torchtitan.checkpoint import checkpointer as module
-
     stage = {"0": torch.zeros(10)} if world.rank < 2 else {"1": torch.zeros(3)}
     checkpointer = make_checkpointer(world, folder)
-    real = module.shutil.disk_usage
-    free = math.ceil(module.SPACE_FACTOR * 52) + spare
-    module.shutil.disk_usage = lambda path: real(path)._replace(free=free)
-    try:
+    room = Room(math.ceil(SPACE_FACTOR * 52) + spare, None)
+    with mock.patch("torchtitan.checkpoint.checkpointer.room_in", return_value=room):
         checkpointer.require_space(stage)
-    finally:
-        module.shutil.disk_usage = real
 
 
 def test_space_counts_each_tensor_once(gloo_pool: GlooPool, tmp_path: Path) -> None:

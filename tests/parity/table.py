@@ -24,6 +24,9 @@ COMPILED, INDUCTOR = (
     {"model": {"handlers": ["compile"]}, "handlers": {"compile": {"backend": backend}}}
     for backend in ("aot_eager", "inductor")
 )
+BY_BUDGET = {"activation_checkpoint": {"mode": "memory_budget", "memory_budget": 0.5}}
+PARAMETERS_ON_HOST = {"training": {"enable_cpu_offload": True}}
+ACTIVATIONS_ON_HOST = {"activation_checkpoint": {"offload": True}}
 
 
 def parallelism(**values: Any) -> dict[str, dict[str, Any]]:
@@ -103,6 +106,8 @@ DATA = [
     row(replicate=2, shard=2, **PACKED),
     row(COMPILED, FULL, replicate=2, shard=2, microbatches=2, **TIED),
     row(replicate=2, shard=4, microbatches=1, **BOTH),
+    row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, replicate=2, shard=2, microbatches=2, **TIED),
+    row(COMPILED, BY_BUDGET, shard=2, microbatches=2, **PACKED),
 ]
 TENSOR = [
     row(tp=2),
@@ -121,6 +126,7 @@ TENSOR = [
     row(shard=2, tp=2, norm="layernorm", **PACKED),
     row(BY_OPERATOR, shard=2, tp=2, norm="np_layernorm"),
     row(COMPILED, FULL, tp=2, norm="fused_rmsnorm", **PACKED),
+    row(FULL, PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, tp=2, **PACKED),
 ]
 CONTEXT = [
     row(ALLGATHER, cp=2, **TIED),
@@ -145,6 +151,7 @@ CONTEXT = [
     row(RING, BY_OPERATOR, cp=2, tp=2, **PACKED),
     row(ALLGATHER, cp=2, tp=2, **TIED),
     row(ULYSSES, cp=2, tp=2, microbatches=2, **PACKED),
+    row(RING, PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, cp=2, **PACKED),
 ]
 PIPELINE = [
     row(pp=2, schedule="GPipe"),
@@ -174,6 +181,7 @@ PIPELINE = [
     row(RING, cp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
     row(ULYSSES, cp=2, pp=2, schedule="GPipe"),
     row(ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
+    row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, pp=2, schedule="1F1B", **PACKED),
 ]
 COMBINED = [
     row(RING, shard=2, cp=2, tp=2, microbatches=2, **BOTH),
@@ -234,8 +242,12 @@ def _special(case: Case) -> Iterator[str]:
     if case.document_mask:
         yield "packed"
     if recompute.mode != "none":
-        option = recompute.selective_ac_option if recompute.mode == "selective" else "full"
-        yield f"checkpointing {option}"
+        option = recompute.selective_ac_option if recompute.mode == "selective" else recompute.mode
+        yield f"checkpointing {option.replace('_', ' ')}"
+    if config.training.enable_cpu_offload:
+        yield "parameters on the host"
+    if recompute.offload:
+        yield "activations on the host"
     if config.model.handlers:
         yield f"compiled {case.settings['handlers']['compile']['backend']}"
     if mesh.fsdp_reshard_after_forward != "default":

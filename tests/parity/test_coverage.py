@@ -81,6 +81,13 @@ def test_every_kind_of_checkpointing_and_compiler() -> None:
     assert {"compiled aot_eager", "compiled inductor"} <= SPECIAL.keys()
 
 
+@pytest.mark.parametrize("where", ["parameters on the host", "activations on the host"])
+def test_memory_on_the_host_with_every_parallelism(where: str) -> None:
+    met = set().union(*(k for case, k in zip(TABLE, KINDS) if where in special_of(case)))
+    assert met == {"fsdp", "hsdp", *OTHERS}
+    assert SPECIAL["checkpointing memory budget"] >= 1
+
+
 def test_ranks_have_unequal_numbers_of_targets() -> None:
     counted = tiny.sequences()["labels"] != IGNORE_INDEX
     for ranks in (2, 4, 8):

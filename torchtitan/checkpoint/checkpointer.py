@@ -11,7 +11,6 @@ their share, and all ranks get the same outcome: the same step, or the same erro
 import logging
 import os
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from torchtitan.checkpoint.agreement import on_all, on_main
 from torchtitan.checkpoint.background import Background
-from torchtitan.checkpoint.checks import SPACE_FACTOR, memory_problem, space_problem
+from torchtitan.checkpoint.checks import memory_problem
 from torchtitan.checkpoint.commit import Commit, describe_on_all_ranks
 from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata, quiet_dcp
 from torchtitan.checkpoint.initial_load import verify_share
@@ -37,6 +36,7 @@ from torchtitan.checkpoint.manifest import (
     manifest_to_json,
     verify_file,
 )
+from torchtitan.checkpoint.room import Room, room_in, room_problems
 from torchtitan.checkpoint.staging import Staging, num_local_bytes
 from torchtitan.checkpoint.steps_folder import (
     committed_steps,
@@ -54,6 +54,8 @@ from torchtitan.utils.host_memory import available_bytes
 logger = logging.getLogger(__name__)
 
 _SHARED_WAIT_SECONDS = 10.0
+_OWN_FILES = 8
+"""Of a checkpoint, beside what ranks write: its metadata, its manifest, marks of the commit."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,15 @@ class Checkpointer:
             {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         )
         sizes = {name: size for share in shares for name, size in share.items()}
-        needed = SPACE_FACTOR * sum(sizes.values())
-        free = self.world.broadcast_json(shutil.disk_usage(self.folder).free)
-        if free < needed:
-            raise ConfigError(space_problem(self.folder, needed, free))
+        room = Room(*self.world.broadcast_json(room_in(self.folder)))
+        # A file of each rank, and a few beside them.
+        num_files = self.world.world_size + _OWN_FILES
+        problems = room_problems(self.folder, self.section, sum(sizes.values()), num_files, room)
+        if problems and self.section.allow_low_disk:
+            if self.world.is_main:
+                logger.warning("%s", "; ".join(map(str, problems)))
+        elif problems:
+            raise ConfigError(problems)
         if self._staging is not None:
             self._require_memory(sum(map(num_local_bytes, tensors.values())))
 

@@ -2,19 +2,19 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 from torchtitan.checkpoint.decision import decide, starts_anew
 from torchtitan.checkpoint.initial import setting_problems
+from torchtitan.checkpoint.room import room_in, room_problems
 from torchtitan.checkpoint.steps_folder import inspect_steps
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.output_sections import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(r"config\.toml|run_status\.json|metrics(\.jsonl)?|wandb|previous-[0-9]+")
 _LONG_RUN_STEPS = 1000
-SPACE_FACTOR = 1.2
 
 
 def check(facts: Facts) -> list[Problem]:
@@ -68,7 +68,7 @@ def probe(facts: Facts) -> list[Problem]:
         text = "may be written to by anybody on this machine, who could plant a checkpoint"
         fix = "`chmod o-w` it, or set checkpoint.trust_path"
         problems.append(Problem("checkpoint.folder", text, fix, str(folder)))
-    return problems + _space_problems(folder)
+    return problems + _space_problems(folder, section)
 
 
 def _switch_problems(facts: Facts) -> list[Problem]:
@@ -141,24 +141,13 @@ def _folder_problems(dump_folder: Path) -> list[Problem]:
     return []
 
 
-def _space_problems(folder: Path) -> list[Problem]:
+def _space_problems(folder: Path, section: Checkpoint) -> list[Problem]:
     """A resumed run knows how large its checkpoints are."""
-    sizes = [c.manifest.num_bytes for c in inspect_steps(folder) if c.manifest]
-    if not sizes:
+    manifests = [c.manifest for c in inspect_steps(folder) if c.manifest]
+    if not manifests:
         return []
-    needed, free = SPACE_FACTOR * sizes[-1], shutil.disk_usage(folder).free
-    if free >= needed:
-        return []
-    return [space_problem(folder, needed, free)]
-
-
-def space_problem(folder: Path, needed: float, free: float) -> Problem:
-    """That `folder` has too little space for the next checkpoint (bytes)."""
-    text = (
-        f"needs {needed / 2**30:.2f} GiB for the next checkpoint, {free / 2**30:.2f} GiB are free"
-    )
-    fix = "free some space, or put job.dump_folder on a larger disk"
-    return Problem("checkpoint.folder", text, fix, str(folder))
+    last = manifests[-1]
+    return room_problems(folder, section, last.num_bytes, len(last.files), room_in(folder))
 
 
 def memory_problem(mode: str, host: str, needed: float, free: float) -> Problem:

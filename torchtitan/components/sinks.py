@@ -91,11 +91,17 @@ class JsonLinesSink:
         self._open()
 
     def resume(self, step: int) -> None:
-        kept = [line for line in self._path.read_bytes().splitlines(True) if _is_until(line, step)]
+        content = self._path.read_bytes()
+        kept = b"".join(line for line in content.splitlines(True) if _is_until(line, step))
+        if content.startswith(kept):  # steps never fall: only a damaged file is otherwise
+            self._file.truncate(len(kept))  # needs no space, so a full disk leaves no step twice
+            self._length = len(kept)
+            self.flush()
+            return
         # By a rename: a crash here leaves the old file or the new one, not half of it.
         replacement = self._path.with_name(self._path.name + ".tmp")
         with open(replacement, "wb") as file:
-            file.writelines(kept)
+            file.write(kept)
             file.flush()
             os.fsync(file.fileno())
         os.replace(replacement, self._path)

@@ -63,6 +63,10 @@ class Checkpoint(Section):
     allow_dataset_change: bool = False
     """Resume although the data files or the tokenizer differ from those the run was trained on."""
 
+    allow_low_disk: bool = False
+    """Start, with a warning, although the disk has no room for the next checkpoint, in bytes or in
+    files: for file systems that do not tell the truth about it. A save that fails ends the run."""
+
     trust_path: bool = False
     """Use the checkpoint folder although anybody on the machine may write to it."""
 

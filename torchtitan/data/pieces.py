@@ -20,7 +20,7 @@ PIECES_PER_LANE = 16
 SMALLEST_PIECE = 4 * 1024
 LARGEST_PIECE = 4 * 1024 * 1024
 _EAGER_PIECES = 16384
-_WINDOW = 64 * 1024
+_NEAR, _WINDOW = 4 * 1024, 64 * 1024
 
 
 class Shard(NamedTuple):
@@ -103,12 +103,14 @@ def next_line(stream: BinaryIO, start: int) -> int:
 
 
 def _text_cut(stream: BinaryIO, start: int) -> int:
-    stream.seek(start)
-    window = stream.read(_WINDOW)
-    for blank in (b"\n", b" "):
-        found = window.find(blank)
-        if found >= 0:
+    window = b""
+    for size in (_NEAR, _WINDOW):  # most text has a line end near by, and huge data many cuts
+        stream.seek(start)
+        window = stream.read(size)
+        if (found := window.find(b"\n")) >= 0:
             return start + found + 1
+    if (found := window.find(b" ")) >= 0:
+        return start + found + 1
     # Bytes of the form 10xxxxxx continue a character.
     skipped = 0
     while skipped < min(len(window), 3) and window[skipped] & 0xC0 == 0x80:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.training_sections import Data
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.registry import build_source
 
@@ -39,11 +40,12 @@ def probe_sources(
     """Problems of the files of `sources`. `files` are those that were seen before."""
     problems: list[Problem] = []
     for named in sources:
-        config = facts.config.model_copy(update={"training": named.training, "data": named.data})
+        data = named.data if facts.full else _lightly(named.data)
+        config = facts.config.model_copy(update={"training": named.training, "data": data})
         own = replace(facts, config=config)
         found: list[Problem] = []
         try:
-            source = build_source(named.training, named.data)
+            source = build_source(named.training, data)
             found += _probe_source(own, source)
             found += _probe_shared_files(named, source, files)
         except ConfigError as error:
@@ -52,6 +54,12 @@ def probe_sources(
             found.append(Problem(_key(own), str(error), "mend or replace the file"))
         problems += [named.retold(problem) for problem in found]
     return problems
+
+
+def _lightly(data: Data) -> Data:
+    """Settings that read a few rows of a dataset of the hub, for a machine that will not train: a
+    check must not download all of it. A part of a split, "train[:10%]", is not known then."""
+    return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
 
 
 def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.components import metrics as metrics_module
 from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.sinks import JsonLinesSink
 from torchtitan.config.output_sections import Metrics
 
 CPU = torch.device("cpu")
@@ -247,6 +248,20 @@ def test_resume_leaves_one_curve(
     assert len(list((tmp_path / "tb").iterdir())) == 2
     curve = scalars(tmp_path / "tb", "ntokens_seen")
     assert curve == [(1, 100), (3, 300), (6, 600), (9, 900), (12, 1200)]
+
+
+def test_resume_needs_no_space_unless_the_file_is_damaged(tmp_path: Path) -> None:
+    """Else a full disk would keep the steps that are trained anew, and have them twice."""
+    path = tmp_path / "metrics.jsonl"
+    for damage, stays in (("", True), ("half a line\n", False)):
+        path.write_text(f'{{"step": 1}}\n{damage}{{"step": 2}}\n{{"step": 3}}\n')
+        inode = path.stat().st_ino
+        sink = JsonLinesSink(path)
+        sink.resume(2)
+        sink.write({"step": 3, "loss": 0.5})
+        sink.close()
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+        assert (path.stat().st_ino == inode) == stays
 
 
 def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ REPOSITORIES = {
         }
     ),
     "own/plain": Repository({"data/train.jsonl": gzip.decompress(lines("plain"))}),
+    "own/large": Repository({"data/train.jsonl": gzip.decompress(lines("large"))}),
     "own/gated": Repository(refusal="GatedRepo"),
     "own/busy": Repository(refusal="TooManyRequests"),
     "own/card": Repository({"README.md": b"only words"}),
@@ -51,7 +52,8 @@ REPOSITORIES = {
 
 # What one process asks for, one after another: importing the libraries takes longer than all of it.
 SCRIPT = """
-import json, os, sys, time
+import dataclasses, json, os, sys, time
+from pathlib import Path
 sys.path[:0] = {folders!r}
 pauses = []
 time.sleep = pauses.append  # the library's, between its tries
@@ -61,8 +63,20 @@ from test_bad_data import facts_for
 from torchtitan.data.checks import probe
 
 def tell(dataset, **data):
+    return told(facts_of(dataset, data))
+
+def facts_of(dataset, data):
     options = {{"data__" + name: value for name, value in data.items()}}
-    return [str(p) for p in probe(facts_for(None, training__dataset=dataset, **options))]
+    return facts_for(None, training__dataset=dataset, **options)
+
+def told(facts):
+    return [str(p) for p in probe(facts)]
+
+def check(dataset, **data):
+    '''What a check on a machine that does not train tells, and whether it prepared the data.'''
+    tales = told(dataclasses.replace(facts_of(dataset, data), full=False))
+    folders = [*Path(os.environ["HF_HOME"], "datasets").glob("*/**/*.arrow")]
+    return tales, [f.name for f in folders if dataset.rpartition("/")[2] in str(f)]
 
 def order(dataset, **data):
     '''The steps of one epoch, and whether two ranks, and a stop half way, give the same.'''
@@ -125,11 +139,18 @@ READ = {
 PROBED = ["tell('c4')", f"tell('c4', {PINNED})"]
 
 
+LIGHT = [
+    f"check('hf:own/large', streaming=False, split='train[:50%]', {PINNED})",
+    f"check('hf:own/plain', {PINNED})",
+]
+"""The latter is there already, so that finding nothing of the former means something."""
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with Hub(REPOSITORIES) as hub:
         home = tmp_path_factory.mktemp("hub")
-        return ask(home, hub.url, [*MESSAGES, *READ, *PROBED])
+        return ask(home, hub.url, [*MESSAGES, *READ, *PROBED, *LIGHT])
 
 
 @pytest.mark.parametrize("case", MESSAGES)
@@ -151,6 +172,12 @@ def test_a_moving_revision_is_warned_of(answers):
     (message,) = answers[PROBED[0]]
     assert "data.revision" in message and COMMIT in message
     assert answers[PROBED[1]] == []
+
+
+def test_a_check_downloads_no_dataset(answers):
+    light, prepared = (answers[case] for case in LIGHT)
+    assert light == [[], []]
+    assert prepared[0] == [] and prepared[1]
 
 
 def test_row_62_offline(tmp_path):

@@ -115,6 +115,16 @@ def test_each_tensor_of_a_block_is_copied_once_and_nothing_else_is(
     del loss
 
 
+def test_a_block_mask_is_not_copied() -> None:
+    """FlexAttention keeps its tensors for the backward, and all blocks share them."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 8192, 8192, device="cpu")
+    found = [tensor.data_ptr() for tensor in activation_offload._tensors([{"mask": mask}])]
+    kept = [value for value in vars(mask).values() if isinstance(value, torch.Tensor)]
+    assert len(kept) > 4 and {tensor.data_ptr() for tensor in kept} <= {*found}
+
+
 def test_what_checkpointing_does_not_keep_is_not_copied() -> None:
     blocks = build(2)
     apply_activation_checkpoint(blocks, ActivationCheckpoint(mode="full"))

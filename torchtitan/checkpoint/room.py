@@ -1,0 +1,53 @@
+"""Whether the disk has room for the next checkpoint, in bytes and in files. No torch."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from torchtitan.config import Problem
+from torchtitan.config.output_sections import Checkpoint
+
+SPACE_FACTOR = 1.2
+"""A little more than what is known: files of the run grow, and others write to the disk, too."""
+
+
+class Room(NamedTuple):
+    free_bytes: int
+    free_files: int | None
+    """That may still be created; None on file systems that do not count them."""
+
+
+def room_in(folder: Path) -> Room:
+    """What the file system of `folder` has left for this user, as far as it tells."""
+    counts = os.statvfs(folder)
+    # Some say 0 of 0 where they make room for files as they come.
+    free_files = counts.f_favail if counts.f_files > 0 else None
+    return Room(shutil.disk_usage(folder).free, free_files)
+
+
+def room_problems(
+    folder: Path, section: Checkpoint, num_bytes: int, num_files: int, room: Room
+) -> list[Problem]:
+    """What is too little for a checkpoint of so many bytes in so many files, in `folder`: an error,
+    or a warning with `checkpoint.allow_low_disk`."""
+    needed_bytes, needed_files = SPACE_FACTOR * num_bytes, SPACE_FACTOR * num_files
+    lacks = []
+    if room.free_bytes < needed_bytes:
+        lacks.append(
+            f"needs {needed_bytes / 2**30:.2f} GiB for the next checkpoint,"
+            f" {room.free_bytes / 2**30:.2f} GiB are free"
+        )
+    if room.free_files is not None and room.free_files < needed_files:
+        lacks.append(
+            f"needs {needed_files:.0f} files for the next checkpoint, and the file system has room"
+            f" for {room.free_files} (its inodes are used up)"
+        )
+    fix = (
+        "free some space, or put job.dump_folder on a larger disk; checkpoint.allow_low_disk goes"
+        " on regardless"
+    )
+    severity = "warning" if section.allow_low_disk else "error"
+    return [
+        Problem("checkpoint.folder", lack, fix, str(folder), severity=severity) for lack in lacks
+    ]
