@@ -40,8 +40,7 @@ from torchtitan.distributed.pipeline_cut import PipelinePlan, plan_pipeline
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.runner import Runner, WholeModelRunner
 from torchtitan.distributed.world import World
-from torchtitan.handlers.protocol import ModelHandler
-from torchtitan.handlers.registry import handlers as known_handlers
+from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs
 from torchtitan.prefetch import Prefetch
@@ -73,7 +72,7 @@ class BuiltModel:
     """What this rank holds of the model; one part, where it is not cut into stages."""
     plan: PipelinePlan | None
     """How the model is cut into stages, of which this rank holds the `parts`."""
-    handlers: list[ModelHandler]
+    handlers: list[NamedHandler]
     parameter_names: tuple[str, ...]
     """Of the whole model, also of what other ranks hold."""
     num_parameters: int
@@ -146,15 +145,12 @@ def build_model(
 def call_after_load(model: BuiltModel) -> None:
     """Tell the handlers that want to know that the weights are there, initial or loaded ones."""
     for handler in model.handlers:
-        after_load = getattr(handler, "after_load", None)
-        if after_load is not None:
-            after_load(model.part_or_parts)
+        handler.after_load(model.part_or_parts)
 
 
-def build_handlers(config: JobConfig, dims: ParallelDims) -> list[ModelHandler]:
+def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
     """The handlers of `model.handlers`, in that order."""
-    known = known_handlers()
-    return [known[name].load()(config, dims) for name in config.model.handlers]
+    return [NamedHandler(name, config, dims) for name in config.model.handlers]
 
 
 def build_update(

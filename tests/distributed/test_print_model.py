@@ -10,28 +10,27 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
 from torchtitan import builder
 from torchtitan.config.facts import Facts
-from torchtitan.config.section import Section
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
 from torchtitan.handlers.registry import register_handler
 from torchtitan.utils.logging import init_logging
 
 
-class NoSettings(Section):
-    pass
-
-
 class Renamed(nn.SiLU):
     """Shows that a handler was here."""
 
 
-@register_handler("marks", NoSettings)
+@register_handler("marks")
 class Marks:
     def __init__(self, *_: object) -> None:
         pass
 
     def convert(self, model: nn.Module) -> None:
         model.mark = Renamed()
+
+    def pre_optimizer_hook(self, model: object) -> None: ...
+
+    post_optimizer_hook = pre_optimizer_hook
 
 
 def log_of_building(world: World, case: Case) -> str:

@@ -25,10 +25,9 @@ WATCHED = [
 ]
 LEAKY = """
 import torch
-from torchtitan.config.section import Section
 from torchtitan.handlers.registry import register_handler
 
-@register_handler("leaky", Section)
+@register_handler("leaky")
 class Leaky:
     def __init__(self, job_config, parallel_dims):
         pass

@@ -8,7 +8,7 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torchtitan.config.errors import Problem
@@ -19,9 +19,14 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def import_custom_modules(config: JobConfig, quiet: bool = False) -> list[Problem]:
+    """Import the modules of a config; see `import_modules`."""
+    return import_modules(config.job.custom_import, quiet)
+
+
+def import_modules(names: Iterable[str], quiet: bool = False) -> list[Problem]:
     """Import the modules in order; a module that fails is a problem with its own traceback."""
     problems: list[Problem] = []
-    for name in config.job.custom_import:
+    for name in names:
         problem = _import(name, quiet)
         if problem:
             problems.append(problem)

@@ -33,5 +33,7 @@ def exit_code_of(error: BaseException) -> int:
     for kind, code in _BY_ERROR.items():
         if isinstance(error, kind):
             return code
+    if error.__cause__ is not None and exit_code_of(error.__cause__) == OUT_OF_MEMORY:
+        return OUT_OF_MEMORY
     names = {base.__name__ for base in type(error).__mro__}
     return OUT_OF_MEMORY if names & {"OutOfMemoryError", "MemoryError"} else FAILED

@@ -1,4 +1,8 @@
-"""Datasets by name. Importing this module imports neither torch nor numpy."""
+"""Datasets by name. Importing this module imports neither torch nor numpy.
+
+Others join with `register_dataset`, or by an entry point of the group `torchtitan.datasets` that
+gives a factory or a `DatasetEntry`.
+"""
 
 import os
 import re
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.config.registry import Registry, calling_module
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.c4 import c4, c4_test, c4_validation
@@ -37,7 +42,19 @@ class DatasetEntry:
     """Whether `data.split` does."""
 
 
-_DATASETS: dict[str, DatasetEntry] = {}
+def _entry(name: str, thing: Any) -> DatasetEntry:
+    """What is registered under `name`, if it is one. Raises TypeError."""
+    if isinstance(thing, DatasetEntry):
+        if thing.name != name:
+            raise TypeError(f"the dataset calls itself {thing.name!r}, and its entry point {name!r}")
+        return thing
+    if not callable(thing):
+        raise TypeError(f"the dataset {name} is neither a function nor a DatasetEntry")
+    description = (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
+    return DatasetEntry(name, thing, description)
+
+
+DATASETS: Registry[DatasetEntry] = Registry("training.dataset", "torchtitan.datasets", _entry)
 
 
 def register_dataset(
@@ -52,18 +69,15 @@ def register_dataset(
     It returns a `torch.utils.data.Dataset` or `IterableDataset`, or a Source. It raises ConfigError
     for what the user can mend. Raises ValueError for a taken name.
     """
-    _register(DatasetEntry(name, factory, description, needs_path, takes_path))
-
-
-def _register(entry: DatasetEntry) -> None:
-    if entry.name in _DATASETS or entry.name.startswith(HUB_PREFIX):
-        raise ValueError(f"a dataset named {entry.name!r} is registered already")
-    _DATASETS[entry.name] = entry
+    if name.startswith(HUB_PREFIX):
+        raise ValueError(f"{name!r} names a dataset of the hub")
+    entry = DatasetEntry(name, factory, description, needs_path, takes_path)
+    DATASETS.register(name, entry, calling_module())
 
 
 def datasets() -> dict[str, DatasetEntry]:
-    """All registered datasets by name."""
-    return dict(_DATASETS)
+    """All datasets that can be imported, by name."""
+    return DATASETS.entries()
 
 
 def find_dataset(name: str) -> DatasetEntry | None:
@@ -72,7 +86,7 @@ def find_dataset(name: str) -> DatasetEntry | None:
         return DatasetEntry(
             name, _from_hub, "", takes_path=False, takes_hub_keys=True, takes_split=True
         )
-    return _DATASETS.get(name)
+    return DATASETS.get(name)
 
 
 def build_source(training: Training, data: Data) -> "Source":
@@ -91,7 +105,7 @@ def unknown_dataset(name: str) -> Problem:
     if name.startswith(HUB_PREFIX):
         fix = f'write "{HUB_PREFIX}owner/name"'
         return Problem("training.dataset", "is not the id of a dataset", fix, value=name)
-    fix = did_you_mean(name, sorted(_DATASETS))
+    fix = did_you_mean(name, sorted(DATASETS))
     if "/" in name:
         fix = f'write "{HUB_PREFIX}{name}" for a dataset of the Hugging Face hub'
     return Problem("training.dataset", "is unknown", fix, value=name)
@@ -200,20 +214,24 @@ def _stdlib(training: Training, data: Data) -> "Source":
     return TextSource(files, data.max_document_bytes)
 
 
-_STDLIB_TITLE = "the sources of Python's standard library, on every machine"
-register_dataset("stdlib", _stdlib, _STDLIB_TITLE, takes_path=False)
-register_dataset("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True)
-register_dataset("text", _from_files, "text files, also .gz and .zst", needs_path=True)
-register_dataset("parquet", _from_files, "Parquet files", needs_path=True)
-register_dataset("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True)
-register_dataset("auto", _from_files, "one of these four, by the files", needs_path=True)
-_register(DatasetEntry("c4", c4, "C4, from a folder or the hub", takes_hub_keys=True))
-_register(
-    DatasetEntry("c4_validation", c4_validation, "C4's validation split", takes_hub_keys=True)
-)
-for _name in ("c4_test", "c4_mini"):
-    register_dataset(_name, c4_test, "a few hundred documents in C4's layout, for tests")
-_register(
+for _entry_of in (
+    DatasetEntry(
+        "stdlib",
+        _stdlib,
+        "the sources of Python's standard library, on every machine",
+        takes_path=False,
+    ),
+    DatasetEntry("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True),
+    DatasetEntry("text", _from_files, "text files, also .gz and .zst", needs_path=True),
+    DatasetEntry("parquet", _from_files, "Parquet files", needs_path=True),
+    DatasetEntry("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True),
+    DatasetEntry("auto", _from_files, "one of these four, by the files", needs_path=True),
+    DatasetEntry("c4", c4, "C4, from a folder or the hub", takes_hub_keys=True),
+    DatasetEntry("c4_validation", c4_validation, "C4's validation split", takes_hub_keys=True),
+    *(
+        DatasetEntry(name, c4_test, "a few hundred documents in C4's layout, for tests")
+        for name in ("c4_test", "c4_mini")
+    ),
     DatasetEntry(
         "hf",
         _from_folder,
@@ -221,5 +239,6 @@ _register(
         needs_path=True,
         takes_hub_keys=True,
         takes_split=True,
-    )
-)
+    ),
+):
+    DATASETS.add_built_in(_entry_of.name, _entry_of)

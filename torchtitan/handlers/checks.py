@@ -4,12 +4,12 @@ from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.legacy_keys import HANDLERS_NOT_BUILT
 from torchtitan.config.suggest import did_you_mean
-from torchtitan.handlers.registry import handler_settings, handlers
+from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
 
 def check(facts: Facts) -> list[Problem]:
     """Names, order, combinations, settings."""
-    known = handlers()
+    known = HANDLERS
     chosen = facts.config.model.handlers
     problems = []
     for place, name in enumerate(chosen):
@@ -28,24 +28,23 @@ def check(facts: Facts) -> list[Problem]:
             problems.append(Problem(f"handlers.{name}", "is not a handler", fix))
     if problems:
         return problems
-    for name in {*chosen, *facts.config.handlers}:
+    for name in dict.fromkeys([*chosen, *facts.config.handlers]):
         try:
             handler_settings(facts.config, name)
         except ConfigError as error:
             problems.extend(error.problems)
-    return problems + _check_order(list(chosen))
+    return problems or _check_order({name: HANDLERS[name] for name in chosen})
 
 
-def _check_order(chosen: list[str]) -> list[Problem]:
-    known = handlers()
-    problems = []
-    for place, name in enumerate(chosen):
-        for earlier in known[name].after:
-            if earlier in chosen[place:]:
+def _check_order(chosen: dict[str, HandlerEntry]) -> list[Problem]:
+    names, problems = list(chosen), []
+    for place, (name, entry) in enumerate(chosen.items()):
+        for earlier in entry.after:
+            if earlier in names[place:]:
                 fix = f"list {earlier} before {name}"
                 problem = f"has to come after {earlier}"
                 problems.append(Problem("model.handlers", problem, fix, value=name))
-        for other in known[name].excludes:
+        for other in entry.excludes:
             if other in chosen:
                 problem = f"cannot be combined with {other}"
                 fix = f"leave out {name} or {other}"

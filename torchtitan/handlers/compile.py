@@ -14,8 +14,7 @@ class CompileHandler:
     """Compiles each block as one graph."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
-        settings = handler_settings(job_config, "compile")
-        assert isinstance(settings, CompileSettings)
+        settings: CompileSettings = handler_settings(job_config, "compile")
         self.options = CompileOptions(backend=settings.backend)
 
     def convert(self, model: nn.Module) -> None:

@@ -1,28 +1,28 @@
 """Handlers by name. No torch: a handler's code is imported when it is used, its settings before.
 
-A third party adds one by the decorator `register_handler("name", Settings)` in a module listed in
-`job.custom_import`, or by an entry point of the group `torchtitan.handlers` that gives a
-`HandlerEntry`.
+A third party adds one by the decorator `register_handler` in a module that `job.custom_import`
+names, or by an entry point of the group `torchtitan.handlers`, which gives the class, or (so that
+checking a config imports no torch) a `HandlerEntry` that imports the class when it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config.registry import Registry
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers.compile_settings import CompileSettings
 from torchtitan.handlers.protocol import ModelHandler
 
 H = TypeVar("H", bound=type)
+_REQUIRED = ("convert", "pre_optimizer_hook", "post_optimizer_hook")
 
 
 @dataclass(frozen=True)
@@ -35,44 +35,54 @@ class HandlerEntry:
     excludes: tuple[str, ...] = ()
 
 
-def _lazy(path: str) -> Callable[[], type[ModelHandler]]:
+def lazily(path: str) -> Callable[[], Any]:
+    """A function that imports `module:name` when it is called."""
     module, _, name = path.partition(":")
     return lambda: getattr(import_module(module), name)
 
 
-_ENTRIES: dict[str, HandlerEntry] = {
-    "compile": HandlerEntry(CompileSettings, _lazy("torchtitan.handlers.compile:CompileHandler")),
-}
+def entry_of(name: str, thing: Any) -> HandlerEntry:
+    """What is registered under `name`, if it is one. Raises TypeError."""
+    if isinstance(thing, HandlerEntry):
+        return thing
+    if not isinstance(thing, type):
+        raise TypeError(f"the handler {name} is neither a class nor a HandlerEntry")
+    missing = [method for method in _REQUIRED if not callable(getattr(thing, method, None))]
+    if missing:
+        raise TypeError(f"the handler {name} lacks {', '.join(missing)}")
+    settings = getattr(thing, "Settings", Section)
+    if not (isinstance(settings, type) and issubclass(settings, Section)):
+        raise TypeError(f"Settings of the handler {name} is not a Section")
+    after, excludes = getattr(thing, "after", ()), getattr(thing, "excludes", ())
+    return HandlerEntry(settings, lambda: thing, tuple(after), tuple(excludes))
 
 
-def register_handler(name: str, settings: type[Section]) -> Callable[[H], H]:
-    """Class decorator: make a handler available as `name`, with its model of settings."""
+HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
+HANDLERS.add_built_in(
+    "compile", HandlerEntry(CompileSettings, lazily("torchtitan.handlers.compile:CompileHandler"))
+)
+
+
+def register_handler(name: str) -> Callable[[H], H]:
+    """Class decorator: make a handler available as `name`. Its settings are its `Settings`.
+
+    Raises ValueError for a taken name, TypeError for a class that is no handler.
+    """
 
     def register(handler: H) -> H:
-        after, excludes = getattr(handler, "after", ()), getattr(handler, "excludes", ())
-        _ENTRIES[name] = HandlerEntry(settings, lambda: handler, tuple(after), tuple(excludes))
+        HANDLERS.register(name, handler, handler.__module__)
         return handler
 
     return register
 
 
-def handlers() -> dict[str, HandlerEntry]:
-    """All handlers that are there, installed ones included."""
-    return {**_installed(), **_ENTRIES}
-
-
-def handler_settings(config: JobConfig, name: str) -> Section:
+def handler_settings(config: JobConfig, name: str) -> Any:
     """The settings in `[handlers.NAME]`, checked; defaults without that table.
 
     Raises ConfigError naming each setting that is unknown or unfit.
     """
-    settings = handlers()[name].settings
+    settings = HANDLERS[name].settings
     try:
         return settings.model_validate(config.handlers.get(name, {}))
     except ValidationError as error:
         raise ConfigError(problems_of_table(error, f"handlers.{name}", settings)) from None
-
-
-@cache
-def _installed() -> dict[str, HandlerEntry]:
-    return {point.name: point.load() for point in entry_points(group="torchtitan.handlers")}

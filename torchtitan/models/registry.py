@@ -1,34 +1,45 @@
 """The model families by name. No torch.
 
-Built-in families are imported when first asked for; others join with `register_family`, from a
-module that `job.custom_import` names.
+Others join with `register_family`, from a module that `job.custom_import` names, or by an entry
+point of the group `torchtitan.models` that gives a `ModelFamily` of the same name.
 """
 
-from importlib import import_module
+from typing import Any
 
+from torchtitan.config.registry import Registry, calling_module
+from torchtitan.models.llama2 import FAMILY as LLAMA2
+from torchtitan.models.llama3 import FAMILY as LLAMA3
 from torchtitan.models.spec import ModelFamily, lookup
 
-_BUILT_IN = ("torchtitan.models.llama3", "torchtitan.models.llama2")
 _ALIASES = {"llama": "llama3"}
 """TorchTitan's first name of the family."""
-_registered: dict[str, ModelFamily] = {}
+
+
+def _family(name: str, thing: Any) -> ModelFamily:
+    if not isinstance(thing, ModelFamily):
+        raise TypeError("it is no ModelFamily")
+    if thing.name != name:
+        raise TypeError(f"the family calls itself {thing.name!r}, and its entry point {name!r}")
+    return thing
+
+
+MODELS: Registry[ModelFamily] = Registry("model.name", "torchtitan.models", _family)
+for _built_in in (LLAMA3, LLAMA2):
+    MODELS.add_built_in(_built_in.name, _built_in)
 
 
 def families() -> dict[str, ModelFamily]:
-    """All families by name, the built-in ones first."""
-    built_in: list[ModelFamily] = [import_module(module).FAMILY for module in _BUILT_IN]
-    return {family.name: family for family in built_in} | _registered
+    """All families that can be imported, by name, the built-in ones first."""
+    return MODELS.entries()
 
 
 def get_family(name: str) -> ModelFamily:
     """The family of this name; `ConfigError` with the nearest name when there is none."""
-    known = families()
-    name = name if name in known else _ALIASES.get(name, name)
-    return lookup(known, name, "model.name", "model family")
+    name = name if name in MODELS else _ALIASES.get(name, name)
+    family = MODELS.get(name)
+    return family or lookup(families(), name, "model.name", "model family")
 
 
 def register_family(family: ModelFamily) -> None:
     """Add a family. Raises `ValueError` when another one has its name."""
-    if families().get(family.name, family) != family:
-        raise ValueError(f"a model family named {family.name!r} exists already")
-    _registered[family.name] = family
+    MODELS.register(family.name, family, calling_module())

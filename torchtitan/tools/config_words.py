@@ -68,11 +68,11 @@ _NUMBERS: dict[str, tuple[int, ...]] = {
 
 def reference() -> str:
     """The text of docs/config.md."""
-    from torchtitan.handlers.registry import handlers
+    from torchtitan.handlers.registry import HANDLERS
     from torchtitan.models.registry import families
 
     args = {name: family.args_type for name, family in families().items()}
-    settings = {name: entry.settings for name, entry in handlers().items()}
+    settings = {name: entry.settings for name, entry in HANDLERS.entries().items()}
     return reference_page(_own(args), _own(settings))
 
 

@@ -1,37 +1,56 @@
-"""`torchtitan list configs | models | datasets | tokenizers | optimizers | handlers`."""
+"""`torchtitan list`: the names that a config may use, and who gives those that are not built in."""
 
+import sys
 from collections.abc import Callable
 
+from torchtitan.config.custom_import import KEY as CUSTOM_IMPORT
+from torchtitan.config.custom_import import import_modules
 from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.registry import BUILT_IN, Registry
 from torchtitan.config.suggest import did_you_mean
+
+Rows = list[tuple[str, str]]
+_FLAG = f"--{CUSTOM_IMPORT}"
 
 
 def run(argv: list[str]) -> int:
-    """Print the names that a config may use, one a line, with a phrase each."""
+    """Print the names, one a line, with a phrase each."""
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: torchtitan list [{' | '.join(_LISTS)}]")
+        print(f"usage: torchtitan list [{' | '.join(_LISTS)}] [{_FLAG} MODULE ...]")
+        print("Lists what a config may name; with what MODULE registers, too.")
         return 0
-    unknown = [name for name in argv if name not in _LISTS]
+    wanted, modules = _split(argv)
+    unknown = [name for name in wanted if name not in _LISTS]
     if unknown:
         fix = did_you_mean(unknown[0], _LISTS)
         raise ConfigError(Problem(f"list {unknown[0]}", "is not a list", fix))
-    for name in argv or _LISTS:
-        if len(argv) != 1:
+    problems = import_modules(modules)
+    if problems:
+        raise ConfigError(problems)
+    for name in wanted or _LISTS:
+        if len(wanted) != 1:
             print(f"{name}:")
         rows = _LISTS[name]()
         width = max((len(row) for row, _ in rows), default=0)
         for row, text in rows:
-            print(f"{'' if len(argv) == 1 else '  '}{row:<{width}}  {text}".rstrip())
+            print(f"{'' if len(wanted) == 1 else '  '}{row:<{width}}  {text}".rstrip())
     return 0
 
 
-def _configs() -> list[tuple[str, str]]:
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The lists that are asked for, and the modules to import before."""
+    text = [part for word in argv for part in word.partition("=")[::2] if part]
+    place = text.index(_FLAG) if _FLAG in text else len(text)
+    return text[:place], [name for part in text[place + 1 :] for name in part.split(",")]
+
+
+def _configs() -> Rows:
     from torchtitan.tools.config_files import description, shipped_configs
 
     return [(name, description(path)) for name, path in shipped_configs().items()]
 
 
-def _optimizers() -> list[tuple[str, str]]:
+def _optimizers() -> Rows:
     """The choices of the section, with the settings that are its own."""
     from torchtitan.config.fields import known_keys
 
@@ -44,7 +63,7 @@ def _optimizers() -> list[tuple[str, str]]:
     return [(name, text) for name in known_keys()["optimizer.name"].choices]
 
 
-def _tokenizers() -> list[tuple[str, str]]:
+def _tokenizers() -> Rows:
     """What `model.tokenizer_path` may be."""
     return [
         ("bytes", "one token a byte of UTF-8; needs no file"),
@@ -56,28 +75,44 @@ def _tokenizers() -> list[tuple[str, str]]:
     ]
 
 
-def _models() -> list[tuple[str, str]]:
-    from torchtitan.models.registry import families
+def _models() -> Rows:
+    from torchtitan.models.registry import MODELS
 
-    return [(name, ", ".join(family.flavors)) for name, family in families().items()]
-
-
-def _datasets() -> list[tuple[str, str]]:
-    from torchtitan.data.registry import datasets
-
-    return [(name, entry.description) for name, entry in datasets().items()]
+    return rows_of(MODELS, lambda family: ", ".join(family.flavors))
 
 
-def _handlers() -> list[tuple[str, str]]:
-    from torchtitan.handlers.registry import handlers
+def _datasets() -> Rows:
+    from torchtitan.data.registry import DATASETS
 
-    return [
-        (name, f"settings: {', '.join(entry.settings.model_fields) or 'none'}")
-        for name, entry in handlers().items()
-    ]
+    return rows_of(DATASETS, lambda entry: entry.description)
 
 
-_LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+def _handlers() -> Rows:
+    from torchtitan.handlers.registry import HANDLERS
+
+    return rows_of(HANDLERS, lambda entry: _settings(entry.settings))
+
+
+def _settings(section: type) -> str:
+    return f"settings: {', '.join(section.model_fields) or 'none'}"  # type: ignore[attr-defined]
+
+
+def rows_of(registry: Registry, describe: Callable) -> Rows:  # type: ignore[type-arg]
+    """A row for each name: what it is, and from whom, unless that is this library."""
+    rows = []
+    for name in registry:
+        origin = registry.origin(name)
+        try:
+            text = describe(registry[name])
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            text = "cannot be used"
+        source = "" if origin == BUILT_IN else f"(from {origin})"
+        rows.append((name, " ".join(filter(None, [text, source]))))
+    return rows
+
+
+_LISTS: dict[str, Callable[[], Rows]] = {
     "configs": _configs,
     "models": _models,
     "datasets": _datasets,

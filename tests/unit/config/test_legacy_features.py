@@ -76,7 +76,7 @@ def test_float8_is_a_handler_once_there_is_one(switch, table, load, monkeypatch)
         "Fix: leave it out."
     )
     entry = HandlerEntry(Float8, lambda: type(None))  # type: ignore[arg-type, return-value]
-    monkeypatch.setitem(registry._ENTRIES, "float8", entry)
+    monkeypatch.setitem(registry.HANDLERS._registered, "float8", (entry, "a test"))
     assert checks.check(facts) == []
 
 

@@ -32,7 +32,7 @@ TEXTS = make_documents(60)
 
 @pytest.fixture(autouse=True)
 def registered_only_here(monkeypatch):
-    monkeypatch.setattr(registry, "_DATASETS", registry.datasets())
+    monkeypatch.setattr(registry.DATASETS, "_registered", dict(registry.DATASETS._registered))
 
 
 def write_parquet(file: Path, **options: Any) -> Path:
@@ -343,7 +343,7 @@ def read_own(**options: Any) -> Any:
 
 def test_factories_that_make_nothing_to_read():
     def problem_of(made: Any, **options: Any) -> str:
-        registry._DATASETS.pop("own", None)
+        registry.DATASETS._registered.pop("own", None)
         register_dataset("own", lambda training, data: made)
         return str(only(probe(facts_for(None, training__dataset="own", **options))))
 
@@ -361,7 +361,7 @@ def test_factories_that_make_nothing_to_read():
 def test_state_that_json_does_not_keep(monkeypatch):
     monkeypatch.setattr("torchtitan.data.lanes._BLOCK_ROWS", 5)
     for state in ({1: 2}, {"at": torch.tensor(1)}, {"at": (1, 2)}):
-        registry._DATASETS.pop("own", None)
+        registry.DATASETS._registered.pop("own", None)
         register_dataset("own", lambda training, data, state=state: Stream(TEXTS, state))
         with pytest.raises(DataError, match="stored as JSON"):
             read_own(dataset="own")

@@ -156,7 +156,7 @@ MAKERS: dict[str, Maker] = {
 
 @pytest.fixture(autouse=True)
 def registered_only_here(monkeypatch):
-    monkeypatch.setattr(registry, "_DATASETS", registry.datasets())
+    monkeypatch.setattr(registry.DATASETS, "_registered", dict(registry.DATASETS._registered))
 
 
 @pytest.fixture(params=sorted(MAKERS))

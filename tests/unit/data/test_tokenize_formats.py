@@ -15,7 +15,7 @@ LANES = f"--data.lanes={NUM_LANES}"
 @pytest.fixture
 def own(monkeypatch):
     """Registers a dataset for this test alone."""
-    monkeypatch.setattr(registry, "_DATASETS", registry.datasets())
+    monkeypatch.setattr(registry.DATASETS, "_registered", dict(registry.DATASETS._registered))
     return lambda made: registry.register_dataset("own", lambda training, data: made)
 
 
@@ -32,7 +32,7 @@ def test_other_formats_are_shared_by_processes_too(tmp_path, monkeypatch, own):
     words[1] = "--training.dataset=own"
     own([{"text": text} for text in texts])
     assert cli.main([*words, f"--output={tmp_path / 'own'}", "--workers=2"]) == 0
-    registry._DATASETS.pop("own")
+    registry.DATASETS._registered.pop("own")
     own(datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=6))
     assert cli.main([*words, f"--output={tmp_path / 'stream'}", "--workers=1"]) == 0
     for name, fewest, most in (("parquet", 5, 40), ("own", 20, 70), ("stream", 6, 6)):

@@ -162,7 +162,7 @@ class Endless(IterableDataset):
 
 
 def test_an_endless_stream_up_to_its_cap(monkeypatch):
-    monkeypatch.setattr(registry, "_DATASETS", registry.datasets())
+    monkeypatch.setattr(registry.DATASETS, "_registered", dict(registry.DATASETS._registered))
     register_dataset("endless", lambda training, data: Endless())
     alone = sequences(read(reader_of(None, dataset="endless", max_sequences=10)))
     assert alone.total() == 10

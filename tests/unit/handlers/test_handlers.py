@@ -17,7 +17,7 @@ from torchtitan.handlers.checks import check
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(registry.HANDLERS, "_registered", dict(registry.HANDLERS._registered))
 
 
 def problems(chosen: list[str], settings: dict[str, dict[str, object]] | None = None) -> list[str]:
@@ -35,6 +35,11 @@ class Nothing:
 
     after = ("compile",)
     excludes: tuple[str, ...] = ()
+    Settings = Settings
+
+    def convert(self, model: object) -> None: ...
+
+    pre_optimizer_hook = post_optimizer_hook = convert
 
 
 def test_known_handlers_pass() -> None:
@@ -62,17 +67,17 @@ def test_mistakes_are_named(
 
 
 def test_order_and_exclusion() -> None:
-    registry.register_handler("nothing", Settings)(Nothing)
+    registry.register_handler("nothing")(Nothing)
     assert problems(["compile", "nothing"]) == []
     assert "list compile before nothing" in problems(["nothing", "compile"])[0]
     lonely = type("Lonely", (Nothing,), {"after": (), "excludes": ("compile",)})
-    registry.register_handler("lonely", Settings)(lonely)
+    registry.register_handler("lonely")(lonely)
     assert "cannot be combined with compile" in problems(["lonely", "compile"])[0]
     assert problems(["lonely"]) == []
 
 
 def test_settings_of_a_registered_handler() -> None:
-    registry.register_handler("nothing", Settings)(Nothing)
+    registry.register_handler("nothing")(Nothing)
     config = JobConfig.model_validate({"handlers": {"nothing": {"amount": 3}}})
     settings = registry.handler_settings(config, "nothing")
     assert isinstance(settings, Settings)
@@ -88,7 +93,7 @@ def test_settings_of_a_registered_handler() -> None:
     ],
 )
 def test_wrong_types_of_a_registered_handler_in_words(amount: object, expected: str) -> None:
-    registry.register_handler("nothing", Settings)(Nothing)
+    registry.register_handler("nothing")(Nothing)
     (text,) = problems([], {"nothing": {"amount": amount}})
     assert text.startswith("handlers.nothing.amount = ")
     assert expected in text
@@ -100,7 +105,7 @@ class Odd(Section):
 
 
 def test_types_that_toml_has_no_word_for_are_refused_all_the_same() -> None:
-    registry.register_handler("nothing", Odd)(Nothing)
+    registry.register_handler("nothing")(type("OddHandler", (Nothing,), {"Settings": Odd}))
     assert all(
         "handlers.nothing.anything" in text for text in problems([], {"nothing": {"anything": []}})
     )
@@ -114,12 +119,11 @@ from torchtitan.config.section import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 
-class FreezeSettings(Section):
-    name: str = "norm.weight"
-
-
-@register_handler("freeze", FreezeSettings)
+@register_handler("freeze")
 class Freeze:
+    class Settings(Section):
+        name: str = "norm.weight"
+
     def __init__(self, job_config, parallel_dims):
         self.name = handler_settings(job_config, "freeze").name
         self.calls = []

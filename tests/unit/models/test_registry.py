@@ -74,20 +74,20 @@ def test_unknown_names_get_suggestions():
 
 def test_the_older_name_of_llama_3(monkeypatch):
     assert get_family("llama") is FAMILY
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.MODELS, "_registered", dict(registry.MODELS._registered))
     mine = ModelFamily("llama", FAMILY.args_type, FAMILY.flavors, FAMILY.build)
     register_family(mine)
     assert get_family("llama") is mine
 
 
 def test_families_can_be_added(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.MODELS, "_registered", dict(registry.MODELS._registered))
     mine = ModelFamily("mine", FAMILY.args_type, FAMILY.flavors, FAMILY.build)
     register_family(mine)
     register_family(mine)  # a module imported twice
     assert get_family("mine") is mine and list(families()) == ["llama3", "llama2", "mine"]
     other = ModelFamily("llama3", FAMILY.args_type, {}, FAMILY.build)
-    with pytest.raises(ValueError, match="'llama3' exists already"):
+    with pytest.raises(ValueError, match="'llama3' is registered already, by built in"):
         register_family(other)
 
 

@@ -1,0 +1,125 @@
+"""Names that a config may use, from this library, from packages and from modules. No torch.
+
+The library registers its own. An installed package adds some by entry points of the registry's
+group, whose code is imported when their name is used and not before; a module in
+`job.custom_import` registers itself as it is imported. Nobody replaces what exists: a name that two
+packages give is refused when it is used, and one that the library has cannot be registered again.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from torchtitan.config.errors import ConfigError, Problem
+
+T = TypeVar("T")
+BUILT_IN = "built in"
+
+
+class Registry(Generic[T]):
+    """Things of one kind, by name."""
+
+    def __init__(self, key: str, group: str, admit: Callable[[str, Any], T]):
+        """`key` of the config takes the names; `group` is that of the entry points. `admit(name,
+        thing)` makes an entry of what a package or a module gives, or raises TypeError."""
+        self.key = key
+        self.group = group
+        self._admit = admit
+        self._registered: dict[str, tuple[T, str]] = {}
+        self._loaded: dict[str, T] = {}
+
+    def add_built_in(self, name: str, entry: T) -> None:
+        """An entry of the library's own."""
+        self._registered[name] = entry, BUILT_IN
+
+    def register(self, name: str, thing: Any, origin: str) -> None:
+        """Add what a module named `origin` gives. The same module may do it twice, as a reload does.
+
+        Raises:
+            ValueError: the name is taken.
+            TypeError: `thing` is not of this kind.
+        """
+        known = self._registered.get(name)
+        if known is not None and known[1] != origin:
+            raise ValueError(f"{name!r} is registered already, by {known[1]} ({self.group})")
+        self._registered[name] = self._admit(name, thing), origin
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._registered or name in self._installed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._registered, **self._installed})
+
+    def get(self, name: str) -> T | None:
+        """The entry, None for an unknown name.
+
+        Raises ConfigError when a package gives it that cannot be imported, gives something else, or
+        is not the only one.
+        """
+        if name in self._registered and name not in self._installed:
+            return self._registered[name][0]
+        if name not in self._loaded and name in self._installed:
+            self._loaded[name] = self._load(name)
+        return self._loaded.get(name)
+
+    def __getitem__(self, name: str) -> T:
+        entry = self.get(name)
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+    def origin(self, name: str) -> str:
+        """Who gives it: `built in`, a module, or a package with its version."""
+        given = [self._registered[name][1]] if name in self._registered else []
+        return " and ".join(given + [_package(point) for point in self._installed.get(name, [])])
+
+    def entries(self) -> dict[str, T]:
+        """All that can be imported, by name."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except ConfigError:
+                continue
+        return found
+
+    @cached_property
+    def _installed(self) -> Mapping[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self.group):
+            known = found.setdefault(point.name, [])
+            # A package that is found twice on the path is still one.
+            if all(_package(other) != _package(point) for other in known):
+                known.append(point)
+        return found
+
+    def _load(self, name: str) -> T:
+        points = self._installed[name]
+        if len(points) > 1 or name in self._registered:
+            fix = "uninstall one of the packages, or rename what it gives"
+            raise self._error(name, f"is given by {self.origin(name)}", fix)
+        [point] = points
+        try:
+            return self._admit(name, point.load())
+        except TypeError as error:
+            problem = f"{_package(point)} gives {point.value}, which does not fit: {error}"
+        except Exception:
+            lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
+            problem = f"{_package(point)} gives {point.value}, and importing it failed:\n    {lines}"
+        raise self._error(name, problem, "mend the package, or uninstall it")
+
+    def _error(self, name: str, problem: str, fix: str) -> ConfigError:
+        return ConfigError(Problem(self.key, problem, fix, value=name))
+
+
+def calling_module() -> str:
+    """The module that calls the function which calls this one: who registers something."""
+    return str(sys._getframe(2).f_globals.get("__name__", "?"))
+
+
+def _package(point: EntryPoint) -> str:
+    package = point.dist
+    return f"{package.name} {package.version}" if package is not None else point.value

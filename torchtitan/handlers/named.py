@@ -1,0 +1,58 @@
+"""A handler with its name, so that an error inside it says whose it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from torchtitan.config import ConfigError, JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.protocol import ModelHandler
+from torchtitan.handlers.registry import HANDLERS
+
+
+class HandlerError(RuntimeError):
+    """A handler raised; the cause is what."""
+
+
+class NamedHandler:
+    """Calls a handler's hooks, and raises `HandlerError` for what they raise, but for ConfigError,
+    which says itself what to mend."""
+
+    def __init__(self, name: str, job_config: JobConfig, parallel_dims: ParallelDims):
+        self.name = name
+        with self._naming("__init__"):
+            self.handler: ModelHandler = HANDLERS[name].load()(job_config, parallel_dims)
+
+    def convert(self, model: nn.Module) -> None:
+        """See `ModelHandler`."""
+        with self._naming("convert"):
+            self.handler.convert(model)
+
+    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """See `ModelHandler`."""
+        with self._naming("pre_optimizer_hook"):
+            self.handler.pre_optimizer_hook(model)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """See `ModelHandler`."""
+        with self._naming("post_optimizer_hook"):
+            self.handler.post_optimizer_hook(model)
+
+    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
+        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
+        if hasattr(self.handler, "after_load"):
+            with self._naming("after_load"):
+                self.handler.after_load(model)
+
+    @contextmanager
+    def _naming(self, hook: str) -> Iterator[None]:
+        try:
+            yield
+        except (ConfigError, HandlerError):
+            raise
+        except Exception as error:
+            handler = getattr(self, "handler", None)
+            module = HANDLERS.origin(self.name) if handler is None else type(handler).__module__
+            where = f"the handler {self.name} ({module}), in {hook}"
+            raise HandlerError(f"{where}: {type(error).__name__}: {error}") from error
