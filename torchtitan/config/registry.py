@@ -108,7 +108,9 @@ class Registry(Generic[T]):
             problem = f"{_package(point)} gives {point.value}, which does not fit: {error}"
         except Exception:
             lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
-            problem = f"{_package(point)} gives {point.value}, and importing it failed:\n    {lines}"
+            problem = (
+                f"{_package(point)} gives {point.value}, and importing it failed:\n    {lines}"
+            )
         raise self._error(name, problem, "mend the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:

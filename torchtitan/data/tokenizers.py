@@ -4,18 +4,23 @@
 that made it: `tokenizer.json` (tokenizers), and `tokenizer.model`, which may be tiktoken's or
 sentencepiece's. What a file is, its content tells (`build_tokenizer`), not its name.
 
+Others join with `register_tokenizer`, or by an entry point of the group `torchtitan.tokenizers`
+that gives such a function; `model.tokenizer_path` is then their name, or `name:path`.
+
 Documents are data: the text of a special token inside a document is encoded as ordinary text, so
 that no document can forge a boundary.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.config.registry import Registry, calling_module
 from torchtitan.data.list_tokenizer import ListTokenizer
 from torchtitan.data.sentencepiece_model import SentencePieceTokenizer
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
@@ -69,13 +74,36 @@ class Tokenizer(Protocol):
         ...
 
 
+TokenizerFactory = Callable[[str], Tokenizer]
+"""Builds the tokenizer of what follows `name:` in `model.tokenizer_path`, or of an empty text.
+Raises ConfigError for what the user can mend."""
+
+
+def _factory(name: str, thing: Any) -> TokenizerFactory:
+    if not callable(thing):
+        raise TypeError(f"the tokenizer {name} is not a function of a path")
+    return thing  # type: ignore[no-any-return]
+
+
+TOKENIZERS: Registry[TokenizerFactory] = Registry(KEY, "torchtitan.tokenizers", _factory)
+
+
+def register_tokenizer(name: str, factory: TokenizerFactory) -> None:
+    """Make `model.tokenizer_path = name` (or `name:path`) known. Raises ValueError for a taken
+    name, or one that could be a path."""
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} cannot be told from a path")
+    TOKENIZERS.register(name, factory, calling_module())
+
+
 def build_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `path`: `bytes`, a file, or a folder that holds one.
+    """The tokenizer at `path`: `bytes` or another registered one, a file, or a folder with one.
 
     Raises ConfigError naming the files looked for, or the file that is broken.
     """
-    if path == "bytes":
-        return ByteTokenizer()
+    name, _, rest = path.partition(":")
+    if name in TOKENIZERS:
+        return TOKENIZERS[name](rest)
     given = Path(path).expanduser()
     looked_for = [given / name for name in _FILES]
     if not given.is_dir():
@@ -160,6 +188,9 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+TOKENIZERS.add_built_in("bytes", lambda path: ByteTokenizer())
 
 
 class JsonTokenizer(ListTokenizer):

@@ -65,8 +65,12 @@ def _optimizers() -> Rows:
 
 def _tokenizers() -> Rows:
     """What `model.tokenizer_path` may be."""
+    from torchtitan.data.tokenizers import TOKENIZERS
+
+    texts = {"bytes": "one token a byte of UTF-8; needs no file"}
+    registered = rows_of(TOKENIZERS, lambda factory: _first_line(factory))
     return [
-        ("bytes", "one token a byte of UTF-8; needs no file"),
+        *((name, texts.get(name, text)) for name, text in registered),
         ("tokenizer.json", "a file of the tokenizers library, or the folder that holds it"),
         (
             "tokenizer.model",
@@ -91,6 +95,10 @@ def _handlers() -> Rows:
     from torchtitan.handlers.registry import HANDLERS
 
     return rows_of(HANDLERS, lambda entry: _settings(entry.settings))
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
 def _settings(section: type) -> str:
