@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._registered[name] = entry, BUILT_IN
 
     def register(self, name: str, thing: Any, origin: str) -> None:
-        """Add what a module named `origin` gives. The same module may do it twice, as a reload does.
+        """Add what the module `origin` gives. The same one may do it twice, as a reload does.
 
         Raises:
             ValueError: the name is taken.
@@ -108,9 +108,7 @@ class Registry(Generic[T]):
             problem = f"{_package(point)} gives {point.value}, which does not fit: {error}"
         except Exception:
             lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
-            problem = (
-                f"{_package(point)} gives {point.value}, and importing it failed:\n    {lines}"
-            )
+            problem = f"{_package(point)} gives {point.value}, whose import failed:\n    {lines}"
         raise self._error(name, problem, "mend the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
