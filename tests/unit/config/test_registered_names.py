@@ -1,0 +1,139 @@
+"""Registries: who gives a name, and what happens when two do, or when it cannot be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.config import ConfigError
+from torchtitan.config.registry import BUILT_IN, Registry
+
+GROUP = "torchtitan.tests"
+
+
+def admit(name: str, thing: Any) -> int:
+    if not isinstance(thing, int):
+        raise TypeError(f"{thing!r} is no number")
+    return thing
+
+
+def make_package(folder: Path, name: str, entry_points: dict[str, str], code: str) -> None:
+    """An installed package, as `importlib.metadata` finds it."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    lines = "\n".join(f"{key} = {value}" for key, value in entry_points.items())
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}\n")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def registry() -> Registry[int]:
+    made: Registry[int] = Registry("section.key", GROUP, admit)
+    made.add_built_in("one", 1)
+    return made
+
+
+def refusal(numbers: Registry[int], name: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        numbers.get(name)
+    [problem] = caught.value.problems
+    assert problem.key == "section.key" and problem.value == name
+    return str(problem)
+
+
+def test_the_three_ways(installed: Path) -> None:
+    make_package(installed, "reg_good", {"two": "reg_good:TWO"}, "TWO = 2\n")
+    numbers = registry()
+    numbers.register("three", 3, "a.module")
+    assert {name: numbers[name] for name in numbers} == {"one": 1, "three": 3, "two": 2}
+    origins = {name: numbers.origin(name) for name in numbers}
+    assert origins == {"one": BUILT_IN, "three": "a.module", "two": "reg_good 1.5"}
+    assert "two" in numbers and "four" not in numbers and numbers.get("four") is None
+
+
+def test_a_package_is_imported_when_its_name_is_used(installed: Path) -> None:
+    make_package(installed, "reg_lazy", {"lazy": "reg_lazy:X"}, "X = 5\n")
+    numbers = registry()
+    assert list(numbers) == ["one", "lazy"] and numbers["one"] == 1
+    assert "reg_lazy" not in sys.modules
+    assert numbers["lazy"] == 5 and "reg_lazy" in sys.modules
+
+
+def test_nothing_is_replaced(installed: Path) -> None:
+    numbers = registry()
+    numbers.register("three", 3, "a.module")
+    numbers.register("three", 33, "a.module")  # imported anew
+    assert numbers["three"] == 33
+    for name, owner in (("three", "a.module"), ("one", BUILT_IN)):
+        with pytest.raises(ValueError, match=f"registered already, by {owner}"):
+            numbers.register(name, 4, "another.module")
+    make_package(installed, "reg_a", {"one": "reg_a:X", "five": "reg_a:X"}, "X = 5\n")
+    make_package(installed, "reg_b", {"five": "reg_b:X"}, "X = 6\n")
+    fresh = registry()
+    assert "given by built in and reg_a 1.5" in refusal(fresh, "one")
+    text = refusal(fresh, "five")
+    assert "reg_a 1.5" in text and "reg_b 1.5" in text and "uninstall one" in text
+
+
+def test_what_is_broken_is_told_with_its_own_traceback(installed: Path) -> None:
+    make_package(installed, "reg_bad", {"bad": "reg_bad:X", "text": "reg_bad2:X"}, "1 / 0\n")
+    (installed / "reg_bad2.py").write_text("X = 'words'\n")
+    numbers = registry()
+    text = refusal(numbers, "bad")
+    assert "reg_bad 1.5" in text and "ZeroDivisionError" in text and "reg_bad.py" in text
+    assert "'words' is no number" in refusal(numbers, "text")
+    assert numbers.entries() == {"one": 1}, "the others can be used"
+
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "titan_extras"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the example package is installed in, by pip."""
+    folder = tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source") / "titan_extras"
+    subprocess.run(["cp", "-r", str(EXAMPLE), str(source)], check=True)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder)]
+    subprocess.run([*command, str(source)], check=True, timeout=120)
+    return folder
+
+
+def test_the_example_package_trains(example: Path, tmp_path: Path) -> None:
+    """Everything that it adds, in one run on two ranks that cut the matrices."""
+    import os
+
+    from tests.distributed import runs
+
+    env = runs.environment()
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(example)])
+    words = (
+        "--training.dataset=sums",
+        "--model.handlers=relu_squared",
+        "--handlers.relu_squared.every=2",
+        "--model.print_after_conversion",
+        "--parallelism.tensor_parallel_degree=2",
+        "--training.steps=4",
+    )
+    command = runs.command(tmp_path / "run", *words, processes=2)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("ReluSquaredFeedForward") == 1
+    assert len(runs.curve(tmp_path / "run")) == 4
+    listed = subprocess.run(
+        [sys.executable, "-m", "torchtitan", "list", "handlers"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "relu_squared  settings: every (from titan-extras 0.1.0)" in listed.stdout
