@@ -50,6 +50,13 @@ def cli() -> Iterator[CliServer]:
         (["list", "configs"], "debug_model"),
         (["doctor", "--help"], "usage: torchtitan doctor"),
         (["list"], "datasets:"),
+        (["list", "--help"], "usage: torchtitan list"),
+        (["list", "models", "--help"], "usage: torchtitan list"),
+        (["config", "copy", "--help"], "usage: torchtitan config"),
+        (["config", "show", "-h"], "usage: torchtitan config"),
+        (["convert", "dcp-to-torch", "--help"], "usage: torchtitan convert"),
+        (["download", "--help"], "--repo_id"),
+        (["tokenize", "--help"], "--output DIR"),
     ],
 )
 def test_words_work_without_torch(torchless: CliServer, arguments: list[str], expected: str):

@@ -162,9 +162,12 @@ def _expand(path: str, kind: str) -> list[str]:
         paths = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
         if paths:
             return paths
-        where = os.path.abspath(expanded)
-        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
+    if "://" in path:
+        fix = 'mount that storage or copy the files; a dataset of the hub is named "hf:owner/name"'
+        raise _error(path, "is a URI, and files are read from file systems only", fix)
     where = os.path.abspath(expanded)
+    if glob.has_magic(expanded):
+        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
     raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
 
 

@@ -5,11 +5,22 @@ from collections.abc import Callable
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.suggest import did_you_mean
 
+USAGE = """usage: torchtitan list [NAME ...]
+
+Names that a config may use, one a line, with a phrase each. Without NAME, all of these:
+
+  configs      the TOMLs that come with the library; `torchtitan config copy` takes their names
+  models       model.name, with the choices of model.flavor
+  datasets     training.dataset
+  tokenizers   model.tokenizer_path
+  optimizers   optimizer.name, with the settings
+  handlers     model.handlers, with the settings of [handlers.NAME]"""
+
 
 def run(argv: list[str]) -> int:
     """Print the names that a config may use, one a line, with a phrase each."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: torchtitan list [{' | '.join(_LISTS)}]")
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
         return 0
     unknown = [name for name in argv if name not in _LISTS]
     if unknown:

@@ -134,6 +134,13 @@ def test_rows_54_and_55_parquet(tmp_path):
     assert "does not say" in only(probe(facts_for(tmp_path / "c.parquet.gz"))).problem
 
 
+@pytest.mark.parametrize("path", ["s3://bucket/*.jsonl", "https://host/a.jsonl"])
+def test_row_54_files_of_no_file_system(path):
+    problem = only(probe(facts_for(path)))
+    assert "is a URI" in problem.problem and "mount that storage" in problem.fix
+    assert not problem.missing_asset, "no machine has it"
+
+
 def test_file_that_git_lfs_has_not_fetched(tmp_path):
     for name in ("a.parquet", "b.json.gz"):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

@@ -150,6 +150,14 @@ def test_lists(capsys):
     assert listed == list(known_keys()["optimizer.name"].choices)
 
 
+def test_the_help_has_every_list(capsys):
+    assert list_words.run(["--help"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    list_words.run([])
+    lists = [line for line in capsys.readouterr().out.splitlines() if line[:1] != " "]
+    assert lists == [f"{name}:" for name in rows]
+
+
 def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):
     list_words.run(["configs"])
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
