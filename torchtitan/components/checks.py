@@ -215,7 +215,7 @@ def _check_folders(facts: Facts) -> Iterator[Problem]:
 
 def _probe_folder(facts: Facts, key: str, name: str) -> list[Problem]:
     """Whether the folder is writable or could be made; creates nothing."""
-    folder = Path(facts.config.job.dump_folder).resolve() / name
+    folder = Path(facts.config.job.dump_folder).expanduser().resolve() / name
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
