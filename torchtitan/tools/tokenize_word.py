@@ -247,7 +247,8 @@ def _split(argv: list[str]) -> tuple[_Options, list[str]]:
 def _number(flag: str, text: str | None, default: int, problems: list[Problem]) -> int:
     if text is None:
         return default
-    if not text.isdecimal() or int(text) == 0:
-        problems.append(Problem(flag, "is not a whole number above 0", f"write `{flag} 4`", text))
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        problem = "is not a whole number from 1 to 999999999"
+        problems.append(Problem(flag, problem, f"write `{flag} 4`", text))
         return default
     return int(text)

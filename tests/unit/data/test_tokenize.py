@@ -245,6 +245,11 @@ def edit_index(folder: Path, **values) -> None:
     (folder / "index.json").write_text(json.dumps({**index, **values}))
 
 
+def rename_first(folder: Path) -> None:
+    first, *others = json.loads((folder / "index.json").read_text())["shards"]
+    edit_index(folder, shards=[{**first, "name": 0}, *others])
+
+
 def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -261,6 +266,8 @@ DAMAGES = {
     "unknown": (lambda d: edit_index(d, more=1), "index.json is damaged"),
     "dtype": (lambda d: edit_index(d, dtype="object"), "index.json is damaged"),
     "shards": (lambda d: edit_index(d, shards=[]), "index.json is damaged"),
+    "no shard": (lambda d: edit_index(d, shards=[{"pieces": [0]}]), "index.json is damaged"),
+    "name": (rename_first, "index.json is damaged"),
 }
 
 
