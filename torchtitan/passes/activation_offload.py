@@ -187,6 +187,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (list, tuple)):
         for member in value:
             yield from _tensors(member)
+    elif hasattr(value, "as_tuple"):  # FlexAttention's mask of blocks
+        yield from _tensors(value.as_tuple())
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from torchtitan.config.model_sections import ActivationCheckpoint
 from torchtitan.passes import activation_offload
@@ -113,6 +114,24 @@ def test_each_tensor_of_a_block_is_copied_once_and_nothing_else_is(
         for saved in block.saved.values()
     )
     del loss
+
+
+def test_a_mask_of_blocks_is_not_copied() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+            return x * mask.kv_indices[0, 0]
+
+    def causal(_b: Any, _h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= key
+
+    mask = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=2)
+    x = torch.randn(LENGTH // 2, LENGTH // 2, requires_grad=True)
+    assert mask.kv_indices.nbytes >= activation_offload.SMALLEST_BYTES
+    block = Masked()
+    offload = apply_activation_offload({"layers.0": block}, CPU)
+    result = block(x, mask)
+    assert offload._waiting == []
+    del result
 
 
 def test_what_checkpointing_does_not_keep_is_not_copied() -> None:
