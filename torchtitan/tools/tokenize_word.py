@@ -206,7 +206,8 @@ def _summary(job: TokenizeJob, index: TokenIndex, checked: bool) -> str:
         f"{job.folder} is {state}: {index.num_tokens:,} tokens of {index.num_documents:,} documents"
         f"{skipped}, {len(index.shards)} shards of {index.dtype}, {gib:.3g} GiB, for"
         f" {index.num_lanes} data lanes.\n"
-        f"Train on it: --training.dataset_path {job.folder} --data.lanes {index.num_lanes}"
+        f"Train on it: --training.dataset tokens --training.dataset_path {job.folder}"
+        f" --data.lanes {index.num_lanes}"
     )
 
 

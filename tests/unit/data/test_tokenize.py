@@ -224,7 +224,9 @@ def test_finished_is_checked(text, tokens, capsys):
     capsys.readouterr()
     before = contents(tokens)
     assert tokenize(text, tokens) == 0
-    assert "complete already, and every file is whole" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "complete already, and every file is whole" in out
+    assert f"--training.dataset tokens --training.dataset_path {tokens} --data.lanes 4" in out
     assert contents(tokens) == before
     flip(tokens / "00002.bin", 7)
     assert tokenize(text, tokens) == 2
@@ -299,6 +301,12 @@ def test_not_a_folder_of_tokens(tmp_path):
     assert "is not an index of tokens" in problem.problem
     # Any file may be called so.
     assert build_source(facts_for(tmp_path).config.training, facts_for(tmp_path).config.data).files
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "parquet"])
+def test_tokens_are_not_taken_for_other_data(tokens, kind):
+    problem = only(probe(facts_for(tokens, lanes=4, training__dataset=kind)))
+    assert problem.key == "training.dataset_path" and problem.problem == "holds tokens"
 
 
 def test_tokens_of_another_tokenizer(tokens, tmp_path):
