@@ -143,6 +143,15 @@ def test_probe_finds_a_file_in_the_way(tmp_path: Path) -> None:
     assert problem.problem == f"{tmp_path / 'tb'} is not a folder"
 
 
+def test_probe_looks_where_the_run_will_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    problem = only(probed(Path("~/runs"))[:1], "metrics.save_tb_folder")
+    assert problem.problem == f"{tmp_path / 'runs'} is not a folder"
+
+
 def test_probe_finds_a_folder_that_is_not_writable() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)

@@ -181,6 +181,11 @@ def test_c4_reads_its_splits_from_a_clone(tmp_path):
     assert files_of("c4", english.parent, subset="realnewslike") == ["c4-train.000"]
     assert files_of("c4_validation", english.parent) == ["c4-validatio"]
     assert files_of("c4_test", None) == files_of("c4_mini", None) == ["c4-train.000"] * 4
+    # A subset that is not there: neither those that are, nor their validation splits.
+    problem = only(
+        probe(facts_for(english.parent, training__dataset="c4", data__subset="multilingual"))
+    )
+    assert "c4-train.*.json.gz, nor does multilingual/ in it" in problem.problem
     (english / "c4-validation.00000-of-00001.json.gz").unlink()
     problem = only(probe(facts_for(english.parent, training__dataset="c4_validation")))
     assert "c4-validation.*.json.gz" in problem.problem and problem.missing_asset
