@@ -11,6 +11,7 @@ import pytest
 from cli_server import ROOT, CliServer
 
 import torchtitan
+from torchtitan import cli as command_line
 
 GOOD = ["--training.dataset=stdlib", "--training.seq_len=256"]
 
@@ -97,11 +98,22 @@ def test_config_errors_are_told_without_torch(
     assert "Traceback" not in result.stderr
 
 
-def test_only_rank_0_tells(torchless: CliServer):
-    """But for what only one process can see, such as its own variables."""
-    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    result = torchless.run("train", "--training.steps=0", **launched)
-    assert (result.status, result.stderr) == (2, "")
+def test_rank_0_tells_unless_it_finds_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Other ranks wait, for the launcher to end them when it does."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        waited.append(seconds)
+
+    monkeypatch.setattr(command_line.time, "sleep", sleep)
+    assert command_line.main(["train", "--training.steps=0"]) == 2
+    assert len(waited) == 1 and waited[0] >= 30
+    assert "error: training.steps = 0" in capsys.readouterr().err
 
 
 def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, tmp_path: Path):

@@ -222,8 +222,13 @@ def _probe_folder(facts: Facts, key: str, name: str) -> list[Problem]:
     if not facts.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
     existing = dump_folder.resolve() / name
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        if dump_folder.exists() and not dump_folder.is_dir():
+            return []  # a problem of its own
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except OSError:  # a name that is too long; another one
+        return []
     is_folder = existing.is_dir()
     if not is_folder:
         problem, fix = f"{existing} is not a folder", "move that file away, or use another name"

@@ -143,13 +143,20 @@ def test_probe_finds_a_file_in_the_way(tmp_path: Path) -> None:
     assert problem.problem == f"{tmp_path / 'tb'} is not a folder"
 
 
+def test_a_dump_folder_that_is_none_is_told_once(tmp_path: Path) -> None:
+    """By the checks of the run folder."""
+    (tmp_path / "file").write_text("")
+    assert probed(tmp_path / "file") == probed(tmp_path / ("x" * 300)) == []
+
+
 def test_probe_looks_where_the_run_will_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "runs").write_text("in the way")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tb").write_text("in the way")
     monkeypatch.setenv("HOME", str(tmp_path))
-    problem = only(probed(Path("~/runs"))[:1], "metrics.save_tb_folder")
-    assert problem.problem == f"{tmp_path / 'runs'} is not a folder"
+    problem = only(probed(Path("~/runs")), "metrics.save_tb_folder")
+    assert problem.problem == f"{tmp_path / 'runs' / 'tb'} is not a folder"
 
 
 def test_probe_finds_a_folder_that_is_not_writable() -> None:

@@ -92,7 +92,7 @@ def test_row_50_round_trip(tmp_path):
     library.normalizer = normalizers.Lowercase()
     library.save(str(tmp_path / "tokenizer.json"))
     problem = only(probe(facts_for(data, model__tokenizer_path=str(tmp_path))))
-    assert problem.severity == "warning" and "give back the text" in problem.problem
+    assert problem.severity == "warning" and "comes back as" in problem.problem
 
 
 def test_tokenizer_that_the_model_does_not_fit(tmp_path):
