@@ -183,6 +183,12 @@ def test_check_prints_the_resolved_run(cli: CliServer, world_size: int):
     assert f"on each rank in {12 // world_size} microbatches of 2; 24 lanes" in line
 
 
+def test_a_check_by_several_ranks_is_told_once(cli: CliServer):
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    result = cli.run("train", "--check", *GOOD, **launched)
+    assert (result.status, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_check_takes_absent_files_for_warnings_and_full_check_does_not(cli: CliServer):
     arguments = ["train", "--training.dataset_path=/no/such.jsonl", "--training.seq_len=256"]
     plain = cli.run(*arguments, "--check")

@@ -27,6 +27,8 @@ SUFFIXES: dict[str, Kind] = {
 _TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
 _POINTER = b"version https://git-lfs"
 """How the file begins that stands for one which Git LFS has not fetched yet."""
+DAMAGED_FILE = "the compressed file is damaged"
+"""How the flaw of a row begins that is one of its file."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -108,9 +110,9 @@ class ZstdReader(io.RawIOBase):
 def corruption(error: Exception) -> str | None:
     """What is wrong with a compressed file that raised `error`; None for any other error."""
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return f"the compressed file is damaged or cut short ({error})"
+        return f"{DAMAGED_FILE} or cut short ({error})"
     if type(error).__name__ == "ZstdError":
-        return f"the compressed file is damaged ({error})"
+        return f"{DAMAGED_FILE} ({error})"
     return None
 
 
