@@ -137,7 +137,7 @@ RUNS = (
     Run(
         "moved",
         CHECKPOINT,
-        "killed three times, then on another mesh",
+        "killed three times, each time onto another mesh",
         _killed([ALONE, FSDP, TENSOR, PIPELINE], _MODES[0]),
     ),
 )
@@ -286,7 +286,7 @@ def row(run: Run, curves: Curves) -> str:
     numbers = [max(found[:10]), max(found[:100]), max(found)]
     end, expected = smoothed(losses)[-1], smoothed(reference)[-1]
     cells += [f"{value:.1e}" if value else "0" for value in numbers]
-    cells += [f"{end:.4f}", f"{end - expected:+.4f}" if end != expected else "0"]
+    cells += [f"{end:.4f}", f"{end - expected:+.1e}" if end != expected else "0"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,4 +1,6 @@
-"""Train every row of the parity table and write docs/parity.md: python scripts/make_parity_table.py
+"""Train every row of the parity table, and write docs/parity.md.
+
+    python scripts/make_parity_table.py
 
 Takes some minutes on two cores. Exits with 1, and writes nothing, if a row is not within the
 table's tolerance, if ranks differ, or if a mistake is not noticed.

@@ -1,4 +1,6 @@
-"""Make the small tokenizers in tests/assets: python scripts/make_test_assets.py [FOLDER]
+"""Make the small tokenizers in tests/assets.
+
+    python scripts/make_test_assets.py [FOLDER]
 
 One vocabulary of 2,000 tokens, trained on the sources of Python's standard library, in the two
 forms that Llama 3 comes in: `test_tiktoken.model`, and a folder `tokenizer` with `tokenizer.json`

@@ -43,6 +43,7 @@ from torchtitan.distributed.world import World
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs
+from torchtitan.passes.compile import is_marked_for_compile
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.environment import read_wandb
@@ -333,11 +334,15 @@ def describe(facts: Facts, dims: ParallelDims, world: World, model: BuiltModel) 
     if model.plan is not None:
         layers = ", ".join(map(str, model.plan.layers))
         pipeline = f"; stages of {layers} layers"
+    compiled = any(
+        is_marked_for_compile(block) for part in model.parts for block in part.blocks().values()
+    )
+    compiling = "; the first step compiles, which may take minutes" if compiled else ""
     return (
         f"Training {config.model.name} {config.model.flavor}"
         f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
         f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps:"
-        f" {facts.describe_batch()}; {facts.num_lanes} data lanes{pipeline}"
+        f" {facts.describe_batch()}; {facts.num_lanes} data lanes{pipeline}{compiling}"
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from torchtitan import __version__
@@ -16,6 +17,9 @@ from torchtitan.config.errors import (
 from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.utils.environment import is_quiet_rank
+
+_PATIENCE_SECONDS = 60.0
+"""That a rank has with the first one, which may look at many files before it tells anything."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,13 +130,19 @@ def _overview() -> str:
 
 
 def _print_problems(error: ConfigError) -> None:
-    """Every rank finds the same problems, and the first one tells them; but for local ones."""
+    """Every rank finds the same problems, and the first one tells them; but for local ones.
+
+    A launcher ends all processes when one does. So the others wait for the first, and tell what
+    they have found if it does not end: then it has not found that.
+    """
     problems = [problem for problem in error.problems if problem.local or not is_quiet_rank()]
+    if not problems:
+        time.sleep(_PATIENCE_SECONDS)
+        problems = error.problems
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        noun = "problem" if len(problems) == 1 else "problems"
-        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr)
+    noun = "problem" if len(problems) == 1 else "problems"
+    print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr)
 
 
 if __name__ == "__main__":

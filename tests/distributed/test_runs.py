@@ -177,6 +177,32 @@ def test_ranks_with_different_data_do_not_train(tmp_path: Path) -> None:
         assert "different data" in output
 
 
+SLOW_TO_LOOK = """
+import os, time
+from torchtitan.checkpoint import checks
+
+look = checks.probe
+
+def look_slowly(facts):
+    time.sleep(5)
+    return look(facts)
+
+checks.probe = look_slowly
+"""
+
+
+def test_a_mistake_is_told_though_other_ranks_find_it_first(tmp_path: Path) -> None:
+    """The launcher ends all ranks when one ends; only the first looks at files before it tells."""
+    (tmp_path / "slow.py").write_text(SLOW_TO_LOOK)
+    words = ("--job.custom_import=slow", "--model.args.n_heads=7")
+    env = runs.environment()
+    env["PYTHONPATH"] += f":{tmp_path}"
+    command = runs.command(tmp_path / "run", *words, processes=2)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert done.stderr.count("error: model.args.n_heads") == 1, done.stderr
+
+
 def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = start_and_signal(folder, signal.SIGTERM, "--training.steps=3000", processes=2)
@@ -239,7 +265,7 @@ def test_observers_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
 
 def test_compiled_run_has_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    runs.run(folder, "--model.handlers=compile")
+    assert "the first step compiles" in runs.run(folder, "--model.handlers=compile").stderr
     for (_, loss, _), expected in zip(runs.curve(folder), runs.curve(uninterrupted), strict=True):
         assert loss == pytest.approx(expected[1], rel=1e-5)
 

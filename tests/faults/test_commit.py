@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -178,15 +179,19 @@ def test_stray_names_are_left_alone(gloo_pool: GlooPool, tmp_path: Path, saved: 
 # --- saves that fail ------------------------------------------------------------------------------
 
 
-def save_on_full_disk(world: World, folder: str) -> list[str]:
+def save_on_full_disk(world: World, folder: str, free: int | None = None) -> list[str]:
+    """Rank 1 may write files of 1,000 bytes, and is told that so many bytes are free."""
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.save(1, trainer.tensors(), {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     messages = []
+    usage = shutil.disk_usage(folder)
+    told = usage if free is None else usage._replace(free=free)
     try:
-        checkpointer.save(2, trainer.tensors(), {})
+        with mock.patch("torchtitan.checkpoint.commit.shutil.disk_usage", return_value=told):
+            checkpointer.save(2, trainer.tensors(), {})
     except CheckpointError as error:
         messages.append(str(error))
     finally:
@@ -204,6 +209,12 @@ def test_full_disk_on_one_rank(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert "step 2 was not saved: rank 1: " in results[0][0]
     assert "File too large" in results[0][0] or "unexpected pos" in results[0][0]
     assert results[0][1:] == ["step-1", "[1, 2]"]
+
+
+def test_a_full_disk_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    for result in gloo_pool.run(2, save_on_full_disk, str(tmp_path), 2**7):
+        assert "step 2 was not saved: rank 0: [Errno 28] No space left on device" in result[0]
+        assert "0.0 MiB are free" in result[0] and str(tmp_path) in result[0]
 
 
 class LossyWriter(dcp.FileSystemWriter):

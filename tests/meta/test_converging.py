@@ -60,7 +60,7 @@ def test_a_row_tells_the_differences():
     cells = [cell.strip() for cell in script.row(run, curves).split("|")[1:-1]]
     assert cells == ["meshes", "FSDP 2", "2", "0", "5.0e-01", "5.0e-01", "4.0000", "0"]
     curves["fsdp"] = [loss + 0.25 for loss in reference]
-    assert script.row(run, curves).endswith("| 4.2500 | +0.2500 |")
+    assert script.row(run, curves).endswith("| 4.2500 | +2.5e-01 |")
     assert "not run" in script.row(run, {"reference": reference})
 
 

@@ -1,5 +1,7 @@
-"""What README and docs tell users to type, and the keys they name, exist."""
+"""What README, docs and comments tell users to type, and the keys they name, exist."""
 
+import ast
+import importlib
 import os
 import re
 import shlex
@@ -9,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from torchtitan.cli import _WORDS
-from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
+from torchtitan.tools import config_files, config_words, convert_words, list_words, tokenize_word
 from torchtitan.tools.download import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +43,40 @@ FOREIGN = {
 }
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's fenced blocks of a language."""
+    fence = rf"^```{language}\n(.*?)^```"
+    return re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def commands(page: Path) -> list[str]:
     """The commands of the page's bash blocks, without comments, continued lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.split("#")[0].strip()]
+
+
+def commands_in_comments(path: Path) -> list[str]:
+    """Those at the top of a script or of a TOML, where a line or comment begins with one."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        text = "\n".join(line.lstrip("# ") for line in text.splitlines() if line[:1] == "#")
+    text = re.sub(r" *\\\n *", " ", text)
+    start = r"^ *((?:[A-Z_]+=\S+ )*(?:torchtitan|python scripts/\S+|sbatch|\./\w+\.sh)(?= |$).*)$"
+    found = re.findall(start, text, re.MULTILINE)
+    # What stands in brackets may be left out, and is written out all the same.
+    plain = [re.sub(r"--section\.key value|\.\.\.|[][]", "", command) for command in found]
+    return [re.split(r" {2,}|;", command.strip())[0] for command in plain]
 
 
 def problem_of(command: str) -> str | None:
     """Why the command cannot work; None if it can."""
     words = shlex.split(command, comments=True)
+    for joint in ("&&", "||", "|"):
+        if joint in words:
+            at = words.index(joint)
+            return problem_of(shlex.join(words[:at])) or problem_of(shlex.join(words[at + 1 :]))
     environment = {}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, value = words.pop(0).partition("=")
@@ -61,26 +87,93 @@ def problem_of(command: str) -> str | None:
         program, rest = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
     if program == "torchtitan.train":
         return _problem_of_arguments(rest)
-    if program == "torchtitan" and rest[:1] == ["train"]:
-        return _problem_of_arguments(rest[1:])
-    if program == "torchtitan" and rest[:1] == ["doctor"]:
-        return _problem_of_arguments(rest[1:])
-    if program == "torchtitan" and rest[:1] == ["download"]:
-        return _problem_of_download(rest[1:])
-    if program == "python" and rest[0].startswith("scripts/download_"):
-        return _missing(rest[0]) or _problem_of_download(rest[1:])
     if program == "torchtitan":
-        return None if rest[0] in {*_WORDS, "--version", "--help"} else "no such word"
+        return _problem_of_word(*rest)
+    if program == "python" and rest[0].startswith("scripts/download_"):
+        return _missing(rest[0]) or _problem_of_word("download", *rest[1:])
     if program == "./run_llama_train.sh":
         return _problem_of_arguments(["--job.config_file", config, *rest])
     if program == "sbatch":
         at = next(i for i, word in enumerate(rest) if not word.startswith("-"))
         missing = _missing(rest[at])
         return missing or _problem_of_arguments(["--job.config_file", config, *rest[at + 1 :]])
-    if program in ("python", "python3", "./run_tests.sh", ".ci/run"):
+    if program == "python" and rest[0].startswith("scripts/"):
+        return _missing(rest[0]) or _problem_of_options(ROOT / rest[0], rest[1:])
+    if program in ("./run_tests.sh", ".ci/run"):
         named = [word for word in [program, *rest] if "/" in word and "=" not in word]
         return next(filter(None, map(_missing, named)), None)
-    return None if program in FOREIGN else f"unknown program {program}"
+    return _problem_of_outputs(rest) if program in FOREIGN else f"unknown program {program}"
+
+
+def _problem_of_word(word: str, *rest: str) -> str | None:
+    """Of `torchtitan WORD ...`, by the functions that read its arguments."""
+    if word in ("--version", "--help") or "--help" in rest:
+        return None
+    if word not in _WORDS:
+        return "no such word"
+    reader = _READERS[word]
+    try:
+        return reader(list(rest))
+    except ValueError as error:
+        return str(error)
+
+
+def _of_list(rest: list[str]) -> str | None:
+    unknown = set(rest) - set(list_words._LISTS)
+    return f"no such list: {unknown}" if unknown else None
+
+
+def _of_config(rest: list[str]) -> str | None:
+    word, *arguments = rest
+    if word == "show":
+        return _problem_of_arguments(arguments)
+    if len(arguments) not in config_words._NUMBERS[word]:
+        return f"{len(arguments)} arguments"
+    if word == "copy" and arguments[0] not in config_files.shipped_configs():
+        return f"no such config: {arguments[0]}"
+    return None
+
+
+def _of_tokenize(rest: list[str]) -> str | None:
+    options, arguments = tokenize_word._split(rest)
+    return _problem_of_arguments(arguments) if options.output else "no output"
+
+
+def _of_convert(rest: list[str]) -> str | None:
+    kind, *arguments = rest
+    places, _ = convert_words._split_dtype(arguments)
+    if kind not in convert_words._KINDS or len(places) != 2:
+        return "not a kind and two places"
+    return _problem_of_outputs(places)
+
+
+def _of_download(rest: list[str]) -> str | None:
+    parse_arguments(rest)
+    return None
+
+
+def _problem_of_options(script: Path, words: list[str]) -> str | None:
+    """Of a script of the clone: it has each option, and each file that is named is there."""
+    source = script.read_text()
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--"):
+            known = option[2:] in known_keys() if "." in option else f'"{option}"' in source
+            if not known:
+                return f"{script.name} has no {option}"
+    return None
+
+
+def _problem_of_outputs(words: list[str]) -> str | None:
+    """Of a program that reads what a run wrote: some config of ours writes there."""
+    folders = {f"outputs/{name}/" for name in config_files.shipped_configs()}
+    inside = ("tb", "wandb", "comm_traces", "metrics.jsonl", "checkpoint")
+    folders |= {f"outputs/{name}" for name in inside}  # of a config without job.dump_folder
+    for word in words:
+        path = word.rpartition("=")[2].removeprefix("./")
+        if path.startswith("outputs/") and not path.startswith(tuple(folders)):
+            return f"no config writes {path}"
+    return None
 
 
 def _problem_of_arguments(arguments: list[str]) -> str | None:
@@ -95,19 +188,26 @@ def _problem_of_arguments(arguments: list[str]) -> str | None:
     return None
 
 
-def _problem_of_download(arguments: list[str]) -> str | None:
-    try:
-        parse_arguments(arguments)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def _missing(name: str) -> str | None:
     return None if (ROOT / name.partition("::")[0]).exists() else f"{name} does not exist"
 
 
+_READERS = {
+    "train": _problem_of_arguments,
+    "doctor": _problem_of_arguments,
+    "tokenize": _of_tokenize,
+    "config": _of_config,
+    "convert": _of_convert,
+    "list": _of_list,
+    "download": _of_download,
+}
+
 ALL_COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
+COMMENTED = [
+    *(ROOT / name for name in ("run_llama_train.sh", "run_tests.sh", "multinode_trainer.slurm")),
+    *sorted((ROOT / "scripts").glob("*.py")),
+    *sorted((ROOT / "train_configs").glob("*.toml")),
+]
 
 
 @pytest.mark.parametrize(("page", "command"), ALL_COMMANDS)
@@ -126,6 +226,60 @@ def test_commands_are_found_and_can_be_wrong(monkeypatch: pytest.MonkeyPatch):
     assert problem_of("torchtitan download --repo_idd a/b")
     assert problem_of("python scripts/download_tokenizer.py --repo a/b")
     assert problem_of("python scripts/no_such.py")
+    assert problem_of("python scripts/bench_memory.py --devise cuda")
+    assert problem_of("torchtitan list model")
+    assert problem_of("torchtitan config copy llama3_9b my.toml")
+    assert problem_of("torchtitan config convert a.toml b.toml c.toml")
+    assert problem_of("torchtitan config show train_configs/debug_model.toml --training.stepz 5")
+    assert problem_of("torchtitan tokenize train_configs/debug_model.toml --workers 2")
+    assert problem_of("torchtitan convert dcp-to-torch outputs/checkpoint/step-5")
+    assert problem_of("torchtitan convert dcp-to-torch a b --dtype float8")
+    assert problem_of("pip install wandb && torchtitan tarin")
+    assert problem_of("tensorboard --logdir=./outputs/tensorboard")
+
+
+def test_every_word_is_read():
+    assert set(_READERS) == set(_WORDS)
+
+
+@pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.name)
+def test_commands_in_comments_work(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each of these files begins with how it, or its run, is started."""
+    monkeypatch.chdir(ROOT)
+    found = commands_in_comments(path)
+    assert found
+    assert [(command, problem_of(command)) for command in found if problem_of(command)] == []
+
+
+def test_commands_in_comments_are_found():
+    debug = commands_in_comments(ROOT / "train_configs" / "debug_4d.toml")
+    assert len(debug) == 2 and debug[1].endswith("--parallelism.pipeline_parallel_degree 1")
+    (bench,) = commands_in_comments(ROOT / "scripts" / "bench_memory.py")
+    assert bench == "python scripts/bench_memory.py --rounds 5 --steps 6 --device cpu"
+    slurm, *_ = commands_in_comments(ROOT / "multinode_trainer.slurm")
+    assert slurm.endswith("sbatch --nodes=32 multinode_trainer.slurm")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_toml_blocks_are_configs(page: Path, tmp_path: Path):
+    for text in blocks(page, "toml"):
+        path = tmp_path / "block.toml"
+        path.write_text(text)
+        assert load_config([str(path)]).notices == (), "a block is in today's keys"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_import_what_is_there(page: Path):
+    for text in blocks(page, "python"):
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_pages_have_blocks():
+    for language, page in (("toml", "memory.md"), ("python", "models.md")):
+        assert blocks(ROOT / "docs" / page, language)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -36,6 +36,7 @@ SYNTAX = [
     Bad("bom", [":1:1", "byte order mark"], b"\xef\xbb\xbf[training]\n"),
     Bad("not-utf-8", [":2:2", "is not UTF-8: byte 0xff"], b"[training]\n#\xff\n"),
     Bad("nul", [":2:2", "NUL byte"], b"[training]\n#\0\n"),
+    Bad("digits", ["a number that is too long"], "[training]\nsteps = " + "9" * 5_000),
     Bad("deep", ["nested too deeply"], "a = " + "[" * 20_000),
     Bad("duplicate-key", [":3:", "steps = 2", "keep one"], "[training]\nsteps = 1\nsteps = 2\n"),
     Bad("duplicate-table", [":2:", "[job]", "keep one of the two"], "[job]\n[job]\n"),
@@ -144,6 +145,43 @@ KEYS = [
         ["job.custom_import: looks like a secret"],
         section("job", 'custom_import = ["hf_abcdefghijklmnopqrstuvwxyz"]'),
     ),
+    Bad(
+        "secret-list-in-flag",
+        ["--data.sources: looks like a secret"],
+        arguments=["--data.sources", '[{path = "s3://me:hf_abcdefghijklmnopqrstuvwxyz@host/x"}]'],
+    ),
+    Bad(
+        "secret-half-a-list-in-flag",
+        ["--data.sources: looks like a secret"],
+        arguments=["--data.sources", '[{path = "hf_abcdefghijklmnopqrstuvwxyz"'],
+    ),
+    Bad(
+        "secret-file",
+        ["<hidden>: looks like a secret"],
+        arguments=["hf_abcdefghijklmnopqrstuvwxyz"],
+    ),
+    Bad(
+        "secret-number",
+        ["training.max_norm: looks like a secret", "needs a number"],
+        section("training", 'max_norm = "hf_abcdefghijklmnopqrstuvwxyz"'),
+    ),
+    Bad(
+        "secret-free-flag",
+        ["--handlers.mine.api_key: looks like a secret"],
+        arguments=["--handlers.mine.api_key", "abc"],
+    ),
+    Bad(
+        "secret-older-key",
+        ['fault_tolerance.semi_sync_method = "<hidden>"'],
+        section("fault_tolerance", 'semi_sync_method = "hf_abcdefghijklmnopqrstuvwxyz"'),
+    ),
+    Bad(
+        "older-setting-and-no-table",
+        ["handlers.float8 = 3", "needs a table"],
+        section("float8", "emulate = true"),
+        ["--handlers.float8", "3"],
+    ),
+    Bad("digits-flag", ["needs an integer"], arguments=["--training.steps", "9" * 5_000]),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 from cli_server import ROOT, CliServer
 
 import torchtitan
+from torchtitan import cli as command_line
 
 GOOD = ["--training.dataset=stdlib", "--training.seq_len=256"]
 
@@ -50,6 +51,13 @@ def cli() -> Iterator[CliServer]:
         (["list", "configs"], "debug_model"),
         (["doctor", "--help"], "usage: torchtitan doctor"),
         (["list"], "datasets:"),
+        (["list", "--help"], "usage: torchtitan list"),
+        (["list", "models", "--help"], "usage: torchtitan list"),
+        (["config", "copy", "--help"], "usage: torchtitan config"),
+        (["config", "show", "-h"], "usage: torchtitan config"),
+        (["convert", "dcp-to-torch", "--help"], "usage: torchtitan convert"),
+        (["download", "--help"], "--repo_id"),
+        (["tokenize", "--help"], "--output DIR"),
     ],
 )
 def test_words_work_without_torch(torchless: CliServer, arguments: list[str], expected: str):
@@ -90,11 +98,22 @@ def test_config_errors_are_told_without_torch(
     assert "Traceback" not in result.stderr
 
 
-def test_only_rank_0_tells(torchless: CliServer):
-    """But for what only one process can see, such as its own variables."""
-    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    result = torchless.run("train", "--training.steps=0", **launched)
-    assert (result.status, result.stderr) == (2, "")
+def test_rank_0_tells_unless_it_finds_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Other ranks wait, for the launcher to end them when it does."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        waited.append(seconds)
+
+    monkeypatch.setattr(command_line.time, "sleep", sleep)
+    assert command_line.main(["train", "--training.steps=0"]) == 2
+    assert len(waited) == 1 and waited[0] >= 30
+    assert "error: training.steps = 0" in capsys.readouterr().err
 
 
 def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, tmp_path: Path):
@@ -162,6 +181,12 @@ def test_check_prints_the_resolved_run(cli: CliServer, world_size: int):
     assert mesh in line
     assert "24 sequences of 256 tokens a step" in line
     assert f"on each rank in {12 // world_size} microbatches of 2; 24 lanes" in line
+
+
+def test_a_check_by_several_ranks_is_told_once(cli: CliServer):
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    result = cli.run("train", "--check", *GOOD, **launched)
+    assert (result.status, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_check_takes_absent_files_for_warnings_and_full_check_does_not(cli: CliServer):

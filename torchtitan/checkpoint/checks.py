@@ -14,13 +14,16 @@ from torchtitan.config.output_sections import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(r"config\.toml|run_status\.json|metrics(\.jsonl)?|wandb|previous-[0-9]+")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
 
 
 def check(facts: Facts) -> list[Problem]:
     """Problems of the section alone and with the other sections. Touches no file."""
     config, section = facts.config, facts.config.checkpoint
-    problems = []
+    problems = _path_problems("job.dump_folder", config.job.dump_folder)
+    if section.initial_load_path is not None:
+        problems += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
     if not _NAME.fullmatch(section.folder) or ".." in section.folder:
         text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
         fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
@@ -40,6 +43,17 @@ def check(facts: Facts) -> list[Problem]:
         problems.append(Problem("checkpoint.keep_latest_k", text, "use 2 or more, or 0 for all", 1))
     problems += setting_problems(section) + _save_problems(facts)
     return problems + _switch_problems(facts)
+
+
+def _path_problems(key: str, path: str) -> list[Problem]:
+    """What no file system has. `s3://...` would otherwise be a folder `s3:` in the current one."""
+    if not path or "\0" in path:
+        return [Problem(key, "is not a path", "give the path of a folder", path)]
+    if _URI.match(path):
+        text = "is a URI, and runs are written to, and read from, file systems only"
+        fix = "mount that storage, and give the path of a folder in it"
+        return [Problem(key, text, fix, path)]
+    return []
 
 
 def probe(facts: Facts) -> list[Problem]:

@@ -6,6 +6,7 @@ there is a whole one, wherever the process is killed. It may run on the main thr
 process group of its own, beside it.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.agreement import on_all, on_main
 from torchtitan.checkpoint.dcp_io import METADATA_NAME, StepWriter, check_metadata, describe_tensor
 from torchtitan.checkpoint.files import sync_folder
 from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_file, write_manifest
+from torchtitan.checkpoint.staging import num_local_bytes
 from torchtitan.checkpoint.steps_folder import (
     delete_old_steps,
     inspect_step,
@@ -113,7 +116,11 @@ class Commit:
         def write() -> dict[str, FileRecord]:
             writer = StepWriter(temporary)
             group = self.world.control_group
-            dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+            try:
+                dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+            except (Exception, CheckpointException) as error:
+                self._blame_a_full_disk(sum(map(num_local_bytes, tensors.values())), error)
+                raise
             self.on_site("ckpt.shard_written", step)
             records = {name: record_file(temporary / name) for name in self._own_files(temporary)}
             self.on_site("ckpt.hashed", step)
@@ -128,6 +135,13 @@ class Commit:
         for described in describe_on_all_ranks(self.world, tensors):
             descriptions.update(described)
         return files, descriptions
+
+    def _blame_a_full_disk(self, num_bytes: int, error: BaseException) -> None:
+        """torch's writer does not say it. `num_bytes` is this rank's share."""
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            reason = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:,.1f} MiB are free"
+            raise OSError(errno.ENOSPC, reason, str(self.folder)) from error
 
     def _own_files(self, temporary: Path) -> list[str]:
         own = sorted(path.name for path in temporary.glob(f"__{self.world.rank}_*.distcp"))

@@ -39,9 +39,7 @@ def probe(facts: Facts) -> list[Problem]:
     problems = []
     if metrics.enable_tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
-            problem = "the package tensorboard is not installed"
-            fix = "run `pip install tensorboard`, or set it to false"
-            problems.append(Problem("metrics.enable_tensorboard", problem, fix, value=True))
+            problems.append(_missing_package("metrics.enable_tensorboard", "tensorboard"))
         problems += _probe_folder(facts, "metrics.save_tb_folder", metrics.save_tb_folder)
     if profiling.enable_profiling:
         key = "profiling.save_traces_folder"
@@ -57,9 +55,7 @@ def probe(facts: Facts) -> list[Problem]:
 def _probe_wandb(facts: Facts) -> list[Problem]:
     """Without its package nothing would be logged, so that is an error; a login may still come."""
     if importlib.util.find_spec("wandb") is None:
-        problem = "the package wandb is not installed"
-        fix = "run `pip install wandb`, or set it to false"
-        return [Problem("metrics.enable_wandb", problem, fix, value=True)]
+        return [_missing_package("metrics.enable_wandb", "wandb")]
     problems, environment = _probe_folder(facts, "metrics.enable_wandb", "wandb"), read_wandb()
     if environment.mode is not None and environment.mode not in _WANDB_MODES:
         problem, fix = "is no mode of wandb's", f"set it to one of {', '.join(_WANDB_MODES[:4])}"
@@ -69,6 +65,13 @@ def _probe_wandb(facts: Facts) -> list[Problem]:
         problem = f"a project's name has up to 128 characters, and none of {_WANDB_NOT_IN_PROJECT}"
         problems.append(Problem("WANDB_PROJECT", problem, "shorten it to a plain name", project))
     return problems
+
+
+def _missing_package(key: str, package: str) -> Problem:
+    """The problem of a switch whose package is not there; the machine that trains may have it."""
+    problem = f"the package {package} is not installed"
+    fix = f"run `pip install {package}`, or set it to false"
+    return Problem(key, problem, fix, value=True, missing_asset=True)
 
 
 def group_index(section: Optimizer, name: str) -> int:
@@ -215,14 +218,22 @@ def _check_folders(facts: Facts) -> Iterator[Problem]:
 
 def _probe_folder(facts: Facts, key: str, name: str) -> list[Problem]:
     """Whether the folder is writable or could be made; creates nothing."""
-    folder = Path(facts.config.job.dump_folder).resolve() / name
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
+    dump_folder = Path(facts.config.job.dump_folder).expanduser()
+    if not facts.full and not os.path.lexists(dump_folder):
+        return []  # it will lie on another machine
+    existing = dump_folder.resolve() / name
+    try:
+        if dump_folder.exists() and not dump_folder.is_dir():
+            return []  # a problem of its own
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except OSError:  # a name that is too long; another one
+        return []
+    is_folder = existing.is_dir()
+    if not is_folder:
         problem, fix = f"{existing} is not a folder", "move that file away, or use another name"
     elif not os.access(existing, os.W_OK | os.X_OK):
         problem, fix = f"{existing} is not writable", "make it writable, or use another folder"
     else:
         return []
-    return [Problem(key, problem, fix, value=name)]
+    return [Problem(key, problem, fix, value=name, missing_asset=is_folder)]

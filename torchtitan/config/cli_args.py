@@ -17,7 +17,7 @@ from torchtitan.config.legacy import old_key
 from torchtitan.config.legacy_keys import NONE_MEANS
 from torchtitan.config.suggest import secret_problem, unknown_key
 from torchtitan.config.toml_text import toml_value
-from torchtitan.utils.redaction import holds_a_secret
+from torchtitan.utils.redaction import holds_a_secret, is_secret
 
 _BOOLEANS = {"true": True, "false": False}
 _NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "none")
@@ -104,7 +104,8 @@ def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str)
         try:
             value = toml_file.parse_value(text)
         except ValueError:
-            parsed.problems.append(Problem(flag, "is not TOML", _how_to_write(key), text))
+            problem = Problem(flag, "is not TOML", _how_to_write(key), text)
+            parsed.problems.append(secret_problem(flag) if holds_a_secret(text) else problem)
             return
         _set(parsed, key.name, value, flag)
     elif key.kind == "strings":
@@ -120,14 +121,12 @@ def _scalar(key: Key, text: str) -> Any:
         return None
     if key.kind == "bool":
         return _BOOLEANS.get(text.lower(), text)
-    if key.kind == "int" and _INTEGER.fullmatch(text):
-        return int(text)
-    if key.kind == "float":
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
+    try:
+        if key.kind == "int" and _INTEGER.fullmatch(text):
+            return int(text)
+        return float(text) if key.kind == "float" else text
+    except ValueError:  # no number, or one of thousands of digits, which Python refuses
+        return text
 
 
 def _take_free(
@@ -147,7 +146,7 @@ def _take_free(
 
 
 def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
-    if isinstance(value, str) and holds_a_secret(value):
+    if is_secret(name, value):
         parsed.problems.append(secret_problem(flag))
         return
     if name in parsed.values and parsed.values[name] != value:

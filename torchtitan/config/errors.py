@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchtitan.utils.redaction import without_secrets
+
 _UNSET = object()
 
 
@@ -33,7 +35,8 @@ class Problem:
         value = "" if self.value is _UNSET else f" = {_toml_like(self.value)}"
         fix = self.fix.rstrip(".")
         end = "" if fix.endswith("?") else "."
-        return f"{self.key}{value}: {self.problem.rstrip('. ')}. Fix: {fix}{end}"
+        text = f"{self.key}{value}: {self.problem.rstrip('. ')}. Fix: {fix}{end}"
+        return without_secrets(text)
 
 
 class ConfigError(ValueError):

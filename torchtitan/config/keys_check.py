@@ -14,7 +14,7 @@ from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.legacy import is_old_section
 from torchtitan.config.section import MAX_INT64
 from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
-from torchtitan.utils.redaction import holds_a_secret, names_a_secret
+from torchtitan.utils.redaction import is_secret, names_a_secret
 
 
 def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -106,12 +106,8 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
 
 
 def secrets_in(name: str, value: Any) -> Iterator[Problem]:
-    """A problem when a text, or a text in a list (of tables), has the shape of a token."""
-    items = value if isinstance(value, list) else [value]
-    texts = [
-        text for item in items for text in (item.values() if isinstance(item, dict) else [item])
-    ]
-    if any(isinstance(text, str) and holds_a_secret(text) for text in texts):
+    """A problem when a value, or anything in a list (of tables), looks like a secret."""
+    if is_secret("", value):
         yield secret_problem(name)
 
 

@@ -351,16 +351,20 @@ def _leave_out_unused(
     values: dict[str, Any], handlers: list[str], file: Translated, flags: Translated
 ) -> None:
     """Take out the settings, written in old keys, of handlers that are not used."""
+    settings = values.get("handlers", {})
+    if not isinstance(settings, dict):
+        return  # has its own problem
     for source in (file, flags):
         for target, name in list(source.names.items()):
             section, handler, *_ = target.split(".")
             if section != "handlers" or handler in handlers:
                 continue
             del source.notices[name], source.names[target]
-            table = values.get("handlers", {}).get(handler, {})
-            table.pop(target.rpartition(".")[2], None)
-            if not table:
-                values.get("handlers", {}).pop(handler, None)
+            table = settings.get(handler)
+            if isinstance(table, dict):
+                table.pop(target.rpartition(".")[2], None)
+            if table == {}:
+                del settings[handler]
 
 
 def _get(values: dict[str, Any], name: str) -> Any:

@@ -30,6 +30,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(f"{key}:{line}:{column}", message, fix)) from None
     except RecursionError:
         raise ConfigError(Problem(key, "is nested too deeply", "flatten the tables")) from None
+    except ValueError:  # Python's, of thousands of digits
+        fix = "write a smaller number"
+        raise ConfigError(Problem(key, "holds a number that is too long", fix)) from None
 
 
 def parse_value(text: str) -> Any:

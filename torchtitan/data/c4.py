@@ -66,7 +66,7 @@ def _layout(path: str, split: str, subset: str) -> str:
     inner = os.path.join(folder, subset)
     folder = inner if os.path.isdir(inner) else folder
     named = sorted(Path(folder).glob("c4-*.json*"))
-    if not named and split == "train":
+    if not named and split == "train" and next(Path(folder).rglob("c4-*.json*"), None) is None:
         return folder  # a part of C4 under other names
     if any(file.name.startswith(f"c4-{split}.") for file in named):
         return os.path.join(glob.escape(folder), f"c4-{split}.*.json*")

@@ -59,13 +59,14 @@ def _probe_tokenizer(facts: Facts, with_model: bool) -> list[Problem]:
     except ConfigError as error:
         return error.problems
     problems = _vocabulary_problems(facts, tokenizer.vocab_size) if with_model else []
-    if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False)) == _ROUND_TRIP:
+    back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
+    if back == _ROUND_TRIP:
         return problems
     return [
         *problems,
         Problem(
             KEY,
-            "does not give back the text that it encodes (tried letters, blanks and signs)",
+            f"does not give back the text that it encodes: {_ROUND_TRIP!r} comes back as {back!r}",
             "check that it suits your text; ignore this if it folds case or blanks on purpose",
             value=path,
             severity="warning",

@@ -27,6 +27,8 @@ SUFFIXES: dict[str, Kind] = {
 _TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
 _POINTER = b"version https://git-lfs"
 """How the file begins that stands for one which Git LFS has not fetched yet."""
+DAMAGED_FILE = "the compressed file is damaged"
+"""How the flaw of a row begins that is one of its file."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -108,9 +110,9 @@ class ZstdReader(io.RawIOBase):
 def corruption(error: Exception) -> str | None:
     """What is wrong with a compressed file that raised `error`; None for any other error."""
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return f"the compressed file is damaged or cut short ({error})"
+        return f"{DAMAGED_FILE} or cut short ({error})"
     if type(error).__name__ == "ZstdError":
-        return f"the compressed file is damaged ({error})"
+        return f"{DAMAGED_FILE} ({error})"
     return None
 
 
@@ -162,9 +164,12 @@ def _expand(path: str, kind: str) -> list[str]:
         paths = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
         if paths:
             return paths
-        where = os.path.abspath(expanded)
-        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
+    if "://" in path:
+        fix = 'mount that storage or copy the files; a dataset of the hub is named "hf:owner/name"'
+        raise _error(path, "is a URI, and files are read from file systems only", fix)
     where = os.path.abspath(expanded)
+    if glob.has_magic(expanded):
+        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
     raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
+from torchtitan.data.files import DAMAGED_FILE
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.registry import build_source
 
@@ -26,6 +27,7 @@ _PROBED_BYTES = 32 * 2**20
 _PROBED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
 
 
@@ -198,9 +200,13 @@ def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[P
         return [Problem(_key(facts), "the first rows hold no text", "give data with content")]
     where, reason = first
     if reason.column is None:
-        return [Problem(_key(facts), f"{where}: {reason}", _ROW_FIX)]
+        return [Problem(_key(facts), f"{where}: {reason}", _fix_of(str(reason)))]
     fix = "set it to the column that holds the text"
     return [Problem("data.text_column", f"{where}: {reason}", fix, value=reason.column)]
+
+
+def _fix_of(flaw: str) -> str:
+    return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
 
 
 def _probe_amount(facts: Facts, source: "FileSource") -> list[Problem]:
@@ -245,7 +251,8 @@ def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]"
             num_rows += 1
             if row.flaw and facts.config.data.on_bad_row == "error":
                 where = source.locate(Shard(index), row)
-                problems.append(Problem(_key(facts), f"{where}: {row.flaw}", _ROW_FIX))
+                problem, fix = f"{where}: {row.flaw}", _fix_of(str(row.flaw))
+                problems.append(Problem(_key(facts), problem, fix))
                 break
         if num_filled is not None:
             num_filled += min(num_rows, stride)

@@ -120,8 +120,11 @@ def _from_files(training: Training, data: Data) -> "Source":
 
     if training.dataset_path is None:
         raise ConfigError(missing_path(training.dataset))
-    if training.dataset == "auto" and is_token_folder(training.dataset_path):
-        return _tokens(training, data)
+    if is_token_folder(training.dataset_path):
+        if training.dataset == "auto":
+            return _tokens(training, data)
+        problem, fix = "holds tokens", 'set training.dataset = "tokens", or "auto"'
+        raise ConfigError(Problem("training.dataset_path", problem, fix, training.dataset_path))
     wanted = training.dataset
     assert wanted in ("auto", "json", "text", "parquet")
     kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]

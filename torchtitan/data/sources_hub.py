@@ -14,7 +14,7 @@ from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.hub_access import offline_if_unreachable
 from torchtitan.data.sources import Source
-from torchtitan.data.sources_torch import MapSource, StreamSource
+from torchtitan.data.sources_torch import MapSource, StreamSource, in_short
 
 _FORMATS = ("arrow", "cache", "csv", "json", "parquet", "text")
 """Names of the library's readers; `cache` is what it has prepared before."""
@@ -169,7 +169,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
 
     path = wanted.path
     causes = _causes(error)
-    text = _first_line(error)
+    text = in_short(error)
     key, missing = wanted.key, False
     value: str | None = wanted.value
 
@@ -229,8 +229,3 @@ def _causes(error: BaseException) -> list[BaseException]:
         causes.append(link)
         link = link.__cause__ or link.__context__
     return causes
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

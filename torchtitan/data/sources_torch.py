@@ -65,7 +65,7 @@ class MapSource(_DatasetSource):
         try:
             item = self.dataset[row.place]
         except Exception as error:
-            raise BadRow(f"reading it failed: {_in_short(error)}") from error
+            raise BadRow(f"reading it failed: {in_short(error)}") from error
         return read_document(item, self.column, self.max_document_bytes)
 
     def locate(self, shard: Shard, row: Row) -> str:
@@ -160,7 +160,7 @@ class _StreamRows(Iterator[Row]):
             raise
         except Exception as error:
             message = f"{self._name}: reading failed after {self._num_read} rows"
-            raise DataError(f"{message}: {_in_short(error)}") from error
+            raise DataError(f"{message}: {in_short(error)}") from error
 
 
 def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> Source:
@@ -209,6 +209,7 @@ def _size(item: Any, depth: int) -> int:
     return len(item) if hasattr(item, "__len__") else 8
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -162,10 +162,10 @@ def read_index(folder: Path) -> TokenIndex:
         counts = content.pop("counts")
         index = TokenIndex(**{**content, "shards": shards})
         damaged = counts["num_tokens"] != index.num_tokens
-    except (KeyError, TypeError) as error:
+        # Names become paths: what did not come from here must not lead elsewhere.
+        named = all(shard.name.isdigit() for shard in shards)
+    except (KeyError, TypeError, AttributeError) as error:
         raise TokenFileError(f"{file} is damaged: {error}") from None
-    # Names become paths: what did not come from here must not lead elsewhere.
-    named = all(shard.name.isdigit() for shard in shards)
     if damaged or not named or index.dtype not in ("uint16", "uint32"):
         raise TokenFileError(f"{file} is damaged")
     return index

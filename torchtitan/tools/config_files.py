@@ -53,7 +53,11 @@ def copy(name: str, file: str) -> int:
     if stem not in known:
         fix = did_you_mean(stem, known)
         raise ConfigError(Problem(f"config copy {name}", "is no config of this library", fix))
-    target = _write(Path(file), known[stem].read_text(encoding="utf-8"), f"{stem}.toml")
+    target = Path(file).expanduser()
+    target = target / f"{stem}.toml" if target.is_dir() else target
+    text = known[stem].read_text(encoding="utf-8")
+    # Its comments say how to start it, by its name.
+    _write(target, text.replace(f"{_FOLDER}/{stem}.toml", str(target)))
     start = f"torchtitan train {target}"
     if (_CLONE / "run_llama_train.sh").is_file():
         start = f"CONFIG_FILE={target} ./run_llama_train.sh"
@@ -70,7 +74,9 @@ def convert(old: str, new: str | None) -> int:
     if new is None:
         print(text, end="")
     else:
-        target = _write(Path(new), text, Path(old).name)
+        target = Path(new).expanduser()
+        target = target / Path(old).name if target.is_dir() else target
+        _write(target, text)
         print(f"wrote {target}; comments were not carried over")
     return 0
 
@@ -87,11 +93,8 @@ def _today(loaded: LoadedConfig, old: str) -> str:
     return f"{comment}\n# not carried over\n\n{tomli_w.dumps(ordered)}"
 
 
-def _write(path: Path, text: str, default_name: str) -> Path:
-    """Write a file that must not exist yet; in a folder, under the default name."""
-    path = path.expanduser()
-    if path.is_dir():
-        path = path / default_name
+def _write(path: Path, text: str) -> None:
+    """Write a file that must not exist yet."""
     file = None
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -105,4 +108,3 @@ def _write(path: Path, text: str, default_name: str) -> Path:
         fix = "write to a folder that exists and is yours"
         problem = f"cannot be written: {error.strerror}"
         raise ConfigError(Problem(str(path), problem, fix)) from None
-    return path

@@ -27,7 +27,7 @@ USAGE = """usage: torchtitan config show FILE [--section.key value ...]
 
 def run(argv: list[str]) -> int:
     """Print what the first argument names; exit status 0."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
     word, *rest = argv

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.suggest import did_you_mean
 
@@ -43,6 +44,9 @@ def _dcp_to_torch(argv: list[str]) -> None:
         text = "is not a folder" if folder.exists() else "does not exist"
         fix = "name the folder of a checkpoint, such as outputs/checkpoint/step-1000"
         problems.append(Problem("FOLDER", text, fix, str(folder)))
+    elif (steps := step_folders(folder)) and not (folder / ".metadata").exists():
+        fix = f"name one, such as {folder / step_name(steps[-1])}"
+        problems.append(Problem("FOLDER", "holds several checkpoints", fix, str(folder)))
     if os.path.lexists(file):
         problems.append(
             Problem("FILE", "is there already", "remove it, or choose another name", str(file))

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     for name in wanted:
         _ask(options, partial(_download_file, name, folder))
         print(f"wrote {folder / name}")
-    tokenizer = next((folder / name for name in wanted if name.endswith(_TOKENIZER)), None)
+    tokenizer = next((folder / name for name in wanted if _is_tokenizer(name)), None)
     if tokenizer is not None:
         path = tokenizer.parent.as_posix()
         print(f'{build_tokenizer(path).vocab_size:,} tokens; set model.tokenizer_path = "{path}"')
@@ -131,7 +131,7 @@ def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
     if any(name in names for name in looked_for):
         beside = [prefix + name for name in _BESIDE_IT]
         return [name for name in (*looked_for, *beside) if name in names]
-    elsewhere = [name for name in names if name.endswith(_TOKENIZER)]
+    elsewhere = [name for name in names if _is_tokenizer(name)]
     fix = "use the repository of another form of the model"
     if elsewhere:
         folders = sorted({name.rpartition("/")[0] for name in elsewhere})
@@ -139,6 +139,10 @@ def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
         fix = f"it has {', '.join(elsewhere)}: call this {' or '.join(flags)}"
     problem = f"has no tokenizer there; looked for {', '.join(looked_for)}"
     raise ConfigError(Problem("--repo_id", problem, fix, options.repo_id))
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.rpartition("/")[2] in _TOKENIZER
 
 
 def _chosen_assets(names: list[str], options: argparse.Namespace) -> list[str]:

@@ -11,13 +11,23 @@ from torchtitan.config.suggest import did_you_mean
 
 Rows = list[tuple[str, str]]
 _FLAG = f"--{CUSTOM_IMPORT}"
+USAGE = f"""usage: torchtitan list [NAME ...] [{_FLAG} MODULE ...]
+
+Names that a config may use, one a line, with a phrase each, and from whom where they are not built
+in; with what MODULE registers, too. Without NAME, all of these:
+
+  configs      the TOMLs that come with the library; `torchtitan config copy` takes their names
+  models       model.name, with the choices of model.flavor
+  datasets     training.dataset
+  tokenizers   model.tokenizer_path
+  optimizers   optimizer.name, with the settings
+  handlers     model.handlers, with the settings of [handlers.NAME]"""
 
 
 def run(argv: list[str]) -> int:
     """Print the names, one a line, with a phrase each."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: torchtitan list [{' | '.join(_LISTS)}] [{_FLAG} MODULE ...]")
-        print("Lists what a config may name; with what MODULE registers, too.")
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
         return 0
     wanted, modules = _split(argv)
     unknown = [name for name in wanted if name not in _LISTS]

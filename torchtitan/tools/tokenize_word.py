@@ -206,7 +206,8 @@ def _summary(job: TokenizeJob, index: TokenIndex, checked: bool) -> str:
         f"{job.folder} is {state}: {index.num_tokens:,} tokens of {index.num_documents:,} documents"
         f"{skipped}, {len(index.shards)} shards of {index.dtype}, {gib:.3g} GiB, for"
         f" {index.num_lanes} data lanes.\n"
-        f"Train on it: --training.dataset_path {job.folder} --data.lanes {index.num_lanes}"
+        f"Train on it: --training.dataset tokens --training.dataset_path {job.folder}"
+        f" --data.lanes {index.num_lanes}"
     )
 
 
@@ -247,7 +248,8 @@ def _split(argv: list[str]) -> tuple[_Options, list[str]]:
 def _number(flag: str, text: str | None, default: int, problems: list[Problem]) -> int:
     if text is None:
         return default
-    if not text.isdecimal() or int(text) == 0:
-        problems.append(Problem(flag, "is not a whole number above 0", f"write `{flag} 4`", text))
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        problem = "is not a whole number from 1 to 999999999"
+        problems.append(Problem(flag, problem, f"write `{flag} 4`", text))
         return default
     return int(text)

@@ -73,8 +73,10 @@ def tell_notices(loaded: LoadedConfig) -> None:
 def _check(loaded: LoadedConfig, full: bool) -> int:
     """All phases for the world size in the environment; prints one line when nothing is wrong."""
     facts = _facts_of_a_look(loaded, _read(env.read_world_size), full)
-    preflight.require(facts)
-    print(summary(facts))
+    quiet = env.is_quiet_rank()
+    preflight.require(facts, quiet=quiet)
+    if not quiet:
+        print(summary(facts))
     return DONE
 
 

@@ -38,6 +38,18 @@ def holds_a_secret(text: str) -> bool:
     return bool(_SECRET_VALUE.search(text))
 
 
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a setting looks like a secret, or anything does in the tables and lists that it is
+    made of: by its name, or by its value."""
+    if names_a_secret(key):
+        return True
+    if isinstance(value, Mapping):
+        return any(is_secret(str(name), item) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return any(is_secret("", item) for item in value)
+    return isinstance(value, str) and holds_a_secret(value)
+
+
 def redact_tree(value: Any) -> Any:
     """A copy of nested tables and lists, as JSON holds them, with what looks like a secret, or is
     kept under a name like a secret's, hidden."""
@@ -51,7 +63,11 @@ def redact_tree(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def without_secrets(text: str) -> str:
+    """`text` with values of the shape of a well-known kind of token hidden."""
+    return _SECRET_VALUE.sub(HIDDEN, text)
+
+
 def redact(text: str) -> str:
     """`text` with token-shaped values, and whatever is assigned to secret-looking names, hidden."""
-    text = _SECRET_VALUE.sub(HIDDEN, text)
-    return _ASSIGNMENT.sub(lambda match: match.group(1) + HIDDEN, text)
+    return _ASSIGNMENT.sub(lambda match: match.group(1) + HIDDEN, without_secrets(text))

@@ -48,6 +48,18 @@ def test_folder_name(name: str) -> None:
     only(check(facts(folder=name)), "checkpoint.folder", "is not a plain name")
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("", "is not a path"), ("a\0b", "is not a path"), ("s3://bucket/run", "is a URI")],
+)
+def test_paths_of_no_file_system(path: str, text: str) -> None:
+    only(check(facts(initial_load_path=path)), "checkpoint.initial_load_path", text)
+    asked = facts()
+    job = asked.config.job.model_copy(update={"dump_folder": path})
+    asked = replace(asked, config=asked.config.model_copy(update={"job": job}))
+    only(check(asked), "job.dump_folder", text)
+
+
 @pytest.mark.parametrize("name", ["tb", "profile_trace", "config.toml", "previous-3"])
 def test_folder_name_taken(name: str) -> None:
     only(check(facts(folder=name)), "checkpoint.folder", "something else in the run folder")

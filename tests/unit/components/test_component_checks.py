@@ -1,5 +1,6 @@
 """Settings that cannot work together, and folders that cannot be written."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -122,14 +123,13 @@ def test_folders_must_differ() -> None:
     assert "checkpoint.folder" in problem.problem
 
 
-def probed(dump_folder: Path) -> list[Problem]:
-    return probe(
-        facts(
-            job={"dump_folder": str(dump_folder)},
-            metrics={"enable_tensorboard": True},
-            profiling={"enable_profiling": True, "enable_memory_snapshot": True},
-        )
+def probed(dump_folder: Path, full: bool = True) -> list[Problem]:
+    asked = facts(
+        job={"dump_folder": str(dump_folder)},
+        metrics={"enable_tensorboard": True},
+        profiling={"enable_profiling": True, "enable_memory_snapshot": True},
     )
+    return probe(replace(asked, full=full))
 
 
 def test_probe_creates_nothing_and_accepts_a_writable_folder(tmp_path: Path) -> None:
@@ -141,6 +141,22 @@ def test_probe_finds_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "tb").write_text("in the way")
     problem = only(probed(tmp_path), "metrics.save_tb_folder")
     assert problem.problem == f"{tmp_path / 'tb'} is not a folder"
+
+
+def test_a_dump_folder_that_is_none_is_told_once(tmp_path: Path) -> None:
+    """By the checks of the run folder."""
+    (tmp_path / "file").write_text("")
+    assert probed(tmp_path / "file") == probed(tmp_path / ("x" * 300)) == []
+
+
+def test_probe_looks_where_the_run_will_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tb").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    problem = only(probed(Path("~/runs")), "metrics.save_tb_folder")
+    assert problem.problem == f"{tmp_path / 'runs' / 'tb'} is not a folder"
 
 
 def test_probe_finds_a_folder_that_is_not_writable() -> None:
@@ -162,6 +178,29 @@ def test_probe_finds_a_folder_that_is_not_writable() -> None:
                 os._exit(2)
         assert os.waitpid(child, 0)[1] == 0
         os.chmod(folder, 0o755)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tb").write_text("in the way")
+    problem = only(probed(Path("~/run")), "metrics.save_tb_folder")
+    assert problem.problem == f"{tmp_path / 'run' / 'tb'} is not a folder"
+
+
+def test_a_check_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its folders nor its packages need be here."""
+    (tmp_path / "file").write_text("")
+    assert probed(tmp_path / "file" / "run") != []
+    assert probed(tmp_path / "file" / "run", full=False) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert all(problem.missing_asset for problem in probed(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    switches = {"enable_tensorboard": True, "enable_wandb": True}
+    absent = probe(facts(job={"dump_folder": str(tmp_path / "run")}, metrics=switches))
+    absent = [problem for problem in absent if "is not installed" in problem.problem]
+    assert [problem.key for problem in absent] == [f"metrics.{name}" for name in switches]
+    assert all(problem.missing_asset for problem in absent)
 
 
 def test_patterns_are_matched_with_the_model() -> None:

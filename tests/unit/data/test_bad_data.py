@@ -92,7 +92,7 @@ def test_row_50_round_trip(tmp_path):
     library.normalizer = normalizers.Lowercase()
     library.save(str(tmp_path / "tokenizer.json"))
     problem = only(probe(facts_for(data, model__tokenizer_path=str(tmp_path))))
-    assert problem.severity == "warning" and "give back the text" in problem.problem
+    assert problem.severity == "warning" and "comes back as" in problem.problem
 
 
 def test_tokenizer_that_the_model_does_not_fit(tmp_path):
@@ -293,7 +293,7 @@ def test_row_58_truncated(tmp_path, form, damage):
     file = tmp_path / f"a.jsonl.{form}"
     file.write_bytes(broken)
     problem = only(probe(facts_for(file, lanes=2)))
-    assert f"a.jsonl.{form}" in problem.problem and "damaged" in problem.problem
+    assert f"a.jsonl.{form}" in problem.problem and "fetch the file" in problem.fix
     # Before a checksum fails, damaged content may already fail to be JSON.
     with pytest.raises(DataError, match=rf"a\.jsonl\.{form}:.*(damaged|invalid)"):
         read_all(file)

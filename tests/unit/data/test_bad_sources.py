@@ -134,6 +134,13 @@ def test_rows_54_and_55_parquet(tmp_path):
     assert "does not say" in only(probe(facts_for(tmp_path / "c.parquet.gz"))).problem
 
 
+@pytest.mark.parametrize("path", ["s3://bucket/*.jsonl", "https://host/a.jsonl"])
+def test_row_54_files_of_no_file_system(path):
+    problem = only(probe(facts_for(path)))
+    assert "is a URI" in problem.problem and "mount that storage" in problem.fix
+    assert not problem.missing_asset, "no machine has it"
+
+
 def test_file_that_git_lfs_has_not_fetched(tmp_path):
     for name in ("a.parquet", "b.json.gz"):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -174,6 +181,11 @@ def test_c4_reads_its_splits_from_a_clone(tmp_path):
     assert files_of("c4", english.parent, subset="realnewslike") == ["c4-train.000"]
     assert files_of("c4_validation", english.parent) == ["c4-validatio"]
     assert files_of("c4_test", None) == files_of("c4_mini", None) == ["c4-train.000"] * 4
+    # A subset that is not there: neither those that are, nor their validation splits.
+    problem = only(
+        probe(facts_for(english.parent, training__dataset="c4", data__subset="multilingual"))
+    )
+    assert "c4-train.*.json.gz, nor does multilingual/ in it" in problem.problem
     (english / "c4-validation.00000-of-00001.json.gz").unlink()
     problem = only(probe(facts_for(english.parent, training__dataset="c4_validation")))
     assert "c4-validation.*.json.gz" in problem.problem and problem.missing_asset

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from data_runs import Run, make_config
 from test_bad_data import facts_for
 
@@ -59,20 +60,19 @@ def test_row_64_another_limit_on_documents_is_other_data_where_it_cuts_text_anew
         assert fingerprint(path, 64.0) == fingerprint(path, 1.0) != fingerprint(path, 1e-3), path
 
 
-def test_text_is_cut_at_line_ends_however_far_they_are(tmp_path):
-    """Else at a blank, else anywhere; the search for a line end is 64 KiB long."""
-    cases = {10_000: "\n", 60_000: "\n", 70_000: " ", 90_000: ""}
-    for length, end in cases.items():
-        line = "x" * (length - 30) + (" " if end else "x") + "y" * 28 + "\n"
-        (tmp_path / "a.txt").write_text(line * 40)
-        _, files = find_files(str(tmp_path), "text")
-        size = files[0].size // 16
-        shards = cut_text(files, [0], size)
-        assert len(shards) == 16 and shards[-1].end == files[0].size
-        content = (tmp_path / "a.txt").read_bytes().decode()
-        ends = {content[shard.end - 1] for shard in shards[:-1]}
-        assert (end in ends) if end else "x" in ends, length
-        assert length > 2**16 or ends == {"\n"}
+@pytest.mark.parametrize(
+    ("line", "ends"),
+    [("x" * 10_000 + "\n", "\n"), (("x" * 9_999 + " ") * 30 + "\n", " \n"), ("x" * 300_000, "x")],
+    ids=["line ends", "blanks", "anywhere"],
+)
+def test_text_is_cut_where_it_hurts_least(tmp_path, line, ends):
+    """At a line end within 64 KiB, else at a blank, else anywhere."""
+    content = line * (4_000_000 // len(line))
+    (tmp_path / "a.txt").write_text(content)
+    _, files = find_files(str(tmp_path), "text")
+    shards = cut_text(files, [0], files[0].size // 16)
+    assert len(shards) == 16 and shards[-1].end == len(content)
+    assert {content[shard.end - 1] for shard in shards[:-1]} == {*ends}
 
 
 def test_blocks_do_not_depend_on_the_limit_on_documents(tmp_path, monkeypatch):

@@ -224,7 +224,9 @@ def test_finished_is_checked(text, tokens, capsys):
     capsys.readouterr()
     before = contents(tokens)
     assert tokenize(text, tokens) == 0
-    assert "complete already, and every file is whole" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "complete already, and every file is whole" in out
+    assert f"--training.dataset tokens --training.dataset_path {tokens} --data.lanes 4" in out
     assert contents(tokens) == before
     flip(tokens / "00002.bin", 7)
     assert tokenize(text, tokens) == 2
@@ -261,6 +263,7 @@ DAMAGES = {
     "unknown": (lambda d: edit_index(d, more=1), "index.json is damaged"),
     "dtype": (lambda d: edit_index(d, dtype="object"), "index.json is damaged"),
     "shards": (lambda d: edit_index(d, shards=[]), "index.json is damaged"),
+    "no shard": (lambda d: edit_index(d, shards=[{"pieces": [0]}]), "index.json is damaged"),
 }
 
 
@@ -274,9 +277,10 @@ def test_row_58_damage_is_found_before_the_start(tokens, name):
     assert problem.value == str(tokens) and not problem.missing_asset
 
 
-def test_index_leads_nowhere_else(tokens):
+@pytest.mark.parametrize("name", ["../00000", 0])
+def test_index_leads_nowhere_else(tokens, name):
     index = json.loads((tokens / "index.json").read_text())
-    index["shards"][0]["name"] = "../00000"
+    index["shards"][0]["name"] = name
     (tokens / "index.json").write_text(json.dumps(index))
     assert "index.json is damaged" in only(probe(facts_for(tokens))).problem
 
@@ -292,6 +296,12 @@ def test_not_a_folder_of_tokens(tmp_path):
     assert "is not an index of tokens" in problem.problem
     # Any file may be called so.
     assert build_source(facts_for(tmp_path).config.training, facts_for(tmp_path).config.data).files
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "parquet"])
+def test_tokens_are_not_taken_for_other_data(tokens, kind):
+    problem = only(probe(facts_for(tokens, lanes=4, training__dataset=kind)))
+    assert problem.key == "training.dataset_path" and problem.problem == "holds tokens"
 
 
 def test_tokens_of_another_tokenizer(tokens, tmp_path):

@@ -147,6 +147,7 @@ class Freeze:
         norm = model.get_parameter(self.name).full_tensor()
         print("NORM", norm.mean().item(), flush=True)
         print("DETERMINISTIC", torch.are_deterministic_algorithms_enabled(), flush=True)
+        print("WARNS", torch.is_deterministic_algorithms_warn_only_enabled(), flush=True)
         print("THREADS", torch.get_num_threads(), flush=True)
 """
 
@@ -174,8 +175,10 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
     first = output("--training.steps=2", "--lr_scheduler.warmup_steps=1")
     assert "CALLS convert loaded pre post pre post" in first
     assert "NORM 1.0\n" in first
-    assert "DETERMINISTIC True" in first
+    assert "DETERMINISTIC True" in first and "WARNS False" in first
     assert "THREADS 3" in first
-    resumed = output("--training.steps=3", "--lr_scheduler.warmup_steps=1")
+    more = ("--training.steps=3", "--lr_scheduler.warmup_steps=1")
+    resumed = output(*more, "--debug.deterministic_warn_only")
+    assert "DETERMINISTIC True" in resumed and "WARNS True" in resumed
     assert "NORM 1.0\n" in resumed
     assert "CALLS convert loaded pre post\n" in resumed

@@ -99,3 +99,28 @@ def test_gradients_are_the_same_bits(mode: str) -> None:
         for block, expected in zip(other, plain, strict=True):
             for parameter, same in zip(block.parameters(), expected.parameters(), strict=True):
                 assert torch.equal(parameter.grad, same.grad)  # type: ignore[arg-type]
+
+
+class Noise(nn.Module):
+    """As dropout, it draws random numbers in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand_like(x) * self.weight
+
+
+@pytest.mark.parametrize("option", ["op", "1"])
+@pytest.mark.parametrize("preserve", [True, False])
+def test_a_recomputation_draws_the_same_random_numbers(option: str, preserve: bool) -> None:
+    block = Noise()
+    section = ActivationCheckpoint(
+        mode="selective", selective_ac_option=option, preserve_rng_state=preserve
+    )
+    apply_activation_checkpoint({"layers.0": block}, section)
+    out = block(torch.ones(64)).sum()
+    out.backward()
+    expected = out.detach() / block.weight.detach()  # the sum of the numbers of the forward
+    assert torch.isclose(block.weight.grad, expected).item() is preserve  # type: ignore[arg-type]

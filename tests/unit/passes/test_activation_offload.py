@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from torchtitan.config.model_sections import ActivationCheckpoint
 from torchtitan.passes import activation_offload
@@ -115,14 +116,22 @@ def test_each_tensor_of_a_block_is_copied_once_and_nothing_else_is(
     del loss
 
 
-def test_a_block_mask_is_not_copied() -> None:
-    """FlexAttention keeps its tensors for the backward, and all blocks share them."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def test_a_mask_of_blocks_is_not_copied() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+            return x * mask.kv_indices[0, 0]
 
-    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 8192, 8192, device="cpu")
-    found = [tensor.data_ptr() for tensor in activation_offload._tensors([{"mask": mask}])]
-    kept = [value for value in vars(mask).values() if isinstance(value, torch.Tensor)]
-    assert len(kept) > 4 and {tensor.data_ptr() for tensor in kept} <= {*found}
+    def causal(_b: Any, _h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= key
+
+    mask = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=2)
+    x = torch.randn(LENGTH // 2, LENGTH // 2, requires_grad=True)
+    assert mask.kv_indices.nbytes >= activation_offload.SMALLEST_BYTES
+    block = Masked()
+    offload = apply_activation_offload({"layers.0": block}, CPU)
+    result = block(x, mask)
+    assert offload._waiting == []
+    del result
 
 
 def test_what_checkpointing_does_not_keep_is_not_copied() -> None:

@@ -27,7 +27,9 @@ def problem_of(*arguments: str) -> str:
 def test_a_copy_is_the_shipped_file(tmp_path: Path, capsys):
     path = tmp_path / "mine.toml"
     assert config_words.run(["copy", "llama3_8b", str(path)]) == 0
-    assert path.read_bytes() == config_files.shipped_configs()["llama3_8b"].read_bytes()
+    shipped = config_files.shipped_configs()["llama3_8b"].read_text()
+    assert path.read_text() == shipped.replace("train_configs/llama3_8b.toml", str(path))
+    assert path.read_text().startswith(f"# CONFIG_FILE={path} ./run_llama_train.sh")
     assert f"CONFIG_FILE={path} ./run_llama_train.sh" in capsys.readouterr().out
 
 
@@ -93,7 +95,8 @@ def test_an_installed_wheel_has_them(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "torchtitan train mine.toml" in done.stdout
     shipped = config_files.shipped_configs()
-    assert (tmp_path / "mine.toml").read_bytes() == shipped["llama3_8b"].read_bytes()
+    text = shipped["llama3_8b"].read_text().replace("train_configs/llama3_8b.toml", "mine.toml")
+    assert (tmp_path / "mine.toml").read_text() == text
     installed = (prefix / "share" / "torchtitan" / "train_configs").glob("*.toml")
     assert {path.stem for path in installed} == set(shipped)
 
@@ -148,6 +151,14 @@ def test_lists(capsys):
     list_words.run(["optimizers"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(known_keys()["optimizer.name"].choices)
+
+
+def test_the_help_has_every_list(capsys):
+    assert list_words.run(["--help"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    list_words.run([])
+    lists = [line for line in capsys.readouterr().out.splitlines() if line[:1] != " "]
+    assert lists == [f"{name}:" for name in rows]
 
 
 def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):

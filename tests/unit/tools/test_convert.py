@@ -118,6 +118,7 @@ def test_bad_arguments(step: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     cases = {
         (): "needs a folder and a file, and got 0 names",
         (str(step[0]), str(tmp_path / "there.pt")): "is there already",
+        (str(step[0].parent), new): f"holds several checkpoints. Fix: name one, such as {step[0]}",
         (str(tmp_path / "gone"), new): "does not exist",
         (str(tmp_path / "there.pt"), new): "is not a folder",
         (str(step[0]), str(tmp_path / "no" / "new.pt")): "a folder that does not exist",

@@ -35,6 +35,7 @@ REPOSITORIES = {
     "mine/open": Repository({"tokenizer.json": JSON, "tokenizer_config.json": CONFIG}),
     "mine/nested": Repository({"original/tokenizer.model": TIKTOKEN, "weights.bin": b""}),
     "mine/weights": Repository({"model.safetensors": b"", "vocab.txt": b""}),
+    "mine/similar": Repository({"my_tokenizer.json": b"{}", "old/other_tokenizer.model": b""}),
 }
 LLAMA = "--repo_id=meta-llama/Meta-Llama-3-8B"
 
@@ -146,6 +147,11 @@ REFUSED = {
         ["--repo_id=mine/weights"],
         {},
         ["has no tokenizer there; looked for tokenizer.json, tokenizer.model"],
+    ),
+    "no-tokenizer-but-similar-names": (
+        ["--repo_id=mine/similar"],
+        {},
+        ["has no tokenizer there", "use the repository of another form of the model"],
     ),
     "tokenizer-elsewhere": (
         ["--repo_id=mine/nested"],

@@ -3,7 +3,13 @@
 import pytest
 
 from torchtitan.config.fields import known_keys
-from torchtitan.utils.redaction import holds_a_secret, names_a_secret, redact, redact_tree
+from torchtitan.utils.redaction import (
+    holds_a_secret,
+    is_secret,
+    names_a_secret,
+    redact,
+    redact_tree,
+)
 
 HF = "hf_" + "aB3" * 10
 
@@ -30,6 +36,14 @@ def test_names(key: str):
 @pytest.mark.parametrize("key", ["tokenizer_path", "num_tokens_seen", "keep_latest_k", "monkey"])
 def test_names_of_other_things(key: str):
     assert not names_a_secret(key)
+
+
+def test_secrets_are_found_in_tables_and_lists():
+    for value in (HF, [HF], [{"path": f"s3://me:{HF}@host"}], {"a": {"token": 1}}, [["x", [HF]]]):
+        assert is_secret("key", value)
+    assert is_secret("handlers.mine.api_key", "abc")
+    for value in ("text", 4, None, [{"path": "s3://host"}], {"a": {"tokenizer": "b"}}):
+        assert not is_secret("key", value)
 
 
 def test_no_setting_is_called_like_a_secret():

@@ -1,0 +1,68 @@
+"""Whether weights to start from fit the model is known before anything starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from folders import make_config
+
+from torchtitan.checkpoint.model_checks import probe
+from torchtitan.config.facts import Facts
+from torchtitan.models.registry import get_family
+
+ARGS = {"n_layers": 2, "dim": 32, "n_heads": 4}
+
+
+def save_weights(folder: Path, **more: Any) -> None:
+    """Weights of a model of `ARGS`, with the vocabulary of bytes."""
+    args = get_family("llama3").resolve_args("debugmodel", {**ARGS, **more}, 264)
+    with torch.device("meta"):
+        model = get_family("llama3").build(args)
+    weights = {
+        name: torch.zeros(t.shape, dtype=torch.bfloat16) for name, t in model.state_dict().items()
+    }
+    dcp.save(weights, checkpoint_id=folder, no_dist=True)
+
+
+def told(folder: Path, args: dict[str, Any], **model: Any) -> str:
+    config = make_config(
+        folder.parent / "run",
+        checkpoint={"initial_load_path": str(folder)},
+        model={"args": args, **model},
+    )
+    return "\n".join(str(problem) for problem in probe(Facts(config, 1, "cpu")))
+
+
+def test_weights_that_fit(tmp_path: Path) -> None:
+    """The vocabulary is the tokenizer's, and number formats are converted."""
+    save_weights(tmp_path / "weights")
+    assert told(tmp_path / "weights", ARGS) == ""
+    assert told(tmp_path / "weights", ARGS | {"vocab_size": 264}) == ""
+    assert told(tmp_path / "weights", ARGS, handlers=["compile"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dim": 64}, "is bfloat16 [264, 32] in it, bfloat16 [264, 64] in the run"),
+        ({"n_layers": 3}, "layers.2.attention.wk.weight is not in it"),
+        ({"n_layers": 1}, "layers.1.attention.wk.weight is only in it"),
+        ({"vocab_size": 300}, "is bfloat16 [264, 32] in it, bfloat16 [300, 32] in the run"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_weights_of_another_model(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    save_weights(tmp_path / "weights")
+    text = told(tmp_path / "weights", ARGS | change)
+    assert text.startswith(f'checkpoint.initial_load_path = "{tmp_path / "weights"}": does not fit')
+    assert words in text and "Fix: choose another checkpoint, or the flavor" in text
+
+
+def test_what_is_not_looked_at(tmp_path: Path) -> None:
+    """A handler may add parameters; a damaged folder is told as such."""
+    save_weights(tmp_path / "weights")
+    assert told(tmp_path / "weights", ARGS | {"dim": 64}, handlers=["own"]) == ""
+    (tmp_path / "weights" / ".metadata").write_bytes(b"no pickle")
+    assert "is damaged" in told(tmp_path / "weights", ARGS)
