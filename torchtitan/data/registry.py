@@ -46,7 +46,9 @@ def _entry(name: str, thing: Any) -> DatasetEntry:
     """What is registered under `name`, if it is one. Raises TypeError."""
     if isinstance(thing, DatasetEntry):
         if thing.name != name:
-            raise TypeError(f"the dataset calls itself {thing.name!r}, and its entry point {name!r}")
+            raise TypeError(
+                f"the dataset calls itself {thing.name!r}, and its entry point {name!r}"
+            )
         return thing
     if not callable(thing):
         raise TypeError(f"the dataset {name} is neither a function nor a DatasetEntry")

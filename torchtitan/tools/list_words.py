@@ -93,6 +93,12 @@ def _handlers() -> Rows:
     return rows_of(HANDLERS, lambda entry: _settings(entry.settings))
 
 
+def _losses() -> Rows:
+    from torchtitan.components.loss_registry import LOSSES
+
+    return rows_of(LOSSES, lambda entry: _settings(entry.settings))
+
+
 def _settings(section: type) -> str:
     return f"settings: {', '.join(section.model_fields) or 'none'}"  # type: ignore[attr-defined]
 
@@ -119,4 +125,5 @@ _LISTS: dict[str, Callable[[], Rows]] = {
     "tokenizers": _tokenizers,
     "optimizers": _optimizers,
     "handlers": _handlers,
+    "losses": _losses,
 }
