@@ -19,8 +19,8 @@ import subprocess
 import sys
 import time
 
-PASSES = 5
-WARMUP_PASSES = 2
+PASSES = 3
+WARMUP_PASSES = 1
 REGULARISED = {"z_loss_weight": 1e-4, "label_smoothing": 0.1}
 LOSSES = ("cross entropy", "with z-loss and smoothing", "by autograd")
 
@@ -47,6 +47,7 @@ def main() -> None:
             words = [sys.executable, *sys.argv, f"--one={','.join(kind)}"]
             done = subprocess.run(words, check=True, capture_output=True, text=True)
             found[kind].append(tuple(json.loads(done.stdout)))
+            print(*kind, *found[kind][-1], file=sys.stderr)
     print("| loss | chunks | seconds | peak memory, GiB |\n|---|---:|---:|---:|")
     for (name, chunks), values in found.items():
         seconds, gib = (statistics.median(column) for column in zip(*values))

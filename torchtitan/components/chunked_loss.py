@@ -131,6 +131,7 @@ class _InChunks(torch.autograd.Function):
                 grad_weight = (
                     product.to(dtype) if grad_weight is None else grad_weight.add_(product)
                 )
+            del grad_logits  # before the next chunk's logits are there
         if grad_hidden is not None:
             grad_hidden.masked_fill_(no_target, 0)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -1,9 +1,13 @@
 """z-loss and label smoothing in chunks, and a loss of one's own: as PyTorch's own functions say."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.unit.components.test_loss import problem
 from torchtitan.components.chunked_loss import ChunkedLoss
@@ -129,18 +133,46 @@ def test_z_loss_of_a_target_that_is_far_below():
     assert total.item() - loss.take_terms()["cross_entropy"].item() == pytest.approx(1e6, rel=1e-5)
 
 
-def test_logits_exist_one_chunk_at_a_time(monkeypatch):
-    sizes = []
-    log_softmax = F.log_softmax
+class LargestAtOnce(TorchDispatchMode):
+    """The most bytes that tensors made within had together, at any time."""
 
-    def spy(logits, *args, **kwargs):
-        sizes.append(len(logits))
-        return log_softmax(logits, *args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self.bytes = 0
 
-    monkeypatch.setattr(F, "log_softmax", spy)
-    hidden, head, batch = problem(torch.float32)
-    CrossEntropyLoss(CrossEntropySettings(**SETTINGS[2]), num_chunks=4).sum(hidden, head, batch)
-    assert sizes == [6, 6, 6, 3]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage._cdata, None)
+        self.bytes = max(self.bytes, sum(self._alive.values()))
+        return made
+
+
+def largest_at_once(loss: ChunkedLoss, positions: int, vocabulary: int) -> int:
+    hidden = torch.randn(1, positions, 4, requires_grad=True)
+    head = Head(4, vocabulary, bias=False)
+    batch = Batch(labels=torch.randint(vocabulary, (1, positions)))
+    with LargestAtOnce() as largest:
+        loss.sum(hidden, head, batch).backward()
+    return largest.bytes
+
+
+@pytest.mark.parametrize("settings", [{}, *SETTINGS], ids=" ".join)
+def test_logits_exist_one_chunk_at_a_time(settings):
+    """Those of a chunk, and their log probabilities, of which the gradient is made in place."""
+    of_chunk = 50 * 5000 * torch.float32.itemsize
+    chunked = CrossEntropyLoss(CrossEntropySettings(**settings), num_chunks=8)
+    assert 2 * of_chunk < largest_at_once(chunked, 400, 5000) < 2.5 * of_chunk
+    assert largest_at_once(CrossEntropyLoss(), 400, 5000) > 16 * of_chunk
+
+
+def test_a_loss_of_ones_own_is_in_chunks_too():
+    of_chunk = 50 * 5000 * torch.float32.itemsize
+    assert largest_at_once(Focal(None, num_chunks=8), 400, 5000) < 6 * of_chunk
 
 
 # A loss of one's own
