@@ -57,6 +57,7 @@ not see each other. *accumulates*: the gradients of so many batches add up to a 
 parallelism is named with its method and load balancer, pipeline parallelism with its schedule, and
 a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`. *On the host*:
 parameters, gradients and moments, or activations, wait in host memory (on a CPU in other memory).
+*z-loss*, *label smoothing*: of weight 0.01 and 0.1, in what is minimised, not in `evaluate`.
 
 | processes | mesh | special | loss | norm | parameters | moments |
 |---:|---|---|---:|---:|---:|---:|

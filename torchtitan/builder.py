@@ -18,7 +18,7 @@ from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.saver import Saver
 from torchtitan.components.cut_vocabulary import CutVocabulary
-from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.loss import build_losses
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
 from torchtitan.components.sinks import Sink
@@ -173,13 +173,20 @@ def build_runner(
 ) -> Runner:
     """What computes losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    loss = CrossEntropyLoss(config.training.loss_chunks, _cut_vocabulary(config, model, mesh, dims))
+    vocabulary = _cut_vocabulary(config, model, mesh, dims)
+    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
     counts_loss = dims.counts_loss(mesh.get_rank())
     section = config.parallelism
     cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
     if model.plan is None:
         return WholeModelRunner(
-            model.parts[0], loss, device, names, cut=cut, counts_loss=counts_loss
+            model.parts[0],
+            loss,
+            device,
+            names,
+            evaluation_loss=evaluation_loss,
+            cut=cut,
+            counts_loss=counts_loss,
         )
     return PipelineRunner(
         model.parts,
@@ -194,6 +201,7 @@ def build_runner(
         hidden_size=model.args.hidden_size(),
         hidden_dtype=torch_dtype(config.training.mixed_precision_param),
         tensor_parallel_degree=dims.tp,
+        evaluation_loss=evaluation_loss,
         cut=cut,
         counts_loss=counts_loss,
     )
@@ -269,7 +277,7 @@ def build_validator(
     counts_data = dims.counts_data(world.rank)
 
     def fetch_ahead(steps: Pass) -> Prefetch:
-        return Prefetch(steps, runner.loss, world, stop, counts_data)
+        return Prefetch(steps, runner.evaluation_loss, world, stop, counts_data)
 
     return Validator(section, config.comm, readers, fetch_ahead, runner, metrics, world, garbage)
 

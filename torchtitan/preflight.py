@@ -36,6 +36,7 @@ _FEATURES = (
     "torchtitan.data.checks",
     "torchtitan.data.validation_sets",
     "torchtitan.components.checks",
+    "torchtitan.components.loss_checks",
     "torchtitan.handlers.checks",
     "torchtitan.checkpoint.checks",
 )

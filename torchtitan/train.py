@@ -82,13 +82,12 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             lag=0 if world.device.type == "cpu" else 1,
             left_out=not config.optimizer.early_step_in_backward,
         )
-        counts_data = dims.counts_data(world.rank)
         ahead = Prefetch(
             loader,
             runner.loss,
             world,
             stop,
-            counts_data,
+            dims.counts_data(world.rank),
             saver.save_failed,
             config.data.max_bad_rows,
         )
@@ -148,6 +147,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             metrics.log_step(
                 step,
                 loss=loss,
+                loss_terms=runner.terms,
                 grad_norm=norm,
                 lr=lr,
                 num_targets=agreed.num_targets,

@@ -7,12 +7,10 @@ from collections import Counter
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, library, nn
+from torch import library, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,14 +20,11 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, parallelism, row
 from tests.pool import GlooPool
 from torchtitan import builder
-from torchtitan.components.cut_vocabulary import CutVocabulary
-from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.distributed.world import World
-from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head, Llama
+from torchtitan.models.llama3.model import Llama
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel
 
@@ -274,81 +269,6 @@ def test_exchanges_overlap(gloo_pool: GlooPool) -> None:
     for _, calls in answers:
         assert calls["fused_all_gather_matmul"] >= 2 * (2 * tiny.NUM_STEPS + 1)
         assert calls["fused_matmul_reduce_scatter"] >= 2 * (tiny.NUM_STEPS + 1)
-
-
-# The loss
-
-
-def cut_loss(
-    world: World, vocab_size: int, num_chunks: int, gather: bool, dtype: torch.dtype, scale: float
-) -> tuple[str, list[np.ndarray]]:
-    """The loss's type; loss, gradient for the hidden states, and for the whole weight."""
-    hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
-    vocabulary = CutVocabulary(vocab_size, dist.group.WORLD, gather)
-    mine = weight.chunk(world.world_size)[world.rank]
-    head = Head(8, len(mine), bias=False).to(dtype)
-    head.weight = nn.Parameter(mine.clone())
-    hidden.requires_grad_()
-    loss = CrossEntropyLoss(num_chunks, vocabulary).sum(hidden, head, Batch(labels=labels))
-    (loss / 4).backward()
-    assert hidden.grad is not None and head.weight.grad is not None
-    dist.all_reduce(hidden.grad)
-    rows = [torch.empty(len(part), 8, dtype=dtype) for part in weight.chunk(world.world_size)]
-    for source, part in enumerate(rows):
-        dist.broadcast(part.copy_(head.weight.grad) if source == world.rank else part, source)
-    results = (loss.detach(), hidden.grad, torch.cat(rows))
-    return str(loss.dtype), [result.double().numpy() for result in results]
-
-
-def loss_problem(vocab_size: int, dtype: torch.dtype, scale: float) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(vocab_size)
-    hidden = torch.randn(3, 7, 8, generator=generator)
-    weight = torch.randn(vocab_size, 8, generator=generator) * scale
-    labels = torch.randint(vocab_size, (3, 7), generator=generator)
-    labels[0, :5] = IGNORE_INDEX
-    labels[1, :2] = torch.tensor([0, vocab_size - 1])
-    return hidden.to(dtype), weight.to(dtype), labels
-
-
-def exact_loss(vocab_size: int, dtype: torch.dtype, scale: float) -> list[np.ndarray]:
-    hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
-    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    logits = (hidden @ weight.t()).flatten(0, 1)
-    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    (loss / 4).backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return [result.numpy() for result in (loss.detach(), hidden.grad, weight.grad)]
-
-
-def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
-    return bool(np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance)
-
-
-@pytest.mark.parametrize("gather", [False, True], ids=["cut", "gathered"])
-@pytest.mark.parametrize("num_chunks", [1, 4])
-@pytest.mark.parametrize(("vocab_size", "degree"), [(131, 2), (132, 4), (130, 4), (7, 4), (2, 2)])
-def test_loss_of_a_cut_vocabulary(
-    vocab_size: int, degree: int, num_chunks: int, gather: bool, gloo_pool: GlooPool
-) -> None:
-    arguments = (vocab_size, num_chunks, gather, torch.float64, 1.0)
-    expected = exact_loss(vocab_size, torch.float64, 1.0)
-    for _, results in gloo_pool.run(degree, cut_loss, *arguments):
-        assert all(close(*pair, 1e-14) for pair in zip(results, expected, strict=True))
-
-
-@pytest.mark.parametrize("gather", [False, True], ids=["cut", "gathered"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str
-)
-def test_large_logits_in_narrow_types(
-    dtype: torch.dtype, tolerance: float, gather: bool, gloo_pool: GlooPool
-) -> None:
-    """Logits of several hundreds, whose exponentials overflow float32 unless shifted by the
-    largest of the whole vocabulary."""
-    expected = exact_loss(131, dtype, 100.0)
-    for of_type, results in gloo_pool.run(2, cut_loss, 131, 4, gather, dtype, 100.0):
-        assert of_type == "torch.float32"
-        assert all(close(*pair, tolerance) for pair in zip(results, expected, strict=True))
 
 
 def test_parameters_that_are_cut_know_it(gloo_pool: GlooPool) -> None:

@@ -112,6 +112,7 @@ class Result:
     """What has to be equal."""
 
     losses: list[float] = field(default_factory=list)
+    """Of the steps, each followed by its terms."""
     norms: list[float] = field(default_factory=list)
     evaluated: float = 0.0
     parameters: dict[str, Part] = field(default_factory=dict)
@@ -170,7 +171,7 @@ def train(world: World, case: Case) -> Result:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        result.losses.append(loss.item())
+        result.losses += [loss.item(), *map(float, runner.terms.values())]
         result.norms.append(norm.item())
     result.evaluated = runner.evaluate(batches).item() / num_targets
     collect(model.parts, optimizers, result)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case, Result
-from tests.parity.table import ALLGATHER, FULL, PACKED, RING, TIED, row
+from tests.parity.table import ALLGATHER, FULL, PACKED, REGULARISED, RING, TIED, row
 from torchtitan import builder
 from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.distributed import data_parallel, pipeline_runner, runner, spread_attention
@@ -168,12 +168,24 @@ def vocabulary_is_cut_evenly(patches: Patches) -> None:
 def padding_of_the_vocabulary_takes_part(patches: Patches) -> None:
     """The last rank's missing rows are logits of zero in the softmax."""
 
-    def padded(original, self, logits, labels):
+    def padded(original, self, logits, labels, settings):
         rows = logits.size(1)
-        loss, grad = original(self, F.pad(logits, (0, self.most - rows)), labels)
-        return loss, grad[:, :rows]
+        *losses, grad = original(self, F.pad(logits, (0, self.most - rows)), labels, settings)
+        return *losses, grad[:, :rows]
 
     patches.put(CutVocabulary, "cross_entropy", padded)
+
+
+@shows_on(row(REGULARISED, tp=2))
+def z_loss_is_of_the_own_rows(patches: Patches) -> None:
+    """Each rank squares the log-sum-exp of its part of the vocabulary."""
+
+    def own(original, self, logits, labels, settings):
+        z, log_z = settings.z_loss_weight, logits.logsumexp(-1, keepdim=True)
+        losses, plain, grad = original(self, logits, labels, type(settings)(label_smoothing=0.1))
+        return losses + z * log_z[:, 0] ** 2, plain, grad + 2 * z * log_z * logits.softmax(-1)
+
+    patches.put(CutVocabulary, "cross_entropy", own)
 
 
 @shows_on(row(tp=2))

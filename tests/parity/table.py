@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
+from torchtitan.components.loss_registry import loss_settings
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
 
@@ -27,6 +28,7 @@ COMPILED, INDUCTOR = (
 BY_BUDGET = {"activation_checkpoint": {"mode": "memory_budget", "memory_budget": 0.5}}
 PARAMETERS_ON_HOST = {"training": {"enable_cpu_offload": True}}
 ACTIVATIONS_ON_HOST = {"activation_checkpoint": {"offload": True}}
+REGULARISED = {"loss": {"args": {"z_loss_weight": 0.01, "label_smoothing": 0.1}}}
 
 
 def parallelism(**values: Any) -> dict[str, dict[str, Any]]:
@@ -91,6 +93,7 @@ ONE = [
     row(EVERY_SECOND, **PACKED),
     row(BY_OPERATOR),
     row(COMPILED, microbatches=2, **TIED),
+    row(REGULARISED, microbatches=2, loss_chunks=1),
 ]
 DATA = [
     row(shard=2),
@@ -108,6 +111,7 @@ DATA = [
     row(replicate=2, shard=4, microbatches=1, **BOTH),
     row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, replicate=2, shard=2, microbatches=2, **TIED),
     row(COMPILED, BY_BUDGET, shard=2, microbatches=2, **PACKED),
+    row(REGULARISED, shard=2, microbatches=2, **TIED),
 ]
 TENSOR = [
     row(tp=2),
@@ -127,6 +131,9 @@ TENSOR = [
     row(BY_OPERATOR, shard=2, tp=2, norm="np_layernorm"),
     row(COMPILED, FULL, tp=2, norm="fused_rmsnorm", **PACKED),
     row(FULL, PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, tp=2, **PACKED),
+    row(REGULARISED, tp=2),
+    row(REGULARISED, parallelism(disable_loss_parallel=True), tp=2, **TIED),
+    row(REGULARISED, tp=4, loss_chunks=1, microbatches=2, **TIED),
 ]
 CONTEXT = [
     row(ALLGATHER, cp=2, **TIED),
@@ -152,6 +159,8 @@ CONTEXT = [
     row(ALLGATHER, cp=2, tp=2, **TIED),
     row(ULYSSES, cp=2, tp=2, microbatches=2, **PACKED),
     row(RING, PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, cp=2, **PACKED),
+    row(RING, REGULARISED, cp=2, **TIED),
+    row(ULYSSES, REGULARISED, cp=2, tp=2),
 ]
 PIPELINE = [
     row(pp=2, schedule="GPipe"),
@@ -182,6 +191,8 @@ PIPELINE = [
     row(ULYSSES, cp=2, pp=2, schedule="GPipe"),
     row(ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
     row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, pp=2, schedule="1F1B", **PACKED),
+    row(REGULARISED, shard=2, pp=2, schedule="1F1B"),
+    row(REGULARISED, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
 ]
 COMBINED = [
     row(RING, shard=2, cp=2, tp=2, microbatches=2, **BOTH),
@@ -254,6 +265,11 @@ def _special(case: Case) -> Iterator[str]:
         yield f"reshard {mesh.fsdp_reshard_after_forward}"
     if case.loss_chunks != Case.loss_chunks:
         yield f"loss chunks {case.loss_chunks}"
+    loss = loss_settings(config.loss)
+    if loss.z_loss_weight:
+        yield "z-loss"
+    if loss.label_smoothing:
+        yield "label smoothing"
     if mesh.disable_loss_parallel:
         yield "logits gathered"
     if case.kv_heads != Case.kv_heads:
@@ -274,4 +290,5 @@ def reference_of(case: Case) -> Case:
     to the usual one."""
     model = ("layers", "heads", "kv_heads", "tied", "document_mask")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
-    return Case(norm=norm, **{name: getattr(case, name) for name in model})
+    settings = {name: case.settings[name] for name in case.settings if name == "loss"}
+    return Case(norm=norm, settings=settings, **{name: getattr(case, name) for name in model})

@@ -88,6 +88,12 @@ def test_memory_on_the_host_with_every_parallelism(where: str) -> None:
     assert SPECIAL["checkpointing memory budget"] >= 1
 
 
+@pytest.mark.parametrize("what", ["z-loss", "label smoothing"])
+def test_regularised_losses_with_every_parallelism(what: str) -> None:
+    met = set().union(*(k for case, k in zip(TABLE, KINDS) if what in special_of(case)))
+    assert met == {"fsdp", *OTHERS}
+
+
 def test_ranks_have_unequal_numbers_of_targets() -> None:
     counted = tiny.sequences()["labels"] != IGNORE_INDEX
     for ranks in (2, 4, 8):

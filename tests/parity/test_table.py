@@ -13,6 +13,7 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.table import TABLE, TOLERANCE, name_of, reference_of
 from tests.pool import GlooPool
+from torchtitan.components.loss_registry import loss_settings
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Optimizer
 from torchtitan.distributed.initialize import initialize_parameters
@@ -63,19 +64,27 @@ def test_one_process_equals_a_plain_loop(case: Case, reference) -> None:
     batch, result = tiny.sequences(), tiny.Result()
     inputs = [batch["tokens"], batch["positions"]] + [batch["document_ids"]] * case.document_mask
 
-    def mean_loss() -> torch.Tensor:
+    labels, settings = batch["labels"].flatten(), loss_settings(config.loss)
+
+    def mean_losses() -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised, and the plain cross entropy."""
         logits = model.head(model(*inputs)).flatten(0, 1)
-        return F.cross_entropy(logits, batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
+        smoothed = F.cross_entropy(
+            logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=settings.label_smoothing
+        )
+        log_z = logits[labels != IGNORE_INDEX].logsumexp(-1)
+        loss = smoothed + settings.z_loss_weight * log_z.square().mean()
+        return loss, F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
 
     for _ in range(tiny.NUM_STEPS):
-        loss = mean_loss()
+        loss, plain = mean_losses()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        result.losses.append(loss.item())
+        result.losses += [loss.item()] if settings.plain else [loss.item(), plain.item()]
         result.norms.append(norm.item())
-    result.evaluated = mean_loss().item()
+    result.evaluated = mean_losses()[1].item()
     tiny.collect([model], [optimizer], result)
     assert tiny.compare([reference(case)], result).worst < TOLERANCE
     assert min(result.norms) > tiny.MAX_NORM, "nothing is clipped"

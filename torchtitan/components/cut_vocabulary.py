@@ -3,6 +3,7 @@
 The softmax needs two things of the whole vocabulary, both a number per token: the largest logit,
 and the sum of the exponentials. Each is one small all-reduce (with the second travels the target's
 logit, from the one rank that has it), where the logits themselves would be V numbers per token.
+Label smoothing needs a third, the sum of the logits, which travels with the second.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan.models.batch import IGNORE_INDEX
+from torchtitan.components.loss_settings import CrossEntropySettings
 from torchtitan.utils.torch_compat import all_gather_single
 
 
@@ -45,12 +46,15 @@ class CutVocabulary:
         parts = gathered.chunk(self.group.size())
         return torch.cat(parts, dim=1)[:, : self.total]
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy, the same on all ranks, and its gradient for this rank's `logits`.
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, settings: CrossEntropySettings
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses `[n]` and the plain cross entropies `[n]`, the same on all ranks, and the
+        gradient of the losses for this rank's `logits`; for rows that have no target too.
 
-        `logits` is `[n, rows]`, `labels` `[n]` counts in the whole vocabulary. Rows of the gradient
-        that have no target are not zeroed.
+        `logits` is `[n, rows]`, `labels` `[n]` counts in the whole vocabulary.
         """
+        z_loss_weight, smoothing = settings.z_loss_weight, settings.label_smoothing
         largest = logits.amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         shifted = logits - largest.unsqueeze(1)
@@ -58,10 +62,21 @@ class CutVocabulary:
         elsewhere = (classes < 0) | (classes >= logits.size(1))
         classes = classes.masked_fill_(elsewhere, 0).unsqueeze(1)
         of_target = shifted.gather(1, classes).squeeze(1).masked_fill_(elsewhere, 0)
+        of_all = [shifted.sum(-1)] if smoothing else []
         exponentials = shifted.exp_()
-        sums = torch.stack([exponentials.sum(-1), of_target])
+        sums = torch.stack([exponentials.sum(-1), of_target, *of_all])
         dist.all_reduce(sums, group=self.group)
-        losses = sums[0].log() - sums[1]
+        log_sums = sums[0].log()
+        plain = losses = log_sums - sums[1]
+        if smoothing:
+            losses = plain + smoothing * (sums[1] - sums[2] / self.total)
         grad = exponentials.div_(sums[0].unsqueeze(1))
-        grad.scatter_add_(1, classes, elsewhere.to(grad.dtype).sub_(1).unsqueeze(1))
-        return losses.masked_fill_(labels == IGNORE_INDEX, 0).sum(), grad
+        if z_loss_weight:
+            log_z = largest + log_sums
+            losses = losses + z_loss_weight * log_z**2
+            grad.mul_((2 * z_loss_weight * log_z).add_(1).unsqueeze(1))
+        here = elsewhere.to(grad.dtype).sub_(1)
+        grad.scatter_add_(1, classes, (here * (1 - smoothing) if smoothing else here).unsqueeze(1))
+        if smoothing:
+            grad.sub_(smoothing / self.total)
+        return losses, plain, grad

@@ -1,137 +1,102 @@
-"""Cross entropy over the vocabulary, as a sum over targets.
+"""Cross entropy over the vocabulary, as a sum over targets, with z-loss and label smoothing.
 
 The loss of a step is the sum over all its targets divided by their number, so the loss here is
 un-normalised: `count` tells the number before the forward, `sum` computes the sum.
 
-The logits of a microbatch, `[B * T, V]`, are often the largest tensor of all. In chunks of the
-tokens only a part of them exists at a time: each chunk's gradient is computed along with its loss,
-in the forward, after which its logits are gone. On a CPU this is faster too: it touches less fresh
-memory, which costs page faults, and the backward does not pass over all logits again.
+z-loss and smoothing are there to train better, not to be measured: evaluation is of the plain cross
+entropy, and training logs it beside the loss.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from torchtitan.components.chunked_loss import ChunkedLoss
 from torchtitan.components.cut_vocabulary import CutVocabulary
+from torchtitan.components.loss_registry import LOSSES, loss_settings
+from torchtitan.components.loss_settings import CrossEntropySettings
+from torchtitan.config.training_sections import Loss as LossSection
+from torchtitan.distributed.runner import Loss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.utils.dtypes import at_least_float32
 
+_PLAIN = CrossEntropySettings()
 
-class CrossEntropyLoss:
-    """Sum of the cross entropies of all targets; labels of `IGNORE_INDEX` are no targets."""
 
-    def __init__(self, num_chunks: int = 1, vocabulary: CutVocabulary | None = None):
-        """`num_chunks` is the number of parts that the tokens of a microbatch are worked on in.
-        `vocabulary` tells which of the head's rows this rank has, where not all."""
-        self.num_chunks = num_chunks
-        self.vocabulary = vocabulary
+class CrossEntropyLoss(ChunkedLoss):
+    """Sum of the cross entropies of all targets, in nats, and of what the settings add."""
 
-    def count(self, batch: Batch) -> Tensor:
-        """Number of targets, int64 scalar."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
+    Settings = CrossEntropySettings
+    settings: CrossEntropySettings
+
+    def __init__(
+        self,
+        settings: CrossEntropySettings = _PLAIN,
+        num_chunks: int = 1,
+        vocabulary: CutVocabulary | None = None,
+    ):
+        """See `ChunkedLoss`."""
+        super().__init__(settings, num_chunks, vocabulary)
+        if not settings.plain:
+            self.terms = ("cross_entropy",)
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
-        """Sum over the targets, a scalar of float32 (of float64 for a float64 model), in nats.
-
-        `hidden` is `[B, T, D]`; `head(hidden)` gives logits `[B, T, V]`, `head(hidden, consume)`
-        calls `consume(hidden, weight)`.
-        """
+        """See `ChunkedLoss`. With one chunk `head(hidden)` gives logits `[B, T, V]`."""
+        if self.num_chunks > 1 or self.vocabulary is not None or not self.settings.plain:
+            return super().sum(hidden, head, batch)
+        logits = head(hidden).flatten(0, -2)
+        wide = logits.to(at_least_float32(logits.dtype))
         labels = batch["labels"].flatten()
-        if self.num_chunks == 1 and self.vocabulary is None:
-            logits = head(hidden).flatten(0, -2)
-            wide = logits.to(at_least_float32(logits.dtype))
-            return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
-        def consume(hidden: Tensor, weight: Tensor) -> Tensor:
-            return _ChunkedCrossEntropy.apply(
-                hidden.flatten(0, -2),
-                weight,
-                labels,
-                self.num_chunks,
-                self.vocabulary,
-                torch.is_grad_enabled(),
-            )
-
-        return head(hidden, consume)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of `hidden` `[N, D]` @ `weight` `[V, D]`^T against `labels` `[N]`.
-
-    The gradients are those of the sum; the backward only scales them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        num_chunks: int,
-        vocabulary: CutVocabulary | None,
-        train: bool,
-    ) -> Tensor:
-        want_hidden, want_weight = (train and needed for needed in ctx.needs_input_grad[:2])
-        dtype = at_least_float32(hidden.dtype)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        no_target = (labels == IGNORE_INDEX).unsqueeze(1)
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight: Tensor | None = None
-        for start in range(0, len(hidden), size := -(-len(hidden) // num_chunks)):
-            part = slice(start, start + size)
-            loss, grad_logits = _chunk(hidden[part] @ weight.t(), labels[part], dtype, vocabulary)
-            total += loss
-            # Rows without a target are zeroed at the narrow ends of the products, not at this one.
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if want_weight:
-                product = grad_logits.t() @ hidden[part].masked_fill(no_target[part], 0)
-                # Kept wide, whatever the weight's type: it is a sum over all tokens.
-                grad_weight = (
-                    product.to(dtype) if grad_weight is None else grad_weight.add_(product)
-                )
-        if grad_hidden is not None:
-            grad_hidden.masked_fill_(no_target, 0)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+    def chunk(self, logits: Tensor, labels: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
+        """See `ChunkedLoss`; the gradient is written out, which saves memory and time."""
+        dtype, vocabulary = at_least_float32(logits.dtype), self.vocabulary
+        if vocabulary is None:
+            losses, plain, grad = _cross_entropy(logits.to(dtype), labels, self.settings)
+        elif vocabulary.gather:
+            wide = vocabulary.whole(logits).to(dtype)
+            losses, plain, grad = _cross_entropy(wide, labels, self.settings)
+            grad = grad.narrow(1, vocabulary.first, logits.size(1))
+        else:
+            wide = logits.to(dtype)
+            losses, plain, grad = vocabulary.cross_entropy(wide, labels, self.settings)
+        no_target = labels == IGNORE_INDEX
+        if not self.settings.plain:
+            self.report("cross_entropy", plain.masked_fill_(no_target, 0).sum())
+        return losses.masked_fill_(no_target, 0).sum(), grad
 
 
-def _chunk(
-    logits: Tensor, labels: Tensor, dtype: torch.dtype, vocabulary: CutVocabulary | None
-) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of `logits` `[n, V]`, computed in `dtype`, and its gradient for them.
-
-    The gradient has the type of the logits; its rows without a target are not zeroed.
-    """
-    if vocabulary is None:
-        loss, grad = _cross_entropy(logits.to(dtype), labels)
-    elif vocabulary.gather:
-        loss, grad = _cross_entropy(vocabulary.whole(logits).to(dtype), labels)
-        grad = grad.narrow(1, vocabulary.first, logits.size(1))
-    else:
-        loss, grad = vocabulary.cross_entropy(logits.to(dtype), labels)
-    return loss, grad.to(logits.dtype)
+def build_losses(
+    section: LossSection, num_chunks: int, vocabulary: CutVocabulary | None
+) -> tuple[Loss, Loss]:
+    """What is minimised, and what evaluation is of: the plain cross entropy, so that runs compare
+    whatever they minimise, unless the loss has an `evaluation` of its own."""
+    loss = LOSSES[section.name].load()(loss_settings(section), num_chunks, vocabulary)
+    evaluation: Loss | None = getattr(loss, "evaluation", None)
+    if evaluation is None:
+        evaluation = CrossEntropyLoss(num_chunks=num_chunks, vocabulary=vocabulary)
+    return loss, evaluation
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, settings: CrossEntropySettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses `[n]`, the plain cross entropies `[n]`, the gradient of the losses for `logits`
+    `[n, V]`; for rows that have no target too."""
+    z_loss_weight, smoothing = settings.z_loss_weight, settings.label_smoothing
     classes = labels.unsqueeze(1).clamp_min(0)
     log_probabilities = F.log_softmax(logits, -1)
-    losses = log_probabilities.gather(1, classes).squeeze(1).neg_()
+    plain = losses = log_probabilities.gather(1, classes).squeeze(1).neg_()
+    if smoothing:
+        losses = (1 - smoothing) * plain - smoothing * log_probabilities.mean(-1)
+    if z_loss_weight:
+        # The largest logit less its own log probability: exact also where the target's is tiny.
+        log_z = logits.amax(-1) - log_probabilities.amax(-1)
+        losses = losses + z_loss_weight * log_z**2
     grad = log_probabilities.exp_()
-    grad.scatter_add_(1, classes, grad.new_full((), -1).expand_as(classes))
-    return losses.masked_fill_(labels == IGNORE_INDEX, 0).sum(), grad
+    if z_loss_weight:
+        grad.mul_((2 * z_loss_weight * log_z).add_(1).unsqueeze(1))
+    grad.scatter_add_(1, classes, grad.new_full((), smoothing - 1).expand_as(classes))
+    if smoothing:
+        grad.sub_(smoothing / logits.size(1))
+    return losses, plain, grad

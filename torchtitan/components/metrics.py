@@ -125,14 +125,16 @@ class MetricsLogger:
         lr: float,
         num_targets: int,
         num_tokens: int,
+        loss_terms: Mapping[str, Tensor] | None = None,
         source_tokens: Mapping[str, int] | None = None,
         bad_rows: int = 0,
     ) -> None:
         """A step is done. Waits for the device only if the step is logged, on ranks that show it.
 
         `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
-        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks; `source_tokens`: of each
-        source of a mixture, of all steps so far; `bad_rows`: left out so far, by all lanes.
+        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks; `loss_terms`: what the loss
+        has to say beside, as `loss`; `source_tokens`: of each source of a mixture, of all steps so
+        far; `bad_rows`: left out so far, by all lanes.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -143,7 +145,9 @@ class MetricsLogger:
         if not self.is_logged(step):
             return
         if self._sinks:
-            values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr)}
+            values = {"loss": float(loss)}
+            values |= {f"loss/{name}": float(term) for name, term in (loss_terms or {}).items()}
+            values |= {"grad_norm": float(grad_norm), "lr": float(lr)}
             record = self._record(step, values, num_targets)
             for name, count in (source_tokens or {}).items():
                 record[f"source_tokens/{name}"] = count

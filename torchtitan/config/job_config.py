@@ -9,7 +9,7 @@ from torchtitan.config.output_sections import Checkpoint, Metrics, Profiling
 from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.config.run_sections import Comm, Debug, Job
 from torchtitan.config.section import Section
-from torchtitan.config.training_sections import Data, LRScheduler, Optimizer, Training
+from torchtitan.config.training_sections import Data, Loss, LRScheduler, Optimizer, Training
 from torchtitan.config.validation_section import Validation
 
 
@@ -28,6 +28,9 @@ class JobConfig(Section):
 
     data: Data = Field(default_factory=Data)
     """How documents become sequences."""
+
+    loss: Loss = Field(default_factory=Loss)
+    """What is minimised; `training.loss_chunks` says in how many parts it is computed."""
 
     optimizer: Optimizer = Field(default_factory=Optimizer)
     """Optimizer and parameter groups."""

@@ -35,15 +35,20 @@ _KINDS = {
 
 
 def reference_page(
-    model_args: Mapping[str, type[Section]], handlers: Mapping[str, type[Section]]
+    model_args: Mapping[str, type[Section]],
+    handlers: Mapping[str, type[Section]],
+    losses: Mapping[str, type[Section]],
 ) -> str:
     """`docs/config.md`. The free-form tables' models come from their registries: by the name of the
-    family what `model.args` may hold, by the name of the handler what `[handlers.NAME]` may."""
-    return "\n".join([_HEAD, *_sections(model_args, handlers)]).rstrip() + "\n"
+    family what `model.args` may hold, by the name of the handler what `[handlers.NAME]` may, by
+    that of the loss what `loss.args` may."""
+    return "\n".join([_HEAD, *_sections(model_args, handlers, losses)]).rstrip() + "\n"
 
 
 def _sections(
-    model_args: Mapping[str, type[Section]], handlers: Mapping[str, type[Section]]
+    model_args: Mapping[str, type[Section]],
+    handlers: Mapping[str, type[Section]],
+    losses: Mapping[str, type[Section]],
 ) -> Iterator[str]:
     for section, doc in known_sections().items():
         if section == "model.args":
@@ -51,6 +56,11 @@ def _sections(
                 sharing = ", ".join(name for name, other in model_args.items() if other is args)
                 yield f"## [model.args] of {sharing}\n\n{_one_line(doc)}\n"
                 yield _table(keys_of(args), defaults=False)
+            continue
+        if section == "loss.args":
+            for name, settings in losses.items():
+                yield f"## [loss.args] of {name}\n\n{_one_line(doc)}\n"
+                yield _table(keys_of(settings))
             continue
         if section == "handlers":
             yield f"## [handlers.NAME]\n\n{_one_line(doc)}\n"

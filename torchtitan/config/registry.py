@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -113,6 +114,12 @@ class Registry(Generic[T]):
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
         return ConfigError(Problem(self.key, problem, fix, value=name))
+
+
+def lazily(path: str) -> Callable[[], Any]:
+    """A function that imports `module:name` when it is called."""
+    module, _, name = path.partition(":")
+    return lambda: getattr(import_module(module), name)
 
 
 def calling_module() -> str:

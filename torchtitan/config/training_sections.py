@@ -1,6 +1,6 @@
 """Sections about the optimisation: batch, precision, optimizer, learning rate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -162,6 +162,14 @@ class Data(Section):
     def max_document_bytes(self) -> int:
         """`max_document_mib` in bytes."""
         return max(1, int(self.max_document_mib * 2**20))
+
+
+class Loss(Section):
+    name: str = "cross_entropy"
+    """Loss; `torchtitan list losses` prints them with their settings."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the loss, for example `z_loss_weight = 1e-4`; every loss checks its own."""
 
 
 class ParamGroup(Section):

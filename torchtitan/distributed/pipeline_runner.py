@@ -7,7 +7,7 @@ the forward and the loss need (positions, documents, labels) every stage has, si
 the pipeline read the same data.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage
 from torchtitan.distributed.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.distributed.pipeline_cut import PipelinePlan
 from torchtitan.distributed.pipeline_schedule import forward_ticks
-from torchtitan.distributed.runner import Loss
+from torchtitan.distributed.runner import Loss, add_over_ranks, over_ranks
 from torchtitan.models.batch import Batch
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import PipelineSchedule, build_pipeline_schedule
@@ -41,15 +41,18 @@ class PipelineRunner:
         hidden_size: int,
         hidden_dtype: torch.dtype,
         tensor_parallel_degree: int = 1,
+        evaluation_loss: Loss | None = None,
         cut: Callable[[Batch], Batch] | None = None,
         counts_loss: bool = True,
     ):
         """`parts` are the stages that `plan` gives this rank of `group` (the ranks along the
         pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
         `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
-        hidden_size]` of `hidden_dtype` between stages. `cut` and `counts_loss` are those of
-        `WholeModelRunner`."""
+        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `cut` and `counts_loss`
+        are those of `WholeModelRunner`."""
         self.loss = loss
+        self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
+        self.terms: Mapping[str, Tensor] = {}
         self._plan = plan
         self._group = group
         self._rank = dist.get_rank(group)
@@ -86,7 +89,8 @@ class PipelineRunner:
         total = self._zero()
         for loss in losses:
             total += loss.detach()
-        return self._over_ranks(total)
+        of_step, self.terms = add_over_ranks(self.loss, total, num_targets, self._counts_loss)
+        return of_step
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
@@ -105,7 +109,7 @@ class PipelineRunner:
                 if rank == self._rank:
                     out = self._forward(stage, pieces[index], hidden.pop((stage, index), None))
                     if stage == self._last:
-                        total += self._loss(out, pieces[index])
+                        total += self._loss(self.evaluation_loss, out, pieces[index])
                     elif holders[stage + 1] == rank:
                         hidden[stage + 1, index] = out
                     else:
@@ -118,7 +122,7 @@ class PipelineRunner:
                 work.wait()
         for part in self._stages.values():
             free_gathered(part)
-        return self._over_ranks(total)
+        return over_ranks(total, self._counts_loss)
 
     def rehearse(self, batch: Batch) -> None:
         """Forward and backward of each stage of this rank, for one microbatch of `batch`.
@@ -133,7 +137,7 @@ class PipelineRunner:
             received = self._empty_hidden(piece, self._device).requires_grad_() if stage else None
             out = self._forward(stage, piece, received)
             if stage == self._last:
-                self._loss(out, piece).backward()
+                self._loss(self.loss, out, piece).backward()
             else:
                 out.backward(self._empty_hidden(piece, self._device))
 
@@ -192,12 +196,12 @@ class PipelineRunner:
         inputs = {name: piece[name] for name in self._other_inputs}
         return self._stages[stage](piece[self._tokens] if received is None else received, **inputs)
 
-    def _loss(self, hidden: Tensor, piece: Batch) -> Tensor:
-        return self.loss.sum(hidden, self._stages[self._last].head, piece)  # type: ignore[arg-type]
+    def _loss(self, loss: Loss, hidden: Tensor, piece: Batch) -> Tensor:
+        return loss.sum(hidden, self._stages[self._last].head, piece)  # type: ignore[arg-type]
 
     def _loss_of_step(self, hidden: Tensor, index: Tensor) -> Tensor:
         """What the schedule calls, in the last stage, for the microbatch of number `index`."""
-        return self._loss(hidden, self._pieces[int(index)]) / self._num_targets
+        return self._loss(self.loss, hidden, self._pieces[int(index)]) / self._num_targets
 
     def _transfer(self, op: Callable[..., object], tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, tensor, group=self._group, group_peer=peer)
@@ -205,9 +209,3 @@ class PipelineRunner:
     def _zero(self) -> Tensor:
         dtype = at_least_float32(self._hidden_dtype)
         return torch.zeros((), dtype=dtype, device=self._device)
-
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        if not self._counts_loss:
-            total.zero_()
-        dist.all_reduce(total)
-        return total

@@ -5,7 +5,7 @@ all data ranks, divided by their number. The runner owns that division: each mic
 divided by the step's number of targets before its backward, and gradients are only ever summed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,12 @@ from torchtitan.models.batch import Batch
 
 
 class Loss(Protocol):
-    """An un-normalised loss."""
+    """An un-normalised loss. It may have members beside, which are found by their presence:
+
+    - `evaluation`: the `Loss` that evaluation is of, where that is not the plain cross entropy;
+    - `terms`: names of what is logged beside it, and `take_terms()`, which gives, and forgets, the
+      sums over the targets of the microbatches so far, by name.
+    """
 
     def count(self, batch: Batch) -> Tensor:
         """Number of targets, int64 scalar."""
@@ -30,13 +35,17 @@ class Runner(Protocol):
     """What the loop needs of any runner."""
 
     loss: Loss
+    evaluation_loss: Loss
+    terms: Mapping[str, Tensor]
+    """Those of the loss for the step that was last, means over its targets on all ranks, `[]`."""
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a
         scalar on the device that is the same on all ranks. All ranks must call it."""
 
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
-        """Sum of the loss over all targets of the microbatches on all ranks, without gradients."""
+        """Sum of the loss of evaluation over all targets of the microbatches on all ranks, without
+        gradients."""
 
 
 class WholeModelRunner:
@@ -49,14 +58,17 @@ class WholeModelRunner:
         device: torch.device,
         input_names: Sequence[str],
         *,
+        evaluation_loss: Loss | None = None,
         cut: Callable[[Batch], Batch] | None = None,
         counts_loss: bool = True,
     ):
-        """`input_names`: the tensors of a batch that the model's forward takes. `cut` takes this
-        rank's part of a batch whose sequences are spread over ranks. `counts_loss` is False where
-        another rank computes, and adds, the same loss."""
+        """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
+        `loss`, unless given. `cut` takes this rank's part of a batch whose sequences are spread
+        over ranks. `counts_loss` is False where another rank computes, and adds, the same loss."""
         self.model = model
         self.loss = loss
+        self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
+        self.terms: Mapping[str, Tensor] = {}
         self.device = device
         self.input_names = tuple(input_names)
         self.cut = cut
@@ -69,11 +81,12 @@ class WholeModelRunner:
         total = None
         for index, batch in enumerate(microbatches):
             set_gradient_sync(self.model, enabled=index == len(microbatches) - 1)
-            loss = self._sum(batch) / num_targets
+            loss = self._sum(self.loss, batch) / num_targets
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        return self._over_ranks(total)
+        loss, self.terms = add_over_ranks(self.loss, total, num_targets, self.counts_loss)
+        return loss
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
@@ -81,19 +94,36 @@ class WholeModelRunner:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in microbatches:
-            total += self._sum(batch)
+            total += self._sum(self.evaluation_loss, batch)
         free_gathered(self.model)
-        return self._over_ranks(total)
+        return over_ranks(total, self.counts_loss)
 
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        if not self.counts_loss:
-            total.zero_()
-        dist.all_reduce(total)
-        return total
-
-    def _sum(self, batch: Batch) -> Tensor:
+    def _sum(self, loss: Loss, batch: Batch) -> Tensor:
         batch = batch.to(self.device, non_blocking=True)
         if self.cut is not None:
             batch = self.cut(batch)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
-        return self.loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
+        return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
+
+
+def over_ranks(total: Tensor, counts_loss: bool) -> Tensor:
+    """`total`, in place, of all ranks that count."""
+    if not counts_loss:
+        total.zero_()
+    dist.all_reduce(total)
+    return total
+
+
+def add_over_ranks(
+    loss: Loss, total: Tensor, num_targets: int, counts_loss: bool
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The loss of a step, of which `total` is this rank's part, and its terms; one all-reduce."""
+    names = getattr(loss, "terms", ())
+    if not names:
+        return over_ranks(total, counts_loss), {}
+    sums = loss.take_terms()  # type: ignore[attr-defined]
+    # Ranks without the last stage of a pipeline have none.
+    zero = torch.zeros_like(total)
+    parts = [sums[name].to(total) / num_targets if name in sums else zero for name in names]
+    of_step, *terms = over_ranks(torch.stack([total, *parts]), counts_loss).unbind()
+    return of_step, dict(zip(names, terms, strict=True))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.registry import Registry
+from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers.compile_settings import CompileSettings
@@ -33,12 +32,6 @@ class HandlerEntry:
     load: Callable[[], type[ModelHandler]]
     after: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
-
-
-def lazily(path: str) -> Callable[[], Any]:
-    """A function that imports `module:name` when it is called."""
-    module, _, name = path.partition(":")
-    return lambda: getattr(import_module(module), name)
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:

@@ -68,12 +68,14 @@ _NUMBERS: dict[str, tuple[int, ...]] = {
 
 def reference() -> str:
     """The text of docs/config.md."""
+    from torchtitan.components.loss_registry import LOSSES
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.models.registry import families
 
     args = {name: family.args_type for name, family in families().items()}
     settings = {name: entry.settings for name, entry in HANDLERS.entries().items()}
-    return reference_page(_own(args), _own(settings))
+    losses = {name: entry.settings for name, entry in LOSSES.entries().items()}
+    return reference_page(_own(args), _own(settings), _own(losses))
 
 
 def _own(models: Mapping[str, type[Section]]) -> dict[str, type[Section]]:

@@ -20,6 +20,7 @@ in; with what MODULE registers, too. Without NAME, all of these:
   models       model.name, with the choices of model.flavor
   datasets     training.dataset
   tokenizers   model.tokenizer_path
+  losses       loss.name, with the settings of [loss.args]
   optimizers   optimizer.name, with the settings
   handlers     model.handlers, with the settings of [handlers.NAME]"""
 
@@ -111,6 +112,12 @@ def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
+def _losses() -> Rows:
+    from torchtitan.components.loss_registry import LOSSES
+
+    return rows_of(LOSSES, lambda entry: _settings(entry.settings))
+
+
 def _settings(section: type) -> str:
     return f"settings: {', '.join(section.model_fields) or 'none'}"  # type: ignore[attr-defined]
 
@@ -137,4 +144,5 @@ _LISTS: dict[str, Callable[[], Rows]] = {
     "tokenizers": _tokenizers,
     "optimizers": _optimizers,
     "handlers": _handlers,
+    "losses": _losses,
 }

@@ -27,7 +27,7 @@ def problem(dtype: torch.dtype, ignored: float = 0.3) -> tuple[torch.Tensor, Hea
 
 def loss_and_gradients(num_chunks: int, dtype: torch.dtype, ignored: float = 0.3):
     hidden, head, batch = problem(dtype, ignored)
-    total = CrossEntropyLoss(num_chunks).sum(hidden, head, batch)
+    total = CrossEntropyLoss(num_chunks=num_chunks).sum(hidden, head, batch)
     (total * 0.25).backward()  # as after the division by the number of targets
     return total.detach(), hidden.grad, head.weight.grad
 
@@ -70,7 +70,7 @@ def test_without_gradients(num_chunks, monkeypatch):
     monkeypatch.setattr(torch, "mm", refuse)
     hidden, head, batch = problem(torch.float64)
     with torch.no_grad():
-        total = CrossEntropyLoss(num_chunks).sum(hidden, head, batch)
+        total = CrossEntropyLoss(num_chunks=num_chunks).sum(hidden, head, batch)
     assert not total.requires_grad
     torch.testing.assert_close(total, exact()[0])
 
@@ -79,7 +79,7 @@ def test_without_gradients(num_chunks, monkeypatch):
 def test_one_side_frozen(frozen):
     hidden, head, batch = problem(torch.float64)
     (head.weight if frozen == "head" else hidden).requires_grad_(False)
-    (CrossEntropyLoss(3).sum(hidden, head, batch) * 0.25).backward()
+    (CrossEntropyLoss(num_chunks=3).sum(hidden, head, batch) * 0.25).backward()
     _, grad_hidden, grad_weight = exact()
     if frozen == "head":
         assert head.weight.grad is None
@@ -96,7 +96,7 @@ def test_confident_mistakes_stay_finite():
         head.weight.copy_(torch.tensor([[500.0], [0.0], [-500.0]]))
     hidden, batch = torch.ones(1, 2, 1), Batch(labels=torch.tensor([[2, 0]]))
     for num_chunks in (1, 2):
-        assert CrossEntropyLoss(num_chunks).sum(hidden, head, batch).item() == 1000.0
+        assert CrossEntropyLoss(num_chunks=num_chunks).sum(hidden, head, batch).item() == 1000.0
 
 
 def test_the_weights_gradient_is_summed_wide():
@@ -107,7 +107,7 @@ def test_the_weights_gradient_is_summed_wide():
         head.weight.zero_()
     hidden = torch.ones(1, rows, 1, dtype=torch.bfloat16)
     batch = Batch(labels=torch.zeros(1, rows, dtype=torch.int64))
-    total = CrossEntropyLoss(rows).sum(hidden, head, batch)
+    total = CrossEntropyLoss(num_chunks=rows).sum(hidden, head, batch)
     total.backward()
     assert total.item() == pytest.approx(rows * math.log(2), rel=1e-4)
     assert head.weight.grad.flatten().tolist() == [-rows / 2, rows / 2]
@@ -123,11 +123,11 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch):
 
     monkeypatch.setattr(F, "log_softmax", spy)
     hidden, head, batch = problem(torch.float32)
-    CrossEntropyLoss(4).sum(hidden, head, batch)
+    CrossEntropyLoss(num_chunks=4).sum(hidden, head, batch)
     assert sizes == [6, 6, 6, 3]
 
 
 def test_count():
     batch = Batch(labels=torch.tensor([[1, IGNORE_INDEX, 0], [IGNORE_INDEX, 5, 5]]))
-    count = CrossEntropyLoss(2).count(batch)
+    count = CrossEntropyLoss(num_chunks=2).count(batch)
     assert count.item() == 4 and count.dtype == torch.int64

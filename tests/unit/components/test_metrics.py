@@ -107,6 +107,20 @@ def test_record(tmp_path: Path) -> None:
     assert last["num_tokens_seen"] == 700
 
 
+def test_terms_of_the_loss(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = build(tmp_path, clock)
+    metrics.start_step()
+    clock.wait(1.0)
+    terms = {"cross_entropy": torch.tensor(2.5)}
+    metrics.log_step(
+        1, loss=3.0, grad_norm=1.0, lr=0.1, num_targets=1, num_tokens=1, loss_terms=terms
+    )
+    metrics.close()
+    [record] = records(tmp_path)
+    assert (record["loss"], record["loss/cross_entropy"]) == (3.0, 2.5)
+
+
 def test_mfu_of_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_module, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     clock = Clock()

@@ -1,0 +1,28 @@
+"""What must hold of `[loss]`. No torch."""
+
+from torchtitan.components.loss_registry import LOSSES, loss_settings
+from torchtitan.config import ConfigError, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.config.suggest import did_you_mean
+
+
+def check(facts: Facts) -> list[Problem]:
+    """The name, the settings, and whether the loss goes with tensor parallelism."""
+    section = facts.config.loss
+    if section.name not in LOSSES:
+        fix = did_you_mean(section.name, LOSSES)
+        return [Problem("loss.name", "is not a loss", fix, value=section.name)]
+    try:
+        entry = LOSSES[section.name]
+        loss_settings(section)
+    except ConfigError as error:
+        return error.problems
+    degree = facts.config.parallelism.tensor_parallel_degree
+    if degree > 1 and not entry.takes_cut_vocabulary:
+        problem = (
+            f"this loss needs the logits of all tokens, and a rank has those of a part of the"
+            f" vocabulary with parallelism.tensor_parallel_degree = {degree}"
+        )
+        fix = "derive the loss from ChunkedLoss (docs/losses.md), or set the degree to 1"
+        return [Problem("loss.name", problem, fix, value=section.name)]
+    return []
