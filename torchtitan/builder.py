@@ -21,6 +21,7 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
+from torchtitan.components.sink_registry import SinkRun, sink_opener
 from torchtitan.components.sinks import Sink
 from torchtitan.components.update import AfterBackward, InBackward, Update
 from torchtitan.components.validation import Validator
@@ -163,7 +164,7 @@ def build_update(
     """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
     if config.optimizer.early_step_in_backward:
         before_change = saver.before_change if saver is not None else lambda: None
-        return InBackward(optimizers, dims.ranks_per_stage, before_change)
+        return InBackward(optimizers, dims.ranks_per_stage, before_change, model.parameters[0])
     return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
 
 
@@ -293,6 +294,7 @@ def build_metrics(
 ) -> MetricsLogger:
     """Metrics that go on after the step that is resumed from."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
+    rank = world.rank if config.metrics.save_for_all_ranks else None
     if config.metrics.enable_wandb:
         more_sinks[WandbSink.name] = lambda: WandbSink(
             folder.path,
@@ -300,8 +302,11 @@ def build_metrics(
             config.model_dump(mode="json"),
             read_wandb(),
             config.job.description,
-            world.rank if config.metrics.save_for_all_ranks else None,
+            rank,
         )
+    run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
+    for name in config.metrics.sinks:
+        more_sinks[name] = sink_opener(config, name, run)
     metrics = MetricsLogger(
         config.metrics,
         folder.path,

@@ -48,7 +48,11 @@ _PROBES = {
         "torchtitan.handlers.checks",
     ),
     HARDWARE: ("torchtitan.distributed.checks",),
-    MODEL: ("torchtitan.models.checks", "torchtitan.components.model_checks"),
+    MODEL: (
+        "torchtitan.models.checks",
+        "torchtitan.components.model_checks",
+        "torchtitan.handlers.model_checks",
+    ),
     CHECKPOINTS: ("torchtitan.checkpoint.checks",),
 }
 

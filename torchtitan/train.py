@@ -19,8 +19,9 @@ from torchtitan import builder, preflight
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
-from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
+from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
 from torchtitan.config.facts import Facts
@@ -113,6 +114,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 if world.is_main:
                     set_status(folder, "running", saver.saved_step)
 
+        schedule = Schedule(config.lr_scheduler, training.steps)
         metrics.start_step()
         with metrics.timing("data"):
             ahead.start()
@@ -125,7 +127,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
             step += 1
-            lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+            lr = config.optimizer.lr * schedule(step)
             set_learning_rates(optimizers, lr)  # first, as steps may be made in the backward
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +37,7 @@ class Registry(Generic[T]):
         self._registered[name] = entry, BUILT_IN
 
     def register(self, name: str, thing: Any, origin: str) -> None:
-        """Add what a module named `origin` gives. The same module may do it twice, as a reload does.
+        """Add what a module named `origin` gives. The same module may do it twice, as in a reload.
 
         Raises:
             ValueError: the name is taken.
@@ -115,6 +116,12 @@ class Registry(Generic[T]):
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
         return ConfigError(Problem(self.key, problem, fix, value=name))
+
+
+def lazily(path: str) -> Callable[[], Any]:
+    """A function that imports `module:name` when it is called."""
+    module, _, name = path.partition(":")
+    return lambda: getattr(import_module(module), name)
 
 
 def calling_module() -> str:

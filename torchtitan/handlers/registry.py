@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.registry import Registry
+from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers.compile_settings import CompileSettings
+from torchtitan.handlers.freeze_settings import FreezeSettings
 from torchtitan.handlers.protocol import ModelHandler
 
 H = TypeVar("H", bound=type)
@@ -33,12 +33,6 @@ class HandlerEntry:
     load: Callable[[], type[ModelHandler]]
     after: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
-
-
-def lazily(path: str) -> Callable[[], Any]:
-    """A function that imports `module:name` when it is called."""
-    module, _, name = path.partition(":")
-    return lambda: getattr(import_module(module), name)
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
@@ -60,6 +54,9 @@ def entry_of(name: str, thing: Any) -> HandlerEntry:
 HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
 HANDLERS.add_built_in(
     "compile", HandlerEntry(CompileSettings, lazily("torchtitan.handlers.compile:CompileHandler"))
+)
+HANDLERS.add_built_in(
+    "freeze", HandlerEntry(FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler"))
 )
 
 
