@@ -28,7 +28,10 @@ def probe(facts: Facts) -> list[Problem]:
         model = family.build(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     problems = check_patterns(config.optimizer, list(shapes))
-    check_names = OPTIMIZERS[config.optimizer.name].check_names
-    if check_names is not None:
-        problems += check_names(optimizer_settings(config.optimizer), shapes)
+    try:
+        entry = OPTIMIZERS.get(config.optimizer.name)
+        if entry is not None and entry.check_names is not None:
+            problems += entry.check_names(optimizer_settings(config.optimizer), shapes)
+    except ConfigError:
+        pass  # reported by `check`
     return problems

@@ -37,7 +37,7 @@ class AdafactorSettings(Section):
     eps2: NonNegativeFloat = 1e-3
     """Least root mean square of a parameter that its step is relative to."""
 
-    d: PositiveFloat = 1.0
+    d: Annotated[float, Field(ge=1)] = 1.0
     """Updates with a larger root mean square are scaled down to it."""
 
 
