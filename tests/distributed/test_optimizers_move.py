@@ -14,6 +14,8 @@ from torch.distributed.tensor import distribute_tensor
 from tests.distributed.tiny import Case
 from tests.parity.table import (
     ADAFACTOR,
+    BF16_STATE,
+    EIGHT_BITS,
     FROZEN_START,
     MUON,
     SGD,
@@ -35,6 +37,8 @@ MOVES = [
     (row(MUON, shard=2, tp=2, layers=4), row(MUON, pp=2, layers=4)),
     (row(ADAFACTOR, shard=4), row(ADAFACTOR, replicate=2, tp=2)),
     (row(SGD, shard=2), row(SGD, tp=2)),
+    (row(BF16_STATE, tp=2), row(BF16_STATE, shard=4)),
+    (row(EIGHT_BITS, shard=2, tp=2), row(EIGHT_BITS, replicate=2)),
     (row(FROZEN_START, pp=2, layers=4), row(FROZEN_START, shard=2, tp=2, layers=4)),
 ]
 

@@ -194,7 +194,7 @@ def collect(
 def _part_of(tensor: Tensor) -> Part:
     indices = tuple(index.numpy() for index in held_indices(tensor))
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return Part(indices, local.detach().numpy().copy())
+    return Part(indices, local.detach().double().numpy().copy())  # numpy knows no bfloat16
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ MUON_BY_NAME = {
 }
 ADAFACTOR = {"optimizer": {"name": "Adafactor"}}
 SGD = {"optimizer": {"name": "SGD", "args": {"momentum": 0.9, "nesterov": True}}}
+BF16_STATE = {"optimizer": {"name": "AdamWBF16"}}
+EIGHT_BITS = {"optimizer": {"name": "AdamW8bit", "args": {"block_size": 16}}}
 
 FREEZES: dict[str, dict[str, list[str]]] = {
     "embedding and first layer": {"patterns": ["tok_embeddings.*", "layers.0.*"]},
@@ -246,6 +248,11 @@ OPTIMIZERS = [
     row(ADAFACTOR, tp=2, pp=2, schedule="GPipe"),
     row(SGD, FULL, shard=2, tp=2, **PACKED),
     row(SGD, replicate=2, pp=2, schedule="1F1B", microbatches=2),
+    row(BF16_STATE, shard=2, tp=2, **TIED),
+    row(BF16_STATE, replicate=2, pp=2, schedule="1F1B", microbatches=2),
+    row(EIGHT_BITS, shard=2, tp=2, **PACKED),
+    row(EIGHT_BITS, ULYSSES, FULL, replicate=2, cp=2, **TIED),
+    row(EIGHT_BITS, shard=2, pp=2, schedule="GPipe"),
 ]
 FROZEN = [
     row(FROZEN_ATTENTION, shard=2, microbatches=2, **TIED),

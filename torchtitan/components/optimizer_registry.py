@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from torchtitan.components.optimizer_settings import (
     AdafactorSettings,
+    AdamW8bitSettings,
     MuonSettings,
     SgdSettings,
     check_muon_names,
@@ -99,6 +100,12 @@ for _name, _entry in {
     ),
     "Adam": OptimizerEntry(
         Section, lazily("torchtitan.components.torch_optimizers:build_adam"), OPTIONAL_KEYS
+    ),
+    "AdamWBF16": OptimizerEntry(
+        Section, lazily("torchtitan.components.compact_adamw:build_bf16"), ADAM_KEYS
+    ),
+    "AdamW8bit": OptimizerEntry(
+        AdamW8bitSettings, lazily("torchtitan.components.compact_adamw:build_8bit"), ADAM_KEYS
     ),
     "SGD": OptimizerEntry(
         SgdSettings,

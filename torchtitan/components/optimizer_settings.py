@@ -41,6 +41,12 @@ class AdafactorSettings(Section):
     """Updates with a larger root mean square are scaled down to it."""
 
 
+class AdamW8bitSettings(Section):
+    block_size: Annotated[int, Field(ge=16, le=4096)] = 256
+    """Weights of a row that share a scale. Matrices whose rows are no multiple of it keep their
+    moments in float32."""
+
+
 class MuonSettings(Section):
     patterns: Names = ("layers.*",)
     """Globs over full parameter names: the matrices that match are orthogonalised, all else has

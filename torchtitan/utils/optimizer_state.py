@@ -47,6 +47,6 @@ def adam_state(parameter: Tensor, group: dict[str, Any]) -> State:
     return state
 
 
-def zeros(parameter: Tensor) -> Tensor:
-    """Cut over ranks as the parameter is."""
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+def zeros(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Cut over ranks as the parameter is; of its type, unless `dtype` says another."""
+    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)

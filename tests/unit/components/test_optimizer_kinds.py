@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.state import optimizer_tensors
+from torchtitan.components.compact_adamw import levels, round_by_chance
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
 from torchtitan.config import ConfigError
 from torchtitan.config.training_sections import Optimizer
@@ -35,6 +36,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "all by Muon": {"name": "Muon", "args": {"patterns": ["*"]}, "param_groups": []},
 }
 
+COMPACT: dict[str, dict[str, Any]] = {
+    "AdamWBF16": {"name": "AdamWBF16"},
+    "AdamW8bit": {"name": "AdamW8bit", "args": {"block_size": 32}},
+}
+
 
 class Model(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32, norm: bool = True) -> None:
@@ -48,12 +54,25 @@ class Model(nn.Module):
         self.to(dtype)
 
 
-def model_for(kind: str, dtype: torch.dtype = torch.float32) -> Model:
-    return Model(dtype, norm=kind != "all by Muon")
+class Wide(nn.Module):
+    """Of a matrix that is kept in 8 bits, one too small for it, one of odd rows, and a vector."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w1 = nn.Linear(64, 96, bias=False)
+        self.w2 = nn.Linear(64, 8, bias=False)
+        self.w3 = nn.Linear(100, 60, bias=False)
+        self.norm = nn.RMSNorm(6)
+        self.to(dtype)
+
+
+def model_for(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return Wide(dtype) if kind in COMPACT else Model(dtype, norm=kind != "all by Muon")
 
 
 def build(model: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
-    section = {"lr": 0.1, "weight_decay": 0.3, "param_groups": GROUPS, **SECTIONS[kind]}
+    section = {"lr": 0.1, "weight_decay": 0.3, "param_groups": GROUPS, **(SECTIONS | COMPACT)[kind]}
     return build_optimizers(Optimizer(**section), [model], CPU)
 
 
@@ -113,7 +132,7 @@ def test_equal_to_torchs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize("kind", SECTIONS | COMPACT)
 def test_fresh_state_is_what_the_first_step_starts_from(kind: str, dtype: torch.dtype) -> None:
     """A checkpoint is loaded into it."""
     states = []
@@ -121,7 +140,7 @@ def test_fresh_state_is_what_the_first_step_starts_from(kind: str, dtype: torch.
         model = model_for(kind, dtype)
         optimizers = build(model, kind)
         fresh = optimizer_tensors([model], optimizers) if create else {}
-        assert all(not value.any() for value in fresh.values())
+        assert all(not value.any() for name, value in fresh.items() if "_codes" not in name)
         for step in range(2):
             set_gradients(model, step)
             optimizers[0].step()
@@ -135,7 +154,7 @@ def test_fresh_state_is_what_the_first_step_starts_from(kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize("kind", SECTIONS | COMPACT)
 def test_a_step_that_is_not_finite_leaves_no_trace(kind: str, poison: float) -> None:
     model = model_for(kind)
     optimizers = build(model, kind)
@@ -149,11 +168,78 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind: str, poison: float) -> 
 
 
 def test_parameters_without_a_gradient_are_left_alone() -> None:
-    for kind in SECTIONS:
+    for kind in SECTIONS | COMPACT:
         model = model_for(kind)
         build(model, kind)[0].step()
         for name, tensor in model_for(kind).named_parameters():
             assert torch.equal(model.get_parameter(name), tensor)
+
+
+@pytest.mark.parametrize("kind", COMPACT)
+def test_compact_moments_do_what_adamw_does(kind: str) -> None:
+    """Updates, not weights, are compared: of 60 steps whose gradients change but have a mean."""
+    found = []
+    for section in (COMPACT[kind], {"name": "AdamW"}):
+        model = Wide(torch.float32)
+        start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        [optimizer] = build_optimizers(Optimizer(lr=1e-3, **section), [model], CPU)
+        for step in range(60):
+            set_gradients(model, step)
+            for parameter in model.parameters():
+                parameter.grad.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+            optimizer.step()
+        found.append({name: t.detach() - start[name] for name, t in model.named_parameters()})
+    for name, update in found[0].items():
+        expected = found[1][name]
+        assert (update - expected).norm() / expected.norm() < 0.03, name
+        is_compact = kind == "AdamWBF16" or name == "w1.weight"
+        assert torch.equal(update, expected) != is_compact
+
+
+def test_what_is_kept_in_8_bits() -> None:
+    model = Wide(torch.float32)
+    [optimizer] = build(model, "AdamW8bit")
+    state = optimizer_tensors([model], [optimizer])
+    names = {name.removeprefix("optimizer.") for name in state if "exp_avg_sq" in name}
+    assert names == {
+        "w1.weight.exp_avg_sq_codes",
+        "w1.weight.exp_avg_sq_scale",
+        "w2.weight.exp_avg_sq",
+        "w3.weight.exp_avg_sq",
+        "norm.weight.exp_avg_sq",
+    }
+    assert state["optimizer.w1.weight.exp_avg_codes"].dtype == torch.uint8
+    assert state["optimizer.w1.weight.exp_avg_scale"].shape == (96, 2)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_numbers_of_8_bits(signed: bool) -> None:
+    known = levels(signed)
+    assert len(set(known)) == 256 and 0.0 in known and known[-1] == 1.0
+    assert (known[0] < -0.99) == signed
+    assert min(abs(x) for x in known if x) == pytest.approx(0.55e-6 if signed else 0.325e-6)
+
+
+def test_rounding_by_chance_is_right_on_average() -> None:
+    value = torch.tensor([1.001, -1.001, 3e-5, 0.0, 1.0]).repeat(20_000, 1)
+    bits = torch.randint(-(2**63), 2**63 - 1, value.shape, generator=torch.Generator())
+    rounded = round_by_chance(value, bits)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double().mean(0), value[0].double(), rtol=1e-4, atol=0)
+    assert set(rounded[:, 0].tolist()) == {1.0, 1.0078125}
+    assert torch.equal(rounded[:, 4].unique(), torch.ones(1, dtype=torch.bfloat16))
+
+
+def test_weights_in_bfloat16_learn_what_rounding_would_lose() -> None:
+    """Steps of a thousandth of the distance to the next number."""
+    model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    section = Optimizer(name="AdamWBF16", lr=1e-5, weight_decay=0.0, param_groups=())
+    [optimizer] = build_optimizers(section, [model], CPU)
+    for _ in range(50):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert model.weight.double().mean().item() == pytest.approx(1 - 50 * 1e-5, abs=1e-4)
 
 
 def test_groups_meet_muon_s_patterns() -> None:
