@@ -69,6 +69,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         optimizers = build_optimizers(
             config.optimizer, model.parts, world.device, model.parameter_names
         )
+        schedule = Schedule(config.lr_scheduler, training.steps)
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
         update = builder.build_update(config, model, optimizers, dims, saver)
@@ -83,13 +84,12 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             lag=0 if world.device.type == "cpu" else 1,
             left_out=not config.optimizer.early_step_in_backward,
         )
-        counts_data = dims.counts_data(world.rank)
         ahead = Prefetch(
             loader,
             runner.loss,
             world,
             stop,
-            counts_data,
+            dims.counts_data(world.rank),
             saver.save_failed,
             config.data.max_bad_rows,
         )
@@ -114,7 +114,6 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 if world.is_main:
                     set_status(folder, "running", saver.saved_step)
 
-        schedule = Schedule(config.lr_scheduler, training.steps)
         metrics.start_step()
         with metrics.timing("data"):
             ahead.start()

@@ -36,7 +36,7 @@ def problems(**sections: Any) -> list[str]:
     return [str(problem) for problem in check(facts(**sections)) if problem.severity == "error"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_every_optimizer_passes_by_itself(name: str) -> None:
     assert problems(optimizer={"name": name}) == []
 
