@@ -40,13 +40,15 @@ gloo. `tests/parity/` requires the same of every row.
 
 The model is a Llama of width {dim}, where {heads} query heads share {kv_heads} of keys and values,
 with a vocabulary of {vocab} tokens. A step has {sequences} sequences of {seq_len} tokens, of which
-some have no target at all. There are {steps} steps of AdamW, in float64; gradients, of norms from
-{smallest_norm:.2f} to {largest_norm:.2f}, are clipped to {max_norm}.
+some have no target at all. There are {steps} steps, of AdamW unless a row names another optimizer,
+in float64; gradients, of norms from {smallest_norm:.2f} to {largest_norm:.2f}, are clipped to
+{max_norm}.
 
 How to read it: the numbers are the largest relative differences to one process. *Loss* is over the
 losses of all steps and the loss of `evaluate` at the end, *norm* over the gradient norms of all
-steps. *Parameters* and *moments* are, for each tensor and both moments of AdamW after the last
-step, max|a - b| / max|b|, over all elements on all ranks; the largest of all tensors is shown. What
+steps. *Parameters* and *moments* are, for each tensor and what the optimizer keeps of it (both
+moments of AdamW) after the last step, max|a - b| / max|b|, over all elements on all ranks; the
+largest of all tensors is shown. What
 float64 rounds away is about 2e-16 of a number. Sums are made in another order on another mesh, so
 differences are not 0; Adam divides gradients by their own size, so they grow where a gradient is
 nearly 0. The table tolerates {tolerance:.0e}. What several ranks hold alike has the same bits on
@@ -55,7 +57,8 @@ all of them.
 *tied*: the head uses the embedding's matrix. *packed*: several documents in a sequence, which do
 not see each other. *accumulates*: the gradients of so many batches add up to a step. Context
 parallelism is named with its method and load balancer, pipeline parallelism with its schedule, and
-a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`. *On the host*:
+a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`. *Frozen*: those
+parameters are not trained. *Muon by name*: other matrices, and other settings of it. *On the host*:
 parameters, gradients and moments, or activations, wait in host memory (on a CPU in other memory).
 *z-loss*, *label smoothing*: of weight 0.01 and 0.1, in what is minimised, not in `evaluate`.
 

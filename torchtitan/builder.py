@@ -21,6 +21,7 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import build_losses
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
+from torchtitan.components.sink_registry import SinkRun, sink_opener
 from torchtitan.components.sinks import Sink
 from torchtitan.components.update import AfterBackward, InBackward, Update
 from torchtitan.components.validation import Validator
@@ -45,7 +46,7 @@ from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs
 from torchtitan.passes.compile import is_marked_for_compile
 from torchtitan.prefetch import Prefetch
-from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.dtypes import default_dtype, torch_dtype
 from torchtitan.utils.environment import read_wandb
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.signals import StopRequest
@@ -109,7 +110,7 @@ def build_model(
     """
     family = get_family(config.model.name)
     args = family.resolve(config.model, vocab_size)
-    with torch.device("meta"), _default_dtype(torch_dtype(config.training.dtype)):
+    with torch.device("meta"), default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
     _require_language_model(model, family.name)
     seq_len = config.training.seq_len
@@ -164,7 +165,7 @@ def build_update(
     """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
     if config.optimizer.early_step_in_backward:
         before_change = saver.before_change if saver is not None else lambda: None
-        return InBackward(optimizers, dims.ranks_per_stage, before_change)
+        return InBackward(optimizers, dims.ranks_per_stage, before_change, model.parameters[0])
     return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
 
 
@@ -302,6 +303,7 @@ def build_metrics(
 ) -> MetricsLogger:
     """Metrics that go on after the step that is resumed from."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
+    rank = world.rank if config.metrics.save_for_all_ranks else None
     if config.metrics.enable_wandb:
         more_sinks[WandbSink.name] = lambda: WandbSink(
             folder.path,
@@ -309,8 +311,11 @@ def build_metrics(
             config.model_dump(mode="json"),
             read_wandb(),
             config.job.description,
-            world.rank if config.metrics.save_for_all_ranks else None,
+            rank,
         )
+    run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
+    for name in config.metrics.sinks:
+        more_sinks[name] = sink_opener(config, name, run)
     metrics = MetricsLogger(
         config.metrics,
         folder.path,
@@ -385,17 +390,3 @@ def _refuse_unset_buffers(model: nn.Module) -> None:
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")
     if names:
         model.init_buffers()  # type: ignore[operator]
-
-
-class _default_dtype:
-    """While entered, new floating point tensors have this type."""
-
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._previous = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *details: object) -> None:
-        torch.set_default_dtype(self._previous)

@@ -19,8 +19,9 @@ from torchtitan import builder, preflight
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
-from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
+from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
 from torchtitan.config.facts import Facts
@@ -68,6 +69,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         optimizers = build_optimizers(
             config.optimizer, model.parts, world.device, model.parameter_names
         )
+        schedule = Schedule(config.lr_scheduler, training.steps)
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
         update = builder.build_update(config, model, optimizers, dims, saver)
@@ -124,7 +126,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
             step += 1
-            lr = config.optimizer.lr * lr_factor(step, training.steps, config.lr_scheduler)
+            lr = config.optimizer.lr * schedule(step)
             set_learning_rates(optimizers, lr)  # first, as steps may be made in the backward
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()

@@ -26,7 +26,7 @@ def test_the_norm_of_passing_gradients_is_the_same(gloo_pool: GlooPool) -> None:
 def _norms_of_passing_gradients(world: World) -> list[float]:
     parameters = _parameters_with_gradients()
     whole = gradient_norm(parameters, world.world_size)
-    passing = PassingNorm(world.world_size, world.device)
+    passing = PassingNorm(world.world_size, world.device, torch.float32)
     norms = [whole.item()]
     for order in ((2, 0, 1), (1, 2, 0)):
         for index in order:

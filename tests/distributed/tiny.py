@@ -181,19 +181,21 @@ def train(world: World, case: Case) -> Result:
 def collect(
     parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], result: Result
 ) -> None:
-    """Add what this rank holds of the weights and moments to `result`. Not whole tensors: to
-    gather them would take longer than the training."""
-    for part, optimizer in zip(parts, optimizers, strict=True):
+    """Add what this rank holds of the weights, and of what an optimizer keeps of each, to `result`.
+    Not whole tensors: to gather them would take longer than the training."""
+    states = {key: state for optimizer in optimizers for key, state in optimizer.state.items()}
+    for part in parts:
         for name, parameter in part.named_parameters():
             result.parameters[name] = _part_of(parameter)
-            for kind in ("exp_avg", "exp_avg_sq"):
-                result.moments[f"{kind} of {name}"] = _part_of(optimizer.state[parameter][kind])
+            for kind, value in states.get(parameter, {}).items():
+                if value.dim():  # not the count of steps
+                    result.moments[f"{kind} of {name}"] = _part_of(value)
 
 
 def _part_of(tensor: Tensor) -> Part:
     indices = tuple(index.numpy() for index in held_indices(tensor))
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return Part(indices, local.detach().numpy().copy())
+    return Part(indices, local.detach().double().numpy().copy())  # numpy knows no bfloat16
 
 
 @dataclass(frozen=True)

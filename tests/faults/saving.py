@@ -66,7 +66,8 @@ class Trainer:
 
 def digest(tensor: torch.Tensor) -> str:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
+    as_bytes = whole.detach().flatten().view(torch.uint8)  # numpy knows no bfloat16
+    return hashlib.sha256(as_bytes.numpy().tobytes()).hexdigest()
 
 
 def make_checkpointer(

@@ -77,9 +77,35 @@ def row(
     for part in settings:
         for name, values in part.items():
             sections[name] = {**sections.get(name, {}), **values}
+    handlers = [name for part in settings for name in part.get("model", {}).get("handlers", [])]
+    if handlers:
+        sections["model"]["handlers"] = handlers
     world_size = replicate * shard * cp * tp * pp
     return Case(world_size, replicate, shard, cp, tp, pp, settings=sections, **model)
 
+
+MUON = {"optimizer": {"name": "Muon"}}
+MUON_BY_NAME = {
+    "optimizer": {
+        "name": "Muon",
+        "args": {"patterns": ["layers.*.w?.weight"], "nesterov": False, "adjust_lr_fn": "original"},
+    }
+}
+ADAFACTOR = {"optimizer": {"name": "Adafactor"}}
+SGD = {"optimizer": {"name": "SGD", "args": {"momentum": 0.9, "nesterov": True}}}
+BF16_STATE = {"optimizer": {"name": "AdamWBF16"}}
+EIGHT_BITS = {"optimizer": {"name": "AdamW8bit", "args": {"block_size": 16}}}
+
+FREEZES: dict[str, dict[str, list[str]]] = {
+    "embedding and first layer": {"patterns": ["tok_embeddings.*", "layers.0.*"]},
+    "attention": {"patterns": ["*.attention.*"]},
+    "all but feed-forwards and head": {"only": ["*.feed_forward.*", "output.*"]},
+}
+"""What is frozen, by a name of few words."""
+FROZEN_START, FROZEN_ATTENTION, FEED_FORWARDS = (
+    {"model": {"handlers": ["freeze"]}, "handlers": {"freeze": settings}}
+    for settings in FREEZES.values()
+)
 
 TIED = {"tied": True}
 PACKED = {"document_mask": True}
@@ -211,7 +237,51 @@ COMBINED = [
     row(ULYSSES, replicate=2, cp=2, tp=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
 ]
 
-TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED]
+OPTIMIZERS = [
+    row(MUON, microbatches=2, **TIED),
+    row(MUON, COMPILED, shard=2, **PACKED),
+    row(MUON, shard=8, **TIED),
+    row(MUON, BY_OPERATOR, replicate=2),
+    row(MUON, PARAMETERS_ON_HOST, replicate=2, shard=2, microbatches=2),
+    row(MUON, tp=2, **PACKED),
+    row(MUON, FULL, shard=2, tp=2, **TIED),
+    row(MUON_BY_NAME, tp=4, kv_heads=2),
+    row(MUON, RING, shard=2, cp=2, **PACKED),
+    row(MUON, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4),
+    row(MUON_BY_NAME, ULYSSES, replicate=2, cp=2, tp=2),
+    row(MUON, shard=2, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(ADAFACTOR, shard=2, microbatches=2, **TIED),
+    row(ADAFACTOR, shard=8),
+    row(ADAFACTOR, COMPILED, replicate=2, shard=2, **PACKED),
+    row(ADAFACTOR, PARAMETERS_ON_HOST, shard=2, tp=2, **TIED),
+    row(ADAFACTOR, tp=4, kv_heads=2),
+    row(ADAFACTOR, RING, replicate=2, cp=2, **PACKED),
+    row(ADAFACTOR, tp=2, pp=2, schedule="GPipe"),
+    row(SGD, FULL, shard=2, tp=2, **PACKED),
+    row(SGD, replicate=2, pp=2, schedule="1F1B", microbatches=2),
+    row(BF16_STATE, shard=2, tp=2, **TIED),
+    row(BF16_STATE, replicate=2, pp=2, schedule="1F1B", microbatches=2),
+    row(EIGHT_BITS, shard=2, tp=2, **PACKED),
+    row(EIGHT_BITS, ULYSSES, FULL, replicate=2, cp=2, **TIED),
+    row(EIGHT_BITS, shard=2, pp=2, schedule="GPipe"),
+]
+FROZEN = [
+    row(FROZEN_ATTENTION, shard=2, microbatches=2, **TIED),
+    row(FROZEN_START, COMPILED, FULL, shard=2, **PACKED),
+    row(FEED_FORWARDS, BY_OPERATOR, replicate=2, **PACKED),
+    row(FROZEN_ATTENTION, COMPILED, replicate=2, shard=2),
+    row(FROZEN_ATTENTION, EVERY_SECOND, tp=2, **PACKED),
+    row(FROZEN_START, shard=2, tp=2),
+    row(FEED_FORWARDS, RING, shard=2, cp=2, **PACKED),
+    row(FROZEN_ATTENTION, PARAMETERS_ON_HOST, ULYSSES, cp=2, tp=2),
+    row(FROZEN_START, FULL, ACTIVATIONS_ON_HOST, pp=2, schedule="1F1B"),
+    row(FROZEN_START, pp=4, schedule="GPipe", layers=4, microbatches=2),
+    row(FROZEN_ATTENTION, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4),
+    row(FROZEN_START, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(MUON, FROZEN_START, shard=2, tp=2),
+]
+
+TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -259,7 +329,13 @@ def _special(case: Case) -> Iterator[str]:
         yield "parameters on the host"
     if recompute.offload:
         yield "activations on the host"
-    if config.model.handlers:
+    if config.optimizer.name != "AdamW":
+        by_name = " by name" if config.optimizer.args.get("patterns") else ""
+        yield f"{config.optimizer.name}{by_name}"
+    if "freeze" in config.model.handlers:
+        settings = case.settings["handlers"]["freeze"]
+        yield f"frozen {next(words for words, other in FREEZES.items() if other == settings)}"
+    if "compile" in config.model.handlers:
         yield f"compiled {case.settings['handlers']['compile']['backend']}"
     if mesh.fsdp_reshard_after_forward != "default":
         yield f"reshard {mesh.fsdp_reshard_after_forward}"
@@ -286,9 +362,12 @@ def name_of(case: Case) -> str:
 
 
 def reference_of(case: Case) -> Case:
-    """One process that trains the same model, with nothing special. The fused norm has to be equal
-    to the usual one."""
+    """One process that trains the same model, with the same optimizer, and nothing special. The
+    fused norm has to be equal to the usual one."""
     model = ("layers", "heads", "kv_heads", "tied", "document_mask")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
-    settings = {name: case.settings[name] for name in case.settings if name == "loss"}
+    settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
+    frozen = case.settings.get("handlers", {}).get("freeze")
+    if frozen:
+        settings |= {"model": {"handlers": ["freeze"]}, "handlers": {"freeze": frozen}}
     return Case(norm=norm, settings=settings, **{name: getattr(case, name) for name in model})

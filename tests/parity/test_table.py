@@ -1,8 +1,10 @@
 """The promise: every mesh trains like one process.
 
-Losses, gradient norms and the evaluated loss, every parameter and both moments of the optimizer
+Losses, gradient norms and the evaluated loss, every parameter and what the optimizer keeps of it
 after the last step, all in float64, on every rank.
 """
+
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from torchtitan.models.registry import get_family
 from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
 REFERENCES = list({name_of(reference_of(case)): reference_of(case) for case in TABLE}.values())
+COMPACT = ("AdamWBF16", "AdamW8bit")
+"""Optimizers that torch does not have; tests/unit/components/test_optimizer_kinds.py has more."""
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +56,25 @@ def test_a_user_may_configure_it(case: Case) -> None:
     assert errors_of(preflight(facts, [ARITHMETIC])) == []
 
 
-@pytest.mark.parametrize("case", REFERENCES, ids=name_of)
-def test_one_process_equals_a_plain_loop(case: Case, reference) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [case for case in REFERENCES if case.config().optimizer.name not in COMPACT],
+    ids=name_of,
+)
+def test_one_process_equals_a_plain_loop(
+    case: Case, reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of PyTorch's own parts: else all rows could be wrong alike."""
     config = case.config()
     family = get_family("llama3")
     args = family.resolve(config.model, tiny.VOCAB_SIZE)
     model = family.build(args).double()
     initialize_parameters(model, model.init_rule, config.debug.seed)
-    optimizer = _adamw(model, config.optimizer)
+    if "freeze" in config.handlers:
+        _freeze(model, **config.handlers["freeze"])
+    optimizers = _optimizers(model, config.optimizer)
+    # torch's Muon would orthogonalise in bfloat16.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     batch, result = tiny.sequences(), tiny.Result()
     inputs = [batch["tokens"], batch["positions"]] + [batch["document_ids"]] * case.document_mask
 
@@ -80,31 +94,54 @@ def test_one_process_equals_a_plain_loop(case: Case, reference) -> None:
         loss, plain = mean_losses()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         result.losses += [loss.item()] if settings.plain else [loss.item(), plain.item()]
         result.norms.append(norm.item())
     result.evaluated = mean_losses()[1].item()
-    tiny.collect([model], [optimizer], result)
+    tiny.collect([model], optimizers, result)
     assert tiny.compare([reference(case)], result).worst < TOLERANCE
     assert min(result.norms) > tiny.MAX_NORM, "nothing is clipped"
 
 
-def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+def _freeze(model: nn.Module, patterns: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if any(fnmatchcase(name, glob) for glob in patterns or only) == bool(patterns):
+            tensor.requires_grad_(False)
+
+
+def _optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
     """Norms have no weight decay."""
-    norms = [tensor for name, tensor in model.named_parameters() if name.endswith("norm.weight")]
-    others = [tensor for tensor in model.parameters() if tensor.dim() > 1]
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    globs = settings.args.get("patterns", ["layers.*"]) if settings.name == "Muon" else []
+    matrices = [
+        tensor
+        for name, tensor in trained.items()
+        if tensor.dim() == 2 and any(fnmatchcase(name, glob) for glob in globs)
+    ]
+    norms = [tensor for name, tensor in trained.items() if name.endswith("norm.weight")]
+    chosen = {id(tensor) for tensor in [*matrices, *norms]}
+    others = [tensor for tensor in trained.values() if id(tensor) not in chosen]
     groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups if norms else groups[:1],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    groups = [group for group in groups if group["params"]]
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    args = {key: value for key, value in settings.args.items() if key != "patterns"}
+    if settings.name == "SGD":
+        return [torch.optim.SGD(groups, **common, **args)]
+    if settings.name == "Adafactor":
+        return [torch.optim.Adafactor(groups, **common, **args)]
+    betas = settings.beta1, settings.beta2
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=settings.eps, **common))
+    if matrices:
+        args = {"adjust_lr_fn": "match_rms_adamw", **args}
+        optimizers.append(torch.optim.Muon(matrices, **common, **args))
+    return optimizers
 
 
 def test_the_references_differ(reference) -> None:
     """Else rows would be compared with the wrong one unnoticed."""
-    losses = [reference(case).losses[0] for case in REFERENCES]
+    losses = [(reference(case).losses[0], reference(case).evaluated) for case in REFERENCES]
     assert len(set(losses)) == len(losses) > 3

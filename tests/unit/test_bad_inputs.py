@@ -238,7 +238,6 @@ VALUES = [
     value("optimizer.beta2", "-0.1", "at least 0"),
     value("optimizer.eps", "0.0", "more than 0"),
     value("optimizer.weight_decay", "-0.1", "at least 0"),
-    value("optimizer.name", '"adamw"', 'did you mean "AdamW"?'),
     value("lr_scheduler.decay_ratio", "1.5", "at most 1"),
     value("lr_scheduler.min_lr_factor", "-0.5", "at least 0"),
     value("lr_scheduler.decay_type", '"cosin"', 'did you mean "cosine"?', "linear, sqrt, cosine"),
@@ -326,6 +325,10 @@ ARITHMETIC_CASES = [
     Bad("dataset", ['did you mean "stdlib"?'], None, ["training.dataset=stdlb"], 1),
     Bad("flavor", ["model.flavor", "8B"], None, ["model.flavor=9B"], 1),
     Bad("family", ['did you mean "llama3"?'], None, ["model.name=lama"], 1),
+    Bad("optimizer", ['did you mean "AdamW"?'], None, ["optimizer.name=adamw"], 1),
+    Bad("schedule", ['"warmup_stable_decay"'], None, ["lr_scheduler.name=warmup"], 1),
+    Bad("sink", ["is not a sink"], None, ["metrics.sinks=mine"], 1),
+    Bad("unused", ["SGD has no use for it"], None, ["optimizer.name=SGD", "optimizer.eps=1"], 1),
     Bad("args", ["n_layers"], None, ["model.args.n_layer=2"], 1),
     Bad(
         "args-type",

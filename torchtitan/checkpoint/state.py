@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
+from torchtitan.utils.optimizer_state import initial_state
 
 
 def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
@@ -34,8 +35,12 @@ def optimizer_tensors(
 ) -> dict[str, torch.Tensor]:
     """`optimizer.<parameter>.<state>` -> live state tensor, the step count included.
 
-    State is created, at zero, for parameters that have none yet, so that a fresh optimizer can be
-    loaded into; that is the state that the first update would have started from.
+    State is created for parameters that have none yet, so that a fresh optimizer can be loaded
+    into; that is the state that the first update would have started from.
+
+    Raises:
+        NotImplementedError: nobody says what that is, see `torchtitan.utils.optimizer_state`.
+        TypeError: an optimizer keeps something else than tensors.
     """
     names = {id(value): name for part in model_parts for name, value in part.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -44,8 +49,9 @@ def optimizer_tensors(
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[f"{OPTIMIZER_PREFIX}{names[id(parameter)]}.{key}"] = value
+                    if value is not None:
+                        name = f"{OPTIMIZER_PREFIX}{names[id(parameter)]}.{key}"
+                        tensors[name] = _require_tensor(optimizer, name, value)
     return tensors
 
 
@@ -53,25 +59,12 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad and not optimizer.state.get(parameter):
-                if not isinstance(optimizer, torch.optim.Adam):
-                    kind = type(optimizer).__name__
-                    raise NotImplementedError(f"no rule for the initial state of {kind}")
-                optimizer.state[parameter] = _adam_state(parameter, group)
+                optimizer.state[parameter] = initial_state(optimizer, parameter, group)
 
 
-def _adam_state(parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """As Adam and AdamW would create it in their first step (AdamW is an Adam in torch)."""
-    on_device = bool(group.get("fused") or group.get("capturable"))
-    wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-    state = {
-        "step": torch.zeros(
-            (),
-            dtype=torch.float64 if wide else torch.float32,
-            device=parameter.device if on_device else "cpu",
-        ),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
-    if group.get("amsgrad"):
-        state["max_exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
+def _require_tensor(optimizer: torch.optim.Optimizer, name: str, value: Any) -> torch.Tensor:
+    """A step count that is a plain number would be missing after a resume, without a word."""
+    if not isinstance(value, torch.Tensor):
+        kind = type(optimizer).__name__
+        raise TypeError(f"{kind} keeps {name} as {type(value).__name__}: it has to be a tensor")
+    return value

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torchtitan.components.named_checks import check_named, probe_schedule
+from torchtitan.components.schedule_registry import BUILT_IN_NAME
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import LRScheduler, Optimizer
@@ -25,6 +27,7 @@ _DEFAULT_GROUPS = Optimizer.model_fields["param_groups"].default
 def check(facts: Facts) -> list[Problem]:
     """Problems of several settings together; single values are checked by their sections."""
     return [
+        *check_named(facts),
         *_check_optimizer(facts),
         *_check_schedule(facts),
         *_check_profiling(facts),
@@ -36,7 +39,7 @@ def check(facts: Facts) -> list[Problem]:
 def probe(facts: Facts) -> list[Problem]:
     """Problems of this machine: folders that cannot be written, packages that are missing."""
     metrics, profiling = facts.config.metrics, facts.config.profiling
-    problems = []
+    problems = probe_schedule(facts)
     if metrics.enable_tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
             problems.append(_missing_package("metrics.enable_tensorboard", "tensorboard"))
@@ -136,6 +139,8 @@ def _check_optimizer(facts: Facts) -> Iterator[Problem]:
 
 def _check_schedule(facts: Facts) -> Iterator[Problem]:
     section, steps = facts.config.lr_scheduler, facts.config.training.steps
+    if section.name != BUILT_IN_NAME:
+        return
     warmup = section.warmup_steps
     if warmup > steps:
         problem = f"the run ends before the warmup does: training.steps = {steps}"

@@ -1,6 +1,7 @@
 """Settings of the optimizer that only the built model can judge: names of parameters."""
 
 from torchtitan.components.checks import check_patterns
+from torchtitan.components.optimizer_registry import OPTIMIZERS, optimizer_settings
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.models.registry import get_family
@@ -25,4 +26,12 @@ def probe(facts: Facts) -> list[Problem]:
         args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
     with torch.device("meta"):
         model = family.build(args)
-    return check_patterns(config.optimizer, [name for name, _ in model.named_parameters()])
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    problems = check_patterns(config.optimizer, list(shapes))
+    try:
+        entry = OPTIMIZERS.get(config.optimizer.name)
+        if entry is not None and entry.check_names is not None:
+            problems += entry.check_names(optimizer_settings(config.optimizer), shapes)
+    except ConfigError:
+        pass  # reported by `check`
+    return problems

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.components.checks import check_patterns, group_index
+from torchtitan.components.optimizer_registry import OPTIMIZERS, optimizer_settings
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.training_sections import Optimizer as OptimizerSection
-
-FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizers(
@@ -30,8 +29,8 @@ def build_optimizers(
     device: torch.device,
     all_names: Iterable[str] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer per model part, over its parameters that require gradients; with
-    `early_step_in_backward` one per parameter.
+    """One optimizer per model part, over its parameters that require gradients, none where none
+    does; with `early_step_in_backward` one per parameter.
 
     A tied parameter counts once, under its first name. `all_names` are the parameter names of the
     whole model, needed where this rank holds only a part of it: a pattern must match one of them.
@@ -47,18 +46,19 @@ def build_optimizers(
     trained = [_trained_parameters(part) for part in model_parts]
     if section.early_step_in_backward:
         trained = [[pair] for pairs in trained for pair in pairs]
-    return [_build_optimizer(section, pairs, device) for pairs in trained]
+    return [_build_optimizer(section, pairs, device) for pairs in trained if pairs]
 
 
 def step_optimizers(optimizers: Sequence[torch.optim.Optimizer], is_finite: Tensor) -> None:
     """Step every optimizer; if `is_finite` is False, leave everything as it is, bit for bit.
 
     `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Everything means
-    parameters, moments and step counters. Fused implementations decide on the device; `foreach` and
-    `for-loop` make the host wait for `is_finite`.
+    parameters, moments and step counters. Fused implementations decide on the device; others make
+    the host wait for `is_finite`.
     """
     for optimizer in optimizers:
-        if optimizer.defaults["fused"]:
+        # torch's own mark of those that ask for `found_inf`: its fused ones.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
             # The fused kernels return at once when this is 1, weight decay and step count included.
             optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
             try:
@@ -78,13 +78,15 @@ def _build_optimizer(
     named_parameters: Sequence[tuple[str, nn.Parameter]],
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    members: list[list[nn.Parameter]] = [[] for _ in range(len(section.param_groups) + 1)]
+    members: list[list[tuple[str, nn.Parameter]]] = [
+        [] for _ in range(len(section.param_groups) + 1)
+    ]
     for name, param in named_parameters:
-        members[group_index(section, name)].append(param)
+        members[group_index(section, name)].append((name, param))
 
     groups: list[dict[str, Any]] = []
-    for index, params in enumerate(members):
-        if not params:  # torch refuses empty groups
+    for index, pairs in enumerate(members):
+        if not pairs:  # torch refuses empty groups
             continue
         weight_decay, lr_factor = section.weight_decay, 1.0
         if index < len(section.param_groups):
@@ -92,15 +94,9 @@ def _build_optimizer(
             lr_factor = exception.lr_factor
             if exception.weight_decay is not None:
                 weight_decay = exception.weight_decay
-        groups.append({"params": params, "weight_decay": weight_decay, "lr_factor": lr_factor})
+        group = {"weight_decay": weight_decay, "lr_factor": lr_factor}
+        names, params = zip(*pairs, strict=True)
+        groups.append({"params": list(params), "names": list(names), **group})
 
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
-    fused = section.implementation == "fused" and device.type in FUSED_DEVICES
-    return kind(
-        groups,
-        lr=section.lr,
-        betas=(section.beta1, section.beta2),
-        eps=section.eps,
-        fused=fused,
-        foreach=not fused and section.implementation != "for-loop",
-    )
+    build = OPTIMIZERS[section.name].load()
+    return build(groups, section, optimizer_settings(section), device)

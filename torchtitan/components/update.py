@@ -64,11 +64,12 @@ class InBackward:
         optimizers: Sequence[torch.optim.Optimizer],
         ranks_per_stage: int,
         before_change: Callable[[], None],
+        any_parameter: nn.Parameter,
     ):
-        """`optimizers` of one parameter each. `before_change` is called before one changes."""
+        """`optimizers` of one parameter each, none if all that this rank has is frozen;
+        `any_parameter` of this rank's. `before_change` is called before one changes."""
         parameters = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
-        device = parameters[0].device if parameters else torch.device("cpu")
-        self._norm = PassingNorm(ranks_per_stage, device)
+        self._norm = PassingNorm(ranks_per_stage, any_parameter.device, any_parameter.dtype)
         self._before_change = before_change
         for index, optimizer in enumerate(optimizers):
             step = partial(self._step, index, optimizer)

@@ -36,7 +36,7 @@ class JobConfig(Section):
     """Optimizer and parameter groups."""
 
     lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
-    """Warmup, stable phase, decay."""
+    """How the learning rate changes: by default warmup, stable phase, decay."""
 
     parallelism: Parallelism = Field(default_factory=Parallelism)
     """The mesh: how many processes train, and how the model is cut over them."""
@@ -52,6 +52,9 @@ class JobConfig(Section):
 
     metrics: Metrics = Field(default_factory=Metrics)
     """Logging."""
+
+    sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of the places in `metrics.sinks`, one table each; every sink checks its own."""
 
     profiling: Profiling = Field(default_factory=Profiling)
     """Profiler traces."""

@@ -93,8 +93,8 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
     """What no free-form table may hold, whatever its keys mean."""
     for key, value in table.items():
         name = f"{prefix}.{key}"
-        if prefix == "handlers" and not isinstance(value, dict):
-            fix = f"write [handlers.{key}], and the handler's settings below it"
+        if prefix in ("handlers", "sinks") and not isinstance(value, dict):
+            fix = f"write [{prefix}.{key}], and the {prefix[:-1]}'s settings below it"
             yield Problem(name, "needs a table", fix, value)
         elif names_a_secret(key):
             yield secret_problem(name)

@@ -85,6 +85,10 @@ class Metrics(Section):
     """Log to Weights & Biases, too; needs the package `wandb`. WANDB_PROJECT, WANDB_TEAM,
     WANDB_RUN_NAME and WANDB_MODE say where and as what."""
 
+    sinks: Names = ()
+    """Further places to log to, by the names that packages or modules of your own register
+    (`torchtitan list sinks`); each has its settings in `[sinks.NAME]`."""
+
     save_for_all_ranks: bool = False
     """Every rank writes its own metrics, and event files in a folder `rank_N`; else rank 0 alone
     does."""

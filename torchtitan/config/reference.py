@@ -34,39 +34,35 @@ _KINDS = {
 }
 
 
-def reference_page(
-    model_args: Mapping[str, type[Section]],
-    handlers: Mapping[str, type[Section]],
-    losses: Mapping[str, type[Section]],
-) -> str:
-    """`docs/config.md`. The free-form tables' models come from their registries: by the name of the
-    family what `model.args` may hold, by the name of the handler what `[handlers.NAME]` may, by
-    that of the loss what `loss.args` may."""
-    return "\n".join([_HEAD, *_sections(model_args, handlers, losses)]).rstrip() + "\n"
+_NAMED_TABLES = ("handlers", "sinks")
+"""Free-form tables with a table for each name."""
+
+Models = Mapping[str, type[Section]]
 
 
-def _sections(
-    model_args: Mapping[str, type[Section]],
-    handlers: Mapping[str, type[Section]],
-    losses: Mapping[str, type[Section]],
-) -> Iterator[str]:
+def reference_page(free_tables: Mapping[str, Models]) -> str:
+    """`docs/config.md`. `free_tables`: by the free-form table (`model.args`, `handlers`), and by
+    the name of the family or the handler, the model of what the table may hold."""
+    return "\n".join([_HEAD, *_sections(free_tables)]).rstrip() + "\n"
+
+
+def _sections(free_tables: Mapping[str, Models]) -> Iterator[str]:
     for section, doc in known_sections().items():
-        if section == "model.args":
-            for args in dict.fromkeys(model_args.values()):
-                sharing = ", ".join(name for name, other in model_args.items() if other is args)
-                yield f"## [model.args] of {sharing}\n\n{_one_line(doc)}\n"
-                yield _table(keys_of(args), defaults=False)
-            continue
-        if section == "loss.args":
-            for name, settings in losses.items():
-                yield f"## [loss.args] of {name}\n\n{_one_line(doc)}\n"
+        if section in _NAMED_TABLES:
+            yield f"## [{section}.NAME]\n\n{_one_line(doc)}\n"
+            for name, settings in free_tables[section].items():
+                yield f"### [{section}.{name}]\n"
                 yield _table(keys_of(settings))
             continue
-        if section == "handlers":
-            yield f"## [handlers.NAME]\n\n{_one_line(doc)}\n"
-            for name, settings in handlers.items():
-                yield f"### [handlers.{name}]\n"
-                yield _table(keys_of(settings))
+        if section in free_tables:
+            models = free_tables[section]
+            for args in dict.fromkeys(models.values()):
+                sharing = ", ".join(name for name, other in models.items() if other is args)
+                yield f"## [{section}] of {sharing}\n\n{_one_line(doc)}\n"
+                # The defaults of hyper-parameters are the flavor's.
+                yield _table(keys_of(args), defaults=section != "model.args")
+            if not models:
+                yield f"## [{section}]\n\n{_one_line(doc)}\n"
             continue
         yield f"## [{section}]\n\n{_one_line(doc)}\n"
         keys = [key for key in known_keys().values() if key.section == section]

@@ -30,6 +30,18 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'did you mean "{match}"? Otherwise {choices}' if match else choices
 
 
+def fix_of_glob(glob: str, names: Iterable[str]) -> str:
+    """The fix for a glob over names of parameters that matches none of them."""
+    names = list(names)
+    parts = [name.split(".") for name in names]
+    modules = {".".join(part[:n]) + ".*" for part in parts for n in range(1, len(part))}
+    match = nearest(glob, [*names, *sorted(modules)])
+    kinds = {".".join(part[-2:]): ".".join(part) for part in reversed(parts)}
+    examples = ", ".join(list(reversed(kinds.values()))[:4])
+    prefix = f'did you mean "{match}"? ' if match else ""
+    return f"{prefix}Use a glob over full names such as {examples}, or leave it out"
+
+
 def secret_problem(key: str) -> Problem:
     """A token in the config: it would be stored with the run, and shown by `ps` to everyone."""
     return Problem(

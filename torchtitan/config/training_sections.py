@@ -184,14 +184,14 @@ class ParamGroup(Section):
 
 
 class Optimizer(Section):
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Optimizer."""
+    name: str = "AdamW"
+    """Optimizer; `torchtitan list optimizers` prints them with their settings."""
 
     lr: NonNegativeFloat = 8e-4
     """Peak learning rate."""
 
     beta1: Beta = 0.9
-    """Decay of Adam's first moment."""
+    """Decay of Adam's first moment. Other optimizers refuse it, as `beta2` and `eps`."""
 
     beta2: Beta = 0.95
     """Decay of Adam's second moment."""
@@ -203,7 +203,8 @@ class Optimizer(Section):
     """Weight decay of parameters that no group says otherwise about."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update is computed; `fused` falls back to `foreach` on a device that lacks it."""
+    """How the update is computed; `fused` falls back to `foreach` where the device, or the
+    optimizer, lacks it."""
 
     early_step_in_backward: bool = False
     """Step each parameter, and free its gradient, as soon as the backward has it, so that not all
@@ -214,8 +215,16 @@ class Optimizer(Section):
     )
     """Exceptions by parameter name. By default norms have no weight decay."""
 
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the optimizer's own, for example `momentum = 0.9`; every optimizer checks its
+    own."""
+
 
 class LRScheduler(Section):
+    name: str = "warmup_stable_decay"
+    """Schedule; `torchtitan list schedules` prints them. The keys below are those of
+    `warmup_stable_decay`, others have theirs in `args`."""
+
     warmup_steps: NonNegativeInt = 200
     """Steps in which the learning rate rises linearly to its peak."""
 
@@ -228,3 +237,6 @@ class LRScheduler(Section):
 
     min_lr_factor: Fraction = 0.0
     """The learning rate falls to this fraction of its peak."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of another schedule than `warmup_stable_decay`, which checks them."""

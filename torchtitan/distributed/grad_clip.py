@@ -24,23 +24,24 @@ def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> T
     ranks must call it.
     """
     by_copies: dict[int, list[Tensor]] = {}
-    device = None
+    device, dtype = None, torch.float32
     for parameter in parameters:
-        device = parameter.device
+        device, dtype = parameter.device, at_least_float32(parameter.dtype)
         if parameter.grad is not None:
             copies, gradient = _held(parameter.grad, ranks_per_stage)
             by_copies.setdefault(copies, []).append(gradient)
     norms = {copies: _norms(gradients) for copies, gradients in by_copies.items()}
-    return _over_ranks(norms, device)
+    return _over_ranks(norms, device, dtype)
 
 
 class PassingNorm:
     """`gradient_norm`, bit for bit, of gradients that do not all exist at the same time."""
 
-    def __init__(self, ranks_per_stage: int, device: torch.device):
-        """`device` is that of the gradients."""
+    def __init__(self, ranks_per_stage: int, device: torch.device, dtype: torch.dtype):
+        """`device` and `dtype` are those of the gradients."""
         self._ranks_per_stage = ranks_per_stage
         self._device = device
+        self._dtype = at_least_float32(dtype)
         self._norms: dict[int, tuple[int, Tensor]] = {}
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ class PassingNorm:
         for _, (copies, norm) in sorted(self._norms.items(), key=lambda item: item[0]):
             by_copies.setdefault(copies, []).append(norm)
         self._norms.clear()
-        return _over_ranks(by_copies, self._device)
+        return _over_ranks(by_copies, self._device, self._dtype)
 
 
 def _held(gradient: Tensor, ranks_per_stage: int) -> tuple[int, Tensor]:
@@ -77,9 +78,12 @@ def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(gradients, 2, dtype=at_least_float32(gradients[0].dtype))
 
 
-def _over_ranks(norms: Mapping[int, Sequence[Tensor]], device: torch.device | None) -> Tensor:
-    """The norm over all ranks from the norms of parts, by the number of ranks that hold each."""
-    total = torch.zeros((), dtype=torch.float32, device=device)
+def _over_ranks(
+    norms: Mapping[int, Sequence[Tensor]], device: torch.device | None, dtype: torch.dtype
+) -> Tensor:
+    """The norm over all ranks from the norms of parts, by the number of ranks that hold each. A
+    rank whose parameters are all frozen has none, and the same `dtype` as the others."""
+    total = torch.zeros((), dtype=dtype, device=device)
     for copies, parts in norms.items():
         total = total + torch.stack(tuple(parts)).square().sum() / copies
     dist.all_reduce(total)

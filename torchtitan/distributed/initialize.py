@@ -43,6 +43,14 @@ def initialize_parameters(model: nn.Module, rule: Callable[[str], InitRule], see
             _fill_normal(local, indices, init, _key(seed, name))
 
 
+def hashed_bits(tensor: Tensor, label: str) -> Tensor:
+    """64 random bits (int64) for each element that this rank holds of `tensor`: a function of the
+    label and of the element's index in the whole tensor, as an initial weight is."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    rows, columns = _linear_indices(tensor.shape, held_indices(tensor))
+    return _hash(rows.unsqueeze(1) + columns, _key(0, label)).view(local.shape)
+
+
 def held_indices(tensor: Tensor) -> list[Tensor]:
     """For each dimension, the indices in the whole tensor of what this rank holds of it.
 

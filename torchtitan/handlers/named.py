@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import HANDLERS
@@ -23,6 +23,14 @@ class NamedHandler:
         self.name = name
         with self._naming("__init__"):
             self.handler: ModelHandler = HANDLERS[name].load()(job_config, parallel_dims)
+
+    def check(self, model: nn.Module) -> list[Problem]:
+        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
+        found: list[Problem] = []
+        if hasattr(self.handler, "check"):
+            with self._naming("check"):
+                found = list(self.handler.check(model))
+        return found
 
     def convert(self, model: nn.Module) -> None:
         """See `ModelHandler`."""

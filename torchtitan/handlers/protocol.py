@@ -5,6 +5,7 @@ and found by their presence, so that no other part of the library has to know an
 
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;
+- `check(model)`: problems that only the model can tell, before anything starts, on the meta device;
 - `after_load(model)`: once the weights are there, initial ones or those of a checkpoint.
 """
 

@@ -18,6 +18,7 @@ from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers.compile_settings import CompileSettings
+from torchtitan.handlers.freeze_settings import FreezeSettings
 from torchtitan.handlers.protocol import ModelHandler
 
 H = TypeVar("H", bound=type)
@@ -53,6 +54,9 @@ def entry_of(name: str, thing: Any) -> HandlerEntry:
 HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
 HANDLERS.add_built_in(
     "compile", HandlerEntry(CompileSettings, lazily("torchtitan.handlers.compile:CompileHandler"))
+)
+HANDLERS.add_built_in(
+    "freeze", HandlerEntry(FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler"))
 )
 
 

@@ -51,11 +51,17 @@ def apply_activation_checkpoint(
         arguments["context_fn"] = _operator_contexts
     for number, block in enumerate(blocks.values(), start=1):
         if number % every == 0:
-            block.forward = _checkpointed(block.forward, arguments)
+            is_trained = any(parameter.requires_grad for parameter in block.parameters())
+            block.forward = _checkpointed(block.forward, arguments, is_trained)
 
 
-def _checkpointed(forward: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], arguments: dict[str, Any], is_trained: bool
+) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
+        # No backward comes to a frozen block behind frozen ones, and the compiler cannot take it.
+        if not is_trained and not args[0].requires_grad:
+            return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **arguments, **kwargs)
 
     return recomputed

@@ -69,13 +69,22 @@ _NUMBERS: dict[str, tuple[int, ...]] = {
 def reference() -> str:
     """The text of docs/config.md."""
     from torchtitan.components.loss_registry import LOSSES
+    from torchtitan.components.optimizer_registry import OPTIMIZERS
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.models.registry import families
 
-    args = {name: family.args_type for name, family in families().items()}
-    settings = {name: entry.settings for name, entry in HANDLERS.entries().items()}
-    losses = {name: entry.settings for name, entry in LOSSES.entries().items()}
-    return reference_page(_own(args), _own(settings), _own(losses))
+    optimizers = _own({name: entry.settings for name, entry in OPTIMIZERS.entries().items()})
+    return reference_page(
+        {
+            "model.args": _own({name: family.args_type for name, family in families().items()}),
+            "handlers": _own({name: entry.settings for name, entry in HANDLERS.entries().items()}),
+            "loss.args": _own({name: entry.settings for name, entry in LOSSES.entries().items()}),
+            # What has no settings of its own needs no table.
+            "optimizer.args": {name: s for name, s in optimizers.items() if s.model_fields},
+            "lr_scheduler.args": {},  # the library's schedule has none
+            "sinks": {},  # nor has it sinks that are named
+        }
+    )
 
 
 def _own(models: Mapping[str, type[Section]]) -> dict[str, type[Section]]:

@@ -2,12 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torchtitan.config.custom_import import KEY as CUSTOM_IMPORT
 from torchtitan.config.custom_import import import_modules
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.registry import BUILT_IN, Registry
 from torchtitan.config.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from torchtitan.components.optimizer_registry import OptimizerEntry
+    from torchtitan.components.schedule_registry import ScheduleEntry
 
 Rows = list[tuple[str, str]]
 _FLAG = f"--{CUSTOM_IMPORT}"
@@ -21,7 +26,9 @@ in; with what MODULE registers, too. Without NAME, all of these:
   datasets     training.dataset
   tokenizers   model.tokenizer_path
   losses       loss.name, with the settings of [loss.args]
-  optimizers   optimizer.name, with the settings
+  optimizers   optimizer.name, with the settings and those of [optimizer.args]
+  schedules    lr_scheduler.name
+  sinks        metrics.sinks, and the switches of what is built in
   handlers     model.handlers, with the settings of [handlers.NAME]"""
 
 
@@ -62,16 +69,39 @@ def _configs() -> Rows:
 
 
 def _optimizers() -> Rows:
-    """The choices of the section, with the settings that are its own."""
-    from torchtitan.config.fields import known_keys
+    """With what they use of [optimizer], and what they have of their own."""
+    from torchtitan.components.optimizer_registry import OPTIMIZERS
 
-    settings = [
-        key.last_name
-        for key in known_keys().values()
-        if key.section == "optimizer" and key.last_name != "name"
+    def describe(entry: "OptimizerEntry") -> str:
+        own = ", ".join(entry.settings.model_fields)
+        uses = f"uses {', '.join(entry.uses)}" if entry.uses else ""
+        return "; ".join(filter(None, [uses, own and f"args: {own}"])) or "settings: none"
+
+    return rows_of(OPTIMIZERS, describe)
+
+
+def _schedules() -> Rows:
+    """Those of others have their settings in [lr_scheduler.args]."""
+    from torchtitan.components.schedule_registry import SCHEDULES
+
+    def describe(entry: "ScheduleEntry") -> str:
+        keys = [key for key in entry.settings.model_fields if key not in ("name", "args")]
+        return f"settings: {', '.join(keys) or 'none'}"
+
+    return rows_of(SCHEDULES, describe)
+
+
+def _sinks() -> Rows:
+    """The library's own, which have switches, and those that `metrics.sinks` may name."""
+    from torchtitan.components.sink_registry import SINKS
+
+    switches = [
+        ("metrics.jsonl", "always"),
+        ("console", "always; metrics.disable_color_printing"),
+        ("TensorBoard", "metrics.enable_tensorboard"),
+        ("Weights & Biases", "metrics.enable_wandb"),
     ]
-    text = f"settings: {', '.join(settings)}"
-    return [(name, text) for name in known_keys()["optimizer.name"].choices]
+    return switches + rows_of(SINKS, lambda entry: _settings(entry.settings))
 
 
 def _tokenizers() -> Rows:
@@ -143,6 +173,8 @@ _LISTS: dict[str, Callable[[], Rows]] = {
     "datasets": _datasets,
     "tokenizers": _tokenizers,
     "optimizers": _optimizers,
+    "schedules": _schedules,
+    "sinks": _sinks,
     "handlers": _handlers,
     "losses": _losses,
 }

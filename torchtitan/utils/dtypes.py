@@ -18,3 +18,17 @@ def torch_dtype(name: str) -> torch.dtype:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The format to compute sums and exponentials in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class default_dtype:
+    """While entered, new floating point tensors have this type."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        self._previous = torch.getdefault_dtype()
+        torch.setdefault_dtype(self._dtype)
+
+    def __exit__(self, *details: object) -> None:
+        torch.setdefault_dtype(self._previous)

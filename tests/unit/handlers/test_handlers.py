@@ -119,13 +119,13 @@ from torchtitan.config.section import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 
-@register_handler("freeze")
+@register_handler("freeze_one")
 class Freeze:
     class Settings(Section):
         name: str = "norm.weight"
 
     def __init__(self, job_config, parallel_dims):
-        self.name = handler_settings(job_config, "freeze").name
+        self.name = handler_settings(job_config, "freeze_one").name
         self.calls = []
 
     def convert(self, model):
@@ -159,8 +159,8 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
     module.write_text(FREEZE)
     settings = (
         "--job.custom_import=my_handler",
-        "--model.handlers=freeze",
-        "--handlers.freeze.name=layers.1.ffn_norm.weight",
+        "--model.handlers=freeze_one",
+        "--handlers.freeze_one.name=layers.1.ffn_norm.weight",
         "--debug.deterministic",
         "--debug.threads=3",
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,26 @@ def test_ranks_together_hold_every_element(case: Case):
         assert rank.parameter_bytes == rank.gradient_bytes == F64 * rank.num_parameters
         steps = rank.optimizer_bytes - 2 * rank.parameter_bytes  # without the moments
         assert 0 < steps <= 4 * len(sizes)  # a float32 for each parameter of the rank
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "AdamW", "implementation": "for-loop"},
+        {"name": "SGD", "args": {"momentum": 0.9}},
+        {"name": "Adafactor"},
+        {"name": "Muon"},
+        {"name": "AdamWBF16"},
+        {"name": "AdamW8bit", "args": {"block_size": 16}},
+    ],
+    ids=lambda optimizer: optimizer["name"],
+)
+def test_any_optimizer_steps(optimizer: dict[str, Any]):
+    """Also one that asks for values, which fake tensors have not."""
+    rank = rehearsed(Case(world_size=4, tp=2, settings={"optimizer": optimizer}), 1)
+    ratios = {"SGD": 1, "Adafactor": 0.2, "Muon": 1.4, "AdamWBF16": 0.5, "AdamW8bit": 1.3}
+    ratio = ratios.get(optimizer["name"], 2)
+    assert rank.optimizer_bytes / rank.parameter_bytes == pytest.approx(ratio, rel=0.25)
 
 
 def test_copies_hold_the_same():

@@ -1,0 +1,67 @@
+"""The handler `freeze`: parameters that are not trained.
+
+A frozen parameter has no gradient, and no optimizer state, so it costs what its values take. It
+stays in checkpoints under its name. What is frozen is decided on the whole model, before it is cut,
+and every parallelism keeps it.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config.suggest import fix_of_glob
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.freeze_settings import FreezeSettings
+from torchtitan.handlers.registry import handler_settings
+
+
+class FreezeHandler:
+    """Freezes by name. A tied parameter has several names: one that matches is enough."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self._settings: FreezeSettings = handler_settings(job_config, "freeze")
+
+    def check(self, model: nn.Module) -> list[Problem]:
+        """Globs that match nothing; a model of which nothing is left to train."""
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        settings = self._settings
+        problems = []
+        for key, globs in (("patterns", settings.patterns), ("only", settings.only)):
+            for index, glob in enumerate(globs):
+                if not any(fnmatchcase(name, glob) for name in names):
+                    problem, fix = "it matches no parameter of the model", fix_of_glob(glob, names)
+                    key_of_glob = f"handlers.freeze.{key}[{index}]"
+                    problems.append(Problem(key_of_glob, problem, fix, value=glob))
+        if not problems and len(self._frozen(model)) == len(list(model.parameters())):
+            problem, fix = "everything is frozen, and nothing would be learnt", "freeze less"
+            problems.append(Problem("handlers.freeze.patterns", problem, fix))
+        return problems
+
+    def convert(self, model: nn.Module) -> None:
+        """Switch gradients off. Raises ConfigError for what `check` finds."""
+        problems = self.check(model)
+        if problems:
+            raise ConfigError(problems)
+        for parameter in self._frozen(model):
+            parameter.requires_grad_(False)
+
+    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do."""
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do."""
+
+    def _frozen(self, model: nn.Module) -> list[nn.Parameter]:
+        settings = self._settings
+        matching = {
+            parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if _matches(name, settings.patterns or settings.only)
+        }
+        return [p for p in model.parameters() if (p in matching) == bool(settings.patterns)]
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)

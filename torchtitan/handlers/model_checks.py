@@ -1,0 +1,37 @@
+"""Settings of handlers that only the built model can judge, such as names of parameters."""
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.models.registry import get_family
+
+_STAND_IN_VOCAB_SIZE = 256
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """Ask the handlers that have a `check(model)`, of the model on `meta`; imports torch.
+
+    For configs whose `[model]` and handlers are sound; with others it has nothing to say.
+    """
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.handlers.checks import check
+    from torchtitan.handlers.named import NamedHandler
+
+    config = facts.config
+    if not config.model.handlers or check(facts):
+        return []
+    try:
+        family = get_family(config.model.name)
+        args = family.resolve(config.model)
+    except ConfigError:
+        return []
+    import torch
+
+    if args.vocab_size is None:  # the tokenizer's; no name depends on it
+        args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
+    with torch.device("meta"):
+        model = family.build(args)
+    dims = ParallelDims.from_facts(facts)
+    problems: list[Problem] = []
+    for name in config.model.handlers:
+        problems += NamedHandler(name, config, dims).check(model)
+    return problems
