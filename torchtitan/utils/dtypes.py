@@ -27,8 +27,8 @@ class default_dtype:
         self._dtype = dtype
 
     def __enter__(self) -> None:
-        self._previous = torch.getdefault_dtype()
-        torch.setdefault_dtype(self._dtype)
+        self._previous = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
 
     def __exit__(self, *details: object) -> None:
-        torch.setdefault_dtype(self._previous)
+        torch.set_default_dtype(self._previous)
