@@ -70,6 +70,7 @@ def case_of(
             "loss_chunks": 1,
         },
         "optimizer": {"lr": 3e-3},
+        "parallelism": {"pipeline_parallel_microbatch_size": 4},
     }
     return row(sections, *settings, **mesh)
 
@@ -132,7 +133,7 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
 # What rounding costs
 
 CURVE_STEPS = 200
-_CURVE_LENGTH = 64
+_CURVE_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def text_batches(count: int, sequences: int, length: int) -> list[Batch]:
 def curve(world: World, variant: str | None) -> Curve:
     """The debug model on short sequences of text, the same for every variant."""
     sections = {
-        "training": {"seq_len": _CURVE_LENGTH},
+        "training": {"seq_len": _CURVE_LENGTH, "global_batch_size": 4, "local_batch_size": 4},
         "optimizer": {"lr": 3e-3},
         "lr_scheduler": {"warmup_steps": 20},
     }
@@ -182,7 +183,7 @@ def curve(world: World, variant: str | None) -> Curve:
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     update = builder.build_update(config, model, optimizers, dims)
     losses = []
-    for step, batch in enumerate(text_batches(CURVE_STEPS, 8, _CURVE_LENGTH), 1):
+    for step, batch in enumerate(text_batches(CURVE_STEPS, 4, _CURVE_LENGTH), 1):
         lr = config.optimizer.lr * lr_factor(step, CURVE_STEPS, config.lr_scheduler)
         set_learning_rates(optimizers, lr)
         losses.append(runner.forward_backward([batch], batch["labels"].numel()).item())

@@ -24,9 +24,9 @@ class Settings(LinearSettings):
     """How linears are computed in float8."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
-    """What shares a scale: a whole tensor (the fastest), or a row, rounded to a power of two (more
-    accurate, and the same on every number of data ranks); `rowwise_with_gw_hp` leaves the gradients
-    of weights in high precision."""
+    """What shares a scale: a whole tensor (the fastest), or a row, with scales that are powers of
+    two (more accurate); `rowwise_with_gw_hp` also computes the gradients of weights in high
+    precision."""
 
     filter_fqns: Names = ()
     """Linears whose full name contains one of these texts stay as they are;
