@@ -136,7 +136,7 @@ def build_model(
         flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
     )
     for part in built.parts:
-        parallelize(part, config, mesh, dims)
+        parallelize(part, config, mesh, dims, [handler.extend_tp_plan for handler in handlers])
         _allocate(part, device, parameters_on_host=config.training.enable_cpu_offload)
         if initialise:
             initialize_parameters(part, model.init_rule, config.debug.seed)

@@ -46,9 +46,8 @@ _PROBES = {
         "torchtitan.data.checks",
         "torchtitan.data.validation_sets",
         "torchtitan.components.checks",
-        "torchtitan.handlers.checks",
     ),
-    HARDWARE: ("torchtitan.distributed.checks",),
+    HARDWARE: ("torchtitan.distributed.checks", "torchtitan.handlers.checks"),
     MODEL: (
         "torchtitan.models.checks",
         "torchtitan.components.model_checks",

@@ -58,6 +58,7 @@ def test_the_configs_that_are_promised_are_there():
     }
     promised |= {"llama3_8b_128k", "llama3_70b", "llama3_70b_3d", "llama3_70b_4d"}
     promised |= {"llama3_405b", "llama3_405b_2d", "llama3_405b_4d"}
+    promised |= {"llama3_8b_float8", "llama3_70b_float8", "llama3_405b_float8"}
     assert promised == {path.stem for path in CONFIGS}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
 from torchtitan.utils.optimizer_state import initial_state
@@ -26,8 +28,23 @@ def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         for name, tensor in part.state_dict(keep_vars=True).items():
             if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                tensors[name] = tensor.detach()
+                tensors[name] = _plain(tensor.detach())
     return tensors
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What any reader of a checkpoint knows. A weight that FSDP is to send in float8 is a tensor of
+    a class of its own around a plain one of the same shape and type: that one, in the same memory.
+    """
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        inner = _plain(local)
+        return tensor if inner is local else DTensor(inner, tensor._spec, requires_grad=False)
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    alike = [part for part in parts if (part.shape, part.dtype) == (tensor.shape, tensor.dtype)]
+    return alike[0] if len(alike) == 1 else tensor
 
 
 def optimizer_tensors(

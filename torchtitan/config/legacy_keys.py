@@ -64,9 +64,9 @@ CONVERTED = {
     "metrics.rank_0_only": Converted(
         "metrics.save_for_all_ranks", {True: False, False: True}, True
     ),
-    "mx.recipe_name": Converted("handlers.mx.recipe_name", {"mxfp8": "mxfp8_cublas"}, "mxfp8"),
+    "mx.recipe_name": Converted("handlers.mxfp8.recipe_name", {"mxfp8": "mxfp8_cublas"}, "mxfp8"),
     "mx.use_fp8_dim1_cast_triton_kernel": Converted(
-        "handlers.mx.mxfp8_dim1_cast_kernel_choice", {True: "triton", False: "torch"}, True
+        "handlers.mxfp8.mxfp8_dim1_cast_kernel_choice", {True: "triton", False: "torch"}, True
     ),
     "optimizer.fused": Converted(
         "optimizer.implementation", {True: "fused", False: "foreach"}, False
@@ -83,7 +83,7 @@ SPLIT_POINTS = "experimental.pipeline_parallel_split_points"
 """A list, or a text with commas, which TorchTitan split."""
 
 CONVERTERS = "model.converters"
-CONVERTER_NAMES = {"quantize.linear.float8": "float8", "quantize.linear.mx": "mx"}
+CONVERTER_NAMES = {"mx": "mxfp8", "quantize.linear.float8": "float8", "quantize.linear.mx": "mxfp8"}
 """Handlers that had other names as converters."""
 MOE_CONVERTERS = ("quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 
@@ -97,9 +97,9 @@ HANDLER_SWITCHES = {
 HANDLER_TABLES = {
     "compile.": "handlers.compile.",
     "float8.": "handlers.float8.",
-    "mx.": "handlers.mx.",
+    "mx.": "handlers.mxfp8.",
     "quantize.linear.float8.": "handlers.float8.",
-    "quantize.linear.mx.": "handlers.mx.",
+    "quantize.linear.mx.": "handlers.mxfp8.",
 }
 """Where the settings below are today. They mean nothing, and are left out, without the handler."""
 
@@ -121,9 +121,6 @@ HANDLER_SETTINGS: dict[str, Any] = {
     "quantize.linear.mx.recipe_name": "mxfp8_cublas",
 }
 """Settings of handlers, with their defaults then."""
-
-HANDLERS_NOT_BUILT = {"float8": "training in float8", "mx": "training in MX formats"}
-"""What is said about a handler that nobody has registered."""
 
 COMPONENTS = "compile.components"
 MICROBATCHES = "experimental.pipeline_parallel_microbatches"
@@ -148,6 +145,7 @@ NONE_MEANS: dict[str, Any] = {
 
 IGNORED: dict[str, tuple[Any, str]] = {
     "activation_checkpoint.early_stop": (False, ""),
+    "float8.force_recompute_fp8_weight_in_bwd": (False, "torchao no longer has it"),
     "job.save_config_file": (None, "every run keeps its settings in config.toml of its folder"),
     "job.use_for_integration_test": (False, ""),
     "training.dataloader.persistent_workers": (False, ""),
@@ -228,10 +226,6 @@ NOT_BUILT = (
             "fault_tolerance.should_quantize": False,
             "fault_tolerance.sync_steps": 5,
         },
-    ),
-    Feature(
-        "keeping float8 weights for the forward only",
-        {"float8.force_recompute_fp8_weight_in_bwd": (False,)},
     ),
     Feature(
         "memory estimation by this key",

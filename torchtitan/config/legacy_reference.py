@@ -64,5 +64,3 @@ def _not_built() -> Iterator[str]:
             yield f"| {feature.name} | {', '.join(keys)} | {feature.instead} |"
     for (name, value), feature_name in tables.NOT_BUILT_VALUES.items():
         yield f'| {feature_name} | any `{name}` but `"{value}"` | |'
-    for name, what in tables.HANDLERS_NOT_BUILT.items():
-        yield f'| {what} | no `"{name}"` in `model.handlers` | |'

@@ -1,5 +1,7 @@
 """Everything that is done to a model between its construction and its first weights, in order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -8,7 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import ContextParallel, apply_context_parallel
 from torchtitan.distributed.data_parallel import apply_data_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan.distributed.tensor_parallel import PlanExtension, apply_tensor_parallel
 from torchtitan.models.spec import LanguageModel
 from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.passes.activation_offload import apply_activation_offload
@@ -16,13 +18,22 @@ from torchtitan.passes.compile import apply_compile, memory_budget_of
 from torchtitan.utils.dtypes import torch_dtype
 
 
-def parallelize(model: nn.Module, config: JobConfig, mesh: DeviceMesh, dims: ParallelDims) -> None:
-    """Change `model` (on the meta device) in place for this rank of the mesh."""
+def parallelize(
+    model: nn.Module,
+    config: JobConfig,
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    plan_extensions: Sequence[PlanExtension] = (),
+) -> None:
+    """Change `model` (on the meta device) in place for this rank of the mesh.
+
+    `plan_extensions` change how tensor parallelism cuts it.
+    """
     assert isinstance(model, LanguageModel)
     # First, since everything else is done to the modules, and parameters, that this makes.
     if dims.tp > 1:
         overlap = config.parallelism.enable_async_tensor_parallel
-        apply_tensor_parallel(model, mesh["tp"], overlap=overlap)
+        apply_tensor_parallel(model, mesh["tp"], overlap=overlap, extensions=plan_extensions)
     if dims.cp > 1:
         apply_context_parallel(model, ContextParallel.of(config.parallelism, mesh["cp"]))
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.

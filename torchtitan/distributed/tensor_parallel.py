@@ -11,6 +11,7 @@ optimizers understand), but read as attributes they give this rank's part. Each 
 replaced by a subclass that does so, and that communicates around the forward; names stay.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -57,35 +58,37 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
         ctx.group = name, size
-        return _all_gather(x, name, size)
+        return all_gather_parts(x, name, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grad, *ctx.group), None, None
+        return reduce_scatter_sum(grad, *ctx.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
         ctx.group = name, size
-        return _reduce_scatter(x, name, size)
+        return reduce_scatter_sum(x, name, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grad, *ctx.group), None, None
+        return all_gather_parts(grad, *ctx.group), None, None
 
 
-def _all_gather(x: Tensor, name: str, size: int) -> Tensor:
+def all_gather_parts(x: Tensor, name: str, size: int) -> Tensor:
+    """`gather_sequence`, of any type and without a gradient."""
     gathered = _C10D.wait_tensor(_C10D.all_gather_into_tensor(x.contiguous(), size, name))
     return torch.cat(gathered.chunk(size), dim=1)  # the collective appends along the batch
 
 
-def _reduce_scatter(x: Tensor, name: str, size: int) -> Tensor:
+def reduce_scatter_sum(x: Tensor, name: str, size: int) -> Tensor:
+    """`scatter_sequence`, without a gradient."""
     parts = torch.cat(x.chunk(size, dim=1))
     return _C10D.wait_tensor(_C10D.reduce_scatter_tensor(parts, "sum", size, name))
 
 
-class _CutModule(nn.Module):
+class CutModule(nn.Module):
     """What a module's class is mixed with. Its `super()` is the module's own class."""
 
     group: TensorGroup
@@ -93,17 +96,17 @@ class _CutModule(nn.Module):
     """By name, this rank's parts of the parameters, during the forward of a compiled block."""
 
 
-class _GatherInput(_CutModule):
+class GatherInput(CutModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(gather_sequence(x, self.group), *args, **kwargs)
 
 
-class _ScatterOutput(_CutModule):
+class _ScatterOutput(CutModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return scatter_sequence(super().forward(*args, **kwargs), self.group)
 
 
-class _LookUp(_CutModule):
+class _LookUp(CutModule):
     """An embedding that holds some rows; tokens of other rows are another rank's term."""
 
     weight: Tensor
@@ -124,9 +127,23 @@ class TensorStyle:
     """Of the parameters that the module itself has."""
     gradient: Placement | None = None
     """What a rank's backward gives of their gradient."""
-    mixin: type[_CutModule] = _CutModule
+    mixin: type[CutModule] = CutModule
     units: int | None = None
     """Of a replicated matrix every rank uses one of so many parts of its rows."""
+
+    def part_of(self, rows: int, columns: int, degree: int) -> tuple[int, int]:
+        """Of a matrix, what one of `degree` ranks multiplies with."""
+        if self.units is not None:
+            return rows // self.units, columns
+        if isinstance(self.placement, Shard):
+            return (
+                (rows // degree, columns) if self.placement.dim == 0 else (rows, columns // degree)
+            )
+        return rows, columns
+
+
+PlanExtension = Callable[[dict[str, TensorStyle]], None]
+"""Changes the styles of a plan in place."""
 
 
 class TensorStyles:
@@ -143,7 +160,7 @@ class TensorStyles:
         return TensorStyle(Replicate(), Partial())
 
     def gathered_input(self) -> TensorStyle:
-        return TensorStyle(mixin=_GatherInput)
+        return TensorStyle(mixin=GatherInput)
 
     def colwise(self, units: int | None = None) -> TensorStyle:
         if units is None or units % self.degree == 0:
@@ -155,14 +172,21 @@ class TensorStyles:
         return TensorStyle(Shard(1), Shard(1), _ScatterOutput)
 
     def head(self) -> TensorStyle:
-        return TensorStyle(Shard(0), Shard(0), _GatherInput)
+        return TensorStyle(Shard(0), Shard(0), GatherInput)
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, overlap: bool = False) -> None:
+def apply_tensor_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    overlap: bool = False,
+    extensions: Sequence[PlanExtension] = (),
+) -> None:
     """Cut `model`, which is on the meta device, over the 1-D `mesh` as its plan says, in place.
 
-    With `overlap` compiled blocks exchange piece by piece, while they compute (CUDA only). Raises
-    ValueError for a parameter that the plan leaves out: nothing would sum its gradient.
+    With `overlap` compiled blocks exchange piece by piece, while they compute (CUDA only).
+    `extensions` change the plan first. Raises ValueError for a parameter that the plan leaves out:
+    nothing would sum its gradient.
     """
     declared: object = model
     assert isinstance(declared, LanguageModel)
@@ -170,6 +194,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, overlap: bool =
         enable_async_tensor_parallel(mesh.get_group().group_name)
     group = TensorGroup(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
     plan = declared.tensor_parallel_plan(TensorStyles(group.size))
+    for extend in extensions:
+        extend(plan)
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is met twice, and stays one
     for name, style in plan.items():
         module = model.get_submodule(name)
@@ -182,7 +208,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, overlap: bool =
         cls: Any = type(module)
         module.__class__ = _cut_class(cls, style, group, names)
     for block in filter(is_marked_for_compile, declared.blocks().values()):
-        cut = [module for module in block.modules() if isinstance(module, _CutModule)]
+        cut = [module for module in block.modules() if isinstance(module, CutModule)]
         block.register_forward_pre_hook(partial(_take_parts, cut))
         block.register_forward_hook(partial(_drop_parts, cut))
     left_out = [
@@ -201,7 +227,7 @@ def _cut_class(
     return type(f"Cut{cls.__name__}", (style.mixin, cls), {"group": group, **members})
 
 
-def _part(name: str, style: TensorStyle, group: TensorGroup, module: _CutModule) -> Tensor:
+def _part(name: str, style: TensorStyle, group: TensorGroup, module: CutModule) -> Tensor:
     """This rank's part of the parameter; autograd carries its gradient back. But the parameter
     itself while FSDP has it cut further: no forward runs then, it is FSDP that asks."""
     if module._parts is not None:
@@ -218,7 +244,7 @@ def _part(name: str, style: TensorStyle, group: TensorGroup, module: _CutModule)
 
 
 @torch.compiler.disable
-def _take_parts(modules: list[_CutModule], *_: object) -> None:
+def _take_parts(modules: list[CutModule], *_: object) -> None:
     """Before a compiled block's forward, outside of it, so that the compiler meets plain tensors
     only: it fails where it is to recompute something of a DTensor."""
     for module in modules:
@@ -226,6 +252,6 @@ def _take_parts(modules: list[_CutModule], *_: object) -> None:
 
 
 @torch.compiler.disable
-def _drop_parts(modules: list[_CutModule], *_: object) -> None:
+def _drop_parts(modules: list[CutModule], *_: object) -> None:
     for module in modules:
         module._parts = None

@@ -1,8 +1,10 @@
-"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch."""
+"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch, but in `probe`."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.legacy_keys import HANDLERS_NOT_BUILT
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
@@ -13,17 +15,14 @@ def check(facts: Facts) -> list[Problem]:
     chosen = facts.config.model.handlers
     problems = []
     for place, name in enumerate(chosen):
-        if name in HANDLERS_NOT_BUILT and name not in known:
-            problem = f"this library does not have {HANDLERS_NOT_BUILT[name]} yet"
-            problems.append(Problem("model.handlers", problem, "leave it out", value=name))
-        elif name not in known:
+        if name not in known:
             fix = did_you_mean(name, known)
             problems.append(Problem("model.handlers", "is not a handler", fix, value=name))
         elif name in chosen[:place]:
             problem = "is listed twice"
             problems.append(Problem("model.handlers", problem, "list it once", value=name))
     for name in facts.config.handlers:
-        if name not in known and not (name in HANDLERS_NOT_BUILT and name in chosen):
+        if name not in known:
             fix = did_you_mean(name, known)
             problems.append(Problem(f"handlers.{name}", "is not a handler", fix))
     if problems:
@@ -33,7 +32,23 @@ def check(facts: Facts) -> list[Problem]:
             handler_settings(facts.config, name)
         except ConfigError as error:
             problems.extend(error.problems)
-    return problems or _check_order({name: HANDLERS[name] for name in chosen})
+    if problems:
+        return problems
+    entries = {name: HANDLERS[name] for name in chosen}
+    problems += [*_check_order(entries), *_check_packages(entries)]
+    for name, entry in entries.items():
+        if not problems:
+            problems.extend(entry.check(facts, handler_settings(facts.config, name)))
+    return problems
+
+
+def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[Problem]:
+    """Looks for the packages, without importing them."""
+    for name, entry in chosen.items():
+        if entry.package and find_spec(entry.package) is None:
+            problem = f"it needs {entry.package}, which is not installed"
+            what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
+            yield Problem("model.handlers", problem, f"pip install {what}", value=name)
 
 
 def _check_order(chosen: dict[str, HandlerEntry]) -> list[Problem]:
@@ -53,5 +68,10 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[Problem]:
 
 
 def probe(facts: Facts) -> list[Problem]:
-    """Nothing on disk."""
-    return []
+    """Whether this machine's devices can do what the handlers ask of them."""
+    config = facts.config
+    return [
+        problem
+        for name in config.model.handlers
+        for problem in HANDLERS[name].probe(facts, handler_settings(config, name))
+    ]

@@ -7,6 +7,7 @@ from torch import nn
 
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import HANDLERS
 
@@ -52,6 +53,12 @@ class NamedHandler:
         if hasattr(self.handler, "after_load"):
             with self._naming("after_load"):
                 self.handler.after_load(model)
+
+    def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
+        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
+        if hasattr(self.handler, "extend_tp_plan"):
+            with self._naming("extend_tp_plan"):
+                self.handler.extend_tp_plan(plan)
 
     @contextmanager
     def _naming(self, hook: str) -> Iterator[None]:

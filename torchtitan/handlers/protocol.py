@@ -6,19 +6,32 @@ and found by their presence, so that no other part of the library has to know an
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;
 - `check(model)`: problems that only the model can tell, before anything starts, on the meta device;
-- `after_load(model)`: once the weights are there, initial ones or those of a checkpoint.
+- `after_load(model)`: once the weights are there, initial ones or those of a checkpoint;
+- `extend_tp_plan(plan)`: before tensor parallelism cuts the model, or a stage of it, to change the
+  styles, by name, in place (`torchtitan.distributed.tensor_parallel`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, Problem
+from torchtitan.config.facts import Facts
 
 if TYPE_CHECKING:
     from torch import nn
 
     from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+Check = Callable[[Facts, Any], Iterable[Problem]]
+"""What is wrong with the settings of a handler that is used."""
+
+
+def no_problems(facts: Facts, settings: Any) -> Iterable[Problem]:
+    """Nothing can be wrong."""
+    return ()
 
 
 @runtime_checkable

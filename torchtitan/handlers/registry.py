@@ -7,8 +7,8 @@ checking a config imports no torch) a `HandlerEntry` that imports the class when
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -17,9 +17,10 @@ from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
+from torchtitan.handlers import bitnet_settings, float8_settings, int8_settings, mxfp8_settings
 from torchtitan.handlers.compile_settings import CompileSettings
 from torchtitan.handlers.freeze_settings import FreezeSettings
-from torchtitan.handlers.protocol import ModelHandler
+from torchtitan.handlers.protocol import Check, ModelHandler, no_problems
 
 H = TypeVar("H", bound=type)
 _REQUIRED = ("convert", "pre_optimizer_hook", "post_optimizer_hook")
@@ -33,6 +34,16 @@ class HandlerEntry:
     load: Callable[[], type[ModelHandler]]
     after: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
+    package: str = ""
+    """What has to be installed beside this library."""
+    extra: str = ""
+    """The extra of this library that installs it, if one does."""
+    check: Check = no_problems
+    """Of the settings with the rest of the config; without torch, and reads no file."""
+    probe: Check = no_problems
+    """Of this machine's devices. May import torch."""
+    rehearsal: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that a rehearsal uses instead, as the kernels are for real numbers on real GPUs."""
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
@@ -52,12 +63,47 @@ def entry_of(name: str, thing: Any) -> HandlerEntry:
 
 
 HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
+LOW_PRECISION = ("float8", "mxfp8", "int8", "bitnet")
+"""Each makes linears compute in another format: a model has one of them."""
 HANDLERS.add_built_in(
-    "compile", HandlerEntry(CompileSettings, lazily("torchtitan.handlers.compile:CompileHandler"))
+    "compile",
+    HandlerEntry(
+        CompileSettings,
+        lazily("torchtitan.handlers.compile:CompileHandler"),
+        after=LOW_PRECISION,
+        rehearsal={"backend": "aot_eager"},
+    ),
 )
 HANDLERS.add_built_in(
     "freeze", HandlerEntry(FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler"))
 )
+
+
+def _add_low_precision(name: str, path: str, module: Any, **rehearsal: Any) -> None:
+    HANDLERS.add_built_in(
+        name,
+        HandlerEntry(
+            module.Settings,
+            lazily(path),
+            excludes=tuple(other for other in LOW_PRECISION if other != name),
+            package="torchao",
+            extra="quant",
+            check=module.check,
+            probe=module.probe,
+            rehearsal=rehearsal,
+        ),
+    )
+
+
+_add_low_precision("float8", "torchtitan.handlers.float8:Float8Handler", float8_settings)
+_add_low_precision(
+    "mxfp8",
+    "torchtitan.handlers.mxfp8:Mxfp8Handler",
+    mxfp8_settings,
+    recipe_name=mxfp8_settings.EMULATED,
+)
+_add_low_precision("int8", "torchtitan.handlers.int8:Int8Handler", int8_settings)
+_add_low_precision("bitnet", "torchtitan.handlers.bitnet:BitNetHandler", bitnet_settings)
 
 
 def register_handler(name: str) -> Callable[[H], H]:

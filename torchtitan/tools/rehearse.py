@@ -34,6 +34,7 @@ from torchtitan.distributed.grad_clip import clip_gradients
 from torchtitan.distributed.parallel_dims import AXES, ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.world import fake_world
+from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.batch import Batch
 from torchtitan.models.registry import get_family
 from torchtitan.tools.traffic import Traffic
@@ -76,7 +77,7 @@ def rehearse(facts: Facts, rank: int) -> Rehearsal:
     Raises whatever would be raised in the real run.
     """
     start = time.perf_counter()
-    facts = replace(facts, config=_without_code_generation(facts.config))
+    facts = replace(facts, config=_without_kernels(facts.config))
     config, dims = facts.config, ParallelDims.from_facts(facts)
     vocab_size, batches = _vocab_size(config), _microbatches(facts)
     with fake_world(rank, facts.world_size):
@@ -171,11 +172,14 @@ def _vocab_size(config: JobConfig) -> int:
     return STAND_IN_VOCAB_SIZE if size is None else size
 
 
-def _without_code_generation(config: JobConfig) -> JobConfig:
-    """With `compile`, blocks are traced, forward and backward, as for the real run. But code for
-    fake tensors does not exist, nor any for GPUs without one."""
-    settings = {**config.handlers.get("compile", {}), "backend": "aot_eager"}
-    return config.model_copy(update={"handlers": {**config.handlers, "compile": settings}})
+def _without_kernels(config: JobConfig) -> JobConfig:
+    """With the settings that handlers have for it: as `compile`, with which blocks are traced,
+    forward and backward, as for the real run, but code for fake tensors does not exist."""
+    tables = {
+        name: {**config.handlers.get(name, {}), **HANDLERS[name].rehearsal}
+        for name in config.model.handlers
+    }
+    return config.model_copy(update={"handlers": {**config.handlers, **tables}})
 
 
 def _microbatches(facts: Facts) -> list[Batch]:

@@ -8,10 +8,10 @@ from old_keys import problem_of, value_of
 
 from torchtitan.config import legacy
 from torchtitan.config import legacy_keys as tables
+from torchtitan.config.facts import Facts
 from torchtitan.config.fields import known_keys
 from torchtitan.config.load import load_config
-from torchtitan.config.section import Section
-from torchtitan.handlers.registry import HandlerEntry
+from torchtitan.handlers.checks import check
 
 # handlers
 
@@ -48,11 +48,6 @@ def test_settings_of_a_handler_that_is_not_used_are_left_out(load):
     assert loaded.config.handlers == {} and loaded.notices == ()
 
 
-class Float8(Section):
-    recipe_name: str | None = None
-    filter_fqns: tuple[str, ...] = ()
-
-
 @pytest.mark.parametrize(
     ("switch", "table"),
     [
@@ -61,34 +56,30 @@ class Float8(Section):
         ({"model.converters": ["quantize.linear.float8"]}, "quantize.linear.float8"),
     ],
 )
-def test_float8_is_a_handler_once_there_is_one(switch, table, load, monkeypatch):
-    from torchtitan.config.facts import Facts
-    from torchtitan.handlers import checks, registry
-
+def test_float8_is_a_handler(switch, table, load):
     keys = {**switch, f"{table}.recipe_name": "rowwise", "training.compile": True}
-    loaded = load(keys)
+    loaded = load({**keys, f"{table}.filter_fqns": ["output"]})
     assert loaded.config.model.handlers == ("float8", "compile")
-    assert loaded.config.handlers == {"float8": {"recipe_name": "rowwise"}}
-    facts = Facts(loaded.config, 1, "cuda")
-    (problem,) = checks.check(facts)
-    assert str(problem) == (
-        'model.handlers = "float8": this library does not have training in float8 yet. '
-        "Fix: leave it out."
-    )
-    entry = HandlerEntry(Float8, lambda: type(None))  # type: ignore[arg-type, return-value]
-    monkeypatch.setitem(registry.HANDLERS._registered, "float8", (entry, "a test"))
-    assert checks.check(facts) == []
+    expected = {"recipe_name": "rowwise", "filter_fqns": ["output"]}
+    assert loaded.config.handlers == {"float8": expected}
+    assert check(Facts(loaded.config, 1, "cuda")) == []
 
 
-def test_mx_is_a_handler_once_there_is_one(load):
+@pytest.mark.parametrize("converter", ["mx", "quantize.linear.mx"])
+def test_mx_is_the_handler_mxfp8(converter, load):
     keys = {"mx.recipe_name": "mxfp8", "mx.use_fp8_dim1_cast_triton_kernel": False}
-    loaded = load({"model.converters": ["mx"], **keys})
     expected = {"recipe_name": "mxfp8_cublas", "mxfp8_dim1_cast_kernel_choice": "torch"}
-    assert loaded.config.handlers == {"mx": expected}
-    keys = {"quantize.linear.mx.recipe_name": "mxfp8_cublas"}
-    loaded = load({"model.converters": ["quantize.linear.mx"], **keys})
-    assert loaded.config.model.handlers == ("mx",)
-    assert loaded.config.handlers == {"mx": {"recipe_name": "mxfp8_cublas"}}
+    if converter != "mx":
+        keys = {f"{converter}.{name}": value for name, value in expected.items()}
+    loaded = load({"model.converters": [converter], **keys})
+    assert loaded.config.model.handlers == ("mxfp8",)
+    assert loaded.config.handlers == {"mxfp8": expected}
+    assert check(Facts(loaded.config, 1, "cuda")) == []
+
+
+def test_a_setting_that_torchao_has_no_more_changes_nothing(load):
+    loaded = load({"float8.force_recompute_fp8_weight_in_bwd": True})
+    assert "torchao no longer has it" in loaded.notices[0]
 
 
 @pytest.mark.parametrize("name", tables.MOE_CONVERTERS)

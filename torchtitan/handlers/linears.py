@@ -1,0 +1,137 @@
+"""The linears of a model, swapped for others that compute in another format.
+
+Names and shapes of parameters stay, so that initial weights, checkpoints and the optimizer do not
+know of it. Only modules whose class is `nn.Linear` itself are swapped: one of a class of its own,
+as the head, computes something of its own.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config.suggest import did_you_mean
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import TensorStyle
+from torchtitan.handlers.registry import handler_settings
+
+logger = logging.getLogger(__name__)
+
+
+def swap_linears(
+    model: nn.Module,
+    swap: Callable[[str, nn.Linear], nn.Linear],
+    is_wanted: Callable[[str, nn.Linear], bool],
+) -> list[str]:
+    """Replace each wanted linear by `swap(name, linear)`, in place; their names in order.
+
+    An error in `swap` is raised as RuntimeError that names the linear.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    names = [name for name, linear in linears if is_wanted(name, linear)]
+    for name in names:
+        try:
+            swapped = swap(name, model.get_submodule(name))  # type: ignore[arg-type]
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, swapped)
+    return names
+
+
+class LinearHandler:
+    """A handler that swaps linears; a subclass says for what, in `swap`."""
+
+    name: str
+    multiple: int
+    """What both dimensions of a matrix have to be a multiple of."""
+    marks: tuple[str, ...] = ()
+    """What may stand in `filter_fqns` and is no part of a name."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self.settings = handler_settings(job_config, self.name)
+        self.dims = parallel_dims
+        self.swapped: dict[str, tuple[int, int]] = {}
+        """Shapes, outputs first, of the linears that were swapped, by name."""
+
+    def swap(self, name: str, linear: nn.Linear) -> nn.Linear:
+        """The module in the linear's place; it may be the same one, changed."""
+        raise NotImplementedError
+
+    def leaves_out(self, name: str, linear: nn.Linear) -> bool:
+        """Whether there is a reason of the subclass's own to leave a linear as it is."""
+        return False
+
+    def convert(self, model: nn.Module) -> None:
+        """Swap the linears; tell once how many, and which do not fit."""
+        filters = [text for text in self.settings.filter_fqns if text not in self.marks]
+        self._require_used(filters, [name for name, _ in model.named_modules()])
+        unfit: list[str] = []
+        filtered = 0
+
+        def is_wanted(name: str, linear: nn.Linear) -> bool:
+            nonlocal filtered
+            if any(text in name for text in filters) or self.leaves_out(name, linear):
+                filtered += 1
+                return False
+            if linear.in_features % self.multiple or linear.out_features % self.multiple:
+                unfit.append(name)
+                return False
+            self.swapped[name] = linear.out_features, linear.in_features
+            return True
+
+        swap_linears(model, self.swap, is_wanted)
+        if not self.swapped:
+            raise self._nothing_left(filtered, unfit)
+        words = [f"{self.name}: {len(self.swapped)} linears"]
+        words += [f"{filtered} left as they are by filter_fqns"] * bool(filtered)
+        if unfit:
+            shown = ", ".join(unfit[:3]) + ", ..." * (len(unfit) > 3)
+            words.append(
+                f"{len(unfit)} left as they are, since a dimension is no multiple of"
+                f" {self.multiple} ({shown})"
+            )
+        logger.info("; ".join(words))
+
+    def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
+        """Refuse parts of matrices that do not fit; which linears are swapped must not depend on
+        the mesh."""
+        degree = self.dims.tp
+        for name, (outputs, inputs) in self.swapped.items():
+            if name not in plan:
+                continue  # of another stage
+            part = plan[name].part_of(outputs, inputs, degree)
+            if any(size % self.multiple for size in part):
+                table = f"handlers.{self.name}.filter_fqns"
+                problem = (
+                    f"the part of {name} on each rank is {part[0]} x {part[1]}, and the handler"
+                    f" {self.name} needs multiples of {self.multiple}"
+                )
+                fix = f'lower it, or add "{name.rpartition(".")[2]}" to {table}'
+                raise ConfigError(
+                    Problem("parallelism.tensor_parallel_degree", problem, fix, degree)
+                )
+
+    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do."""
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do."""
+
+    def _require_used(self, filters: Sequence[str], names: Sequence[str]) -> None:
+        for text in filters:
+            if not any(text in name for name in names):
+                fix = did_you_mean(text, {part for name in names for part in name.split(".")})
+                key = f"handlers.{self.name}.filter_fqns"
+                raise ConfigError(Problem(key, "is part of no module's name", fix, text))
+
+    def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> ConfigError:
+        problem = (
+            f"it finds no linear: {filtered} are left out by filter_fqns, and {len(unfit)} have a"
+            f" dimension that is no multiple of {self.multiple}"
+        )
+        fix = "leave it out, or change the model or the filter"
+        return ConfigError(Problem("model.handlers", problem, fix, self.name))
