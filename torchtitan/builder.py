@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.saver import Saver
+from torchtitan.components import optimizer
 from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.components.loss import build_losses
 from torchtitan.components.metrics import MetricsLogger
@@ -153,6 +154,13 @@ def call_after_load(model: BuiltModel) -> None:
 def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
     """The handlers of `model.handlers`, in that order."""
     return [NamedHandler(name, config, dims) for name in config.model.handlers]
+
+
+def build_optimizers(
+    config: JobConfig, model: BuiltModel, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """One for each part of the model, or for each parameter."""
+    return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
 
 
 def build_update(

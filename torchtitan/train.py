@@ -20,7 +20,6 @@ from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import set_learning_rates
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
@@ -66,9 +65,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         model = builder.build_model(
             config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.loads
         )
-        optimizers = build_optimizers(
-            config.optimizer, model.parts, world.device, model.parameter_names
-        )
+        optimizers = builder.build_optimizers(config, model, world.device)
         schedule = Schedule(config.lr_scheduler, training.steps)
         saver.load(model.parts, optimizers)
         builder.call_after_load(model)
