@@ -16,7 +16,7 @@ from torchtitan.distributed import spread_attention
 from torchtitan.distributed.context_parallel import ContextParallel, apply_context_parallel
 from torchtitan.distributed.sequence_layout import SequenceLayout
 from torchtitan.distributed.world import World
-from torchtitan.models.attend import Attend, Masks, build_mask
+from torchtitan.models.attend import Attend, Masks
 from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
 
 SEQ_LEN = 48
@@ -31,6 +31,7 @@ class Setting:
     heads: int = 4
     kv_heads: int = 2
     dtype: torch.dtype = torch.float64
+    window: int | None = None
 
     def context(self, world: World) -> ContextParallel:
         return ContextParallel(
@@ -65,12 +66,22 @@ class Setting:
 class Model(torch.nn.Module):
     """What context parallelism replaces."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
-        self.masks, self.attend = Masks(), Attend()
+        self.masks, self.attend = Masks(window), Attend()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Any:
-        return self.attend(q, k, v, self.masks(document_ids))
+        positions = torch.zeros(q.size(0), q.size(2), dtype=torch.int64)
+        return self.attend(q, k, v, self.masks(document_ids, positions))
+
+
+def dense_mask(ids: Tensor | None, window: int | None) -> Tensor:
+    """Every pair of places spelt out, `[B, 1, T, T]`."""
+    back = torch.arange(SEQ_LEN).unsqueeze(1) - torch.arange(SEQ_LEN)
+    visible = (back >= 0) & (back < (SEQ_LEN if window is None else window))
+    if ids is None:
+        return visible[None, None]
+    return (visible & (ids.unsqueeze(2) == ids.unsqueeze(1))).unsqueeze(1)
 
 
 def differences(world: World, setting: Setting) -> list[float]:
@@ -78,14 +89,14 @@ def differences(world: World, setting: Setting) -> list[float]:
     context = setting.context(world)
     whole, ids = setting.inputs(), setting.document_ids()
     exact = [x.double().requires_grad_() for x in whole[:3]]
-    expected, _ = Attend()(*exact, build_mask(ids))
+    expected, _ = Attend()(*exact, dense_mask(ids, setting.window))
     gradients = torch.autograd.grad(expected, exact, whole[3].double())
 
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
     own = [
         share(x).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in whole[:3]
     ]
-    model = Model()
+    model = Model(setting.window)
     apply_context_parallel(model, context)
     out, _ = model(*own, ids)
     found = torch.autograd.grad(out, own, share(whole[3]), retain_graph=True)
@@ -109,6 +120,57 @@ def test_exact(
     setting = Setting(method, balanced, documents, kv_heads=kv_heads)
     for found in gloo_pool.run(ranks, differences, setting):
         assert max(found) < 1e-14
+
+
+WINDOWS = [1, 2, 5, 6, 7, 12, 13, 25, 47, 48, 1000]
+"""In a sequence of 48; over 4 ranks chunks have 6 or 12 tokens."""
+
+
+def differences_of_windows(world: World, setting: Setting) -> dict[int, float]:
+    return {n: max(differences(world, replace(setting, window=n))) for n in WINDOWS}
+
+
+@pytest.mark.parametrize("documents", ["none", "short", "long"])
+@pytest.mark.parametrize(
+    ("method", "balanced"),
+    [*product(["ring", "allgather"], [True, False]), ("ulysses", False)],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_windows(
+    ranks: int, method: str, balanced: bool, documents: str, gloo_pool: GlooPool
+) -> None:
+    setting = Setting(method, balanced, documents)
+    for found in gloo_pool.run(ranks, differences_of_windows, setting):
+        assert {window: worst for window, worst in found.items() if worst >= 1e-14} == {}
+
+
+def calls_of_kernels(world: World, setting: Setting) -> tuple[int, int]:
+    """Forwards of kernels on this rank, and of these how many with a mask."""
+    context, seen, choose = setting.context(world), [], spread_attention.choose_kernel
+    share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
+    model = Model(setting.window)
+    apply_context_parallel(model, context)
+
+    def watched(part: Any) -> Any:
+        seen.append((part.k.size(2), part.visible is not None))
+        return choose(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spread_attention, "choose_kernel", watched)
+        model(*(share(x) for x in setting.inputs()[:3]), None)
+    return sum(size for size, _ in seen), sum(masked for _, masked in seen)
+
+
+def test_what_lies_before_the_window_is_not_computed(gloo_pool: GlooPool) -> None:
+    """4 chunks of 12: of each chunk before its own the first query sees 12 tokens more."""
+    for window, keys in ((1, 12), (2, 24), (13, 24), (14, 36), (25, 36), (26, 48), (48, 48)):
+        setting = Setting("allgather", False, window=window)
+        last = gloo_pool.run(4, calls_of_kernels, setting)[-1]
+        assert last[0] == keys, window
+    assert gloo_pool.run(4, calls_of_kernels, Setting("ring", False, window=13))[-1][0] == 24
+    assert gloo_pool.run(4, calls_of_kernels, Setting("ring", False, window=48)) == [
+        (12 * (rank + 1), 0) for rank in range(4)
+    ]
 
 
 @pytest.mark.parametrize("documents", ["none", "short"])
@@ -175,15 +237,17 @@ def check_operator(world: World, setting: Setting) -> None:
         if ids is None
         else spread_attention.visibility_levels(ids, context.layout, context.rank)
     )
-    place = (setting.method, setting.balanced, context.group.group_name)
+    place = (setting.window, setting.method, setting.balanced, context.group.group_name)
     library.opcheck(spread_attention.spread_attention, (*own, ids, levels, *place))
 
 
-@pytest.mark.parametrize("documents", ["none", "long"])
+@pytest.mark.parametrize(("documents", "window"), [("none", None), ("long", None), ("long", 7)])
 @pytest.mark.parametrize("method", ["ring", "allgather"])
-def test_it_is_what_it_tells_torch(method: str, documents: str, gloo_pool: GlooPool) -> None:
+def test_it_is_what_it_tells_torch(
+    method: str, documents: str, window: int | None, gloo_pool: GlooPool
+) -> None:
     """Schema, fake tensors, autograd and tracing of the operator."""
-    gloo_pool.run(2, check_operator, Setting(method, documents=documents))
+    gloo_pool.run(2, check_operator, Setting(method, documents=documents, window=window))
 
 
 class Count(TorchDispatchMode):

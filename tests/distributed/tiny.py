@@ -51,6 +51,7 @@ class Case:
     tied: bool = False
     norm: str = "rmsnorm"
     document_mask: bool = False
+    window: int | None = None
     loss_chunks: int = 3
     schedule: str = "1F1B"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Case:
             "n_heads": self.heads,
             "n_kv_heads": self.kv_heads,
             "tied_embeddings": self.tied,
+            "sliding_window": self.window,
         }
         sections: dict[str, dict[str, Any]] = {
             "model": {"args": args, "norm_type": self.norm},

@@ -252,7 +252,7 @@ def mask_is_for_a_sequence_in_order(patches: Patches) -> None:
 @shows_on(row(RING, cp=2, **PACKED))
 def documents_are_ignored(patches: Patches) -> None:
     """Attention over several ranks is plainly causal."""
-    patches.put(SpreadMasks, "forward", lambda original, self, document_ids: None)
+    patches.put(SpreadMasks, "forward", lambda original, self, *batch: None)
 
 
 @shows_on(row(RING, cp=2, **PACKED))

@@ -281,7 +281,25 @@ FROZEN = [
     row(MUON, FROZEN_START, shard=2, tp=2),
 ]
 
-TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN]
+WINDOWED = [
+    row(microbatches=2, window=5, **TIED),
+    row(FULL, window=5, **PACKED),
+    row(COMPILED, BY_OPERATOR, shard=2, window=5, **PACKED),
+    row(EVERY_SECOND, replicate=2, shard=2, microbatches=2, window=11),
+    row(COMPILED, FULL, tp=2, window=11, **PACKED),
+    row(shard=2, tp=2, window=1),
+    row(ALLGATHER, cp=2, window=5),
+    row(ALLGATHER_IN_ORDER, COMPILED, cp=4, window=11, **PACKED),
+    row(RING, BY_OPERATOR, cp=2, window=11, **PACKED),
+    row(RING_IN_ORDER, FULL, shard=2, cp=4, window=5),
+    row(ULYSSES, cp=2, window=5),
+    row(ULYSSES, COMPILED, cp=2, tp=2, window=11, **PACKED),
+    row(FULL, pp=2, schedule="1F1B", window=5, **PACKED),
+    row(COMPILED, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4, window=11),
+    row(RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
+]
+
+TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -322,6 +340,8 @@ def _special(case: Case) -> Iterator[str]:
         yield "tied"
     if case.document_mask:
         yield "packed"
+    if case.window is not None:
+        yield f"window of {case.window}"
     if recompute.mode != "none":
         option = recompute.selective_ac_option if recompute.mode == "selective" else recompute.mode
         yield f"checkpointing {option.replace('_', ' ')}"
@@ -364,7 +384,7 @@ def name_of(case: Case) -> str:
 def reference_of(case: Case) -> Case:
     """One process that trains the same model, with the same optimizer, and nothing special. The
     fused norm has to be equal to the usual one."""
-    model = ("layers", "heads", "kv_heads", "tied", "document_mask")
+    model = ("layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
     frozen = case.settings.get("handlers", {}).get("freeze")

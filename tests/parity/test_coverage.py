@@ -94,6 +94,17 @@ def test_regularised_losses_with_every_parallelism(what: str) -> None:
     assert met == {"fsdp", *OTHERS}
 
 
+def test_windows_with_every_parallelism() -> None:
+    """Shorter and longer than a rank's share of the sequence, with documents and without."""
+    windowed = [case for case in TABLE if case.window is not None]
+    assert set().union(*map(kinds_of, windowed)) == {"fsdp", "hsdp", *OTHERS}
+    spread = {name_of(case).split(", ")[-1] for case in windowed if case.cp > 1}
+    assert {"window of 5", "window of 11"} <= spread
+    assert {True, False} == {case.document_mask for case in windowed if case.cp > 1}
+    special = {words for case in windowed for words in special_of(case)}
+    assert {"checkpointing full", "checkpointing op", "compiled aot_eager"} <= special
+
+
 def test_ranks_have_unequal_numbers_of_targets() -> None:
     counted = tiny.sequences()["labels"] != IGNORE_INDEX
     for ranks in (2, 4, 8):

@@ -1,6 +1,7 @@
 """What can be wrong with the settings of context parallelism. No torch."""
 
 import math
+from collections.abc import Iterator
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
@@ -25,22 +26,28 @@ def check(facts: Facts) -> list[Problem]:
     problems = _heads(facts, *heads) if section.context_parallel_method == "ulysses" else []
     if not problems:
         problems += _sequence(facts)
-    masked = facts.config.training.document_mask
-    if masked and facts.device_type == "cuda" and section.context_parallel_method != "ulysses":
-        problems.append(_slow(facts))
+    if facts.device_type == "cuda" and section.context_parallel_method != "ulysses":
+        problems += _slow(facts, args.attention_window())
     return problems
 
 
-def _slow(facts: Facts) -> Problem:
+def _slow(facts: Facts, window: int | None) -> Iterator[Problem]:
     """What `attention_kernels` has no kernel for."""
+    training = facts.config.training
     method = facts.config.parallelism.context_parallel_method
+    if training.document_mask:
+        where, instead = "documents meet (training.document_mask)", "or document_mask to false"
+    elif window is not None and window < training.seq_len:
+        where, instead = f"a window ends ({window} tokens)", "or use none"
+    else:
+        return
     problem = (
-        "where documents meet (training.document_mask) it has no kernel on CUDA, and computes"
-        " attention from the formula, in float32: right, and many times slower"
+        f"where {where} it has no kernel on CUDA, and computes attention from the formula, in"
+        " float32: right, and many times slower"
     )
-    fix = "set it to ulysses, which has one, or document_mask to false"
+    fix = f"set it to ulysses, which has one, {instead}"
     key = "parallelism.context_parallel_method"
-    return Problem(key, problem, fix, method, severity="warning")
+    yield Problem(key, problem, fix, method, severity="warning")
 
 
 def _sequence(facts: Facts) -> list[Problem]:

@@ -7,7 +7,7 @@ queries (`spread_attention`). `ulysses` exchanges shares of the sequence for sha
 runs the model's own `Attend` on whole sequences, and exchanges back.
 
 Document ids are not cut: every rank of a sequence reads the same data, so each can tell what any
-query sees. Causality goes by index in the sequence, whatever the positions are.
+query sees. Causality and windows go by index in the sequence, whatever the positions are.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.distributed.sequence_layout import SequenceLayout
 from torchtitan.distributed.spread_attention import spread_attention, visibility_levels
-from torchtitan.models.attend import Attend, Mask, Masks
+from torchtitan.models.attend import Attend, Mask, Masks, limit
 from torchtitan.models.batch import Batch
 
 
@@ -66,23 +66,27 @@ def apply_context_parallel(model: nn.Module, context: ContextParallel) -> None:
                 setattr(module, name, ExchangedAttend(child, context))
             elif isinstance(child, Attend):
                 setattr(module, name, SpreadAttend(context))
-            elif isinstance(child, Masks) and context.method != "ulysses":
-                setattr(module, name, SpreadMasks(context))
+            elif isinstance(child, Masks) and context.method == "ulysses":
+                setattr(module, name, ExchangedMasks(child, context))
+            elif isinstance(child, Masks):
+                setattr(module, name, SpreadMasks(context, child.window))
 
 
 class SpreadMasks(nn.Module):
-    """Instead of `Masks`: what `SpreadAttend` needs to know of documents."""
+    """Instead of `Masks`: what `SpreadAttend` needs to know of documents, and the window."""
 
-    def __init__(self, context: ContextParallel):
+    def __init__(self, context: ContextParallel, window: int | None = None):
         super().__init__()
         self._context = context
+        self._window = window
 
-    def forward(self, document_ids: Tensor | None) -> Mask:
-        """`document_ids` is the whole `[B, T]`; None is plain causal."""
-        if document_ids is None:
-            return None
+    def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
+        """`document_ids` is the whole `[B, T]`, `positions` are this rank's."""
         context = self._context
-        return document_ids, visibility_levels(document_ids, context.layout, context.rank)
+        window = limit(self._window, positions.size(1) * context.layout.degree)
+        if document_ids is None:
+            return None if window is None else (None, None, window)
+        return document_ids, visibility_levels(document_ids, context.layout, context.rank), window
 
 
 class SpreadAttend(nn.Module):
@@ -94,9 +98,22 @@ class SpreadAttend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """See `Attend`, for this rank's share of the sequence."""
-        document_ids, levels = (None, None) if mask is None else mask
-        out, lse = spread_attention(q, k, v, document_ids, levels, *self._settings)
+        document_ids, levels, window = (None, None, None) if mask is None else mask
+        out, lse = spread_attention(q, k, v, document_ids, levels, window, *self._settings)
         return out, lse
+
+
+class ExchangedMasks(nn.Module):
+    """Instead of `Masks`, for `ulysses`: the mask of whole sequences, which `attend` sees."""
+
+    def __init__(self, masks: Masks, context: ContextParallel):
+        super().__init__()
+        self._masks = masks
+        self._ranks = context.layout.degree
+
+    def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
+        """`document_ids` is the whole `[B, T]`, `positions` are this rank's."""
+        return self._masks.build(document_ids, positions.size(1) * self._ranks, positions.device)
 
 
 class ExchangedAttend(nn.Module):

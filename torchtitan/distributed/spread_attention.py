@@ -6,16 +6,17 @@ after a whole round. `allgather` collects them all at once, and sums their gradi
 reduce-scatter. What comes of different keys is merged, and gradients are added, in at least
 float32.
 
-With documents a query sees its own document only. Masks are made of the document ids of the keys
-and queries that meet; where `levels` says that no document, or a single one, is in both, there is
-no call, or no mask.
+With documents a query sees its own document only, with a window no more than the last tokens. Masks
+are made for the keys and queries that meet; where none of these sees any other, or all may see all,
+there is no call, or no mask: of documents `levels` tells, of the window the distance of chunks.
 
 This is an operator of its own for torch: a compiler does not look into it, activation checkpointing
 can keep its results, and fake tensors pass through it without communication.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -29,11 +30,11 @@ from torchtitan.passes.activation_checkpoint import keep_in_checkpoints
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import all_gather_single, reduce_scatter_single
 
-_NOTHING, _ALL = 0, 2
+_NOTHING, _SOME, _ALL = 0, 1, 2
 """Of `visibility_levels`."""
 _RESULTS = "Tensor grad, Tensor out, Tensor lse"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, Tensor? levels"
-_PLACE = "str method, bool balanced, str group_name"
+_SETTINGS = "int? window, str method, bool balanced, str group_name"
 
 
 def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -> Tensor:
@@ -55,7 +56,7 @@ def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -
 @library.custom_op(
     "torchtitan::spread_attention",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_PLACE}) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 def spread_attention(
     q: Tensor,
@@ -63,6 +64,7 @@ def spread_attention(
     v: Tensor,
     document_ids: Tensor | None,
     levels: Tensor | None,
+    window: int | None,
     method: str,
     balanced: bool,
     group_name: str,
@@ -71,14 +73,14 @@ def spread_attention(
 
     `q` is `[B, H, T/n, hd]`, `k` and `v` are `[B, G, T/n, hd]`: this rank's share of a sequence
     over the n ranks of the group, in a `SequenceLayout`. `document_ids` is the whole `[B, T]`,
-    `levels` is of `visibility_levels`; both None means plainly causal. The log-sum-exp has no
-    gradient. All ranks of the group must call it.
+    `levels` is of `visibility_levels`, `window` is in tokens; all None means plainly causal. The
+    log-sum-exp has no gradient. All ranks of the group must call it.
     """
     exchange = _exchange(method, balanced, group_name)
     out = torch.zeros(q.shape, dtype=at_least_float32(q.dtype), device=q.device)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=out.dtype, device=q.device)
     for block, keys, values in exchange.blocks(k, v):
-        for rows, _, part in _parts(exchange, block, q, keys, values, document_ids, levels):
+        for rows, _, part in _parts(exchange, block, q, keys, values, document_ids, levels, window):
             merge(out[:, :, rows], lse[:, :, rows], *choose_kernel(part).forward(part))
     return out.to(q.dtype), lse
 
@@ -86,7 +88,7 @@ def spread_attention(
 @library.custom_op(
     "torchtitan::spread_attention_backward",
     mutates_args=(),
-    schema=f"({_RESULTS}, {_INPUTS}, {_PLACE}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_RESULTS}, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 def _spread_attention_backward(
     grad: Tensor,
@@ -97,6 +99,7 @@ def _spread_attention_backward(
     v: Tensor,
     document_ids: Tensor | None,
     levels: Tensor | None,
+    window: int | None,
     method: str,
     balanced: bool,
     group_name: str,
@@ -105,7 +108,8 @@ def _spread_attention_backward(
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     for block, keys, values in exchange.blocks(k, v):
         dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
-        for rows, columns, part in _parts(exchange, block, q, keys, values, document_ids, levels):
+        parts = _parts(exchange, block, q, keys, values, document_ids, levels, window)
+        for rows, columns, part in parts:
             of_q, of_k, of_v = choose_kernel(part).backward(
                 part, grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
             )
@@ -132,13 +136,13 @@ def _(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> Gradients:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
     ctx.save_for_backward(out, lse, *inputs[:5])
-    ctx.place = inputs[5:]
+    ctx.settings = inputs[5:]
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _spread_attention_backward(grad, *ctx.saved_tensors, *ctx.place)
-    return *gradients, None, None, None, None, None
+    gradients = _spread_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, *[None] * 6
 
 
 spread_attention.register_autograd(_backward, setup_context=_save)
@@ -258,30 +262,74 @@ def _parts(
     values: Tensor,
     document_ids: Tensor | None,
     levels: Tensor | None,
+    window: int | None,
 ) -> Iterator[tuple[slice, slice, Part]]:
     """The calls of a block: their rows of `q`, columns of `keys`, and what to compute."""
     layout, own = exchange.layout, exchange.layout.chunks(exchange.rank)
     size = q.size(2) // len(own)
-    known = None if levels is None else levels.tolist()
+    places = None if window is None else torch.arange(size * layout.num_chunks, device=q.device)
+    known = _levels(levels, window, layout, own, size)
     for call in block.calls:
+        columns = [j for j in call.keys if any(known[i][block.chunks[j]] for i in call.queries)]
+        if not columns:
+            continue
+        # Of a call that is causal, with itself, no chunk falls away.
+        call = replace(call, keys=range(columns[0], columns[-1] + 1))
+        chunks = [own[i] for i in call.queries], [block.chunks[j] for j in call.keys]
         visible = None
-        if document_ids is not None and known is not None:
-            queries = [own[i] for i in call.queries]
-            others = [block.chunks[j] for j in call.keys]
-            found = {known[i][other] for i in call.queries for other in others}
-            if found == {_NOTHING}:
-                continue
-            if found != {_ALL}:
-                ids = layout.select(document_ids, queries), layout.select(document_ids, others)
-                visible = _same_document(*ids, call)
-        rows = slice(call.queries.start * size, call.queries.stop * size)
-        columns = slice(call.keys.start * size, call.keys.stop * size)
-        causal = call.causal and visible is None
-        part = Part(q[:, :, rows], keys[:, :, columns], values[:, :, columns], visible, causal)
-        yield rows, columns, part
+        if any(known[i][other] != _ALL for i in call.queries for other in chunks[1]):
+            found = []
+            if document_ids is not None:
+                ids = [layout.select(document_ids, those) for those in chunks]
+                found.append(_same_document(ids[0], ids[1], call))
+            if places is not None and window is not None:
+                near = [layout.select(places, those, dim=0) for those in chunks]
+                found.append(_in_window(near[0], near[1], window, call))
+            visible = reduce(torch.logical_and, found)
+        rows = _tokens(call.queries, size)
+        part = Part(
+            q[:, :, rows],
+            keys[:, :, _tokens(call.keys, size)],
+            values[:, :, _tokens(call.keys, size)],
+            visible,
+            call.causal and visible is None,
+        )
+        yield rows, _tokens(call.keys, size), part
+
+
+def _levels(
+    levels: Tensor | None, window: int | None, layout: SequenceLayout, own: Sequence[int], size: int
+) -> list[list[int]]:
+    """What `visibility_levels` says, and the window with chunks of `size` tokens."""
+    chunks = range(layout.num_chunks)
+    of_documents = [[_ALL] * len(chunks) for _ in own] if levels is None else levels.tolist()
+    if window is None:
+        return of_documents
+    return [
+        [min(row[key], _window_level(query - key, size, window)) for key in chunks]
+        for query, row in zip(own, of_documents, strict=True)
+    ]
+
+
+def _window_level(chunks_apart: int, size: int, window: int) -> int:
+    """Of chunks of `size` tokens, by how many the keys' comes before the queries'."""
+    nearest, farthest = (chunks_apart * size + way for way in (1 - size, size - 1))
+    if nearest >= window:
+        return _NOTHING
+    return _ALL if farthest < window else _SOME
 
 
 def _same_document(queries: Tensor, keys: Tensor, call: Call) -> Tensor:
     """Which of the keys, by their document ids, each query sees; `[B, 1, Tq, Tk]`."""
     same = queries.unsqueeze(-1) == keys.unsqueeze(-2)
     return (same.tril_() if call.causal else same).unsqueeze(1)
+
+
+def _in_window(queries: Tensor, keys: Tensor, window: int, call: Call) -> Tensor:
+    """Which of the keys, by index in the sequence, each query sees; `[1, 1, Tq, Tk]`."""
+    near = (queries - window).unsqueeze(-1) < keys
+    return (near.tril_() if call.causal else near)[None, None]
+
+
+def _tokens(chunks: range, size: int) -> slice:
+    return slice(chunks.start * size, chunks.stop * size)

@@ -17,7 +17,13 @@ from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
-from torchtitan.handlers import bitnet_settings, float8_settings, int8_settings, mxfp8_settings
+from torchtitan.handlers import (
+    bitnet_settings,
+    flex_attention_settings,
+    float8_settings,
+    int8_settings,
+    mxfp8_settings,
+)
 from torchtitan.handlers.compile_settings import CompileSettings
 from torchtitan.handlers.freeze_settings import FreezeSettings
 from torchtitan.handlers.protocol import Check, ModelHandler, no_problems
@@ -76,6 +82,15 @@ HANDLERS.add_built_in(
 )
 HANDLERS.add_built_in(
     "freeze", HandlerEntry(FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler"))
+)
+HANDLERS.add_built_in(
+    flex_attention_settings.NAME,
+    HandlerEntry(
+        flex_attention_settings.Settings,
+        lazily("torchtitan.handlers.flex_attention:FlexAttentionHandler"),
+        check=flex_attention_settings.check,
+        probe=flex_attention_settings.probe,
+    ),
 )
 
 

@@ -1,48 +1,61 @@
 """Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, by the kernel that suits the device.
 
-`build_mask` is called once per forward, `Attend` in every layer. Without documents no mask exists:
-PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents
-the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which skips the
-blocks that lie between documents. `Attend` is a module of its own so that another way of computing
-the same (over several devices, say) can take its place.
+`Masks` is called once per forward, `Attend` in every layer. Plainly causal attention has no mask:
+PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents,
+or a window, the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which
+skips the blocks that no query sees. Both are modules of their own so that another way of computing
+the same (over several devices, say) can take their place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.models.masks import MaskFunction, MaskInputs, usual
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Mask: TypeAlias = "Tensor | BlockMask | tuple[Tensor, ...] | None"
+Mask: TypeAlias = "Tensor | BlockMask | tuple[Any, ...] | None"
 """None is plain causal. A tuple is what a replacement of `Masks` tells one of `Attend`."""
 
 _compiled: dict[str, Any] = {}
 
 
-def build_mask(document_ids: Tensor | None) -> Mask:
-    """The mask of a batch: a query sees the keys before it, and itself, in its own document.
-
-    `document_ids` is int64 `[B, T]`; None means one document, plain causal attention, no mask.
-    """
-    if document_ids is None:
-        return None
-    if document_ids.is_cuda:
-        return _block_mask(document_ids)
-    same_document = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)  # [B, T, T]
-    return same_document.tril_().unsqueeze(1)  # [B, 1, T, T]
-
-
 class Masks(nn.Module):
-    """Builds the mask of a batch, once per forward; a module so that it can be replaced."""
+    """Builds the mask of a batch, once per forward: a query sees itself and the keys before it, of
+    its own document, and no more than the last `window` of them, itself included. Order goes by
+    index in the sequence, whatever the positions are."""
 
-    def forward(self, document_ids: Tensor | None) -> Mask:
-        """See `build_mask`."""
-        return build_mask(document_ids)
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
+
+    def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
+        """`document_ids` and `positions` are int64 `[B, T]`; None means one document."""
+        return self.build(document_ids, positions.size(1), positions.device)
+
+    def build(self, document_ids: Tensor | None, seq_len: int, device: torch.device) -> Mask:
+        """The mask of whole sequences of `seq_len` tokens."""
+        window = limit(self.window, seq_len)
+        if document_ids is None and window is None:
+            return None
+        if device.type == "cuda":
+            inputs = MaskInputs(seq_len, document_ids, window)
+            return block_mask(usual(inputs), inputs, device)
+        if document_ids is None:
+            visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device)
+        else:
+            visible = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)  # [B, T, T]
+        visible.tril_()
+        if window is not None:
+            visible.triu_(1 - window)
+        return visible.unsqueeze(1)  # [B, 1, T, T], or [1, 1, T, T]
 
 
 class Attend(nn.Module):
@@ -62,15 +75,22 @@ class Attend(nn.Module):
         return _compile_once("flex_attention")(q, k, v, block_mask=mask, enable_gqa=grouped), None
 
 
-def _block_mask(document_ids: Tensor) -> BlockMask:
-    num_sequences, seq_len = document_ids.shape
+def limit(window: int | None, seq_len: int) -> int | None:
+    """The window, or None where it limits nothing."""
+    return None if window is None or window >= seq_len else window
 
-    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
+def block_mask(visible: MaskFunction, inputs: MaskInputs, device: torch.device) -> BlockMask:
+    """What FlexAttention takes. Without documents it is one for all sequences of the batch."""
+
+    def of_any_head(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(batch, query, key)
+
+    num_sequences = None if inputs.document_ids is None else inputs.document_ids.size(0)
     # Compiled, it does not build the [B, T, T] tensor that it summarises.
-    create = _compile_once("create_block_mask")
-    return create(visible, num_sequences, None, seq_len, seq_len, device=document_ids.device)
+    create: Callable[..., BlockMask] = _compile_once("create_block_mask")
+    seq_len = inputs.seq_len
+    return create(of_any_head, num_sequences, None, seq_len, seq_len, device=device)
 
 
 def _compile_once(name: str) -> Any:

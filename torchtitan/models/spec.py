@@ -54,6 +54,10 @@ class ModelArgs(Section):
         """Heads of queries, and of keys and values, where attention has such."""
         return None
 
+    def attention_window(self) -> int | None:
+        """The last tokens, itself among them, that a token attends to, where these are limited."""
+        return None
+
     def tensor_parallel_problems(self, degree: int) -> list[Problem]:
         """What keeps single matrices from being cut over `degree` ranks."""
         problem = "this model cannot be cut within its matrices"

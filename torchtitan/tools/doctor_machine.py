@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torchtitan.config import JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.distributed import checks
+from torchtitan.models.checks import model_args
 from torchtitan.tools.findings import Finding, of_problem
 from torchtitan.utils.allocator import tune_cpu_allocator
 from torchtitan.utils.device import GIB, device_type
@@ -64,11 +65,16 @@ def _attention(facts: Facts) -> str:
     if config.parallelism.context_parallel_degree > 1:
         method = config.parallelism.context_parallel_method
         return f"over the ranks of cp, by {method}"
-    if not config.training.document_mask:
+    args = model_args(facts)
+    masked = ["documents"] * config.training.document_mask
+    masked += ["a window"] * (args is not None and args.attention_window() is not None)
+    if "flex_attention" in config.model.handlers:
+        return "FlexAttention with the block mask of handlers.flex_attention, compiled"
+    if not masked:
         return "scaled_dot_product_attention, causal (a flash kernel where there is one)"
     if facts.device_type == "cuda":
-        return "FlexAttention with a block mask of documents, compiled"
-    return "scaled_dot_product_attention with a mask of documents"
+        return f"FlexAttention with a block mask of {' and '.join(masked)}, compiled"
+    return f"scaled_dot_product_attention with a mask of {' and '.join(masked)}"
 
 
 def _cpu_kernels() -> str:

@@ -29,7 +29,8 @@ in; with what MODULE registers, too. Without NAME, all of these:
   optimizers   optimizer.name, with the settings and those of [optimizer.args]
   schedules    lr_scheduler.name
   sinks        metrics.sinks, and the switches of what is built in
-  handlers     model.handlers, with the settings of [handlers.NAME]"""
+  handlers     model.handlers, with the settings of [handlers.NAME]
+  masks        handlers.flex_attention.masks"""
 
 
 def run(argv: list[str]) -> int:
@@ -138,6 +139,12 @@ def _handlers() -> Rows:
     return rows_of(HANDLERS, lambda entry: _settings(entry.settings))
 
 
+def _masks() -> Rows:
+    from torchtitan.handlers.mask_registry import MASKS
+
+    return rows_of(MASKS, lambda entry: entry.description)
+
+
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
 
@@ -177,4 +184,5 @@ _LISTS: dict[str, Callable[[], Rows]] = {
     "sinks": _sinks,
     "handlers": _handlers,
     "losses": _losses,
+    "masks": _masks,
 }

@@ -95,6 +95,20 @@ def test_packed_documents_without_a_kernel_are_worth_a_warning() -> None:
     assert {problem.severity for case in slow for problem in found[case]} == {"warning"}
 
 
+@pytest.mark.parametrize(("window", "expected"), [(8, 1), (32, 0), (33, 0)])
+def test_windows_without_a_kernel_are_worth_a_warning(window: int, expected: int) -> None:
+    for method, count in (("allgather", expected), ("ring", expected), ("ulysses", 0)):
+        sections = {
+            "model": {"args": {"sliding_window": window}},
+            "training": {"seq_len": 32},
+            "parallelism": {"context_parallel_degree": 2, "context_parallel_method": method},
+        }
+        facts = Facts(JobConfig.model_validate(sections), 2, "cuda")
+        found = context_checks.check(facts)
+        assert [problem.severity for problem in found] == ["warning"] * count
+        assert all("a window ends (8 tokens)" in str(problem) for problem in found)
+
+
 def test_a_model_without_such_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_checks, "model_args", lambda facts: ModelArgs())
     (problem,) = problems(32, 2, {})

@@ -6,17 +6,22 @@ import pytest
 import torch
 
 from torchtitan.models import attend
-from torchtitan.models.attend import Attend, build_mask
+from torchtitan.models.attend import Attend, Masks, block_mask
+from torchtitan.models.masks import MaskInputs, dense, usual
+
+CPU = torch.device("cpu")
 
 
-def reference(q, k, v, ids):
+def reference(q, k, v, ids, window=None):
     """softmax(q k^T / sqrt(hd)) v with every mask entry spelt out."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
     for batch in range(q.size(0)):
         for query in range(q.size(2)):
             for key in range(q.size(2)):
-                if key > query or (ids is not None and ids[batch, query] != ids[batch, key]):
+                apart = ids is not None and ids[batch, query] != ids[batch, key]
+                far = window is not None and query - key >= window
+                if key > query or apart or far:
                     scores[batch, :, query, key] = -math.inf
     return scores.softmax(-1) @ v
 
@@ -24,16 +29,17 @@ def reference(q, k, v, ids):
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 6, 6, 6, 6, 6, 6, 7]])
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("ids", [None, IDS], ids=["causal", "documents"])
-def test_attend(kv_heads, ids):
+def test_attend(kv_heads, ids, window):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, heads, 8, 16, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)
     )
-    out, _ = Attend()(q, k, v, build_mask(ids))
-    expected = reference(q, k, v, ids)
+    out, _ = Attend()(q, k, v, Masks(window).build(ids, 8, CPU))
+    expected = reference(q, k, v, ids, window)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     ours = torch.autograd.grad(out, (q, k, v), upstream)
@@ -53,16 +59,51 @@ def test_compiled_attention_of_models_with_other_heads():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_kernel_for_cuda_computes_the_same(kv_heads, monkeypatch):
+@pytest.mark.parametrize(
+    ("ids", "window"),
+    [(IDS, None), (None, 3), (IDS, 2)],
+    ids=["documents", "window", "both"],
+)
+def test_the_kernel_for_cuda_computes_the_same(kv_heads, ids, window, monkeypatch):
     """FlexAttention uncompiled, which runs anywhere: its mask and its call, not its kernel."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(attend, "_compile_once", lambda name: getattr(flex_attention, name))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, kv_heads, kv_heads))
-    out, _ = Attend()(q, k, v, attend._block_mask(IDS))
-    torch.testing.assert_close(out, reference(q, k, v, IDS))
+    inputs = MaskInputs(8, ids, window)
+    mask = block_mask(usual(inputs), inputs, CPU)
+    out, _ = Attend()(q, k, v, mask)
+    torch.testing.assert_close(out, reference(q, k, v, ids, window))
 
 
-def test_no_documents_need_no_mask():
-    assert build_mask(None) is None
-    assert build_mask(IDS).shape == (2, 1, 8, 8)
+def test_block_masks_of_closures_compile_as_one_graph(monkeypatch):
+    """How they are made on CUDA, but for the generated code; for other documents it is the same."""
+    from torch.nn.attention import flex_attention
+
+    compiled = torch.compile(flex_attention.create_block_mask, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(attend, "_compile_once", lambda name: compiled)
+    places = torch.arange(512).expand(2, -1)
+    for ids in (places // 200, places // torch.tensor([[90], [400]])):
+        inputs = MaskInputs(512, ids, 140)
+        mask = block_mask(usual(inputs), inputs, CPU)
+        touched = dense(usual(inputs), inputs, CPU).unflatten(3, (4, 128)).unflatten(2, (4, 128))
+        assert torch.equal(mask.to_dense().bool(), touched.any(5).any(3))  # of 128 x 128 pairs
+        assert not mask.to_dense().all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_functions_of_pairs_give_the_same_masks(ids, window):
+    inputs = MaskInputs(8, ids, window)
+    expected = Masks(window).build(ids, 8, CPU)
+    if expected is None:
+        expected = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    assert torch.equal(dense(usual(inputs), inputs, CPU), expected)
+
+
+def test_what_needs_no_mask():
+    assert Masks().build(None, 8, CPU) is None
+    assert Masks(8).build(None, 8, CPU) is None
+    assert Masks(7).build(None, 8, CPU).shape == (1, 1, 8, 8)
+    assert Masks()(IDS, IDS).shape == (2, 1, 8, 8)
+    assert torch.equal(Masks(8)(IDS, IDS), Masks()(IDS, IDS))

@@ -88,6 +88,31 @@ def test_packed_documents_do_not_see_each_other():
     torch.testing.assert_close(packed[1:], whole, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("ids", [None, torch.tensor([[0] * 5 + [1] * 7, [4] * 12])])
+def test_what_is_farther_than_the_window_changes_nothing(ids):
+    """In two layers a token hears of what is up to twice the window's reach before it."""
+    tokens, positions = tokens_and_positions(12)
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 50
+    for window in (1, 3):
+        model = build(SMALL.model_copy(update={"sliding_window": window}), torch.float64)
+        before, after = model(tokens, positions, ids), model(changed, positions, ids)
+        reached = (before != after).any(-1).nonzero()[:, 1]
+        assert reached.unique().tolist() == [*range(5, min(12, 5 + 2 * (window - 1) + 1))]
+
+
+def test_a_window_of_the_whole_sequence_is_none():
+    tokens, positions = tokens_and_positions(12)
+    plain = build(dtype=torch.float64)(tokens, positions)
+    for window in (12, 13):
+        model = build(SMALL.model_copy(update={"sliding_window": window}), torch.float64)
+        assert torch.equal(model(tokens, positions), plain)
+    model = build(SMALL.model_copy(update={"sliding_window": 11}), torch.float64)
+    narrow = model(tokens, positions)
+    torch.testing.assert_close(narrow[:, :11], plain[:, :11], rtol=0, atol=1e-13)
+    assert (narrow[:, 11] - plain[:, 11]).abs().max() > 1e-6
+
+
 def test_only_differences_of_positions_matter():
     model = build(dtype=torch.float64)
     tokens, positions = tokens_and_positions()
@@ -205,6 +230,18 @@ def test_flops_per_token():
         model = on_meta(args)
         assert model.flops_per_token(100, causal=False) == products + 12 * 2 * 32 * 100
         assert model.flops_per_token(100, causal=True) == products + 12 * 2 * 32 * 50
+
+
+def test_flops_of_a_window():
+    """Query i of T sees min(i + 1, W) keys; the formula takes half of the last one off, as it does
+    without a window."""
+    model = on_meta(SMALL.model_copy(update={"sliding_window": 30}))
+    of_key = 12 * 2 * 32
+    weights = model.flops_per_token(1, causal=False) - of_key
+    seen = sum(min(i + 0.5, 30) for i in range(100)) / 100
+    assert model.flops_per_token(100, causal=False) == weights + of_key * 30
+    assert model.flops_per_token(100, causal=True) == pytest.approx(weights + of_key * seen)
+    assert model.flops_per_token(20, causal=True) == weights + of_key * 10
 
 
 def test_blocks_compile_without_breaks():

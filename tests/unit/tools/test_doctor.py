@@ -72,6 +72,9 @@ def test_with_a_config(capsys: Any, tmp_path: Path) -> None:
         assert lines["config"].startswith("ok ") and "64 tokens" in lines["config"]
         assert "a mask of documents" in lines["attention"]
         assert "1 for each process (debug.threads = 1)" in lines["threads"]
+    window = ("--job.device=cpu", "--model.args.sliding_window=8")
+    _, lines = examine(config, *window, capsys=capsys)
+    assert "a mask of documents and a window" in lines["attention"]
 
 
 def test_what_a_config_lacks_is_wrong(capsys: Any, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ class LlamaArgs(ModelArgs):
     rope_original_max_seq_len: PositiveInt = 8192
     """Context length before the stretching."""
 
+    sliding_window: PositiveInt | None = None
+    """A token attends to the last so many tokens only, itself among them. Unset: to all before it.
+    """
+
     tied_embeddings: bool = False
     """The head uses the token embedding's matrix."""
 
@@ -104,6 +108,10 @@ class LlamaArgs(ModelArgs):
     def heads(self) -> tuple[int, int]:
         """See `ModelArgs`."""
         return self.n_heads, self.num_kv_heads
+
+    def attention_window(self) -> int | None:
+        """See `ModelArgs`."""
+        return self.sliding_window
 
     def tensor_parallel_problems(self, degree: int) -> list[Problem]:
         """See `ModelArgs`: heads, channels and tokens are shared out, each whole."""

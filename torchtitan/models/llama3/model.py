@@ -132,7 +132,7 @@ class Llama(nn.Module):
         if args.vocab_size is None:
             raise ValueError("vocab_size is unset: resolve the arguments with the tokenizer's size")
         self.args = args
-        self.masks = Masks()
+        self.masks = Masks(args.sliding_window)
         # The modules at both ends are None in the stages of a pipeline that do without.
         self.tok_embeddings: Embedding | None = Embedding(args.vocab_size, args.dim)
         # Keyed by name, not by place, so that names stay when layers are taken away.
@@ -146,11 +146,11 @@ class Llama(nn.Module):
         self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None
     ) -> Tensor:
         """`tokens`, `positions`, `document_ids`: int64 `[B, T]`. Returns hidden states `[B, T, D]`
-        after the final norm; `head` makes logits of them. Without `document_ids` attention is
-        plainly causal, with them it also stays within the document."""
+        after the final norm; `head` makes logits of them. Attention is causal; with `document_ids`
+        it also stays within the document, with a sliding window near by."""
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)  # [B, T, D]
         rotations = rope_rotations(positions, self.args, at_least_float32(x.dtype))
-        mask = self.masks(document_ids)
+        mask = self.masks(document_ids, positions)
         for block in self.layers.values():
             x = block(x, rotations, mask)
         return x if self.norm is None else self.norm(x)
@@ -234,9 +234,13 @@ class Llama(nn.Module):
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """6 per weight of a matrix product (2 forward, 4 backward), 12 per channel and attended
-        position; `causal` counts the half of the positions that a query can see."""
+        position: all, or the last ones that a window leaves; `causal` takes off those that do not
+        exist yet, half of all without a window."""
         num_weights = sum(parameter.numel() for parameter in self.parameters())
         if not self.args.tied_embeddings:
             num_weights -= self.args.modules()["tok_embeddings"]  # a look-up, no product
-        attended = seq_len / 2 if causal else seq_len
+        window = self.masks.window
+        attended: float = seq_len if window is None else min(window, seq_len)
+        if causal:  # the first queries of a window's length see half of it
+            attended -= attended**2 / (2 * seq_len)
         return 6 * num_weights + 12 * self.args.n_layers * self.args.dim * attended
