@@ -287,7 +287,7 @@ WINDOWED = [
     row(COMPILED, BY_OPERATOR, shard=2, window=5, **PACKED),
     row(EVERY_SECOND, replicate=2, shard=2, microbatches=2, window=11),
     row(COMPILED, FULL, tp=2, window=11, **PACKED),
-    row(shard=2, tp=2, window=1),
+    row(shard=2, tp=2, window=2),
     row(ALLGATHER, cp=2, window=5),
     row(ALLGATHER_IN_ORDER, COMPILED, cp=4, window=11, **PACKED),
     row(RING, BY_OPERATOR, cp=2, window=11, **PACKED),
