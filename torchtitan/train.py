@@ -67,7 +67,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         )
         optimizers = builder.build_optimizers(config, model, world.device)
         schedule = Schedule(config.lr_scheduler, training.steps)
-        saver.load(model.parts, optimizers)
+        saver.load(model.parts, optimizers, model.handlers)
         builder.call_after_load(model)
         update = builder.build_update(config, model, optimizers, dims, saver)
         runner = builder.build_runner(config, model, mesh, dims, world.device)

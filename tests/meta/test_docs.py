@@ -33,6 +33,7 @@ FOREIGN = {
     "ls",
     "pip",
     "pre-commit",
+    "pytest",
     "source",
     "ssh",
     "tail",
@@ -119,7 +120,8 @@ def _problem_of_word(word: str, *rest: str) -> str | None:
 
 
 def _of_list(rest: list[str]) -> str | None:
-    unknown = set(rest) - set(list_words._LISTS)
+    wanted, _ = list_words._split(rest)
+    unknown = set(wanted) - set(list_words._LISTS)
     return f"no such list: {unknown}" if unknown else None
 
 

@@ -1,11 +1,12 @@
 """Loading what a new run starts from; `initial` says what that can be."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint.agreement import on_all, on_main
 from torchtitan.checkpoint.commit import describe_on_all_ranks
@@ -18,6 +19,7 @@ from torchtitan.checkpoint.manifest import (
     verify_file,
 )
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
+from torchtitan.checkpoint.rerun import stored_value
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
 from torchtitan.distributed.world import World
@@ -25,6 +27,15 @@ from torchtitan.distributed.world import World
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class ChangesWeights(Protocol):
+    """A model handler, as far as weights are concerned."""
+
+    name: str
+
+    def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is to take the place of this rank's part of a weight; the part itself to keep it."""
 
 
 class InitialLoad:
@@ -53,10 +64,14 @@ class InitialLoad:
         return without_excluded(manifest.state, self._excluded)
 
     def load(
-        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+        self,
+        model: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+        handlers: Sequence[ChangesWeights] = (),
     ) -> None:
         """Fill the tensors in place. Raises `CheckpointError`, before any was written, when they
-        are not those of the checkpoint; weights alone may be of another floating point type."""
+        are not those of the checkpoint; weights alone may be of another floating point type, and
+        the `handlers` that their run did not have may change them then, in order."""
         folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
         if not self._model_only:
             assert folder.manifest is not None
@@ -70,8 +85,19 @@ class InitialLoad:
         if differences:
             raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
         on_all(self._world, self._what, lambda: folder.load(wanted, self._world.control_group))
+        if self._model_only:
+            for handler in handlers:
+                if handler.name not in self._handlers:
+                    _change(model, handler)
         what = "The weights" if self._model_only else "The run"
         logger.info("%s: loaded from %s.", what, folder.path)
+
+    @property
+    def _handlers(self) -> Sequence[str]:
+        """Those of the run that saved it; none of another program's weights."""
+        manifest = self._folder.manifest
+        config = None if manifest is None else manifest.info.get("config")
+        return stored_value(config or {}, "model.handlers") or ()
 
     def _open(self, path: Path) -> ModelFolder:
         """As rank 0 sees it."""
@@ -98,6 +124,15 @@ class InitialLoad:
         }
         for before, after in sorted(changed):
             logger.info("Weights are converted from %s to %s.", before, after)
+
+
+def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:
+    """Each rank its own parts, so nothing is exchanged."""
+    for name, tensor in model.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        changed = handler.transform_loaded(name, part)
+        if changed is not part:
+            part.copy_(changed)
 
 
 def verify_share(world: World, path: Path, manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found
-from torchtitan.checkpoint.initial_load import InitialLoad
+from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
@@ -88,10 +88,14 @@ class Saver:
         return 0 if self._checkpointer is None else max(0, self._checkpointer.saved_step)
 
     def load(
-        self, model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+        self,
+        model_parts: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        handlers: Sequence[ChangesWeights] = (),
     ) -> None:
         """Load in place what there is to start from: the model, and optimizer state where that is
-        to come along. Raises `ConfigError` when there is no room for the next checkpoint."""
+        to come along. `handlers` may change plain weights of another run, see `InitialLoad.load`.
+        Raises `ConfigError` when there is no room for the next checkpoint."""
         if self._checkpointer is None:
             return
         model = model_tensors(model_parts)
@@ -99,7 +103,7 @@ class Saver:
         if not self._section.load_only:
             self._checkpointer.require_space(model | optimizer)
         if self._initial is not None:
-            self._initial.load(model, optimizer)
+            self._initial.load(model, optimizer, handlers)
         if self._found is None:
             return
         is_seed = self._found.model_only and self._found.step == 0

@@ -5,9 +5,11 @@ free-form tables and lists of tables it would leave out.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from torchtitan.config.fields import Key, known_keys, known_sections
+from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
+from torchtitan.config.section import Section
 from torchtitan.config.toml_text import toml_value
 
 _DESCRIPTION = """Train from a TOML file: torchtitan train FILE [--section.key value ...]
@@ -19,13 +21,17 @@ commas; switches take --x, --x true, --x false or --no-x.
 hardware; --check full includes it."""
 
 
-def print_help() -> None:
-    """Print all settings with their documentation and defaults."""
+NamedTables = Mapping[str, Mapping[str, type[Section]]]
+
+
+def print_help(named: NamedTables | None = None) -> None:
+    """Print all settings with their documentation and defaults. `named`: of a table with a table
+    for each name (`handlers`), what these may hold, by name."""
     import tyro
 
     try:
         tyro.cli(
-            _dataclass_of(""),
+            _dataclass_of("", named or {}),
             prog="torchtitan train",
             description=_DESCRIPTION,
             args=["--help"],
@@ -35,20 +41,40 @@ def print_help() -> None:
         return
 
 
-def _dataclass_of(section: str) -> type:
+def _dataclass_of(section: str, named: NamedTables) -> type:
     """A dataclass of the keys and tables right below a section; "" is the whole config."""
-    fields: list[tuple[str, Any, Any]] = []
-    for key in known_keys().values():
-        if key.section == section:
-            fields.append((key.last_name, *_field(key)))
+    keys = [key for key in known_keys().values() if key.section == section]
+    inner: dict[str, type] = {}
     for name in known_sections():
-        if name.rpartition(".")[0] == section and name not in known_keys():
-            inner = _dataclass_of(name)
-            default = dataclasses.field(default_factory=inner)
-            fields.append((name.rpartition(".")[2], inner, default))
-    made = dataclasses.make_dataclass(section.replace(".", "_") or "Settings", fields)
-    made.__doc__ = known_sections().get(section, "")
-    return made
+        if name.rpartition(".")[0] != section:
+            continue
+        if named.get(name):
+            inner[name] = _dataclass_of_names(name, named[name])
+        elif name not in known_keys():
+            inner[name] = _dataclass_of(name, named)
+    keys = [key for key in keys if key.name not in inner]
+    return _dataclass(section or "Settings", keys, inner, known_sections().get(section, ""))
+
+
+def _dataclass_of_names(section: str, models: Mapping[str, type[Section]]) -> type:
+    inner = {}
+    for name, model in models.items():
+        try:
+            keys = keys_of(model)
+        except (AssertionError, ValueError):
+            continue  # somebody's own, of a type that the table of keys has no word for
+        if name.isidentifier():
+            inner[name] = _dataclass(f"{section}.{name}", keys, {}, f"Settings of {name}.")
+    return _dataclass(section, [], inner, known_sections()[section])
+
+
+def _dataclass(name: str, keys: list[Key], inner: Mapping[str, type], doc: str) -> type:
+    fields: list[tuple[str, Any, Any]] = [(key.last_name, *_field(key)) for key in keys]
+    for table, made in inner.items():
+        fields.append((table.rpartition(".")[2], made, dataclasses.field(default_factory=made)))
+    whole = dataclasses.make_dataclass(name.replace(".", "_"), fields)
+    whole.__doc__ = doc
+    return whole
 
 
 def _field(key: Key) -> tuple[Any, Any]:

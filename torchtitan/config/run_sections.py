@@ -30,7 +30,8 @@ class Job(Section):
     """Start afresh in a folder that holds another run; the old folder's content is moved aside."""
 
     custom_import: Names = ()
-    """Modules to import before the config is checked, to register models, datasets or handlers."""
+    """Modules to import before the config is checked, to register models, handlers, datasets,
+    tokenizers, losses, optimizers, schedules or sinks of metrics."""
 
 
 class Comm(Section):

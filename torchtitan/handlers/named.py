@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -53,6 +53,16 @@ class NamedHandler:
         if hasattr(self.handler, "after_load"):
             with self._naming("after_load"):
                 self.handler.after_load(model)
+
+    def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
+        """See `torchtitan.handlers.protocol`; `tensor` itself where the handler has none."""
+        if not hasattr(self.handler, "transform_loaded"):
+            return tensor
+        with self._naming("transform_loaded"):
+            changed: Tensor = self.handler.transform_loaded(name, tensor)
+            if changed.shape != tensor.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
+        return changed
 
     def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
         """See `torchtitan.handlers.protocol`; nothing where the handler has none."""

@@ -6,6 +6,9 @@ and found by their presence, so that no other part of the library has to know an
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;
 - `check(model)`: problems that only the model can tell, before anything starts, on the meta device;
+- `transform_loaded(name, tensor)`: a new run starts from plain weights, those of a checkpoint whose
+  run did not have this handler. `tensor` is the part of a parameter or buffer that this rank holds;
+  what is returned, of the same shape, takes its place;
 - `after_load(model)`: once the weights are there, initial ones or those of a checkpoint;
 - `extend_tp_plan(plan)`: before tensor parallelism cuts the model, or a stage of it, to change the
   styles, by name, in place (`torchtitan.distributed.tensor_parallel`).

@@ -96,8 +96,26 @@ def _own(models: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
 
 def json_schema() -> dict[str, object]:
     """A JSON schema of the TOML file, as editors with TOML support read it."""
+    schema = JobConfig.model_json_schema(mode="validation")
+    for table, models in named_tables().items():
+        settings = {}
+        for name, model in models.items():
+            settings[name] = model.model_json_schema(mode="validation")
+            schema["$defs"].update(settings[name].pop("$defs", {}))
+        schema["properties"][table]["properties"] = settings
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **JobConfig.model_json_schema(mode="validation"),
+        **schema,
         "title": "torchtitan run",
+    }
+
+
+def named_tables() -> dict[str, dict[str, type[Section]]]:
+    """What `[handlers.NAME]` and `[sinks.NAME]` may hold, by name, of all that is there."""
+    from torchtitan.components.sink_registry import SINKS
+    from torchtitan.handlers.registry import HANDLERS
+
+    return {
+        "handlers": {name: entry.settings for name, entry in HANDLERS.entries().items()},
+        "sinks": {name: entry.settings for name, entry in SINKS.entries().items()},
     }

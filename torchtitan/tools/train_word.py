@@ -21,10 +21,7 @@ T = TypeVar("T")
 def run(argv: list[str]) -> int:
     """Check, then train. Problems that need no torch are told before it is imported."""
     if "--help" in argv or "-h" in argv:
-        from torchtitan.config.help_text import print_help
-
-        print_help()
-        return DONE
+        return _help([word for word in argv if word not in ("--help", "-h")])
     arguments, check = _split_check(argv)
     loaded = load_config(arguments)
     if not env.is_quiet_rank():
@@ -58,6 +55,20 @@ def run(argv: list[str]) -> int:
     from torchtitan.train import run as run_training
 
     return run_training(loaded.config, place)
+
+
+def _help(argv: list[str]) -> int:
+    """All settings, with those of what the config's own modules register."""
+    from torchtitan.config.help_text import print_help
+    from torchtitan.tools.config_words import named_tables
+
+    try:
+        arguments, _ = _split_check(argv)
+        import_custom_modules(load_config(arguments).config, quiet=True)
+    except ConfigError:
+        pass  # told when it is to be run
+    print_help(named_tables())
+    return DONE
 
 
 def tell_notices(loaded: LoadedConfig) -> None:

@@ -1,5 +1,8 @@
 """Registries: who gives a name, and what happens when two do, or when it cannot be imported."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import runs
 from torchtitan.config import ConfigError
 from torchtitan.config.registry import BUILT_IN, Registry
 
@@ -109,31 +113,53 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_example_package_trains(example: Path, tmp_path: Path) -> None:
-    """Everything that it adds, in one run on two ranks that cut the matrices."""
-    import os
-
-    from tests.distributed import runs
-
+    """Everything that it adds, in one run on two ranks that cut the matrices, as its page shows."""
     env = runs.environment()
     env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(example)])
     words = (
-        "--training.dataset=sums",
-        "--model.handlers=relu_squared",
-        "--handlers.relu_squared.every=2",
         "--model.print_after_conversion",
         "--parallelism.tensor_parallel_degree=2",
         "--training.steps=4",
     )
     command = runs.command(tmp_path / "run", *words, processes=2)
+    page = (EXAMPLE / "README.md").read_text("utf-8")
+    shown = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    dataset = '[training]\ndataset = "stdlib"\n'
+    assert shown and dataset in runs.CONFIG
+    config = runs.CONFIG.replace(dataset, shown[1])
+    (tmp_path / "config.toml").write_text(config)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("ReluSquaredFeedForward") == 1
     assert len(runs.curve(tmp_path / "run")) == 4
-    listed = subprocess.run(
-        [sys.executable, "-m", "torchtitan", "list", "handlers"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
+    manifest = json.loads((tmp_path / "run/checkpoint/step-4/manifest.json").read_text())
+    kept = {name.rpartition(".")[2] for name in manifest["tensors"] if "optimizer." in name}
+    assert kept == {"average"}, "of Lion"
+    plain = runs.command(tmp_path / "plain", *words[1:], "--loss.name=cross_entropy", processes=2)
+    config = config.replace("args = { epsilon = 0.5 }\n", "")
+    (tmp_path / "config.toml").write_text(config)
+    done = subprocess.run(plain, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, other = (runs.curve(tmp_path / name)[0][1] for name in ("run", "plain"))
+    assert 0.4 < first - other < 0.5, "half of what is missing of a probability of 1"
+
+
+def test_the_example_package_is_listed(example: Path) -> None:
+    """Without a word about it in a config, and without torch."""
+    code = (
+        "import sys; from torchtitan.cli import main;"
+        " main(['list', 'handlers', 'losses', 'optimizers']);"
+        " assert 'torch' not in sys.modules; main(['list', 'datasets'])"
     )
-    assert "relu_squared  settings: every (from titan-extras 0.1.0)" in listed.stdout
+    env = runs.environment()
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(example)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    origin = "(from titan-extras 0.1.0)"
+    assert f"relu_squared settings: every {origin}" in rows
+    assert f"poly settings: epsilon {origin}" in rows
+    assert f"Lion args: beta1, beta2 {origin}" in rows
+    assert any(row.startswith("sums ") and row.endswith(origin) for row in rows)

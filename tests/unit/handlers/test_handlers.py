@@ -10,9 +10,11 @@ import pytest
 from tests.distributed import runs
 from torchtitan.config import JobConfig
 from torchtitan.config.facts import Facts
+from torchtitan.config.help_text import print_help
 from torchtitan.config.section import Section
 from torchtitan.handlers import registry
 from torchtitan.handlers.checks import check
+from torchtitan.tools.config_words import json_schema, named_tables
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +184,31 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
     assert "DETERMINISTIC True" in resumed and "WARNS True" in resumed
     assert "NORM 1.0\n" in resumed
     assert "CALLS convert loaded pre post\n" in resumed
+
+
+def test_help_and_schema_show_the_settings_of_a_module(tmp_path: Path) -> None:
+    (tmp_path / "my_handler.py").write_text(FREEZE)
+    env = {**runs.environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    words = [sys.executable, "-m", "torchtitan", "train", "--help"]
+
+    def output(*more: str) -> str:
+        done = subprocess.run([*words, *more], env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    own, built_in = "--handlers.freeze_one.name", "--handlers.float8.recipe_name"
+    plain = output()
+    assert built_in in plain and own not in plain
+    shown = output("--job.custom_import=my_handler")
+    assert built_in in shown and own in shown
+    assert own in output("--job.custom_import=my_handler", "--check")
+
+
+def test_the_schema_knows_settings() -> None:
+    registry.register_handler("nothing")(Nothing)
+    schema: dict = json_schema()  # type: ignore[type-arg]
+    handlers = schema["properties"]["handlers"]["properties"]
+    assert handlers["nothing"]["properties"]["amount"]["type"] == "integer"
+    assert "tensorwise" in handlers["float8"]["properties"]["recipe_name"]["enum"]
+    registry.register_handler("odd")(type("OddHandler", (Nothing,), {"Settings": Odd}))
+    print_help(named_tables())  # what has no word in TOML is left out

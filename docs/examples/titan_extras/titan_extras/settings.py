@@ -1,12 +1,34 @@
 """What a config may set. No torch, so that checking a config stays quick."""
 
+from typing import Annotated
+
+from pydantic import Field
+
+from torchtitan.components.loss_registry import LossEntry
+from torchtitan.components.optimizer_registry import OptimizerEntry
+from torchtitan.config.registry import lazily
 from torchtitan.config.section import PositiveInt, Section
-from torchtitan.handlers.registry import HandlerEntry, lazily
+from torchtitan.handlers.registry import HandlerEntry
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ReluSquaredSettings(Section):
     every: PositiveInt = 1
     """Change each n-th block only, counted from the first."""
+
+
+class PolyLossSettings(Section):
+    epsilon: float = 1.0
+    """Times 1 - p of the right token is added to the cross entropy; 0 is the cross entropy."""
+
+
+class LionSettings(Section):
+    beta1: Share = 0.9
+    """Of the average of gradients, in the direction of a step."""
+
+    beta2: Share = 0.99
+    """Of the average of gradients that is kept."""
 
 
 RELU_SQUARED = HandlerEntry(
@@ -15,3 +37,7 @@ RELU_SQUARED = HandlerEntry(
     after=(),
     excludes=(),
 )
+POLY_LOSS = LossEntry(
+    PolyLossSettings, lazily("titan_extras.poly_loss:PolyLoss"), takes_cut_vocabulary=True
+)
+LION = OptimizerEntry(LionSettings, lazily("titan_extras.lion:build"))
