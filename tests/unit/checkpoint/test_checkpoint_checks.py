@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,3 +187,21 @@ def test_no_space_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     only(errors(tmp_path), "checkpoint.folder", "for the next checkpoint")
+
+
+def statvfs(**counts: int) -> Any:
+    """What the kernel says about a file system with much space, and its files."""
+    space = {"f_frsize": 4096, "f_blocks": 10**9, "f_bfree": 10**9, "f_bavail": 10**9}
+    return lambda path: SimpleNamespace(**space, **counts)
+
+
+def test_no_files_left_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, 5)
+    monkeypatch.setattr(os, "statvfs", statvfs(f_files=1000, f_favail=1))
+    only(errors(tmp_path), "checkpoint.folder", "has room for 1 (its inodes are used up)")
+    problems = [p for p in probe(facts(tmp_path, allow_low_disk=True)) if "inodes" in p.problem]
+    only(problems, "checkpoint.folder", "has room for 1", "warning")
+    assert errors(tmp_path, allow_low_disk=True) == []
+    # As file systems say that make room for files as they come.
+    monkeypatch.setattr(os, "statvfs", statvfs(f_files=0, f_favail=0))
+    assert errors(tmp_path) == []
