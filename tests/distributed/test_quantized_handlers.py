@@ -45,14 +45,8 @@ def trained(gloo_pool: GlooPool) -> Once:
     return train_once
 
 
-def works(variant: str, mesh: str) -> bool:
-    """The rest is refused by the check: tests/unit/handlers/test_low_precision.py."""
-    return (variant, mesh) != ("bitnet", "tp 2")
-
-
-@pytest.mark.parametrize(
-    ("variant", "mesh"), [(v, m) for v in VARIANTS for m in MESHES if works(v, m)]
-)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_it_trains(variant: str, mesh: str, trained: Once) -> None:
     """As on one process, but for rounding; with the names and shapes of plain linears."""
     ranks, [one], [plain] = (
@@ -78,7 +72,7 @@ def test_it_goes_on_on_another_mesh(
     case = case_of(variant, shard=2)
     gloo_pool.run(2, train, case, 5, str(tmp_path), True)
     assert gloo_pool.run(2, train, case, 2, str(tmp_path))[0].losses == whole[5:7]
-    for mesh in ("one process", "tp 2" if works(variant, "tp 2") else "pp 2"):
+    for mesh in ("one process", "tp 2"):
         case = case_of(variant, **MESHES[mesh])
         [there, *_] = gloo_pool.run(case.world_size, train, case, 1, str(tmp_path))
         assert there.losses[0] == pytest.approx(whole[5], rel=ROUNDING)
@@ -90,6 +84,7 @@ def test_it_goes_on_on_another_mesh(
         *((v, "fsdp 2") for v in VARIANTS if v not in ("emulated", "rowwise_with_gw_hp")),
         ("tensorwise", "tp 2"),
         ("int8", "tp 2"),
+        ("bitnet", "tp 2"),
         ("emulated", "one process"),
     ],
 )
@@ -162,6 +157,41 @@ def test_rounding_before_the_gather_changes_nothing(emulate: bool, gloo_pool: Gl
         for one, other in zip(found[:3], found[3:], strict=True):
             assert torch.equal(one, other)
             assert one.abs().max() > 0
+
+
+# The scale of a matrix in parts
+
+
+def ternary_parts(world: World, compiled: bool) -> list[Tensor]:
+    """Output and gradients by this rank's half of the rows, and by the same rows of the whole."""
+    from torchtitan.handlers.bitnet import BitNetLinear
+
+    torch.manual_seed(0)
+    weight = torch.randn(32, 16) * torch.tensor([1.0, 5.0]).repeat_interleave(16).unsqueeze(1)
+    x = torch.randn(16, 16)
+    assert dist.group.WORLD is not None
+    group = TensorGroup(dist.group.WORLD.group_name, world.world_size, world.rank)
+    rows = slice(16 * world.rank, 16 * world.rank + 16)
+    found: list[Tensor] = []
+    for is_cut in (True, False):
+        linear = BitNetLinear(16, 16 if is_cut else 32, bias=False)
+        linear.weight = torch.nn.Parameter(weight[rows].clone() if is_cut else weight.clone())
+        linear.group = group if is_cut else None
+        out = (torch.compile(linear, backend="aot_eager") if compiled else linear)(x)
+        out.square().sum().backward()
+        assert linear.weight.grad is not None
+        both = [out.detach().T, linear.weight.grad]
+        found += both if is_cut else [tensor[rows] for tensor in both]
+    return found
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cut_matrix_has_the_scale_of_the_whole(compiled: bool, gloo_pool: GlooPool) -> None:
+    """Halves of very different magnitudes would have others."""
+    for out, grad, expected_out, expected_grad in gloo_pool.run(2, ternary_parts, compiled):
+        torch.testing.assert_close(out, expected_out, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+        assert out.abs().max() > 1
 
 
 # What rounding costs

@@ -62,7 +62,6 @@ def test_what_is_refused_is_told() -> None:
         return any(all(part in line for part in parts) for line in lines)
 
     assert has("llama2 13B", "| tensor 16, 32 |", "does not divide model.args.n_heads")
-    assert has("`bitnet`", "tensor 2, 4, 8", "one scale")
     assert has("`float8`, sent in float8", "DDP")
     assert has("`mxfp8`, on CPUs", "all", "Blackwell")
     assert has("`compile`", "has to come after", "`float8`")

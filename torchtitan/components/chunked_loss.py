@@ -3,7 +3,8 @@
 The logits of a microbatch, `[B * T, V]`, are often the largest tensor of all. In chunks of the
 tokens only a part of them exists at a time: each chunk's gradient is computed along with its loss,
 in the forward, after which its logits are gone. On a CPU this is faster too: it touches less fresh
-memory, which costs page faults, and the backward does not pass over all logits again.
+memory, which costs page faults, and the backward does not pass over all logits again. Each chunk
+adds to the gradient of the whole matrix, though, which costs time where chunks are small.
 """
 
 from typing import Any
@@ -16,6 +17,9 @@ from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.config.section import Section
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.utils.dtypes import at_least_float32
+
+_MOST_CHUNKS, _LEAST_TOKENS = 8, 512
+"""Unless the number of chunks is given. From `scripts/bench_loss.py`: as fast as one chunk."""
 
 
 class ChunkedLoss:
@@ -33,10 +37,15 @@ class ChunkedLoss:
     terms: tuple[str, ...] = ()
     """What is logged beside the loss; see `distributed.runner.Loss`."""
 
-    def __init__(self, settings: Any, num_chunks: int = 1, vocabulary: CutVocabulary | None = None):
+    def __init__(
+        self,
+        settings: Any,
+        num_chunks: int | None = 1,
+        vocabulary: CutVocabulary | None = None,
+    ):
         """`settings` is a `Settings`. `num_chunks` is the number of parts that the tokens of a
-        microbatch are worked on in. `vocabulary` tells which of the head's rows this rank has,
-        where not all."""
+        microbatch are worked on in, None as many as cost no time. `vocabulary` tells which of the
+        head's rows this rank has, where not all."""
         self.settings = settings
         self.num_chunks = num_chunks
         self.vocabulary = vocabulary
@@ -67,6 +76,11 @@ class ChunkedLoss:
             return _InChunks.apply(hidden.flatten(0, -2), weight, labels, self, self._trains)
 
         return head(hidden, consume)
+
+    def chunk_size(self, num_tokens: int) -> int:
+        """How many of a microbatch's tokens are worked on at a time."""
+        chunks = self.num_chunks or max(1, min(_MOST_CHUNKS, num_tokens // _LEAST_TOKENS))
+        return -(-num_tokens // chunks)
 
     def chunk(self, logits: Tensor, labels: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
         """Sum over the targets among `labels` `[n]`, computed wide, and its gradient for this
@@ -114,7 +128,7 @@ class _InChunks(torch.autograd.Function):
         no_target = (labels == IGNORE_INDEX).unsqueeze(1)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight: Tensor | None = None
-        for start in range(0, len(hidden), size := -(-len(hidden) // loss.num_chunks)):
+        for start in range(0, len(hidden), size := loss.chunk_size(len(hidden))):
             part = slice(start, start + size)
             # No name for the logits here, which would keep them for one chunk too long.
             of_chunk, grad_logits = loss.chunk(hidden[part] @ weight.t(), labels[part], train)

@@ -31,7 +31,7 @@ class CrossEntropyLoss(ChunkedLoss):
     def __init__(
         self,
         settings: CrossEntropySettings = _PLAIN,
-        num_chunks: int = 1,
+        num_chunks: int | None = 1,
         vocabulary: CutVocabulary | None = None,
     ):
         """See `ChunkedLoss`."""
@@ -41,7 +41,7 @@ class CrossEntropyLoss(ChunkedLoss):
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
         """See `ChunkedLoss`. With one chunk `head(hidden)` gives logits `[B, T, V]`."""
-        if self.num_chunks > 1 or self.vocabulary is not None or not self.settings.plain:
+        if self.num_chunks != 1 or self.vocabulary is not None or not self.settings.plain:
             return super().sum(hidden, head, batch)
         logits = head(hidden).flatten(0, -2)
         wide = logits.to(at_least_float32(logits.dtype))
@@ -67,7 +67,7 @@ class CrossEntropyLoss(ChunkedLoss):
 
 
 def build_losses(
-    section: LossSection, num_chunks: int, vocabulary: CutVocabulary | None
+    section: LossSection, num_chunks: int | None, vocabulary: CutVocabulary | None
 ) -> tuple[Loss, Loss]:
     """What is minimised, and what evaluation is of: the plain cross entropy, so that runs compare
     whatever they minimise, unless the loss has an `evaluation` of its own."""

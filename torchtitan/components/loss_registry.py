@@ -25,7 +25,7 @@ _REQUIRED = ("count", "sum")
 @dataclass(frozen=True)
 class LossEntry:
     """A loss: its settings' model, and a function that imports and returns its class, which is
-    called with the settings, the number of chunks, and the part of the vocabulary or None."""
+    called with the settings, the number of chunks, and the part of the vocabulary; both or None."""
 
     settings: type[Section]
     load: Callable[[], Callable[..., Any]]

@@ -65,9 +65,10 @@ class Training(Section):
     document_mask: bool = False
     """Documents packed into one sequence do not attend to, or predict, each other."""
 
-    loss_chunks: PositiveInt = 8
+    loss_chunks: PositiveInt | None = None
     """The head and the loss work on a microbatch in this many parts, so that the logits of only one
-    part exist at a time. 1 computes them at once."""
+    part exist at a time. 1 computes them at once. Not set: 8, or fewer where a part would have
+    fewer than 512 tokens, which costs time."""
 
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory: a unit's parameters are on the

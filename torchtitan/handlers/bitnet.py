@@ -4,8 +4,9 @@ https://arxiv.org/abs/2402.17764).
 The weights that are trained have full precision; each forward rounds them by the mean of their
 magnitudes, and the gradient passes through the rounding. torchao does the arithmetic (a prototype
 there). Its own weights are tensors of a class that FSDP exchanges in 2 bits, with a scale averaged
-over all ranks of the job, whatever they hold; here FSDP gathers usual weights, and the scale is
-that of the whole matrix on every mesh.
+over all ranks of the job, whatever they hold; here FSDP gathers usual weights, and with tensor
+parallelism the ranks that hold the parts of a matrix average over them: the scale is that of the
+whole matrix on every mesh.
 """
 
 from typing import Any
@@ -19,14 +20,20 @@ from torchao.prototype.quantized_training.bitnet import (
     scaled_int8_mm,
 )
 
+from torchtitan.distributed.tensor_parallel import TensorGroup
 from torchtitan.handlers.linears import LinearHandler
+
+_C10D = torch.ops._c10d_functional
 
 
 class _TernaryProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, name: str, size: int) -> Tensor:
         flat, row_scale = quantize_int8_rowwise(x.reshape(-1, x.size(-1)), eps=1e-5)
         mean = get_bitnet_scale(weight)
+        if size > 1:
+            # All parts have one size, and one that several ranks have, all of them have as often.
+            mean = _C10D.wait_tensor(_C10D.all_reduce(mean, "sum", name)) / size
         ternary = quantize_bitnet_weight(weight, mean)
         scale = mean.to(weight.dtype)
         ctx.save_for_backward(flat, row_scale, ternary, scale)
@@ -34,20 +41,24 @@ class _TernaryProduct(torch.autograd.Function):
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         flat, row_scale, ternary, scale = ctx.saved_tensors
         rows = grad.reshape(-1, grad.size(-1))
         grad_input = (rows @ ternary.to(grad.dtype)) * scale
         rounded_input = flat * row_scale.view(-1, 1)
-        return grad_input.unflatten(0, grad.shape[:-1]), rows.T @ rounded_input
+        return grad_input.unflatten(0, grad.shape[:-1]), rows.T @ rounded_input, None, None
 
 
 class BitNetLinear(nn.Linear):
-    """A linear without bias, whose weight is rounded to three values."""
+    """A linear whose weight is rounded to three values."""
+
+    group: TensorGroup | None = None
+    """The ranks that hold the parts of the weight, once tensor parallelism has cut it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
-        out = _TernaryProduct.apply(input, self.weight)
+        name, size = ("", 1) if self.group is None else (self.group.name, self.group.size)
+        out = _TernaryProduct.apply(input, self.weight, name, size)
         return out if self.bias is None else out + self.bias
 
 

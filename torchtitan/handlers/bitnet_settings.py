@@ -13,16 +13,8 @@ class Settings(LinearSettings):
 
 
 def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
-    """A weight has one scale, the mean of its magnitudes."""
+    """Its products come out in types of at most 32 bits."""
     yield from no_float64(facts, "bitnet")
-    degree = facts.config.parallelism.tensor_parallel_degree
-    if degree > 1:
-        problem = (
-            "the handler bitnet gives a matrix one scale, the mean of its magnitudes, and the parts"
-            " of a cut matrix would each have another: the model would depend on the mesh"
-        )
-        fix = "set it to 1, and use data or pipeline parallelism"
-        yield Problem("parallelism.tensor_parallel_degree", problem, fix, degree)
 
 
 probe = no_problems

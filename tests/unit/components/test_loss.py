@@ -25,7 +25,7 @@ def problem(dtype: torch.dtype, ignored: float = 0.3) -> tuple[torch.Tensor, Hea
     return hidden, head.to(dtype), Batch(labels=labels)
 
 
-def loss_and_gradients(num_chunks: int, dtype: torch.dtype, ignored: float = 0.3):
+def loss_and_gradients(num_chunks: int | None, dtype: torch.dtype, ignored: float = 0.3):
     hidden, head, batch = problem(dtype, ignored)
     total = CrossEntropyLoss(num_chunks=num_chunks).sum(hidden, head, batch)
     (total * 0.25).backward()  # as after the division by the number of targets
@@ -45,7 +45,7 @@ def exact(ignored: float = 0.3, dtype: torch.dtype = torch.float64):
     return total.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 4, 8, 21, 1000])
+@pytest.mark.parametrize("num_chunks", [None, 1, 2, 4, 8, 21, 1000])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.02)]
 )
@@ -125,6 +125,15 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch):
     hidden, head, batch = problem(torch.float32)
     CrossEntropyLoss(num_chunks=4).sum(hidden, head, batch)
     assert sizes == [6, 6, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size"),
+    [(1, 1), (511, 511), (1023, 1023), (1024, 512), (2048, 512), (4096, 512), (8192, 1024)],
+)
+def test_as_many_chunks_as_cost_no_time(num_tokens: int, size: int) -> None:
+    assert CrossEntropyLoss(num_chunks=None).chunk_size(num_tokens) == size
+    assert CrossEntropyLoss(num_chunks=8).chunk_size(num_tokens) == -(-num_tokens // 8)
 
 
 def test_count():

@@ -146,12 +146,6 @@ COPIES = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
             {},
             "no product of it is one of integers",
         ),
-        (
-            "bitnet",
-            {},
-            {"parallelism": {"tensor_parallel_degree": 2}},
-            "the model would depend on the mesh",
-        ),
         *(
             (name, {}, {"training": {"mixed_precision_param": "float64"}}, "at most 32 bits")
             for name in LOW_PRECISION
