@@ -40,6 +40,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mxfp8 emulated": ("mxfp8", {"recipe_name": "mxfp8_emulated"}),
 }
 """The handler and its settings."""
+FULL_PRECISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "freeze": ("freeze", {"patterns": ["tok_embeddings.*", "layers.0.*"]}),
+    "compile": ("compile", {"backend": "aot_eager"}),
+}
+"""The other ones, that change no linear."""
 
 
 def case_of(
@@ -54,7 +59,7 @@ def case_of(
     handlers: list[str] = []
     tables: dict[str, Any] = {}
     if variant is not None:
-        name, table = VARIANTS[variant]
+        name, table = (VARIANTS | FULL_PRECISION)[variant]
         handlers, tables = [name], {name: table}
     if compiled:
         handlers, tables = [*handlers, "compile"], {**tables, "compile": {"backend": "aot_eager"}}

@@ -1,4 +1,4 @@
-"""Handlers that make linears compute in another format: on every mesh, and from one to another."""
+"""Built-in handlers train on every mesh, and go on from one to another."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.low_precision import VARIANTS, Trained, case_of, curve, train
+from tests.distributed.low_precision import (
+    FULL_PRECISION,
+    VARIANTS,
+    Trained,
+    case_of,
+    curve,
+    train,
+)
 from tests.pool import GlooPool
 from torchtitan.distributed.tensor_parallel import TensorGroup, gather_sequence
 from torchtitan.distributed.world import World
@@ -63,7 +70,24 @@ def test_it_trains(variant: str, mesh: str, trained: Once) -> None:
     assert {name: shape for rank in ranks for name, shape in rank.names.items()} == plain.names
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("variant", FULL_PRECISION)
+def test_the_others_train(variant: str, mesh: str, trained: Once) -> None:
+    ranks, [one], [plain] = (
+        trained(variant, mesh),
+        trained(variant, "one process"),
+        trained(None, "one process"),
+    )
+    for rank in ranks:
+        assert rank.losses[-1] < rank.losses[0] - 1
+        assert rank.losses[0] == pytest.approx(plain.losses[0], rel=ROUNDING)
+        assert rank.losses[-1] == pytest.approx(one.losses[-1], rel=5e-3)
+        assert (rank.num_graphs > 0) == (variant == "compile")
+    assert (one.losses[-1] == pytest.approx(plain.losses[-1], rel=5e-3)) == (variant != "freeze")
+    assert {name: shape for rank in ranks for name, shape in rank.names.items()} == plain.names
+
+
+@pytest.mark.parametrize("variant", VARIANTS | FULL_PRECISION)
 def test_it_goes_on_on_another_mesh(
     variant: str, trained: Once, tmp_path: Path, gloo_pool: GlooPool
 ) -> None:
