@@ -15,7 +15,7 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import make_checkpointer
 from tests.parity.table import row
 from torchtitan import builder
-from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.state import _plain, model_tensors, optimizer_tensors
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config.facts import Facts
@@ -90,6 +90,9 @@ class Trained:
     kinds: set[str] = field(default_factory=set)
     """Classes of the linears of the blocks."""
     num_graphs: int = 0
+    scales: list[bool] = field(default_factory=list)
+    """Of weights that FSDP sends in float8: whether each has the scale of the whole matrix, known
+    before it is gathered, when it was loaded and after the last step."""
 
 
 def train(world: World, case: Case, steps: int, folder: str = "", save: bool = False) -> Trained:
@@ -112,6 +115,7 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
     update = builder.build_update(config, model, optimizers, dims)
     batches = tiny.microbatches_of(case, dims, world.rank)
     trained = Trained()
+    known = _known_scales(model.parts)
     for _ in range(steps):
         trained.losses.append(runner.forward_backward(batches, NUM_TARGETS).item())
         is_finite = torch.isfinite(update.gradient_norm())
@@ -122,6 +126,7 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
             handler.post_optimizer_hook(model.part_or_parts)
         for optimizer in optimizers:
             optimizer.zero_grad()
+    trained.scales = [a and b for a, b in zip(known, _known_scales(model.parts), strict=True)]
     if save:
         assert checkpointer is not None
         checkpointer.save(steps, tensors, {})
@@ -133,6 +138,18 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
     trained.kinds = {type(module).__name__ for module in linears if isinstance(module, nn.Linear)}
     trained.num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return trained
+
+
+def _known_scales(parts: Iterable[nn.Module]) -> list[bool]:
+    found = []
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
+        local = getattr(parameter, "_local_tensor", None)  # `to_local` would lose the scale
+        if hasattr(local, "fsdp_pre_all_gather"):
+            scale = local._precomputed_scale  # type: ignore[union-attr]
+            largest = _plain(parameter.detach()).full_tensor().abs().max()  # type: ignore[operator]
+            expected = torch.finfo(torch.float8_e4m3fn).max / largest.double()
+            found.append(scale is not None and scale.item() == expected.float().item())
+    return found
 
 
 # What rounding costs

@@ -102,6 +102,19 @@ def test_it_goes_on_on_another_mesh(
         assert there.losses[0] == pytest.approx(whole[5], rel=ROUNDING)
 
 
+def test_scales_found_together_are_those_of_a_resumed_run(
+    tmp_path: Path, gloo_pool: GlooPool
+) -> None:
+    """They are of whole matrices, and FSDP alone would find those of the parts of each rank."""
+    case = case_of("sent in float8", shard=2, tp=2)
+    [whole, *_] = gloo_pool.run(4, train, case, 3, str(tmp_path / "none"), timeout=200)
+    gloo_pool.run(4, train, case, 1, str(tmp_path / "saved"), True, timeout=200)
+    [rest, *_] = gloo_pool.run(4, train, case, 2, str(tmp_path / "saved"), timeout=200)
+    assert rest.losses == whole.losses[1:]
+    for trained in (whole, rest):
+        assert len(trained.scales) == 14 and all(trained.scales)
+
+
 @pytest.mark.parametrize(
     ("variant", "mesh"),
     [

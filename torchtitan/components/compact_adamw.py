@@ -153,6 +153,8 @@ class AdamW8bit(AdamWBF16):
             scale = blocks.abs().amax(-1).clamp(min=1e-12)
             known = self._levels(moment.device, key)
             between = (known[1:] + known[:-1]) / 2
+            if not _is_signed(key):
+                between[0] = 0  # else what is tiny beside its block is 0, which a step divides by
             codes = torch.bucketize(blocks / scale.unsqueeze(-1), between, out_int32=True)
             _local(state[f"{key}_codes"]).copy_(codes.view_as(moment))
             _local(state[f"{key}_scale"]).copy_(scale)
@@ -162,7 +164,9 @@ def round_by_chance(value: Tensor, bits: Tensor) -> Tensor:
     """To bfloat16, up with the probability of what is cut off, by the lowest 16 of `bits`."""
     exact = value.float().view(torch.int32)
     # What is added reaches the kept bits as often as what is cut off is large.
-    return ((exact + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32).bfloat16()
+    rounded = ((exact + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    # The NaN of GPUs has all bits set: one more would make it 0.
+    return torch.where(value.isnan(), torch.nan, rounded).bfloat16()
 
 
 @cache

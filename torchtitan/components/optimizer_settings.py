@@ -81,6 +81,10 @@ def check_muon_names(
     """Patterns that match no matrix."""
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     problems = []
+    if not settings.patterns:
+        problem = "no matrix would be orthogonalised"
+        fix = 'list some, or leave it out; AdamW alone is optimizer.name = "AdamW"'
+        problems.append(Problem("optimizer.args.patterns", problem, fix, value=[]))
     for index, glob in enumerate(settings.patterns):
         if not any(fnmatchcase(name, glob) for name in matrices):
             fix = fix_of_glob(glob, matrices)

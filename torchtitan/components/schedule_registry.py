@@ -95,7 +95,10 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """Raises ConfigError for what is no factor, and for what the schedule raises."""
         try:
-            factor = float(self._function(step, self._training_steps, self._settings))
+            given = self._function(step, self._training_steps, self._settings)
+            if isinstance(given, str):
+                raise TypeError(f"a number is needed, not the text {given!r}")
+            factor = float(given)
         except Exception as error:
             lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
             raise self._error(f"fails at step {step}:\n    {lines}") from error

@@ -73,6 +73,11 @@ class Float8Handler(LinearHandler):
             dtype = self.config.cast_config_input.target_dtype
             gather_in_float8(plan, self.swapped, self._options, dtype)
 
+    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
+        """As after a step, so that a resumed run has the same scales as one that was not stopped:
+        FSDP itself would find one for each part that tensor parallelism makes of a matrix."""
+        self.post_optimizer_hook(model)
+
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """The scales of the new weights, of all at once."""
         if self.settings.precompute_float8_dynamic_scale_for_fsdp:

@@ -70,6 +70,13 @@ def _all_gather(facts: Facts, settings: Settings) -> Iterator[Problem]:
         )
         fix = f'set {_TABLE}.recipe_name to "tensorwise", or this to false'
         yield Problem(_ALL_GATHER, problem, fix, value=True)
+    on_host = facts.config.training.enable_cpu_offload and facts.device_type != "cpu"
+    if on_host and settings.precompute_float8_dynamic_scale_for_fsdp:
+        problem = (
+            "weights in host memory (training.enable_cpu_offload) lose their scales on the way to"
+            " the device, where FSDP finds them anew"
+        )
+        yield Problem(_PRECOMPUTE, problem, "set it to false", value=True)
     shards = facts.shard_degree * mesh.context_parallel_degree
     if mesh.data_parallel_replicate_degree > 1 and shards == 1:
         problem = "copies of the model without shards (DDP) gather no weights"

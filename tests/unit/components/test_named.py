@@ -100,6 +100,13 @@ def power(step: int, training_steps: int, settings: Power) -> float:
     return (1 - (step - 1) / training_steps) ** settings.power
 
 
+def test_muon_without_matrices_is_refused() -> None:
+    config = facts(optimizer={"name": "Muon", "args": {"patterns": []}})
+    [problem] = preflight(config, [MODEL])
+    assert problem.key == "optimizer.args.patterns"
+    assert "no matrix would be orthogonalised" in problem.problem
+
+
 def test_a_schedule_of_one_s_own() -> None:
     register_schedule("mine", Power)(power)
     section = LRScheduler(name="mine", args={"power": 2.0})
@@ -126,6 +133,13 @@ def test_a_schedule_that_raises_is_named_with_its_line() -> None:
     assert "fails at step 1" in problem.problem and "ZeroDivisionError" in problem.problem
     with pytest.raises(ConfigError, match="broken"):
         Schedule(LRScheduler(name="broken"), 3)(1)
+
+
+def test_a_schedule_s_factor_is_a_number() -> None:
+    """Not what looks like one: `float` would take it."""
+    register_schedule("text")(lambda step, steps, settings: "0.5")
+    [problem] = probe(facts(lr_scheduler={"name": "text"}))
+    assert "not the text '0.5'" in problem.problem
 
 
 class Lines:

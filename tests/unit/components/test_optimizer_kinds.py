@@ -213,6 +213,24 @@ def test_what_is_kept_in_8_bits() -> None:
     assert state["optimizer.w1.weight.exp_avg_scale"].shape == (96, 2)
 
 
+def test_no_second_moment_vanishes_in_8_bits() -> None:
+    """Weights whose gradients are small beside those of their block, and then stop: the average of
+    gradients is kept longer than that of their squares, by which it is divided."""
+    model = nn.Linear(64, 64, bias=False)
+    start = model.weight.detach().clone()
+    section = Optimizer(lr=1e-3, weight_decay=0.0, param_groups=(), **COMPACT["AdamW8bit"])
+    [optimizer] = build_optimizers(section, [model], CPU)
+    for step in range(10):
+        set_gradients(model, step)
+        assert model.weight.grad is not None
+        model.weight.grad[:, ::7] = 2e-4 if step == 0 else 0.0
+        model.weight.grad[:, 1::7] *= 1e-5
+        optimizer.step()
+    moved = (model.weight - start).abs()
+    assert moved.max() < 10 * 1.1e-3
+    assert moved[:, ::7].min() > 1e-3
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_numbers_of_8_bits(signed: bool) -> None:
     known = levels(signed)
@@ -229,6 +247,15 @@ def test_rounding_by_chance_is_right_on_average() -> None:
     torch.testing.assert_close(rounded.double().mean(0), value[0].double(), rtol=1e-4, atol=0)
     assert set(rounded[:, 0].tolist()) == {1.0, 1.0078125}
     assert torch.equal(rounded[:, 4].unique(), torch.ones(1, dtype=torch.bfloat16))
+
+
+def test_rounding_by_chance_keeps_what_is_no_number() -> None:
+    """A GPU's NaN, a CPU's, and infinities."""
+    patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32)
+    value = patterns.view(torch.float32)
+    for bits in (0, 1, 0xFFFF):
+        rounded = round_by_chance(value, torch.full((4,), bits)).float()
+        assert torch.equal(rounded.nan_to_num(7.0, 8.0, -8.0), torch.tensor([7, 7, 8, -8.0]))
 
 
 def test_weights_in_bfloat16_learn_what_rounding_would_lose() -> None:

@@ -117,6 +117,12 @@ COPIES = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
         ("float8", SENT, {"parallelism": COPIES}, "gather no weights"),
         (
             "float8",
+            {**SENT, **PRECOMPUTED},
+            {"training": {"enable_cpu_offload": True}},
+            "lose their scales on the way to the device",
+        ),
+        (
+            "float8",
             {"recipe_name": "rowwise_with_gw_hp", "filter_fqns": ["auto_filter_small_kn"]},
             {},
             "no figures for this recipe",
@@ -170,6 +176,19 @@ def test_what_cannot_work_is_refused(
 )
 def test_what_float8_can_do_is_not(settings: dict[str, Any], sections: dict[str, Any]) -> None:
     assert problems(["float8"], {"float8": settings}, training=sections) == []
+
+
+def test_weights_that_move_lose_their_scale() -> None:
+    """Why torchao's precomputed scales are refused with parameters in host memory."""
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    scale = torch.ones(())
+    weight = WeightWithDynamicFloat8CastTensor(
+        torch.ones(2, 2), LinearMMConfig(), torch.float8_e4m3fn, scale
+    )
+    assert weight.to("cpu")._precomputed_scale is scale
+    assert weight.to("cpu", copy=True)._precomputed_scale is None
 
 
 def test_copies_of_shards_may_be_sent_in_float8() -> None:
