@@ -47,6 +47,7 @@ def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
     """Problems of the settings together, and with the mesh and the batch."""
     if not settings.emulate:
         yield from no_float64(facts, "float8")
+        yield from _only_bfloat16(facts, settings)
     if settings.recipe_name != "rowwise_with_gw_hp" and not settings.emulate:
         why = "float8 units take that many numbers at once"
         yield from whole_blocks(facts, "float8", MULTIPLE, why)
@@ -60,6 +61,17 @@ def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
         problem = f"torchao has no figures for this recipe, by which {AUTO_FILTER} chooses"
         fix = f'leave "{AUTO_FILTER}" out, or choose another recipe'
         yield Problem(f"{_TABLE}.filter_fqns", problem, fix, value=AUTO_FILTER)
+
+
+def _only_bfloat16(facts: Facts, settings: Settings) -> Iterator[Problem]:
+    """What PyTorch's kernels say once they are called."""
+    dtype = facts.config.training.mixed_precision_param
+    if facts.device_type == "cuda" and settings.recipe_name != "tensorwise" and dtype == "float32":
+        problem = (
+            f"products with a scale for each row ({settings.recipe_name}) come out in bfloat16"
+        )
+        fix = f'set it to "bfloat16", or {_TABLE}.recipe_name to "tensorwise"'
+        yield Problem("training.mixed_precision_param", problem, fix, dtype)
 
 
 def _all_gather(facts: Facts, settings: Settings) -> Iterator[Problem]:

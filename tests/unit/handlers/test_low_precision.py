@@ -153,6 +153,15 @@ COPIES = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
             "no product of it is one of integers",
         ),
         *(
+            (
+                "float8",
+                {"recipe_name": recipe},
+                {"training": {"mixed_precision_param": "float32"}},
+                "come out in bfloat16",
+            )
+            for recipe in ("rowwise", "rowwise_with_gw_hp")
+        ),
+        *(
             (name, {}, {"training": {"mixed_precision_param": "float64"}}, "at most 32 bits")
             for name in LOW_PRECISION
         ),
