@@ -120,7 +120,10 @@ class Registry(Generic[T]):
 
     def _load(self, name: str) -> T:
         points = self._installed[name]
-        if len(points) > 1 or name in self._registered:
+        given = self._registered.get(name)
+        if given is not None and [point.module for point in points] == [given[1]]:
+            return given[0]  # a module that registers itself, and is imported by name, too
+        if len(points) > 1 or given is not None:
             fix = "uninstall one of the packages, or rename what it gives"
             raise self._error(name, f"is given by {self.origin(name)}", fix)
         [point] = points

@@ -112,6 +112,13 @@ def test_a_module_gives_a_name_once_each_time_it_is_imported(
     assert numbers["two"] == 2
 
 
+def test_a_module_of_a_package_may_register_itself_too(installed: Path) -> None:
+    make_package(installed, "reg_both", {"two": "reg_both:TWO"}, "TWO = 2\n")
+    numbers = registry()
+    numbers.register("two", 2, "reg_both")
+    assert numbers["two"] == 2
+
+
 @pytest.mark.parametrize(
     "register",
     [

@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import field_validator
+from torch import nn
 
 from tests.distributed import runs
-from torchtitan.config import JobConfig, Problem
+from torchtitan import builder
+from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.help_text import print_help
 from torchtitan.config.section import Section
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.world import fake_world
 from torchtitan.handlers import registry
 from torchtitan.handlers.checks import check, probe
+from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.tools.config_words import json_schema, named_tables
 
 
@@ -301,3 +307,45 @@ def test_settings_of_others_do_not_get_into_each_others_way(
     text = capsys.readouterr().out
     assert "--handlers.freeze.patterns TOML" in text, "a list takes brackets there"
     assert "--handlers.int8.output TOML" in text, "and a switch its value"
+
+
+class Misled(Nothing):
+    """Misunderstands each member that it has."""
+
+    after = ()
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims): ...
+
+    def check(self, model: nn.Module) -> list[str]:
+        return ["the model looks odd"]
+
+    def convert(self, model: object) -> nn.Module:  # type: ignore[override]
+        assert isinstance(model, nn.Module)
+        model.requires_grad_(False)
+        return nn.Sequential(model)
+
+
+def test_what_a_handler_returns_in_vain_is_refused() -> None:
+    """Without a word, the run would train a model without it."""
+    registry.register_handler("misled")(Misled)
+    handler = NamedHandler("misled", JobConfig(), ParallelDims())
+    named = rf"the handler misled \({__name__}\), in "
+    with pytest.raises(HandlerError, match=named + "check: TypeError: 'the model looks odd' is no"):
+        handler.check(nn.Linear(1, 1))
+    with pytest.raises(HandlerError, match=named + "convert: TypeError: it returns another model"):
+        handler.convert(nn.Linear(1, 1))
+
+
+def test_handlers_have_to_leave_something_to_train() -> None:
+    class FreezesAll(Misled):
+        def convert(self, model: object) -> None:  # type: ignore[override]
+            assert isinstance(model, nn.Module)
+            model.requires_grad_(False)
+
+    registry.register_handler("freezes_all")(FreezesAll)
+    config = JobConfig.model_validate({"model": {"handlers": ["freezes_all"]}})
+    dims = ParallelDims()
+    with fake_world(0, 1):
+        mesh = dims.build_mesh("cpu")
+        with pytest.raises(ConfigError, match="nothing is left to train after them"):
+            builder.build_model(config, 64, mesh, dims, torch.device("meta"), initialise=False)
