@@ -27,7 +27,7 @@ from torchtitan.components.sinks import Sink
 from torchtitan.components.update import AfterBackward, InBackward, Update
 from torchtitan.components.validation import Validator
 from torchtitan.components.wandb_sink import WandbSink
-from torchtitan.config import DataError, JobConfig
+from torchtitan.config import ConfigError, DataError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
 from torchtitan.data.loader import LanePlan, Loader
@@ -119,6 +119,9 @@ def build_model(
     handlers = build_handlers(config, dims)
     for handler in handlers:
         handler.convert(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problem = "nothing is left to train after them"
+        raise ConfigError(Problem("model.handlers", problem, "freeze less", config.model.handlers))
     if config.model.print_after_conversion:
         logger.info("The model after its handlers:\n%s", model)
     plan, parts = None, [model]

@@ -286,3 +286,8 @@ def test_doctor_finds_a_broken_torch(torchless: CliServer):
     result = torchless.run("doctor")
     assert result.status == 1
     assert "WRONG  torch: cannot be imported" in result.stdout
+
+
+def test_a_flag_of_the_list_may_have_dashes(torchless: CliServer):
+    done = torchless.run("list", "masks", "--job.custom-import", "no_such_module")
+    assert 'no module is named "no_such_module"' in done.stderr

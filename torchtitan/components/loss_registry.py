@@ -60,12 +60,7 @@ def register_loss(name: str) -> Callable[[L], L]:
 
     Raises ValueError for a taken name, TypeError for a class that is no loss.
     """
-
-    def register(loss: L) -> L:
-        LOSSES.register(name, loss, loss.__module__)
-        return loss
-
-    return register
+    return LOSSES.decorator(name)
 
 
 def loss_settings(section: Loss) -> Any:

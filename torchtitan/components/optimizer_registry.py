@@ -133,12 +133,7 @@ def register_optimizer(name: str) -> Callable[[C], C]:
 
     Raises ValueError for a taken name, TypeError for a class that is no optimizer.
     """
-
-    def register(optimizer: C) -> C:
-        OPTIMIZERS.register(name, optimizer, optimizer.__module__)
-        return optimizer
-
-    return register
+    return OPTIMIZERS.decorator(name)
 
 
 def optimizer_settings(section: OptimizerSection) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from torchtitan.config.errors import ConfigError, Problem
-from torchtitan.config.registry import Registry, lazily
+from torchtitan.config.registry import Registry, lazily, require_text
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import LRScheduler
 from torchtitan.config.value_errors import problems_of_table
@@ -62,6 +62,8 @@ def register_schedule(
 
     Raises ValueError for a taken name, TypeError for what is no schedule.
     """
+
+    require_text(name)
 
     def register(function: Function) -> Function:
         entry = ScheduleEntry(settings, lambda: function)

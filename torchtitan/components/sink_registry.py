@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torchtitan.components.sinks import Sink
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.registry import Registry
+from torchtitan.config.registry import Registry, require_word
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 
@@ -49,6 +49,7 @@ class SinkEntry:
 
 def entry_of(name: str, thing: Any) -> SinkEntry:
     """What is registered under `name`, if it is one. Raises TypeError."""
+    require_word(name)
     if isinstance(thing, SinkEntry):
         return thing
     if not isinstance(thing, type):
@@ -71,12 +72,7 @@ def register_sink(name: str) -> Callable[[C], C]:
 
     Raises ValueError for a taken name, TypeError for a class that is no sink.
     """
-
-    def register(sink: C) -> C:
-        SINKS.register(name, sink, sink.__module__)
-        return sink
-
-    return register
+    return SINKS.decorator(name)
 
 
 def sink_settings(config: JobConfig, name: str) -> Any:

@@ -45,7 +45,7 @@ def _import(name: str, quiet: bool) -> Problem | None:
             return _failed(name)
         fix = "install it, or add the folder that holds it to PYTHONPATH"
         return Problem(KEY, f'no module is named "{error.name}"', fix, name)
-    except Exception:
+    except (Exception, SystemExit):  # a script without `if __name__ == "__main__"` may exit
         return _failed(name)
     if not quiet:
         print(f"imported {name} {_digest(getattr(module, '__file__', None))}", file=sys.stderr)
@@ -66,5 +66,8 @@ def _own_lines(text: str) -> str:
 def _digest(file: str | None) -> str:
     if file is None:
         return "(no file)"
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:  # a part of a zip file
+        return f"from {file} (not a file of its own)"
     return f"from {file} (sha256 {digest[:16]})"

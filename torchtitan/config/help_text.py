@@ -15,7 +15,8 @@ from torchtitan.config.toml_text import toml_value
 _DESCRIPTION = """Train from a TOML file: torchtitan train FILE [--section.key value ...]
 
 Every setting below can stand in the file or on the command line, which wins. Lists take spaces or \
-commas; switches take --x, --x true, --x false or --no-x.
+commas, and where TOML is asked for brackets: '["a", "b"]'; switches take --x, --x true, --x false \
+or --no-x.
 
 --check looks whether the run could start, for WORLD_SIZE processes, without this machine's \
 hardware; --check full includes it."""
@@ -64,8 +65,15 @@ def _dataclass_of_names(section: str, models: Mapping[str, type[Section]]) -> ty
         except (AssertionError, ValueError):
             continue  # somebody's own, of a type that the table of keys has no word for
         if name.isidentifier():
-            inner[name] = _dataclass(f"{section}.{name}", keys, {}, f"Settings of {name}.")
+            made = [_as_toml(key) for key in keys]
+            inner[name] = _dataclass(f"{section}.{name}", made, {}, f"Settings of {name}.")
     return _dataclass(section, [], inner, known_sections()[section])
+
+
+def _as_toml(key: Key) -> Key:
+    """What a free-form table holds is TOML: nobody knows there that a list or a switch is
+    meant."""
+    return dataclasses.replace(key, kind="table") if key.kind in ("strings", "bool") else key
 
 
 def _dataclass(name: str, keys: list[Key], inner: Mapping[str, type], doc: str) -> type:
@@ -90,7 +98,7 @@ def _field(key: Key) -> tuple[Any, Any]:
         base, default, metavar = str, toml_value(default), "TOML"
     else:
         base = scalars[key.kind]
-    if key.optional:
+    if key.optional or default is None:  # or it has to be given
         base = base | None
     help_text = f"{key.doc} ({key.bounds})" if key.bounds else key.doc
     annotated = Annotated[base, tyro.conf.arg(help=help_text, metavar=metavar)]

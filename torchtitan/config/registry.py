@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from keyword import iskeyword
 from typing import Any, Generic, TypeVar
 
 from torchtitan.config.errors import ConfigError, Problem
 
 T = TypeVar("T")
+D = TypeVar("D", bound=Any)
 BUILT_IN = "built in"
 
 
@@ -30,6 +32,8 @@ class Registry(Generic[T]):
         self.group = group
         self._admit = admit
         self._registered: dict[str, tuple[T, str]] = {}
+        self._given: dict[str, tuple[Any, Any]] = {}
+        """What was registered, and the spec of its module then, which each import makes."""
         self._loaded: dict[str, T] = {}
 
     def add_built_in(self, name: str, entry: T) -> None:
@@ -37,16 +41,28 @@ class Registry(Generic[T]):
         self._registered[name] = entry, BUILT_IN
 
     def register(self, name: str, thing: Any, origin: str) -> None:
-        """Add what the module `origin` gives. The same one may do it twice, as a reload does.
+        """Add what the module `origin` gives. It may do so again as it is imported anew.
 
         Raises:
             ValueError: the name is taken.
             TypeError: `thing` is not of this kind.
         """
         known = self._registered.get(name)
-        if known is not None and known[1] != origin:
+        given = thing, getattr(sys.modules.get(origin), "__spec__", None)
+        if known is not None and (known[1] != origin or not self._is_again(name, *given)):
             raise ValueError(f"{name!r} is registered already, by {known[1]} ({self.group})")
         self._registered[name] = self._admit(name, thing), origin
+        self._given[name] = given
+
+    def decorator(self, name: str) -> Callable[[D], D]:
+        """What registers the class or function below it as `name`."""
+        require_text(name)
+
+        def register(thing: D) -> D:
+            self.register(name, thing, thing.__module__)
+            return thing
+
+        return register
 
     def __contains__(self, name: str) -> bool:
         return name in self._registered or name in self._installed
@@ -87,6 +103,11 @@ class Registry(Generic[T]):
                 continue
         return found
 
+    def _is_again(self, name: str, thing: Any, spec: Any) -> bool:
+        """Whether a module gives what it gave before; not a second thing of the same name."""
+        known, known_spec = self._given[name]
+        return known is thing or known == thing or spec is None or spec is not known_spec
+
     @cached_property
     def _installed(self) -> Mapping[str, list[EntryPoint]]:
         found: dict[str, list[EntryPoint]] = {}
@@ -99,7 +120,10 @@ class Registry(Generic[T]):
 
     def _load(self, name: str) -> T:
         points = self._installed[name]
-        if len(points) > 1 or name in self._registered:
+        given = self._registered.get(name)
+        if given is not None and [point.module for point in points] == [given[1]]:
+            return given[0]  # a module that registers itself, and is imported by name, too
+        if len(points) > 1 or given is not None:
             fix = "uninstall one of the packages, or rename what it gives"
             raise self._error(name, f"is given by {self.origin(name)}", fix)
         [point] = points
@@ -107,13 +131,26 @@ class Registry(Generic[T]):
             return self._admit(name, point.load())
         except TypeError as error:
             problem = f"{_package(point)} gives {point.value}, which does not fit: {error}"
-        except Exception:
+        except (Exception, SystemExit):  # a script without `if __name__ == "__main__"` may exit
             lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
             problem = f"{_package(point)} gives {point.value}, whose import failed:\n    {lines}"
         raise self._error(name, problem, "mend the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
         return ConfigError(Problem(self.key, problem, fix, value=name))
+
+
+def require_text(name: Any) -> None:
+    """For decorators, which otherwise would take the class below for the name, and register
+    nothing. Raises TypeError."""
+    if not isinstance(name, str):
+        raise TypeError(f'{name!r} is no name: write one behind the decorator, as ("my_name")')
+
+
+def require_word(name: str) -> None:
+    """For names of tables, which are also written as `--table.name.key`. Raises TypeError."""
+    if not name.isidentifier() or iskeyword(name):
+        raise TypeError(f"the name {name!r} has to be a word of letters, digits and _")
 
 
 def lazily(path: str) -> Callable[[], Any]:

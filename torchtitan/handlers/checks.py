@@ -1,6 +1,8 @@
 """What must hold of `model.handlers` and `[handlers.NAME]`. No torch, but in `probe`."""
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 from torchtitan.config import ConfigError, Problem
@@ -28,27 +30,49 @@ def check(facts: Facts) -> list[Problem]:
     if problems:
         return problems
     for name in dict.fromkeys([*chosen, *facts.config.handlers]):
-        try:
-            handler_settings(facts.config, name)
-        except ConfigError as error:
-            problems.extend(error.problems)
+        problems += _asked(name, "Settings", partial(_settings_problems, facts, name))
     if problems:
         return problems
     entries = {name: HANDLERS[name] for name in chosen}
     problems += [*_check_order(entries), *_check_packages(entries)]
     for name, entry in entries.items():
         if not problems:
-            problems.extend(entry.check(facts, handler_settings(facts.config, name)))
+            settings = handler_settings(facts.config, name)
+            problems += _asked(name, "check", partial(entry.check, facts, settings))
     return problems
+
+
+def _settings_problems(facts: Facts, name: str) -> list[Problem]:
+    handler_settings(facts.config, name)
+    return []
+
+
+def _asked(name: str, what: str, ask: Callable[[], Iterable[Problem]]) -> list[Problem]:
+    """What a handler finds; for what it raises, whose fault that is, with its own traceback."""
+    try:
+        return list(ask())
+    except ConfigError as error:
+        return error.problems
+    except Exception:
+        lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
+        problem = f"its {what} ({HANDLERS.origin(name)}) fails:\n    {lines}"
+        return [Problem("model.handlers", problem, "mend the handler", value=name)]
 
 
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[Problem]:
     """Looks for the packages, without importing them."""
     for name, entry in chosen.items():
-        if entry.package and find_spec(entry.package) is None:
+        if entry.package and not _is_installed(entry.package):
             problem = f"it needs {entry.package}, which is not installed"
             what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
             yield Problem("model.handlers", problem, f"pip install {what}", value=name)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # what a dotted name begins with
+        return False
 
 
 def _check_order(chosen: dict[str, HandlerEntry]) -> list[Problem]:
@@ -73,5 +97,7 @@ def probe(facts: Facts) -> list[Problem]:
     return [
         problem
         for name in config.model.handlers
-        for problem in HANDLERS[name].probe(facts, handler_settings(config, name))
+        for problem in _asked(
+            name, "probe", partial(HANDLERS[name].probe, facts, handler_settings(config, name))
+        )
     ]

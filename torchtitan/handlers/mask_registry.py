@@ -47,9 +47,4 @@ def register_mask(name: str) -> Callable[[F], F]:
 
     Raises ValueError for a taken name, TypeError for what is no function.
     """
-
-    def register(mask: F) -> F:
-        MASKS.register(name, mask, mask.__module__)
-        return mask
-
-    return register
+    return MASKS.decorator(name)

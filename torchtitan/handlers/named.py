@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,12 +32,17 @@ class NamedHandler:
         if hasattr(self.handler, "check"):
             with self._naming("check"):
                 found = list(self.handler.check(model))
+                strange = [item for item in found if not isinstance(item, Problem)]
+                if strange:
+                    raise TypeError(f"{strange[0]!r} is no Problem")
         return found
 
     def convert(self, model: nn.Module) -> None:
         """See `ModelHandler`."""
         with self._naming("convert"):
-            self.handler.convert(model)
+            returned: Any = self.handler.convert(model)  # type: ignore[func-returns-value]
+            if isinstance(returned, nn.Module) and returned is not model:
+                raise TypeError("it returns another model: what it is given has to be changed")
 
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """See `ModelHandler`."""

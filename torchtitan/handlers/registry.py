@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.registry import Registry, lazily
+from torchtitan.config.registry import Registry, lazily, require_word
 from torchtitan.config.section import Section
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.handlers import (
@@ -54,6 +54,10 @@ class HandlerEntry:
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
     """What is registered under `name`, if it is one. Raises TypeError."""
+    require_word(name)
+    for rule in ("after", "excludes"):
+        if isinstance(getattr(thing, rule, ()), str):  # its letters would be taken for names
+            raise TypeError(f"{rule} of the handler {name} has to be a tuple of names")
     if isinstance(thing, HandlerEntry):
         return thing
     if not isinstance(thing, type):
@@ -126,12 +130,7 @@ def register_handler(name: str) -> Callable[[H], H]:
 
     Raises ValueError for a taken name, TypeError for a class that is no handler.
     """
-
-    def register(handler: H) -> H:
-        HANDLERS.register(name, handler, handler.__module__)
-        return handler
-
-    return register
+    return HANDLERS.decorator(name)
 
 
 def handler_settings(config: JobConfig, name: str) -> Any:

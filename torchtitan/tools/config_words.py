@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Mapping
 
+from pydantic import PydanticUserError
+
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import load_config
@@ -100,14 +102,26 @@ def json_schema() -> dict[str, object]:
     for table, models in named_tables().items():
         settings = {}
         for name, model in models.items():
-            settings[name] = model.model_json_schema(mode="validation")
-            schema["$defs"].update(settings[name].pop("$defs", {}))
+            settings[name], inner = _schema_of(model, f"{table}.{name}")
+            schema["$defs"].update(inner)
         schema["properties"][table]["properties"] = settings
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "title": "torchtitan run",
     }
+
+
+def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], dict[str, object]]:
+    """The schema of a table, and what it refers to by names that begin with `prefix`: others'
+    settings may have classes of the same name."""
+    template = f"#/$defs/{prefix}.{{model}}"
+    try:
+        schema = model.model_json_schema(mode="validation", ref_template=template)
+    except PydanticUserError:
+        return {"type": "object"}, {}  # somebody's own, of a type that JSON has no word for
+    inner = {f"{prefix}.{name}": value for name, value in schema.pop("$defs", {}).items()}
+    return schema, inner
 
 
 def named_tables() -> dict[str, dict[str, type[Section]]]:

@@ -59,7 +59,8 @@ def run(argv: list[str]) -> int:
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """The lists that are asked for, and the modules to import before."""
     text = [part for word in argv for part in word.partition("=")[::2] if part]
-    place = text.index(_FLAG) if _FLAG in text else len(text)
+    flags = {_FLAG, _FLAG.replace("_", "-")}  # as everywhere on the command line
+    place = next((index for index, part in enumerate(text) if part in flags), len(text))
     return text[:place], [name for part in text[place + 1 :] for name in part.split(",")]
 
 

@@ -1,18 +1,28 @@
 """Registries: who gives a name, and what happens when two do, or when it cannot be imported."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import runs
+from torchtitan.components.loss_registry import register_loss
+from torchtitan.components.optimizer_registry import register_optimizer
+from torchtitan.components.schedule_registry import register_schedule
+from torchtitan.components.sink_registry import SINKS, SinkEntry, register_sink
 from torchtitan.config import ConfigError
+from torchtitan.config.custom_import import import_modules
 from torchtitan.config.registry import BUILT_IN, Registry
+from torchtitan.config.section import Section
+from torchtitan.handlers.mask_registry import register_mask
+from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 
 GROUP = "torchtitan.tests"
 
@@ -85,6 +95,71 @@ def test_nothing_is_replaced(installed: Path) -> None:
     assert "given by built in and reg_a 1.5" in refusal(fresh, "one")
     text = refusal(fresh, "five")
     assert "reg_a 1.5" in text and "reg_b 1.5" in text and "uninstall one" in text
+
+
+def test_a_module_gives_a_name_once_each_time_it_is_imported(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = registry()
+    monkeypatch.setattr(sys.modules[__name__], "NUMBERS", numbers, raising=False)
+    code = f"import {__name__} as tests\ntests.NUMBERS.register('two', 2, __name__)\n"
+    (installed / "reg_once.py").write_text(code)
+    module = importlib.import_module("reg_once")
+    importlib.reload(module)
+    numbers.register("two", 2, "reg_once")
+    with pytest.raises(ValueError, match="registered already, by reg_once"):
+        numbers.register("two", 3, "reg_once")
+    assert numbers["two"] == 2
+
+
+def test_a_module_of_a_package_may_register_itself_too(installed: Path) -> None:
+    make_package(installed, "reg_both", {"two": "reg_both:TWO"}, "TWO = 2\n")
+    numbers = registry()
+    numbers.register("two", 2, "reg_both")
+    assert numbers["two"] == 2
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        register_handler,
+        register_loss,
+        register_optimizer,
+        register_schedule,
+        register_sink,
+        register_mask,
+    ],
+)
+def test_a_decorator_without_a_name_is_refused(register: Any) -> None:
+    """It would take the class for the name, and register nothing."""
+    with pytest.raises(TypeError, match="is no name: write one behind the decorator"):
+        register(Registry)
+
+
+@pytest.mark.parametrize("name", ["a.b", "a-b", "two words", "class", ""])
+def test_a_name_of_a_table_is_a_word(name: str) -> None:
+    """So that it can be written on the command line, too."""
+    entries = (HANDLERS, HandlerEntry(Section, lambda: Any)), (SINKS, SinkEntry(Section, Any))
+    for registry_of, entry in entries:
+        with pytest.raises(TypeError, match="has to be a word"):
+            registry_of.register(name, entry, "a.module")
+
+
+def test_a_script_that_ends_python_ends_no_run(installed: Path) -> None:
+    make_package(installed, "reg_exit", {"exit": "reg_exit:X"}, "import sys; sys.exit(0)\n")
+    assert "SystemExit: 0" in refusal(registry(), "exit")
+    [problem] = import_modules(["reg_exit"])
+    assert problem.value == "reg_exit" and "SystemExit: 0" in str(problem)
+
+
+def test_a_module_in_a_zip_file_can_be_imported(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(installed / "code.zip", "w") as archive:
+        archive.writestr("reg_zipped.py", "X = 1\n")
+    monkeypatch.syspath_prepend(installed / "code.zip")
+    assert import_modules(["reg_zipped"]) == []
+    assert "reg_zipped.py (not a file of its own)" in capsys.readouterr().err
 
 
 def test_what_is_broken_is_told_with_its_own_traceback(installed: Path) -> None:

@@ -3,17 +3,26 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pydantic import field_validator
+from torch import nn
 
 from tests.distributed import runs
-from torchtitan.config import JobConfig
+from torchtitan import builder
+from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.help_text import print_help
 from torchtitan.config.section import Section
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.world import fake_world
 from torchtitan.handlers import registry
-from torchtitan.handlers.checks import check
+from torchtitan.handlers.checks import check, probe
+from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.tools.config_words import json_schema, named_tables
 
 
@@ -76,6 +85,56 @@ def test_order_and_exclusion() -> None:
     registry.register_handler("lonely")(lonely)
     assert "cannot be combined with compile" in problems(["lonely", "compile"])[0]
     assert problems(["lonely"]) == []
+
+
+@pytest.mark.parametrize("rule", ["after", "excludes"])
+def test_a_rule_is_a_tuple_of_names(rule: str) -> None:
+    """The letters of a text would be taken for names, and the rule would never act."""
+    text: dict[str, Any] = {rule: "compile"}
+    things = type("H", (Nothing,), text), registry.HandlerEntry(Section, lambda: Any, **text)
+    for thing in things:
+        with pytest.raises(TypeError, match=f"{rule} of the handler text has to be a tuple"):
+            registry.HANDLERS.register("text", thing, "a.module")
+
+
+def fails(facts: Facts, settings: object) -> list[Problem]:
+    raise KeyError("what it looks for")
+
+
+class Fussy(Section):
+    amount: int = 1
+    """How much."""
+
+    @field_validator("amount")
+    @classmethod
+    def _look(cls, value: int) -> int:
+        raise KeyError("what it looks for")
+
+
+def test_what_a_check_raises_names_the_handler() -> None:
+    entries: dict[str, registry.HandlerEntry] = {
+        "check": registry.HandlerEntry(Section, lambda: Any, check=fails),
+        "Settings": registry.HandlerEntry(Fussy, lambda: Any),
+    }
+    for what, entry in entries.items():
+        registry.HANDLERS.register(f"bad_{what}", entry, "my.module")
+        settings: dict[str, object] = {"amount": 2} if entry.settings is Fussy else {}
+        [text] = problems([f"bad_{what}"], {f"bad_{what}": settings})
+        assert f'"bad_{what}": its {what} (my.module) fails' in text
+        assert "KeyError: 'what it looks for'" in text
+    silent = registry.HandlerEntry(Section, lambda: Any, probe=fails)
+    registry.HANDLERS.register("bad_probe", silent, "my.module")
+    config = JobConfig.model_validate({"model": {"handlers": ["bad_probe"]}})
+    [problem] = probe(Facts(config, 1, "cpu", full=True))
+    assert "its probe (my.module) fails" in str(problem)
+
+
+@pytest.mark.parametrize("package", ["no_such_package", "no_such_package.part"])
+def test_a_package_that_is_not_installed(package: str) -> None:
+    entry = registry.HandlerEntry(Section, lambda: Any, package=package)
+    registry.HANDLERS.register("needy", entry, "my.module")
+    [text] = problems(["needy"])
+    assert f"it needs {package}, which is not installed. Fix: pip install {package}" in text
 
 
 def test_settings_of_a_registered_handler() -> None:
@@ -212,3 +271,81 @@ def test_the_schema_knows_settings() -> None:
     assert "tensorwise" in handlers["float8"]["properties"]["recipe_name"]["enum"]
     registry.register_handler("odd")(type("OddHandler", (Nothing,), {"Settings": Odd}))
     print_help(named_tables())  # what has no word in TOML is left out
+
+
+@pytest.mark.filterwarnings("error")
+def test_settings_of_others_do_not_get_into_each_others_way(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Inner classes of the same name, and a type that JSON has no word for."""
+    for name, kind in (("first", int), ("second", str)):
+        space: dict[str, Any] = {"__annotations__": {"value": kind}, "__module__": __name__}
+        inner = type("Inner", (Section,), space)
+        space = {"__annotations__": {"inner": inner | None}, "inner": None, "__module__": __name__}
+        registry.HANDLERS.register(
+            name, registry.HandlerEntry(type("Outer", (Section,), space), lambda: Any), __name__
+        )
+
+    class Odd(Section):
+        function: Callable[[int], int] = abs
+        """What JSON cannot hold."""
+        on: bool = False
+        """A switch."""
+        names: tuple[str, ...] = ()
+        """A list."""
+
+    registry.HANDLERS.register("odd", registry.HandlerEntry(Odd, lambda: Any), __name__)
+    schema: Any = json_schema()
+    kinds = [schema["$defs"][f"handlers.{name}.Inner"] for name in ("first", "second")]
+    assert [kind["properties"]["value"]["type"] for kind in kinds] == ["integer", "string"]
+    settings = schema["properties"]["handlers"]["properties"]
+    assert {"$ref": "#/$defs/handlers.second.Inner"} in settings["second"]["properties"]["inner"][
+        "anyOf"
+    ]
+    assert settings["odd"] == {"type": "object"}
+    print_help(named_tables())
+    text = capsys.readouterr().out
+    assert "--handlers.freeze.patterns TOML" in text, "a list takes brackets there"
+    assert "--handlers.int8.output TOML" in text, "and a switch its value"
+
+
+class Misled(Nothing):
+    """Misunderstands each member that it has."""
+
+    after = ()
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims): ...
+
+    def check(self, model: nn.Module) -> list[str]:
+        return ["the model looks odd"]
+
+    def convert(self, model: object) -> nn.Module:  # type: ignore[override]
+        assert isinstance(model, nn.Module)
+        model.requires_grad_(False)
+        return nn.Sequential(model)
+
+
+def test_what_a_handler_returns_in_vain_is_refused() -> None:
+    """Without a word, the run would train a model without it."""
+    registry.register_handler("misled")(Misled)
+    handler = NamedHandler("misled", JobConfig(), ParallelDims())
+    named = rf"the handler misled \({__name__}\), in "
+    with pytest.raises(HandlerError, match=named + "check: TypeError: 'the model looks odd' is no"):
+        handler.check(nn.Linear(1, 1))
+    with pytest.raises(HandlerError, match=named + "convert: TypeError: it returns another model"):
+        handler.convert(nn.Linear(1, 1))
+
+
+def test_handlers_have_to_leave_something_to_train() -> None:
+    class FreezesAll(Misled):
+        def convert(self, model: object) -> None:  # type: ignore[override]
+            assert isinstance(model, nn.Module)
+            model.requires_grad_(False)
+
+    registry.register_handler("freezes_all")(FreezesAll)
+    config = JobConfig.model_validate({"model": {"handlers": ["freezes_all"]}})
+    dims = ParallelDims()
+    with fake_world(0, 1):
+        mesh = dims.build_mesh("cpu")
+        with pytest.raises(ConfigError, match="nothing is left to train after them"):
+            builder.build_model(config, 64, mesh, dims, torch.device("meta"), initialise=False)
