@@ -44,7 +44,7 @@ from torchtitan.distributed.runner import Runner, WholeModelRunner
 from torchtitan.distributed.world import World
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import LanguageModel, ModelArgs
+from torchtitan.models.spec import LanguageModel, ModelArgs, require_language_model
 from torchtitan.passes.compile import is_marked_for_compile
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.dtypes import default_dtype, torch_dtype
@@ -54,15 +54,6 @@ from torchtitan.utils.signals import StopRequest
 from torchtitan.utils.uptime import seconds_since_start
 
 logger = logging.getLogger(__name__)
-
-_DECLARATIONS = (
-    "head",
-    "wrap_units",
-    "blocks",
-    "tensor_parallel_plan",
-    "init_rule",
-    "flops_per_token",
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def build_model(
     args = family.resolve(config.model, vocab_size)
     with torch.device("meta"), default_dtype(torch_dtype(config.training.dtype)):
         model = family.build(args)
-    _require_language_model(model, family.name)
+    require_language_model(model, family.name)
     seq_len = config.training.seq_len
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     handlers = build_handlers(config, dims)
@@ -376,12 +367,6 @@ def _cut_out(model: nn.Module, names: Collection[str]) -> nn.Module:
     assert isinstance(stage, LanguageModel)
     stage.keep_modules(names)
     return stage
-
-
-def _require_language_model(model: nn.Module, family: str) -> None:
-    if not isinstance(model, LanguageModel):
-        missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
-        raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")
 
 
 def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:

@@ -230,3 +230,20 @@ def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
     if name in table:
         return table[name]
     raise ConfigError(Problem(key, f"unknown {kind}", did_you_mean(name, table), value=name))
+
+
+_DECLARATIONS = (
+    "head",
+    "wrap_units",
+    "blocks",
+    "tensor_parallel_plan",
+    "init_rule",
+    "flops_per_token",
+)
+
+
+def require_language_model(model: nn.Module, family: str) -> None:
+    """Raises TypeError for a model that does not declare what a `LanguageModel` does."""
+    if not isinstance(model, LanguageModel):
+        missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
+        raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")
