@@ -14,6 +14,8 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
+OWN = "; for one of your own, name its module in job.custom_import"
+
 
 @dataclass
 class Bad:
@@ -327,7 +329,14 @@ ARITHMETIC_CASES = [
     Bad("family", ['did you mean "llama3"?'], None, ["model.name=lama"], 1),
     Bad("optimizer", ['did you mean "AdamW"?'], None, ["optimizer.name=adamw"], 1),
     Bad("schedule", ['"warmup_stable_decay"'], None, ["lr_scheduler.name=warmup"], 1),
-    Bad("sink", ["is not a sink"], None, ["metrics.sinks=mine"], 1),
+    Bad("sink", ["is not a sink", OWN], None, ["metrics.sinks=mine"], 1),
+    Bad("own-handler", ["is not a handler", OWN], None, ["model.handlers=mine"], 1),
+    Bad("own-handler-table", ["handlers.mine", OWN], None, ["handlers.mine.size=1"], 1),
+    Bad("own-loss", ["is not a loss", OWN], None, ["loss.name=mine"], 1),
+    Bad("own-optimizer", ["is not an optimizer", OWN], None, ["optimizer.name=xyz"], 1),
+    Bad("own-schedule", ["is not a schedule", OWN], None, ["lr_scheduler.name=mine"], 1),
+    Bad("own-dataset", ["training.dataset", OWN], None, ["training.dataset=mine"], 1),
+    Bad("own-family", ["unknown model family", OWN], None, ["model.name=mine"], 1),
     Bad("unused", ["SGD has no use for it"], None, ["optimizer.name=SGD", "optimizer.eps=1"], 1),
     Bad("args", ["n_layers"], None, ["model.args.n_layer=2"], 1),
     Bad(

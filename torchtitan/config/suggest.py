@@ -30,6 +30,11 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'did you mean "{match}"? Otherwise {choices}' if match else choices
 
 
+def fix_of_registered(name: str, known: Iterable[str]) -> str:
+    """The fix for a name that nobody has registered, which may be one of the user's own."""
+    return f"{did_you_mean(name, known)}; for one of your own, name its module in job.custom_import"
+
+
 def fix_of_glob(glob: str, names: Iterable[str]) -> str:
     """The fix for a glob over names of parameters that matches none of them."""
     names = list(names)
