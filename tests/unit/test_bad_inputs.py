@@ -58,6 +58,11 @@ KEYS = [
         ["training.dataloader.workers", "`training.dataloader.num_workers`"],
         section("training.dataloader", "workers = 1"),
     ),
+    Bad(
+        "key-of-args",
+        ["Keys of [loss]: args, name; what loss.name chooses has its own settings in [loss.args]"],
+        section("loss", "z_loss_weight = 1e-4"),
+    ),
     Bad("wrong-section", ["belongs in section [optimizer]"], section("training", "lr = 1.0")),
     Bad(
         "renamed",
