@@ -20,6 +20,7 @@ from torchtitan.handlers.linears import LinearHandler, swap_linears
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS, LOW_PRECISION
 from torchtitan.models.registry import get_family
+from torchtitan.preflight import MODEL, preflight
 
 
 def config_of(
@@ -296,6 +297,14 @@ def test_torchao_s_own_filter(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_filter_for_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"is part of no module's name.*atention|attention"):
         handler_of("float8", filter_fqns=["atention"]).convert(build())
+
+
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_a_filter_for_nothing_is_found_by_the_check(name: str) -> None:
+    config = config_of([name], {name: {"filter_fqns": ["attention.wx", "output", "layer.0"]}})
+    found = preflight(Facts(config, 1, "cuda", full=False), [MODEL])
+    assert [problem.value for problem in found] == ["attention.wx", "layer.0"]
+    assert {problem.key for problem in found} == {f"handlers.{name}.filter_fqns"}
 
 
 def test_nothing_left_is_refused() -> None:
