@@ -87,17 +87,17 @@ def problem_of(command: str) -> str | None:
     if program in ("python", "python3", "torchrun") and "-m" in rest:
         program, rest = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
     if program == "torchtitan.train":
-        return _problem_of_arguments(rest)
+        return _of_train(rest)
     if program == "torchtitan":
         return _problem_of_word(*rest)
     if program == "python" and rest[0].startswith("scripts/download_"):
         return _missing(rest[0]) or _problem_of_word("download", *rest[1:])
     if program == "./run_llama_train.sh":
-        return _problem_of_arguments(["--job.config_file", config, *rest])
+        return _of_train(["--job.config_file", config, *rest])
     if program == "sbatch":
         at = next(i for i, word in enumerate(rest) if not word.startswith("-"))
         missing = _missing(rest[at])
-        return missing or _problem_of_arguments(["--job.config_file", config, *rest[at + 1 :]])
+        return missing or _of_train(["--job.config_file", config, *rest[at + 1 :]])
     if program == "python" and rest[0].startswith("scripts/"):
         return _missing(rest[0]) or _problem_of_options(ROOT / rest[0], rest[1:])
     if program in ("./run_tests.sh", ".ci/run"):
@@ -190,12 +190,23 @@ def _problem_of_arguments(arguments: list[str]) -> str | None:
     return None
 
 
+def _of_train(arguments: list[str]) -> str | None:
+    """A run, and a check of one, also need data to train on."""
+    problem = _problem_of_arguments(arguments)
+    if problem or "--help" in arguments:
+        return problem
+    words = [word for word in arguments if word not in ("--check", "full")]
+    config = load_config(words).config
+    data = config.training.dataset != "auto" or config.training.dataset_path or config.data.sources
+    return None if data else "names no data to train on"
+
+
 def _missing(name: str) -> str | None:
     return None if (ROOT / name.partition("::")[0]).exists() else f"{name} does not exist"
 
 
 _READERS = {
-    "train": _problem_of_arguments,
+    "train": _of_train,
     "doctor": _problem_of_arguments,
     "tokenize": _of_tokenize,
     "config": _of_config,
@@ -224,6 +235,7 @@ def test_commands_are_found_and_can_be_wrong(monkeypatch: pytest.MonkeyPatch):
     assert problem_of("NGPU=2 ./run_llama_train.sh --training.stepz 5")
     assert problem_of("CONFIG_FILE=train_configs/no.toml ./run_llama_train.sh")
     assert problem_of("torchrun --nproc_per_node 2 -m torchtitan.train --trainign.steps 5")
+    assert problem_of("torchtitan train --model.flavor 8B --check") == "names no data to train on"
     assert problem_of("torchtitan tarin")
     assert problem_of("torchtitan download --repo_idd a/b")
     assert problem_of("python scripts/download_tokenizer.py --repo a/b")

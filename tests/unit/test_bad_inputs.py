@@ -14,6 +14,8 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
+OWN = "; for one of your own, name its module in job.custom_import"
+
 
 @dataclass
 class Bad:
@@ -55,6 +57,11 @@ KEYS = [
         "nested-key",
         ["training.dataloader.workers", "`training.dataloader.num_workers`"],
         section("training.dataloader", "workers = 1"),
+    ),
+    Bad(
+        "key-of-args",
+        ["Keys of [loss]: args, name; what loss.name chooses has its own settings in [loss.args]"],
+        section("loss", "z_loss_weight = 1e-4"),
     ),
     Bad("wrong-section", ["belongs in section [optimizer]"], section("training", "lr = 1.0")),
     Bad(
@@ -327,7 +334,14 @@ ARITHMETIC_CASES = [
     Bad("family", ['did you mean "llama3"?'], None, ["model.name=lama"], 1),
     Bad("optimizer", ['did you mean "AdamW"?'], None, ["optimizer.name=adamw"], 1),
     Bad("schedule", ['"warmup_stable_decay"'], None, ["lr_scheduler.name=warmup"], 1),
-    Bad("sink", ["is not a sink"], None, ["metrics.sinks=mine"], 1),
+    Bad("sink", ["is not a sink", OWN], None, ["metrics.sinks=mine"], 1),
+    Bad("own-handler", ["is not a handler", OWN], None, ["model.handlers=mine"], 1),
+    Bad("own-handler-table", ["handlers.mine", OWN], None, ["handlers.mine.size=1"], 1),
+    Bad("own-loss", ["is not a loss", OWN], None, ["loss.name=mine"], 1),
+    Bad("own-optimizer", ["is not an optimizer", OWN], None, ["optimizer.name=xyz"], 1),
+    Bad("own-schedule", ["is not a schedule", OWN], None, ["lr_scheduler.name=mine"], 1),
+    Bad("own-dataset", ["training.dataset", OWN], None, ["training.dataset=mine"], 1),
+    Bad("own-family", ["unknown model family", OWN], None, ["model.name=mine"], 1),
     Bad("unused", ["SGD has no use for it"], None, ["optimizer.name=SGD", "optimizer.eps=1"], 1),
     Bad("args", ["n_layers"], None, ["model.args.n_layer=2"], 1),
     Bad(

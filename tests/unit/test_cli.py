@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -222,16 +223,18 @@ def test_full_check_looks_at_the_hardware(cli: CliServer):
     [
         ("", "no_such_module", 'no module is named "no_such_module"'),
         ("", "own_empty.missing", 'no module is named "own_empty'),
-        ("", "./own.py", "is not the dotted name of a module"),
+        ("", "./own.py", "is not the dotted name of a module. Fix: write own, and add the folder"),
+        ("", "own.py", "is not the dotted name of a module. Fix: write own, and add the folder"),
+        ("", "own/models", "Fix: write it as in an import statement, such as my_project.models"),
         ("import no_such_dependency", "own_broken", "No module named 'no_such_dependency'"),
-        ("1 / 0", "own_raising", "ZeroDivisionError"),
+        ("1 / 0", "own_raising", "ZeroDivisionError: division by zero. Fix: mend the module."),
     ],
 )
 def test_custom_import_that_fails(
     torchless: CliServer, tmp_path: Path, source: str, name: str, expected: str
 ):
     if name.startswith("own"):
-        (tmp_path / f"{name.partition('.')[0]}.py").write_text(source)
+        (tmp_path / f"{re.split(r'[./]', name)[0]}.py").write_text(source)
     result = torchless.run(
         *["train", *GOOD, f"--job.custom_import={name}"],
         search=tmp_path,
@@ -239,6 +242,7 @@ def test_custom_import_that_fails(
     assert result.status == 2
     assert "job.custom_import" in result.stderr
     assert expected in result.stderr
+    assert "importlib" not in result.stderr, "frames that led to the module"
 
 
 def test_custom_import_registers_before_the_check_and_says_so(cli: CliServer, tmp_path: Path):

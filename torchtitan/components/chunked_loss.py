@@ -92,6 +92,11 @@ class ChunkedLoss:
         wide = whole.detach().to(at_least_float32(logits.dtype)).requires_grad_(train)
         with torch.set_grad_enabled(train):
             losses = self.token_losses(wide, labels.clamp_min(0))
+            if losses.shape != labels.shape:  # a mean would be spread over the tokens, unnoticed
+                given, name = list(losses.shape), type(self).__name__
+                raise ValueError(
+                    f"{name}.token_losses gives {given} for {len(labels)} tokens, not one loss each"
+                )
             loss = losses.masked_fill(labels == IGNORE_INDEX, 0).sum()
         if not train:
             return loss, None

@@ -3,14 +3,14 @@
 from torchtitan.components.loss_registry import LOSSES, loss_settings
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import fix_of_registered
 
 
 def check(facts: Facts) -> list[Problem]:
     """The name, the settings, and whether the loss goes with tensor parallelism."""
     section = facts.config.loss
     if section.name not in LOSSES:
-        fix = did_you_mean(section.name, LOSSES)
+        fix = fix_of_registered(section.name, LOSSES)
         return [Problem("loss.name", "is not a loss", fix, value=section.name)]
     try:
         entry = LOSSES[section.name]

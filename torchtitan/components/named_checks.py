@@ -18,7 +18,7 @@ from torchtitan.components.sink_registry import SINKS, sink_settings
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.section import Section
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import fix_of_registered
 from torchtitan.config.training_sections import LRScheduler
 
 _SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]
@@ -46,7 +46,7 @@ def _optimizer(facts: Facts) -> Iterator[Problem]:
     try:
         entry = OPTIMIZERS.get(section.name)
         if entry is None:
-            fix = did_you_mean(section.name, OPTIMIZERS)
+            fix = fix_of_registered(section.name, OPTIMIZERS)
             yield Problem("optimizer.name", "is not an optimizer", fix, value=section.name)
             return
         optimizer_settings(section)
@@ -64,7 +64,7 @@ def _schedule(facts: Facts) -> Iterator[Problem]:
     section = facts.config.lr_scheduler
     try:
         if SCHEDULES.get(section.name) is None:
-            fix = did_you_mean(section.name, SCHEDULES)
+            fix = fix_of_registered(section.name, SCHEDULES)
             yield Problem("lr_scheduler.name", "is not a schedule", fix, value=section.name)
             return
         schedule_settings(section)
@@ -94,13 +94,13 @@ def _sinks(facts: Facts) -> Iterator[Problem]:
     chosen = config.metrics.sinks
     for place, name in enumerate(chosen):
         if name not in SINKS:
-            fix = did_you_mean(name, SINKS)
+            fix = fix_of_registered(name, SINKS)
             yield Problem("metrics.sinks", "is not a sink", fix, value=name)
         elif name in chosen[:place]:
             yield Problem("metrics.sinks", "is listed twice", "list it once", value=name)
     for name in config.sinks:
         if name not in SINKS and name not in chosen:
-            yield Problem(f"sinks.{name}", "is not a sink", did_you_mean(name, SINKS))
+            yield Problem(f"sinks.{name}", "is not a sink", fix_of_registered(name, SINKS))
     for name in dict.fromkeys([*chosen, *config.sinks]):
         try:
             if name in SINKS:

@@ -142,6 +142,10 @@ def _take_free(
         value = toml_file.parse_value(texts[0])
     except ValueError:
         value = texts[0]
+        if value.startswith("[") and not holds_a_secret(value):  # the shell took the quotes
+            fix = f"""write it as in TOML and quote it for the shell: `{flag} '["a", "b"]'`"""
+            parsed.problems.append(Problem(flag, "is not TOML", fix, value))
+            return
     _set(parsed, name, value, flag)
 
 

@@ -8,12 +8,12 @@ import hashlib
 import importlib
 import re
 import sys
-import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.registry import import_traceback
 
 KEY = "job.custom_import"
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -35,32 +35,27 @@ def import_modules(names: Iterable[str], quiet: bool = False) -> list[Problem]:
 
 
 def _import(name: str, quiet: bool) -> Problem | None:
-    if not _MODULE.fullmatch(name):
+    if name.endswith(".py") or not _MODULE.fullmatch(name):
         fix = "write it as in an import statement, such as my_project.models, and set PYTHONPATH"
+        if name.endswith(".py"):
+            fix = f"write {Path(name).stem}, and add the folder that holds the file to PYTHONPATH"
         return Problem(KEY, "is not the dotted name of a module", fix, name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name and not name.startswith(f"{error.name}."):
-            return _failed(name)
+            return _failed(name, error)
         fix = "install it, or add the folder that holds it to PYTHONPATH"
         return Problem(KEY, f'no module is named "{error.name}"', fix, name)
-    except (Exception, SystemExit):  # a script without `if __name__ == "__main__"` may exit
-        return _failed(name)
+    except (Exception, SystemExit) as error:  # a script may exit, if nothing asks for __main__
+        return _failed(name, error)
     if not quiet:
         print(f"imported {name} {_digest(getattr(module, '__file__', None))}", file=sys.stderr)
     return None
 
 
-def _failed(name: str) -> Problem:
-    lines = _own_lines(traceback.format_exc())
-    return Problem(KEY, f"importing it failed:\n{lines}\n ", "mend the module", name)
-
-
-def _own_lines(text: str) -> str:
-    """The traceback without the frames of the import machinery, indented."""
-    lines: Sequence[str] = text.rstrip().splitlines()
-    return "\n".join(f"    {line}" for line in lines)
+def _failed(name: str, error: BaseException) -> Problem:
+    return Problem(KEY, f"importing it failed:\n{import_traceback(error)}", "mend the module", name)
 
 
 def _digest(file: str | None) -> str:

@@ -127,13 +127,15 @@ class Registry(Generic[T]):
             fix = "uninstall one of the packages, or rename what it gives"
             raise self._error(name, f"is given by {self.origin(name)}", fix)
         [point] = points
+        gives, thing = f"{_package(point)} gives {point.value}", None
         try:
-            return self._admit(name, point.load())
-        except TypeError as error:
-            problem = f"{_package(point)} gives {point.value}, which does not fit: {error}"
-        except (Exception, SystemExit):  # a script without `if __name__ == "__main__"` may exit
-            lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
-            problem = f"{_package(point)} gives {point.value}, whose import failed:\n    {lines}"
+            thing = point.load()
+            return self._admit(name, thing)
+        except (Exception, SystemExit) as error:  # a script may exit, if nothing asks for __main__
+            if thing is not None and isinstance(error, TypeError):
+                problem = f"{gives}, which does not fit: {error}"
+            else:
+                problem = f"{gives}, whose import failed:\n{import_traceback(error)}"
         raise self._error(name, problem, "mend the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
@@ -151,6 +153,18 @@ def require_word(name: str) -> None:
     """For names of tables, which are also written as `--table.name.key`. Raises TypeError."""
     if not name.isidentifier() or iskeyword(name):
         raise TypeError(f"the name {name!r} has to be a word of letters, digits and _")
+
+
+def import_traceback(error: BaseException) -> str:
+    """How an import failed, indented: the frames of what was imported, without those that led to
+    it and those of Python's import system."""
+    told = traceback.TracebackException.from_exception(error)
+    frames = list(told.stack)
+    system = [frame for frame in frames if frame.filename.startswith("<frozen importlib")]
+    first = frames.index(system[0]) if system else 0
+    kept = [frame for frame in frames[first:] if frame not in system]
+    told.stack = traceback.StackSummary.from_list(kept)
+    return "".join(f"    {line}\n" for line in "".join(told.format()).splitlines()).rstrip()
 
 
 def lazily(path: str) -> Callable[[], Any]:

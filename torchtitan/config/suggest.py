@@ -30,6 +30,11 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'did you mean "{match}"? Otherwise {choices}' if match else choices
 
 
+def fix_of_registered(name: str, known: Iterable[str]) -> str:
+    """The fix for a name that nobody has registered, which may be one of the user's own."""
+    return f"{did_you_mean(name, known)}; for one of your own, name its module in job.custom_import"
+
+
 def fix_of_glob(glob: str, names: Iterable[str]) -> str:
     """The fix for a glob over names of parameters that matches none of them."""
     names = list(names)
@@ -79,7 +84,10 @@ def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Pr
             match = nearest(last, [key for head, _, key in old if head == section])
         name_today = match and today_name(f"{section}.{match}")
         prefix = f"did you mean `{dashes}{name_today}`? " if match else ""
-        return Problem(shown, "is unknown", f"{prefix}Keys of [{section}]: {', '.join(keys)}")
+        fix = f"{prefix}Keys of [{section}]: {', '.join(keys)}"
+        if "args" in keys:
+            fix += f"; what {section}.name chooses has its own settings in [{section}.args]"
+        return Problem(shown, "is unknown", fix)
     match = nearest(name, [*known_keys(), *old_defaults()])
     if match:
         return Problem(shown, "is unknown", f"did you mean `{dashes}{today_name(match)}`?")

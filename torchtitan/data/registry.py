@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.registry import Registry, calling_module
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import fix_of_registered
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.c4 import c4, c4_test, c4_validation
 
@@ -105,7 +105,7 @@ def unknown_dataset(name: str) -> Problem:
     if name.startswith(HUB_PREFIX):
         fix = f'write "{HUB_PREFIX}owner/name"'
         return Problem("training.dataset", "is not the id of a dataset", fix, value=name)
-    fix = did_you_mean(name, sorted(DATASETS))
+    fix = fix_of_registered(name, sorted(DATASETS))
     if "/" in name:
         fix = f'write "{HUB_PREFIX}{name}" for a dataset of the Hugging Face hub'
     return Problem("training.dataset", "is unknown", fix, value=name)

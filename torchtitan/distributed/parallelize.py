@@ -11,7 +11,7 @@ from torchtitan.distributed.context_parallel import ContextParallel, apply_conte
 from torchtitan.distributed.data_parallel import apply_data_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import PlanExtension, apply_tensor_parallel
-from torchtitan.models.spec import LanguageModel
+from torchtitan.models.spec import LanguageModel, WrapUnit
 from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.passes.activation_offload import apply_activation_offload
 from torchtitan.passes.compile import apply_compile, memory_budget_of
@@ -46,7 +46,7 @@ def parallelize(
     training = config.training
     apply_data_parallel(
         model,
-        model.wrap_units() if _needs_units(config, dims) else [],
+        _units(model, config, dims),
         mesh,
         dims,
         param_dtype=torch_dtype(training.mixed_precision_param),
@@ -54,6 +54,22 @@ def parallelize(
         reshard_after_forward=_reshard_after_forward(config, dims),
         cpu_offload=training.enable_cpu_offload,
     )
+
+
+def _units(model: LanguageModel, config: JobConfig, dims: ParallelDims) -> list[WrapUnit]:
+    """What is gathered by itself; the head in any case where it is all that is trained.
+
+    FSDP hands on the gradients of a module once one has come to its output, and that of the model,
+    hidden states, gets none then: the head's would be found by no optimizer.
+    """
+    units = model.wrap_units() if _needs_units(config, dims) else []
+    head = model.head
+    if head is None or any(head in unit.modules for unit in units):
+        return units
+    inside = set(head.modules())
+    others = [module for module in model.modules() if module not in inside]  # type: ignore[attr-defined]
+    trained = (p.requires_grad for module in others for p in module.parameters(recurse=False))
+    return units if any(trained) else [*units, WrapUnit("head", (head,))]
 
 
 def _needs_units(config: JobConfig, dims: ParallelDims) -> bool:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
 
@@ -18,14 +18,14 @@ def check(facts: Facts) -> list[Problem]:
     problems = []
     for place, name in enumerate(chosen):
         if name not in known:
-            fix = did_you_mean(name, known)
+            fix = fix_of_registered(name, known)
             problems.append(Problem("model.handlers", "is not a handler", fix, value=name))
         elif name in chosen[:place]:
             problem = "is listed twice"
             problems.append(Problem("model.handlers", problem, "list it once", value=name))
     for name in facts.config.handlers:
         if name not in known:
-            fix = did_you_mean(name, known)
+            fix = fix_of_registered(name, known)
             problems.append(Problem(f"handlers.{name}", "is not a handler", fix))
     if problems:
         return problems

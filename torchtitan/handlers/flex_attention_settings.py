@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.section import Names, PositiveInt, Section
-from torchtitan.config.suggest import did_you_mean
+from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.linear_settings import needs_capability, no_float64
 from torchtitan.handlers.mask_registry import CAUSAL, DOCUMENT, MASKS, WINDOW
 from torchtitan.models.checks import model_args
@@ -94,7 +94,7 @@ def _unknown(settings: Settings) -> Iterator[Problem]:
             yield from error.problems
             continue
         if not known:
-            yield Problem(_MASKS_KEY, "is not a mask", did_you_mean(name, MASKS), name)
+            yield Problem(_MASKS_KEY, "is not a mask", fix_of_registered(name, MASKS), name)
 
 
 def _against(facts: Facts, settings: Settings, of_model: int | None) -> Iterator[Problem]:

@@ -65,10 +65,22 @@ class LinearHandler:
         """Whether there is a reason of the subclass's own to leave a linear as it is."""
         return False
 
+    def check(self, model: nn.Module) -> list[Problem]:
+        """Filters that leave out nothing, which are misspelled."""
+        names = [name for name, _ in model.named_modules()]
+        problems = []
+        for text in self._filters():
+            if not any(text in name for name in names):
+                fix = did_you_mean(text, {part for name in names for part in name.split(".")})
+                key = f"handlers.{self.name}.filter_fqns"
+                problems.append(Problem(key, "is part of no module's name", fix, text))
+        return problems
+
     def convert(self, model: nn.Module) -> None:
         """Swap the linears; tell once how many, and which do not fit."""
-        filters = [text for text in self.settings.filter_fqns if text not in self.marks]
-        self._require_used(filters, [name for name, _ in model.named_modules()])
+        filters, problems = self._filters(), self.check(model)
+        if problems:
+            raise ConfigError(problems)
         unfit: list[str] = []
         filtered = 0
 
@@ -121,12 +133,8 @@ class LinearHandler:
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do."""
 
-    def _require_used(self, filters: Sequence[str], names: Sequence[str]) -> None:
-        for text in filters:
-            if not any(text in name for name in names):
-                fix = did_you_mean(text, {part for name in names for part in name.split(".")})
-                key = f"handlers.{self.name}.filter_fqns"
-                raise ConfigError(Problem(key, "is part of no module's name", fix, text))
+    def _filters(self) -> list[str]:
+        return [text for text in self.settings.filter_fqns if text not in self.marks]
 
     def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> ConfigError:
         problem = (

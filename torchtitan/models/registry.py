@@ -6,10 +6,12 @@ point of the group `torchtitan.models` that gives a `ModelFamily` of the same na
 
 from typing import Any
 
+from torchtitan.config import ConfigError, Problem
 from torchtitan.config.registry import Registry, calling_module
+from torchtitan.config.suggest import fix_of_registered
 from torchtitan.models.llama2 import FAMILY as LLAMA2
 from torchtitan.models.llama3 import FAMILY as LLAMA3
-from torchtitan.models.spec import ModelFamily, lookup
+from torchtitan.models.spec import ModelFamily
 
 _ALIASES = {"llama": "llama3"}
 """TorchTitan's first name of the family."""
@@ -37,7 +39,10 @@ def get_family(name: str) -> ModelFamily:
     """The family of this name; `ConfigError` with the nearest name when there is none."""
     name = name if name in MODELS else _ALIASES.get(name, name)
     family = MODELS.get(name)
-    return family or lookup(families(), name, "model.name", "model family")
+    if family is None:
+        fix = fix_of_registered(name, families())
+        raise ConfigError(Problem("model.name", "unknown model family", fix, value=name))
+    return family
 
 
 def register_family(family: ModelFamily) -> None:

@@ -13,6 +13,7 @@ from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
 from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.logging import init_logging
 from torchtitan.utils.threads import spin_briefly
 
 T = TypeVar("T")
@@ -101,6 +102,7 @@ def _rehearse(loaded: LoadedConfig) -> int:
     from torchtitan.tools.rehearsal_report import report
     from torchtitan.tools.rehearse import rehearse
 
+    init_logging(place.rank, {place.rank})  # what handlers say of the model; print_after_conversion
     of = f"{config.model.name} {config.model.flavor}"
     print(f"Rehearsing a step of {of} as rank {place.rank} of {place.world_size} ...", flush=True)
     print(report(rehearse(facts, place.rank), facts))

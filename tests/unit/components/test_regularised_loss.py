@@ -201,6 +201,16 @@ def test_a_loss_of_ones_own(num_chunks, ignored):
         torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-15)
 
 
+def test_a_mean_in_place_of_the_losses_of_tokens_is_noticed():
+    class Mean(ChunkedLoss):
+        def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels)
+
+    hidden, head, batch = problem(torch.float64)
+    with pytest.raises(ValueError, match=r"^Mean\.token_losses gives \[\] for \d+ tokens, not one"):
+        Mean(None, 2).sum(hidden, head, batch)
+
+
 def test_a_loss_of_ones_own_computes_in_float32():
     hidden, head, batch = problem(torch.bfloat16)
     seen = []

@@ -51,6 +51,7 @@ def values(line: str) -> dict[str, object]:
         ("--model.args.theta 5e5", "model.args.theta", 5e5),
         ("--model.args.dims [1,2]", "model.args.dims", [1, 2]),
         ("--model.args {n_layers=4}", "model.args", {"n_layers": 4}),
+        ('--handlers.freeze.only ["output.*"]', "handlers.freeze.only", ["output.*"]),
         ("--handlers.compile.backend inductor", "handlers.compile.backend", "inductor"),
         ("run.toml", "job.config_file", "run.toml"),
     ],
@@ -89,6 +90,16 @@ def test_unknown_flag_takes_its_value_with_it():
 def test_switch_with_something_else_is_refused(word: str):
     with pytest.raises(ConfigError, match=r"job\.new_run.*true or false"):
         load_config([f"--job.new_run={word}"])
+
+
+def test_a_list_whose_quotes_the_shell_took_is_told_how_to_be_written():
+    parsed = parse_command_line(["--handlers.freeze.only", "[output.*]", "--debug.seed", "1"])
+    (problem,) = parsed.problems
+    assert str(problem) == (
+        """--handlers.freeze.only = "[output.*]": is not TOML. Fix: write it as in TOML and quote"""
+        """ it for the shell: `--handlers.freeze.only '["a", "b"]'`."""
+    )
+    assert parsed.values == {"debug.seed": 1}
 
 
 def test_yes_after_a_switch_is_not_taken_for_a_file():

@@ -168,8 +168,17 @@ def test_what_is_broken_is_told_with_its_own_traceback(installed: Path) -> None:
     numbers = registry()
     text = refusal(numbers, "bad")
     assert "reg_bad 1.5" in text and "ZeroDivisionError" in text and "reg_bad.py" in text
+    assert "<frozen importlib" not in text and "registry.py" not in text, "what led to it"
     assert "'words' is no number" in refusal(numbers, "text")
     assert numbers.entries() == {"one": 1}, "the others can be used"
+
+
+def test_a_type_error_of_an_import_is_not_one_of_what_is_given(installed: Path) -> None:
+    make_package(installed, "reg_type", {"bad": "reg_type:X"}, "import reg_inner\nX = 1\n")
+    (installed / "reg_inner.py").write_text("1 + 'a'\n")
+    text = refusal(registry(), "bad")
+    assert "whose import failed" in text and "does not fit" not in text
+    assert re.findall(r'File ".*/(\w+.py)", line 1', text) == ["reg_type.py", "reg_inner.py"]
 
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "titan_extras"

@@ -21,6 +21,11 @@ from torchtitan.handlers.freeze import FreezeHandler
 from torchtitan.models.registry import get_family
 from torchtitan.preflight import MODEL, preflight
 
+HEAD_ONLY = {
+    "model": {"handlers": ["freeze"]},
+    "handlers": {"freeze": {"only": ["output.*"]}},
+}
+
 
 def config_of(tied: bool = False, **settings: list[str]) -> JobConfig:
     args = {"n_layers": 2, "vocab_size": 64, "tied_embeddings": tied}
@@ -139,3 +144,22 @@ def test_no_gradient_no_state_no_change(case: Case, gloo_pool: GlooPool) -> None
             is_frozen = name.startswith(("tok_embeddings.", "layers.0."))
             assert seen == ((not is_frozen,) * 3), name
     assert {"tok_embeddings.weight", "output.weight"} <= found[0].keys() | found[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        (1, row(HEAD_ONLY)),
+        (1, row(HEAD_ONLY, microbatches=2)),
+        (2, row(HEAD_ONLY, tp=2)),
+        (2, row(HEAD_ONLY, shard=2)),
+        (2, row(HEAD_ONLY, replicate=2)),
+        (2, row(HEAD_ONLY, pp=2, schedule="1F1B")),
+    ],
+    ids=["one", "accumulated", "tp", "fsdp", "ddp", "pp"],
+)
+def test_the_head_alone(size: int, case: Case, gloo_pool: GlooPool) -> None:
+    """Hidden states need no gradient then, which FSDP takes the end of the backward from."""
+    for parameters in gloo_pool.run(size, step_once, case):
+        for name, seen in parameters.items():
+            assert seen == ((name == "output.weight",) * 3), name

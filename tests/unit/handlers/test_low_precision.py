@@ -13,6 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.handlers import checks
 from torchtitan.handlers.registry import LOW_PRECISION
+from torchtitan.preflight import MODEL, preflight
 
 
 def config_of(
@@ -243,3 +244,11 @@ def test_gpus_without_the_units_are_refused(
     if is_refused:
         number = ".".join(map(str, capability))
         assert f"the GPU has compute capability {number}, and it needs" in str(told[0])
+
+
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_a_filter_for_nothing_is_found_by_the_check(name: str) -> None:
+    config = config_of([name], {name: {"filter_fqns": ["attention.wx", "output", "layer.0"]}})
+    found = preflight(Facts(config, 1, "cuda", full=False), [MODEL])
+    assert [problem.value for problem in found] == ["attention.wx", "layer.0"]
+    assert {problem.key for problem in found} == {f"handlers.{name}.filter_fqns"}

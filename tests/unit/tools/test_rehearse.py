@@ -1,6 +1,7 @@
 """What a rehearsal says about a rank, against arithmetic; and that it notices what cannot work."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.distributed.tiny import SEQ_LEN, VOCAB_SIZE, Case
+from torchtitan.cli import main
 from torchtitan.config.facts import Facts
 from torchtitan.distributed import spread_attention, tensor_parallel
 from torchtitan.models.llama3.flavors import LlamaArgs
@@ -203,6 +205,22 @@ def test_mistakes_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RuntimeError, match=r"shape|size"):
         rehearsed(case)
     assert not torch.distributed.is_initialized()
+
+
+def test_the_log_of_the_rank_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A rehearsal builds the model that a check does not, so it can print it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    logger = logging.getLogger("torchtitan")
+    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+    words = ["--training.dataset=stdlib", "--training.seq_len=32", "--model.args.n_layers=1"]
+    words += ["--comm.mode=fake_backend", "--model.print_after_conversion"]
+    assert main(["train", *words]) == 0
+    printed = capsys.readouterr()
+    assert "runs on rank 1" in printed.out
+    assert printed.err.count("(feed_forward): FeedForward(") == 1
 
 
 def test_report():
