@@ -100,9 +100,10 @@ FREEZES: dict[str, dict[str, list[str]]] = {
     "embedding and first layer": {"patterns": ["tok_embeddings.*", "layers.0.*"]},
     "attention": {"patterns": ["*.attention.*"]},
     "all but feed-forwards and head": {"only": ["*.feed_forward.*", "output.*"]},
+    "all but the head": {"only": ["output.*"]},
 }
 """What is frozen, by a name of few words."""
-FROZEN_START, FROZEN_ATTENTION, FEED_FORWARDS = (
+FROZEN_START, FROZEN_ATTENTION, FEED_FORWARDS, HEAD_ALONE = (
     {"model": {"handlers": ["freeze"]}, "handlers": {"freeze": settings}}
     for settings in FREEZES.values()
 )
@@ -278,6 +279,9 @@ FROZEN = [
     row(FROZEN_START, pp=4, schedule="GPipe", layers=4, microbatches=2),
     row(FROZEN_ATTENTION, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4),
     row(FROZEN_START, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(HEAD_ALONE, microbatches=2, **PACKED),
+    row(HEAD_ALONE, shard=2, tp=2),
+    row(HEAD_ALONE, tp=2, pp=2, schedule="1F1B"),
     row(MUON, FROZEN_START, shard=2, tp=2),
 ]
 
@@ -295,7 +299,7 @@ WINDOWED = [
     row(ULYSSES, cp=2, window=5),
     row(ULYSSES, COMPILED, cp=2, tp=2, window=11, **PACKED),
     row(FULL, pp=2, schedule="1F1B", window=5, **PACKED),
-    row(COMPILED, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4, window=11),
+    row(COMPILED, shard=2, pp=2, schedule="Interleaved1F1B", layers=4, window=11),
     row(RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
 ]
 

@@ -1,5 +1,5 @@
 """`job.custom_import`: modules of the user's own, which register what a config may then name:
-models, handlers, datasets, tokenizers, losses, optimizers, schedules, sinks of metrics.
+models, handlers, datasets, tokenizers, losses, optimizers, schedules, masks, sinks of metrics.
 
 They are code that runs with the user's rights, so what is imported is said aloud, with a digest.
 """

@@ -31,7 +31,7 @@ class Job(Section):
 
     custom_import: Names = ()
     """Modules to import before the config is checked, to register models, handlers, datasets,
-    tokenizers, losses, optimizers, schedules or sinks of metrics."""
+    tokenizers, losses, optimizers, schedules, masks or sinks of metrics."""
 
 
 class Comm(Section):

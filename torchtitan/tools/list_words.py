@@ -180,10 +180,10 @@ _LISTS: dict[str, Callable[[], Rows]] = {
     "models": _models,
     "datasets": _datasets,
     "tokenizers": _tokenizers,
+    "losses": _losses,
     "optimizers": _optimizers,
     "schedules": _schedules,
     "sinks": _sinks,
     "handlers": _handlers,
-    "losses": _losses,
     "masks": _masks,
 }

@@ -273,7 +273,7 @@ def test_names_and_keys_of_the_hub():
     empty = facts_for(None, training__dataset="hf:own/data", data__revision="")
     assert "is empty" in only(check(empty)).problem
     assert find_dataset("hf:own/data") is not None
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="names a dataset of the hub"):
         register_dataset("hf:own/data", lambda training, data: [])
 
 

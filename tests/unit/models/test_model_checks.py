@@ -62,7 +62,9 @@ def test_a_model_that_does_not_build_is_a_problem(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(
-        registry, "_registered", {"llama3": dataclasses.replace(FAMILY, build=build)}
+        registry.MODELS,
+        "_registered",
+        {"llama3": (dataclasses.replace(FAMILY, build=build), "a test")},
     )
     [problem] = probe(facts({"n_layers": 2}))
     assert "the model cannot be built: RuntimeError: no such kernel" in str(problem)
