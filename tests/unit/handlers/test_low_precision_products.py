@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.unit.handlers.test_low_precision import handler_of
+from tests.unit.handlers.test_low_precision_conversion import handler_of
 
 INPUTS, OUTPUTS, TOKENS = 64, 96, (2, 32)
 
