@@ -45,6 +45,8 @@ class Progress:
     """How far the run is, for whoever has to say so when it ends."""
 
     step: int = 0
+    first_step: int = 0
+    """That this process began after."""
     saved_step: int = 0
     status: Status = "running"
 
@@ -225,7 +227,7 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
             if decision.action == "finished":
                 logger.info(closing_words(config, folder))
                 return DONE
-            progress.step = decision.step
+            progress.step = progress.first_step = decision.step
             facts = replace(facts, config=folder.config)
             if config.checkpoint.create_seed_checkpoint:
                 write_seed(facts, world, folder)
@@ -236,9 +238,11 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         code = exit_code_of(error)
         if is_main:
             set_status(folder, "failed", progress.step, code)
-        if isinstance(error, ConfigError | KeyboardInterrupt):
+        # The command line's words for a mistake in the config are that nothing was started.
+        trained = progress.step > progress.first_step
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, ConfigError) and not trained):
             raise
-        expected = isinstance(error, CheckpointError | DataError | NonFiniteError)
+        expected = isinstance(error, ConfigError | CheckpointError | DataError | NonFiniteError)
         logger.error("%s", error, exc_info=None if expected else error)
         return code
     finally:

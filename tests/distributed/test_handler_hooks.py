@@ -164,6 +164,7 @@ ERRORS = {
     "memory": torch.OutOfMemoryError("CUDA out of memory"),
     "user": ConfigError(Problem("model.handlers", "is out of luck", "mend it", "failing")),
 }
+ERRORS["late"] = ERRORS["user"]
 
 
 @register_handler("failing")
@@ -173,12 +174,14 @@ class Failing:
         error: str = "own"
 
     def __init__(self, job_config, parallel_dims):
-        self.settings = handler_settings(job_config, "failing")
+        self.settings, self.calls = handler_settings(job_config, "failing"), 0
         if torch.distributed.is_initialized():  # not when the check looks at the model
             self.fail("__init__")
 
     def fail(self, hook):
-        if hook == self.settings.hook:
+        if hook == self.settings.hook and self.settings.error == "late" and not self.calls:
+            self.calls += 1
+        elif hook == self.settings.hook:
             raise ERRORS[self.settings.error]
 
     def convert(self, model):
@@ -207,6 +210,7 @@ HOOKS = (
 RUNS = [(hook, "own", 1) for hook in HOOKS]
 RUNS += [("convert", "memory", 8), ("post_optimizer_hook", "memory", 8)]
 RUNS += [("extend_tp_plan", "user", 2), ("pre_optimizer_hook", "user", 2)]
+RUNS += [("post_optimizer_hook", "late", 2)]
 IN_TURN = """
 import json, os, sys
 
@@ -267,8 +271,11 @@ def test_an_error_in_a_hook_ends_the_run_on_all_ranks(failed: tuple[Path, list[s
                 "own": f"the handler failing (failing), in {hook}: ValueError: out of ideas",
                 "memory": f"the handler failing (failing), in {hook}: OutOfMemoryError: CUDA",
                 "user": 'model.handlers = "failing": is out of luck. Fix: mend it.',
+                "late": 'ERROR: model.handlers = "failing": is out of luck. Fix: mend it.',
             }[error]
             assert told in text, text
-            assert ('failing.py", line' in text) == (error != "user"), "the traceback leads there"
+            is_config = error in ("user", "late")
+            assert ('failing.py", line' in text) != is_config, "the traceback leads there"
+            assert ("nothing was started" in text) == (error == "user")
             stored = runs.status(folder / f"{hook}-{error}")
             assert (stored["status"], stored["exit_code"]) == ("failed", status)

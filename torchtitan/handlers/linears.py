@@ -19,6 +19,11 @@ from torchtitan.handlers.registry import handler_settings
 logger = logging.getLogger(__name__)
 
 
+def linears_of(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Those that may be swapped, by name; a tied one once."""
+    return [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
 def swap_linears(
     model: nn.Module,
     swap: Callable[[str, nn.Linear], nn.Linear],
@@ -28,8 +33,7 @@ def swap_linears(
 
     An error in `swap` is raised as RuntimeError that names the linear.
     """
-    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
-    names = [name for name, linear in linears if is_wanted(name, linear)]
+    names = [name for name, linear in linears_of(model) if is_wanted(name, linear)]
     for name in names:
         try:
             swapped = swap(name, model.get_submodule(name))  # type: ignore[arg-type]
@@ -66,7 +70,8 @@ class LinearHandler:
         return False
 
     def check(self, model: nn.Module) -> list[Problem]:
-        """Filters that leave out nothing, which are misspelled."""
+        """Filters that leave out nothing, which are misspelled; and a model without any linear to
+        swap."""
         names = [name for name, _ in model.named_modules()]
         problems = []
         for text in self._filters():
@@ -74,30 +79,18 @@ class LinearHandler:
                 fix = did_you_mean(text, {part for name in names for part in name.split(".")})
                 key = f"handlers.{self.name}.filter_fqns"
                 problems.append(Problem(key, "is part of no module's name", fix, text))
+        if not problems:
+            wanted, filtered, unfit = self._sorted(model)
+            problems += [self._nothing_left(filtered, unfit)] * (not wanted)
         return problems
 
     def convert(self, model: nn.Module) -> None:
         """Swap the linears; tell once how many, and which do not fit."""
-        filters, problems = self._filters(), self.check(model)
+        problems = self.check(model)
         if problems:
             raise ConfigError(problems)
-        unfit: list[str] = []
-        filtered = 0
-
-        def is_wanted(name: str, linear: nn.Linear) -> bool:
-            nonlocal filtered
-            if any(text in name for text in filters) or self.leaves_out(name, linear):
-                filtered += 1
-                return False
-            if linear.in_features % self.multiple or linear.out_features % self.multiple:
-                unfit.append(name)
-                return False
-            self.swapped[name] = linear.out_features, linear.in_features
-            return True
-
-        swap_linears(model, self.swap, is_wanted)
-        if not self.swapped:
-            raise self._nothing_left(filtered, unfit)
+        self.swapped, filtered, unfit = self._sorted(model)
+        swap_linears(model, self.swap, lambda name, _: name in self.swapped)
         words = [f"{self.name}: {len(self.swapped)} linears"]
         words += [f"{filtered} left as they are by filter_fqns"] * bool(filtered)
         if unfit:
@@ -136,10 +129,24 @@ class LinearHandler:
     def _filters(self) -> list[str]:
         return [text for text in self.settings.filter_fqns if text not in self.marks]
 
-    def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> ConfigError:
+    def _sorted(self, model: nn.Module) -> tuple[dict[str, tuple[int, int]], int, list[str]]:
+        """Shapes of the linears to swap, by name; how many are left out; which do not fit."""
+        filters, filtered = self._filters(), 0
+        wanted: dict[str, tuple[int, int]] = {}
+        unfit: list[str] = []
+        for name, linear in linears_of(model):
+            if any(text in name for text in filters) or self.leaves_out(name, linear):
+                filtered += 1
+            elif linear.in_features % self.multiple or linear.out_features % self.multiple:
+                unfit.append(name)
+            else:
+                wanted[name] = linear.out_features, linear.in_features
+        return wanted, filtered, unfit
+
+    def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> Problem:
         problem = (
             f"it finds no linear: {filtered} are left out by filter_fqns, and {len(unfit)} have a"
             f" dimension that is no multiple of {self.multiple}"
         )
         fix = "leave it out, or change the model or the filter"
-        return ConfigError(Problem("model.handlers", problem, fix, self.name))
+        return Problem("model.handlers", problem, fix, self.name)

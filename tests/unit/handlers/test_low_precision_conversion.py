@@ -84,9 +84,22 @@ def test_a_filter_for_nothing_is_refused() -> None:
         handler_of("float8", filter_fqns=["atention"]).convert(build())
 
 
-def test_nothing_left_is_refused() -> None:
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_nothing_left_is_refused(name: str) -> None:
+    """By the check, too, which leaves the model as it is."""
+    handler, model = handler_of(name, filter_fqns=["layers"]), build()
     with pytest.raises(ConfigError, match="it finds no linear: 14 are left out by filter_fqns"):
-        handler_of("int8", filter_fqns=["layers"]).convert(build())
+        handler.convert(model)
+    [problem] = handler.check(model)
+    assert problem.problem.startswith("it finds no linear: 14 are left out")
+    kinds = linears(model)
+    assert handler_of(name).check(model) == [] and linears(model) == kinds
+
+
+def test_nothing_left_of_what_is_large_is_refused() -> None:
+    handler = handler_of("float8", recipe_name="rowwise", filter_fqns=["auto_filter_small_kn"])
+    [problem] = handler.check(build())
+    assert problem.problem.startswith("it finds no linear: 14 are left out")
 
 
 class Breaking(LinearHandler):
