@@ -238,12 +238,8 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         code = exit_code_of(error)
         if is_main:
             set_status(folder, "failed", progress.step, code)
-        # The command line's words for a mistake in the config are that nothing was started.
-        trained = progress.step > progress.first_step
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, ConfigError) and not trained):
+        if not tell_failure(error, progress):
             raise
-        expected = isinstance(error, ConfigError | CheckpointError | DataError | NonFiniteError)
-        logger.error("%s", error, exc_info=None if expected else error)
         return code
     finally:
         folder.close()
@@ -255,6 +251,17 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         logger.info(stopping_words(progress))
     logger.info(closing_words(config, folder))
     return code
+
+
+def tell_failure(error: BaseException, progress: Progress) -> bool:
+    """Log why the run ends, but what the command line tells: False."""
+    # Its words for a mistake in the config are that nothing was started.
+    has_trained = progress.step > progress.first_step
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, ConfigError) and not has_trained):
+        return False
+    expected = isinstance(error, ConfigError | CheckpointError | DataError | NonFiniteError)
+    logger.error("%s", error, exc_info=None if expected else error)
+    return True
 
 
 def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:

@@ -76,10 +76,12 @@ def train(world: World, case: Case) -> Trained:
     )
     counts = []
     parameters = model.parameters
-    for parameter in parameters:
+    hooks = [
         parameter.register_post_accumulate_grad_hook(
             lambda _: counts.append(sum(p.grad is not None for p in parameters))
         )
+        for parameter in parameters
+    ]
     update = builder.build_update(config, model, optimizers, dims)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     batches = tiny.microbatches_of(case, dims, world.rank)
@@ -93,6 +95,8 @@ def train(world: World, case: Case) -> Trained:
         update.step(torch.tensor(True))
         for optimizer in optimizers:
             optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()  # Python's collector does not see that a parameter has hooks
     tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
     held = {
         name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()

@@ -10,6 +10,7 @@ cannot be clipped by it, and a step that is not finite cannot be left out. The r
 such a step, before anything is saved.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -71,9 +72,11 @@ class InBackward:
         parameters = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
         self._norm = PassingNorm(ranks_per_stage, any_parameter.device, any_parameter.dtype)
         self._before_change = before_change
-        for index, optimizer in enumerate(optimizers):
-            step = partial(self._step, index, optimizer)
-            parameters[index].register_post_accumulate_grad_hook(step)
+        self._optimizers = optimizers
+        # Python's collector does not see hooks of parameters: what they held would never be freed.
+        alive = weakref.ref(self)
+        for index, parameter in enumerate(parameters):
+            parameter.register_post_accumulate_grad_hook(partial(_step, alive, index))
 
     def gradient_norm(self) -> Tensor:
         """See `Update`."""
@@ -82,14 +85,20 @@ class InBackward:
     def step(self, is_finite: Tensor) -> None:
         """Nothing is left to do."""
 
-    def _step(self, index: int, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    def step_one(self, index: int, parameter: nn.Parameter) -> None:
         """In the backward, on CUDA on the stream that has reduced the gradient."""
         assert parameter.grad is not None
         _await_offloaded(parameter.grad)
         self._norm.add(index, parameter.grad)
         self._before_change()
-        optimizer.step()
+        self._optimizers[index].step()
         parameter.grad = None
+
+
+def _step(alive: "weakref.ref[InBackward]", index: int, parameter: nn.Parameter) -> None:
+    update = alive()
+    assert update is not None, "nobody holds what steps the parameters"
+    update.step_one(index, parameter)
 
 
 def _await_offloaded(gradient: Tensor) -> None:

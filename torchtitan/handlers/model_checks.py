@@ -2,6 +2,7 @@
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.registry import BUILT_IN
 from torchtitan.models.registry import get_family
 
 _STAND_IN_VOCAB_SIZE = 256
@@ -10,11 +11,14 @@ _STAND_IN_VOCAB_SIZE = 256
 def probe(facts: Facts) -> list[Problem]:
     """Ask the handlers that have a `check(model)`, of the model on `meta`; imports torch.
 
-    For configs whose `[model]` and handlers are sound; with others it has nothing to say.
+    For configs whose `[model]` and handlers are sound; with others it has nothing to say. Nor of
+    what comes after somebody's own handler, which may add modules and parameters: those handlers
+    judge when the model is built.
     """
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.checks import check
     from torchtitan.handlers.named import NamedHandler
+    from torchtitan.handlers.registry import HANDLERS
 
     config = facts.config
     if not config.model.handlers or check(facts):
@@ -34,4 +38,6 @@ def probe(facts: Facts) -> list[Problem]:
     problems: list[Problem] = []
     for name in config.model.handlers:
         problems += NamedHandler(name, config, dims).check(model)
+        if HANDLERS.origin(name) != BUILT_IN:
+            break
     return problems

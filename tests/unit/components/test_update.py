@@ -46,11 +46,13 @@ def test_who_copies_is_told_before_anything_changes() -> None:
     def unchanged() -> list[bool]:
         return [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
 
-    InBackward(optimizers, 1, lambda: seen.append(unchanged()), weights[0])
+    update = InBackward(optimizers, 1, lambda: seen.append(unchanged()), weights[0])
     model(torch.ones(2, 3)).sum().backward()
     assert seen == [[True, True], [True, False]]  # the last layer's first
     assert unchanged() == [False, False]
     assert [weight.grad for weight in weights] == [None, None]
+    update.step(torch.tensor(True))  # leaves nothing to do
+    assert unchanged() == [False, False]
 
 
 def test_in_a_run_it_is_the_saver_that_copies() -> None:
@@ -59,16 +61,21 @@ def test_in_a_run_it_is_the_saver_that_copies() -> None:
     dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
     optimizers = build_optimizers(config.optimizer, [model], CPU)
     built = mock.Mock(parameters=list(model.parameters()))
-    builder.build_update(config, built, optimizers, dims, saver)
+    update = builder.build_update(config, built, optimizers, dims, saver)
     model(torch.ones(2, 3)).sum().backward()
     assert saver.before_change.call_count == len(optimizers) == 2
+    update.step(torch.tensor(True))
 
 
 def test_two_gradients_of_a_parameter_in_one_step_are_noticed() -> None:
     """They would be two steps."""
     model = build()
     section = Optimizer(early_step_in_backward=True, **SECTION)  # type: ignore[arg-type]
-    InBackward(build_optimizers(section, [model], CPU), 1, lambda: None, model[0].weight)
+    optimizers = build_optimizers(section, [model], CPU)
+    update = InBackward(optimizers, 1, lambda: None, model[0].weight)
     model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(AssertionError, match="two gradients"):
+        model(torch.ones(2, 3)).sum().backward()
+    del update
+    with pytest.raises(AssertionError, match="nobody holds"):
         model(torch.ones(2, 3)).sum().backward()

@@ -23,6 +23,7 @@ from torchtitan.distributed.world import fake_world
 from torchtitan.handlers import registry
 from torchtitan.handlers.checks import check, probe
 from torchtitan.handlers.named import HandlerError, NamedHandler
+from torchtitan.preflight import MODEL, preflight
 from torchtitan.tools.config_words import json_schema, named_tables
 
 
@@ -349,3 +350,28 @@ def test_handlers_have_to_leave_something_to_train() -> None:
         mesh = dims.build_mesh("cpu")
         with pytest.raises(ConfigError, match="nothing is left to train after them"):
             builder.build_model(config, 64, mesh, dims, torch.device("meta"), initialise=False)
+
+
+def test_what_a_handler_of_ones_own_adds_may_be_named() -> None:
+    """By those that come after it, which judge the model as it is then."""
+
+    class Adds(Nothing):
+        def __init__(self, *_: object) -> None: ...
+
+        def convert(self, model: object) -> None:  # type: ignore[override]
+            assert isinstance(model, nn.Module)
+            model.added = nn.Linear(16, 16, bias=False)
+
+    registry.register_handler("adds")(type("Adds", (Adds,), {"after": ()}))
+    settings = {"freeze": {"patterns": ["added.*", "misspelt.*"]}}
+    sections = {"model": {"handlers": ["adds", "freeze"]}, "handlers": settings}
+    config = JobConfig.model_validate(sections)
+    assert preflight(Facts(config, 1, "cpu", full=False), [MODEL]) == []
+    handlers = [NamedHandler(name, config, ParallelDims()) for name in config.model.handlers]
+    model = nn.Sequential(nn.Linear(1, 1))
+    handlers[0].convert(model)
+    with pytest.raises(ConfigError, match="misspelt"):
+        handlers[1].convert(model)
+    settings["freeze"]["patterns"].pop()
+    NamedHandler("freeze", JobConfig.model_validate(sections), ParallelDims()).convert(model)
+    assert [tensor.requires_grad for tensor in model.parameters()] == [True, True, False]
