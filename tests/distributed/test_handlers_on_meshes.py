@@ -58,6 +58,20 @@ def trained(gloo_pool: GlooPool) -> Once:
     return train_once
 
 
+def compared(trained: Once, variant: str, mesh: str) -> tuple[list[Trained], Trained, Trained]:
+    """The ranks of a mesh; one process, with which they end, but for rounding; and one with plain
+    linears, whose names and shapes they have."""
+    ranks, [one], [plain] = (
+        trained(variant, mesh),
+        trained(variant, "one process"),
+        trained(None, "one process"),
+    )
+    assert {name: shape for rank in ranks for name, shape in rank.names.items()} == plain.names
+    for rank in ranks:
+        assert rank.losses[-1] == pytest.approx(one.losses[-1], rel=5e-3)
+    return ranks, one, plain
+
+
 def nightly(*values: str) -> Any:
     """A case that takes too long for every change."""
     return pytest.param(*values, marks=pytest.mark.nightly)
@@ -67,35 +81,23 @@ def nightly(*values: str) -> Any:
 @pytest.mark.parametrize("variant", [nightly(v) if v in NIGHTLY else v for v in VARIANTS])
 def test_it_trains(variant: str, mesh: str, trained: Once) -> None:
     """As on one process, but for rounding; with the names and shapes of plain linears."""
-    ranks, [one], [plain] = (
-        trained(variant, mesh),
-        trained(variant, "one process"),
-        trained(None, "one process"),
-    )
+    ranks, one, plain = compared(trained, variant, mesh)
     for rank in ranks:
         assert rank.losses[-1] < rank.losses[0] - 2
         assert rank.losses[0] == pytest.approx(one.losses[0], rel=ROUNDING)
-        assert rank.losses[-1] == pytest.approx(one.losses[-1], rel=5e-3)
         assert all(kind.endswith(CLASSES[VARIANTS[variant][0]]) for kind in rank.kinds)
         assert rank.kinds and rank.losses[0] != plain.losses[0]
-    assert {name: shape for rank in ranks for name, shape in rank.names.items()} == plain.names
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("variant", FULL_PRECISION)
 def test_the_others_train(variant: str, mesh: str, trained: Once) -> None:
-    ranks, [one], [plain] = (
-        trained(variant, mesh),
-        trained(variant, "one process"),
-        trained(None, "one process"),
-    )
+    ranks, one, plain = compared(trained, variant, mesh)
     for rank in ranks:
         assert rank.losses[-1] < rank.losses[0] - 1
         assert rank.losses[0] == pytest.approx(plain.losses[0], rel=ROUNDING)
-        assert rank.losses[-1] == pytest.approx(one.losses[-1], rel=5e-3)
         assert (rank.num_graphs > 0) == (variant == "compile")
     assert (one.losses[-1] == pytest.approx(plain.losses[-1], rel=5e-3)) == (variant != "freeze")
-    assert {name: shape for rank in ranks for name, shape in rank.names.items()} == plain.names
 
 
 @pytest.mark.parametrize(

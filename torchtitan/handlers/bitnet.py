@@ -32,7 +32,7 @@ class _TernaryProduct(torch.autograd.Function):
         flat, row_scale = quantize_int8_rowwise(x.reshape(-1, x.size(-1)), eps=1e-5)
         mean = get_bitnet_scale(weight)
         if size > 1:
-            # All parts have one size, and one that several ranks have, all of them have as often.
+            # Parts are of one size, and each is on as many ranks: the mean of means is the whole's.
             mean = _C10D.wait_tensor(_C10D.all_reduce(mean, "sum", name)) / size
         ternary = quantize_bitnet_weight(weight, mean)
         scale = mean.to(weight.dtype)
