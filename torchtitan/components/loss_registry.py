@@ -9,14 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from torchtitan.components.loss_settings import CrossEntropySettings
-from torchtitan.config import ConfigError
 from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import Loss
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.value_errors import validated
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")
@@ -69,7 +66,4 @@ def loss_settings(section: Loss) -> Any:
     Raises ConfigError naming each setting that is unknown or unfit.
     """
     settings = LOSSES[section.name].settings
-    try:
-        return settings.model_validate(section.args)
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, "loss.args", settings)) from None
+    return validated(settings, section.args, "loss.args")

@@ -23,8 +23,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
 from torchtitan.components.optimizer_settings import (
     AdafactorSettings,
     AdamW8bitSettings,
@@ -32,11 +30,11 @@ from torchtitan.components.optimizer_settings import (
     SgdSettings,
     check_muon_names,
 )
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import Problem
 from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import Optimizer as OptimizerSection
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.value_errors import validated
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +140,4 @@ def optimizer_settings(section: OptimizerSection) -> Any:
     Raises ConfigError naming each setting that is unknown or unfit.
     """
     settings = OPTIMIZERS[section.name].settings
-    try:
-        return settings.model_validate(section.args)
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, "optimizer.args", settings)) from None
+    return validated(settings, section.args, "optimizer.args")

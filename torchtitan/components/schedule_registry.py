@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.registry import Registry, lazily, require_text
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import LRScheduler
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.value_errors import validated
 
 Function = Callable[[int, int, Any], float]
 BUILT_IN_NAME: str = LRScheduler.model_fields["name"].default
@@ -79,10 +77,7 @@ def schedule_settings(section: LRScheduler) -> Any:
     settings = SCHEDULES[section.name].settings
     if settings is LRScheduler:
         return section
-    try:
-        return settings.model_validate(section.args)
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, "lr_scheduler.args", settings)) from None
+    return validated(settings, section.args, "lr_scheduler.args")
 
 
 class Schedule:

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from torchtitan.components.sinks import Sink
-from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.registry import Registry, require_word
 from torchtitan.config.section import Section
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.value_errors import validated
 
 C = TypeVar("C", bound=type)
 _REQUIRED = ("resume", "write", "flush", "close")
@@ -81,10 +78,7 @@ def sink_settings(config: JobConfig, name: str) -> Any:
     Raises ConfigError naming each setting that is unknown or unfit.
     """
     settings = SINKS[name].settings
-    try:
-        return settings.model_validate(config.sinks.get(name, {}))
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, f"sinks.{name}", settings)) from None
+    return validated(settings, config.sinks.get(name, {}), f"sinks.{name}")
 
 
 def sink_opener(config: JobConfig, name: str, run: SinkRun) -> Callable[[], Sink]:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.fields import Key, example_table, keys_of, known_keys
 from torchtitan.config.section import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean, nearest
@@ -43,6 +43,15 @@ def problems_of_table(error: ValidationError, table: str, settings: type[Section
     except (AssertionError, ValueError):  # somebody's types that are no plain TOML: no examples
         keys = {}
     return _problems(error, table + ".", keys, frozenset())
+
+
+def validated(settings: type[Section], values: Any, table: str) -> Any:
+    """A `settings` of a free-form table's values. Raises ConfigError naming each key of `table`
+    that is unknown or unfit."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(problems_of_table(error, table, settings)) from None
 
 
 def _problems(

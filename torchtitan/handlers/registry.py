@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.config.registry import Registry, lazily, require_word
 from torchtitan.config.section import Section
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.value_errors import validated
 from torchtitan.handlers import (
     bitnet_settings,
     flex_attention_settings,
@@ -139,7 +137,4 @@ def handler_settings(config: JobConfig, name: str) -> Any:
     Raises ConfigError naming each setting that is unknown or unfit.
     """
     settings = HANDLERS[name].settings
-    try:
-        return settings.model_validate(config.handlers.get(name, {}))
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, f"handlers.{name}", settings)) from None
+    return validated(settings, config.handlers.get(name, {}), f"handlers.{name}")
