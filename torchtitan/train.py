@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from torchtitan import builder, preflight
+from torchtitan import builder, model_builder, preflight
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
 from torchtitan.components.finite import FiniteSteps
@@ -64,13 +64,13 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         saver = stack.enter_context(builder.build_saver(config, world, folder, dims))
         loader = builder.build_loader(facts, dims, world, tokenizer, saver)
         stack.callback(loader.close)
-        model = builder.build_model(
+        model = model_builder.build_model(
             config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.loads
         )
         optimizers = builder.build_optimizers(config, model, world.device)
         schedule = Schedule(config.lr_scheduler, training.steps)
         saver.load(model.parts, optimizers, model.handlers)
-        builder.call_after_load(model)
+        model_builder.call_after_load(model)
         update = builder.build_update(config, model, optimizers, dims, saver)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, saver))
@@ -189,7 +189,7 @@ def write_seed(facts: Facts, world: World, folder: RunFolder) -> None:
     mesh = dims.build_mesh(world.device.type)
     vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
     saver = builder.build_saver(config, world, folder, dims)
-    model = builder.build_model(config, vocab_size, mesh, dims, world.device)
+    model = model_builder.build_model(config, vocab_size, mesh, dims, world.device)
     saver.save_seed(model.parts)
 
 

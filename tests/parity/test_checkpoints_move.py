@@ -11,7 +11,7 @@ from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_checkpointer
 from tests.parity.table import TIED, dims_of, name_of, row
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.loss import CrossEntropyLoss
@@ -87,7 +87,7 @@ def go_on(world: World, case: Case, folder: str, last: int, save: bool) -> Leg:
     saver = Saver(Checkpoint(enable=True), make_checkpointer(world, folder), world)
     loader = builder.build_loader(facts, dims, world, build_tokenizer("bytes"), saver)
     # Other weights than those of the checkpoint, should it load less than all.
-    model = builder.build_model(config, tiny.VOCAB_SIZE, device_mesh, dims, world.device)
+    model = model_builder.build_model(config, tiny.VOCAB_SIZE, device_mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )

@@ -15,12 +15,13 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import digest
 from tests.parity.table import TIED, name_of, row
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import model_builder
 from torchtitan.config.facts import Facts
 from torchtitan.distributed import initialize
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
+from torchtitan.models.registry import get_family
 from torchtitan.models.spec import InitRule
 
 V, LOOP = {"schedule": "ZBVZeroBubble"}, {"schedule": "Interleaved1F1B"}
@@ -52,14 +53,14 @@ MESHES = [
 
 def build(
     world: World, case: Case, vocab_size: int = VOCAB_SIZE, initialise: bool = True
-) -> builder.BuiltModel:
+) -> model_builder.BuiltModel:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    return builder.build_model(config, vocab_size, mesh, dims, world.device, initialise)
+    return model_builder.build_model(config, vocab_size, mesh, dims, world.device, initialise)
 
 
-def named_parameters(model: builder.BuiltModel) -> list[tuple[str, nn.Parameter]]:
+def named_parameters(model: model_builder.BuiltModel) -> list[tuple[str, nn.Parameter]]:
     return [named for part in model.parts for named in part.named_parameters()]
 
 
@@ -73,7 +74,7 @@ def digests(world: World, case: Case, vocab_size: int) -> tuple[dict[str, str], 
 def whole_digests(world: World, case: Case, vocab_size: int) -> dict[str, str]:
     """Of a model that no part of the library but the initialisation has touched."""
     config = case.config()
-    family = builder.get_family("llama3")
+    family = get_family("llama3")
     args = family.resolve(config.model, vocab_size)
     model = family.build(args).double()
     initialize_parameters(model, model.init_rule, config.debug.seed)  # type: ignore[arg-type]

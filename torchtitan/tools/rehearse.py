@@ -24,8 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan import builder
-from torchtitan.builder import BuiltModel
+from torchtitan import builder, model_builder
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.facts import Facts
@@ -35,6 +34,7 @@ from torchtitan.distributed.parallel_dims import AXES, ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.world import fake_world
 from torchtitan.handlers.registry import HANDLERS
+from torchtitan.model_builder import BuiltModel
 from torchtitan.models.batch import Batch
 from torchtitan.models.registry import get_family
 from torchtitan.tools.traffic import Traffic
@@ -83,7 +83,7 @@ def rehearse(facts: Facts, rank: int) -> Rehearsal:
     with fake_world(rank, facts.world_size):
         mesh = dims.build_mesh(_DEVICE.type)
         # Cut on `meta`: there, 4096 parts of a parameter are 4096 views and no fake tensors.
-        model = builder.build_model(
+        model = model_builder.build_model(
             config, vocab_size, mesh, dims, torch.device("meta"), initialise=False
         )
         traffic = Traffic(_axes(mesh, dims))
@@ -126,7 +126,7 @@ def _step(
 ) -> list[Tensor]:
     """What `train` does in a step. Returns this rank's gradients."""
     training = facts.config.training
-    builder.call_after_load(model)
+    model_builder.call_after_load(model)
     update = builder.build_update(facts.config, model, optimizers, dims)
     runner = builder.build_runner(facts.config, model, mesh, dims, _DEVICE)
     if isinstance(runner, PipelineRunner):
