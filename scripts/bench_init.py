@@ -63,7 +63,7 @@ def measure(flavor: str, ranks: int, threads: int) -> dict[str, float]:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from torchtitan import builder
+    from torchtitan import model_builder
     from torchtitan.config import JobConfig
     from torchtitan.config.facts import Facts
     from torchtitan.distributed.initialize import initialize_parameters
@@ -76,7 +76,7 @@ def measure(flavor: str, ranks: int, threads: int) -> dict[str, float]:
     with fake_world(0, ranks):
         mesh = dims.build_mesh("cpu")
         device = torch.device("cpu")
-        model = builder.build_model(config, VOCAB_SIZE, mesh, dims, device, initialise=False)
+        model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, device, initialise=False)
         [part] = model.parts
         held = [p.to_local() if isinstance(p, DTensor) else p for p in part.parameters()]
         for tensor in held:

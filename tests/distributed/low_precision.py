@@ -14,7 +14,7 @@ from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import make_checkpointer
 from tests.parity.table import row
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import _plain, model_tensors, optimizer_tensors
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
@@ -102,7 +102,7 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
@@ -110,7 +110,7 @@ def train(world: World, case: Case, steps: int, folder: str = "", save: bool = F
     checkpointer = make_checkpointer(world, folder) if folder else None
     if checkpointer is not None and (found := checkpointer.find()) is not None:
         checkpointer.load(found, tensors)
-    builder.call_after_load(model)
+    model_builder.call_after_load(model)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     update = builder.build_update(config, model, optimizers, dims)
     batches = tiny.microbatches_of(case, dims, world.rank)
@@ -200,7 +200,7 @@ def curve(world: World, variant: str | None) -> Curve:
     config = case_of(variant, sections, debug_model=True).config()
     dims = ParallelDims()
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, 256, mesh, dims, world.device)
+    model = model_builder.build_model(config, 256, mesh, dims, world.device)
     optimizers = build_optimizers(config.optimizer, model.parts, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     update = builder.build_update(config, model, optimizers, dims)
@@ -248,7 +248,7 @@ def _gradients(world: World, variant: str | None, batch: Batch, dtype: str) -> d
     config = case_of(variant, sections, debug_model=True).config()
     dims = ParallelDims()
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, 256, mesh, dims, world.device)
+    model = model_builder.build_model(config, 256, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     runner.forward_backward([batch], batch["labels"].numel())
     named = dict(model.parts[0].named_parameters())

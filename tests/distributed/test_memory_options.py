@@ -25,7 +25,7 @@ from tests.parity.table import (
     row,
 )
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
@@ -70,7 +70,7 @@ def train(world: World, case: Case) -> Trained:
         mock.patch.object(data_parallel, "fully_shard", wraps=fully_shard) as sharding,
         mock.patch.object(parallelize, "apply_compile", wraps=apply_compile) as compiling,
     ):
-        model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+        model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )

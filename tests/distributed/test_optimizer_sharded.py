@@ -13,7 +13,7 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.table import row
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
 from torchtitan.config.facts import Facts
@@ -89,7 +89,7 @@ def step_with_nan(world: World, case: Case) -> tuple[bool, bool, int]:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names

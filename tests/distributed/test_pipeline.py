@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.facts import Facts
@@ -117,11 +117,11 @@ def test_schedule_from_a_file(
     assert tiny.compare(results, references[4, False]).worst < TOLERANCE
 
 
-def build(world: World, case: Case) -> tuple[builder.BuiltModel, PipelineRunner, list[Batch]]:
+def build(world: World, case: Case) -> tuple[model_builder.BuiltModel, PipelineRunner, list[Batch]]:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     return model, runner, tiny.microbatches_of(case, dims, world.rank)  # type: ignore[return-value]
 

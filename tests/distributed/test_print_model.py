@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import model_builder
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World
@@ -39,7 +39,7 @@ def log_of_building(world: World, case: Case) -> str:
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as log:
         init_logging(world.rank)
-        builder.build_model(config, VOCAB_SIZE, dims.build_mesh("cpu"), dims, world.device)
+        model_builder.build_model(config, VOCAB_SIZE, dims.build_mesh("cpu"), dims, world.device)
     return log.getvalue()
 
 

@@ -19,7 +19,7 @@ from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, parallelism, row
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
@@ -31,11 +31,11 @@ from torchtitan.models.spec import LanguageModel
 LAYERS = 2
 
 
-def build(world: World, case: Case) -> tuple[builder.BuiltModel, Any]:
+def build(world: World, case: Case) -> tuple[model_builder.BuiltModel, Any]:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     return model, builder.build_runner(config, model, mesh, dims, world.device)
 
 

@@ -16,7 +16,7 @@ from tests.distributed import runs
 from tests.distributed.test_runs import start_and_signal
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.config.facts import Facts
 from torchtitan.config.toml_text import toml_value
 from torchtitan.data.tokenizers import build_tokenizer
@@ -88,7 +88,7 @@ def validate(
     dims = ParallelDims.from_facts(facts)
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
-    model = builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
+    model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     records: Any = Records()
     stop = StopRequest()
@@ -107,7 +107,7 @@ def count_plainly(world: World, case: Case, sets: list[dict[str, Any]]) -> dict[
     dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
-    model = builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
+    model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
     names = ["tokens", "positions"] + ["document_ids"] * case.document_mask
     result = {}
     for named in builder.validation_sets(config):

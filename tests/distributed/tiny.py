@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import JobConfig
@@ -158,7 +158,7 @@ def train(world: World, case: Case) -> Result:
     facts = Facts(config, world.world_size, "cpu")
     dims = ParallelDims.from_facts(facts)
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names

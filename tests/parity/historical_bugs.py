@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from tests.distributed import tiny
 from tests.distributed.tiny import Case, Result
 from tests.parity.table import ALLGATHER, FULL, PACKED, REGULARISED, RING, TIED, row
-from torchtitan import builder
+from torchtitan import model_builder
 from torchtitan.components.cut_vocabulary import CutVocabulary
 from torchtitan.distributed import data_parallel, pipeline_runner, runner, spread_attention
 from torchtitan.distributed.context_parallel import ContextParallel, SpreadMasks
@@ -151,7 +151,7 @@ def seeds_differ_between_ranks(patches: Patches) -> None:
     def own_seed(original, part, rule, seed):
         original(part, rule, seed + dist.get_rank())
 
-    patches.put(builder, "initialize_parameters", own_seed)
+    patches.put(model_builder, "initialize_parameters", own_seed)
 
 
 @shows_on(row(tp=2))
@@ -385,7 +385,7 @@ def depth_is_counted_in_each_stage(patches: Patches) -> None:
 
         original(part, rule_of_stage, seed)
 
-    patches.put(builder, "initialize_parameters", from_zero)
+    patches.put(model_builder, "initialize_parameters", from_zero)
 
 
 def _square_sum(parameters, *_) -> torch.Tensor:

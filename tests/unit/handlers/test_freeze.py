@@ -9,7 +9,7 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.table import FROZEN_START, row
 from tests.pool import GlooPool
-from torchtitan import builder
+from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
 from torchtitan.config import ConfigError, JobConfig
@@ -108,7 +108,7 @@ def step_once(world: World, case: Case) -> dict[str, tuple[bool, bool, bool]]:
     config = case.config()
     dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    model = builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
+    model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names

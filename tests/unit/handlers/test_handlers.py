@@ -13,7 +13,7 @@ from pydantic import field_validator
 from torch import nn
 
 from tests.distributed import runs
-from torchtitan import builder
+from torchtitan import model_builder
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.help_text import print_help
@@ -349,7 +349,9 @@ def test_handlers_have_to_leave_something_to_train() -> None:
     with fake_world(0, 1):
         mesh = dims.build_mesh("cpu")
         with pytest.raises(ConfigError, match="nothing is left to train after them"):
-            builder.build_model(config, 64, mesh, dims, torch.device("meta"), initialise=False)
+            model_builder.build_model(
+                config, 64, mesh, dims, torch.device("meta"), initialise=False
+            )
 
 
 def test_what_a_handler_of_ones_own_adds_may_be_named() -> None:
