@@ -8,7 +8,6 @@ ones.
 import faulthandler
 import functools
 import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.pool"]
+from tests.forked import CONTEXT
 
 
 class RankFailure(AssertionError):
@@ -32,8 +31,7 @@ class GlooPool:
     """Processes that run functions of tests, as many as were ever needed."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._context = CONTEXT
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="gloo-pool-")
         self._runs = 0

@@ -1,14 +1,15 @@
-"""Real runs of the program, in processes of their own."""
+"""Real runs of the program, in processes of their own; most are forked, see `tests/forked.py`."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.forked import execute, launcher_variables
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -98,17 +99,6 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def launcher_variables(world_size: int) -> list[dict[str, str]]:
-    """What a launcher would tell the ranks of one machine."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    world = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [world | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
-    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
-
-
 def start_ranks(
     folder: Path, *arguments: str, folders: Sequence[Path], killed_rank: int | None = None
 ) -> list[subprocess.Popen[str]]:
@@ -135,26 +125,14 @@ def run(
     folder: Path, *arguments: str, processes: int = 1, expect: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit status must be `expect`."""
-    done = subprocess.run(
-        command(folder, *arguments, processes=processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = execute(command(folder, *arguments, processes=processes), env=environment())
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
 
 def run_killed(folder: Path, *arguments: str) -> None:
     """Run until the process is killed after step 6."""
-    done = subprocess.run(
-        killed_after(6, command(folder, *arguments)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = execute(killed_after(6, command(folder, *arguments)), env=environment())
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert len(records(folder)) == 6
 

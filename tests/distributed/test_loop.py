@@ -1,10 +1,10 @@
 """The order of things in the loop, and what its time is booked on, seen from inside a real run."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 from tests.distributed import runs
+from tests.forked import execute
 
 _SCRIPT = """
 import sys
@@ -60,13 +60,7 @@ def test_order_around_a_checkpoint(tmp_path: Path) -> None:
     a resume must find the curve up to its step."""
     command = runs.command(tmp_path / "run", "--checkpoint.interval=2", "--training.steps=4")
     arguments = command[command.index("torchtitan.train") + 1 :]
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *arguments],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = execute([sys.executable, "-c", _SCRIPT, *arguments], env=runs.environment())
     assert done.returncode == 0, done.stderr
     calls = next(line for line in done.stdout.splitlines() if line.startswith("CALLS")).split()
     assert calls[1:] == [

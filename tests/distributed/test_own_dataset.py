@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests.distributed import runs
+from tests.forked import execute
 
 PAGE = (runs.ROOT / "docs" / "datasets.md").read_text("utf-8")
 SECTION = PAGE.partition("## A dataset of one's own")[2]
@@ -31,7 +32,7 @@ def run(
     (folder.parent / "config.toml").write_text(runs.CONFIG.replace(tables, block("toml")))
     environment = runs.environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(folder.parent), environment["PYTHONPATH"]])
-    return subprocess.run(words, env=environment, capture_output=True, text=True)
+    return execute(words, env=environment)
 
 
 def test_map_style_trains(tmp_path: Path) -> None:

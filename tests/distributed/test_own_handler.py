@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 
 PAGE = (runs.ROOT / "docs" / "handlers.md").read_text("utf-8")
 LESSON, _, TESTING = PAGE.partition("## Testing it")
@@ -38,9 +39,7 @@ def run(folder: Path, toml: str, *arguments: str, processes: int = 1) -> list[fl
     """The losses of a run with `toml` in its config."""
     words = runs.command(folder, *arguments, processes=processes)
     (folder.parent / "config.toml").write_text(runs.CONFIG + toml)
-    done = subprocess.run(
-        words, env=environment(folder.parent), capture_output=True, text=True, timeout=240
-    )
+    done = execute(words, env=environment(folder.parent))
     assert done.returncode == 0, done.stderr
     return [loss for _, loss, _ in runs.curve(folder)]
 

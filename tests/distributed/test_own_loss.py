@@ -3,13 +3,13 @@
 import math
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 
 PAGE = (runs.ROOT / "docs" / "losses.md").read_text("utf-8")
 SECTION = PAGE.partition("## A loss of one's own")[2]
@@ -37,7 +37,7 @@ def run(folder: Path, *arguments: str, processes: int = 1, toml: str = "") -> li
     (folder.parent / "config.toml").write_text(runs.CONFIG + toml)
     environment = runs.environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(folder.parent), environment["PYTHONPATH"]])
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = execute(words, env=environment)
     assert done.returncode == 0, done.stderr
     return runs.records(folder)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 from torchtitan.checkpoint.steps_folder import inspect_steps
 
 ASYNC = "--checkpoint.async_mode=async"
@@ -64,12 +65,9 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def run_with_fault(folder: Path, fault: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Every save takes longer than a step."""
     command = runs.command(folder, ASYNC, *arguments)
-    return subprocess.run(
+    return execute(
         [sys.executable, "-c", _SCRIPT, *command[command.index("torchtitan.train") + 1 :]],
         env=runs.environment() | {"FAULT": fault},
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import runs
 from tests.faults.saving import RUN_ID, Trainer
+from tests.forked import execute
 from tests.pool import GlooPool
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
@@ -168,7 +168,7 @@ def test_in_a_run(tmp_path: Path) -> None:
             *more,
             processes=2,
         )
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+        done = execute(words, env=environment)
         assert done.returncode == 0, done.stderr
         # The ranks write into one pipe, so their lines may run into each other.
         return set(re.findall(r"LOADED \d \d+ -?\d\.\d{3}", done.stdout))

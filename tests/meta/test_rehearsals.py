@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 from tests.meta.test_train_configs import CONFIGS, ROOT, first_comment
 
 MOST_SECONDS = 60
@@ -134,7 +135,8 @@ def test_four_dimensions_show_the_losses_of_one_process(tmp_path: Path):
         if processes == 1:
             comment = first_comment(config)
             command += re.findall(r"--parallelism\S+|(?<=_degree )1", comment)
-        subprocess.run(command, env=runs.environment(), check=True, timeout=500)
+        done = execute(command, env=runs.environment(), timeout=500)
+        assert done.returncode == 0, done.stderr
         curves.append(runs.curve(folder))
     assert len(curves[0]) == 10
     for several, one in zip(*curves, strict=True):

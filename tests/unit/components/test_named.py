@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 from torchtitan.components import optimizer_registry, schedule_registry, sink_registry
 from torchtitan.components.checks import check, probe
 from torchtitan.components.optimizer_registry import OPTIMIZERS, OptimizerEntry
@@ -283,7 +284,7 @@ def test_a_run_with_an_optimizer_a_schedule_and_sinks_of_one_s_own(tmp_path: Pat
             "--sinks.lines.file=mine.txt",
             f"--training.steps={steps}",
         )
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = execute(command, env=env)
         assert done.returncode == 0, done.stderr
         return done.stderr
 

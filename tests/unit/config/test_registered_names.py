@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 from torchtitan.components.loss_registry import register_loss
 from torchtitan.components.optimizer_registry import register_optimizer
 from torchtitan.components.schedule_registry import register_schedule
@@ -212,7 +213,7 @@ def test_the_example_package_trains(example: Path, tmp_path: Path) -> None:
     assert shown and dataset in runs.CONFIG
     config = runs.CONFIG.replace(dataset, shown[1])
     (tmp_path / "config.toml").write_text(config)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = execute(command, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("ReluSquaredFeedForward") == 1
     assert len(runs.curve(tmp_path / "run")) == 4
@@ -222,7 +223,7 @@ def test_the_example_package_trains(example: Path, tmp_path: Path) -> None:
     plain = runs.command(tmp_path / "plain", *words[1:], "--loss.name=cross_entropy", processes=2)
     config = config.replace("args = { epsilon = 0.5 }\n", "")
     (tmp_path / "config.toml").write_text(config)
-    done = subprocess.run(plain, env=env, capture_output=True, text=True, timeout=240)
+    done = execute(plain, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     first, other = (runs.curve(tmp_path / name)[0][1] for name in ("run", "plain"))
     assert 0.4 < first - other < 0.5, "half of what is missing of a probability of 1"

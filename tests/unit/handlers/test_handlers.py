@@ -13,6 +13,7 @@ from pydantic import field_validator
 from torch import nn
 
 from tests.distributed import runs
+from tests.forked import execute
 from torchtitan import model_builder
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
@@ -230,7 +231,7 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
 
     def output(*more: str) -> str:
         command = runs.command(tmp_path / "run", *settings, *more)
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = execute(command, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
