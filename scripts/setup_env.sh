@@ -29,7 +29,7 @@ ours = found is not None and os.path.realpath(found.origin or "").startswith(
 )
 needed = ["torch", "datasets", "sentencepiece", "tiktoken"]
 if extra == "dev":
-    needed += ["pytest", "pytest_timeout", "ruff", "mypy", "importlinter", "transformers"]
+    needed += ["pytest", "pytest_timeout", "xdist", "ruff", "mypy", "importlinter", "transformers"]
 sys.exit(not (ours and all(find_spec(name) for name in needed)))
 PYTHON
 }
