@@ -1,16 +1,13 @@
 """Every TOML of train_configs/ runs a step at its own scale, on fake tensors, by the command line.
 
-Each rehearsal is a program of its own. They run two at a time, and a test waits for its own one.
+Each rehearsal is a process of its own. They run two at a time, and a test waits for its own one.
 """
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
 from typing import NamedTuple
 
 import pytest
@@ -59,30 +56,36 @@ OFTEN = [
 RARELY = sorted({place for name in NAMES for place in places(name, 0.4, 0.5, 1)} - {*OFTEN})
 
 
+_MEASURED = """
+import resource, sys
+from torchtitan.cli import main
+
+status = main(["train", *sys.argv[1:]])
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print("\\nMEASURED", usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+sys.exit(status)
+"""
+
+
 def rehearse(place: Place, folder: Path) -> Outcome:
-    """Run the program in `folder`, with that and its output beside it."""
-    command = [sys.executable, "-m", "torchtitan.train", "--comm.mode=fake_backend"]
+    """Run the program in `folder`."""
     config = ROOT / f"train_configs/{place.config}.toml"
-    with open(f"{folder}.log", "w+") as log:
-        process = subprocess.Popen(
-            [*command, f"--job.config_file={config}"],
-            env={
-                **runs.environment(),
-                "WORLD_SIZE": str(place.world_size),
-                "RANK": str(place.rank),
-            },
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        patience = Timer(500, process.kill)
-        patience.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        patience.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        seconds = usage.ru_utime + usage.ru_stime
-        return Outcome(process.returncode, seconds, usage.ru_maxrss / 2**20, log.read())
+    place_in_world = {"WORLD_SIZE": str(place.world_size), "RANK": str(place.rank)}
+    done = execute(
+        [
+            sys.executable,
+            "-c",
+            _MEASURED,
+            "--comm.mode=fake_backend",
+            f"--job.config_file={config}",
+        ],
+        env=runs.environment() | place_in_world,
+        cwd=folder,
+        timeout=500,
+    )
+    output, _, measured = done.stdout.partition("MEASURED ")
+    seconds, peak_gib = map(float, measured.split())
+    return Outcome(done.returncode, seconds, peak_gib, output + done.stderr)
 
 
 @pytest.fixture(scope="module")
