@@ -18,7 +18,7 @@ from torchtitan.config.facts import Facts
 from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import parallelize
-from torchtitan.distributed.pipeline_cut import PipelinePlan, plan_pipeline
+from torchtitan.distributed.pipeline_cut import PipelinePlan, plan_pipeline, torn_parameters
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs, require_language_model
@@ -89,6 +89,8 @@ def build_model(
     plan, parts = None, [model]
     if dims.pp > 1:
         plan = plan_pipeline(Facts(config, dims.world_size, device.type), args.modules())
+        if torn := torn_parameters(plan, model, dims.pp):
+            raise ConfigError(torn)
         stages = plan.held_by(mesh.get_local_rank("pp"))
         parts = [_cut_out(model, plan.stages[stage]) for stage in stages]
     built = BuiltModel(

@@ -53,6 +53,7 @@ _PROBES = {
         "torchtitan.components.model_checks",
         "torchtitan.checkpoint.model_checks",
         "torchtitan.handlers.model_checks",
+        "torchtitan.handlers.cut_checks",
     ),
     CHECKPOINTS: ("torchtitan.checkpoint.checks",),
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.distributed import own_models
 from torchtitan import builder, model_builder
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import build_optimizers
@@ -45,6 +46,8 @@ class Case:
     pp: int = 1
     microbatches: int = 1
     """Batches of a rank and step, whose gradients accumulate."""
+    family: str = "llama3"
+    """Or one of `own_models`."""
     layers: int = 2
     heads: int = 8
     kv_heads: int = 4
@@ -58,6 +61,8 @@ class Case:
     """Further sections of the config."""
 
     def config(self) -> JobConfig:
+        if self.family != "llama3":
+            own_models.register()
         float64 = dict.fromkeys(
             ("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64"
         )
@@ -71,7 +76,7 @@ class Case:
             "sliding_window": self.window,
         }
         sections: dict[str, dict[str, Any]] = {
-            "model": {"args": args, "norm_type": self.norm},
+            "model": {"name": self.family, "args": args, "norm_type": self.norm},
             "training": {
                 **float64,
                 "dataset": "stdlib",

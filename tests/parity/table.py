@@ -1,9 +1,8 @@
 """The meshes that are proven equal to one process.
 
 Each row trains the same tiny model on the same data (`tests/distributed/tiny.py`) on another mesh.
-The variants of the model (tied, packed documents) and what is special (schedule, method,
-checkpointing) are spread over the meshes, so that each meets many others. What a row is, is read
-from its config, so that the words in a row's name cannot differ from what runs.
+The variants of the model (tied, packed documents) and what is special (schedule, method) are spread
+over the meshes, so that each meets many others. A row's name is made from its config.
 """
 
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
+from tests.parity.own_models import OWN_MODELS
 from torchtitan.components.loss_registry import loss_settings
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -304,6 +304,7 @@ WINDOWED = [
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
+TABLE += OWN_MODELS
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -328,6 +329,8 @@ def special_of(case: Case) -> list[str]:
 def _special(case: Case) -> Iterator[str]:
     config = case.config()
     mesh, recompute = config.parallelism, config.activation_checkpoint
+    if case.family != Case.family:
+        yield case.family
     if case.pp > 1:
         yield "CSV" if mesh.pipeline_parallel_schedule_csv else mesh.pipeline_parallel_schedule
     if case.cp > 1:
@@ -388,7 +391,7 @@ def name_of(case: Case) -> str:
 def reference_of(case: Case) -> Case:
     """One process that trains the same model, with the same optimizer, and nothing special. The
     fused norm has to be equal to the usual one."""
-    model = ("layers", "heads", "kv_heads", "tied", "document_mask", "window")
+    model = ("family", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
     frozen = case.settings.get("handlers", {}).get("freeze")

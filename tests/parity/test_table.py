@@ -66,7 +66,7 @@ def test_one_process_equals_a_plain_loop(
 ) -> None:
     """Of PyTorch's own parts: else all rows could be wrong alike."""
     config = case.config()
-    family = get_family("llama3")
+    family = get_family(config.model.name)
     args = family.resolve(config.model, tiny.VOCAB_SIZE)
     model = family.build(args).double()
     initialize_parameters(model, model.init_rule, config.debug.seed)

@@ -10,12 +10,16 @@ the time in which ranks have nothing to do: either in loops (of 2 ranks the firs
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.config.suggest import nearest
 from torchtitan.distributed.pipeline_schedule import CSV_KEY, SCHEDULES, read_schedule
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NAMES_KEY = "parallelism.module_fqns_per_model_part"
 SPLIT_KEY = "parallelism.pipeline_parallel_split_points"
@@ -44,6 +48,15 @@ class PipelinePlan:
         """The stages of a rank, in order."""
         return [stage for stage, holder in enumerate(self.holders) if holder == rank]
 
+    def stages_with(self, name: str) -> list[int]:
+        """Return the stages that hold a parameter of this full name: all, if in none's modules."""
+        holding = [
+            number
+            for number, modules in enumerate(self.stages)
+            if any(name == module or name.startswith(f"{module}.") for module in modules)
+        ]
+        return holding or list(range(len(self.stages)))
+
 
 def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
     """The cut of a model with these `modules` (`ModelArgs.modules`).
@@ -69,6 +82,33 @@ def plan_pipeline(facts: Facts, modules: Mapping[str, int]) -> PipelinePlan:
     else:
         stages = _balanced_stages(section, modules, blocks, len(holders))
     return PipelinePlan(tuple(map(tuple, stages)), holders)
+
+
+def torn_parameters(plan: PipelinePlan, model: "nn.Module", degree: int) -> list[Problem]:
+    """Return a problem for parameters that several stages would each train a copy of.
+
+    `model` is whole. Its shared parameters may be a family's or a handler's doing.
+    """
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    torn = []
+    for names in names_of.values():
+        stages = sorted({stage for name in names for stage in plan.stages_with(name)})
+        if len(stages) > 1:
+            torn.append((names, stages))
+    if not torn:
+        return []
+    names, stages = torn[0]
+    more = f" (and {len(torn) - 1} more)" if len(torn) > 1 else ""
+    copies = f"stages {_some([str(stage) for stage in stages])} would each train a copy"
+    if len(names) == 1:
+        problem = f"{names[0]}{more} is in no module of ModelArgs.modules(), so {copies}"
+        fix = "set it to 1, or put the parameter into one of these modules"
+    else:
+        problem = f"{_some(names)} are one parameter{more}, and {copies}"
+        fix = f"set it to 1, or keep what is shared in one stage ({NAMES_KEY})"
+    return [Problem(DEGREE_KEY, problem, fix, degree)]
 
 
 def number_of_stages(section: Parallelism, num_layers: int) -> int:
@@ -270,6 +310,6 @@ def _named_stages(section: Parallelism, modules: Mapping[str, int], count: int) 
     return stages
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     shown = names if len(names) <= 4 else [*names[:2], "...", *names[-2:]]
     return ", ".join(shown)

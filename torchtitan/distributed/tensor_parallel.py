@@ -11,7 +11,7 @@ optimizers understand), but read as attributes they give this rank's part. Each 
 replaced by a subclass that does so, and that communicates around the forward; names stay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -130,6 +130,17 @@ class TensorStyle:
     mixin: type[CutModule] = CutModule
     units: int | None = None
     """Of a replicated matrix every rank uses one of so many parts of its rows."""
+    added_once: tuple[str, ...] = ()
+    """Parameters that each rank adds to its term of a sum, where they belong in the sum once."""
+
+    def placements_of(self, parameter: str) -> tuple[Placement, Placement | None]:
+        """Return the placements of one of the module's own parameters and of its gradient.
+
+        What no rank cuts, each uses for a term of what all compute together.
+        """
+        if self.placement is None or parameter in self.added_once:
+            return Replicate(), Partial()
+        return self.placement, self.gradient
 
     def part_of(self, rows: int, columns: int, degree: int) -> tuple[int, int]:
         """Of a matrix, what one of `degree` ranks multiplies with."""
@@ -169,7 +180,7 @@ class TensorStyles:
         return TensorStyle(Replicate(), Partial(), units=units)
 
     def rowwise(self) -> TensorStyle:
-        return TensorStyle(Shard(1), Shard(1), _ScatterOutput)
+        return TensorStyle(Shard(1), Shard(1), _ScatterOutput, added_once=("bias",))
 
     def head(self) -> TensorStyle:
         return TensorStyle(Shard(0), Shard(0), GatherInput)
@@ -185,37 +196,89 @@ def apply_tensor_parallel(
     """Cut `model`, which is on the meta device, over the 1-D `mesh` as its plan says, in place.
 
     With `overlap` compiled blocks exchange piece by piece, while they compute (CUDA only).
-    `extensions` change the plan first. Raises ValueError for a parameter that the plan leaves out:
-    nothing would sum its gradient.
+    `extensions` change the plan first. Raises ValueError for a plan with `plan_problems`.
     """
     declared: object = model
     assert isinstance(declared, LanguageModel)
     if overlap:
         enable_async_tensor_parallel(mesh.get_group().group_name)
     group = TensorGroup(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
-    plan = declared.tensor_parallel_plan(TensorStyles(group.size))
-    for extend in extensions:
-        extend(plan)
+    plan = extended_plan(declared, group.size, extensions)
+    if problems := plan_problems(model, plan):
+        raise ValueError("; ".join(problems))
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is met twice, and stays one
     for name, style in plan.items():
         module = model.get_submodule(name)
-        for key, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, CutModule):
+            continue  # known by another name, too
+        names = tuple(key for key, _ in module.named_parameters(recurse=False))
+        for key in names:
+            parameter = module._parameters[key]
+            assert parameter is not None
             if parameter not in moved:
-                cut = distribute_tensor(parameter, mesh, [style.placement], src_data_rank=None)
+                placement, _ = style.placements_of(key)
+                cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
                 moved[parameter] = nn.Parameter(cut, parameter.requires_grad)
             module.register_parameter(key, moved[parameter])
-        names = tuple(key for key, _ in module.named_parameters(recurse=False))
         cls: Any = type(module)
         module.__class__ = _cut_class(cls, style, group, names)
     for block in filter(is_marked_for_compile, declared.blocks().values()):
         cut = [module for module in block.modules() if isinstance(module, CutModule)]
         block.register_forward_pre_hook(partial(_take_parts, cut))
         block.register_forward_hook(partial(_drop_parts, cut))
-    left_out = [
-        name for name, tensor in model.named_parameters() if not isinstance(tensor, DTensor)
-    ]
+
+
+def extended_plan(
+    model: LanguageModel, degree: int, extensions: Sequence[PlanExtension]
+) -> dict[str, TensorStyle]:
+    """Return the model's plan for `degree` ranks, changed by `extensions`."""
+    plan = model.tensor_parallel_plan(TensorStyles(degree))
+    for extend in extensions:
+        extend(plan)
+    return plan
+
+
+def plan_problems(model: nn.Module, plan: Mapping[str, TensorStyle]) -> list[str]:
+    """Return what keeps the uncut `model` from being cut as `plan` says, a sentence each."""
+    found = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in plan if name not in modules]:
+        found.append(f"the tensor-parallel plan names {', '.join(unknown)}: no such module")
+    styles: dict[nn.Module, TensorStyle] = {}
+    for name in plan.keys() & modules.keys():
+        if styles.setdefault(modules[name], plan[name]) != plan[name]:
+            found.append(f"the tensor-parallel plan cuts {name}, a shared module, in two ways")
+    cuts: dict[nn.Parameter, dict[tuple[Placement, Placement | None], str]] = {}
+    left_out = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder, _, key = name.rpartition(".")
+        style = styles.get(modules[holder])
+        if style is None:
+            left_out.append(name)
+            continue
+        cuts.setdefault(parameter, {}).setdefault(style.placements_of(key), name)
+        if misfit := _misfit(style, key, modules[holder]):
+            found.append(f"the tensor-parallel plan has no place for {name}, {misfit}")
+    for names in (" and ".join(cut.values()) for cut in cuts.values() if len(cut) > 1):
+        found.append(f"the tensor-parallel plan cuts {names}, one parameter, in two ways")
     if left_out:
-        raise ValueError(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
+        found.append(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
+    return found
+
+
+def _misfit(style: TensorStyle, key: str, module: nn.Module) -> str | None:
+    """Return why a parameter cannot be cut together with the module's weight; None if it can."""
+    placement, _ = style.placements_of(key)
+    weight, parameter = module._parameters.get("weight"), module._parameters[key]
+    assert parameter is not None
+    if not isinstance(placement, Shard):
+        return None
+    if placement.dim >= parameter.dim():
+        return f"whose shape is {list(parameter.shape)} where columns are cut"
+    if weight is not None and parameter.size(placement.dim) != weight.size(placement.dim):
+        shapes = f"{list(parameter.shape)} beside a weight of {list(weight.shape)}"
+        return f"whose shape is {shapes}, cut along dimension {placement.dim}"
+    return None
 
 
 @cache
@@ -236,7 +299,10 @@ def _part(name: str, style: TensorStyle, group: TensorGroup, module: CutModule) 
     assert isinstance(parameter, DTensor)
     if len(parameter.placements) > 1:
         return parameter
-    local = parameter.to_local(grad_placements=[style.gradient])
+    _, gradient = style.placements_of(name)
+    local = parameter.to_local(grad_placements=[gradient])
+    if name in style.added_once:
+        return local * float(group.rank == 0)
     if style.units is None:
         return local
     size = local.size(0) // style.units

@@ -6,7 +6,8 @@ as the head, computes something of its own.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.registry import handler_settings
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def linears_of(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -31,18 +33,34 @@ def swap_linears(
 ) -> list[str]:
     """Replace each wanted linear by `swap(name, linear)`, in place; their names in order.
 
-    An error in `swap` is raised as RuntimeError that names the linear.
+    A linear, or a weight, that has several names stays one. An error in `swap` is raised as
+    RuntimeError that names the linear.
     """
+    places = _names_by_object(model.named_modules(remove_duplicate=False))
+    shared = _names_by_object(model.named_parameters(remove_duplicate=False))
     names = [name for name, linear in linears_of(model) if is_wanted(name, linear)]
     for name in names:
+        linear = model.get_submodule(name)
         try:
-            swapped = swap(name, model.get_submodule(name))  # type: ignore[arg-type]
+            swapped = swap(name, linear)  # type: ignore[arg-type]
         except ConfigError:
             raise
         except Exception as error:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, swapped)
+        for place in places[linear]:
+            parent, _, last = place.rpartition(".")
+            setattr(model.get_submodule(parent), last, swapped)
+    for first, *others in shared.values():  # the swap may have made new parameters
+        for other in others:
+            parent, _, last = other.rpartition(".")
+            setattr(model.get_submodule(parent), last, model.get_parameter(first))
+    return names
+
+
+def _names_by_object(named: Iterable[tuple[str, T]]) -> dict[T, list[str]]:
+    names: dict[T, list[str]] = {}
+    for name, thing in named:
+        names.setdefault(thing, []).append(name)
     return names
 
 

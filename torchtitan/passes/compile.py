@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 
@@ -43,7 +44,11 @@ def memory_budget_of(section: ActivationCheckpoint) -> float | None:
 
 
 def apply_compile(blocks: Mapping[str, nn.Module], memory_budget: float | None = None) -> None:
-    """Compile the marked blocks in place, each as one full graph; nothing runs yet."""
+    """Compile the marked blocks in place, each as one full graph; nothing runs yet.
+
+    Blocks that differ, in their class or in a number that they hold, are compiled apart.
+    """
+    _allow_each(sum(hasattr(block, _MARK) for block in blocks.values()))
     backends: dict[str, Any] = {}
     for block in blocks.values():
         options = getattr(block, _MARK, None)
@@ -53,6 +58,17 @@ def apply_compile(blocks: Mapping[str, nn.Module], memory_budget: float | None =
                 # One function for all blocks: what another one has compiled would not be reused.
                 backends[name] = _within(memory_budget, name)
             block.compile(backend=backends.get(name, name), fullgraph=True)
+
+
+def _allow_each(num_blocks: int) -> None:
+    """Let each block be compiled as often as torch lets one function be.
+
+    torch counts by the code of a forward, which blocks share even where they differ. A limit stays:
+    without one, a forward that is compiled at every step would only seem slow.
+    """
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit += 8 * num_blocks  # the stages of a pipeline add theirs
+    limits.accumulated_recompile_limit += 8 * num_blocks
 
 
 def _within(memory_budget: float, backend: str) -> Callable[..., Any]:

@@ -57,6 +57,19 @@ def test_names_and_shapes_stay(name: str) -> None:
     assert len(kinds) == 14 and len(set(kinds.values())) == 1 and "Linear" not in kinds.values()
 
 
+@pytest.mark.parametrize("settings", [{}, SENT])
+def test_what_is_shared_stays_shared(settings: dict[str, Any]) -> None:
+    """A linear, and a weight of two linears; the latter also where weights become others."""
+    model = build()
+    first, second = (model.get_submodule(f"layers.{n}.attention") for n in range(2))
+    second.wq = first.wq
+    second.wo.weight = first.wo.weight  # type: ignore[union-attr]
+    handler_of("float8", **settings).convert(model)
+    assert second.wq is first.wq and type(first.wq).__name__ == "Float8Linear"
+    assert second.wo is not first.wo and type(second.wo).__name__ == "Float8Linear"
+    assert second.wo.weight is first.wo.weight
+
+
 def test_what_does_not_fit_is_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build(ffn_dim=72)

@@ -1,0 +1,102 @@
+"""Families that do what the built-in ones do not: share parameters, and have biases.
+
+`register()` makes them known to `model.name`, in whatever process calls it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.models.attend import Mask
+from torchtitan.models.llama3.flavors import FLAVORS, LlamaArgs
+from torchtitan.models.llama3.model import Attention, Llama, apply_rope
+from torchtitan.models.registry import register_family
+from torchtitan.models.spec import InitRule, ModelFamily
+
+
+class TiedLlama(Llama):
+    """Its ends are one matrix, and nothing that it declares knows of it."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        assert self.output is not None and self.tok_embeddings is not None
+        self.output.weight = self.tok_embeddings.weight
+
+
+class SharingLlama(Llama):
+    """Two blocks share a feed-forward, a module, and a matrix of their attention, a parameter."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        share(self)
+
+
+def share(model: nn.Module) -> None:
+    """Let the first two blocks share what `SharingLlama` says."""
+    first, second = (model.get_submodule(f"layers.{n}") for n in range(2))
+    second.feed_forward = first.feed_forward
+    second.attention.wo.weight = first.attention.wo.weight  # type: ignore[union-attr]
+
+
+class RepeatedLlama(Llama):
+    """All blocks are one."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        block = self.layers["0"]
+        for key in self.layers:
+            self.layers[key] = block
+
+
+class ScaledAttention(Attention):
+    """With a parameter of its own: it scales channels of the queries."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        self.scale = nn.Parameter(torch.empty(args.head_dim))
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim)) * self.scale
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
+        out, _ = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class BiasedLlama(Llama):
+    """Every linear of a block has a bias, as GPT-2's, and its attention a parameter of its own."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        for block in self.layers.values():
+            block.attention = ScaledAttention(args)
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.bias = nn.Parameter(torch.empty(module.out_features))
+
+    def init_rule(self, name: str) -> InitRule:
+        """Biases and scales are no constants, else a mistake with one would not show."""
+        if name.endswith((".bias", ".scale")):
+            return InitRule("normal", std=0.3)
+        return super().init_rule(name)
+
+
+def _family(name: str, model: type[Llama]) -> ModelFamily:
+    def build(args: LlamaArgs) -> nn.Module:
+        return model(args)
+
+    return ModelFamily(name, LlamaArgs, FLAVORS, build)
+
+
+FAMILIES = [
+    _family("tied naively", TiedLlama),
+    _family("shared by blocks", SharingLlama),
+    _family("one block", RepeatedLlama),
+    _family("biased", BiasedLlama),
+]
+
+
+def register() -> None:
+    """Make the families known, once or again."""
+    for family in FAMILIES:
+        register_family(family)

@@ -1,0 +1,75 @@
+"""Whether a model can be cut over ranks as its family, and its handlers, leave it."""
+
+import logging
+
+from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.facts import Facts
+from torchtitan.models.registry import get_family
+
+_STAND_IN_VOCAB_SIZE = 256
+
+
+def probe(facts: Facts) -> list[Problem]:
+    """Return what keeps a pipeline, or tensor parallelism, from cutting the model; imports torch.
+
+    Builds and converts the model on `meta`, as a start does. For configs that are sound otherwise;
+    with others it has nothing to say.
+    """
+    section = facts.config.parallelism
+    if section.pipeline_parallel_degree == section.tensor_parallel_degree == 1:
+        return []
+    from torchtitan.handlers.checks import check
+    from torchtitan.handlers.named import HandlerError
+
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # handlers say what they do when the model is built in earnest
+    try:
+        return [] if check(facts) else _problems(facts)
+    except ConfigError as error:
+        return error.problems
+    except HandlerError as error:
+        problem = f"whether the model can be cut is not checked: {error}"
+        fix = "mend the handler, unless its hook needs the processes of a run"
+        return [Problem("model.handlers", problem, fix, severity="warning")]
+    finally:
+        logging.disable(before)
+
+
+def _problems(facts: Facts) -> list[Problem]:
+    import torch
+
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.distributed.pipeline_cut import plan_pipeline, torn_parameters
+    from torchtitan.distributed.tensor_checks import DEGREE_KEY
+    from torchtitan.distributed.tensor_parallel import extended_plan, plan_problems
+    from torchtitan.handlers.named import NamedHandler
+    from torchtitan.models.spec import LanguageModel
+    from torchtitan.utils.dtypes import default_dtype, torch_dtype
+
+    config, dims = facts.config, ParallelDims.from_facts(facts)
+    try:
+        family = get_family(config.model.name)
+        args = family.resolve(config.model)
+        if args.vocab_size is None:  # the tokenizer's; no name depends on it
+            args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
+        pipeline = plan_pipeline(facts, args.modules()) if dims.pp > 1 else None
+        if dims.tp > 1 and args.tensor_parallel_problems(dims.tp):
+            return []
+    except ConfigError:
+        return []  # reported by the checks of these sections
+    handlers = [NamedHandler(name, config, dims) for name in config.model.handlers]
+    with torch.device("meta"), default_dtype(torch_dtype(config.training.dtype)):
+        try:
+            model = family.build(args)
+        except Exception:
+            return []  # reported by the checks of the model
+        for handler in handlers:
+            handler.convert(model)
+    problems: list[Problem] = []
+    if pipeline is not None:
+        problems += torn_parameters(pipeline, model, dims.pp)
+    if dims.tp > 1 and isinstance(model, LanguageModel):
+        plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
+        fix = "mend the tensor_parallel_plan (a handler: the extend_tp_plan), or set it to 1"
+        problems += [Problem(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)]
+    return problems
