@@ -13,6 +13,7 @@ from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
 from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.launchers import adopt_place
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.threads import spin_briefly
 
@@ -23,6 +24,7 @@ def run(argv: list[str]) -> int:
     """Check, then train. Problems that need no torch are told before it is imported."""
     if "--help" in argv or "-h" in argv:
         return _help([word for word in argv if word not in ("--help", "-h")])
+    _read(adopt_place)
     arguments, check = _split_check(argv)
     loaded = load_config(arguments)
     if not env.is_quiet_rank():
