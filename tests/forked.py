@@ -61,7 +61,7 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         ranks = [
-            CONTEXT.Process(target=_serve, args=(rest, dict(env) | own, str(cwd or ""), outputs))
+            CONTEXT.Process(target=serve, args=(rest, dict(env) | own, str(cwd or ""), outputs))
             for own in variables
         ]
         for rank in ranks:
@@ -114,7 +114,7 @@ def _join(ranks: Sequence[Any], deadline: float) -> list[int]:
     return [-signal.SIGKILL if rank.exitcode is None else rank.exitcode for rank in ranks]
 
 
-def _serve(words: list[str], env: dict[str, str], cwd: str, outputs: Sequence[str]) -> None:
+def serve(words: list[str], env: dict[str, str], cwd: str, outputs: Sequence[str]) -> None:
     """Become the process that `python WORDS` would be."""
     for descriptor, path in zip((1, 2), outputs, strict=True):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

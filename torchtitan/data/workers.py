@@ -20,9 +20,8 @@ from torchtitan.config import DataError
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.packing import Sample
 from torchtitan.utils.children import end_with_parent
+from torchtitan.utils.signals import STOP_SIGNALS
 from torchtitan.utils.torch_compat import hide_worker_info
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Item(NamedTuple):
@@ -106,7 +105,7 @@ class SampleStream:
         # what is started here, from its first instruction on: a stop must not take the readers
         # away from a run that is about to save. (The tracker would unblock them when it starts.)
         resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             iterator = iter(self._loader)
         except ValueError as error:
@@ -159,5 +158,5 @@ def _context() -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     end_with_parent()

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from torchtitan import __version__, preflight
@@ -20,6 +21,7 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.tools.findings import Finding, of_problem
 from torchtitan.utils import environment as env
+from torchtitan.utils.launchers import adopt_place
 
 _NEEDED = (
     "torch",
@@ -55,6 +57,8 @@ def run(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return DONE
+    with suppress(env.EnvironmentFaults):  # a finding, below
+        adopt_place()
     loaded = load_config(argv)
     quiet, wrong = env.is_quiet_rank(), False
     for finding in _findings(loaded, has_config=bool(argv)):
@@ -69,6 +73,7 @@ def run(argv: list[str]) -> int:
 def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
     yield from _versions()
     try:
+        adopt_place()
         place = env.read_environment()
     except env.EnvironmentFaults as faults:
         for fault in faults.faults:

@@ -13,6 +13,8 @@ from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.show import show_config
 from torchtitan.utils import environment as env
 from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.children import end_with_launcher
+from torchtitan.utils.launchers import adopt_place
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.threads import spin_briefly
 
@@ -23,6 +25,7 @@ def run(argv: list[str]) -> int:
     """Check, then train. Problems that need no torch are told before it is imported."""
     if "--help" in argv or "-h" in argv:
         return _help([word for word in argv if word not in ("--help", "-h")])
+    _read(adopt_place)
     arguments, check = _split_check(argv)
     loaded = load_config(arguments)
     if not env.is_quiet_rank():
@@ -32,6 +35,7 @@ def run(argv: list[str]) -> int:
     if loaded.config.comm.mode == "fake_backend":
         return _rehearse(loaded)
     place = _read(env.read_environment)
+    end_with_launcher()
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
     if problems:
         raise ConfigError(problems)

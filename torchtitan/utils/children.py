@@ -1,13 +1,25 @@
-"""Processes that a process starts for itself. No torch."""
+"""Processes that end with the process that started them. No torch."""
 
+import logging
 import multiprocessing
 import os
+import select
+import signal
 import threading
+import time
 from multiprocessing import connection
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_LAUNCHER_MARKS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Variables that a launcher sets in what it starts, and does not have itself."""
+_GRACE_SECONDS = 300
+"""For saving, once the launcher is gone: as long as ranks wait for each other in a save."""
 
 
 def end_with_parent() -> None:
-    """Called in a child of `multiprocessing`: it ends when its parent does, even a killed one.
+    """End this child of `multiprocessing` when its parent does, even a killed one.
 
     Without this a reader outlives a killed run for ever. By process id its parent is the fork
     server, which stays while one of its children does; the kernel's parent-death signal and
@@ -21,3 +33,55 @@ def _wait_for_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def end_with_launcher() -> None:
+    """Send this process SIGTERM when the torchrun or mpirun that started it is gone.
+
+    A launcher that is killed, or that dies of a signal which it does not know (torchrun of
+    SIGUSR1), tells its ranks nothing: they would train on, and hold the run folder's lock. A rank
+    that has not ended some time after that is killed.
+
+    Does nothing for a process that no launcher started, which may well outlive its shell.
+    """
+    launcher = _launcher()
+    if launcher is not None:
+        threading.Thread(target=_stop_after, args=(launcher,), daemon=True).start()
+
+
+def _launcher() -> int | None:
+    """The launcher's process id: of the nearest ancestor without the variables that it sets. Its
+    child may be a script of the user's, which does not end with it."""
+    names = [name for name in _LAUNCHER_MARKS if name in os.environ]
+    if not names:
+        return None
+    mark, process = f"{names[0]}={os.environ[names[0]]}", os.getppid()
+    try:
+        while mark.encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        pass  # without /proc, or of another user: then that is the one
+    return process
+
+
+def _stop_after(process: int) -> None:
+    _wait_for_end(process)
+    logger.warning("The launcher (process %d) is gone; this rank saves and leaves", process)
+    # The kernel's to send: it comes even if this interpreter is stuck by then.
+    signal.alarm(_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait_for_end(process: int) -> None:
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # not Linux, or before 5.3
+        parent = os.getppid()
+        while os.getppid() == parent:
+            time.sleep(1)
+        return
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll()

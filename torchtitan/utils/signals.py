@@ -4,26 +4,33 @@ import signal
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Schedulers send SIGTERM, or SIGUSR1 where a job asks for it, some time before they kill; a
+terminal that is closed sends SIGHUP, and Ctrl-C SIGINT."""
 
 
 class StopRequest:
-    """While entered, SIGTERM and Ctrl-C only set `requested`; whoever is in charge stops in time.
+    """While entered, the signals above only set `requested`; whoever is in charge stops in time.
 
-    Schedulers send SIGTERM some time before they kill. Whoever presses Ctrl-C a second time does
-    not want to wait: that interrupts at once. To be entered on the main thread.
+    Whoever presses Ctrl-C a second time does not want to wait: that sets `interrupted` and raises
+    KeyboardInterrupt at once. A SIGHUP that this process was started to ignore, by nohup, stays
+    ignored. To be entered on the main thread.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
+            self.interrupted = True
             raise KeyboardInterrupt
         self.requested = True
 

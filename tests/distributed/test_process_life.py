@@ -1,0 +1,98 @@
+"""What ends the processes of a run, and what they leave."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import runs
+from tests.forked import CONTEXT, serve
+
+LONG = ("--training.steps=100000", "--checkpoint.interval=100000")
+
+
+def _lead(words: list[str], env: dict[str, str], outputs: list[str], pid_file: str) -> None:
+    """Be a launcher: have a rank as a child, and its variables not in this process's own."""
+    os.setsid()
+    rank = os.fork()
+    if rank:
+        Path(pid_file).write_text(str(rank))
+        os.waitpid(rank, 0)
+        return
+    serve(words, env, "", outputs)
+
+
+class Started:
+    """A run of one rank below a launcher, in a session of its own."""
+
+    def __init__(self, folder: Path, *arguments: str, **env: str):
+        self.folder, self._output = folder, folder.parent / "output"
+        words = runs.command(folder, *LONG, *arguments)[1:]
+        pid_file = folder.parent / "pid"
+        args = (words, runs.environment() | env, [str(self._output)] * 2, str(pid_file))
+        self.launcher: Any = CONTEXT.Process(target=_lead, args=args)
+        self.launcher.start()
+        metrics = folder / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+        self.rank = int(pid_file.read_text())
+
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def is_alive(self) -> bool:
+        stat = Path(f"/proc/{self.rank}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        if self.is_alive():
+            os.kill(self.rank, signal.SIGKILL)
+        self.launcher.kill()
+        self.launcher.join()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_saved(run: Started) -> None:
+    wait_until(lambda: not run.is_alive(), seconds=20)
+    status = runs.status(run.folder)
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), run.output()
+    assert (run.folder / "checkpoint" / f"step-{status['step']}").is_dir()
+
+
+def test_rank_ends_with_its_launcher_and_saves(tmp_path: Path) -> None:
+    """It got no signal of the launcher's, which was killed."""
+    with Started(tmp_path / "run", TORCHELASTIC_RUN_ID="none") as run:
+        os.kill(run.launcher.pid, signal.SIGKILL)
+        assert_saved(run)
+        assert f"launcher (process {run.launcher.pid}) is gone" in run.output()
+
+
+def test_run_without_a_launcher_outlives_its_shell(tmp_path: Path) -> None:
+    with Started(tmp_path / "run") as run:
+        os.kill(run.launcher.pid, signal.SIGKILL)
+        run.launcher.join()
+        rows = len(runs.records(run.folder))
+        wait_until(lambda: len(runs.records(run.folder)) > rows + 5)
+        assert runs.status(run.folder)["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("number", "readers"), [(signal.SIGHUP, 1), (signal.SIGUSR1, 0)], ids=["HUP", "USR1"]
+)
+def test_signals_that_save_and_leave(number: int, readers: int, tmp_path: Path) -> None:
+    """Sent to all processes, as a terminal does, so that the readers get it too."""
+    with Started(tmp_path / "run", f"--training.dataloader.num_workers={readers}") as run:
+        os.killpg(run.launcher.pid, number)
+        assert_saved(run)
