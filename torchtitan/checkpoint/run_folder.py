@@ -173,6 +173,7 @@ def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move what a run of this library left into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
     names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_FOLDERS_OF_SINKS]
+    names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")
         names += [

@@ -313,6 +313,8 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     for name in seen:
         (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl.damaged-1").write_text("?")
+    seen.add("metrics.jsonl.damaged-1")
     opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
     assert opened.decision.action == "new"
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
