@@ -8,6 +8,7 @@ trained.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +29,7 @@ from torchtitan.components.wandb_sink import WandbSink
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data import loader as data_loader
+from torchtitan.data.identity import differences
 from torchtitan.data.loader import LanePlan, Loader
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
@@ -147,7 +149,7 @@ def build_loader(
             "the ranks see different data files or tokenizers; every machine must see the same"
             " training.dataset_path and model.tokenizer_path"
         )
-    saver.check_data(loader.fingerprint)
+    saver.check_data(loader.fingerprint, partial(differences, now=loader.data_summary))
     return loader
 
 
@@ -200,9 +202,9 @@ def build_saver(config: JobConfig, world: World, folder: RunFolder, dims: Parall
 
 
 def build_metrics(
-    config: JobConfig, folder: RunFolder, world: World, model: BuiltModel, saver: Saver
+    config: JobConfig, folder: RunFolder, world: World, model: BuiltModel
 ) -> MetricsLogger:
-    """Metrics that go on after the step that is resumed from."""
+    """Metrics of the run; `resume` comes before the first step."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
     rank = world.rank if config.metrics.save_for_all_ranks else None
     if config.metrics.enable_wandb:
@@ -217,7 +219,7 @@ def build_metrics(
     run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
     for name in config.metrics.sinks:
         more_sinks[name] = sink_opener(config, name, run)
-    metrics = MetricsLogger(
+    return MetricsLogger(
         config.metrics,
         folder.path,
         rank=world.rank,
@@ -229,8 +231,6 @@ def build_metrics(
         more_sinks=more_sinks,
         seconds_before=seconds_since_start(),
     )
-    metrics.resume(saver.state.step, saver.state.num_tokens_seen)
-    return metrics
 
 
 def build_profiler(config: JobConfig, folder: RunFolder, world: World, step: int) -> Profiler:

@@ -9,9 +9,10 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 
 ARITHMETIC = "arithmetic"
@@ -80,6 +81,8 @@ def preflight(facts: Facts, phases: Sequence[str] = PHASES) -> list[Problem]:
                     problems += _function(feature, "probe")(facts)
     if CHECKPOINTS in phases and not errors_of(problems):
         problems += _problems_of_the_stored_run(facts)
+        if MODEL in phases and facts.full and not errors_of(problems):
+            problems += data_problems(facts)
     unique = list({str(problem): problem for problem in problems}.values())
     return unique if facts.full else [_downgraded(problem) for problem in unique]
 
@@ -96,6 +99,38 @@ def _problems_of_the_stored_run(facts: Facts) -> list[Problem]:
     if decision.action == "finished" or (decision.action == "new" and not decision.step):
         return []
     return preflight(replace(facts, config=resolved_config(config, decision)), [ARITHMETIC])
+
+
+def data_problems(facts: Facts) -> list[Problem]:
+    """Compare data, tokenizer and cutting with those of the run that a start goes on with. The
+    data's files are opened; what keeps them from being read is told by other phases."""
+    from torchtitan.checkpoint import data_check
+    from torchtitan.checkpoint.decision import decide, resolved_config
+    from torchtitan.checkpoint.manifest import InvalidCheckpoint
+
+    config = facts.config
+    try:
+        decision = decide(config, facts, Path(config.job.dump_folder).expanduser().resolve())
+        config = resolved_config(config, decision)
+        state = data_check.stored_state(config, decision)
+    except (ConfigError, InvalidCheckpoint):
+        return []
+    if state.get("data_fingerprint") is None:
+        return []
+    from torchtitan.data import identity, loader
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    try:
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        mixture = loader.build_mixture(
+            config.training, config.data, config.debug.seed, tokenizer, decision.num_lanes
+        )
+    except (ConfigError, DataError):
+        return []
+    now = loader.data_facts(mixture)
+    compare = partial(identity.differences, now=identity.summary_of(now))
+    fingerprint = identity.fingerprint_of(now)
+    return data_check.data_problems(config.checkpoint, state, fingerprint, compare)
 
 
 def errors_of(problems: Iterable[Problem]) -> list[Problem]:
@@ -118,6 +153,13 @@ def require(facts: Facts, phases: Sequence[str] = PHASES, quiet: bool = False) -
     report((problem for problem in problems if problem not in errors), quiet)
     if errors:
         raise ConfigError(errors)
+
+
+def require_same_data(facts: Facts) -> None:
+    """Raise `ConfigError` unless a start goes on with the data that its checkpoint knows."""
+    problems = data_problems(facts)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _function(module: str, name: str) -> Callable[[Facts], list[Problem]]:

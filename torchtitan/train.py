@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from torchtitan import builder, model_builder, preflight
+from torchtitan.checkpoint.agreement import on_main
+from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.checkpoint.run_folder import RunFolder, Status
-from torchtitan.checkpoint.saver import RunState
+from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import set_learning_rates
+from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
 from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
@@ -73,7 +76,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         model_builder.call_after_load(model)
         update = builder.build_update(config, model, optimizers, dims, saver)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
-        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, saver))
+        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         step = first_step = progress.step = saver.state.step
         progress.saved_step = saver.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
@@ -100,7 +103,8 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         def save(finished: bool, last: bool) -> None:
             finite.settle()
             metrics.flush()
-            state = RunState(step, metrics.num_tokens_seen, data_fingerprint=loader.fingerprint)
+            seen, summary = metrics.num_tokens_seen, loader.data_summary
+            state = RunState(step, seen, None, loader.fingerprint, summary)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
             with timeout(
                 world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
@@ -113,6 +117,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
                 if world.is_main:
                     set_status(folder, "running", saver.saved_step)
 
+        begin(world, folder, saver, metrics)
         metrics.start_step()
         with metrics.timing("data"):
             ahead.start()
@@ -182,6 +187,13 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         tell_saved()
 
 
+def begin(world: World, folder: RunFolder, saver: Saver, metrics: MetricsLogger) -> None:
+    """Change the run folder, now that nothing can refuse the start any more. All ranks call it."""
+    on_main(world, f"the run folder {folder.path} cannot be written", folder.begin)
+    saver.begin()
+    metrics.resume(saver.state.step, saver.state.num_tokens_seen)
+
+
 def write_seed(facts: Facts, world: World, folder: RunFolder) -> None:
     """Save the initial weights as step 0, for a run on any mesh to start from."""
     config = facts.config
@@ -190,6 +202,7 @@ def write_seed(facts: Facts, world: World, folder: RunFolder) -> None:
     vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
     saver = builder.build_saver(config, world, folder, dims)
     model = model_builder.build_model(config, vocab_size, mesh, dims, world.device)
+    on_main(world, f"the run folder {folder.path} cannot be written", folder.begin)
     saver.save_seed(model.parts)
 
 
@@ -208,12 +221,14 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
     kind = "cuda" if config.job.device == "cuda" else device_type(config.job.device)
     facts = Facts(config, environment.world_size, kind)
     # What needs no torch was checked before this module was imported.
-    preflight.require(facts, [preflight.HARDWARE] + [preflight.MODEL] * is_main)
+    phases = [preflight.HARDWARE] + [preflight.MODEL] * is_main
+    preflight.require(with_stored_batch(facts), phases)
 
     def check(resolved: JobConfig) -> None:
         """Batch size and lanes may be those stored with the run, and the mesh be new to them."""
         # The warnings were printed before this module was imported.
         preflight.require(replace(facts, config=resolved), [preflight.ARITHMETIC], quiet=True)
+        preflight.require_same_data(facts)
 
     folder = RunFolder.open(config, facts, is_main, check)
     progress = Progress()
@@ -236,7 +251,7 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
                 train(facts, world, folder, progress)
     except BaseException as error:
         code = exit_code_of(error)
-        if is_main:
+        if is_main and not folder.keeps_status(error):
             set_status(folder, "failed", progress.step, code)
         if not tell_failure(error, progress):
             raise

@@ -190,6 +190,7 @@ def resume_and_save(
     found = checkpointer.find(load_step)
     assert found is not None
     checkpointer.load(found, trainer.tensors())
+    checkpointer.begin()
     for step in range(found.step + 1, found.step + steps + 1):
         trainer.train_step(step)
         checkpointer.save(step, trainer.tensors(), {})

@@ -1,6 +1,7 @@
 """Whole runs that save beside training, start from a seed, or from another run's checkpoint."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,25 @@ def test_killed_while_saving_beside_training(uninterrupted: Path, tmp_path: Path
     assert runs.curve(folder) == runs.curve(uninterrupted)
     assert good_steps(folder)[-1] == 10
     assert runs.status(folder)["status"] == "completed"
+
+
+def test_refused_resume_leaves_the_folder_as_it_was(uninterrupted: Path, tmp_path: Path) -> None:
+    """Also when it is refused late: config, status, metrics and steps stay, so that the first
+    command still finds its run finished."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for shard in folder.rglob("*.distcp"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+
+    def snapshot() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = snapshot()
+    done = runs.run(folder, "--training.steps=12", "--job.description=later", expect=4)
+    assert "content differs from what was written" in done.stderr
+    assert snapshot() == before
 
 
 _SCRIPT = """

@@ -286,6 +286,13 @@ def test_finite_data_end_on_all_ranks_at_once(tmp_path: Path) -> None:
         curves.append([(row["num_targets"], row["loss"]) for row in rows])
     for row, expected in zip(*curves, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+    # More of them, on one rank with small microbatches: the batch that is open is the run's.
+    more = ("--data.epochs=3", "--training.global_batch_size=-1", "--training.local_batch_size=1")
+    done = runs.run(folder, *arguments[:2], *more, *lanes)
+    assert "data.epochs grows from 2 to 3" in done.stderr
+    steps = [row["step"] for row in runs.records(folder)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1.4 * len(curves[0])
+    assert runs.status(folder)["status"] == "data_exhausted"
 
 
 def test_non_finite_step_ends_the_run(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def recover(
         if found is None:
             return {"step": None}
         state = checkpointer.load(found, trainer.tensors())
+        checkpointer.begin()
     except CheckpointError as error:
         return {"error": str(error), "untouched": trainer.content() == before}
     steps = checkpointer.steps()

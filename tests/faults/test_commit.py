@@ -130,6 +130,8 @@ def test_all_damaged_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any
     assert results[0]["untouched"]
     for text in ("step-1", "step-2", "step-3", "job.new_run"):
         assert text in results[0]["error"]
+    # Nor are they moved: without steps, the next start would begin from scratch.
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
 
 
 def test_wanted_step_damaged_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any) -> None:

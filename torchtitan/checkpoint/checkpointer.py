@@ -102,6 +102,7 @@ class Checkpointer:
         self.run_id = str(run_info["run_id"])
         self.on_site = on_site
         self.resumed_from = -1
+        self._damaged: list[tuple[int, str]] = []
         self.saved_step = -1
         """The last step that this process knows to be committed."""
         writers, self._background = world, Background()
@@ -247,30 +248,40 @@ class Checkpointer:
     def find(self, load_step: int = -1) -> Found | None:
         """The checkpoint to continue from: `load_step`, or the newest good one for -1.
 
-        None when there is no `step-N` folder at all. Damaged steps are moved to
-        `quarantine-step-N-...`, with an error in the log. Raises `CheckpointError` when steps are
-        there and none is good, when `load_step` is missing or damaged, or when a step is another
-        run's.
+        None when there is no `step-N` folder at all. Changes nothing: that is up to `begin`.
+        Raises `CheckpointError` when steps are there and none is good, when `load_step` is missing
+        or damaged, or when a step is another run's.
         """
         what = f"no checkpoint in {self.folder} can be used"
         candidates = on_main(self.world, what, lambda: self._candidates(load_step))
-        faults = []
+        damaged: list[tuple[int, str]] = []
         for step in candidates:
             found, fault = self._verify(step)
             if found is not None:
-                on_main(self.world, what, partial(self._move_later_steps, found.step))
-                self.resumed_from = found.step
+                self._damaged, self.resumed_from = damaged, found.step
                 return found
-            faults.append(fault)
-            if load_step < 0:
-                on_main(self.world, what, partial(self._quarantine, step, fault))
-        if not faults:
+            damaged.append((step, fault))
+        if not damaged:
             return None
+        faults = "; ".join(fault for _, fault in damaged)
         raise CheckpointError(
-            f"{what}: {'; '.join(faults)}. Nothing was overwritten. Restore one of them, choose"
+            f"{what}: {faults}. Nothing was overwritten. Restore one of them, choose"
             " another with checkpoint.load_step, or start anew in another job.dump_folder or with"
             " job.new_run"
         )
+
+    def begin(self) -> None:
+        """Move aside what stands in the way of going on from the step that was found: damaged steps
+        (to `quarantine-step-N-...`, with an error in the log) and later ones (`rewound-...`)."""
+
+        def move() -> None:
+            for step, fault in self._damaged:
+                self._quarantine(step, fault)
+            if self.resumed_from >= 0:
+                self._move_later_steps(self.resumed_from)
+
+        on_main(self.world, f"{self.folder} cannot be changed", move)
+        self._damaged = []
 
     def load(self, found: Found, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Fill `tensors` in place from a checkpoint, and return the JSON state saved with it.
@@ -349,6 +360,6 @@ class Checkpointer:
 
     def _move_later_steps(self, step: int) -> None:
         for later in step_folders(self.folder):
-            if later > step:
+            if later > step and later not in dict(self._damaged):
                 moved = move_aside(self.folder, later, "rewound")
                 logger.warning("Going back to step %d: step %d is now %s.", step, later, moved)

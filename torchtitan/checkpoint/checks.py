@@ -13,7 +13,9 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
-_TAKEN = re.compile(r"config\.toml|run_status\.json|metrics(\.jsonl)?|wandb|previous-[0-9]+")
+_TAKEN = re.compile(
+    r"config\.toml|run_status\.json|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
+)
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
 

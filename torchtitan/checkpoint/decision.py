@@ -3,38 +3,28 @@
 `decide` gives one of three actions, or a `ConfigError` with everything that speaks against a start:
 
 - "new": the folder holds no run, or `job.new_run` asks for another one;
-- "resume": it holds this run, unfinished or with `training.steps` raised;
+- "resume": it holds this run, unfinished or with `training.steps` or `data.epochs` raised;
 - "finished": it holds this run, and there is nothing left to do.
 
 A folder that holds nothing but a seed checkpoint is a run that has not begun: of its config only
 the model, and where checkpoints lie, binds the run that starts from it.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torchtitan.checkpoint.initial import initial_start
-from torchtitan.checkpoint.manifest import Manifest
-from torchtitan.checkpoint.rerun import (
-    MUST_NOT,
-    WAYS_OUT,
-    compare,
-    read_stored_config,
-    stored_value,
-)
+from torchtitan.checkpoint.rerun import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
+from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun, read_stored_run
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
 from torchtitan.utils.environment import is_restart
 
-CONFIG_NAME = "config.toml"
-STATUS_NAME = "run_status.json"
-METRICS_NAME = "metrics.jsonl"
 LOAD_STEP_NAME = "load_step"
 """Under this name a manifest's `info` keeps the `checkpoint.load_step` of the start that saved it,
 -1 without one."""
@@ -57,61 +47,9 @@ class Decision:
     """The checkpoint to load; -1 for the newest, also where `checkpoint.load_step` is done."""
     asked_load_step: int = -1
     """`checkpoint.load_step` as the config has it."""
+    had_ended: bool = False
+    """The run was over before this start, which may go on with it."""
     notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What the folder says about the run in it."""
-
-    status: dict[str, Any]
-    config: dict[str, Any] | None
-    good: list[Manifest]
-    """Manifests of its whole checkpoints, by step."""
-    step_folders: list[int]
-    """Steps that have a folder, whole or not."""
-    has_metrics: bool
-
-    @property
-    def is_run(self) -> bool:
-        return bool(self.status or self.good)
-
-    @property
-    def is_seed(self) -> bool:
-        """Whether its config is the one of `create_seed_checkpoint`: nothing was trained yet."""
-        return stored_value(self.config or {}, "checkpoint.create_seed_checkpoint") is True
-
-    @property
-    def newest(self) -> Manifest | None:
-        return self.good[-1] if self.good else None
-
-    @property
-    def trained(self) -> bool:
-        """Whether there is anything in it that a fresh start would lose."""
-        return bool(self.step_folders or self.has_metrics or self.status.get("step"))
-
-    @property
-    def ended(self) -> str:
-        """How the run ended, if it did: completed or data_exhausted."""
-        status = str(self.status.get("status"))
-        # A job with `load_only` trained for itself: what is saved is as it was.
-        aside = stored_value(self.config or {}, "checkpoint.load_only") is True and self.good
-        if status in ("completed", "data_exhausted") and not aside:
-            return status
-        # A job that was killed after its last checkpoint had no time to write the status.
-        newest = self.newest
-        if newest is None or newest.state.get("finished") is not True:
-            return ""
-        kept = newest.info.get("config", self.config)
-        planned = stored_value(kept if isinstance(kept, dict) else {}, "training.steps")
-        early = isinstance(planned, int) and newest.step < planned
-        return "data_exhausted" if early else "completed"
-
-    @property
-    def step(self) -> int:
-        """The last step that a later start can count on."""
-        step = self.status.get("step", 0) if self.ended else 0
-        return max(step if isinstance(step, int) else 0, self.newest.step if self.newest else 0)
 
 
 def starts_anew(config: JobConfig) -> bool:
@@ -122,7 +60,7 @@ def starts_anew(config: JobConfig) -> bool:
 
 def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     """What a start with `config` in `path` does; only reads. Raises `ConfigError`."""
-    stored = _read(path, config)
+    stored = read_stored_run(path, config)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
         return _new(facts, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
@@ -167,10 +105,19 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
     known = {} if stored.is_seed else stored.config
-    global_batch_size, num_lanes = _batch_and_lanes(facts, known, action, notices)
+    global_batch_size, num_lanes, more = _batch_and_lanes(facts, known)
+    notices += more if action == "resume" else []
     load_step = config.checkpoint.load_step
     return Decision(
-        action, run_id, step, global_batch_size, num_lanes, load_step, asked, tuple(notices)
+        action,
+        run_id,
+        step,
+        global_batch_size,
+        num_lanes,
+        load_step,
+        asked,
+        had_ended=bool(stored.ended),
+        notices=tuple(notices),
     )
 
 
@@ -203,7 +150,7 @@ def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
     )
 
 
-def _seed_again(config: JobConfig, facts: Facts, stored: _Stored) -> Decision:
+def _seed_again(config: JobConfig, facts: Facts, stored: StoredRun) -> Decision:
     """What writing a seed checkpoint does where there are checkpoints, or a run, already."""
     newest = stored.newest
     if not stored.is_seed or stored.config is None or newest is None:
@@ -230,7 +177,7 @@ def _load_problems_of_a_new_run(section: Checkpoint) -> list[Problem]:
     return [Problem("checkpoint.load_step", text, "leave out one of the two", step)]
 
 
-def _is_done(load_step: int, stored: _Stored) -> bool:
+def _is_done(load_step: int, stored: StoredRun) -> bool:
     """Whether the run has already gone on from `load_step`: what it trained since then must not be
     undone by the same command, given again. The newest checkpoint tells, so that no kill between
     two files can make it wrong."""
@@ -240,12 +187,12 @@ def _is_done(load_step: int, stored: _Stored) -> bool:
     return newest.step > load_step and newest.info.get(LOAD_STEP_NAME) == load_step
 
 
-def _action(config: JobConfig, stored: _Stored) -> tuple[Action, int, list[str]]:
+def _action(config: JobConfig, stored: StoredRun) -> tuple[Action, int, list[str]]:
     """What to do with a run that may go on, and from which step."""
     steps, load_step, last = config.training.steps, config.checkpoint.load_step, stored.step
     if 0 <= load_step < last:
         return "resume", load_step, [f"Going back from step {last} to step {load_step}."]
-    if stored.ended == "data_exhausted":
+    if stored.ended == "data_exhausted" and not _has_more_data(config, stored):
         return "finished", last, [f"The run is finished: its data ended at step {last}."]
     if last >= steps:
         return "finished", last, [f"The run is finished: all {steps} steps are trained."]
@@ -254,8 +201,13 @@ def _action(config: JobConfig, stored: _Stored) -> tuple[Action, int, list[str]]
     return "resume", last, []
 
 
+def _has_more_data(config: JobConfig, stored: StoredRun) -> bool:
+    """Whether `data.epochs` grew since the run last saved, at the end of its data perhaps."""
+    return epochs_grow(stored.planned("data.epochs"), config.data.epochs)
+
+
 def _continuation_problems(
-    config: JobConfig, stored: _Stored, run_id: str, folder: Path
+    config: JobConfig, stored: StoredRun, run_id: str, folder: Path
 ) -> list[Problem]:
     """Why this very run cannot go on as configured."""
     checkpoint, steps = config.checkpoint, config.training.steps
@@ -264,7 +216,12 @@ def _continuation_problems(
         text = f"holds step {strangers[0].step} of another run, {strangers[0].run_id}"
         fix = f"move that step away, {WAYS_OUT}"
         return [Problem("checkpoint.folder", text, fix, str(folder))]
-    done = stored.ended == "data_exhausted" or stored.step >= steps
+    key: str = "training.steps"
+    value: int | None = steps
+    exhausted = stored.ended == "data_exhausted"
+    if exhausted and _has_more_data(config, stored):
+        exhausted, key, value = False, "data.epochs", config.data.epochs
+    done = exhausted or stored.step >= steps
     if done and checkpoint.load_step in (-1, stored.step):
         return []
     if stored.step_folders and not checkpoint.enable:
@@ -272,7 +229,7 @@ def _continuation_problems(
         return [Problem("checkpoint.enable", text, f"set it to true, {WAYS_OUT}", False)]
     if stored.ended and not stored.step_folders:
         text = f"the run is finished at step {stored.step}, and left no checkpoint to go on from"
-        return [Problem("training.steps", text, f"set it back, {WAYS_OUT}", steps)]
+        return [Problem(key, text, f"set it back, {WAYS_OUT}", value)]
     newest = stored.newest
     # A model alone at step 0 is a seed: there is nothing else to go on from.
     if checkpoint.load_step < 0 and newest is not None and newest.model_only and newest.step > 0:
@@ -281,46 +238,52 @@ def _continuation_problems(
             "choose an earlier one with checkpoint.load_step and checkpoint.allow_rewind, and set"
             f" checkpoint.last_save_model_only = false; {WAYS_OUT}"
         )
-        return [Problem("training.steps", text, fix, steps)]
+        return [Problem(key, text, fix, value)]
     return step_problems(checkpoint, folder)
 
 
-def _read(path: Path, config: JobConfig) -> _Stored:
-    stored_config = read_stored_config(path / CONFIG_NAME)
-    try:
-        status = json.loads((path / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        status = {}
-    # The stored folder name: a config that renames it must not make the checkpoints disappear.
-    name = stored_value(stored_config or {}, "checkpoint.folder") if status else None
-    name = name if isinstance(name, str) else config.checkpoint.folder
-    good = [candidate.manifest for candidate in inspect_steps(path / name) if candidate.manifest]
-    if stored_config is None and good:
-        kept = good[-1].info.get("config")
-        stored_config = kept if isinstance(kept, dict) else None
-    try:
-        has_metrics = (path / METRICS_NAME).stat().st_size > 0
-    except OSError:
-        has_metrics = False
-    status = status if isinstance(status, dict) else {}
-    return _Stored(status, stored_config, good, step_folders(path / name), has_metrics)
-
-
-def _batch_and_lanes(
-    facts: Facts, stored: Mapping[str, Any], action: Action, notices: list[str]
-) -> tuple[int, int]:
-    """Batch size and lanes: the stored ones, else what config and mesh say. Adds notices."""
+def _batch_and_lanes(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, list[str]]:
+    """Batch size and lanes: the stored ones, else what config and mesh say; and notices."""
+    notices = []
 
     def resolve(key: str, now: int) -> int:
         before = stored_value(stored, key)
         if not isinstance(before, int) or before <= 0:
             return now
-        if before != now and action == "resume":
+        if before != now:
             notices.append(f"{key} stays {before}, as at the first start; it would be {now} here.")
         return before
 
     global_batch_size = resolve("training.global_batch_size", facts.global_batch_size)
-    return global_batch_size, resolve("data.lanes", facts.num_lanes)
+    return global_batch_size, resolve("data.lanes", facts.num_lanes), notices
+
+
+def with_stored_batch(facts: Facts) -> Facts:
+    """Return `facts` with what the config leaves open of batch size and lanes filled in from the
+    run in the folder, or from the one that is started from.
+
+    For checks that come before `decide`: on another mesh, an open batch would be another one than
+    the run has. Reads the status, the config and names; refuses nothing.
+    """
+    config = facts.config
+    try:
+        path = Path(config.job.dump_folder).expanduser().resolve()
+        stored = read_stored_run(path, config)
+        if stored.trained and not starts_anew(config):
+            known = {} if stored.is_seed or stored.config is None else stored.config
+            batch, lanes, _ = _batch_and_lanes(facts, known)
+        else:
+            start = initial_start(facts)
+            batch, lanes = start.global_batch_size, start.num_lanes
+    except (ConfigError, OSError, ValueError):
+        return facts
+    training, data = config.training, config.data
+    if training.global_batch_size < 0:
+        training = training.model_copy(update={"global_batch_size": batch})
+    if data.lanes is None:
+        data = data.model_copy(update={"lanes": lanes})
+    sections = {"training": training, "data": data}
+    return replace(facts, config=config.model_copy(update=sections))
 
 
 def _refuse_foreign_config(path: Path) -> None:

@@ -32,7 +32,7 @@ _EXCLUDE_KEY = "checkpoint.exclude_from_loading"
 _STATE_OF_PART = {
     "optimizer": (),
     "lr_scheduler": (),
-    "dataloader": ("lane_states", "data_fingerprint"),
+    "dataloader": ("lane_states", "data_fingerprint", "data_summary"),
     "train_state": ("step", "num_tokens_seen"),
 }
 """What may be left out, by TorchTitan's names, and what of the JSON state goes with it. Optimizer

@@ -71,6 +71,7 @@ NOTICED = (
 _FREE_HANDLERS = {"compile"}
 _RESOLVED = ("training.global_batch_size", "data.lanes")
 _STEPS = "training.steps"
+_EPOCHS = "data.epochs"
 _SOURCE_PATHS = "data.sources.path"
 _MISSING = object()
 
@@ -103,7 +104,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
     """Differences that make `config` another run than the stored one, and notices about others.
 
     Keys that a stored config does not know count as their default: it may be of an older version.
-    `training.steps` may grow, and an open `global_batch_size` or `lanes` takes the stored value.
+    `training.steps` and `data.epochs` may grow, and an open `global_batch_size` or `lanes` takes
+    the stored value.
     """
     defaults = flatten(JobConfig().model_dump())
     old = {**defaults, **flatten(stored)}
@@ -122,6 +124,9 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
         if key == _STEPS and now > before:
             text = f"training.steps grows from {before} to {now}; so does the schedule of the"
             notices.append(f"{text} learning rate.")
+        elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
+            text = f"{key} grows from {before} to {_show(now)}: each data lane goes on where it"
+            notices.append(f"{text} stands, at the next epoch where its data ended.")
         elif key in _RESOLVED and now in (-1, _MISSING):
             continue
         elif not _may_differ(key):
@@ -129,6 +134,11 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
         elif key in NOTICED:
             notices.append(f"{key} was {_show(before)} and is {_show(now)} from here on.")
     return problems, notices
+
+
+def epochs_grow(before: Any, now: int | None) -> bool:
+    """Whether there is more to read with `now` epochs than with `before`; None is without end."""
+    return isinstance(before, int) and (now is None or now > before)
 
 
 def _may_differ(key: str) -> bool:

@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchtitan.checkpoint.decision import (
-    CONFIG_NAME,
     LOAD_STEP_NAME,
-    METRICS_NAME,
-    STATUS_NAME,
     Decision,
     decide,
     is_movable,
@@ -29,7 +26,8 @@ from torchtitan.checkpoint.decision import (
 from torchtitan.checkpoint.files import sync_folder, write_atomically
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.rerun import read_stored_config, stored_value
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, STATUS_NAME
+from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.toml_text import config_toml_text
 
@@ -57,6 +55,7 @@ class RunFolder:
         self.config = config
         self._decision = decision
         self._lock = lock
+        self._has_begun = False
 
     @classmethod
     def open(
@@ -66,9 +65,10 @@ class RunFolder:
         is_main: bool = True,
         check: Callable[[JobConfig], None] = lambda config: None,
     ) -> "RunFolder":
-        """Lock the folder, decide, and put config and status in place. Rank 0 does; on other ranks
-        nothing is touched and `share` must follow. `check` gets the resolved config of a run that
-        is to be trained, and may refuse it. Raises `ConfigError`, with the folder as it was.
+        """Lock the folder and decide. Rank 0 does; on other ranks nothing is touched and `share`
+        must follow. `check` gets the resolved config of a run that is to be trained, and may refuse
+        it. Nothing is written before `begin`, but for `job.new_run`, which moves the old run aside
+        here. Raises `ConfigError`, with the folder as it was.
         """
         path = Path(config.job.dump_folder).expanduser().resolve()
         if not is_main:
@@ -82,9 +82,6 @@ class RunFolder:
                 if starts_anew(config) and is_movable(path, config):
                     _move_run_aside(path, config)
                 lock.name_run(decision.run_id)
-                # The status first: it is what marks the folder as a run's.
-                folder.set_status("running", decision.step)
-                write_atomically(path / CONFIG_NAME, config_toml_text(folder.config))
         except OSError as error:
             lock.release()
             raise ConfigError(_unwritable(path, error)) from error
@@ -110,6 +107,23 @@ class RunFolder:
         self._decision = Decision(**{**sent, "notices": tuple(sent["notices"])})
         self.config = resolved_config(self.config, self._decision)
         return self._decision
+
+    def begin(self) -> None:
+        """Put status and config in place. Rank 0 only, when nothing can refuse the start any more:
+        a start that is refused must not change what the next one is compared with."""
+        self._has_begun = True
+        # The status first: it is what marks the folder as a run's.
+        self.set_status("running", self.decision.step)
+        write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
+
+    def keeps_status(self, error: BaseException) -> bool:
+        """Whether a start that ends with `error` leaves the stored status alone: it was refused, or
+        the run had been over, and nothing of it was changed."""
+        if self._has_begun or self.decision.action == "new":
+            return False
+        return self.decision.had_ended or isinstance(
+            error, CheckpointError | ConfigError | DataError
+        )
 
     def run_info(self, **facts: Any) -> dict[str, Any]:
         """What manifests keep about the run: run id, config, versions, and `facts` (JSON)."""
@@ -159,6 +173,7 @@ def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move what a run of this library left into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
     names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_FOLDERS_OF_SINKS]
+    names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")
         names += [

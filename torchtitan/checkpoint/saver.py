@@ -6,7 +6,7 @@ place of every data lane, whichever rank serves it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found
+from torchtitan.checkpoint.data_check import data_problems
 from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
@@ -33,6 +34,8 @@ class RunState:
     lane_states: Mapping[str, dict[str, Any]] | None = None
     """Of all lanes, by number; None at the start of the data."""
     data_fingerprint: str | None = None
+    data_summary: Mapping[str, Any] | None = None
+    """What the fingerprint is of, to say what differs."""
 
 
 class Saver:
@@ -110,16 +113,20 @@ class Saver:
         self._checkpointer.load(self._found, model if is_seed else model | optimizer)
         logger.info("Resumed from step %d (%s).", self._found.step, self._found.path)
 
-    def check_data(self, fingerprint: str) -> None:
-        """Refuse to go on with other data than those of the checkpoint, unless that is allowed."""
-        stored = self.state.data_fingerprint
-        if stored in (None, fingerprint) or self._section.allow_dataset_change:
-            return
-        raise CheckpointError(
-            "the data files, the tokenizer or how the data are cut differ from those of the"
-            " checkpoint, so that positions in them have no meaning. Fix: restore them, or start a"
-            " run in another job.dump_folder, or set checkpoint.allow_dataset_change"
-        )
+    def begin(self) -> None:
+        """Move aside the steps that the run leaves behind. Before the first step is trained, when
+        nothing can refuse the start any more."""
+        if self._checkpointer is not None:
+            self._checkpointer.begin()
+
+    def check_data(
+        self, fingerprint: str, differences: Callable[[Mapping[str, Any] | None], Mapping[str, str]]
+    ) -> None:
+        """Refuse to go on with other data than those of the checkpoint, unless that is allowed.
+        `differences` compares a stored summary: config key -> how it differs."""
+        problems = data_problems(self._section, asdict(self.state), fingerprint, differences)
+        if problems:
+            raise CheckpointError("; ".join(map(str, problems)))
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether `step` is to be saved: each interval, the `last` one, and the first if asked."""

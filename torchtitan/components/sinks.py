@@ -6,13 +6,18 @@ is another class with these methods.
 """
 
 import json
+import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 from torchtitan.components.goodput import SHARE_PREFIX
 
+logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 5
 Record = dict[str, Any]
 
 TENSORBOARD_TAGS = {
@@ -92,8 +97,15 @@ class JsonLinesSink:
 
     def resume(self, step: int) -> None:
         content = self._path.read_bytes()
-        kept = b"".join(line for line in content.splitlines(True) if _is_until(line, step))
-        if content.startswith(kept):  # steps never fall: only a damaged file is otherwise
+        lines = content.splitlines(True)
+        steps = [_step_of(line) for line in lines]
+        kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)
+        damaged = [number for number, at in enumerate(steps, 1) if at is None]
+        if damaged and not content.endswith(b"\n"):
+            damaged.pop()  # a process died while it wrote the last line
+        if damaged:
+            self._keep_aside(damaged)
+        elif content.startswith(kept):  # steps never fall: only somebody's edit is otherwise
             self._file.truncate(len(kept))  # needs no space, so a full disk leaves no step twice
             self._length = len(kept)
             self.flush()
@@ -124,6 +136,21 @@ class JsonLinesSink:
 
     def close(self, failed: bool = False) -> None:
         self._file.close()
+
+    def _keep_aside(self, damaged: list[int]) -> None:
+        """Copy the file before damaged lines, by their numbers, are left out of it."""
+        number = 1
+        while (aside := Path(f"{self._path}.damaged-{number}")).exists():
+            number += 1
+        shutil.copyfile(self._path, aside)
+        shown = ", ".join(map(str, damaged[:_MAX_LISTED])) + ", ..." * (len(damaged) > _MAX_LISTED)
+        logger.warning(
+            "%s: line %s cannot be read and is left out, so the curve may have a gap; the old file"
+            " is kept as %s",
+            self._path,
+            shown,
+            aside.name,
+        )
 
     def _open(self) -> None:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
@@ -173,12 +200,13 @@ class TensorBoardSink:
             self._writer.close()
 
 
-def _is_until(line: bytes, step: int) -> bool:
-    """Whether a line is whole and belongs to `step` or an earlier one."""
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole record; None for anything else."""
     try:
-        return bool(line.endswith(b"\n") and json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -5,8 +5,6 @@ serves a consecutive part of the lanes, so the samples of a step are the same fo
 divides the number of lanes. A checkpoint stores one small state a lane, whoever served it.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.identity import fingerprint_of, summary_of
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.named_sources import NamedSource, require_sources
@@ -101,8 +100,11 @@ class Loader:
         document_mask: bool,
         pin_memory: bool,
     ):
-        self.fingerprint = _fingerprint(mixture)
+        facts = data_facts(mixture)
+        self.fingerprint = fingerprint_of(facts)
         """Names the data and how they are cut: a resume with another one would go astray."""
+        self.data_summary = summary_of(facts)
+        """What the fingerprint is of, in short (JSON)."""
         self._mixture = mixture
         self._settings = mixture.sources[0]
         self._plan = plan
@@ -167,17 +169,12 @@ def build_loader(
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
-    named = require_sources(training, data)
-    mixture = Mixture(
-        sources=tuple(_settings(source, seed, tokenizer, plan.num_lanes) for source in named),
-        names=tuple(source.name for source in named),
-        weights=tuple(source.weight for source in named),
-    )
+    mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
     positions = {lane: mixture.start() for lane in plan.lanes}
     if lane_states is not None:
         states = {int(lane): state for lane, state in lane_states.items()}
         positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
-        if stored_fingerprint not in (None, _fingerprint(mixture)):
+        if stored_fingerprint not in (None, fingerprint_of(data_facts(mixture))):
             positions = {lane: place.without_cursor() for lane, place in positions.items()}
     options = training.dataloader
     num_workers = workers_for(len(plan.lanes), options.num_workers)
@@ -193,6 +190,18 @@ def build_loader(
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
     pin_memory = options.pin_memory and torch.cuda.is_available()
     return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory)
+
+
+def build_mixture(
+    training: Training, data: Data, seed: int, tokenizer: Tokenizer, num_lanes: int
+) -> Mixture:
+    """The data of a run as all its lanes see them. Raises as `build_loader`."""
+    named = require_sources(training, data)
+    return Mixture(
+        sources=tuple(_settings(source, seed, tokenizer, num_lanes) for source in named),
+        names=tuple(source.name for source in named),
+        weights=tuple(source.weight for source in named),
+    )
 
 
 def build_named(named: NamedSource, tokenizer: Tokenizer) -> Source:
@@ -235,9 +244,10 @@ def _position(mixture: Mixture, lane: int, states: dict[int, dict[str, Any]]) ->
         raise DataError(f"the stored state of data lane {lane} is not usable: {error!r}") from error
 
 
-def _fingerprint(mixture: Mixture) -> str:
+def data_facts(mixture: Mixture) -> dict[str, Any]:
+    """Everything that a place in the data depends on, as JSON."""
     settings = mixture.sources[0]
-    facts = {
+    return {
         "format": _FORMAT,
         "data": mixture.description(),
         "tokenizer": settings.tokenizer.fingerprint,
@@ -246,4 +256,3 @@ def _fingerprint(mixture: Mixture) -> str:
         "seed": settings.seed,
         "shuffle": settings.shuffle,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

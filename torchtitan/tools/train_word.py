@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torchtitan import preflight
+from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.exit_codes import DONE
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> int:
     phases = [preflight.ARITHMETIC]
     if place.rank == 0:
         phases += [preflight.FILES, preflight.CHECKPOINTS]
-    preflight.require(facts, phases, quiet=place.rank != 0)
+    preflight.require(with_stored_batch(facts), phases, quiet=place.rank != 0)
     if loaded.config.job.print_config and place.rank == 0:
         print(show_config(loaded))
 
@@ -88,7 +89,7 @@ def tell_notices(loaded: LoadedConfig) -> None:
 
 def _check(loaded: LoadedConfig, full: bool) -> int:
     """All phases for the world size in the environment; prints one line when nothing is wrong."""
-    facts = _facts_of_a_look(loaded, _read(env.read_world_size), full)
+    facts = with_stored_batch(_facts_of_a_look(loaded, _read(env.read_world_size), full))
     quiet = env.is_quiet_rank()
     preflight.require(facts, quiet=quiet)
     if not quiet:

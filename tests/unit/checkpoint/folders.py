@@ -23,8 +23,11 @@ def make_config(folder: Path, **sections: Any) -> JobConfig:
 
 
 def open_folder(folder: Path, world_size: int = 1, **sections: Any) -> RunFolder:
+    """A start that comes to its first step, unless the run is finished."""
     config = make_config(folder, **sections)
     opened = RunFolder.open(config, Facts(config, world_size, "cpu"))
+    if opened.decision.action != "finished":
+        opened.begin()
     opened.close()
     return opened
 

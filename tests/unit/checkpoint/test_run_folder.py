@@ -17,7 +17,7 @@ from folders import (
 )
 
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import CheckpointError, ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
 
@@ -161,6 +161,29 @@ def test_steps_may_grow(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run_status.json").read_text())["status"] == "running"
 
 
+def test_epochs_may_grow(tmp_path: Path) -> None:
+    one, two = {"epochs": 1}, {"epochs": 2}
+    run_id = stopped_run(tmp_path, 5, data=one)
+    assert open_folder(tmp_path, data=two).decision.action == "resume"
+    opened = open_folder(tmp_path, data=two)
+    saved_by(opened, 13)
+    opened.set_status("data_exhausted", 13, 0)
+    assert open_folder(tmp_path, data=two).decision.action == "finished"
+    assert "data.epochs = 1: is 2 in the run" in refused(tmp_path, data=one)
+    for epochs in (3, None):  # the second start was killed before it had saved anything
+        decision = open_folder(tmp_path, data={"epochs": epochs}).decision
+        assert (decision.action, decision.step, decision.run_id) == ("resume", 13, run_id)
+        assert f"data.epochs grows from {2 if epochs else 3} to" in decision.notices[0]
+    assert open_folder(tmp_path, data={"epochs": None}).decision.action == "resume"
+
+
+def test_epochs_cannot_grow_from_nothing(tmp_path: Path) -> None:
+    opened = open_folder(tmp_path, data={"epochs": 1})
+    opened.set_status("data_exhausted", 13, 0)
+    text = refused(tmp_path, data={"epochs": 2})
+    assert "data.epochs = 2: the run is finished at step 13, and left no checkpoint" in text
+
+
 def test_steps_cannot_grow_from_a_model_alone(tmp_path: Path) -> None:
     finished_run(tmp_path, 20, model_only=True)
     assert open_folder(tmp_path).decision.action == "finished"
@@ -256,6 +279,25 @@ def test_resolved_config_can_be_refused(tmp_path: Path, new_run: bool) -> None:
     assert open_folder(tmp_path).decision.action == "resume"  # nor is the lock kept
 
 
+@pytest.mark.parametrize("status", ["completed", "preempted"])
+def test_start_that_does_not_come_to_its_first_step_changes_nothing(
+    tmp_path: Path, status: str
+) -> None:
+    """What it would be compared with stays what it was, so the first command still holds."""
+    finished_run(tmp_path, 20, status=status)
+    before = snapshot(tmp_path)
+    config = make_config(tmp_path, training={"steps": 40})
+    opened = RunFolder.open(config, Facts(config, 1, "cpu"))
+    assert opened.decision.action == "resume"
+    assert opened.keeps_status(CheckpointError("other data"))
+    # A crash is told to a scheduler, unless it would hide that the run is complete.
+    assert opened.keeps_status(MemoryError()) == (status == "completed")
+    opened.close()
+    assert snapshot(tmp_path) == before
+    opened.begin()
+    assert not opened.keeps_status(CheckpointError("disk full"))
+
+
 def test_finished_run_is_not_checked(tmp_path: Path) -> None:
     """There is nothing to train on this mesh."""
     finished_run(tmp_path, 20)
@@ -271,6 +313,8 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     for name in seen:
         (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl.damaged-1").write_text("?")
+    seen.add("metrics.jsonl.damaged-1")
     opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
     assert opened.decision.action == "new"
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}

@@ -278,6 +278,24 @@ def test_resume_needs_no_space_unless_the_file_is_damaged(tmp_path: Path) -> Non
         assert (path.stat().st_ino == inode) == stays
 
 
+@pytest.mark.parametrize("damaged", [b"\0" * 40 + b"\n", b'{"step": 2, "lo\n', b"[1]\n\xff\xfe\n"])
+def test_damaged_lines_are_told_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
+) -> None:
+    """Also behind the last step that is kept; but for a line that a kill has cut off."""
+    path = tmp_path / "metrics.jsonl"
+    for number, last in enumerate((b'{"step": 3}\n', b""), 1):
+        before = b'{"step": 1}\n' + damaged + last + b'{"step'
+        path.write_bytes(before)
+        sink = JsonLinesSink(path)
+        sink.resume(3)
+        sink.close()
+        assert path.read_bytes() == b'{"step": 1}\n' + last
+        assert (tmp_path / f"metrics.jsonl.damaged-{number}").read_bytes() == before
+        text = "line 2, 3 cannot" if damaged.count(b"\n") == 2 else "line 2 cannot"
+        assert text in caplog.messages[-1] and f"damaged-{number}" in caplog.messages[-1]
+
+
 def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
     clock = Clock()
     train(build(tmp_path, clock), clock, 1, 3)

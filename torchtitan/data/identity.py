@@ -1,0 +1,128 @@
+"""How the data of a run differ from those of a checkpoint. No torch.
+
+A checkpoint keeps a digest of everything that a place in the data depends on (`data_facts` in
+`loader.py`), to be compared, and a summary of it, to say what differs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_MAX_FILES = 200
+_MAX_CHARACTERS = 2000
+_MAX_LISTED = 4
+_SHOWN_CHARACTERS = 40
+_KEYS = {
+    "data": "training.dataset_path",
+    "format": "torchtitan",
+    "tokenizer": "model.tokenizer_path",
+    "num_lanes": "data.lanes",
+    "seq_len": "training.seq_len",
+    "seed": "debug.seed",
+    "shuffle": "data.shuffle",
+}
+"""Fact -> the config key that decides it."""
+
+
+def fingerprint_of(facts: Mapping[str, Any]) -> str:
+    """The digest of facts."""
+    return _digest(facts)
+
+
+def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts short enough for a manifest: long lists of files are counted, other long values are
+    replaced by their digest."""
+    data = facts["data"]
+    described = data if isinstance(data, list) else [{"data": data}]
+    short = [{**one, "data": _short_description(one["data"])} for one in described]
+    summary: dict[str, Any] = json.loads(json.dumps({**facts, "data": short}))
+    return summary
+
+
+def differences(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between a stored summary and the one of today: config key -> how. A checkpoint
+    of an older version has no summary."""
+    if not stored:
+        text = "the files, the tokenizer or how the data are cut; the checkpoint does not say which"
+        return {_KEYS["data"]: text}
+    found = {}
+    for name in sorted({*stored, *now}):
+        before, after = stored.get(name), now.get(name)
+        if before == after:
+            continue
+        how = f"{_show(before)} in the checkpoint, {_show(after)} now"
+        if name == "data" and before is not None and after is not None:
+            how = _data_difference(before, after)
+        found[_KEYS.get(name, name)] = how
+    return found
+
+
+def _short_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    files = description.get("files")
+    short = {key: _short_value(value) for key, value in description.items() if key != "files"}
+    if isinstance(files, list) and len(files) <= _MAX_FILES:
+        short["files"] = files
+    elif isinstance(files, list):
+        sizes = sum(file[1] for file in files)
+        short["files"] = {"count": len(files), "bytes": sizes, "digest": _digest(files)}
+    elif files is not None:
+        short["files"] = _short_value(files)
+    return short
+
+
+def _short_value(value: Any) -> Any:
+    return value if len(json.dumps(value)) <= _MAX_CHARACTERS else {"digest": _digest(value)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    if len(before) != len(now):
+        return f"{len(before)} sources in the checkpoint, {len(now)} now"
+    texts = []
+    for index, (old, new) in enumerate(zip(before, now)):
+        place = f"source {index}: " if len(now) > 1 else ""
+        old, new = {**old, **old["data"]}, {**new, **new["data"]}
+        for key in sorted({*old, *new} - {"data"}):
+            if key == "files" and old.get(key) != new.get(key):
+                texts.append(f"{place}{_file_difference(old.get(key), new.get(key))}")
+            elif old.get(key) != new.get(key):
+                shown = f"{_show(old.get(key))} in the checkpoint, {_show(new.get(key))} now"
+                texts.append(f"{place}{key} is {shown}")
+    return "; ".join(texts)
+
+
+def _file_difference(before: Any, now: Any) -> str:
+    if not isinstance(before, list) or not isinstance(now, list):
+        return f"{_count(before)} in the checkpoint, {_count(now)} now"
+    old, new = {file[0]: file[1:] for file in before}, {file[0]: file[1:] for file in now}
+    texts = [f"{name} is gone" for name in old if name not in new]
+    texts += [f"{name} is new" for name in new if name not in old]
+    for name in (name for name in old if name in new and old[name] != new[name]):
+        sizes = (old[name][:1], new[name][:1])
+        text = "has other content at the same size"
+        if sizes[0] != sizes[1]:
+            text = f"had {sizes[0][0]:,} bytes and has {sizes[1][0]:,}"
+        texts.append(f"{name} {text}")
+    if not texts:
+        return "the files are in another order"
+    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
+    return ", ".join([*texts[:_MAX_LISTED], *more])
+
+
+def _count(files: Any) -> str:
+    if isinstance(files, list):
+        return f"{len(files):,} files of {sum(file[1] for file in files):,} bytes"
+    if isinstance(files, Mapping) and "count" in files:
+        return f"{files['count']:,} files of {files['bytes']:,} bytes"
+    return "no files" if files is None else "other files"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
