@@ -239,8 +239,8 @@ def slurm(programs: Path, clone: Path, training: str) -> None:
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
 SLURM |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
 ON_TERM = (
-    "trap 'mkdir -p outputs/debug_model;"
-    ' echo "{\\"status\\": \\"%s\\"}" >outputs/debug_model/run_status.json; exit 1\' TERM;'
+    'trap \'mkdir -p "%s";'
+    ' echo "{\\"status\\": \\"%s\\"}" >"%s/run_status.json"; exit 1\' TERM;'
     " touch started; for _ in {1..300}; do sleep 0.1; done;"
 )
 
@@ -266,14 +266,20 @@ def test_slurm_starts_nothing_with_a_bad_config(clone: Path, programs: Path):
     assert not (clone / "arguments").exists()
 
 
-@pytest.mark.parametrize(("status", "queued"), [("preempted", True), ("failed", False)])
+@pytest.mark.parametrize(
+    ("status", "queued", "folder"),
+    [("preempted", True, "~/$RUNS/one"), ("failed", False, "outputs/one")],
+)
 def test_slurm_queues_a_run_again_that_a_signal_stopped(
-    clone: Path, programs: Path, status: str, queued: bool
+    clone: Path, programs: Path, status: str, queued: bool, folder: str
 ):
-    slurm(programs, clone, ON_TERM % status)
+    run_folder = str(clone / folder.replace("~/$RUNS", "home/my runs"))
+    slurm(programs, clone, ON_TERM % (run_folder, status, run_folder))
     environment = {**os.environ, **SLURM, "SLURM_SUBMIT_DIR": str(clone)}
+    environment |= {"HOME": str(clone / "home"), "RUNS": "my runs"}
     environment["PATH"] = f"{programs}:/usr/bin:/bin"
-    script = subprocess.Popen([clone / "multinode_trainer.slurm"], env=environment)
+    command = [clone / "multinode_trainer.slurm", "--job.dump_folder", folder]
+    script = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not (clone / "started").exists():
         assert script.poll() is None and time.monotonic() < deadline

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import (
     Beta,
     Fraction,
@@ -33,7 +34,7 @@ class Training(Section):
     its `datasets` library reads), or a registered name. `auto` chooses by the files in
     `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
 
-    dataset_path: str | None = None
+    dataset_path: PathText | None = None
     """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
     unset when `data.sources` says what to read."""
 
@@ -86,7 +87,7 @@ class Training(Section):
 
 
 class DataSource(Section):
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or glob to read, as `training.dataset_path`."""
 
     dataset: str = "auto"

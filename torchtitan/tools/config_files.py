@@ -10,6 +10,7 @@ import torchtitan
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.fields import known_sections
 from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.paths import expand_path
 from torchtitan.config.suggest import did_you_mean
 
 _CLONE = Path(torchtitan.__file__).parents[1]
@@ -53,7 +54,7 @@ def copy(name: str, file: str) -> int:
     if stem not in known:
         fix = did_you_mean(stem, known)
         raise ConfigError(Problem(f"config copy {name}", "is no config of this library", fix))
-    target = Path(file).expanduser()
+    target = Path(expand_path(file))
     target = target / f"{stem}.toml" if target.is_dir() else target
     text = known[stem].read_text(encoding="utf-8")
     # Its comments say how to start it, by its name.
@@ -74,7 +75,7 @@ def convert(old: str, new: str | None) -> int:
     if new is None:
         print(text, end="")
     else:
-        target = Path(new).expanduser()
+        target = Path(expand_path(new))
         target = target / Path(old).name if target.is_dir() else target
         _write(target, text)
         print(f"wrote {target}; comments were not carried over")
