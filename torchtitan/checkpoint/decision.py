@@ -57,6 +57,8 @@ class Decision:
     """The checkpoint to load; -1 for the newest, also where `checkpoint.load_step` is done."""
     asked_load_step: int = -1
     """`checkpoint.load_step` as the config has it."""
+    warmup_steps: int | None = None
+    """Of the built-in schedule; None for others."""
     notices: tuple[str, ...] = ()
 
 
@@ -167,16 +169,14 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
     known = {} if stored.is_seed else stored.config
-    global_batch_size, num_lanes = _batch_and_lanes(facts, known, action, notices)
+    batch, lanes, warmup = _open_values(facts, known, action, notices)
     load_step = config.checkpoint.load_step
-    return Decision(
-        action, run_id, step, global_batch_size, num_lanes, load_step, asked, tuple(notices)
-    )
+    return Decision(action, run_id, step, batch, lanes, load_step, asked, warmup, tuple(notices))
 
 
 def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
-    """`config` with what the decision settles: batch size, lanes, and the step to load. A seed
-    settles none: it is for every mesh."""
+    """`config` with what the decision settles: batch size, lanes, warmup, and the step to load. A
+    seed settles none: it is for every mesh."""
     # Kept, it would move this very run aside when somebody trains from its config.toml.
     job = config.job.model_copy(update={"new_run": False})
     if config.checkpoint.create_seed_checkpoint:
@@ -185,6 +185,9 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
     data = config.data.model_copy(update={"lanes": decision.num_lanes})
     checkpoint = config.checkpoint.model_copy(update={"load_step": decision.load_step})
     sections = {"job": job, "training": training, "data": data, "checkpoint": checkpoint}
+    if decision.warmup_steps is not None:
+        update = {"warmup_steps": decision.warmup_steps}
+        sections["lr_scheduler"] = config.lr_scheduler.model_copy(update=update)
     return config.model_copy(update=sections)
 
 
@@ -199,7 +202,13 @@ def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
         raise ConfigError(problems)
     start = initial_start(facts)
     return Decision(
-        "new", run_id, start.step, start.global_batch_size, start.num_lanes, notices=start.notices
+        "new",
+        run_id,
+        start.step,
+        start.global_batch_size,
+        start.num_lanes,
+        warmup_steps=facts.warmup_steps,
+        notices=start.notices,
     )
 
 
@@ -306,21 +315,26 @@ def _read(path: Path, config: JobConfig) -> _Stored:
     return _Stored(status, stored_config, good, step_folders(path / name), has_metrics)
 
 
-def _batch_and_lanes(
+def _open_values(
     facts: Facts, stored: Mapping[str, Any], action: Action, notices: list[str]
-) -> tuple[int, int]:
-    """Batch size and lanes: the stored ones, else what config and mesh say. Adds notices."""
+) -> tuple[int, int, int | None]:
+    """Batch size, lanes and warmup: the stored ones, else what config and mesh say. Adds
+    notices."""
 
     def resolve(key: str, now: int) -> int:
         before = stored_value(stored, key)
-        if not isinstance(before, int) or before <= 0:
+        if not isinstance(before, int) or before < 0:
             return now
         if before != now and action == "resume":
             notices.append(f"{key} stays {before}, as at the first start; it would be {now} here.")
         return before
 
-    global_batch_size = resolve("training.global_batch_size", facts.global_batch_size)
-    return global_batch_size, resolve("data.lanes", facts.num_lanes)
+    warmup = facts.warmup_steps
+    return (
+        resolve("training.global_batch_size", facts.global_batch_size),
+        resolve("data.lanes", facts.num_lanes),
+        None if warmup is None else resolve("lr_scheduler.warmup_steps", warmup),
+    )
 
 
 def _refuse_foreign_config(path: Path) -> None:

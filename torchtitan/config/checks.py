@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torchtitan.config import fitting
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.fields import Key, keys_of, known_keys
@@ -24,7 +25,7 @@ def check(facts: Facts) -> list[Problem]:
     problems = [*_mesh(facts), *_threads(facts)]
     if not problems:  # the batch is divided over a mesh, so there has to be one
         problems += _batch(facts)
-    return [*problems, *_paths(facts.config)]
+    return [*problems, *_paths(facts.config), *fitting.notices(facts.config, facts.warmup_steps)]
 
 
 def is_mesh(facts: Facts) -> bool:

@@ -18,7 +18,7 @@ from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys_check import split_known
 from torchtitan.config.legacy import is_old
-from torchtitan.config.paths import expand_path
+from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_file import read_toml
 from torchtitan.config.value_errors import problems_of
 
@@ -44,7 +44,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     """The config that a command line describes; raises `ConfigError` with every problem found."""
     command_line = parse_command_line(argv)
     file_name = command_line.values.get("job.config_file")
-    path = None if file_name is None else Path(expand_path(str(file_name)))
+    path = None if file_name is None else config_path(str(file_name))
+    if path is not None and str(path) != file_name:
+        command_line.values["job.config_file"] = str(path)
     return _load(path, command_line)
 
 

@@ -15,6 +15,8 @@ from torchtitan.config.section import (
     Section,
 )
 
+DEFAULT_WARMUP = 200
+
 
 class Dataloader(Section):
     num_workers: NonNegativeInt = 0
@@ -39,7 +41,8 @@ class Training(Section):
     unset when `data.sources` says what to read."""
 
     local_batch_size: PositiveInt = 8
-    """Sequences per data-parallel rank in one forward (a microbatch)."""
+    """Sequences per data-parallel rank in one forward (a microbatch). Unset, and where 8 do not
+    divide a rank's share of `global_batch_size`: the most below 8 that do."""
 
     global_batch_size: int = Field(default=-1, ge=-1, le=2**63 - 1)
     """Sequences per optimizer step over all ranks; -1 is `local_batch_size` times the data-parallel
@@ -227,8 +230,9 @@ class LRScheduler(Section):
     """Schedule; `torchtitan list schedules` prints them. The keys below are those of
     `warmup_stable_decay`, others have theirs in `args`."""
 
-    warmup_steps: NonNegativeInt = 200
-    """Steps in which the learning rate rises linearly to its peak."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps in which the learning rate rises linearly to its peak. Unset: 200, or a fifth of
+    `training.steps` where 200 and the decay do not fit into the run; stored with the run."""
 
     decay_ratio: Fraction | None = None
     """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from
@@ -242,3 +246,10 @@ class LRScheduler(Section):
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""
+
+    def warmup(self, training_steps: int) -> int:
+        """Return `warmup_steps`, or how many steps of the run they are when unset."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        room = training_steps - round(training_steps * (self.decay_ratio or 0.0))
+        return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(training_steps // 5, room)
