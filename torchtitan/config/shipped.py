@@ -1,5 +1,6 @@
 """The TOMLs that come with the library, which a command line may call by name."""
 
+import glob
 from importlib import metadata
 from pathlib import Path
 
@@ -26,14 +27,17 @@ def config_path(text: str) -> Path:
 
 
 def found_elsewhere(text: str, config_file: str | None = None) -> Path | None:
-    """Return where a relative path that is absent in the current folder does lead: from the clone,
-    or from the folder of the config that names it; None if nowhere."""
-    path = Path(text)
+    """Return what a relative path, or glob, names that is absent in the current folder and there in
+    the clone, or in the folder of the config that names it; None if there is none."""
     folders = [CLONE] if (CLONE / FOLDER).is_dir() else []
     folders += [Path(config_file).absolute().parent] if config_file else []
-    if path.is_absolute() or not text or path.exists():
+    if not text or Path(text).is_absolute() or _is_there(Path(text)):
         return None
-    return next((folder / path for folder in folders if (folder / path).exists()), None)
+    return next((folder / text for folder in folders if _is_there(folder / text)), None)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or any(True for _ in glob.iglob(str(path)))
 
 
 def _installed() -> list[Path]:

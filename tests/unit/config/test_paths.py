@@ -8,6 +8,8 @@ from torchtitan.config.checks import check, paths_of
 from torchtitan.config.facts import Facts
 from torchtitan.config.fields import Key, keys_of, known_keys
 from torchtitan.config.load import load_config
+from torchtitan.config.shipped import CLONE, found_elsewhere
+from torchtitan.preflight import FILES, preflight
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
 
@@ -45,6 +47,23 @@ def test_every_path_is_expanded(written: str, tmp_path: Path, monkeypatch: pytes
     found = dict(paths_of(config))
     assert found == {name: str(file) for name in found}
     assert set(found) == {*scalars, "data.sources[0].path", "validation.sets[0].dataset_path"}
+
+
+def test_the_place_where_an_absent_path_may_be_meant_to_start(tmp_path: Path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    beside = str(tmp_path / "configs" / "run.toml")
+    for name in ("a.jsonl", "*.jsonl"):
+        assert found_elsewhere(name, beside) == tmp_path / "configs" / name
+    assert found_elsewhere("torchtitan/data") == CLONE / "torchtitan" / "data"
+    assert found_elsewhere("configs/a.jsonl", beside) is None, "it is not absent"
+    assert found_elsewhere("b.jsonl", beside) is None
+    flags = ["--training.dataset_path", "torchtitan/data"]
+    problems = preflight(Facts(load_config(flags).config, 1, "cpu"), [FILES])
+    assert [f"did you mean {CLONE}/torchtitan/data?" in str(problem) for problem in problems] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize(
