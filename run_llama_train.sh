@@ -6,18 +6,21 @@
 # CONFIG_FILE   the TOML (default: train_configs/debug_model.toml)
 # NGPU          processes, one a GPU (default: the GPUs of this machine; on a CPU 1)
 # LOG_RANK      ranks whose progress is shown, such as 0 or 0,3 (default: 0)
+#
+# Relative paths start where you stand.
 set -euo pipefail
 
-# A CONFIG_FILE may be given from where one stands; all other paths are relative to the clone.
-if [[ -n ${CONFIG_FILE:-} && -e $CONFIG_FILE ]]; then
-    CONFIG_FILE=$(cd "$(dirname "$CONFIG_FILE")" && pwd)/$(basename "$CONFIG_FILE")
-fi
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
+CONFIG_FILE=${CONFIG_FILE:-$PWD/train_configs/debug_model.toml}
 
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
 setup_env
+if [[ -e $here/torchtitan/train.py && ! $here -ef $PWD ]]; then
+    die "$here is another clone, whose code Python would run: use the run_llama_train.sh there."
+fi
+cd "$here"
 
 has_gpu=false
 if [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]]; then
@@ -36,8 +39,8 @@ if [[ $has_gpu == true ]]; then
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 fi
 
-if [[ $* == *--comm.mode?fake_backend* ]]; then
-    # A rehearsal is one process, however many it is a rehearsal for.
+if [[ " $* " == *" --comm.mode"[\ =]fake_backend* || " $* " == *" --"@(check|help)[\ =]* ]]; then
+    # A rehearsal or a check is one process, however many it is for.
     export WORLD_SIZE=${WORLD_SIZE:-$NGPU}
     NGPU=1
 fi
@@ -50,6 +53,13 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     threads=$(($(getconf _NPROCESSORS_ONLN) / NGPU))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
+# One message here instead of one amid a traceback of the launcher.
+report=$(WORLD_SIZE=$NGPU "$PYTHON" -m torchtitan.cli train \
+    --job.config_file "$CONFIG_FILE" --check full "$@" 2>&1) || {
+    status=$?
+    printf '%s\n' "$report" >&2
+    exit "$status"
+}
 exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" \
     --rdzv_backend c10d --rdzv_endpoint localhost:0 \
     -m torchtitan.train --job.config_file "$CONFIG_FILE" "$@"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts of this clone, from its root: leaves in PYTHON the interpreter to use.
+# Sourced by the scripts of this clone, from its root: leaves in PYTHON the interpreter to use,
+# as a path that holds wherever they go.
 #
 #   setup_env [EXTRA]     EXTRA: "" to train, "dev" to run the tests
 #
@@ -95,6 +96,7 @@ setup_env() {
     for name in python3 python; do
         if is_new_enough "$name" && runs_this_clone "$name" "$extra"; then
             PYTHON=$(command -v "$name")
+            [[ $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # PATH may hold .venv/bin
             return
         fi
     done

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.shipped import found_elsewhere
 
 ARITHMETIC = "arithmetic"
 """Config and world size alone: no torch, no file."""
@@ -84,6 +85,7 @@ def preflight(facts: Facts, phases: Sequence[str] = PHASES) -> list[Problem]:
         if MODEL in phases and facts.full and not errors_of(problems):
             problems += data_problems(facts)
     unique = list({str(problem): problem for problem in problems}.values())
+    unique = [_naming_the_other_place(problem, facts) for problem in unique]
     return unique if facts.full else [_downgraded(problem) for problem in unique]
 
 
@@ -146,13 +148,15 @@ def report(problems: Iterable[Problem], quiet: bool = False) -> None:
         print(f"{problem.severity}: {problem}", file=sys.stderr)
 
 
-def require(facts: Facts, phases: Sequence[str] = PHASES, quiet: bool = False) -> None:
-    """Run the phases, print the warnings, raise `ConfigError` with the errors."""
+def require(facts: Facts, phases: Sequence[str] = PHASES, quiet: bool = False) -> list[Problem]:
+    """Run the phases, print the warnings and return them; raise `ConfigError` with the errors."""
     problems = preflight(facts, phases)
     errors = errors_of(problems)
-    report((problem for problem in problems if problem not in errors), quiet)
+    warnings = [problem for problem in problems if problem not in errors]
+    report(warnings, quiet)
     if errors:
         raise ConfigError(errors)
+    return warnings
 
 
 def require_same_data(facts: Facts) -> None:
@@ -165,6 +169,16 @@ def require_same_data(facts: Facts) -> None:
 def _function(module: str, name: str) -> Callable[[Facts], list[Problem]]:
     """The module is imported when it is asked, because some probes need torch."""
     return getattr(importlib.import_module(module), name)
+
+
+def _naming_the_other_place(problem: Problem, facts: Facts) -> Problem:
+    """A relative path starts where the process does, and may be meant to start elsewhere."""
+    text = problem.value if problem.missing_asset and isinstance(problem.value, str) else ""
+    place = found_elsewhere(text, facts.config.job.config_file)
+    if place is None:
+        return problem
+    fix = f"{problem.fix.rstrip('.')}; did you mean {place}? A relative path starts in the current"
+    return replace(problem, fix=f"{fix} folder, {Path.cwd()}")
 
 
 def _downgraded(problem: Problem) -> Problem:

@@ -14,7 +14,8 @@ from torchtitan.cli import _WORDS
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
-from torchtitan.tools import config_files, config_words, convert_words, list_words, tokenize_word
+from torchtitan.config.shipped import shipped_configs
+from torchtitan.tools import config_words, convert_words, list_words, tokenize_word
 from torchtitan.tools.download import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +132,7 @@ def _of_config(rest: list[str]) -> str | None:
         return _problem_of_arguments(arguments)
     if len(arguments) not in config_words._NUMBERS[word]:
         return f"{len(arguments)} arguments"
-    if word == "copy" and arguments[0] not in config_files.shipped_configs():
+    if word == "copy" and arguments[0] not in shipped_configs():
         return f"no such config: {arguments[0]}"
     return None
 
@@ -168,7 +169,7 @@ def _problem_of_options(script: Path, words: list[str]) -> str | None:
 
 def _problem_of_outputs(words: list[str]) -> str | None:
     """Of a program that reads what a run wrote: some config of ours writes there."""
-    folders = {f"outputs/{name}/" for name in config_files.shipped_configs()}
+    folders = {f"outputs/{name}/" for name in shipped_configs()}
     inside = ("tb", "wandb", "comm_traces", "metrics.jsonl", "checkpoint")
     folders |= {f"outputs/{name}" for name in inside}  # of a config without job.dump_folder
     for word in words:

@@ -191,22 +191,59 @@ def test_one_process_needs_no_torchrun(clone: Path, programs: Path):
     script = str(clone / "run_llama_train.sh")
     result = run(clone, programs, script, "--job.description", "two words", NGPU="1")
     folder, log_rank, *arguments = result.stdout.splitlines()
-    assert (folder, log_rank) == (str(clone), "LOG_RANK=0")
+    assert (folder, log_rank) == (str(clone.parent), "LOG_RANK=0"), "paths start where one stands"
     assert arguments[:2] == ["-m", "torchtitan.train"]
-    assert arguments[2:4] == ["--job.config_file", "train_configs/debug_model.toml"]
+    assert arguments[2:4] == ["--job.config_file", f"{clone}/train_configs/debug_model.toml"]
     assert arguments[4:] == ["--job.description", "two words"]
 
 
 def test_several_processes_start_through_torchrun(clone: Path, programs: Path):
     echoing_python(programs, clone)
-    (clone.parent / "mine.toml").touch()
+    (clone.parent / "mine.toml").write_text('training.dataset = "stdlib"\n')
     script = str(clone / "run_llama_train.sh")
     result = run(clone, programs, script, NGPU="2", LOG_RANK="1", CONFIG_FILE="mine.toml")
     _, log_rank, *arguments = result.stdout.splitlines()
     assert log_rank == "LOG_RANK=1"
     assert arguments[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     assert "localhost:0" in arguments
-    assert arguments[-2:] == ["--job.config_file", str(clone.parent / "mine.toml")]
+    assert arguments[-2:] == ["--job.config_file", "mine.toml"]
+
+
+def test_a_mistake_under_several_processes_is_told_once(clone: Path, programs: Path):
+    echoing_python(programs, clone)
+    arguments = ["--training.stepz", "3", "--checkpoint.enable"]
+    result = run(clone, programs, str(clone / "run_llama_train.sh"), *arguments, NGPU="2")
+    assert (result.returncode, result.stdout) == (2, ""), "nothing was started"
+    assert result.stderr.count("--training.stepz: is unknown") == 1
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_a_check_for_several_processes_is_one(clone: Path, programs: Path):
+    python_of_tests(programs, clone)
+    result = run(clone, programs, str(clone / "run_llama_train.sh"), "--check", NGPU="64")
+    assert result.returncode == 0, result.stderr
+    assert "debugmodel on 64 processes" in result.stdout
+
+
+def test_a_path_that_starts_in_the_clone_is_named(clone: Path, programs: Path):
+    """Paths start where one stands, which here is the folder above the clone."""
+    python_of_tests(programs, clone)
+    script = str(clone / "run_llama_train.sh")
+    data = ["--training.dataset", "auto", "--training.dataset_path", "torchtitan/data"]
+    result = run(clone, programs, script, "--check", *data)
+    assert result.returncode == 9
+    assert f"did you mean {clone}/torchtitan/data?" in result.stderr
+    assert "not checked, as it is not here: training.dataset_path; else ok: " in result.stdout
+
+
+def test_standing_in_another_clone_is_refused(clone: Path, programs: Path):
+    """Python would take the code from there."""
+    python_of_tests(programs, clone)
+    (clone.parent / "torchtitan").mkdir()
+    (clone.parent / "torchtitan" / "train.py").touch()
+    result = run(clone, programs, str(clone / "run_llama_train.sh"), "--check")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"{clone.parent} is another clone")
 
 
 def test_a_number_of_processes_is_a_number(clone: Path, programs: Path):
@@ -239,8 +276,8 @@ def slurm(programs: Path, clone: Path, training: str) -> None:
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
 SLURM |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
 ON_TERM = (
-    "trap 'mkdir -p outputs/debug_model;"
-    ' echo "{\\"status\\": \\"%s\\"}" >outputs/debug_model/run_status.json; exit 1\' TERM;'
+    'trap \'mkdir -p "%s";'
+    ' echo "{\\"status\\": \\"%s\\"}" >"%s/run_status.json"; exit 1\' TERM;'
     " touch started; for _ in {1..300}; do sleep 0.1; done;"
 )
 
@@ -266,14 +303,20 @@ def test_slurm_starts_nothing_with_a_bad_config(clone: Path, programs: Path):
     assert not (clone / "arguments").exists()
 
 
-@pytest.mark.parametrize(("status", "queued"), [("preempted", True), ("failed", False)])
+@pytest.mark.parametrize(
+    ("status", "queued", "folder"),
+    [("preempted", True, "~/$RUNS/one"), ("failed", False, "outputs/one")],
+)
 def test_slurm_queues_a_run_again_that_a_signal_stopped(
-    clone: Path, programs: Path, status: str, queued: bool
+    clone: Path, programs: Path, status: str, queued: bool, folder: str
 ):
-    slurm(programs, clone, ON_TERM % status)
+    run_folder = str(clone / folder.replace("~/$RUNS", "home/my runs"))
+    slurm(programs, clone, ON_TERM % (run_folder, status, run_folder))
     environment = {**os.environ, **SLURM, "SLURM_SUBMIT_DIR": str(clone)}
+    environment |= {"HOME": str(clone / "home"), "RUNS": "my runs"}
     environment["PATH"] = f"{programs}:/usr/bin:/bin"
-    script = subprocess.Popen([clone / "multinode_trainer.slurm"], env=environment)
+    command = [clone / "multinode_trainer.slurm", "--job.dump_folder", folder]
+    script = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not (clone / "started").exists():
         assert script.poll() is None and time.monotonic() < deadline

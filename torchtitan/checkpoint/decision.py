@@ -49,6 +49,8 @@ class Decision:
     """`checkpoint.load_step` as the config has it."""
     had_ended: bool = False
     """The run was over before this start, which may go on with it."""
+    warmup_steps: int | None = None
+    """Of the built-in schedule; None for others."""
     notices: tuple[str, ...] = ()
 
 
@@ -105,25 +107,25 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
     known = {} if stored.is_seed else stored.config
-    global_batch_size, num_lanes, more = _batch_and_lanes(facts, known)
+    batch, lanes, warmup, more = _open_values(facts, known)
     notices += more if action == "resume" else []
-    load_step = config.checkpoint.load_step
     return Decision(
         action,
         run_id,
         step,
-        global_batch_size,
-        num_lanes,
-        load_step,
-        asked,
+        batch,
+        lanes,
+        load_step=config.checkpoint.load_step,
+        asked_load_step=asked,
         had_ended=bool(stored.ended),
+        warmup_steps=warmup,
         notices=tuple(notices),
     )
 
 
 def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
-    """`config` with what the decision settles: batch size, lanes, and the step to load. A seed
-    settles none: it is for every mesh."""
+    """`config` with what the decision settles: batch size, lanes, warmup, and the step to load. A
+    seed settles none: it is for every mesh."""
     # Kept, it would move this very run aside when somebody trains from its config.toml.
     job = config.job.model_copy(update={"new_run": False})
     if config.checkpoint.create_seed_checkpoint:
@@ -132,6 +134,9 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
     data = config.data.model_copy(update={"lanes": decision.num_lanes})
     checkpoint = config.checkpoint.model_copy(update={"load_step": decision.load_step})
     sections = {"job": job, "training": training, "data": data, "checkpoint": checkpoint}
+    if decision.warmup_steps is not None:
+        update = {"warmup_steps": decision.warmup_steps}
+        sections["lr_scheduler"] = config.lr_scheduler.model_copy(update=update)
     return config.model_copy(update=sections)
 
 
@@ -146,7 +151,13 @@ def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
         raise ConfigError(problems)
     start = initial_start(facts)
     return Decision(
-        "new", run_id, start.step, start.global_batch_size, start.num_lanes, notices=start.notices
+        "new",
+        run_id,
+        start.step,
+        start.global_batch_size,
+        start.num_lanes,
+        warmup_steps=facts.warmup_steps,
+        notices=start.notices,
     )
 
 
@@ -242,20 +253,28 @@ def _continuation_problems(
     return step_problems(checkpoint, folder)
 
 
-def _batch_and_lanes(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, list[str]]:
-    """Batch size and lanes: the stored ones, else what config and mesh say; and notices."""
+def _open_values(
+    facts: Facts, stored: Mapping[str, Any]
+) -> tuple[int, int, int | None, list[str]]:
+    """Return batch size, lanes and warmup (the stored ones, else what config and mesh say), and
+    notices."""
     notices = []
 
     def resolve(key: str, now: int) -> int:
         before = stored_value(stored, key)
-        if not isinstance(before, int) or before <= 0:
+        if not isinstance(before, int) or before < 0:
             return now
         if before != now:
             notices.append(f"{key} stays {before}, as at the first start; it would be {now} here.")
         return before
 
-    global_batch_size = resolve("training.global_batch_size", facts.global_batch_size)
-    return global_batch_size, resolve("data.lanes", facts.num_lanes), notices
+    warmup = facts.warmup_steps
+    return (
+        resolve("training.global_batch_size", facts.global_batch_size),
+        resolve("data.lanes", facts.num_lanes),
+        None if warmup is None else resolve("lr_scheduler.warmup_steps", warmup),
+        notices,
+    )
 
 
 def with_stored_batch(facts: Facts) -> Facts:
@@ -271,7 +290,7 @@ def with_stored_batch(facts: Facts) -> Facts:
         stored = read_stored_run(path, config)
         if stored.trained and not starts_anew(config):
             known = {} if stored.is_seed or stored.config is None else stored.config
-            batch, lanes, _ = _batch_and_lanes(facts, known)
+            batch, lanes, *_ = _open_values(facts, known)
         else:
             start = initial_start(facts)
             batch, lanes = start.global_batch_size, start.num_lanes

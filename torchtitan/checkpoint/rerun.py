@@ -69,7 +69,7 @@ NOTICED = (
 """Keys of `MAY_DIFFER` whose change is worth a line in the log."""
 
 _FREE_HANDLERS = {"compile"}
-_RESOLVED = ("training.global_batch_size", "data.lanes")
+_RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
 _STEPS = "training.steps"
 _EPOCHS = "data.epochs"
 _SOURCE_PATHS = "data.sources.path"
@@ -104,8 +104,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
     """Differences that make `config` another run than the stored one, and notices about others.
 
     Keys that a stored config does not know count as their default: it may be of an older version.
-    `training.steps` and `data.epochs` may grow, and an open `global_batch_size` or `lanes` takes
-    the stored value.
+    `training.steps` and `data.epochs` may grow, and an open `global_batch_size`, `lanes` or
+    `warmup_steps` takes the stored value.
     """
     defaults = flatten(JobConfig().model_dump())
     old = {**defaults, **flatten(stored)}

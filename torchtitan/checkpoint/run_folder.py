@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,7 +76,8 @@ class RunFolder:
         lock = _lock(path)
         try:
             decision = decide(config, facts, path)
-            folder = cls(path, resolved_config(config, decision), decision, lock)
+            resolved = replace(facts, config=resolved_config(config, decision)).config
+            folder = cls(path, resolved, decision, lock)
             if decision.action != "finished":
                 check(folder.config)
                 if starts_anew(config) and is_movable(path, config):

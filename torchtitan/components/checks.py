@@ -110,7 +110,7 @@ def check_patterns(section: Optimizer, names: Sequence[str]) -> list[Problem]:
 def decay_steps(training_steps: int, section: LRScheduler) -> int:
     """Steps of the last phase: `decay_ratio` of the run, or all that follows the warmup."""
     if section.decay_ratio is None:
-        return max(0, training_steps - section.warmup_steps)
+        return max(0, training_steps - section.warmup(training_steps))
     return round(training_steps * section.decay_ratio)
 
 
@@ -141,7 +141,7 @@ def _check_schedule(facts: Facts) -> Iterator[Problem]:
     section, steps = facts.config.lr_scheduler, facts.config.training.steps
     if section.name != BUILT_IN_NAME:
         return
-    warmup = section.warmup_steps
+    warmup = section.warmup(steps)
     if warmup > steps:
         problem = f"the run ends before the warmup does: training.steps = {steps}"
         fix = f"set it to at most {steps}, or train for more steps"

@@ -21,8 +21,9 @@ def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:
     the decay is above `min_lr_factor`, so that no step is spent on a rate of zero.
     """
     assert step >= 1, "steps count from 1"
-    if step <= section.warmup_steps:
-        return step / (section.warmup_steps + 1)
+    warmup = section.warmup(training_steps)
+    if step <= warmup:
+        return step / (warmup + 1)
     length = decay_steps(training_steps, section)
     decayed = step - (training_steps - length)
     if decayed <= 0 or length == 0:

@@ -80,13 +80,15 @@ def _schedule(facts: Facts) -> Iterator[Problem]:
 
 
 def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Iterator[Problem]:
-    """Settings that would be read by nobody, in the order of the section."""
+    """Settings that are not used, in the order of the section. They may stand in a file whose
+    optimizer or schedule the command line replaces."""
     keys = set(keys)
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if key in keys and value != field.default:
             fix = f"leave it out; {name} has its own settings in [{table}.args]"
-            yield Problem(f"{table}.{key}", f"{name} has no use for it", fix, value=value)
+            problem = f"{name} has no use for it"
+            yield Problem(f"{table}.{key}", problem, fix, value=value, severity="warning")
 
 
 def _sinks(facts: Facts) -> Iterator[Problem]:

@@ -1,10 +1,15 @@
 """Checks of the mesh and the batch against the number of processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+from torchtitan.config import fitting
 from torchtitan.config.errors import Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.paths import why_unexpanded
 
 _DEGREES = (
     "data_parallel_replicate_degree",
@@ -20,7 +25,7 @@ def check(facts: Facts) -> list[Problem]:
     problems = [*_mesh(facts), *_threads(facts)]
     if not problems:  # the batch is divided over a mesh, so there has to be one
         problems += _batch(facts)
-    return problems
+    return [*problems, *_paths(facts.config), *fitting.notices(facts.config, facts.warmup_steps)]
 
 
 def is_mesh(facts: Facts) -> bool:
@@ -70,6 +75,32 @@ def _product(facts: Facts) -> str:
     factors = [(name, getattr(mesh, name)) for name in _DEGREES if getattr(mesh, name) != -1]
     shown = [f"{name} {degree}" for name, degree in factors if degree > 1] or ["all degrees 1"]
     return " x ".join(shown)
+
+
+def _paths(config: JobConfig) -> Iterator[Problem]:
+    """Paths with a variable that is not set: they would name a folder called `$NAME`."""
+    for name, path in paths_of(config):
+        reason = why_unexpanded(path)
+        if reason:
+            fix = "set it where the run starts, or write the folder itself"
+            yield Problem(name, reason, fix, path, missing_asset=True)
+
+
+def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """The dotted name and value of every path that a config sets, or that has a default."""
+    return _paths_in(config.model_dump(), known_keys().values(), "")
+
+
+def _paths_in(table: Any, keys: Iterable[Key], prefix: str) -> Iterator[tuple[str, str]]:
+    for key in keys:
+        value = table
+        for part in key.name.split("."):
+            value = value[part]
+        if key.is_path and value:
+            yield prefix + key.name, value
+        for index, inner in enumerate(value if key.item else ()):
+            assert key.item is not None
+            yield from _paths_in(inner, keys_of(key.item), f"{prefix}{key.name}[{index}].")
 
 
 def _threads(facts: Facts) -> Iterator[Problem]:

@@ -28,10 +28,12 @@ _HELP = "`torchtitan train --help` lists all flags"
 
 @dataclass
 class CommandLine:
-    """Values by dotted key (`model.args.n_layers`), and what could not be understood."""
+    """Values by dotted key (`model.args.n_layers`) in the order given, and what could not be
+    understood. Of a key that was given twice the last value counts, with a notice."""
 
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
@@ -150,13 +152,19 @@ def _take_free(
 
 
 def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
+    """Record a value. A table is recorded key by key, so that it adds to what else is given."""
+    is_free = free_table_of(f"{name}.") is not None
+    if is_free and isinstance(value, dict) and value and not any("." in key for key in value):
+        for key, inner in value.items():
+            _set(parsed, f"{name}.{key}", inner, flag)
+        return
     if is_secret(name, value):
         parsed.problems.append(secret_problem(flag))
         return
-    if name in parsed.values and parsed.values[name] != value:
-        problem = f"is given twice, as {toml_value(parsed.values[name])} and as {toml_value(value)}"
-        parsed.problems.append(Problem(flag, problem, "give it once"))
-        return
+    before = parsed.values.pop(name, value)  # taken out, so that the order is that of what counts
+    if before != value:
+        given = f"{toml_value(before)} and {toml_value(value)}"
+        parsed.notices.append(f"--{name} is given twice ({given}): the last one counts")
     parsed.values[name] = value
 
 

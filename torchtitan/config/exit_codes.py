@@ -14,6 +14,8 @@ NON_FINITE = 5
 HANG = 6
 PREEMPTED = 7
 OUT_OF_MEMORY = 8
+NOT_FOUND = 9
+"""`--check` found nothing wrong, but not all files of the run on this machine."""
 INTERRUPTED = 130
 
 _BY_ERROR: dict[type[BaseException], int] = {

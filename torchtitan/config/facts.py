@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from torchtitan.config.fitting import fitted
 from torchtitan.config.job_config import JobConfig
 
 MAX_DEFAULT_LANES = 64
@@ -9,7 +10,8 @@ MAX_DEFAULT_LANES = 64
 
 @dataclass(frozen=True)
 class Facts:
-    """What a check may know. Properties resolve the values that a config may leave open.
+    """What a check may know. Properties resolve the values that a config may leave open, and
+    defaults that do not fit what the config says otherwise are adjusted.
 
     `full` says whether this machine is the one that will train: only then are its hardware and its
     files the run's.
@@ -19,6 +21,9 @@ class Facts:
     world_size: int
     device_type: str
     full: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", fitted(self.config, self.dp_degree))
 
     @property
     def other_degrees(self) -> int:
@@ -56,6 +61,14 @@ class Facts:
     def num_lanes(self) -> int:
         """Independent data streams."""
         return self.config.data.lanes or default_lanes(self.global_batch_size)
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of the learning rate's warmup; None where the schedule is not the built-in one."""
+        schedule = self.config.lr_scheduler
+        if schedule.name != type(schedule).model_fields["name"].default:
+            return None
+        return schedule.warmup(self.config.training.steps)
 
     @property
     def accumulation_steps(self) -> int:

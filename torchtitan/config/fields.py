@@ -14,6 +14,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.paths import IS_PATH
 from torchtitan.config.section import Section
 
 _HUGE = 2**31
@@ -32,6 +33,7 @@ class Key:
     bounds: str = ""
     item: type[Section] | None = None
     """What each table of a list of tables holds."""
+    is_path: bool = False
 
     @property
     def section(self) -> str:
@@ -106,6 +108,7 @@ def _key(name: str, field: FieldInfo, base: Any, optional: bool, metadata: list[
         choices=choices,
         bounds=_bounds(metadata) if kind in ("int", "float") else "",
         item=_item(base) if kind == "tables" else None,
+        is_path=IS_PATH in metadata,
     )
 
 

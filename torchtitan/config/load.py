@@ -18,6 +18,7 @@ from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys_check import split_known
 from torchtitan.config.legacy import is_old
+from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_file import read_toml
 from torchtitan.config.value_errors import problems_of
 
@@ -33,7 +34,8 @@ class LoadedConfig:
     config: JobConfig
     origins: dict[str, str]
     notices: tuple[str, ...] = ()
-    """What an older release's keys are today, one sentence each."""
+    """What was read otherwise than it was written, one sentence each: an older release's keys, and
+    flags that were given twice."""
     given: dict[str, Any] = field(default_factory=dict)
     """What file and command line set, as a table of today's keys."""
 
@@ -42,7 +44,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     """The config that a command line describes; raises `ConfigError` with every problem found."""
     command_line = parse_command_line(argv)
     file_name = command_line.values.get("job.config_file")
-    path = None if file_name is None else Path(str(file_name))
+    path = None if file_name is None else config_path(str(file_name))
+    if path is not None and str(path) != file_name:
+        command_line.values["job.config_file"] = str(path)
     return _load(path, command_line)
 
 
@@ -75,10 +79,11 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
         raise ConfigError(problems)
     from_file = dict.fromkeys(_leaves(values), str(path))
     from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *settled.by_flags], COMMAND_LINE)
+    notices = (*command_line.notices, *settled.notices)
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
     origins |= from_file
     origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
-    return LoadedConfig(config, origins, tuple(settled.notices), values)
+    return LoadedConfig(config, origins, notices, values)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], legacy.Translated]:
@@ -104,7 +109,8 @@ def _validate(values: dict[str, Any], flags: list[str]) -> tuple[JobConfig | Non
 
 
 def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the dotted keys set in it; `base` stays as it is."""
+    """`base` with the dotted keys set in it; `base` stays as it is. An empty table adds nothing to
+    one that is there."""
     merged = _copied(base)
     for name, value in dotted.items():
         *tables, last = name.split(".")
@@ -114,7 +120,8 @@ def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(inner, dict):  # a value where the command line goes deeper
                 inner = table[part] = {}
             table = inner
-        table[last] = value
+        if value != {} or not isinstance(table.get(last), dict):
+            table[last] = value
     return merged
 
 

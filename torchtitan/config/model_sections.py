@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import Fraction, Names, Section
 
 NormType = Literal["rmsnorm", "layernorm", "np_layernorm", "fused_rmsnorm"]
@@ -16,7 +17,7 @@ class Model(Section):
     flavor: str = "debugmodel"
     """Size within the family."""
 
-    tokenizer_path: str = "bytes"
+    tokenizer_path: PathText = "bytes"
     """`bytes` (one token a byte, needs no file), a `tokenizer.json`, a `tokenizer.model` of
     tiktoken or sentencepiece, or a folder that holds one."""
 

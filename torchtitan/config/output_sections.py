@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
 
 
@@ -45,7 +46,7 @@ class Checkpoint(Section):
     """Save the initial weights as step 0, with one process, and end. A run on any mesh, in the same
     `job.dump_folder`, then starts from them."""
 
-    initial_load_path: str | None = None
+    initial_load_path: PathText | None = None
     """Folder of the checkpoint that a new run starts from: a `step-N`, or weights that
     `torch.distributed.checkpoint` saved. Once the run has checkpoints of its own, they count."""
 

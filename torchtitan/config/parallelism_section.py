@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
 
 Schedule = Literal[
@@ -66,7 +67,7 @@ class Parallelism(Section):
     """Order of the forwards and backwards of a step's microbatches. GPipe and 1F1B have one stage
     per rank, ZBVZeroBubble and DualPipeV two, the others two or more."""
 
-    pipeline_parallel_schedule_csv: str = ""
+    pipeline_parallel_schedule_csv: PathText = ""
     """File with a schedule of one's own, a line per pipeline rank, in the format of
     torch.distributed.pipelining (without communication). It takes the place of
     `pipeline_parallel_schedule`."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
 
 MAX_SEED = 2**63 - 1
@@ -11,10 +12,10 @@ MAX_TRACE_ENTRIES = 2**31 - 1
 
 
 class Job(Section):
-    config_file: str | None = None
+    config_file: PathText | None = None
     """TOML file of the run. Values on the command line win over it."""
 
-    dump_folder: str = "./outputs"
+    dump_folder: PathText = "./outputs"
     """The run folder: everything the run writes lies below it."""
 
     description: str = "default job"

@@ -9,7 +9,7 @@ from torchtitan.config.legacy import is_old_key, old_defaults, today_name
 from torchtitan.config.legacy_keys import MISNAMED
 from torchtitan.utils.redaction import names_a_secret
 
-CUTOFF = 0.6
+CUTOFF = 0.7
 _SPECIAL_FLAGS = ("check", "help")
 
 

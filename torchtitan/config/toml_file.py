@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.shipped import found_elsewhere, shipped_configs
+from torchtitan.config.suggest import nearest
+from torchtitan.utils.files import NotARegularFileError, read_regular_file
 from torchtitan.utils.redaction import redact
 
 if sys.version_info >= (3, 11):
@@ -44,15 +47,14 @@ def parse_value(text: str) -> Any:
 
 def _read_text(path: Path, key: str) -> str:
     try:
-        if path.is_dir():
-            raise ConfigError(Problem(key, "is a folder", "name a TOML file"))
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular_file(path, MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise ConfigError(Problem(key, "is a folder", "name a TOML file")) from None
     except FileNotFoundError:
-        fix = f"check the path; the current folder is {Path.cwd()}"
-        if not path.suffix:
-            fix += ". A bare word is the config file; checks are `--check` or `--check full`"
-        raise ConfigError(Problem(key, "does not exist", fix)) from None
+        raise ConfigError(Problem(key, "does not exist", _fix_of_absent(path))) from None
+    except NotARegularFileError:
+        fix = "write it to a file, which all processes can read"
+        raise ConfigError(Problem(key, "is not a regular file", fix)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(Problem(key, f"cannot be read: {reason}", "make it readable")) from None
@@ -72,6 +74,19 @@ def _read_text(path: Path, key: str) -> str:
         place = f"{key}:{_line_column(data, error.start)}"
         problem = f"is not UTF-8: byte 0x{data[error.start]:02x}"
         raise ConfigError(Problem(place, problem, "save it as UTF-8 text")) from None
+
+
+def _fix_of_absent(path: Path) -> str:
+    elsewhere = found_elsewhere(str(path))
+    if elsewhere:
+        return f"did you mean {elsewhere}? A relative path starts in the current folder"
+    fix = f"check the path; the current folder is {Path.cwd()}"
+    name = nearest(path.stem, shipped_configs()) if path.name == str(path) else None
+    if name:
+        fix = f"did you mean `{name}`, which comes with the library? Otherwise {fix}"
+    if not path.suffix:
+        fix += ". A bare word is the config file; checks are `--check` or `--check full`"
+    return fix
 
 
 def _position(text: str, error: Exception) -> tuple[int, int]:

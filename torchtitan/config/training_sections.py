@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import (
     Beta,
     Fraction,
@@ -13,6 +14,8 @@ from torchtitan.config.section import (
     PositiveInt,
     Section,
 )
+
+DEFAULT_WARMUP = 200
 
 
 class Dataloader(Section):
@@ -33,12 +36,13 @@ class Training(Section):
     its `datasets` library reads), or a registered name. `auto` chooses by the files in
     `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
 
-    dataset_path: str | None = None
+    dataset_path: PathText | None = None
     """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
     unset when `data.sources` says what to read."""
 
     local_batch_size: PositiveInt = 8
-    """Sequences per data-parallel rank in one forward (a microbatch)."""
+    """Sequences per data-parallel rank in one forward (a microbatch). Unset, and where 8 do not
+    divide a rank's share of `global_batch_size`: the most below 8 that do."""
 
     global_batch_size: int = Field(default=-1, ge=-1, le=2**63 - 1)
     """Sequences per optimizer step over all ranks; -1 is `local_batch_size` times the data-parallel
@@ -86,7 +90,7 @@ class Training(Section):
 
 
 class DataSource(Section):
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or glob to read, as `training.dataset_path`."""
 
     dataset: str = "auto"
@@ -226,8 +230,9 @@ class LRScheduler(Section):
     """Schedule; `torchtitan list schedules` prints them. The keys below are those of
     `warmup_stable_decay`, others have theirs in `args`."""
 
-    warmup_steps: NonNegativeInt = 200
-    """Steps in which the learning rate rises linearly to its peak."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps in which the learning rate rises linearly to its peak. Unset: 200, or a fifth of
+    `training.steps` where 200 and the decay do not fit into the run; stored with the run."""
 
     decay_ratio: Fraction | None = None
     """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from
@@ -241,3 +246,10 @@ class LRScheduler(Section):
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""
+
+    def warmup(self, training_steps: int) -> int:
+        """Return `warmup_steps`, or how many steps of the run they are when unset."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        room = training_steps - round(training_steps * (self.decay_ratio or 0.0))
+        return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(training_steps // 5, room)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.config.training_sections import Dataloader
 
@@ -15,7 +16,7 @@ class ValidationSet(Section):
     dataset: str = "auto"
     """Kind of data, as `training.dataset`."""
 
-    dataset_path: str | None = None
+    dataset_path: PathText | None = None
     """File, folder or glob to read, as `training.dataset_path`."""
 
     column: str | None = None
@@ -41,7 +42,7 @@ class Validation(Section):
     dataset: str = "c4_validation"
     """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`."""
 
-    dataset_path: str | None = None
+    dataset_path: PathText | None = None
     """File, folder or glob of the one set. Leave it unset when `validation.sets` names several."""
 
     sets: Annotated[tuple[ValidationSet, ...], Field(strict=False)] = ()

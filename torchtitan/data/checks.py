@@ -179,6 +179,7 @@ def check_prefetching(options: Dataloader, place: str) -> list[Problem]:
             "nothing is read ahead without reading processes",
             f"remove it, or set {place}.num_workers above 0",
             value=options.prefetch_factor,
+            severity="warning",
         )
     ]
 

@@ -1,36 +1,16 @@
-"""`torchtitan config copy | convert`, and the list of the TOMLs that come with the library."""
+"""`torchtitan config copy | convert`."""
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import tomli_w
 
-import torchtitan
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.fields import known_sections
 from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.paths import expand_path
+from torchtitan.config.shipped import CLONE, FOLDER, shipped_configs
 from torchtitan.config.suggest import did_you_mean
-
-_CLONE = Path(torchtitan.__file__).parents[1]
-_FOLDER = "train_configs"
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The files of `train_configs/` by name: those of the clone, or else of the installation."""
-    paths = sorted((_CLONE / _FOLDER).glob("*.toml")) or sorted(_installed())
-    return {path.stem: path for path in paths}
-
-
-def _installed() -> list[Path]:
-    """Where the installer has put them, which depends on how it was called."""
-    try:
-        files = metadata.files("torchtitan") or []
-    except metadata.PackageNotFoundError:
-        return []
-    found = [file for file in files if file.parent.name == _FOLDER and file.suffix == ".toml"]
-    paths = [Path(str(file.locate())).resolve() for file in found]
-    return [path for path in paths if path.is_file()]
 
 
 def description(path: Path) -> str:
@@ -46,20 +26,20 @@ def copy(name: str, file: str) -> int:
     known = shipped_configs()
     if not known:
         problem = (
-            f"{_CLONE / _FOLDER} does not exist, and the installation lists no configs of its own"
+            f"{CLONE / FOLDER} does not exist, and the installation lists no configs of its own"
         )
         raise ConfigError(Problem("config copy", problem, "install from a clone: pip install ."))
     stem = name.removesuffix(".toml")
     if stem not in known:
         fix = did_you_mean(stem, known)
         raise ConfigError(Problem(f"config copy {name}", "is no config of this library", fix))
-    target = Path(file).expanduser()
+    target = Path(expand_path(file))
     target = target / f"{stem}.toml" if target.is_dir() else target
     text = known[stem].read_text(encoding="utf-8")
     # Its comments say how to start it, by its name.
-    _write(target, text.replace(f"{_FOLDER}/{stem}.toml", str(target)))
+    _write(target, text.replace(f"{FOLDER}/{stem}.toml", str(target)))
     start = f"torchtitan train {target}"
-    if (_CLONE / "run_llama_train.sh").is_file():
+    if (CLONE / "run_llama_train.sh").is_file():
         start = f"CONFIG_FILE={target} ./run_llama_train.sh"
     print(f"wrote {target}; start it with\n  {start}")
     return 0
@@ -74,7 +54,7 @@ def convert(old: str, new: str | None) -> int:
     if new is None:
         print(text, end="")
     else:
-        target = Path(new).expanduser()
+        target = Path(expand_path(new))
         target = target / Path(old).name if target.is_dir() else target
         _write(target, text)
         print(f"wrote {target}; comments were not carried over")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.paths import expand_path
 from torchtitan.config.suggest import did_you_mean
 
 USAGE = """usage: torchtitan convert dcp-to-torch FOLDER FILE [--dtype float32|bfloat16|float16]
@@ -38,7 +39,7 @@ def _dcp_to_torch(argv: list[str]) -> None:
         text = f"needs a folder and a file, and got {len(places)} names"
         fix = "torchtitan convert dcp-to-torch .../checkpoint/step-1000 model.pt"
         raise ConfigError(Problem("convert dcp-to-torch", text, fix))
-    folder, file = (Path(place).expanduser() for place in places)
+    folder, file = (Path(expand_path(place)) for place in places)
     problems = []
     if not folder.is_dir():
         text = "is not a folder" if folder.exists() else "does not exist"

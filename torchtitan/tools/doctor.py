@@ -127,7 +127,7 @@ def _config_findings(facts: Facts) -> Iterator[Finding]:
     problems = import_custom_modules(facts.config) or preflight.preflight(facts)
     yield from (of_problem(problem) for problem in problems)
     if not preflight.errors_of(problems):
-        yield Finding(True, "config", summary(facts).removeprefix("ok: "))
+        yield Finding(True, "config", summary(facts))
 
 
 def _version(package: str) -> str | None:

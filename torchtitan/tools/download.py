@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.paths import expand_path
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.tools.hub_errors import hub_problem
 
@@ -46,9 +47,10 @@ def run(argv: list[str]) -> int:
         )
     names = _ask(options, _list_files)
     wanted = _chosen_assets(names, options) if options.assets else _chosen(names, options)
-    folder = Path(options.local_dir or _LOCAL_DIR)
+    default = _ASSETS_DIR if options.assets else _LOCAL_DIR
+    folder = Path(expand_path(options.local_dir or default))
     if options.assets:
-        folder = Path(options.local_dir or _ASSETS_DIR) / options.repo_id.rpartition("/")[2]
+        folder /= options.repo_id.rpartition("/")[2]
     for name in wanted:
         _ask(options, partial(_download_file, name, folder))
         print(f"wrote {folder / name}")

@@ -65,7 +65,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _configs() -> Rows:
-    from torchtitan.tools.config_files import description, shipped_configs
+    from torchtitan.config.shipped import shipped_configs
+    from torchtitan.tools.config_files import description
 
     return [(name, description(path)) for name, path in shipped_configs().items()]
 

@@ -12,6 +12,7 @@ from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
+from torchtitan.config.paths import expand_path
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.checks import check_data, probe_tokenizer_files
 from torchtitan.data.named_sources import NamedSource, named_sources
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> int:
     facts = replace(
         facts, config=config.model_copy(update={"training": named.training, "data": data})
     )
-    folder = Path(options.output or "").expanduser().absolute()
+    folder = Path(expand_path(options.output or "")).absolute()
     job = _prepare(facts, named, folder, shard_mib * 2**20)
     if min(num_workers, len(job.groups)) > 1:
         _require_picklable(job, num_workers)
@@ -112,7 +113,7 @@ def _prepare(facts: Facts, named: NamedSource, folder: Path, shard_bytes: int) -
     if errors:
         raise ConfigError(errors)
     config = facts.config
-    data_path = Path(config.training.dataset_path or "").expanduser().resolve()
+    data_path = Path(config.training.dataset_path or "").resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
         text = f"lies in the data that are read, {data_path}, and would be taken for data"
         raise ConfigError(Problem("--output", text, "choose a folder beside them", str(folder)))

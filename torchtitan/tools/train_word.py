@@ -8,7 +8,7 @@ from torchtitan import preflight
 from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.errors import ConfigError, Problem
-from torchtitan.config.exit_codes import DONE
+from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.show import show_config
@@ -88,13 +88,21 @@ def tell_notices(loaded: LoadedConfig) -> None:
 
 
 def _check(loaded: LoadedConfig, full: bool) -> int:
-    """All phases for the world size in the environment; prints one line when nothing is wrong."""
+    """All phases for the world size in the environment; prints one line when nothing is wrong.
+
+    What is not on this machine may be on the one that trains, so it is no error without `full`.
+    But it was not looked at, so that is not "ok", nor the exit status 0.
+    """
     facts = with_stored_batch(_facts_of_a_look(loaded, _read(env.read_world_size), full))
     quiet = env.is_quiet_rank()
-    preflight.require(facts, quiet=quiet)
+    warnings = preflight.require(facts, quiet=quiet)
+    absent = list(dict.fromkeys(problem.key for problem in warnings if problem.missing_asset))
     if not quiet:
-        print(summary(facts))
-    return DONE
+        verdict = (
+            f"not checked, as it is not here: {', '.join(absent)}; else ok" if absent else "ok"
+        )
+        print(f"{verdict}: {summary(facts)}")
+    return NOT_FOUND if absent else DONE
 
 
 def _rehearse(loaded: LoadedConfig) -> int:
@@ -126,7 +134,7 @@ def _facts_of_a_look(loaded: LoadedConfig, world_size: int, full: bool) -> Facts
 
 
 def summary(facts: Facts) -> str:
-    """The resolved mesh, batch and lanes in one line."""
+    """Return the resolved mesh, batch and lanes in one line."""
     config = facts.config
     replicate = config.parallelism.data_parallel_replicate_degree
     mesh = f"data parallel {replicate} (replicate) x {facts.shard_degree} (shard)"
@@ -135,7 +143,7 @@ def summary(facts: Facts) -> str:
         mesh += f", {kind} parallel {degree}" if degree > 1 else ""
     name = f"{config.model.name} {config.model.flavor}"
     return (
-        f"ok: {name} on {facts.world_size} process{'es' if facts.world_size > 1 else ''}: {mesh};"
+        f"{name} on {facts.world_size} process{'es' if facts.world_size > 1 else ''}: {mesh};"
         f" {facts.describe_batch()}; {facts.num_lanes} lanes"
     )
 

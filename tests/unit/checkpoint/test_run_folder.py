@@ -184,6 +184,17 @@ def test_epochs_cannot_grow_from_nothing(tmp_path: Path) -> None:
     assert "data.epochs = 2: the run is finished at step 13, and left no checkpoint" in text
 
 
+def test_an_unset_warmup_stays_that_of_the_first_start(tmp_path: Path) -> None:
+    """12 of 60 steps; 200 from step 11 on would go back to the beginning of the warmup."""
+    stopped_run(tmp_path, 5, 10, training={"steps": 60})
+    opened = open_folder(tmp_path, training={"steps": 600})
+    assert opened.config.lr_scheduler.warmup_steps == 12
+    assert "lr_scheduler.warmup_steps stays 12" in " ".join(opened.decision.notices)
+    assert "warmup_steps = 50: is 12" in refused(
+        tmp_path, training={"steps": 600}, lr_scheduler={"warmup_steps": 50}
+    )
+
+
 def test_steps_cannot_grow_from_a_model_alone(tmp_path: Path) -> None:
     finished_run(tmp_path, 20, model_only=True)
     assert open_folder(tmp_path).decision.action == "finished"

@@ -1,5 +1,8 @@
 """Every spelling of a flag that people use."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from torchtitan.config.cli_args import parse_command_line
@@ -50,7 +53,7 @@ def values(line: str) -> dict[str, object]:
         ("--model.args.tied true", "model.args.tied", True),
         ("--model.args.theta 5e5", "model.args.theta", 5e5),
         ("--model.args.dims [1,2]", "model.args.dims", [1, 2]),
-        ("--model.args {n_layers=4}", "model.args", {"n_layers": 4}),
+        ("--model.args {n_layers=4}", "model.args.n_layers", 4),
         ('--handlers.freeze.only ["output.*"]', "handlers.freeze.only", ["output.*"]),
         ("--handlers.compile.backend inductor", "handlers.compile.backend", "inductor"),
         ("run.toml", "job.config_file", "run.toml"),
@@ -76,8 +79,30 @@ def test_list_ends_at_the_next_flag():
     assert found == {"model.handlers": ["a", "b"], "training.steps": 3}
 
 
-def test_same_value_twice_is_no_problem():
-    assert values("--training.steps 3 --training.steps=3") == {"training.steps": 3}
+def test_of_a_flag_given_twice_the_last_value_counts_with_a_notice():
+    """Wrapper scripts append overrides."""
+    parsed = parse_command_line(
+        ["--training.steps", "3", "--debug.seed", "1", "--training.steps=5"]
+    )
+    assert (parsed.problems, parsed.values) == ([], {"training.steps": 5, "debug.seed": 1})
+    (notice,) = parsed.notices
+    assert notice == "--training.steps is given twice (3 and 5): the last one counts"
+    assert load_config(["--model.args.dim=8", "--model.args", "{dim=64}"]).notices != ()
+
+
+def test_same_value_twice_needs_no_notice():
+    parsed = parse_command_line(["--training.steps", "3", "--training.steps=3"])
+    assert (parsed.values, parsed.notices) == ({"training.steps": 3}, [])
+
+
+TABLES = ["--model.args.n_layers=4", "--model.args={dim=64}", "--model.args={n_heads=2}"]
+
+
+@pytest.mark.parametrize("flags", list(itertools.permutations([*TABLES, "--model.args={}"])))
+def test_tables_and_keys_of_a_table_add_up_in_any_order(flags: tuple[str, ...], tmp_path: Path):
+    (tmp_path / "run.toml").write_text("[model.args]\nn_layers = 1\nrope_theta = 5.0\n")
+    args = load_config([str(tmp_path / "run.toml"), *flags]).config.model.args
+    assert args == {"n_layers": 4, "rope_theta": 5.0, "dim": 64, "n_heads": 2}
 
 
 def test_unknown_flag_takes_its_value_with_it():

@@ -1,6 +1,7 @@
 """Defaults < TOML < command line, typed, validated once, all problems at once."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import known_keys
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import load_config, load_toml
+from torchtitan.config.shipped import CLONE, shipped_configs
 from torchtitan.config.show import show_config
 from torchtitan.config.toml_text import config_toml_text, dump_toml
 
@@ -146,3 +148,41 @@ def test_infinite_norm_is_the_only_infinite_number(toml):
 def test_sections_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         JobConfig().training.steps = 3  # type: ignore[misc]
+
+
+def test_a_shipped_config_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_configs()["llama3_8b"]
+    assert load_config(["llama3_8b"]).config == load_config([str(shipped)]).config
+    Path("llama3_8b").write_text("[training]\nsteps = 3\n")
+    assert load_config(["llama3_8b"]).config.training.steps == 3, "a file comes first"
+    assert load_config(["llama3_8b"]).config.job.config_file == "llama3_8b"
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [
+        ("llama3_8", "did you mean `llama3_8b`, which comes with the library?"),
+        ("llama3_8b.toml", "did you mean `llama3_8b`, which comes with the library?"),
+        ("train_configs/llama3_8b.toml", f"did you mean {CLONE}/train_configs/llama3_8b.toml?"),
+        ("mine.toml", "check the path; the current folder is "),
+    ],
+)
+def test_a_config_that_is_not_there(written: str, fix: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config([written])
+    assert f"{tmp_path / written}: does not exist. Fix: {fix}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(ConfigError, match="is a folder" if kind == "folder" else "a regular file"):
+        load_config([str(path)])

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from torchtitan.components.optimizer_registry import OPTIMIZERS
+from torchtitan.config import shipped
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.load import load_config
+from torchtitan.config.shipped import shipped_configs
 from torchtitan.tools import config_files, config_words, list_words
 
 ROOT = Path(__file__).parents[3]
@@ -27,8 +29,8 @@ def problem_of(*arguments: str) -> str:
 def test_a_copy_is_the_shipped_file(tmp_path: Path, capsys):
     path = tmp_path / "mine.toml"
     assert config_words.run(["copy", "llama3_8b", str(path)]) == 0
-    shipped = config_files.shipped_configs()["llama3_8b"].read_text()
-    assert path.read_text() == shipped.replace("train_configs/llama3_8b.toml", str(path))
+    text = shipped_configs()["llama3_8b"].read_text()
+    assert path.read_text() == text.replace("train_configs/llama3_8b.toml", str(path))
     assert path.read_text().startswith(f"# CONFIG_FILE={path} ./run_llama_train.sh")
     assert f"CONFIG_FILE={path} ./run_llama_train.sh" in capsys.readouterr().out
 
@@ -69,8 +71,9 @@ def test_a_wrong_name_is_told():
 
 
 def test_a_package_without_configs_says_so(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(config_files, "_CLONE", tmp_path)
-    monkeypatch.setattr(config_files.metadata, "files", lambda name: None)
+    monkeypatch.setattr(shipped, "CLONE", tmp_path)
+    monkeypatch.setattr(config_files, "CLONE", tmp_path)
+    monkeypatch.setattr(shipped.metadata, "files", lambda name: None)
     assert "lists no configs" in problem_of("copy", "llama3_8b", str(tmp_path / "x.toml"))
 
 
@@ -94,11 +97,11 @@ def test_an_installed_wheel_has_them(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert "torchtitan train mine.toml" in done.stdout
-    shipped = config_files.shipped_configs()
-    text = shipped["llama3_8b"].read_text().replace("train_configs/llama3_8b.toml", "mine.toml")
+    in_clone = shipped_configs()
+    text = in_clone["llama3_8b"].read_text().replace("train_configs/llama3_8b.toml", "mine.toml")
     assert (tmp_path / "mine.toml").read_text() == text
     installed = (prefix / "share" / "torchtitan" / "train_configs").glob("*.toml")
-    assert {path.stem for path in installed} == set(shipped)
+    assert {path.stem for path in installed} == set(in_clone)
 
 
 def build_wheel(folder: Path) -> Path:
@@ -164,5 +167,5 @@ def test_the_help_has_every_list(capsys):
 def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):
     list_words.run(["configs"])
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert [name for name, _ in rows] == list(config_files.shipped_configs())
+    assert [name for name, _ in rows] == list(shipped_configs())
     assert all(text.startswith("for ") for _, text in rows)

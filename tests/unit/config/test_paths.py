@@ -1,0 +1,81 @@
+"""Paths in a config: every one of them may hold `~` and variables."""
+
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config.checks import check, paths_of
+from torchtitan.config.facts import Facts
+from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.load import load_config
+from torchtitan.config.shipped import CLONE, found_elsewhere
+from torchtitan.preflight import FILES, preflight
+
+TABLES = [key for key in known_keys().values() if key.item is not None]
+
+
+def is_called_a_path(key: Key) -> bool:
+    return key.kind == "str" and (
+        key.last_name.endswith(("path", "_csv"))
+        or key.name in ("job.config_file", "job.dump_folder")
+    )
+
+
+def test_every_key_that_names_a_file_is_a_path():
+    keys = [*known_keys().values(), *(key for table in TABLES for key in keys_of(table.item))]
+    assert {key.name for key in keys if is_called_a_path(key)} == {
+        key.name for key in keys if key.is_path
+    }
+    assert "path" in {key.name for key in keys if key.is_path}, "that of [[data.sources]]"
+
+
+@pytest.mark.parametrize(
+    "written", ["~/x.toml", "$FOLDER/x.toml", "${FOLDER}/x.toml", "$HERE/x.toml"]
+)
+def test_every_path_is_expanded(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"HOME": tmp_path, "FOLDER": tmp_path, "HERE": "~"}.items():
+        monkeypatch.setenv(name, str(value))
+    file = tmp_path / "x.toml"
+    scalars = [key.name for key in known_keys().values() if key.is_path]
+    lines = [f'{name} = "{written}"' for name in scalars if name != "job.config_file"]
+    lines += [
+        f'data.sources = [{{weight = 1, path = "{written}"}}]',
+        f'validation.sets = [{{name = "a", dataset_path = "{written}"}}]',
+    ]
+    file.write_text("\n".join(lines))
+    config = load_config([written]).config
+    found = dict(paths_of(config))
+    assert found == {name: str(file) for name in found}
+    assert set(found) == {*scalars, "data.sources[0].path", "validation.sets[0].dataset_path"}
+
+
+def test_the_place_where_an_absent_path_may_be_meant_to_start(tmp_path: Path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    beside = str(tmp_path / "configs" / "run.toml")
+    for name in ("a.jsonl", "*.jsonl"):
+        assert found_elsewhere(name, beside) == tmp_path / "configs" / name
+    assert found_elsewhere("torchtitan/data") == CLONE / "torchtitan" / "data"
+    assert found_elsewhere("configs/a.jsonl", beside) is None, "it is not absent"
+    assert found_elsewhere("b.jsonl", beside) is None
+    flags = ["--training.dataset_path", "torchtitan/data"]
+    problems = preflight(Facts(load_config(flags).config, 1, "cpu"), [FILES])
+    assert [f"did you mean {CLONE}/torchtitan/data?" in str(problem) for problem in problems] == [
+        True
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("$NO_SUCH/run", "the environment has no variable NO_SUCH"),
+        ("a/${NO_SUCH}", "the environment has no variable NO_SUCH"),
+        ("~no_such_user/run", "there is no home folder of no_such_user"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_no_folder(written: str, expected: str):
+    config = load_config(["--job.dump_folder", written]).config
+    (problem,) = check(Facts(config, 1, "cpu"))
+    assert str(problem).startswith(f'job.dump_folder = "{written}": {expected}. Fix: ')
+    assert problem.missing_asset, "elsewhere it may be set"

@@ -1,0 +1,66 @@
+"""Defaults that do not fit what a config says otherwise: what nobody wrote must not stop a run."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torchtitan.config.errors import Problem
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.section import Section
+from torchtitan.config.training_sections import DEFAULT_WARMUP
+
+S = TypeVar("S", bound=Section)
+_REASONS = {
+    "training.local_batch_size": "{} do not divide a rank's share of the batch",
+    "profiling.profile_freq": "{} steps are fewer than a trace takes with its warmup",
+}
+
+
+def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
+    """Return the config with the defaults of some unset keys adjusted to the rest of it; they
+    still count as unset. `dp_degree`: ranks that read different data."""
+    training, profiling = config.training, config.profiling
+    share, rest = divmod(training.global_batch_size, dp_degree)
+    if training.global_batch_size > 0 and not rest:
+        unit = config.parallelism.pipeline_parallel_microbatch_size
+        sizes = [n for n in range(1, _default(training, "local_batch_size") + 1) if share % n == 0]
+        size = max((n for n in sizes if n % unit == 0), default=training.local_batch_size)
+        training = _with_default(training, "local_batch_size", size)
+    length = profiling.profiler_warmup + profiling.profiler_active
+    profile_freq = max(length, _default(profiling, "profile_freq"))
+    profiling = _with_default(profiling, "profile_freq", profile_freq)
+    return config.model_copy(update={"training": training, "profiling": profiling})
+
+
+def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[Problem]:
+    """One warning per default that was adjusted. `config` is what `fitted` returned,
+    `warmup_steps` what an unset `lr_scheduler.warmup_steps` means for it, if anything."""
+    schedule = config.lr_scheduler
+    if schedule.warmup_steps is None and warmup_steps not in (None, DEFAULT_WARMUP):
+        reason = f"{DEFAULT_WARMUP} steps do not fit into training.steps = {config.training.steps}"
+        yield _notice("lr_scheduler.warmup_steps", warmup_steps, reason)
+    for key, reason in _REASONS.items():
+        table, _, name = key.rpartition(".")
+        section = getattr(config, table)
+        value, default = getattr(section, name), _default(section, name)
+        if name not in section.model_fields_set and value != default:
+            yield _notice(key, value, reason.format(default))
+
+
+def _notice(key: str, value: int | None, reason: str) -> Problem:
+    problem = f"is unset, and {value} in this run, since {reason}"
+    return Problem(key, problem, "set it to choose another value", severity="warning")
+
+
+def _with_default(section: S, name: str, value: int) -> S:
+    """The section with another value of a key, if the key is unset; it remains so."""
+    if name in section.model_fields_set or getattr(section, name) == value:
+        return section
+    changed = section.model_copy(update={name: value})
+    changed.model_fields_set.discard(name)
+    return changed
+
+
+def _default(section: Section, name: str) -> int:
+    default = type(section).model_fields[name].default
+    assert isinstance(default, int)
+    return default

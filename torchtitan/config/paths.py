@@ -1,0 +1,36 @@
+"""Settings that are paths: `~` and `$VARIABLES` in them are expanded here, once, for all keys."""
+
+import os
+import re
+from typing import Annotated, NamedTuple
+
+from pydantic import AfterValidator
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
+
+
+class _PathMark(NamedTuple):
+    """Marks a field as a path, so that checks and messages find all of them."""
+
+
+IS_PATH = _PathMark()
+
+
+def expand_path(text: str) -> str:
+    """Return the path with `$NAME`, `${NAME}` and a leading `~` or `~user` expanded. A name that
+    is not set stays as it is; see `why_unexpanded`."""
+    return os.path.expanduser(os.path.expandvars(text))
+
+
+def why_unexpanded(text: str) -> str | None:
+    """Return what `expand_path` could not expand in its result, in words; None if nothing."""
+    variable = _VARIABLE.search(text)
+    if variable:
+        return f"the environment has no variable {variable[1].strip('{}')}"
+    if text.startswith("~"):
+        return f"there is no home folder of {text[1:].partition('/')[0] or 'this user'}"
+    return None
+
+
+PathText = Annotated[str, AfterValidator(expand_path), IS_PATH]
+"""A path in a config: a relative one starts where the process does."""
