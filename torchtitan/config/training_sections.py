@@ -146,6 +146,12 @@ class Data(Section):
     """Read a Hugging Face dataset from where it is, file by file, instead of downloading and
     preparing all of it first."""
 
+    add_bos: bool | None = None
+    """Begin each document with the tokenizer's start token. Unset: as the tokenizer's files say."""
+
+    add_eos: bool | None = None
+    """End each document with the tokenizer's end token. Unset: as the tokenizer's files say."""
+
     shuffle: bool = True
     """Shuffle the documents anew in every epoch, by `debug.seed`."""
 

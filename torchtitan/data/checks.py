@@ -51,6 +51,7 @@ def probe_tokenizer(facts: Facts) -> list[Problem]:
 
 
 def _probe_tokenizer(facts: Facts, with_model: bool) -> list[Problem]:
+    from torchtitan.data.document_ends import probe_ends
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
     path = facts.config.model.tokenizer_path
@@ -59,6 +60,7 @@ def _probe_tokenizer(facts: Facts, with_model: bool) -> list[Problem]:
     except ConfigError as error:
         return error.problems
     problems = _vocabulary_problems(facts, tokenizer.vocab_size) if with_model else []
+    problems += probe_ends(tokenizer, facts.config.data)
     back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
     if back == _ROUND_TRIP:
         return problems

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchtitan.config import DataError
+from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.packing import Packer, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
 from torchtitan.data.sources import BadRow, Row, Source, row_tokens
-from torchtitan.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class LaneSettings:
 
     source: Source
     shards: Sequence[Shard]
-    tokenizer: Tokenizer
+    tokenizer: DocumentTokenizer
     num_lanes: int
     seq_len: int
     seed: int

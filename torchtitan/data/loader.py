@@ -14,6 +14,7 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer
 from torchtitan.data.identity import fingerprint_of, summary_of
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, Mixture
@@ -22,7 +23,7 @@ from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
 from torchtitan.data.sources import Source
-from torchtitan.data.token_source import tokenizer_problem
+from torchtitan.data.token_source import TokenSource, tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
 from torchtitan.models.batch import Batch
@@ -112,8 +113,7 @@ class Loader:
         self._positions = positions
         self._document_mask = document_mask
         self._pin_memory = pin_memory
-        tokenizer = self._settings.tokenizer
-        self._pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self._pad_id = self._settings.tokenizer.pad_id
 
     def next_step(self) -> StepData:
         """The microbatches of the next step, each `[local_batch_size, seq_len]`.
@@ -197,26 +197,29 @@ def build_mixture(
 ) -> Mixture:
     """The data of a run as all its lanes see them. Raises as `build_loader`."""
     named = require_sources(training, data)
+    documents = document_tokenizer(tokenizer, data)
     return Mixture(
-        sources=tuple(_settings(source, seed, tokenizer, num_lanes) for source in named),
+        sources=tuple(_settings(source, seed, documents, num_lanes) for source in named),
         names=tuple(source.name for source in named),
         weights=tuple(source.weight for source in named),
     )
 
 
-def build_named(named: NamedSource, tokenizer: Tokenizer) -> Source:
+def build_named(named: NamedSource, tokenizer: DocumentTokenizer) -> Source:
     """The source. Raises ConfigError by the keys that name it."""
     try:
         source = build_source(named.training, named.data)
         problem = tokenizer_problem(source, tokenizer, named.training.dataset_path)
-        if problem is not None:
+        if problem is not None and problem.severity == "error":
             raise ConfigError(problem)
     except ConfigError as error:
         raise ConfigError([named.retold(problem) for problem in error.problems]) from None
     return source
 
 
-def _settings(named: NamedSource, seed: int, tokenizer: Tokenizer, num_lanes: int) -> LaneSettings:
+def _settings(
+    named: NamedSource, seed: int, tokenizer: DocumentTokenizer, num_lanes: int
+) -> LaneSettings:
     """One source as all lanes see it. Raises ConfigError by the keys that name it."""
     training, data = named.training, named.data
     source = build_named(named, tokenizer)
@@ -247,10 +250,13 @@ def _position(mixture: Mixture, lane: int, states: dict[int, dict[str, Any]]) ->
 def data_facts(mixture: Mixture) -> dict[str, Any]:
     """Everything that a place in the data depends on, as JSON."""
     settings = mixture.sources[0]
+    tokenizer = settings.tokenizer
+    # The ends of documents that are tokens already are in the tokens.
+    are_tokens = all(isinstance(of.source, TokenSource) for of in mixture.sources)
     return {
         "format": _FORMAT,
         "data": mixture.description(),
-        "tokenizer": settings.tokenizer.fingerprint,
+        "tokenizer": (tokenizer.tokenizer if are_tokens else tokenizer).fingerprint,
         "num_lanes": settings.num_lanes,
         "seq_len": settings.seq_len,
         "seed": settings.seed,

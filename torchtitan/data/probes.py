@@ -162,21 +162,24 @@ def _probe_revision(facts: Facts, source: "Source") -> list[Problem]:
 
 def _probe_tokens(facts: Facts, source: "TokenSource") -> list[Problem]:
     """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+    from torchtitan.data.document_ends import document_tokenizer
     from torchtitan.data.token_files import TokenFileError
     from torchtitan.data.token_source import tokenizer_problem, unusable
     from torchtitan.data.tokenizers import build_tokenizer
 
     config, path = facts.config, facts.config.training.dataset_path
     try:
-        problem = tokenizer_problem(source, build_tokenizer(config.model.tokenizer_path), path)
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        problem = tokenizer_problem(source, document_tokenizer(tokenizer, config.data), path)
         source.check_content(_PROBED_TOKEN_BYTES)
     except TokenFileError as error:
         return [unusable(error, path or "")]
     except ConfigError:  # of the tokenizer, and told with it
         return []
-    if problem is not None:
-        return [problem]
-    return _amount_problems(facts, source.index.num_tokens, "tokens")
+    problems = [problem] if problem is not None else []
+    if problem is not None and problem.severity == "error":
+        return problems
+    return problems + _amount_problems(facts, source.index.num_tokens, "tokens")
 
 
 def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:

@@ -7,6 +7,7 @@ symbols (`<s>`, `</s>`) are never found in text, so a document cannot forge one.
 import hashlib
 from typing import Any
 
+from torchtitan.data.document_ends import UNNAMED, SpecialTokens
 from torchtitan.data.list_tokenizer import ListTokenizer
 
 _FIRST_FIELD = b"\n"
@@ -16,7 +17,7 @@ _FIRST_FIELD = b"\n"
 class SentencePieceTokenizer(ListTokenizer):
     """See the module. Raises ValueError where `content`, that of the file, is damaged."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, special: SpecialTokens = UNNAMED):
         from sentencepiece import SentencePieceProcessor
 
         self._content = content
@@ -31,6 +32,8 @@ class SentencePieceTokenizer(ListTokenizer):
         if eos_id is None:
             raise ValueError("it was trained without an end-of-text token")
         self.eos_id: int = eos_id
+        self.special = special
+        self.ends = special.ends(self.bos_id)
         self.fingerprint = "sentencepiece-1-" + hashlib.sha256(content).hexdigest()
 
     @staticmethod
@@ -47,8 +50,12 @@ class SentencePieceTokenizer(ListTokenizer):
         text: str = self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
         return text
 
+    def token_name(self, token: int) -> str:
+        """The text of a token."""
+        return str(self._processor.id_to_piece(token))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceTokenizer, (self._content,)
+        return SentencePieceTokenizer, (self._content, self.special)
 
 
 def _id(number: int) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 from torchtitan.data.pieces import Shard
 
 if TYPE_CHECKING:
-    from torchtitan.data.tokenizers import Tokenizer
+    from torchtitan.data.document_ends import DocumentTokenizer
 
 _TOKEN_BYTES = 4
 
@@ -75,12 +75,12 @@ class Source(Protocol):
         ...
 
 
-def row_tokens(source: Source, tokenizer: "Tokenizer", row: Row) -> np.ndarray | None:
-    """A document, int32 `[num_tokens]`; None for an empty one. Text is put between a start and an
-    end token, tokens are taken as they are. Raises BadRow."""
+def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.ndarray | None:
+    """A document, int32 `[num_tokens]`; None for an empty one. Text gets the run's start and end
+    token, tokens are taken as they are. Raises BadRow."""
     document = source.text(row)
     if isinstance(document, str):
-        return tokenizer.encode_array(document, bos=True, eos=True) if document else None
+        return tokenizer.encode_document(document) if document else None
     if len(document) and (highest := int(document.max())) >= tokenizer.vocab_size:
         raise BadRow(f"token {highest} is not one of the tokenizer's {tokenizer.vocab_size}")
     return document

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.data.document_ends import UNNAMED, SpecialTokens
 from torchtitan.data.surrogates import without_surrogates
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
@@ -60,7 +61,7 @@ def special_tokens() -> list[str]:
 class TiktokenTokenizer:
     """See the module. Raises ValueError where `content`, that of the file, is damaged."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, special: SpecialTokens = UNNAMED):
         import tiktoken
 
         self._content = content
@@ -74,6 +75,8 @@ class TiktokenTokenizer:
         self.bos_id: int | None = ids["<|begin_of_text|>"]
         self.eos_id = ids["<|end_of_text|>"]
         self.pad_id: int | None = ids["<|finetune_right_pad_id|>"]
+        self.special = special
+        self.ends = special.ends(self.bos_id)
         self.fingerprint = "tiktoken-1-" + hashlib.sha256(content).hexdigest()
 
     @staticmethod
@@ -97,8 +100,12 @@ class TiktokenTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode([i for i in ids if 0 <= i < self._num_ranks])
 
+    def token_name(self, token: int) -> str:
+        """The text of a special token."""
+        return special_tokens()[token - self._num_ranks]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return TiktokenTokenizer, (self._content,)
+        return TiktokenTokenizer, (self._content, self.special)
 
 
 def parts_of(text: str) -> Iterator[str]:

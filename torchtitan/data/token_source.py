@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard
 from torchtitan.data.sources import Row
 from torchtitan.data.token_files import (
@@ -25,7 +26,6 @@ from torchtitan.data.token_files import (
     read_index,
     token_folder,
 )
-from torchtitan.data.tokenizers import Tokenizer
 
 _LARGEST_PIECE_TOKENS = 2**20
 
@@ -96,10 +96,17 @@ class TokenSource:
         return self._opened[file]
 
 
-def tokenizer_problem(source: Any, tokenizer: Tokenizer, path: str | None) -> Problem | None:
+def tokenizer_problem(
+    source: Any, tokenizer: DocumentTokenizer, path: str | None
+) -> Problem | None:
     """The problem of tokens that another tokenizer has made than the run's, if that is so."""
     if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
         return None
+    if source.index.tokenizer.partition("+")[0] == tokenizer.tokenizer.fingerprint:
+        problem = "the documents of the tokens begin or end otherwise than the run's would, where"
+        problem += f" {tokenizer.describe()}; they are taken as they are"
+        fix = "set data.add_bos and data.add_eos as they were, or tokenize the text again"
+        return Problem("training.dataset_path", problem, fix, path, severity="warning")
     return Problem(
         "training.dataset_path",
         f"the tokens were made by another tokenizer ({_short(source.index.tokenizer)}) than"

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan.config import DataError
+from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.pieces import Shard
 from torchtitan.data.sources import BadRow, Source, row_tokens
 from torchtitan.data.sources_files import FileSource
@@ -37,7 +38,6 @@ from torchtitan.data.token_files import (
     write_shard,
     write_text,
 )
-from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.utils.children import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class TokenizeJob:
     """What is made of what. Picklable, for the processes."""
 
     source: Source
-    tokenizer: Tokenizer
+    tokenizer: DocumentTokenizer
     num_lanes: int
     groups: tuple[tuple[Shard, ...], ...]
     """The pieces of the source that each output shard is made of."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.registry import Registry, calling_module
+from torchtitan.data.document_ends import Ends, SpecialTokens, read_special_tokens
 from torchtitan.data.list_tokenizer import ListTokenizer
 from torchtitan.data.sentencepiece_model import SentencePieceTokenizer
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
@@ -40,7 +41,11 @@ _PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
 
 
 class Tokenizer(Protocol):
-    """What the data and the tools need of a tokenizer. Picklable, for reading processes."""
+    """What the data and the tools need of a tokenizer. Picklable, for reading processes.
+
+    Two members are optional: `ends` (an `Ends`) says which of its two tokens a document is put
+    between, both without it; `token_name(id)` is the text of a special token, for messages.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -111,10 +116,14 @@ def build_tokenizer(path: str) -> Tokenizer:
     file = next(filter(Path.is_file, looked_for), None)
     if file is None:
         raise ConfigError(_not_found(path, given, looked_for))
-    return _read(file, path)
+    try:
+        special = read_special_tokens(file.parent)
+    except ValueError as error:
+        raise ConfigError(Problem(KEY, str(error), "download the file again", path)) from None
+    return _read(file, path, special)
 
 
-def _read(file: Path, path: str) -> Tokenizer:
+def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
     """The tokenizer in `file`, by its content; `path` is what the user set, for messages."""
     try:
         size = file.stat().st_size
@@ -123,12 +132,12 @@ def _read(file: Path, path: str) -> Tokenizer:
         problem = f"{file} cannot be read: {error.strerror}"
         raise ConfigError(Problem(KEY, problem, "make it readable", value=path)) from None
     if file.suffix == ".json" or content.lstrip().startswith(b"{"):
-        return JsonTokenizer.from_file(file, path)
+        return JsonTokenizer.from_file(file, path, special)
     for kind in (TiktokenTokenizer, SentencePieceTokenizer):
         if not kind.recognises(content):
             continue
         try:
-            return kind(content)
+            return kind(content, special)
         except ValueError as error:
             problem = f"{file} is not a readable tokenizer: {error}"
         fix = "download the file again, or use another one"
@@ -172,6 +181,7 @@ class ByteTokenizer:
     eos_id = 257
     pad_id = 258
     fingerprint = "bytes-1"
+    ends = Ends()
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         return self.encode_array(text, bos, eos).tolist()
@@ -189,43 +199,50 @@ class ByteTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
+    def token_name(self, token: int) -> str:
+        """The text of a special token."""
+        return {self.bos_id: "<start>", self.eos_id: "<end>"}.get(token, f"<{token}>")
+
 
 TOKENIZERS.add_built_in("bytes", lambda path: ByteTokenizer())
 
 
 class JsonTokenizer(ListTokenizer):
-    """A `tokenizer.json`, with the special tokens that `tokenizer_config.json` names beside it.
+    """A `tokenizer.json`, with the special tokens that the files beside it name.
 
-    Without that file the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
+    Without such files the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
     padding stored in the file are switched off: they would silently shorten documents.
     """
 
-    def __init__(self, content: str, bos: str | None, eos: str | None, pad: str | None):
+    def __init__(self, content: str, special: SpecialTokens):
         self._content = content
-        self._names = (bos, eos, pad)
+        self.special = special
         self._tokenizer = _load(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.bos_id: int | None = _id(vocabulary, bos, _BOS_NAMES)
-        eos_id = _id(vocabulary, eos, _EOS_NAMES)
-        self.pad_id: int | None = _id(vocabulary, pad, _PAD_NAMES)
+        self.bos_id: int | None = _id(vocabulary, special.bos, _BOS_NAMES)
+        eos_id = _id(vocabulary, special.eos, _EOS_NAMES)
+        self.pad_id: int | None = _id(vocabulary, special.pad, _PAD_NAMES)
         if eos_id is None:
-            raise _NoEnd(eos)
+            raise _NoToken("end", special.eos)
+        if self.bos_id is None and special.bos is not None and special.add_bos is not False:
+            raise _NoToken("start", special.bos)
         self.eos_id = eos_id
+        self.ends = special.ends(self.bos_id, _template(content, self._tokenizer))
         ids = json.dumps([self.bos_id, self.eos_id, self.pad_id])
         self.fingerprint = "json-" + hashlib.sha256((content + ids).encode()).hexdigest()
 
     @classmethod
-    def from_file(cls, file: Path, path: str) -> "JsonTokenizer":
+    def from_file(cls, file: Path, path: str, special: SpecialTokens) -> "JsonTokenizer":
         """Read `file`; `path` is what the user set, for messages. Raises ConfigError."""
-        names = _special_names(file.with_name("tokenizer_config.json"), path)
         try:
-            return cls(file.read_text(encoding="utf-8"), *names)
-        except _NoEnd as error:
+            return cls(file.read_text(encoding="utf-8"), special)
+        except _NoToken as error:
             problem = Problem(
                 KEY,
-                f"{file} has no end-of-text token ({error})",
-                'name it in tokenizer_config.json beside it, as "eos_token"',
+                f"{file} has no {error.which}-of-text token ({error})",
+                f'correct "{error.key}" in tokenizer_config.json, or special_tokens_map.json,'
+                " beside it",
                 value=path,
             )
         except Exception as error:  # the library raises bare Exception for a broken file
@@ -245,14 +262,20 @@ class JsonTokenizer(ListTokenizer):
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def token_name(self, token: int) -> str:
+        """The text of a token."""
+        return str(self._tokenizer.id_to_token(token))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickle forgets that special tokens in documents are plain text.
-        return JsonTokenizer, (self._content, *self._names)
+        return JsonTokenizer, (self._content, self.special)
 
 
-class _NoEnd(ValueError):
-    def __init__(self, name: str | None):
+class _NoToken(ValueError):
+    def __init__(self, which: str, name: str | None):
         super().__init__(f"`{name}` is not in its vocabulary" if name else "tried the usual names")
+        self.which = which
+        self.key = {"start": "bos_token", "end": "eos_token"}[which]
 
 
 def _load(content: str) -> Any:
@@ -272,16 +295,12 @@ def _id(vocabulary: dict[str, int], name: str | None, usual: tuple[str, ...]) ->
     return None
 
 
-def _special_names(file: Path, path: str) -> tuple[str | None, str | None, str | None]:
-    """The start, end and padding token that a tokenizer_config.json names, if it is there."""
-    if not file.is_file():
-        return None, None, None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        tokens = [config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")]
-        names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-    except (ValueError, AttributeError, OSError) as error:
-        problem = f"{file} is not readable: {error}"
-        raise ConfigError(Problem(KEY, problem, "download the file again", value=path)) from None
-    bos, eos, pad = (name if isinstance(name, str) else None for name in names)
-    return bos, eos, pad
+def _template(content: str, tokenizer: Any) -> list[int] | None:
+    """The ids that the post-processor puts around an empty text, or None: it has no rule for it."""
+    post_processor = json.loads(content).get("post_processor") or {}
+    parts = [post_processor, *post_processor.get("processors", ())]
+    # ByteLevel, which is often there alone, is about offsets only.
+    if not any(str(part.get("type")).endswith(("Template", "Processing")) for part in parts):
+        return None
+    ids: list[int] = tokenizer.encode("", add_special_tokens=True).ids
+    return ids

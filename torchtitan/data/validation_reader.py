@@ -16,6 +16,7 @@ import torch
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.training_sections import Dataloader
+from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.loader import StepData, build_named
 from torchtitan.data.mixture import Mixture
@@ -86,8 +87,7 @@ class SetReader:
 
     def batch(self, samples: list[Sample]) -> StepData:
         """`local_batch_size` sequences, of which those that are missing have no targets."""
-        tokenizer = self._mixture.sources[0].tokenizer
-        pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        pad_id = self._mixture.sources[0].tokenizer.pad_id
         missing = [None] * (self.local_batch_size - len(samples))
         seq_len = self._mixture.sources[0].seq_len
         batch = make_batch([*samples, *missing], seq_len, self._document_mask, pad_id)
@@ -127,7 +127,8 @@ def build_reader(
 ) -> SetReader:
     """The reader of rank `dp_rank` of `dp_degree`. Raises ConfigError, DataError."""
     training, data = named.training, named.data
-    source = build_named(named, tokenizer)
+    documents = document_tokenizer(tokenizer, data)
+    source = build_named(named, documents)
     num_lanes = num_lanes or _default_lanes(source)
     shards = source.shards(num_lanes)
     if not shards:
@@ -136,7 +137,7 @@ def build_reader(
     settings = LaneSettings(
         source=source,
         shards=shards,
-        tokenizer=tokenizer,
+        tokenizer=documents,
         num_lanes=num_lanes,
         seq_len=training.seq_len,
         seed=0,

@@ -15,6 +15,7 @@ from torchtitan.config.load import load_config
 from torchtitan.config.paths import expand_path
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.checks import check_data, probe_tokenizer_files
+from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.probes import probe_data
 from torchtitan.data.registry import build_source
@@ -128,7 +129,7 @@ def _prepare(facts: Facts, named: NamedSource, folder: Path, shard_bytes: int) -
         raise ConfigError(named.retold(problem))
     return TokenizeJob(
         source=source,
-        tokenizer=build_tokenizer(config.model.tokenizer_path),
+        tokenizer=document_tokenizer(build_tokenizer(config.model.tokenizer_path), config.data),
         num_lanes=facts.num_lanes,
         groups=group_pieces(source, source.shards(facts.num_lanes), shard_bytes),
         max_document_mib=config.data.max_document_mib,

@@ -12,6 +12,7 @@ from test_bad_data import facts_for, only
 
 from torchtitan.config import ConfigError, DataError, JobConfig
 from torchtitan.data.checks import check, probe
+from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.loader import _settings
 from torchtitan.data.mixture import Mixture, Shares
 from torchtitan.data.named_sources import named_sources
@@ -137,7 +138,7 @@ def test_realised_share_of_what_is_trained_on(config):
 def test_each_source_is_read_as_if_alone(config):
     """Put together again, the parts of a source are its own stream: in order, complete, with every
     token a target once, over its epochs."""
-    tokenizer = build_tokenizer("bytes")
+    tokenizer = document_tokenizer(build_tokenizer("bytes"), config.data)
     named = named_sources(config.training, config.data)
     settings = [_settings(source, 7, tokenizer, NUM_LANES) for source in named]
     mixture = Mixture(tuple(settings), ("a", "b", "c"), (5, 3, 2))
