@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
-from torchtitan.data.files import DAMAGED_FILE
+from torchtitan.data.decode import DAMAGED_FILE
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.registry import build_source
 
