@@ -214,11 +214,18 @@ def _utf8(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     yield decoder.decode(b"", True).encode("utf-8")
 
 
-def guess_content(content: bytes) -> str:
-    """Say what bytes that are not UTF-8 seem to be, and what to do about that."""
+def guess_format(content: bytes) -> str | None:
+    """Say what the first bytes of a file seem to be, if that is a known kind that holds no text."""
     for magic, name in _OTHER_FILES:
         if content.startswith(magic):
             return f"it seems to be {name}"
+    return None
+
+
+def guess_content(content: bytes) -> str:
+    """Say what bytes that are not UTF-8 seem to be, and what to do about that."""
+    if (other := guess_format(content)) is not None:
+        return other
     # Text in UTF-16 has a 0 in every second byte where it is ASCII, as its blanks and digits are.
     zeros = [content[start::4].count(0) * 8 > len(content) // 4 for start in range(4)]
     wide = {

@@ -7,7 +7,7 @@ whoever continues it needs only the `Position` that came with the last one.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,13 @@ class Lane:
         self._settings = settings
         self._index = index
         self._bad_rows = position.bad_rows
-        self._packer = Packer(self._documents(position), settings.seq_len)
+        self._stream = self._documents(position)
+        self._packer = Packer(self._stream, settings.seq_len)
+
+    def close(self) -> None:
+        """Close what is open for reading. Nobody else would: the stream and the lane hold each
+        other, and training runs without the garbage collector."""
+        self._stream.close()
 
     def next_sample(self, length: int | None = None) -> Sample | None:
         """The next sample, which advances by `length` tokens (None: `seq_len`).
@@ -72,7 +78,7 @@ class Lane:
         sample, self.position = item
         return sample
 
-    def _documents(self, start: Position) -> Iterator[Piece]:
+    def _documents(self, start: Position) -> Generator[Piece, None, None]:
         settings = self._settings
         epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:

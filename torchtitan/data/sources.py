@@ -161,7 +161,7 @@ def _tokens(item: Any, what: str) -> np.ndarray | None:
     if odd is None:
         odd = next(iter(np.flatnonzero((tokens < 0) | (tokens >= 2**31)).tolist()), None)
     if odd is not None:
-        element = "null" if items[odd] is None else repr(items[odd])
+        element = "null" if items[odd] is None else str(items[odd])
         raise BadRow(f"{what}: element {odd} is {element} where the number of a token is expected")
     return tokens.astype(np.int32)
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchtitan.config.training_sections import Data
-from torchtitan.data.decode import encoding_of, guess_content
+from torchtitan.data.decode import corruption, encoding_of, guess_content, guess_format
 from torchtitan.data.files import BOM, DataFile
 from torchtitan.data.pieces import Shard, cut_lines, next_line, piece_size, whole_files
 from torchtitan.data.sources import BadRow, Row, kind_of, read_document
@@ -55,6 +55,12 @@ class JsonSource(FileSource):
         # JSON begins with ASCII characters, so the zeros between them tell UTF-16 and UTF-32.
         return encoding_of(start) or self.encoding or json.detect_encoding(start[:4])
 
+    def _rows(self, shard: Shard) -> Iterator[Row]:
+        # Before the file is open for its rows: a second decoder would hold a second window.
+        if shard.end is None:
+            self._has_lines(shard.file)
+        yield from super()._rows(shard)
+
     def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
         if shard.end is not None:
             start = next_line(stream, shard.start)
@@ -66,19 +72,26 @@ class JsonSource(FileSource):
     def _has_lines(self, index: int) -> bool:
         """Whether a file holds one value a line, by its first value."""
         if index not in self._of_lines:
-            file, limit = self.files[index], self._max_row_bytes
-            with self.open(file) as stream:
-                line: bytes | None = b"\n"
-                while line and line.isspace():
-                    line, _ = _read_line(stream, limit)
-            found = _is_whole_line(line or b"")
-            if found is None:
-                with self.open(file) as stream:
-                    first = next(read_values(stream, limit), None)
-                # A first row that is no JSON, even over several lines, is a row that is damaged.
-                found = first is None or bool(first.flaw)
-            self._of_lines[index] = found
+            try:
+                self._of_lines[index] = self._starts_with_line(self.files[index])
+            except Exception as error:
+                if corruption(error) is None:
+                    raise
+                self._of_lines[index] = True  # reading its rows meets the damage again
         return self._of_lines[index]
+
+    def _starts_with_line(self, file: DataFile) -> bool:
+        with self.open(file) as stream:
+            line: bytes | None = b"\n"
+            while line and line.isspace():
+                line, _ = _read_line(stream, self._max_row_bytes)
+        found = _is_whole_line(line or b"")
+        if found is None:
+            with self.open(file) as stream:
+                first = next(read_values(stream, self._max_row_bytes), None)
+            # A first row that is no JSON, even over several lines, is a row that is damaged.
+            found = first is None or bool(first.flaw)
+        return found
 
     def text(self, row: Row) -> str | np.ndarray:
         if row.flaw:
@@ -150,7 +163,7 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
         gap = _GAP.match(buffer, at).group()  # type: ignore[union-attr]
         at, place = at + len(gap), place + _num_bytes(gap)
         depths = list(itertools.accumulate((_STEPS.get(mark, 0) for mark in gap), initial=depth))
-        flaw, depth = "", depths[-1]
+        flaw, cut_short, depth = "", False, depths[-1]
         if min(depths) < 0:
             flaw = "invalid JSON: `]` where no array is open"
             break
@@ -165,6 +178,7 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 where = place + _num_bytes(buffer[at : error.pos])
                 flaw = f"invalid JSON: {error.msg} (byte {where})"
+                cut_short = error.pos >= len(buffer) or "Unterminated" in error.msg
                 # What is wrong near the end may just not be complete yet.
                 if error.pos <= len(buffer) - 16 and "Unterminated" not in error.msg:
                     break
@@ -175,8 +189,9 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
                 flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
                 break
         if at_end:
-            if flaw or depth:
-                flaw = f"{flaw or 'an array is not closed'}; the file may be cut short"
+            if depth and not flaw:
+                flaw, cut_short = "an array is not closed", True
+            flaw += ", as if the file were cut short" if flaw and cut_short else ""
             break
         part = stream.read(max(_PART_BYTES, len(buffer) - at))
         at_end = not part
@@ -187,7 +202,7 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
             wrong_bytes = _wrong_bytes(error)
         buffer, at = buffer[at:] + text, 0
     if wrong_bytes or flaw:
-        yield Row(place, 0, None, wrong_bytes or flaw)
+        yield Row(place, 0, None, f"{wrong_bytes or flaw}; the rest of the file cannot be read")
 
 
 def _num_bytes(text: str) -> int:
@@ -205,7 +220,8 @@ def _parse(row: Row) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow(_wrong_bytes(error)) from None
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"invalid JSON (a row must be one line): {_reason(error)}") from None
+        reason = guess_format(content) or f"a row must be one line: {_reason(error)}"
+        raise BadRow(f"invalid JSON: {reason}") from None
 
 
 def _reason(error: Exception) -> str:
