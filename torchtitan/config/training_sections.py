@@ -103,6 +103,12 @@ class DataSource(Section):
     column: str | None = None
     """Field of a row that holds the text. Unset: `data.text_column`."""
 
+    encoding: str | None = None
+    """Encoding of text and JSON files. Unset: `data.encoding`."""
+
+    document_separator: str | None = None
+    """What divides a text file into documents. Unset: `data.document_separator`."""
+
     subset: str | None = None
     """Subset of a Hugging Face dataset, as `data.subset`."""
 
@@ -132,6 +138,14 @@ class Data(Section):
     text_column: str = "text"
     """Column (field of a JSON row) that holds the text, or a list of tokens."""
 
+    encoding: str | None = None
+    """Encoding of text and JSON files that begin with no byte-order mark: any codec of Python, such
+    as `latin-1`, `cp1252` or `gb18030`. Unset: UTF-8."""
+
+    document_separator: str | None = None
+    """Text between two documents of one text file, such as `<|endoftext|>`, which belongs to
+    neither. Unset: a text file is one document."""
+
     subset: str | None = None
     """Subset (configuration) of a Hugging Face dataset. Unset: its only one; `en` for C4."""
 
@@ -160,7 +174,12 @@ class Data(Section):
     as the steps need. Of several `sources` each has its own passes, and this must be unset."""
 
     max_document_mib: PositiveFloat = 64.0
-    """Documents larger than this (MiB of text) are treated as `on_bad_row` says."""
+    """Rows larger than this (MiB of text) are treated as `on_bad_row` says. Text files are read in
+    pieces, and may be of any size."""
+
+    max_zstd_window_mib: NonNegativeInt = 4096
+    """Memory that a process may hold for zstd windows above 128 MiB, as `zstd --long=28` to
+    `--long=31` make them. Each lane that reads such a file holds one."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read: stop, or leave it out and count it."""

@@ -22,6 +22,12 @@ class ValidationSet(Section):
     column: str | None = None
     """Field of a row that holds the text. Unset: `data.text_column`."""
 
+    encoding: str | None = None
+    """Encoding of text and JSON files. Unset: `data.encoding`."""
+
+    document_separator: str | None = None
+    """What divides a text file into documents. Unset: `data.document_separator`."""
+
     subset: str | None = None
     """Subset of a Hugging Face dataset, as `data.subset`."""
 
@@ -44,6 +50,9 @@ class Validation(Section):
 
     dataset_path: PathText | None = None
     """File, folder or glob of the one set. Leave it unset when `validation.sets` names several."""
+
+    column: str | None = None
+    """Field of a row that holds the text of the one set. Unset: `data.text_column`."""
 
     sets: Annotated[tuple[ValidationSet, ...], Field(strict=False)] = ()
     """Several sets, each with a loss of its own: a table `[[validation.sets]]` each."""

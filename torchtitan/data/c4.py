@@ -55,7 +55,7 @@ def _from_files(path: str, split: str, data: Data) -> "Source":
     from torchtitan.data.sources_json import JsonSource
 
     _, files = find_files(_layout(path, split, data.subset or SUBSET), "json")
-    return JsonSource(files, data.max_document_bytes, data.text_column)
+    return JsonSource(files, data)
 
 
 def _layout(path: str, split: str, subset: str) -> str:

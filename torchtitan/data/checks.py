@@ -1,5 +1,6 @@
 """What can be known to be wrong with the data before a run starts."""
 
+import codecs
 import math
 
 from torchtitan.config.checks import is_mesh
@@ -12,6 +13,7 @@ from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, u
 from torchtitan.distributed.tensor_checks import model_problems
 from torchtitan.models.registry import get_family
 
+_LONGEST_SEPARATOR = 256
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 
@@ -97,7 +99,7 @@ def check_dataset(named: NamedSource) -> list[Problem]:
     entry = find_dataset(training.dataset)
     if entry is None:
         return [unknown_dataset(training.dataset)]
-    problems = _check_hub_keys(named.data, entry)
+    problems = [*_check_hub_keys(named.data, entry), *_check_file_keys(named.data)]
     path = training.dataset_path
     if path is None:
         return [*problems, *([missing_path(training.dataset)] if entry.needs_path else [])]
@@ -126,6 +128,27 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[Problem]:
             fix = "name one, or remove it"
             problems.append(Problem(f"data.{name}", "is empty", fix, value=value))
     return problems
+
+
+def _check_file_keys(data: Data) -> list[Problem]:
+    """Keys of `[data]` that say how text files are read."""
+    problems = []
+    separator = data.document_separator
+    if separator is not None and not 0 < len(separator) <= _LONGEST_SEPARATOR:
+        problem = f"has {len(separator)} characters"
+        fix = f"give 1 to {_LONGEST_SEPARATOR}, or remove it"
+        problems.append(Problem("data.document_separator", problem, fix, value=separator))
+    if data.encoding is not None and not _is_text_codec(data.encoding):
+        fix = 'name one of Python, such as "latin-1", "cp1252", "utf-16" or "gb18030"'
+        problems.append(Problem("data.encoding", "is no encoding of text", fix, data.encoding))
+    return problems
+
+
+def _is_text_codec(name: str) -> bool:
+    try:  # others change bytes into bytes, such as "zip" and "hex"
+        return isinstance(codecs.getincrementaldecoder(name)().decode(b"", True), str)
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 def _check_lanes(facts: Facts) -> list[Problem]:

@@ -145,9 +145,10 @@ class DocumentTokenizer:
             return self.tokenizer.fingerprint
         return f"{self.tokenizer.fingerprint}+{'bos' * self.bos}{'eos' * self.eos}"
 
-    def encode_document(self, text: str) -> np.ndarray:
-        """The ids of a document with its ends, int32 `[num_tokens]`."""
-        return self.tokenizer.encode_array(text, bos=self.bos, eos=self.eos)
+    def encode_document(self, text: str, begins: bool = True, ends: bool = True) -> np.ndarray:
+        """Return the ids of a document, or of a part that does not hold its beginning or end, with
+        the tokens around it: int32 `[num_tokens]`."""
+        return self.tokenizer.encode_array(text, bos=self.bos and begins, eos=self.eos and ends)
 
     def describe(self) -> str:
         """One line that says what each document is put between."""

@@ -2,15 +2,14 @@
 
 import codecs
 import glob
-import gzip
-import io
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from functools import cached_property
+from typing import BinaryIO, Literal
 
 from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.data.decode import MAGIC_BYTES, compression_of, decompressed
 
 KEY = "training.dataset_path"
 BOM = codecs.BOM_UTF8
@@ -27,9 +26,14 @@ SUFFIXES: dict[str, Kind] = {
 _TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
 _POINTER = b"version https://git-lfs"
 """How the file begins that stands for one which Git LFS has not fetched yet."""
-DAMAGED_FILE = "the compressed file is damaged"
-"""How the flaw of a row begins that is one of its file."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+    ".xz": "xz",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,22 @@ class DataFile:
     size: int
     """Bytes on disk."""
 
-    @property
+    @cached_property
     def compression(self) -> str | None:
-        return COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
+        """How the file is compressed, by its content and then its suffix. Raises DataError."""
+        by_suffix = COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
+        return compression_of(self.start) or by_suffix
 
-    def open(self) -> BinaryIO:
+    @cached_property
+    def start(self) -> bytes:
+        """The first bytes on the disk. Raises DataError."""
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(MAGIC_BYTES)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def open(self, max_window_bytes: int = 2**31) -> BinaryIO:
         """The (decompressed) content. Raises DataError if the file is not what it was."""
         try:
             size = os.path.getsize(self.path)
@@ -57,63 +72,7 @@ class DataFile:
                 f"{self.path}: had {self.size} bytes when the run started and has {size} now;"
                 " data files must not change during a run"
             )
-        if self.compression == "gzip":
-            file.close()
-            return io.BufferedReader(gzip.GzipFile(self.path, "rb"), buffer_size=1 << 16)  # type: ignore[arg-type]
-        if self.compression == "zstd":
-            return io.BufferedReader(ZstdReader(file), buffer_size=1 << 16)
-        return file
-
-
-class ZstdReader(io.RawIOBase):
-    """Decompresses zstd frames, and raises EOFError if the last one is cut short.
-
-    The library's own reader takes the end of the file for the end of the data.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame: Any = None
-        self._compressed = b""
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import zstandard
-
-        while not self._ready:
-            # Small parts: a block of zeros compresses 30,000-fold, and memory must stay bounded.
-            part = self._compressed or self._file.read(1 << 14)
-            self._compressed = b""
-            if not part:
-                if self._frame is not None:
-                    raise EOFError("the file ends in the middle of a zstd frame")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(part)
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame = None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def corruption(error: Exception) -> str | None:
-    """What is wrong with a compressed file that raised `error`; None for any other error."""
-    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return f"{DAMAGED_FILE} or cut short ({error})"
-    if type(error).__name__ == "ZstdError":
-        return f"{DAMAGED_FILE} ({error})"
-    return None
+        return decompressed(file, self.compression, max_window_bytes)
 
 
 def find_files(path: str, kind: Kind | Literal["auto"]) -> tuple[Kind, list[DataFile]]:
@@ -140,7 +99,7 @@ def find_files(path: str, kind: Kind | Literal["auto"]) -> tuple[Kind, list[Data
 
 
 def suffix_kind(path: str) -> Kind | None:
-    """What the suffix says about a file, looking through `.gz` and `.zst`."""
+    """What the suffix says about a file, looking through that of a compression."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix not in COMPRESSIONS:
         return SUFFIXES.get(suffix)

@@ -7,14 +7,14 @@ whoever continues it needs only the `Position` that came with the last one.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from torchtitan.config import DataError
 from torchtitan.data.document_ends import DocumentTokenizer
-from torchtitan.data.packing import Packer, Position, Sample
+from torchtitan.data.packing import Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
 from torchtitan.data.sources import BadRow, Row, Source, row_tokens
@@ -55,7 +55,13 @@ class Lane:
         self._settings = settings
         self._index = index
         self._bad_rows = position.bad_rows
-        self._packer = Packer(self._documents(position), settings.seq_len)
+        self._stream = self._documents(position)
+        self._packer = Packer(self._stream, settings.seq_len)
+
+    def close(self) -> None:
+        """Close what is open for reading. Nobody else would: the stream and the lane hold each
+        other, and training runs without the garbage collector."""
+        self._stream.close()
 
     def next_sample(self, length: int | None = None) -> Sample | None:
         """The next sample, which advances by `length` tokens (None: `seq_len`).
@@ -72,18 +78,27 @@ class Lane:
         sample, self.position = item
         return sample
 
-    def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+    def _documents(self, start: Position) -> Generator[Piece, None, None]:
         settings = self._settings
         epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:
             found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
+            unfinished: Position | None = None
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(bad_rows=self._bad_rows)
                 tokens = self._tokens(shard, row, epoch)
                 if tokens is None or not len(tokens):
                     continue
                 found = True
-                yield here, tokens[here.token :]
+                # A piece of a document is a block of its own, so the next piece is the next block.
+                after = here.shard, here.block - 1
+                continues = (
+                    not row.begins
+                    and unfinished is not None
+                    and (unfinished.shard, unfinished.block) == after
+                )
+                unfinished = None if row.ends or shard.stride > 1 else here
+                yield Piece(here, tokens[here.token :], continues)
             num_empty = 0 if found else num_empty + 1
             if num_empty == _MOST_EMPTY_EPOCHS and not settings.may_be_empty:
                 raise DataError(
@@ -149,16 +164,21 @@ class Lane:
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
     """Consecutive rows in groups that fit into memory many times over, from `cursor` on.
 
-    Each comes with the cursor at which it begins; empty for the first and if there are none.
+    Each comes with the cursor at which it begins; empty for the first and if there are none. Pieces
+    of a document keep their order: each is a group of its own, where all are of one shard.
     """
     rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
     next_cursor = getattr(rows, "cursor", lambda: "")
     block: list[Row] = []
     size = 0
     for row in rows:
+        is_piece = not row.is_whole and shard.stride == 1
+        if is_piece and block:
+            yield cursor, block
+            block, size, cursor = [], 0, ""  # its place is behind the row that was read
         block.append(row)
         size += row.size
-        if len(block) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
+        if is_piece or len(block) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
             yield cursor, block
             block, size, cursor = [], 0, next_cursor()
     if block:

@@ -177,6 +177,11 @@ class MixedLane:
             for settings, inner in zip(mixture.sources, position.sources)
         ]
 
+    def close(self) -> None:
+        """Close what is open for reading."""
+        for lane in self._lanes:
+            lane.close()
+
     def next_sample(self) -> Sample:
         """The next sequence, of one or several parts. Raises DataError."""
         position = self.position

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.training_sections import Data, DataSource, Training
@@ -17,6 +18,8 @@ from torchtitan.config.training_sections import Data, DataSource, Training
 TABLES = "data.sources"
 HUB_KEYS = ("subset", "split", "revision", "streaming")
 """Say which part of a Hugging Face dataset to read; each table has its own."""
+FILE_KEYS = ("encoding", "document_separator")
+"""Say how files are read; a table without them has those of `[data]`."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,14 @@ def keys_of_table(place: str, path: str) -> dict[str, str]:
         "training.dataset_path": f"{place}.{path}",  # before the next one, which it begins with
         "training.dataset": f"{place}.dataset",
         "data.text_column": f"{place}.column",
-        **{f"data.{name}": f"{place}.{name}" for name in HUB_KEYS},
+        **{f"data.{name}": f"{place}.{name}" for name in (*HUB_KEYS, *FILE_KEYS)},
     }
+
+
+def file_keys(table: Any, data: Data) -> dict[str, str | None]:
+    """How the files of a table are read."""
+    own = {key: getattr(table, key) for key in FILE_KEYS}
+    return {key: getattr(data, key) if value is None else value for key, value in own.items()}
 
 
 def named_sources(training: Training, data: Data) -> list[NamedSource]:
@@ -76,6 +85,7 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
                     "sources": (),
                     "text_column": table.column or data.text_column,
                     **{key: getattr(table, key) for key in HUB_KEYS},
+                    **file_keys(table, data),
                 }
             ),
             place=f"{TABLES}[{index}]",

@@ -65,13 +65,24 @@ class Sample(NamedTuple):
             start += size
 
 
-class Packer:
-    """Cuts samples from a stream of (position of its first token, tokens int32) per document."""
+class Piece(NamedTuple):
+    """A document in a lane's stream, or consecutive tokens of one."""
 
-    def __init__(self, documents: Iterator[tuple[Position, np.ndarray]], seq_len: int):
+    position: Position
+    """Of its first token."""
+    tokens: np.ndarray
+    """int32 `[num_tokens]`."""
+    continues: bool = False
+    """It goes on with the document of the piece before it."""
+
+
+class Packer:
+    """Cuts samples from a stream of documents."""
+
+    def __init__(self, documents: Iterator[Piece], seq_len: int):
         self._documents = documents
         self._seq_len = seq_len
-        self._pending: deque[tuple[Position, np.ndarray]] = deque()
+        self._pending: deque[Piece] = deque()
         self._num_pending = 0
 
     def next_sample(self, length: int | None = None) -> tuple[Sample, Position] | None:
@@ -87,33 +98,38 @@ class Packer:
             if document is None:
                 break
             self._pending.append(document)
-            self._num_pending += len(document[1])
+            self._num_pending += len(document.tokens)
         if self._num_pending < 2:
             return None
         sample = self._peek(wanted)
         self._advance(min(length, self._num_pending - 1))
-        return sample, self._pending[0][0]
+        return sample, self._pending[0].position
 
     def _peek(self, wanted: int) -> Sample:
-        parts = []
-        for _, tokens in self._pending:
-            parts.append(tokens[:wanted])
+        parts: list[np.ndarray] = []
+        lengths: list[int] = []
+        for piece in self._pending:
+            parts.append(piece.tokens[:wanted])
             wanted -= len(parts[-1])
+            if piece.continues and lengths:
+                lengths[-1] += len(parts[-1])
+            else:
+                lengths.append(len(parts[-1]))
             if wanted == 0:
                 break
-        return Sample(np.concatenate(parts), tuple(len(part) for part in parts))
+        return Sample(np.concatenate(parts), tuple(lengths))
 
     def _advance(self, count: int) -> None:
         self._num_pending -= count
         while count:
-            position, tokens = self._pending[0]
-            taken = min(count, len(tokens))
+            piece = self._pending[0]
+            taken = min(count, len(piece.tokens))
             count -= taken
-            if taken == len(tokens):
+            if taken == len(piece.tokens):
                 self._pending.popleft()
             else:
-                position = position._replace(token=position.token + taken)
-                self._pending[0] = (position, tokens[taken:])
+                position = piece.position._replace(token=piece.position.token + taken)
+                self._pending[0] = piece._replace(position=position, tokens=piece.tokens[taken:])
 
 
 def make_batch(

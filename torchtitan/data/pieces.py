@@ -1,10 +1,11 @@
 """Cutting a dataset into shards that lanes read independently.
 
 Plain text and JSON lines are cut into byte ranges, so that a position is found by one seek and so
-that there is always enough to deal out. A compressed file or a JSON array can only be read from its
-front: it is one shard, or, where there are fewer shards than lanes, several that share out its rows
-by stride (each of which reads the whole file and parses its own rows). How data are cut depends on
-the data and the number of lanes alone, never on the mesh.
+that there is always enough to deal out. A compressed file, one in another encoding than UTF-8 and
+JSON in arrays can only be read from the front. Such a file is one shard, or, where there are fewer
+shards than lanes, several that share out its rows by stride (each of which reads the whole file and
+parses its own rows). How data are cut depends on the data and the number of lanes alone, never on
+the mesh.
 """
 
 import itertools
@@ -19,6 +20,9 @@ from torchtitan.data.files import DataFile
 PIECES_PER_LANE = 16
 SMALLEST_PIECE = 4 * 1024
 LARGEST_PIECE = 4 * 1024 * 1024
+LARGEST_TEXT_PIECE = 64 * 1024 * 1024
+_TEXT_PIECES_PER_LANE = 4
+"""Fewer than of rows: each is a place where a document is cut."""
 _EAGER_PIECES = 16384
 _NEAR, _WINDOW = 4 * 1024, 64 * 1024
 
@@ -42,6 +46,14 @@ def piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
     """Bytes to aim at for a piece."""
     total = sum(file.size for file in files)
     return min(max(total // (PIECES_PER_LANE * num_lanes), SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def text_piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
+    """Bytes to aim at for a piece of a text file, which is cut only as far as lanes must share."""
+    if num_lanes == 1:
+        return LARGEST_TEXT_PIECE
+    share = sum(file.size for file in files) // (_TEXT_PIECES_PER_LANE * num_lanes)
+    return min(max(share, SMALLEST_PIECE), LARGEST_TEXT_PIECE)
 
 
 def whole_files(indices: Sequence[int], num_lanes: int) -> list[Shard]:
@@ -78,14 +90,23 @@ def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> l
     return shards
 
 
-def cut_text(files: Sequence[DataFile], indices: Sequence[int], size: int) -> list[Shard]:
-    """Byte ranges of text files, cut at line ends, else at blanks, else between characters."""
+def cut_text(
+    files: Sequence[DataFile], indices: Sequence[int], size: int, separator: bytes
+) -> list[Shard]:
+    """Byte ranges of text files, cut between documents where there is a separator of documents,
+    else at line ends, at blanks where there are none, or between characters."""
+
+    def align(stream: BinaryIO, start: int) -> int:
+        if separator:
+            return _next_document(stream, start, separator)
+        return _next_cut(stream, start)
+
     shards = []
     for index in indices:
         cuts = _even_cuts(files[index].size, size)
         if len(cuts) > 2:
             with files[index].open() as stream:
-                cuts = _distinct(cuts, partial(_text_cut, stream))
+                cuts = _distinct(cuts, partial(align, stream))
         shards += [Shard(index, a, b) for a, b in itertools.pairwise(cuts)]
     return shards
 
@@ -102,20 +123,53 @@ def next_line(stream: BinaryIO, start: int) -> int:
     return stream.tell()
 
 
-def _text_cut(stream: BinaryIO, start: int) -> int:
+def _next_cut(stream: BinaryIO, start: int) -> int:
     window = b""
     for size in (_NEAR, _WINDOW):  # most text has a line end near by, and huge data many cuts
         stream.seek(start)
         window = stream.read(size)
-        if (found := window.find(b"\n")) >= 0:
-            return start + found + 1
-    if (found := window.find(b" ")) >= 0:
-        return start + found + 1
+        if b"\n" in window:
+            break
+    return start + text_cut(window)
+
+
+def text_cut(window: bytes) -> int:
+    """Where in `window` text is cut: after its first line end, else its first blank, else before
+    its first character."""
+    for mark in (b"\n", b" "):
+        if (found := window.find(mark)) >= 0:
+            return found + 1
     # Bytes of the form 10xxxxxx continue a character.
     skipped = 0
     while skipped < min(len(window), 3) and window[skipped] & 0xC0 == 0x80:
         skipped += 1
-    return start + skipped
+    return skipped
+
+
+def _next_document(stream: BinaryIO, start: int, separator: bytes) -> int:
+    """Where the first document that starts at byte `start` or later begins, or the file ends."""
+    place = max(0, start - len(separator))
+    stream.seek(place)
+    buffer = b""
+    while part := stream.read(_WINDOW):
+        buffer += part
+        found = buffer.find(separator)
+        # Separators may follow it, or overlap it, for which the next part is needed.
+        if found >= 0 and len(buffer) > found + _WINDOW // 2:
+            break
+        if found < 0:
+            place += max(0, len(buffer) - len(separator))
+            buffer = buffer[-len(separator) :]
+    found = buffer.find(separator)
+    return place + (len(buffer) if found < 0 else end_of_separators(buffer, found, separator))
+
+
+def end_of_separators(content: bytes, place: int, separator: bytes) -> int:
+    """Where the separators that begin at `place`, and touch or overlap each other, end."""
+    size = len(separator)
+    while (found := content.find(separator, place + 1, place + 2 * size)) >= 0:
+        place = found
+    return place + size
 
 
 def _num_pieces(size: int, piece: int) -> int:

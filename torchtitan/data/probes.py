@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
-from torchtitan.data.files import DAMAGED_FILE
+from torchtitan.data.decode import DAMAGED_FILE
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.registry import build_source
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _PROBED_SHARDS = 16
 _PROBED_ROWS = 8
 _PROBED_BYTES = 32 * 2**20
+_PROBED_ROW_BYTES = 256 * 2**20
+"""Of the content of compressed files."""
 _PROBED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -120,10 +122,12 @@ def _probe_source(facts: Facts, source: "Source") -> list[Problem]:
     if isinstance(source, TokenSource):
         return _probe_tokens(facts, source)
     problems = _probe_rows(facts, source, shards)
-    if not problems and isinstance(source, FileSource):
-        return [*_probe_amount(facts, source), *_probe_whole_files(facts, source, shards)]
-    if not problems:
-        problems = _probe_shared_rows(facts, source, shards)
+    is_refused = any(problem.severity == "error" for problem in problems)
+    if not is_refused and isinstance(source, FileSource):
+        problems += _probe_amount(facts, source)
+        return problems + _probe_whole_files(facts, source, shards)
+    if not is_refused:
+        problems += _probe_shared_rows(facts, source, shards)
     return problems + _probe_revision(facts, source)
 
 
@@ -183,7 +187,8 @@ def _probe_tokens(facts: Facts, source: "TokenSource") -> list[Problem]:
 
 
 def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[Problem]:
-    """The first unusable row among the first rows of some shards, unless some may be left out."""
+    """The first unusable row among the first rows of some shards, as an error where the policy for
+    rows makes it one; a warning where no row of these holds text."""
     from torchtitan.data.sources import BadRow
     from torchtitan.data.sources_torch import StreamSource
 
@@ -197,15 +202,24 @@ def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[P
                 num_usable += len(source.text(row)) > 0
             except BadRow as error:
                 first = first or (source.locate(shard, row), error)
-    if num_usable and (first is None or facts.config.data.on_bad_row == "skip"):
+            if row.flaw:  # what comes after it may be far away
+                break
+    may_skip = facts.config.data.on_bad_row == "skip"
+    if num_usable and (first is None or may_skip):
         return []
     if first is None:
-        return [Problem(_key(facts), "the first rows hold no text", "give data with content")]
+        problem, fix = "the first rows hold no text", "check that these are the right data"
+        return [Problem(_key(facts), problem, fix, severity="warning")]
     where, reason = first
-    if reason.column is None:
-        return [Problem(_key(facts), f"{where}: {reason}", _fix_of(str(reason)))]
+    severity = "warning" if may_skip else "error"
+    if reason.column is None or num_usable:
+        fix = _fix_of(str(reason))
+        return [Problem(_key(facts), f"{where}: {reason}", fix, severity=severity)]
     fix = "set it to the column that holds the text"
-    return [Problem("data.text_column", f"{where}: {reason}", fix, value=reason.column)]
+    if not may_skip:
+        fix += ', or, where only some rows are so, set data.on_bad_row = "skip"'
+    problem = f"{where}: {reason}"
+    return [Problem("data.text_column", problem, fix, value=reason.column, severity=severity)]
 
 
 def _fix_of(flaw: str) -> str:
@@ -239,27 +253,28 @@ def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]"
     """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
     from torchtitan.data.pieces import Shard
 
-    budget = _PROBED_BYTES
+    budget, budget_of_rows = _PROBED_BYTES, _PROBED_ROW_BYTES
     problems = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
-    num_filled: int | None = sum(shard.end is not None for shard in shards)
+    num_filled = sum(shard.end is not None for shard in shards)
     for index, stride in strides.items():
         file = source.files[index]
         budget -= file.size
-        if budget < 0:
-            num_filled = None
-            break
         num_rows = 0
-        for row in source.rows(Shard(index)):
+        for row in source.rows(Shard(index)) if budget >= 0 else ():
             num_rows += 1
+            budget_of_rows -= row.size
             if row.flaw and facts.config.data.on_bad_row == "error":
                 where = source.locate(Shard(index), row)
                 problem, fix = f"{where}: {row.flaw}", _fix_of(str(row.flaw))
                 problems.append(Problem(_key(facts), problem, fix))
                 break
-        if num_filled is not None:
-            num_filled += min(num_rows, stride)
-    if not problems and num_filled is not None and num_filled < facts.num_lanes:
+            if budget_of_rows < 0:  # a small file can hold any amount
+                break
+        if budget < 0 or budget_of_rows < 0:
+            return problems
+        num_filled += min(num_rows, stride)
+    if not problems and num_filled < facts.num_lanes:
         problems.append(too_few_documents(num_filled, facts))
     return problems
 

@@ -113,9 +113,9 @@ def unknown_dataset(name: str) -> Problem:
 
 def _from_files(training: Training, data: Data) -> "Source":
     from torchtitan.data.files import find_files
-    from torchtitan.data.sources_files import TextSource
     from torchtitan.data.sources_json import JsonSource
     from torchtitan.data.sources_parquet import ParquetSource
+    from torchtitan.data.sources_text import TextSource
     from torchtitan.data.token_files import is_token_folder
 
     if training.dataset_path is None:
@@ -129,10 +129,10 @@ def _from_files(training: Training, data: Data) -> "Source":
     assert wanted in ("auto", "json", "text", "parquet")
     kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]
     if kind == "text":
-        return TextSource(files, data.max_document_bytes)
+        return TextSource(files, data)
     if kind == "parquet":
         return ParquetSource(files, data.max_document_bytes, data.text_column)
-    return JsonSource(files, data.max_document_bytes, data.text_column)
+    return JsonSource(files, data)
 
 
 def _from_hub(training: Training, data: Data) -> "Source":
@@ -194,7 +194,7 @@ _NOT_LIBRARY = {
 
 def _stdlib(training: Training, data: Data) -> "Source":
     from torchtitan.data.files import DataFile
-    from torchtitan.data.sources_files import TextSource
+    from torchtitan.data.sources_text import TextSource
 
     root = sysconfig.get_paths()["stdlib"]
     files = []
@@ -214,7 +214,7 @@ def _stdlib(training: Training, data: Data) -> "Source":
                 missing_asset=True,
             )
         )
-    return TextSource(files, data.max_document_bytes)
+    return TextSource(files, data)
 
 
 for _entry_of in (
@@ -224,8 +224,8 @@ for _entry_of in (
         "the sources of Python's standard library, on every machine",
         takes_path=False,
     ),
-    DatasetEntry("json", _from_files, "JSON lines or arrays, also .gz and .zst", needs_path=True),
-    DatasetEntry("text", _from_files, "text files, also .gz and .zst", needs_path=True),
+    DatasetEntry("json", _from_files, "JSON lines or arrays, also compressed", needs_path=True),
+    DatasetEntry("text", _from_files, "text files, also compressed", needs_path=True),
     DatasetEntry("parquet", _from_files, "Parquet files", needs_path=True),
     DatasetEntry("tokens", _tokens, "what `torchtitan tokenize` has written", needs_path=True),
     DatasetEntry("auto", _from_files, "one of these four, by the files", needs_path=True),

@@ -32,7 +32,7 @@ class BadRow(ValueError):
 
 
 class Row(NamedTuple):
-    """A document that has not been parsed yet."""
+    """A document, or a piece of a long one, that has not been parsed yet."""
 
     place: int
     """Where it is: its first byte (in the decompressed file), or its number."""
@@ -41,6 +41,16 @@ class Row(NamedTuple):
     content: Any
     flaw: str = ""
     """Why it cannot be read, if so."""
+    begins: bool = True
+    """Its first character is the first one of a document. Where it is not, and the row before it
+    in a shard that is not shared by stride is not the end of one, it goes on with that."""
+    ends: bool = True
+    """Its last character is the last one of a document."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a document, and not a piece of one."""
+        return self.begins and self.ends
 
 
 class Source(Protocol):
@@ -77,12 +87,14 @@ class Source(Protocol):
 
 def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.ndarray | None:
     """A document, int32 `[num_tokens]`; None for an empty one. Text gets the run's start and end
-    token, tokens are taken as they are. Raises BadRow."""
+    token where the document begins and ends, tokens are taken as they are. Raises BadRow."""
     document = source.text(row)
     if isinstance(document, str):
-        return tokenizer.encode_document(document) if document else None
+        return tokenizer.encode_document(document, row.begins, row.ends) if document else None
     if len(document) and (highest := int(document.max())) >= tokenizer.vocab_size:
-        raise BadRow(f"token {highest} is not one of the tokenizer's {tokenizer.vocab_size}")
+        place = f"element {int(document.argmax())}"
+        size = tokenizer.vocab_size
+        raise BadRow(f"{place} is {highest}, which is not one of the tokenizer's {size} tokens")
     return document
 
 
@@ -108,7 +120,7 @@ def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:
         except UnicodeEncodeError:
             raise BadRow(f"{what} holds half a UTF-16 pair") from None
     else:
-        tokens = _tokens(item)
+        tokens = _tokens(item, what)
         if tokens is None:
             raise BadRow(f"{what} holds {kind_of(item)} where text is expected", name)
         item, size = tokens, len(tokens) * _TOKEN_BYTES
@@ -125,16 +137,32 @@ def kind_of(item: Any) -> str:
     return names.get(type(item), f"a {type(item).__name__}")
 
 
-def _tokens(item: Any) -> np.ndarray | None:
-    """`item` as tokens if it is a list, an array or a tensor of integers."""
+def _tokens(item: Any, what: str) -> np.ndarray | None:
+    """`item` as tokens if it is a list, an array or a tensor with integers in it; None for anything
+    else. Raises BadRow that names the first element that is no token."""
     if item is None or isinstance(item, bool | int | float | Mapping):
         return None
     try:
         tokens = np.asarray(item)
     except Exception:
         return None
-    if tokens.ndim != 1 or not (tokens.dtype.kind in "iu" or tokens.size == 0):
+    if tokens.ndim != 1:
         return None
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= 2**31):
-        return None
+    if tokens.dtype.kind not in "iu":
+        # numpy makes numbers of other kinds out of a list with one odd element.
+        items = list(item)
+        if not any(_is_integer(element) for element in items):
+            return tokens.astype(np.int32) if not items else None
+        odd = next((n for n, element in enumerate(items) if not _is_integer(element)), None)
+    else:
+        items, odd = tokens, None  # type: ignore[assignment]
+    if odd is None:
+        odd = next(iter(np.flatnonzero((tokens < 0) | (tokens >= 2**31)).tolist()), None)
+    if odd is not None:
+        element = "null" if items[odd] is None else str(items[odd])
+        raise BadRow(f"{what}: element {odd} is {element} where the number of a token is expected")
     return tokens.astype(np.int32)
+
+
+def _is_integer(element: Any) -> bool:
+    return isinstance(element, int | np.integer) and not isinstance(element, bool)

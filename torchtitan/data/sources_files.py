@@ -1,27 +1,36 @@
-"""What sources of files have in common, and text files."""
+"""What JSON and text files have in common: their bytes, and a flaw where a file is damaged."""
 
+import codecs
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, BinaryIO
 
 from torchtitan.config import DataError
-from torchtitan.data.files import BOM, DataFile, corruption
-from torchtitan.data.pieces import Shard, cut_text, piece_size, relative_names, whole_files
-from torchtitan.data.sources import BadRow, Row
+from torchtitan.config.training_sections import Data
+from torchtitan.data.decode import corruption, encoding_of, transcoded
+from torchtitan.data.files import DataFile
+from torchtitan.data.pieces import Shard, relative_names
+from torchtitan.data.sources import Row
 
-_PACKED_TEXT = 64 * 1024
+logger = logging.getLogger(__name__)
 
 
 class FileSource:
-    """What JSON and text files have in common."""
+    """Files that are read as UTF-8, whatever their compression and encoding."""
 
-    def __init__(self, files: Sequence[DataFile], max_document_bytes: int):
+    def __init__(self, files: Sequence[DataFile], data: Data):
         self.files = list(files)
-        self.max_document_bytes = max_document_bytes
+        self.encoding = data.encoding
+        self.max_document_bytes = data.max_document_bytes
+        self._max_window_bytes = data.max_zstd_window_mib * 2**20
+        self._noticed = False
         sizes = [file.size for file in self.files]
         self.description: dict[str, Any] = {
             "files": [list(item) for item in zip(relative_names(files), sizes, strict=True)]
         }
+        if data.encoding is not None:
+            self.description["encoding"] = data.encoding
 
     def num_bytes(self, shard: Shard) -> int:
         """On the disk, of the bytes or the file that a shard is of."""
@@ -31,11 +40,48 @@ class FileSource:
         rows = self._rows(shard)
         return rows if shard.stride == 1 else islice(rows, shard.offset, None, shard.stride)
 
+    def open(self, file: DataFile) -> BinaryIO:
+        """The content in UTF-8. Raises DataError."""
+        stream = file.open(self._max_window_bytes)
+        try:
+            start = file.start if file.compression is None else stream.peek(4)  # type: ignore[attr-defined]
+        except BaseException:
+            stream.close()
+            raise
+        encoding = self._encoding(start)
+        if _is_utf8(encoding):
+            return stream
+        if encoding != self.encoding and not self._noticed:
+            self._noticed = True
+            logger.info("%s is decoded from %s, as it begins", file.path, encoding.upper())
+        return transcoded(stream, encoding)
+
+    def can_seek(self, file: DataFile) -> bool:
+        """Whether a byte of the content is at the same place on the disk. Raises DataError."""
+        return file.compression is None and _is_utf8(self._encoding(file.start))
+
+    def locate(self, shard: Shard, row: Row) -> str:
+        file = self.files[shard.file]
+        line, left = 1, row.place
+        try:
+            with self.open(file) as stream:
+                while left > 0 and (part := stream.read(min(left, 1 << 20))):
+                    line += part.count(b"\n")
+                    left -= len(part)
+        except Exception as error:
+            if corruption(error) is None:
+                raise
+        return f"{file.path}:{line} (byte {row.place})"
+
+    def _encoding(self, start: bytes) -> str:
+        """The codec of a file that begins with the bytes `start`."""
+        return encoding_of(start) or self.encoding or "utf-8"
+
     def _rows(self, shard: Shard) -> Iterator[Row]:
         file = self.files[shard.file]
         place = shard.start
         try:
-            with file.open() as stream:
+            with self.open(file) as stream:
                 for row in self._read(stream, shard):
                     place = row.place + 1
                     yield row
@@ -48,54 +94,9 @@ class FileSource:
             else:
                 raise
 
-    def locate(self, shard: Shard, row: Row) -> str:
-        return f"{self.files[shard.file].path} (byte {row.place})"
-
     def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
         raise NotImplementedError
 
 
-class TextSource(FileSource):
-    """Text: a file is a document; long files are cut into pieces, each read as a document.
-
-    Bytes that are not UTF-8 become U+FFFD, as editors show them.
-    """
-
-    def __init__(self, files: Sequence[DataFile], max_document_bytes: int):
-        super().__init__(files, max_document_bytes)
-        self.description["kind"] = "text"
-        self._packed_size = min(_PACKED_TEXT, max_document_bytes)
-
-    def shards(self, num_lanes: int) -> list[Shard]:
-        size = min(piece_size(self.files, num_lanes), self.max_document_bytes)
-        plain = [i for i, file in enumerate(self.files) if file.compression is None]
-        packed = [i for i, file in enumerate(self.files) if file.compression is not None]
-        # Another limit on documents may cut the text anew, and then no place is what it was.
-        cuts = {"cut": size if plain else None, "packed_cut": self._packed_size if packed else None}
-        self.description |= cuts
-        shards = cut_text(self.files, plain, size)
-        if len(shards) + len(packed) >= num_lanes:
-            return shards + whole_files(packed, 1)
-        return shards + whole_files(packed, num_lanes)
-
-    def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
-        if shard.end is not None:
-            stream.seek(shard.start)
-            content = stream.read(shard.end - shard.start)
-            yield Row(shard.start, len(content), content)
-            return
-        place = 0
-        while content := stream.read(self._packed_size):
-            content += stream.readline(1 << 16)
-            while stream.peek(1)[:1] and stream.peek(1)[0] & 0xC0 == 0x80:  # type: ignore[attr-defined]
-                content += stream.read(1)
-            yield Row(place, len(content), content)
-            place += len(content)
-
-    def text(self, row: Row) -> str:
-        if row.flaw:
-            raise BadRow(row.flaw)
-        content: bytes = row.content
-        if row.place == 0:
-            content = content.removeprefix(BOM)
-        return content.decode("utf-8", errors="replace")
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")

@@ -1,6 +1,13 @@
-"""JSON: objects on lines of their own, or all in one array."""
+"""JSON: objects on lines of their own, or any sequence of values and arrays of them.
+
+Lines are found without being parsed, in any range of bytes. All else that JSON allows (one array,
+arrays one after another or in each other, objects over several lines or on one) is read as a
+sequence of values, from the front.
+"""
 
 import codecs
+import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -8,42 +15,83 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan.data.files import BOM, DataFile, corruption
+from torchtitan.config.training_sections import Data
+from torchtitan.data.decode import corruption, encoding_of, guess_content, guess_format
+from torchtitan.data.files import BOM, DataFile
 from torchtitan.data.pieces import Shard, cut_lines, next_line, piece_size, whole_files
 from torchtitan.data.sources import BadRow, Row, kind_of, read_document
 from torchtitan.data.sources_files import FileSource
 
 _BLANK = b" \t\r\n"
-_GAP = re.compile(r"[\s,]*")
+_GAP = re.compile("[\ufeff \t\r\n,\\[\\]]*")  # with the byte-order marks of files put together
+_STEPS = {"[": 1, "]": -1}
+_DECODER = json.JSONDecoder()
+_PART_BYTES = 1 << 16
 
 
 class JsonSource(FileSource):
-    """JSON: a row an object, one on each line, or all in one array; `column` holds the text."""
+    """JSON: each object is a row, at whatever depth of arrays; `column` holds the text."""
 
-    def __init__(self, files: Sequence[DataFile], max_document_bytes: int, column: str):
-        super().__init__(files, max_document_bytes)
-        self.description |= {"kind": "json", "column": column}
-        self.column = column
-        # A byte of text is at most six in JSON (\u0000), and a row may have other columns.
-        self._max_row_bytes = 8 * max_document_bytes + 2**20
+    def __init__(self, files: Sequence[DataFile], data: Data):
+        super().__init__(files, data)
+        self.description |= {"kind": "json", "column": data.text_column}
+        self.column = data.text_column
+        # Escapes make text up to three times as long (\ud83d\ude00 for the four bytes of an emoji),
+        # and a row may have other columns.
+        self._max_row_bytes = 4 * data.max_document_bytes + 2**20
+        self._of_lines: dict[int, bool] = {}
 
     def shards(self, num_lanes: int) -> list[Shard]:
         lines: list[int] = []
         whole: list[int] = []
         for index, file in enumerate(self.files):
-            (whole if file.compression or _starts_array(file) else lines).append(index)
+            (lines if self.can_seek(file) and self._has_lines(index) else whole).append(index)
         pieces = cut_lines(self.files, lines, piece_size(self.files, num_lanes))
         if len(pieces) + len(whole) >= num_lanes:
             return pieces + whole_files(whole, 1)
         return whole_files(range(len(self.files)), num_lanes)
 
+    def _encoding(self, start: bytes) -> str:
+        # JSON begins with ASCII characters, so the zeros between them tell UTF-16 and UTF-32.
+        return encoding_of(start) or self.encoding or json.detect_encoding(start[:4])
+
+    def _rows(self, shard: Shard) -> Iterator[Row]:
+        # Before the file is open for its rows: a second decoder would hold a second window.
+        if shard.end is None:
+            self._has_lines(shard.file)
+        yield from super()._rows(shard)
+
     def _read(self, stream: BinaryIO, shard: Shard) -> Iterator[Row]:
         if shard.end is not None:
             start = next_line(stream, shard.start)
             return read_lines(stream, self._max_row_bytes, start, shard.end)
-        if is_array(stream):
-            return read_array(stream, self._max_row_bytes)
-        return read_lines(stream, self._max_row_bytes, 0, None)
+        if self._has_lines(shard.file):
+            return read_lines(stream, self._max_row_bytes, 0, None)
+        return read_values(stream, self._max_row_bytes)
+
+    def _has_lines(self, index: int) -> bool:
+        """Whether a file holds one value a line, by its first value."""
+        if index not in self._of_lines:
+            try:
+                self._of_lines[index] = self._starts_with_line(self.files[index])
+            except Exception as error:
+                if corruption(error) is None:
+                    raise
+                self._of_lines[index] = True  # reading its rows meets the damage again
+        return self._of_lines[index]
+
+    def _starts_with_line(self, file: DataFile) -> bool:
+        with self.open(file) as stream:
+            line: bytes | None = b"\n"
+            while line and line.isspace():
+                line, _ = _read_line(stream, self._max_row_bytes)
+        found = _is_whole_line(line or b"")
+        if found is None:
+            with self.open(file) as stream:
+                first = next(read_values(stream, self._max_row_bytes), None)
+            # A first row that is no JSON, even over several lines, is a row that is damaged.
+            found = first is None or bool(first.flaw)
+        return found
 
     def text(self, row: Row) -> str | np.ndarray:
         if row.flaw:
@@ -53,99 +101,128 @@ class JsonSource(FileSource):
             raise BadRow(f"expected a JSON object, found {kind_of(item)}")
         return read_document(item, self.column, self.max_document_bytes)
 
-    def locate(self, shard: Shard, row: Row) -> str:
-        file = self.files[shard.file]
-        line, left = 1, row.place
-        try:
-            with file.open() as stream:
-                if shard.end is None and is_array(stream):
-                    return f"{file.path} (element {row.place + 1})"
-                while left > 0 and (part := stream.read(min(left, 1 << 20))):
-                    line += part.count(b"\n")
-                    left -= len(part)
-        except Exception as error:
-            if corruption(error) is None:
-                raise
-        return f"{file.path}:{line} (byte {row.place})"
+
+def _is_whole_line(line: bytes) -> bool | None:
+    """Whether the first line of a file says that it holds one value a line; None where that depends
+    on what follows."""
+    text = line.removeprefix(BOM).strip(_BLANK).decode("utf-8", "replace")
+    if text.startswith("["):
+        return False
+    try:
+        _, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None if text.startswith("{") else True
+    return not text[end:].lstrip().startswith(("{", "[", ","))
+
+
+def _read_line(stream: BinaryIO, limit: int) -> tuple[bytes | None, int]:
+    """The next line and its size; no line, and what was read of it, from `limit` bytes on."""
+    parts: list[bytes] = []
+    size = 0
+    while size < limit:
+        part = stream.readline(min(limit - size, 2**20))
+        parts.append(part)
+        size += len(part)
+        if not part or part.endswith(b"\n"):
+            return b"".join(parts), size
+    return None, size
 
 
 def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Iterator[Row]:
-    """The non-blank lines that start at byte `place` or later and before `end`."""
+    """The rows of the non-blank lines that start at byte `place` or later and before `end`: one
+    each, or those of an array on it."""
     while end is None or place < end:
-        line = stream.readline(limit)
-        size = len(line)
-        flaw = ""
-        while size >= limit and line and not line.endswith(b"\n"):
-            line = stream.readline(limit)
-            size += len(line)
-            flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
+        line, size = _read_line(stream, limit)
         if size == 0:
             return
-        if flaw:  # with its size, as blocks must not depend on the limit, which may be set anew
+        if line is None:
+            # At once: what follows may be gigabytes. So long a row fills a shuffle block in any
+            # case, so the order does not depend on the limit, which may be set anew.
+            flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
             yield Row(place, size, None, flaw)
+            while (part := stream.readline(2**20)) and not part.endswith(b"\n"):
+                size += len(part)
+            size += len(part)
+        elif line.removeprefix(BOM).lstrip(_BLANK).startswith(b"["):
+            for row in read_values(io.BytesIO(line), limit):
+                yield row._replace(place=place + row.place)
         elif not line.isspace():
             yield Row(place, size, line)
         place += size
 
 
-def is_array(stream: BinaryIO) -> bool:
-    """Whether the content, at its start, is a JSON array. The stream must allow to peek."""
-    start = stream.peek(1 << 12)  # type: ignore[attr-defined]
-    return bool(start.removeprefix(BOM).lstrip(_BLANK)[:1] == b"[")
+def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
+    """The values of JSON texts, one after another, those in arrays one by one, in bounded memory.
 
-
-def _starts_array(file: DataFile) -> bool:
-    with file.open() as stream:
-        return is_array(stream)
-
-
-def read_array(stream: BinaryIO, limit: int) -> Iterator[Row]:
-    """The elements of a JSON array (see `is_array`), one after another in bounded memory.
-
-    An element that is not valid JSON ends the array: nothing tells where the next one begins.
+    What is not JSON ends the file: nothing tells where the next value begins.
     """
-    decode_bytes = codecs.getincrementaldecoder("utf-8-sig")().decode
-    decode_json = json.JSONDecoder().raw_decode
-    buffer, at, number, at_end = "[", 1, 0, False
-    stream.read(stream.peek(1).index(b"[") + 1)  # type: ignore[attr-defined]
+    buffer, at, place, depth, at_end = "", 0, 0, 0, False
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    wrong_bytes = ""
     while True:
-        at = _GAP.match(buffer, at).end()  # type: ignore[union-attr]
-        if buffer[at : at + 1] == "]":
-            return
-        flaw = ""
-        try:
-            item, end = decode_json(buffer, at)
-            # At the very end of what was read, a number might go on.
-            if end < len(buffer) or at_end:
-                yield Row(number, end - at, item)
-                at, number = end, number + 1
-                continue
-        except (ValueError, RecursionError) as error:
-            flaw = f"the array holds invalid JSON: {error}"
-            # What is wrong near the end may just not be complete yet.
-            near_end = getattr(error, "pos", 0) > len(buffer) - 16 or "Unterminated" in flaw
-            if not near_end or len(buffer) - at > limit:
+        gap = _GAP.match(buffer, at).group()  # type: ignore[union-attr]
+        at, place = at + len(gap), place + _num_bytes(gap)
+        depths = list(itertools.accumulate((_STEPS.get(mark, 0) for mark in gap), initial=depth))
+        flaw, cut_short, depth = "", False, depths[-1]
+        if min(depths) < 0:
+            flaw = "invalid JSON: `]` where no array is open"
+            break
+        if at < len(buffer):
+            try:
+                item, end = _DECODER.raw_decode(buffer, at)
+                # At the very end of what was read, a number might go on.
+                if end < len(buffer) or at_end:
+                    yield Row(place, end - at, item)
+                    at, place = end, place + _num_bytes(buffer[at:end])
+                    continue
+            except json.JSONDecodeError as error:
+                where = place + _num_bytes(buffer[at : error.pos])
+                flaw = f"invalid JSON: {error.msg} (byte {where})"
+                cut_short = error.pos >= len(buffer) or "Unterminated" in error.msg
+                # What is wrong near the end may just not be complete yet.
+                if error.pos <= len(buffer) - 16 and "Unterminated" not in error.msg:
+                    break
+            except (ValueError, RecursionError) as error:
+                flaw = f"invalid JSON: {_reason(error)}"
+                break
+            if len(buffer) - at > limit:
+                flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
                 break
         if at_end:
-            flaw = "the array is not closed; the file may be cut short"
+            if depth and not flaw:
+                flaw, cut_short = "an array is not closed", True
+            flaw += ", as if the file were cut short" if flaw and cut_short else ""
             break
-        part = stream.read(max(1 << 16, len(buffer) - at))
+        part = stream.read(max(_PART_BYTES, len(buffer) - at))
         at_end = not part
         try:
-            buffer, at = buffer[at:] + decode_bytes(part, at_end), 0
+            text = decoder.decode(part, at_end)
         except UnicodeDecodeError as error:
-            flaw = f"the array holds invalid UTF-8: {error}"
-            break
-    yield Row(number, 0, None, flaw)
+            text, at_end = error.object[: error.start].decode("utf-8"), True
+            wrong_bytes = _wrong_bytes(error)
+        buffer, at = buffer[at:] + text, 0
+    if wrong_bytes or flaw:
+        yield Row(place, 0, None, f"{wrong_bytes or flaw}; the rest of the file cannot be read")
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+def _wrong_bytes(error: UnicodeDecodeError) -> str:
+    return f"invalid UTF-8: {error.reason}; {guess_content(error.object)}"
 
 
 def _parse(row: Row) -> Any:
-    content: bytes = row.content.removeprefix(BOM) if row.place == 0 else row.content
+    content: bytes = row.content.removeprefix(BOM)
     try:
         return json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8: {error}") from None
-    except RecursionError:
-        raise BadRow("invalid JSON: nested too deeply") from None
-    except ValueError as error:
-        raise BadRow(f"invalid JSON (a row must be one line): {error}") from None
+        raise BadRow(_wrong_bytes(error)) from None
+    except (ValueError, RecursionError) as error:
+        reason = guess_format(content) or f"a row must be one line: {_reason(error)}"
+        raise BadRow(f"invalid JSON: {reason}") from None
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

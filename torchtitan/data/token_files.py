@@ -5,8 +5,10 @@ A folder holds `index.json` and, for each shard, two files:
 - `00000.bin`: the tokens of its documents, one after another, little-endian `uint16` or `uint32`;
   each document between its start and end token.
 - `00000.idx`: a safetensors file with `offsets` (`[num_documents + 1]`, in tokens) and `sizes`
-  (`[num_documents]`, bytes of the rows that the documents were made of). Its header says how many
-  tokens there are, which job made them, and the digest of the `.bin`.
+  (`[num_documents]`, bytes of the rows that the documents were made of). Where some are pieces of a
+  longer document it also holds `borders` (`[num_documents]`): 1 where a document begins, plus 2
+  where it ends. Its header says how many tokens there are, which job made them, and the digest of
+  the `.bin`.
 
 Files appear under their name when they are whole and on the disk, the `.idx` after the `.bin`, the
 index last of all. A row without text is a document without tokens: it keeps its place in the order.
@@ -225,6 +227,8 @@ class Documents:
     """uint64 `[num_documents + 1]`."""
     sizes: np.ndarray
     """uint32 `[num_documents]`."""
+    borders: np.ndarray | None
+    """uint8 `[num_documents]`; None where all are whole documents."""
 
 
 def open_documents(folder: Path, index: TokenIndex, shard: ShardInfo) -> Documents:
@@ -233,6 +237,8 @@ def open_documents(folder: Path, index: TokenIndex, shard: ShardInfo) -> Documen
     try:
         with safe_open(file, framework="numpy") as stored:
             offsets, sizes = stored.get_tensor("offsets"), stored.get_tensor("sizes")
+            pieces = "borders" in stored.keys()  # noqa: SIM118 (it is no dict)
+            borders = stored.get_tensor("borders") if pieces else None
         tokens = np.empty(0, dtype=np.dtype(index.dtype))
         if shard.num_tokens:
             file = folder / f"{shard.name}.bin"
@@ -241,9 +247,10 @@ def open_documents(folder: Path, index: TokenIndex, shard: ShardInfo) -> Documen
     except (OSError, SafetensorError, ValueError) as error:
         raise TokenFileError(f"{file} cannot be read: {error}") from None
     whole = len(tokens) == shard.num_tokens and len(sizes) == shard.num_documents
+    whole = whole and (borders is None or len(borders) == len(sizes))
     if not whole or len(offsets) != len(sizes) + 1 or offsets[-1] != shard.num_tokens:
         raise TokenFileError(f"{file} does not fit its index; tokens must not change during a run")
-    return Documents(tokens, offsets, sizes)
+    return Documents(tokens, offsets, sizes, borders)
 
 
 class Document(NamedTuple):
@@ -255,6 +262,10 @@ class Document(NamedTuple):
     """Bytes of the row."""
     bad: bool = False
     """Whether the row was left out."""
+    begins: bool = True
+    """As of a `Row`."""
+    ends: bool = True
+    """As of a `Row`."""
 
 
 def write_shard(
@@ -263,7 +274,8 @@ def write_shard(
     """Write the documents of some pieces of the source; `finished_shard` tells what is there."""
     stored_type = np.dtype(dtype).newbyteorder("<")
     digest = hashlib.sha256()
-    ends, sizes, borders, bad_rows = [0], [], [0], 0
+    ends, sizes, starts_of_pieces, bad_rows = [0], [], [0], 0
+    borders = bytearray()
     with _appearing(folder / f"{name}.bin") as stream:
         for piece in pieces:
             for document in piece:
@@ -272,19 +284,22 @@ def write_shard(
                 stream.write(content)
                 ends.append(ends[-1] + len(document.tokens))
                 sizes.append(min(document.size, 2**32 - 1))
+                borders.append(document.begins + 2 * document.ends)
                 bad_rows += document.bad
-            borders.append(len(sizes))
+            starts_of_pieces.append(len(sizes))
     facts = {
         "job": job,
         "num_tokens": ends[-1],
         "bad_rows": bad_rows,
         "bin_sha256": digest.hexdigest(),
-        "pieces": borders,
+        "pieces": starts_of_pieces,
     }
     arrays: dict[str, np.ndarray] = {
         "offsets": np.array(ends, dtype=np.uint64),
         "sizes": np.array(sizes, dtype=np.uint32),
     }
+    if set(borders) - {3}:
+        arrays["borders"] = np.frombuffer(borders, dtype=np.uint8)
     with _appearing(folder / f"{name}.idx") as stream:
         # One entry: the order of several would be another in every process.
         stream.write(save(arrays, metadata={"shard": json.dumps(facts)}))

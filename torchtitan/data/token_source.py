@@ -63,9 +63,14 @@ class TokenSource:
         ]
 
     def rows(self, shard: Shard) -> Iterator[Row]:
-        sizes = self._documents(shard.file).sizes[shard.start : shard.end]
-        for number, size in enumerate(sizes.tolist(), start=shard.start):
-            yield Row(number, size, (shard.file, number))
+        documents = self._documents(shard.file)
+        sizes = documents.sizes[shard.start : shard.end].tolist()
+        borders = [3] * len(sizes)
+        if documents.borders is not None:
+            borders = documents.borders[shard.start : shard.end].tolist()
+        for number, (size, border) in enumerate(zip(sizes, borders), start=shard.start):
+            begins, ends = bool(border & 1), bool(border & 2)
+            yield Row(number, size, (shard.file, number), begins=begins, ends=ends)
 
     def text(self, row: Row) -> np.ndarray:
         file, number = row.content

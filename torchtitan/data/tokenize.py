@@ -202,10 +202,14 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
                 if bad_rows > job.max_bad_rows:
                     limit = f"data.max_bad_rows = {job.max_bad_rows}"
                     raise DataError(f"left out more rows than {limit}: {message}") from None
-                yield Document(np.empty(0, np.int32), row.size, bad=True)
-                continue
+                tokens, bad = None, True
+            else:
+                bad = False
             # A row without text is kept as an empty document: the order counts it.
-            yield Document(np.empty(0, np.int32) if tokens is None else tokens, row.size)
+            content = np.empty(0, np.int32) if tokens is None else tokens
+            # Pieces that lanes share by stride do not follow each other, so nothing joins them.
+            apart = piece.stride > 1
+            yield Document(content, row.size, bad, row.begins or apart, row.ends or apart)
 
     name = _name(number)
     try:

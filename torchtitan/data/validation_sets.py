@@ -16,7 +16,13 @@ from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
 from torchtitan.config.validation_section import Validation, ValidationSet
 from torchtitan.data.checks import check_dataset, check_prefetching
-from torchtitan.data.named_sources import HUB_KEYS, NamedSource, keys_of_table, named_sources
+from torchtitan.data.named_sources import (
+    HUB_KEYS,
+    NamedSource,
+    file_keys,
+    keys_of_table,
+    named_sources,
+)
 from torchtitan.data.probes import files_of, probe_sources
 from torchtitan.data.registry import find_dataset
 from torchtitan.distributed import context_checks, tensor_checks
@@ -39,7 +45,12 @@ def validation_sets(config: JobConfig) -> list[NamedSource]:
         return [
             _named(config, table, f"{TABLES}[{index}]") for index, table in enumerate(section.sets)
         ]
-    only = ValidationSet(name=ONLY_NAME, dataset=section.dataset, dataset_path=section.dataset_path)
+    only = ValidationSet(
+        name=ONLY_NAME,
+        dataset=section.dataset,
+        dataset_path=section.dataset_path,
+        column=section.column,
+    )
     return [_named(config, only, SECTION)]
 
 
@@ -77,7 +88,7 @@ def _named(config: JobConfig, table: ValidationSet, place: str) -> NamedSource:
     if not section.sets:  # what only tables have is told as that of one
         keys["training.dataset_path"] = f"{place}.dataset_path"
         keys["training.dataset"] = f"{place}.dataset"
-        del keys["data.text_column"]
+        keys["data.text_column"] = f"{place}.column"
     return NamedSource(
         name=table.name,
         weight=1.0,
@@ -100,6 +111,7 @@ def _named(config: JobConfig, table: ValidationSet, place: str) -> NamedSource:
                 "text_column": table.column or config.data.text_column,
                 "split": table.split or default_split,
                 **hub,
+                **file_keys(table, config.data),
             }
         ),
         place=place,
@@ -110,7 +122,7 @@ def _named(config: JobConfig, table: ValidationSet, place: str) -> NamedSource:
 def _check_tables(section: Validation) -> Iterator[Problem]:
     if not section.sets:
         return
-    for key in ("dataset", "dataset_path"):
+    for key in ("dataset", "dataset_path", "column"):
         value = getattr(section, key)
         if value != Validation.model_fields[key].default:
             problem = f"and [[{TABLES}]] both say what to read"

@@ -49,14 +49,18 @@ class LaneDataset(IterableDataset[Item]):
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         own = list(self._positions.items())[first::step]
         lanes = {index: self._mixture.lane(index, position) for index, position in own}
-        while True:
-            for index, lane in lanes.items():
-                # As a value: raised, it would reach the user inside the traceback of a worker.
-                try:
-                    sample, error = lane.next_sample(), ""
-                except DataError as problem:
-                    sample, error = None, str(problem)
-                yield Item(index, sample, lane.position, error)
+        try:
+            while True:
+                for index, lane in lanes.items():
+                    # As a value: raised, it would reach the user inside the traceback of a worker.
+                    try:
+                        sample, error = lane.next_sample(), ""
+                    except DataError as problem:
+                        sample, error = None, str(problem)
+                    yield Item(index, sample, lane.position, error)
+        finally:
+            for lane in lanes.values():
+                lane.close()
 
 
 class SampleStream:

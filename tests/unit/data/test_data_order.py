@@ -16,9 +16,9 @@ from torchtitan.data.workers import workers_for
 BOS, EOS, PAD = 256, 257, 258
 
 
-def all_steps(config, dp=1, **options):
+def all_steps(config, dp=1, name="tokens", **options):
     run = Run(config, dp, **options)
-    steps = np.stack(list(run.steps()))
+    steps = np.stack(list(run.steps(name)))
     run.close()
     return steps
 

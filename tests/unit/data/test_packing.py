@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from torchtitan.data.packing import Packer, Position, Sample, make_batch
+from torchtitan.data.packing import Packer, Piece, Position, Sample, make_batch
 from torchtitan.models.batch import IGNORE_INDEX
 
 
@@ -11,7 +11,7 @@ def packer(lengths, seq_len):
     """Documents of the given lengths, whose tokens count up over the whole stream."""
     starts = np.cumsum([0, *lengths])
     documents = [
-        (Position(row=n), np.arange(start, start + length, dtype=np.int32))
+        Piece(Position(row=n), np.arange(start, start + length, dtype=np.int32))
         for n, (start, length) in enumerate(zip(starts, lengths))
     ]
     return Packer(iter(documents), seq_len)

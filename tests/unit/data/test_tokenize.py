@@ -150,7 +150,7 @@ class Held(JsonSource):
 
 def build(training, data):
     source = build_source(training.model_copy(update=dict(dataset="json")), data)
-    return Held(source.files, source.max_document_bytes, source.column)
+    return Held(source.files, data)
 
 register_dataset("held", build, needs_path=True)
 import torchtitan.data.tokenize
