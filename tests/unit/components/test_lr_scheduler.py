@@ -13,7 +13,6 @@ from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config.training_sections import LRScheduler, Optimizer
 
-
 SHAPES: dict[str, Any] = {
     "linear": lambda x: 1 - x,
     "sqrt": lambda x: 1 - math.sqrt(x),
