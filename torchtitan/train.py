@@ -18,7 +18,6 @@ import torch
 from torchtitan import builder, model_builder, preflight
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState
-from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
@@ -79,10 +78,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         stop = stack.enter_context(StopRequest())
-        finite = FiniteSteps(
-            lag=0 if world.device.type == "cpu" else 1,
-            left_out=not config.optimizer.early_step_in_backward,
-        )
+        finite = builder.build_finite_steps(config, world, model, optimizers, saver)
         ahead = Prefetch(
             loader,
             runner.loss,
