@@ -16,8 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.saver import Saver
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.components import optimizer
 from torchtitan.components.cut_vocabulary import CutVocabulary
+from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.loss import build_losses
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.profiler import Profiler
@@ -35,6 +37,7 @@ from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
 from torchtitan.data.validation_sets import validation_sets
 from torchtitan.distributed.context_parallel import ContextParallel
+from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.runner import Runner, WholeModelRunner
@@ -70,6 +73,27 @@ def build_update(
         before_change = saver.before_change if saver is not None else lambda: None
         return InBackward(optimizers, dims.ranks_per_stage, before_change, model.parameters[0])
     return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
+
+
+def build_finite_steps(
+    config: JobConfig,
+    world: World,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    saver: Saver,
+) -> FiniteSteps:
+    """What ends the run at a step that is not finite, and says what is left of it."""
+
+    def find_non_finite() -> str:
+        tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
+        return some_of(non_finite_on_any_rank(world, tensors))
+
+    return FiniteSteps(
+        lag=0 if world.device.type == "cpu" else 1,
+        left_out=not config.optimizer.early_step_in_backward,
+        find_non_finite=find_non_finite,
+        describe_newest=saver.describe_newest,
+    )
 
 
 def build_runner(

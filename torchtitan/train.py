@@ -20,7 +20,6 @@ from torchtitan.checkpoint.agreement import on_main
 from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.checkpoint.saver import RunState, Saver
-from torchtitan.components.finite import FiniteSteps
 from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.schedule_registry import Schedule
@@ -82,10 +81,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         stop = stack.enter_context(StopRequest())
-        finite = FiniteSteps(
-            lag=0 if world.device.type == "cpu" else 1,
-            left_out=not config.optimizer.early_step_in_backward,
-        )
+        finite = builder.build_finite_steps(config, world, model, optimizers, saver)
         ahead = Prefetch(
             loader,
             runner.loss,

@@ -303,6 +303,11 @@ class Checkpointer:
         on_all(self.world, f"{found.path} could not be loaded", read)
         return found.state
 
+    def quarantine(self, found: Found, fault: str) -> None:
+        """Move a step aside in which a reader has found a fault, so that none continues from it."""
+        what = f"{found.path} could not be moved aside"
+        on_main(self.world, what, partial(self._quarantine, found.step, fault))
+
     def _candidates(self, load_step: int) -> list[int]:
         """Rank 0's list of steps to try, newest first."""
         steps = step_folders(self.folder)

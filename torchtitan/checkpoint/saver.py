@@ -16,9 +16,11 @@ from torch import nn
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found
 from torchtitan.checkpoint.data_check import data_problems
 from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
+from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.config import CheckpointError
+from torchtitan.config import CheckpointError, NonFiniteError
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.world import World
 from torchtitan.utils.dtypes import torch_dtype
 
@@ -98,7 +100,8 @@ class Saver:
     ) -> None:
         """Load in place what there is to start from: the model, and optimizer state where that is
         to come along. `handlers` may change plain weights of another run, see `InitialLoad.load`.
-        Raises `ConfigError` when there is no room for the next checkpoint."""
+        Raises `ConfigError` when there is no room for the next checkpoint, `NonFiniteError` for
+        weights or optimizer state that are not finite."""
         if self._checkpointer is None:
             return
         model = model_tensors(model_parts)
@@ -107,10 +110,14 @@ class Saver:
             self._checkpointer.require_space(model | optimizer)
         if self._initial is not None:
             self._initial.load(model, optimizer, handlers)
+            self._require_finite_start(
+                self._section.initial_load_path, model | optimizer, model_parts
+            )
         if self._found is None:
             return
         is_seed = self._found.model_only and self._found.step == 0
         self._checkpointer.load(self._found, model if is_seed else model | optimizer)
+        self._require_finite_start(self._found.path, model | optimizer, model_parts)
         logger.info("Resumed from step %d (%s).", self._found.step, self._found.path)
 
     def begin(self) -> None:
@@ -147,7 +154,8 @@ class Saver:
         """Save a checkpoint; it is sure to be there when `saved_step` says so.
 
         `lane_states`: those of this rank; `finished`: the run is over; `last`: this job is, so that
-        the save need not go on beside training. Raises what went wrong with the save before.
+        the save need not go on beside training. Raises what went wrong with the save before, and
+        `NonFiniteError` where weights or optimizer state are not finite, with nothing saved.
         """
         assert self._checkpointer is not None
         self.wait()
@@ -160,6 +168,7 @@ class Saver:
             tensors = self._exported(tensors)
         else:
             tensors |= optimizer_tensors(model_parts, optimizers)
+        self._require_finite(state.step, tensors, model_parts)
         ordered = dict(sorted(lanes.items(), key=_number))
         whole = asdict(replace(state, lane_states=ordered)) | {"finished": finished}
         self._checkpointer.save(state.step, tensors, whole, model_only, blocking=last)
@@ -172,6 +181,7 @@ class Saver:
         assert self._checkpointer is not None
         tensors = model_tensors(model_parts)
         self._checkpointer.require_space(tensors)
+        self._require_finite(0, tensors, model_parts)
         self._checkpointer.save(0, tensors, asdict(RunState()), model_only=True, blocking=True)
 
     def before_change(self) -> None:
@@ -194,15 +204,86 @@ class Saver:
         self.wait()
         raise CheckpointError("a checkpoint was not saved; the log of another rank says why")
 
+    def describe_newest(self) -> str:
+        """Say which checkpoint the same command would go on from. All ranks must call it."""
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            logger.error("%s", failure)
+        if self._checkpointer is None or self._section.load_only:
+            return "Nothing of this run is saved"
+        if self._checkpointer.saved_step < 0:
+            return "No checkpoint of this run is saved: the same command begins anew"
+        return (
+            f"The newest checkpoint is step {self._checkpointer.saved_step}, which was found to be"
+            " finite: the same command goes on from it"
+        )
+
+    def _require_finite(
+        self, step: int, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
+    ) -> None:
+        names = self._non_finite(tensors, parts)
+        if not names:
+            return
+        cause = "Lower optimizer.lr, lengthen the warmup, or look at the handlers' hooks"
+        if step == 0:
+            cause = "Look at the model's init_rule, and at its handlers"
+        raise NonFiniteError(
+            f"step {step} is not saved, since these hold NaN or infinity: {some_of(names)}."
+            f" {cause}. {self.describe_newest()}"
+        )
+
+    def _require_finite_start(
+        self, path: object, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
+    ) -> None:
+        """Refuse what was loaded unless it is finite; a step of this run is moved aside."""
+        names = self._non_finite(tensors, parts)
+        if not names:
+            return
+        fault = f"{path} cannot be trained: these hold NaN or infinity: {some_of(names)}"
+        if self._found is None:
+            raise NonFiniteError(f"{fault}. Set checkpoint.initial_load_path to other weights")
+        if self._section.load_step >= 0:
+            raise NonFiniteError(f"{fault}. Choose an earlier step with checkpoint.load_step")
+        assert self._checkpointer is not None
+        self._checkpointer.quarantine(self._found, fault)
+        raise NonFiniteError(
+            f"{fault}. It is moved aside: the same command goes on from the step before, if any"
+        )
+
+    def _non_finite(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
+    ) -> list[str]:
+        """Names of parameters and optimizer state that hold NaN or infinity, and of what else is
+        saved and holds NaN: a buffer may be infinite, as masks are."""
+        parameters = {name for part in parts for name, _ in part.named_parameters()}
+        others = {
+            name
+            for name in tensors
+            if name not in parameters and not name.startswith(OPTIMIZER_PREFIX)
+        }
+        return non_finite_on_any_rank(self._world, tensors, others)
+
     def _exported(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's tensors in `checkpoint.export_dtype`."""
+        """The model's tensors in `checkpoint.export_dtype`, if that can hold them."""
         if self._section.export_dtype == "float32":
             return dict(tensors)
         dtype = torch_dtype(self._section.export_dtype)
-        return {
+        exported = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
+        before, after = (non_finite_on_any_rank(self._world, of) for of in (tensors, exported))
+        overflown = [name for name in after if name not in before]
+        if not overflown:
+            return exported
+        logger.error(
+            "checkpoint.export_dtype = %s cannot hold all values of %s: the weights are saved in"
+            " their own type",
+            self._section.export_dtype,
+            some_of(overflown),
+        )
+        return dict(tensors)
 
 
 def _number(item: tuple[str, Any]) -> int:

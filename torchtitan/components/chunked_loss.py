@@ -51,12 +51,14 @@ class ChunkedLoss:
         self.vocabulary = vocabulary
         self._sums: dict[str, Tensor] = {}
         self._trains = False
+        self._no_target: Tensor | None = None  # bool [n], of the tokens that token_losses is given
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The losses `[n]` of a chunk of tokens, by operations that autograd knows.
 
         `logits` is `[n, V]`, float32 (float64 for a float64 model); `labels` is `[n]`, of tokens:
-        those that are no targets have label 0, and what is returned for them is left out.
+        those that are no targets have label 0, and what is returned, or reported, for them is left
+        out.
         """
         raise NotImplementedError
 
@@ -90,14 +92,17 @@ class ChunkedLoss:
         """
         whole = logits if self.vocabulary is None else self.vocabulary.whole(logits)
         wide = whole.detach().to(at_least_float32(logits.dtype)).requires_grad_(train)
+        no_target = labels == IGNORE_INDEX
         with torch.set_grad_enabled(train):
+            self._no_target = no_target
             losses = self.token_losses(wide, labels.clamp_min(0))
+            self._no_target = None
             if losses.shape != labels.shape:  # a mean would be spread over the tokens, unnoticed
                 given, name = list(losses.shape), type(self).__name__
                 raise ValueError(
                     f"{name}.token_losses gives {given} for {len(labels)} tokens, not one loss each"
                 )
-            loss = losses.masked_fill(labels == IGNORE_INDEX, 0).sum()
+            loss = losses.masked_fill(no_target, 0).sum()
         if not train:
             return loss, None
         (grad,) = torch.autograd.grad(loss, wide)
@@ -106,10 +111,27 @@ class ChunkedLoss:
         return loss.detach(), grad
 
     def report(self, name: str, value: Tensor) -> None:
-        """Add to a term, in training: a sum over the targets of a chunk, or of a microbatch."""
-        if self._trains:
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """Add to a term, in training.
+
+        `value` is `[n]` in `token_losses`, one number for each token, of which those of targets are
+        added up; elsewhere a scalar, the sum over the targets of a chunk or of a microbatch.
+        Raises ValueError for another shape, and for a name that is not in `terms`.
+        """
+        if name not in self.terms:
+            declared = ", ".join(self.terms) or "none"
+            raise ValueError(f"{type(self).__name__} reports {name}; its `terms` are: {declared}")
+        mask = self._no_target
+        shape = torch.Size() if mask is None else mask.shape
+        if value.shape != shape:  # a sum would count tokens that are no targets
+            kind = "a scalar, a sum over targets" if mask is None else f"{list(shape)}, one a token"
+            found = list(value.shape)
+            raise ValueError(f"{type(self).__name__}.report({name!r}): {found} instead of {kind}")
+        if not self._trains:
+            return
+        value = value.detach()
+        if mask is not None:
+            value = value.masked_fill(mask, 0).sum()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take_terms(self) -> dict[str, Tensor]:
         """What was reported since the last call."""

@@ -1,8 +1,7 @@
 """The learning rate as a function of the step: warmup, stable, decay.
 
 A pure function rather than an object with state: a resumed run asks for the rate of its step, and
-there is nothing to save. The phases are TorchTitan's: the rate rises linearly over `warmup_steps`,
-stays at its peak, and falls over the last `decay_ratio` of the run to `min_lr_factor` of the peak.
+there is nothing to save. The rule is TorchTitan 0.2.2's; `docs/optimizers.md` has it as a formula.
 """
 
 import math
@@ -15,20 +14,20 @@ from torchtitan.config.training_sections import LRScheduler
 
 
 def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:
-    """The share of the peak learning rate that step `step` (the first is 1) trains with.
+    """Return the share of the peak learning rate that step `step` (the first is 1) trains with.
 
-    Neither phase reaches its end point: the first step of a warmup is above 0, and the last step of
-    the decay is above `min_lr_factor`, so that no step is spent on a rate of zero.
+    The last step of the warmup reaches the peak. The first step of the decay still has it, so that
+    the last one is above `min_lr_factor`: no step is spent on a rate of zero.
     """
     assert step >= 1, "steps count from 1"
     warmup = section.warmup(training_steps)
-    if step <= warmup:
-        return step / (warmup + 1)
+    if step < warmup:
+        return step / warmup
     length = decay_steps(training_steps, section)
-    decayed = step - (training_steps - length)
+    decayed = step - (training_steps - length) - 1
     if decayed <= 0 or length == 0:
         return 1.0
-    progress = min(decayed, length + 1) / (length + 1)
+    progress = min(decayed / length, 1.0)
     if section.decay_type == "linear":
         height = 1 - progress
     elif section.decay_type == "sqrt":

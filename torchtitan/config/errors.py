@@ -56,7 +56,7 @@ class CheckpointError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite. Exit status 5."""
+    """Loss, gradient, weights or optimizer state are not finite. Exit status 5."""
 
 
 def _toml_like(value: Any) -> str:

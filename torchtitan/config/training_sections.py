@@ -256,18 +256,20 @@ class LRScheduler(Section):
     `warmup_stable_decay`, others have theirs in `args`."""
 
     warmup_steps: NonNegativeInt | None = None
-    """Steps in which the learning rate rises linearly to its peak. Unset: 200, or a fifth of
-    `training.steps` where 200 and the decay do not fit into the run; stored with the run."""
+    """Steps in which the learning rate rises linearly; the last of them has the peak. 0: the first
+    step has it. Unset: 200, or a fifth of `training.steps` where 200 and the decay do not fit into
+    the run; stored with the run."""
 
     decay_ratio: Fraction | None = None
-    """Share of `training.steps` in which the learning rate falls at the end. Unset: it falls from
-    the end of the warmup on."""
+    """Share of `training.steps` in which the learning rate falls at the end; the first of these
+    steps still has the peak. Unset: all steps after the warmup."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the fall."""
 
     min_lr_factor: Fraction = 0.0
-    """The learning rate falls to this fraction of its peak."""
+    """Fraction of the peak that the learning rate falls towards. The step after the last one would
+    have it."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage
 from torchtitan.distributed.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.distributed.pipeline_cut import PipelinePlan
 from torchtitan.distributed.pipeline_schedule import forward_ticks
-from torchtitan.distributed.runner import Loss, add_over_ranks, over_ranks
+from torchtitan.distributed.runner import Loss, add_over_ranks, over_ranks, terms_of
 from torchtitan.models.batch import Batch
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import PipelineSchedule, build_pipeline_schedule
@@ -87,10 +87,11 @@ class PipelineRunner:
         target = torch.arange(len(self._pieces))
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
         total = self._zero()
-        for loss in losses:
-            total += loss.detach()
-        of_step, self.terms = add_over_ranks(self.loss, total, num_targets, self._counts_loss)
-        return of_step
+        for microbatch_loss in losses:
+            total += microbatch_loss.detach()
+        terms = terms_of(self.loss) if self._last in self._stages else {}
+        loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self._counts_loss)
+        return loss
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:

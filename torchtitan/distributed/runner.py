@@ -85,7 +85,8 @@ class WholeModelRunner:
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        loss, self.terms = add_over_ranks(self.loss, total, num_targets, self.counts_loss)
+        terms = terms_of(self.loss)
+        loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self.counts_loss)
         return loss
 
     @torch.no_grad()
@@ -114,16 +115,32 @@ def over_ranks(total: Tensor, counts_loss: bool) -> Tensor:
     return total
 
 
-def add_over_ranks(
-    loss: Loss, total: Tensor, num_targets: int, counts_loss: bool
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The loss of a step, of which `total` is this rank's part, and its terms; one all-reduce."""
+def terms_of(loss: Loss) -> Mapping[str, Tensor]:
+    """Take the sums of a step's terms from the `loss` that this rank has computed. Raises
+    ValueError unless they are those that it declares."""
     names = getattr(loss, "terms", ())
     if not names:
-        return over_ranks(total, counts_loss), {}
-    sums = loss.take_terms()  # type: ignore[attr-defined]
-    # Ranks without the last stage of a pipeline have none.
+        return {}
+    sums: Mapping[str, Tensor] = loss.take_terms()  # type: ignore[attr-defined]
+    for problem, wrong in (
+        ("reports terms that it does not declare", sums.keys() - set(names)),
+        ("declares terms that it did not report in this step", set(names) - sums.keys()),
+    ):
+        if wrong:
+            raise ValueError(
+                f"the loss {type(loss).__name__} {problem}: {', '.join(sorted(wrong))}"
+            )
+    return sums
+
+
+def add_over_ranks(
+    loss: Loss, total: Tensor, terms: Mapping[str, Tensor], num_targets: int, counts_loss: bool
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Add up the loss of a step, of which `total` is this rank's part, and its terms, of which
+    `terms` are this rank's sums over targets (empty without the last stage of a pipeline), in one
+    all-reduce. Returns the loss, and the terms as means over the targets."""
+    names = getattr(loss, "terms", ())
     zero = torch.zeros_like(total)
-    parts = [sums[name].to(total) / num_targets if name in sums else zero for name in names]
-    of_step, *terms = over_ranks(torch.stack([total, *parts]), counts_loss).unbind()
-    return of_step, dict(zip(names, terms, strict=True))
+    parts = [terms[name].to(total) / num_targets if name in terms else zero for name in names]
+    of_step, *means = over_ranks(torch.stack([total, *parts]), counts_loss).unbind()
+    return of_step, dict(zip(names, means, strict=True))
