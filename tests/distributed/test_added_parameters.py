@@ -200,9 +200,7 @@ def test_a_rule_may_be_for_any_parameter(rule: object) -> None:
     register_handler("kind")(Overriding)
     with fake_world(0, 1):
         if rule == "ones":
-            with pytest.raises(
-                HandlerError, match="in init_rule: TypeError: it returns 'ones'"
-            ):
+            with pytest.raises(HandlerError, match="in init_rule: TypeError: it returns 'ones'"):
                 built(Case(), ["kind"])
             return
         model = built(Case(), ["kind"]).parts[0]
