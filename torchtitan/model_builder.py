@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
-from torchtitan.distributed.initialize import initialize_parameters
+from torchtitan.distributed.initialize import initialize_tensors
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import parallelize
 from torchtitan.distributed.pipeline_cut import PipelinePlan, plan_pipeline, torn_parameters
+from torchtitan.handlers.conversion import StartRules, convert_model
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel, ModelArgs, require_language_model
@@ -68,19 +69,19 @@ def build_model(
 ) -> BuiltModel:
     """The model on `device`, parallelised over `mesh`, with its initial weights.
 
-    `vocab_size` is the tokenizer's. Without `initialise` the weights are whatever was in memory,
-    for a caller who loads all of them next. All ranks must call it.
+    `vocab_size` is the tokenizer's. Without `initialise` the weights, but for those that handlers
+    add, are whatever was in memory, for a caller who loads them next. All ranks must call it.
     """
     family = get_family(config.model.name)
     args = family.resolve(config.model, vocab_size)
-    with torch.device("meta"), default_dtype(torch_dtype(config.training.dtype)):
+    dtype = torch_dtype(config.training.dtype)
+    with torch.device("meta"), default_dtype(dtype):
         model = family.build(args)
     require_language_model(model, family.name)
     seq_len = config.training.seq_len
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     handlers = build_handlers(config, dims)
-    for handler in handlers:
-        handler.convert(model)
+    rules = convert_model(model, handlers, dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         problem = "nothing is left to train after them"
         raise ConfigError(Problem("model.handlers", problem, "freeze less", config.model.handlers))
@@ -106,9 +107,7 @@ def build_model(
     for part in built.parts:
         parallelize(part, config, mesh, dims, [handler.extend_tp_plan for handler in handlers])
         _allocate(part, device, parameters_on_host=config.training.enable_cpu_offload)
-        if initialise:
-            initialize_parameters(part, model.init_rule, config.debug.seed)
-        _refuse_unset_buffers(part)
+        _initialize(part, rules, config.debug.seed, with_own=initialise)
     return built
 
 
@@ -141,10 +140,19 @@ def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -
                 setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def _refuse_unset_buffers(model: nn.Module) -> None:
-    """Buffers come out of allocation with arbitrary content, which nothing would ever tell."""
-    names = [name for name, _ in model.named_buffers()]
+def _initialize(model: nn.Module, rules: StartRules, seed: int, with_own: bool) -> None:
+    """Fill the family's own parameters if `with_own`; what handlers add in any case, since the
+    weights that a run starts from may lack it; and the buffers, which come out of allocation with
+    arbitrary content."""
+    names = [name for name, _ in model.named_buffers() if name not in rules.added]
     if names and not hasattr(model, "init_buffers"):
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")
     if names:
         model.init_buffers()  # type: ignore[operator]
+    tensors = [
+        (name, tensor)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name in rules.added or (with_own and isinstance(tensor, nn.Parameter))
+    ]
+    if with_own or not any(tensor.is_meta for _, tensor in tensors):  # a rehearsal has no values
+        initialize_tensors(tensors, rules, seed)

@@ -33,6 +33,8 @@ class ChangesWeights(Protocol):
     """A model handler, as far as weights are concerned."""
 
     name: str
+    added: frozenset[str]
+    """Parameters and buffers of the model that it has added."""
 
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What is to take the place of this rank's part of a weight; the part itself to keep it."""
@@ -71,12 +73,20 @@ class InitialLoad:
     ) -> None:
         """Fill the tensors in place. Raises `CheckpointError`, before any was written, when they
         are not those of the checkpoint; weights alone may be of another floating point type, and
-        the `handlers` that their run did not have may change them then, in order."""
+        the `handlers` that their run did not have may change them then, in order. What these have
+        added to the model stays as it is where the weights lack it."""
         folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
         if not self._model_only:
             assert folder.manifest is not None
             if "optimizer" not in self._excluded:
                 wanted, stored = wanted | dict(optimizer), dict(folder.manifest.tensors)
+        new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
+        if self._model_only:
+            added = {name for handler in new_handlers for name in handler.added} - stored.keys()
+            wanted = {name: tensor for name, tensor in wanted.items() if name not in added}
+            if added:
+                text = "%d tensors that handlers add start anew, as %s lacks them."
+                logger.info(text, len(added), folder.path)
         ranks = describe_on_all_ranks(self._world, wanted)
         if self._model_only:
             self._tell_conversions(stored, ranks)
@@ -86,9 +96,8 @@ class InitialLoad:
             raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
         on_all(self._world, self._what, lambda: folder.load(wanted, self._world.control_group))
         if self._model_only:
-            for handler in handlers:
-                if handler.name not in self._handlers:
-                    _change(model, handler)
+            for handler in new_handlers:
+                _change(wanted, handler)
         what = "The weights" if self._model_only else "The run"
         logger.info("%s: loaded from %s.", what, folder.path)
 

@@ -11,7 +11,7 @@ whose values however depend on the order and the shape in which they are drawn.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,30 @@ _CHUNK = 1 << 17
 """Elements computed at once: 1 MiB per temporary, which stays in the cache."""
 
 
-@torch.no_grad()
 def initialize_parameters(model: nn.Module, rule: Callable[[str], InitRule], seed: int) -> None:
-    """Fill every parameter of `model` in place, as `rule(name)` says.
+    """Fill every parameter of `model` in place, as `rule(name)` says. One that has several names
+    (tied weights) is filled by its first. See `initialize_tensors`."""
+    initialize_tensors(model.named_parameters(), rule, seed)
 
-    Parameters may be plain tensors or DTensors with any sharding, empty shards too, but not on the
-    meta device. One that has several names (tied weights) is filled by its first. No communication.
+
+@torch.no_grad()
+def initialize_tensors(
+    named: Iterable[tuple[str, Tensor]], rule: Callable[[str], InitRule], seed: int
+) -> None:
+    """Fill tensors in place, as `rule(name)` says. No communication.
+
+    They may be plain tensors or DTensors with any sharding, empty shards too. Raises ValueError for
+    one on the meta device.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in named:
+        if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: allocate it before it is initialised")
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         init = rule(name)
         if init.kind == "constant":
             local.fill_(init.value)
         elif local.numel():
-            indices = _linear_indices(parameter.shape, held_indices(parameter))
+            indices = _linear_indices(tensor.shape, held_indices(tensor))
             _fill_normal(local, indices, init, _key(seed, name))
 
 

@@ -1,5 +1,6 @@
 """A handler with its name, so that an error inside it says whose it is."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,12 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import HANDLERS
+from torchtitan.models.spec import InitRule
+
+_NO_VALUES = (
+    ' (convert runs under torch.device("meta"): tensors that it makes have no values, unless they'
+    ' are made with device="cpu")'
+)
 
 
 class HandlerError(RuntimeError):
@@ -23,6 +30,8 @@ class NamedHandler:
 
     def __init__(self, name: str, job_config: JobConfig, parallel_dims: ParallelDims):
         self.name = name
+        self.added: frozenset[str] = frozenset()
+        """Parameters and buffers that `convert` has added to the family's model."""
         with self._naming("__init__"):
             self.handler: ModelHandler = HANDLERS[name].load()(job_config, parallel_dims)
 
@@ -43,6 +52,16 @@ class NamedHandler:
             returned: Any = self.handler.convert(model)  # type: ignore[func-returns-value]
             if isinstance(returned, nn.Module) and returned is not model:
                 raise TypeError("it returns another model: what it is given has to be changed")
+
+    def init_rule(self, name: str) -> InitRule | None:
+        """See `torchtitan.handlers.protocol`; None where the handler gives none."""
+        if not hasattr(self.handler, "init_rule"):
+            return None
+        with self._naming("init_rule"):
+            rule: InitRule | None = self.handler.init_rule(name)
+            if not isinstance(rule, InitRule | None):
+                raise TypeError(f"it returns {rule!r} for {name}: it has to be an InitRule or None")
+        return rule
 
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """See `ModelHandler`."""
@@ -86,4 +105,5 @@ class NamedHandler:
             handler = getattr(self, "handler", None)
             module = HANDLERS.origin(self.name) if handler is None else type(handler).__module__
             where = f"the handler {self.name} ({module}), in {hook}"
-            raise HandlerError(f"{where}: {type(error).__name__}: {error}") from error
+            hint = _NO_VALUES if re.search(r"\bmeta\b", str(error)) else ""
+            raise HandlerError(f"{where}: {type(error).__name__}: {error}{hint}") from error

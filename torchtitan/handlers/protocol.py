@@ -6,6 +6,8 @@ and found by their presence, so that no other part of the library has to know an
 - `after`: names of handlers that must come before it, where both are used;
 - `excludes`: names of handlers that it cannot be combined with;
 - `check(model)`: problems that only the model can tell, before anything starts, on the meta device;
+- `init_rule(name)`: how a parameter or buffer starts, as a `torchtitan.models.spec.InitRule`; None
+  leaves it to the model. Must answer for every name that the handler adds;
 - `transform_loaded(name, tensor)`: a new run starts from plain weights, those of a checkpoint whose
   run did not have this handler. `tensor` is the part of a parameter or buffer that this rank holds;
   what is returned, of the same shape, takes its place;
@@ -45,6 +47,9 @@ class ModelHandler(Protocol):
 
     def convert(self, model: nn.Module) -> None:
         """Change the model, which is on the meta device, whole, before any parallelism.
+
+        Called under `torch.device("meta")` with `training.dtype` as the default type: new modules
+        and parameters take no memory and have the type of the others.
 
         Stages of a pipeline are made of copies of it later: find modules again in what a hook is
         given, rather than remember them from here.

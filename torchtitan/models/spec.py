@@ -85,13 +85,18 @@ class WrapUnit:
 class InitRule:
     """How a parameter starts: "constant" at `value`, or "normal" with mean 0 and `std`.
 
-    With `cutoff_in_std` c the normal distribution is truncated to [-c * std, c * std].
+    With `cutoff_in_std` c the normal distribution is truncated to [-c * std, c * std]. Raises
+    ValueError for another kind, which would be taken for a normal one, and for a negative `std`.
     """
 
     kind: Literal["normal", "constant"]
     std: float = 0.0
     cutoff_in_std: float | None = None
     value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("normal", "constant") or self.std < 0:
+            raise ValueError(f'{self} has to be "normal" with std >= 0, or "constant"')
 
 
 class TensorParallelStyles(Protocol[S_co]):
@@ -152,7 +157,7 @@ class LanguageModel(Protocol):
         """A style for every module that has parameters, or that needs one, by name."""
 
     def init_rule(self, name: str) -> InitRule:
-        """How the parameter of this full name starts."""
+        """How the parameter of this full name starts. Raises LookupError for an unknown name."""
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """Floating point operations of forward and backward per token."""

@@ -211,6 +211,14 @@ def test_declarations():
     assert len(norms) == 2 * 2 + 1 and all(rules[name].value == 1.0 for name in norms)
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.wq.bias", "layers.0.attention.wq.lora_b", "gain", "layers.0.scale"]
+)
+def test_it_does_not_guess_how_a_strange_parameter_starts(name: str):
+    with pytest.raises(LookupError, match=f"how {name} starts.*subclass of the model or in a ha"):
+        on_meta(SMALL).init_rule(name)
+
+
 def test_the_first_loss_is_that_of_guessing():
     args = FAMILY.resolve_args("debugmodel", {}, vocab_size=264)
     model = Llama(args)

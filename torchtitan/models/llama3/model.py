@@ -12,6 +12,7 @@ methods at the end of `Llama` *declare* what the library applies.
 """
 
 import math
+import re
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ from torchtitan.utils.dtypes import at_least_float32
 
 S = TypeVar("S")
 T = TypeVar("T")
+_NORM = re.compile(r"(layers\.\d+\.(attention|ffn)_)?norm\.weight")
+_MATRIX = re.compile(r"layers\.(\d+)\.(?:attention|feed_forward)\.(w[qkvo123])\.weight")
 
 
 def rope_rotations(positions: Tensor, args: LlamaArgs, dtype: torch.dtype) -> Tensor:
@@ -221,15 +224,22 @@ class Llama(nn.Module):
         """Matrices start normal, cut at 3 standard deviations; what writes to the residual stream
         starts smaller in deeper layers, so that its variance does not grow with depth. The head
         starts small enough for the first loss to be ln(V): logits of variance 1/16 add only 0.03.
+        Raises LookupError for a name that is none of the family's.
         """
-        if name.endswith("norm.weight"):
+        if _NORM.fullmatch(name):
             return InitRule("constant", value=1.0)
         if name == "tok_embeddings.weight" and not self.args.tied_embeddings:
             return InitRule("normal", std=1.0)
         if name in ("tok_embeddings.weight", "output.weight"):
             return InitRule("normal", std=0.25 * self.args.dim**-0.5, cutoff_in_std=3.0)
-        layer, matrix = int(name.split(".")[1]), name.split(".")[-2]
-        std = 0.02 / math.sqrt(2 * (layer + 1)) if matrix in ("wo", "w2", "w3") else 0.02
+        found = _MATRIX.fullmatch(name)
+        if found is None:
+            raise LookupError(
+                f"nothing says how {name} starts: it is no parameter of this family. Override"
+                " init_rule where it is added, in a subclass of the model or in a handler"
+            )
+        layer, matrix = found.groups()
+        std = 0.02 / math.sqrt(2 * (int(layer) + 1)) if matrix in ("wo", "w2", "w3") else 0.02
         return InitRule("normal", std=std, cutoff_in_std=3.0)
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:

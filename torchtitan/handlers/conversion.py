@@ -1,0 +1,99 @@
+"""Apply the handlers to a model on the meta device, and find how each parameter starts.
+
+A family's `init_rule` knows the family's own parameters. It is never asked about one that a handler
+adds: it could only guess, and a guess trains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.config import ConfigError, Problem
+from torchtitan.handlers.named import HandlerError, NamedHandler
+from torchtitan.models.spec import InitRule, LanguageModel
+from torchtitan.utils.dtypes import default_dtype
+
+_MAX_LISTED = 3
+
+
+@dataclass(frozen=True)
+class StartRules:
+    """How the parameters of a converted model start, and the buffers that handlers add."""
+
+    model: LanguageModel
+    handlers: Sequence[NamedHandler]
+    added: dict[str, NamedHandler]
+    """Parameters and buffers that the family's model does not have, and the handler of each."""
+
+    def __call__(self, name: str) -> InitRule:
+        """Return the rule of the handler that is listed last among those that give one, else the
+        model's. Raises ConfigError for an added name without a rule."""
+        rule = self._of_handlers(name)
+        if rule is None and name in self.added:
+            raise ConfigError(self._problem([name]))
+        return self.model.init_rule(name) if rule is None else rule
+
+    def require(self) -> None:
+        """Raise ConfigError, with the names, if anything that a handler adds has no rule."""
+        missing = [name for name in self.added if self._of_handlers(name) is None]
+        if missing:
+            raise ConfigError(self._problem(missing))
+
+    def _of_handlers(self, name: str) -> InitRule | None:
+        rules = (handler.init_rule(name) for handler in reversed(self.handlers))
+        return next((rule for rule in rules if rule is not None), None)
+
+    def _problem(self, names: list[str]) -> Problem:
+        shown = ", ".join(names[:_MAX_LISTED])
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        problem = f"it adds {shown}{more} to the model, and no handler says how that starts"
+        fix = "give the handler an init_rule(name) that returns an InitRule (docs/handlers.md)"
+        return Problem("model.handlers", problem, fix, value=self.added[names[0]].name)
+
+
+def convert_model(
+    model: LanguageModel, handlers: Sequence[NamedHandler], dtype: torch.dtype
+) -> StartRules:
+    """Let the handlers change `model` in place, in order. What they make is on the meta device and,
+    unless they say otherwise, of type `dtype`.
+
+    Raises HandlerError for a tensor that a handler keeps as a plain attribute of a module: nothing
+    would ever give it values. Raises ConfigError for what has no rule, see `StartRules`.
+    """
+    assert isinstance(model, nn.Module)
+    own = _names(model)
+    origins: dict[str, NamedHandler] = {}
+    for handler in handlers:
+        names, without_values = _names(model), _unregistered(model)
+        with torch.device("meta"), default_dtype(dtype):
+            handler.convert(model)
+        kept = [place for place in _unregistered(model) if place not in without_values]
+        if kept:
+            raise HandlerError(
+                f"the handler {handler.name}, in convert: {kept[0]} is a tensor on the meta device,"
+                " which has no values. Register it as a buffer that init_rule and after_load fill,"
+                ' or make it with device="cpu"'
+            )
+        origins |= dict.fromkeys(_names(model).keys() - names.keys(), handler)
+    added = {name: origins[name] for name in _names(model) if name not in own}
+    for handler in handlers:
+        handler.added = frozenset(name for name, origin in added.items() if origin is handler)
+    rules = StartRules(model, handlers, added)
+    rules.require()
+    return rules
+
+
+def _names(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _unregistered(model: nn.Module) -> list[str]:
+    """Tensors on the meta device that are neither parameters nor buffers of their modules."""
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]
