@@ -106,8 +106,7 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
         notices += start.notices
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
-    known = {} if stored.is_seed else stored.config
-    batch, lanes, warmup, more = _open_values(facts, known)
+    batch, lanes, warmup, more = _open_values(facts, {} if stored.is_seed else stored.config)
     notices += more if action == "resume" else []
     return Decision(
         action,
