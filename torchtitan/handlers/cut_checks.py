@@ -1,23 +1,24 @@
 """Whether a model can be cut over ranks as its family, and its handlers, leave it."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.models.registry import get_family
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _STAND_IN_VOCAB_SIZE = 256
 
 
 def probe(facts: Facts) -> list[Problem]:
-    """Return what keeps a pipeline, or tensor parallelism, from cutting the model; imports torch.
+    """Return what keeps FSDP, a pipeline or tensor parallelism from cutting the model.
 
-    Builds and converts the model on `meta`, as a start does. For configs that are sound otherwise;
-    with others it has nothing to say.
+    Builds and converts the model on `meta`, as a start does; imports torch. For configs that are
+    sound otherwise; with others it has nothing to say.
     """
-    section = facts.config.parallelism
-    if section.pipeline_parallel_degree == section.tensor_parallel_degree == 1:
-        return []
     from torchtitan.handlers.checks import check
     from torchtitan.handlers.named import HandlerError
 
@@ -65,7 +66,7 @@ def _problems(facts: Facts) -> list[Problem]:
             return []  # reported by the checks of the model
         for handler in handlers:
             handler.convert(model)
-    problems: list[Problem] = []
+    problems = _scalars(model, "model.handlers" if handlers else "model.name")
     if pipeline is not None:
         problems += torn_parameters(pipeline, model, dims.pp)
     if dims.tp > 1 and isinstance(model, LanguageModel):
@@ -73,3 +74,13 @@ def _problems(facts: Facts) -> list[Problem]:
         fix = "mend the tensor_parallel_plan (a handler: the extend_tp_plan), or set it to 1"
         problems += [Problem(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)]
     return problems
+
+
+def _scalars(model: "nn.Module", key: str) -> list[Problem]:
+    """FSDP, which also a single process uses, shards along a dimension."""
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    problem = f"a parameter needs a dimension to be sharded along, and {shown} has none"
+    return [Problem(key, problem, "make it a tensor of the shape [1]")]

@@ -112,14 +112,16 @@ class TensorParallelStyles(Protocol[S_co]):
         """Each rank holds all, and works on its part of the sequence."""
 
     def gathered_input(self) -> S_co:
-        """Has no parameters of its own; its first input is the whole sequence again."""
+        """Its first input is the whole sequence again. Parameters of its own are held whole; each
+        rank uses them for its heads or channels."""
 
     def colwise(self, units: int | None = None) -> S_co:
         """A linear map of the whole sequence; each rank has some of the outputs. They come in
         `units` (heads) that are not cut: where there are fewer than ranks, ranks share one."""
 
     def rowwise(self) -> S_co:
-        """A linear map of what `colwise` gave; a part of the sequence out."""
+        """A linear map of what `colwise` gave; a part of the sequence out. Its `bias` is added to
+        the sum over ranks once."""
 
     def head(self) -> S_co:
         """A linear map to logits: a part of the sequence in, all of it out, for some tokens of the

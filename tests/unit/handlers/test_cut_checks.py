@@ -136,6 +136,13 @@ def test_a_parameter_that_the_plan_cannot_cut(
     assert problems() == []
 
 
+def test_a_parameter_without_a_dimension_is_named() -> None:
+    """On one process, too."""
+    add("layers.1.feed_forward.gain", ())
+    [problem] = problems()
+    assert "layers.1.feed_forward.gain has none" in problem.problem
+
+
 def tie(model: nn.Module, one: str, other: str) -> None:
     model.get_submodule(other).weight = model.get_submodule(one).weight
 
