@@ -130,15 +130,17 @@ class TensorStyle:
     mixin: type[CutModule] = CutModule
     units: int | None = None
     """Of a replicated matrix every rank uses one of so many parts of its rows."""
+    whole: tuple[str, ...] = ()
+    """Parameters that are not cut: each rank uses them for its part of the work."""
     added_once: tuple[str, ...] = ()
-    """Parameters that each rank adds to its term of a sum, where they belong in the sum once."""
+    """Parameters that are not cut either, and which only one rank adds to its term of a sum."""
 
     def placements_of(self, parameter: str) -> tuple[Placement, Placement | None]:
         """Return the placements of one of the module's own parameters and of its gradient.
 
         What no rank cuts, each uses for a term of what all compute together.
         """
-        if self.placement is None or parameter in self.added_once:
+        if self.placement is None or parameter in (*self.whole, *self.added_once):
             return Replicate(), Partial()
         return self.placement, self.gradient
 
@@ -303,7 +305,7 @@ def _part(name: str, style: TensorStyle, group: TensorGroup, module: CutModule) 
     local = parameter.to_local(grad_placements=[gradient])
     if name in style.added_once:
         return local * float(group.rank == 0)
-    if style.units is None:
+    if style.units is None or name in style.whole:
         return local
     size = local.size(0) // style.units
     return local.narrow(0, group.rank * style.units // group.size * size, size)

@@ -43,8 +43,9 @@ def _problems(facts: Facts) -> list[Problem]:
     from torchtitan.distributed.pipeline_cut import plan_pipeline, torn_parameters
     from torchtitan.distributed.tensor_checks import DEGREE_KEY
     from torchtitan.distributed.tensor_parallel import extended_plan, plan_problems
+    from torchtitan.handlers.conversion import convert_model
     from torchtitan.handlers.named import NamedHandler
-    from torchtitan.models.spec import LanguageModel
+    from torchtitan.models.spec import require_language_model
     from torchtitan.utils.dtypes import default_dtype, torch_dtype
 
     config, dims = facts.config, ParallelDims.from_facts(facts)
@@ -59,19 +60,20 @@ def _problems(facts: Facts) -> list[Problem]:
     except ConfigError:
         return []  # reported by the checks of these sections
     handlers = [NamedHandler(name, config, dims) for name in config.model.handlers]
-    with torch.device("meta"), default_dtype(torch_dtype(config.training.dtype)):
-        try:
+    dtype = torch_dtype(config.training.dtype)
+    try:
+        with torch.device("meta"), default_dtype(dtype):
             model = family.build(args)
-        except Exception:
-            return []  # reported by the checks of the model
-        for handler in handlers:
-            handler.convert(model)
+    except Exception:
+        return []  # reported by the checks of the model
+    require_language_model(model, family.name)
+    convert_model(model, handlers, dtype)
     problems = _scalars(model, "model.handlers" if handlers else "model.name")
     if pipeline is not None:
         problems += torn_parameters(pipeline, model, dims.pp)
-    if dims.tp > 1 and isinstance(model, LanguageModel):
+    if dims.tp > 1:
         plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
-        fix = "mend the tensor_parallel_plan (a handler: the extend_tp_plan), or set it to 1"
+        fix = "mend tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
         problems += [Problem(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)]
     return problems
 

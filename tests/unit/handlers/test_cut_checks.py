@@ -1,6 +1,7 @@
 """What a mesh would get wrong of a model is said before a run starts, with the names it has."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchtitan.distributed.tensor_parallel import TensorStyles
 from torchtitan.distributed.world import fake_world
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.registry import MODELS
+from torchtitan.models.spec import InitRule
 from torchtitan.preflight import MODEL, errors_of, preflight
 
 CHANGE: list[Callable[[nn.Module], object]] = []
@@ -30,6 +32,9 @@ class Change:
     def convert(self, model: nn.Module) -> None:
         for change in CHANGE:
             change(model)
+
+    def init_rule(self, name: str) -> InitRule | None:
+        return InitRule("normal") if name.endswith(("gain", ".up", ".bias")) else None
 
     def extend_tp_plan(self, plan: dict[str, Any]) -> None:
         for extend in EXTEND:
@@ -134,6 +139,20 @@ def test_a_parameter_that_the_plan_cannot_cut(
         assert problem.key == "parallelism.tensor_parallel_degree"
         assert text is not None and text in problem.problem
     assert problems() == []
+
+
+def test_a_style_may_hold_parameters_whole() -> None:
+    add("layers.1.attention.wo.up", (32, 8))
+    name = "layers.1.attention.wo"
+    EXTEND.append(lambda plan: plan.update({name: replace(plan[name], whole=("up",))}))
+    assert problems(tp=2) == []
+
+
+def test_a_parameter_without_a_rule_is_named() -> None:
+    """Before the start that would refuse it."""
+    add("layers.1.ffn_norm.shift", (4,))
+    [problem] = problems()
+    assert "adds layers.1.ffn_norm.shift to the model" in problem.problem
 
 
 def test_a_parameter_without_a_dimension_is_named() -> None:
