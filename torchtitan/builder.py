@@ -42,7 +42,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
 from torchtitan.distributed.runner import Runner, WholeModelRunner
 from torchtitan.distributed.world import World
-from torchtitan.model_builder import BuiltModel
+from torchtitan.model_builder import BuiltModel, call_after_load
 from torchtitan.passes.compile import is_marked_for_compile
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.dtypes import torch_dtype
@@ -59,6 +59,13 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """One for each part of the model, or for each parameter."""
     return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
+
+
+def load(saver: Saver, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Load what there is to start from; handlers see the weights before they get their state."""
+    saver.load(model.parts, optimizers, model.handlers)
+    call_after_load(model)
+    saver.load_handlers(model.handlers, model.parts, optimizers)
 
 
 def build_update(

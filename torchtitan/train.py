@@ -71,8 +71,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         )
         optimizers = builder.build_optimizers(config, model, world.device)
         schedule = Schedule(config.lr_scheduler, training.steps)
-        saver.load(model.parts, optimizers, model.handlers)
-        model_builder.call_after_load(model)
+        builder.load(saver, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, saver)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
@@ -105,7 +104,8 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             with timeout(
                 world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
             ):
-                saver.save(state, lanes, model.parts, optimizers, finished, last)
+                parts, handlers = model.parts, model.handlers
+                saver.save(state, lanes, parts, optimizers, finished, last, handlers)
 
         def tell_saved() -> None:
             if progress.saved_step != saver.saved_step:

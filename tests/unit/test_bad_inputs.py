@@ -132,6 +132,16 @@ KEYS = [
     Bad("secret-key", ["looks like a secret", "HF_TOKEN"], section("job", 'hf_token = "abc"')),
     Bad("secret-table", ["looks like a secret"], section("hub", 'token = "abc"')),
     Bad("secret-free", ["model.args.api_key"], section("model.args", 'api_key = "abc"')),
+    Bad(
+        "no-secret",
+        ["training.token_weight: is unknown", "loss.token_weights: is unknown"],
+        section("training", "token_weight = 0.5") + section("loss", "token_weights = [0.5]"),
+    ),
+    Bad(
+        "no-secret-in-flag",
+        ["--loss.token_weight: is unknown"],
+        arguments=["--loss.token_weight", "0.5"],
+    ),
     Bad("secret-flag", ["--hf_token: looks like a secret"], arguments=["--hf_token", "abc"]),
     Bad(
         "secret-value",
@@ -214,7 +224,7 @@ VALUES = [
     value("training.local_batch_size", "-1", "more than 0"),
     value("training.global_batch_size", "-2", "at least -1"),
     value("training.gc_freq", "0", "more than 0"),
-    value("training.max_norm", "0.0", "more than 0"),
+    value("training.max_norm", "0.0", "more than 0", "1.0; `inf` switches clipping off."),
     value("training.max_norm", "nan", "training.max_norm = nan"),
     value("training.dtype", '"float16"', "is not a choice", "bfloat16"),
     value("training.dtype", "16", "is not a choice"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.checkpoint.manifest import (
+    HANDLERS_STATE,
     MANIFEST_NAME,
     InvalidCheckpoint,
     Manifest,
@@ -34,9 +35,11 @@ _STATE_OF_PART = {
     "lr_scheduler": (),
     "dataloader": ("lane_states", "data_fingerprint", "data_summary"),
     "train_state": ("step", "num_tokens_seen"),
+    "handlers": (HANDLERS_STATE,),
 }
 """What may be left out, by TorchTitan's names, and what of the JSON state goes with it. Optimizer
-state is tensors; the learning rate is no state at all, but a function of the step."""
+state is tensors; the learning rate is no state at all, but a function of the step. "handlers" is
+not among TorchTitan's."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torchtitan.checkpoint.manifest import (
     Manifest,
     manifest_from_json,
     manifest_to_json,
+    select_tensors,
     tensor_differences,
     verify_file,
 )
@@ -65,6 +67,15 @@ class InitialLoad:
             return {}
         return without_excluded(manifest.state, self._excluded)
 
+    @property
+    def whole_run(self) -> tuple[Path, Manifest] | None:
+        """The folder and its manifest, without what is excluded; None when only weights are
+        taken."""
+        manifest = self._folder.manifest
+        if self._model_only or manifest is None:
+            return None
+        return self._folder.path, replace(manifest, state=self.state)
+
     def load(
         self,
         model: Mapping[str, torch.Tensor],
@@ -79,7 +90,8 @@ class InitialLoad:
         if not self._model_only:
             assert folder.manifest is not None
             if "optimizer" not in self._excluded:
-                wanted, stored = wanted | dict(optimizer), dict(folder.manifest.tensors)
+                wanted = wanted | dict(optimizer)
+                stored = dict(select_tensors(folder.manifest, of_handlers=False).tensors)
         new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
         if self._model_only:
             added = {name for handler in new_handlers for name in handler.added} - stored.keys()

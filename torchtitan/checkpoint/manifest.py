@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 OPTIMIZER_PREFIX = "optimizer."
 """Names of optimizer state begin with this, and of nothing else."""
+HANDLER_PREFIX = "handler_state."
+"""Names of the tensors that a model handler keeps begin with this and the handler's name."""
+HANDLERS_STATE = "handlers"
+"""In the JSON state: by handler, the values it keeps that are not tensors."""
 _MAX_LISTED = 8
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
@@ -118,6 +122,16 @@ def tensor_differences(
     texts = list(dict.fromkeys(texts))
     more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
     return "; ".join([*texts[:_MAX_LISTED], *more])
+
+
+def select_tensors(manifest: Manifest, of_handlers: bool) -> Manifest:
+    """Return `manifest` with the tensors of handlers only, or with all but these."""
+    tensors = {
+        name: entry
+        for name, entry in manifest.tensors.items()
+        if name.startswith(HANDLER_PREFIX) == of_handlers
+    }
+    return replace(manifest, tensors=tensors)
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:

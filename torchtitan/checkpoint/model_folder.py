@@ -24,6 +24,7 @@ from torchtitan.checkpoint.dcp_io import (
     read_metadata,
 )
 from torchtitan.checkpoint.manifest import (
+    HANDLER_PREFIX,
     MANIFEST_NAME,
     OPTIMIZER_PREFIX,
     InvalidCheckpoint,
@@ -71,7 +72,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         tensors = {
             name: entry
             for name, entry in manifest.tensors.items()
-            if not name.startswith(OPTIMIZER_PREFIX)
+            if not name.startswith((OPTIMIZER_PREFIX, HANDLER_PREFIX))
         }
         return ModelFolder(path, manifest, tensors)
     try:

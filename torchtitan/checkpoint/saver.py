@@ -1,8 +1,8 @@
 """`Saver`: when to save and what a checkpoint holds, for the training loop.
 
 Without checkpointing it does nothing, so that the loop need not ask. A checkpoint holds the model,
-the optimizer state, and, as JSON in its manifest, where the run stands: step, tokens seen, and the
-place of every data lane, whichever rank serves it.
+the optimizer state, what handlers keep, and, as JSON in its manifest, where the run stands: step,
+tokens seen, and the place of every data lane, whichever rank serves it.
 """
 
 import logging
@@ -15,8 +15,9 @@ from torch import nn
 
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found
 from torchtitan.checkpoint.data_check import data_problems
+from torchtitan.checkpoint.handler_state import HandlerState, KeepsState, load_handler_state
 from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
-from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
+from torchtitan.checkpoint.manifest import HANDLERS_STATE, OPTIMIZER_PREFIX, select_tensors
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, NonFiniteError
 from torchtitan.config.output_sections import Checkpoint
@@ -116,9 +117,33 @@ class Saver:
         if self._found is None:
             return
         is_seed = self._found.model_only and self._found.step == 0
-        self._checkpointer.load(self._found, model if is_seed else model | optimizer)
+        found = replace(
+            self._found, manifest=select_tensors(self._found.manifest, of_handlers=False)
+        )
+        self._checkpointer.load(found, model if is_seed else model | optimizer)
         self._require_finite_start(self._found.path, model | optimizer, model_parts)
         logger.info("Resumed from step %d (%s).", self._found.step, self._found.path)
+
+    def load_handlers(
+        self,
+        handlers: Sequence[KeepsState],
+        model_parts: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        """Give handlers the state that was saved of them, after their `after_load`. Raises what
+        `load_handler_state` raises, and what a save would for a state that cannot be stored."""
+        if self._checkpointer is None:
+            return
+        state = HandlerState(handlers)
+        if state.kept and not self._section.load_only:
+            state.agreed_values(self._world)
+            whole = model_tensors(model_parts) | optimizer_tensors(model_parts, optimizers)
+            self._checkpointer.require_space(whole | state.tensors())
+        found = self._found
+        if found is not None and not found.model_only:
+            load_handler_state(self._world, found.path, found.manifest, handlers)
+        elif found is None and self._initial is not None and self._initial.whole_run is not None:
+            load_handler_state(self._world, *self._initial.whole_run, handlers)
 
     def begin(self) -> None:
         """Move aside the steps that the run leaves behind. Before the first step is trained, when
@@ -150,12 +175,14 @@ class Saver:
         optimizers: Sequence[torch.optim.Optimizer],
         finished: bool,
         last: bool,
+        handlers: Sequence[KeepsState] = (),
     ) -> None:
         """Save a checkpoint; it is sure to be there when `saved_step` says so.
 
         `lane_states`: those of this rank; `finished`: the run is over; `last`: this job is, so that
         the save need not go on beside training. Raises what went wrong with the save before, and
-        `NonFiniteError` where weights or optimizer state are not finite, with nothing saved.
+        `NonFiniteError` where weights or optimizer state are not finite, with nothing saved; and
+        the errors of `HandlerState.agreed_values`.
         """
         assert self._checkpointer is not None
         self.wait()
@@ -164,16 +191,19 @@ class Saver:
             lanes.update(part)
         model_only = finished and self._section.last_save_model_only
         tensors = model_tensors(model_parts)
+        kept = HandlerState(() if model_only else handlers)
         if model_only:
             tensors = self._exported(tensors)
         else:
             tensors |= optimizer_tensors(model_parts, optimizers)
         self._require_finite(state.step, tensors, model_parts)
+        tensors |= kept.tensors()
         ordered = dict(sorted(lanes.items(), key=_number))
         whole = asdict(replace(state, lane_states=ordered)) | {"finished": finished}
+        whole[HANDLERS_STATE] = kept.agreed_values(self._world)
         self._checkpointer.save(state.step, tensors, whole, model_only, blocking=last)
         self._last_saved = state.step
-        if any(True for part in model_parts for _ in part.buffers()):
+        if kept.tensors() or any(True for part in model_parts for _ in part.buffers()):
             self.before_change()  # a forward may change them
 
     def save_seed(self, model_parts: Sequence[nn.Module]) -> None:

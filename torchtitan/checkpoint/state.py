@@ -28,17 +28,17 @@ def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         for name, tensor in part.state_dict(keep_vars=True).items():
             if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                tensors[name] = _plain(tensor.detach())
+                tensors[name] = plain_tensor(tensor.detach())
     return tensors
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """What any reader of a checkpoint knows. A weight that FSDP is to send in float8 is a tensor of
-    a class of its own around a plain one of the same shape and type: that one, in the same memory.
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what any reader of a checkpoint knows, in the same memory. A weight that FSDP is to
+    send in float8 is a tensor of a class of its own around a plain one of the same shape and type.
     """
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
-        inner = _plain(local)
+        inner = plain_tensor(local)
         return tensor if inner is local else DTensor(inner, tensor._spec, requires_grad=False)
     if not is_traceable_wrapper_subclass(tensor):
         return tensor

@@ -221,8 +221,17 @@ def _refuse_cut_blocks(name: str, parameter: Tensor, size: int) -> None:
             f"the rows of {name}, {parameter.size(1)} wide, are cut over {parts} ranks, and blocks"
             " with them"
         )
-        fix = f"set it to a number that divides {parameter.size(1) // parts}, such as 64"
+        fix = _fix_of_cut_rows(parameter.size(1), parts, size)
         raise ConfigError(Problem("optimizer.args.block_size", problem, fix, value=size))
+
+
+def _fix_of_cut_rows(row: int, parts: int, size: int) -> str:
+    """The largest block below `size` that fits into the parts of a row, else the smallest."""
+    fitting = [block for block in range(16, 4097) if row % (parts * block) == 0]
+    if not fitting:
+        return "choose another optimizer, or cut rows over fewer ranks"
+    best = max((block for block in fitting if block < size), default=fitting[0])
+    return f"set it to {best}, which divides the {row // parts} of a part"
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
     if key is None:
         key = _negated(name)
         if key is None:
-            parsed.problems.append(unknown_key(flag, name, from_command_line=True))
+            value = _free_value(inline if equals else "".join(rest[:1]))
+            parsed.problems.append(unknown_key(flag, name, from_command_line=True, value=value))
             if not equals:
                 _skip_values(rest)
         elif equals:
@@ -140,15 +141,21 @@ def _take_free(
         fix = f"write `{flag} VALUE`, with a TOML value such as 4, true or [1, 2]"
         parsed.problems.append(Problem(flag, "has no value", fix))
         return
-    try:
-        value = toml_file.parse_value(texts[0])
-    except ValueError:
-        value = texts[0]
-        if value.startswith("[") and not holds_a_secret(value):  # the shell took the quotes
-            fix = f"""write it as in TOML and quote it for the shell: `{flag} '["a", "b"]'`"""
-            parsed.problems.append(Problem(flag, "is not TOML", fix, value))
-            return
+    value = _free_value(texts[0])
+    if value == texts[0] and value.startswith("[") and not holds_a_secret(value):
+        # The shell took the quotes.
+        fix = f"""write it as in TOML and quote it for the shell: `{flag} '["a", "b"]'`"""
+        parsed.problems.append(Problem(flag, "is not TOML", fix, value))
+        return
     _set(parsed, name, value, flag)
+
+
+def _free_value(text: str) -> Any:
+    """The TOML value that `text` is, else the text."""
+    try:
+        return toml_file.parse_value(text)
+    except ValueError:
+        return text
 
 
 def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:

@@ -34,7 +34,7 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
         elif name in known_keys():
             problems.extend(secrets_in(name, value))
             known[key] = value
-        elif isinstance(value, dict) and not prefix and not names_a_secret(name):
+        elif isinstance(value, dict) and not prefix and not names_a_secret(name, value):
             problems.extend(_unknown_table(name, value))
         elif isinstance(value, dict) and key in known_sections():
             fix = f"write its keys without `{key}.`, below a line [{key}]"
@@ -42,7 +42,7 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
         elif not prefix and name not in {k.last_name for k in known_keys().values()}:
             problems.append(unknown_section(name))
         else:
-            problems.append(unknown_key(name, name))
+            problems.append(unknown_key(name, name, value=value))
     return known
 
 
@@ -74,7 +74,7 @@ def _unknown_table(name: str, table: dict[str, Any]) -> list[Problem]:
     """One problem for the table; one a key if it is an older release's, which has such keys."""
     if is_old_section(name):
         return [unknown_key(key, key) for key in _keys_below(name, table)]
-    secrets = [f"{name}.{key}" for key in table if names_a_secret(key)]
+    secrets = [f"{name}.{key}" for key, value in table.items() if names_a_secret(key, value)]
     if secrets:
         return [unknown_key(key, key) for key in secrets]
     return [unknown_section(name)]
@@ -96,7 +96,7 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
         if prefix in ("handlers", "sinks") and not isinstance(value, dict):
             fix = f"write [{prefix}.{key}], and the {prefix[:-1]}'s settings below it"
             yield Problem(name, "needs a table", fix, value)
-        elif names_a_secret(key):
+        elif names_a_secret(key, value):
             yield secret_problem(name)
         elif isinstance(value, dict):
             yield from _free_problems(name, value)

@@ -56,7 +56,8 @@ class Checkpoint(Section):
 
     exclude_from_loading: Names = ()
     """What to leave at its start although `initial_load_path` has it: any of `optimizer`,
-    `lr_scheduler`, `dataloader`, `train_state`. Needs `initial_load_model_only = false`."""
+    `lr_scheduler`, `dataloader`, `train_state`, `handlers`. Needs
+    `initial_load_model_only = false`."""
 
     allow_rewind: bool = False
     """Resume from `load_step` although later checkpoints exist; those are moved aside."""

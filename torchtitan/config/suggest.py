@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from torchtitan.config.errors import Problem
 from torchtitan.config.fields import known_keys, known_sections
@@ -56,9 +57,11 @@ def secret_problem(key: str) -> Problem:
     )
 
 
-def unknown_key(shown: str, name: str, *, from_command_line: bool = False) -> Problem:
+def unknown_key(
+    shown: str, name: str, *, from_command_line: bool = False, value: Any = ""
+) -> Problem:
     """The problem of a dotted key that no section has; `shown` is how the user wrote it."""
-    if names_a_secret(name):
+    if names_a_secret(name, value):
         return secret_problem(shown)
     dashes = "--" if from_command_line else ""
     if name in MISNAMED:

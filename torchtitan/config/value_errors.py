@@ -1,6 +1,7 @@
 """pydantic's errors in the words of whoever wrote the TOML."""
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,7 +154,8 @@ def _range_fix(key: Key | None) -> str:
         return "choose a value in range"
     default = "" if key.default is None else f"; the default is {_shown(key.default)}"
     bounds = f" {key.bounds}" if key.bounds else ""
-    return f"choose a number{bounds}{default}"
+    infinite = re.search("`inf` [^.;]+", key.doc)
+    return f"choose a number{bounds}{default}" + (f"; {infinite[0]}" if infinite else "")
 
 
 def _not_a_choice(name: str, key: Key | None, detail: ErrorDetails, value: Any) -> Problem:

@@ -34,6 +34,9 @@ class NamedHandler:
         """Parameters and buffers that `convert` has added to the family's model."""
         with self._naming("__init__"):
             self.handler: ModelHandler = HANDLERS[name].load()(job_config, parallel_dims)
+            have = [hasattr(self.handler, hook) for hook in ("state_dict", "load_state_dict")]
+            if any(have) and not all(have):
+                raise TypeError("it has only one of state_dict and load_state_dict")
 
     def check(self, model: nn.Module) -> list[Problem]:
         """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
@@ -78,6 +81,21 @@ class NamedHandler:
         if hasattr(self.handler, "after_load"):
             with self._naming("after_load"):
                 self.handler.after_load(model)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See `torchtitan.handlers.protocol`; None where the handler keeps no state."""
+        if not hasattr(self.handler, "state_dict"):
+            return None
+        with self._naming("state_dict"):
+            state: dict[str, Any] = self.handler.state_dict()
+            if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+                raise TypeError("it has to return a dict with names as keys")
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `torchtitan.handlers.protocol`."""
+        with self._naming("load_state_dict"):
+            self.handler.load_state_dict(state)  # type: ignore[attr-defined]
 
     def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
         """See `torchtitan.handlers.protocol`; `tensor` itself where the handler has none."""

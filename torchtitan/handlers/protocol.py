@@ -12,6 +12,10 @@ and found by their presence, so that no other part of the library has to know an
   run did not have this handler. `tensor` is the part of a parameter or buffer that this rank holds;
   what is returned, of the same shape, takes its place;
 - `after_load(model)`: once the weights are there, initial ones or those of a checkpoint;
+- `state_dict()` and `load_state_dict(state)`: what it keeps from step to step, for checkpoints.
+  The first returns live tensors (DTensors are resharded) and plain values by name, also right
+  after `after_load`; the second is called next, where a checkpoint is resumed from: with the same
+  tensors, filled, and the values that were saved;
 - `extend_tp_plan(plan)`: before tensor parallelism cuts the model, or a stage of it, to change the
   styles, by name, in place (`torchtitan.distributed.tensor_parallel`).
 """

@@ -26,8 +26,11 @@ _ASSIGNMENT = re.compile(
 HIDDEN = "<hidden>"
 
 
-def names_a_secret(key: str) -> bool:
-    """Whether a key, such as `hf_token` or `wandb.api_key`, is called like a secret."""
+def names_a_secret(key: str, value: Any = "") -> bool:
+    """Whether a key, such as `hf_token` or `wandb.api_key`, is called like a secret, and its value,
+    where given, holds any text: numbers and booleans, as of `token_weight`, are no secrets."""
+    if not _holds_text(value):
+        return False
     name = key.rsplit(".", 1)[-1].replace("-", "_").lower()
     words = set(name.split("_"))
     return bool(words & _SECRET_WORDS) or bool(_SECRET_PAIRS.search(name))
@@ -41,7 +44,7 @@ def holds_a_secret(text: str) -> bool:
 def is_secret(key: str, value: Any) -> bool:
     """Whether a setting looks like a secret, or anything does in the tables and lists that it is
     made of: by its name, or by its value."""
-    if names_a_secret(key):
+    if names_a_secret(key, value):
         return True
     if isinstance(value, Mapping):
         return any(is_secret(str(name), item) for name, item in value.items())
@@ -50,12 +53,20 @@ def is_secret(key: str, value: Any) -> bool:
     return isinstance(value, str) and holds_a_secret(value)
 
 
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_text, value))
+    return not isinstance(value, bool | int | float | None)
+
+
 def redact_tree(value: Any) -> Any:
     """A copy of nested tables and lists, as JSON holds them, with what looks like a secret, or is
     kept under a name like a secret's, hidden."""
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if names_a_secret(str(key)) and item is not None else redact_tree(item)
+            key: HIDDEN if names_a_secret(str(key), item) else redact_tree(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -1,17 +1,21 @@
 """Each optimizer against torch's own, its fresh state, and steps that must leave no trace."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.checkpoint.state import optimizer_tensors
 from torchtitan.components.compact_adamw import levels, round_by_chance
 from torchtitan.components.optimizer import build_optimizers, step_optimizers
 from torchtitan.config import ConfigError
 from torchtitan.config.training_sections import Optimizer
+from torchtitan.distributed.world import fake_world
 
 CPU = torch.device("cpu")
 GROUPS = [{"pattern": "*norm.weight", "weight_decay": 0.0}]
@@ -325,3 +329,27 @@ def test_state_that_a_checkpoint_would_lose_is_refused() -> None:
         "optimizer.weight.step",
         "optimizer.bias.step",
     }
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "block", "fix"),
+    [
+        (48, 2, 16, "set it to 24, which divides the 24 of a part"),
+        (48, 2, 48, "set it to 24,"),
+        (384, 2, 128, "set it to 96,"),
+        (32, 4, 16, "choose another optimizer, or cut rows over fewer ranks"),
+    ],
+)
+def test_blocks_that_ranks_would_cut(rows: int, ranks: int, block: int, fix: str) -> None:
+    """The size that is advised is one that the same matrix is accepted with."""
+    section = Optimizer(name="AdamW8bit", args={"block_size": block})
+    with fake_world(0, ranks):
+        linear = nn.Linear(rows, 256, bias=False)
+        weight = distribute_tensor(linear.weight, init_device_mesh("cpu", (ranks,)), [Shard(1)])
+        linear.weight = nn.Parameter(weight)
+        with pytest.raises(ConfigError) as caught:
+            build_optimizers(section, [linear], CPU, ["weight"])
+        assert fix in str(caught.value)
+        for size in map(int, re.findall(r"set it to (\d+)", str(caught.value))):
+            advised = section.model_copy(update={"args": {"block_size": size}})
+            build_optimizers(advised, [linear], CPU, ["weight"])

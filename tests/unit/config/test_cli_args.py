@@ -50,6 +50,8 @@ def values(line: str) -> dict[str, object]:
         ),
         ("--model.args.n_layers 4", "model.args.n_layers", 4),
         ("--model.args.n-layers=4", "model.args.n_layers", 4),
+        ("--loss.args.token_weight 0.5", "loss.args.token_weight", 0.5),
+        ("--loss.args.auth_key false", "loss.args.auth_key", False),
         ("--model.args.tied true", "model.args.tied", True),
         ("--model.args.theta 5e5", "model.args.theta", 5e5),
         ("--model.args.dims [1,2]", "model.args.dims", [1, 2]),

@@ -3,6 +3,7 @@
 import pytest
 
 from torchtitan.config.fields import known_keys
+from torchtitan.config.keys_check import split_known
 from torchtitan.utils.redaction import (
     holds_a_secret,
     is_secret,
@@ -39,11 +40,21 @@ def test_names_of_other_things(key: str):
 
 
 def test_secrets_are_found_in_tables_and_lists():
-    for value in (HF, [HF], [{"path": f"s3://me:{HF}@host"}], {"a": {"token": 1}}, [["x", [HF]]]):
+    for value in (HF, [HF], [{"path": f"s3://me:{HF}@host"}], {"a": {"token": "1"}}, [["x", [HF]]]):
         assert is_secret("key", value)
     assert is_secret("handlers.mine.api_key", "abc")
+    assert is_secret("tokens", {"token": [1, "abc"]})
+    for value in (0.5, True, 3, [0.5, 1], {"a": {"b": 0.5}}, None):
+        assert not is_secret("loss.args.token_weight", value)
     for value in ("text", 4, None, [{"path": "s3://host"}], {"a": {"tokenizer": "b"}}):
         assert not is_secret("key", value)
+
+
+def test_numbers_in_free_tables_are_no_secrets():
+    for args in ({"token_weight": 0.5}, {"token_weights": {"a": [1, True]}}):
+        assert split_known({"loss": {"args": args}}) == ({"loss": {"args": args}}, [])
+    _, [problem] = split_known({"loss": {"args": {"token_weight": "0.5"}}})
+    assert "looks like a secret" in str(problem)
 
 
 def test_no_setting_is_called_like_a_secret():
@@ -84,11 +95,13 @@ def test_redact_tree():
         "hf_token": "plain",
         "unset_token": None,
         "data": [{"path": "https://me:word@host/x"}, 3, ("a", HF)],
-        "model": {"tokenizer_path": "tok", "api_key": {"deep": 1}},
+        "model": {"tokenizer_path": "tok", "api_key": {"deep": "x"}},
+        "args": {"token_weight": 0.5, "token_weights": [0.5], "secret": {"deep": 1}},
     }
     assert redact_tree(tree) == {
         "hf_token": "<hidden>",
         "unset_token": None,
         "data": [{"path": "https://<hidden>@host/x"}, 3, ["a", "<hidden>"]],
         "model": {"tokenizer_path": "tok", "api_key": "<hidden>"},
+        "args": {"token_weight": 0.5, "token_weights": [0.5], "secret": {"deep": 1}},
     }
