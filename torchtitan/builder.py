@@ -40,6 +40,7 @@ from torchtitan.distributed.context_parallel import ContextParallel
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_runner import PipelineRunner
+from torchtitan.distributed.random_streams import RandomStreams
 from torchtitan.distributed.runner import Runner, WholeModelRunner
 from torchtitan.distributed.world import World
 from torchtitan.model_builder import BuiltModel, call_after_load
@@ -113,6 +114,14 @@ def build_runner(
     counts_loss = dims.counts_loss(mesh.get_rank())
     section = config.parallelism
     cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
+    streams = RandomStreams(
+        config.debug.seed,
+        device,
+        num_lanes=Facts(config, dims.world_size, device.type).num_lanes,
+        dp_degree=dims.dp,
+        dp_rank=dims.dp_rank(mesh.get_rank()),
+        part=(mesh.get_local_rank("cp"), mesh.get_local_rank("tp")),
+    )
     if model.plan is None:
         return WholeModelRunner(
             model.parts[0],
@@ -122,6 +131,7 @@ def build_runner(
             evaluation_loss=evaluation_loss,
             cut=cut,
             counts_loss=counts_loss,
+            streams=streams,
         )
     return PipelineRunner(
         model.parts,
@@ -139,6 +149,7 @@ def build_runner(
         evaluation_loss=evaluation_loss,
         cut=cut,
         counts_loss=counts_loss,
+        streams=streams,
     )
 
 

@@ -128,6 +128,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
             step += 1
             lr = config.optimizer.lr * schedule(step)
             set_learning_rates(optimizers, lr)  # first, as steps may be made in the backward
+            runner.streams.step = step
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)

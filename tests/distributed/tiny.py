@@ -171,7 +171,8 @@ def train(world: World, case: Case) -> Result:
     batches = microbatches_of(case, dims, world.rank)
     num_targets = int(CrossEntropyLoss().count(sequences()))
     result = Result()
-    for _ in range(NUM_STEPS):
+    for step in range(1, NUM_STEPS + 1):
+        runner.streams.step = step
         loss = runner.forward_backward(batches, num_targets)
         norm = gradient_norm(model.parameters, dims.ranks_per_stage)
         clip_gradients(model.parameters, norm, MAX_NORM)

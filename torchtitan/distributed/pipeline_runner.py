@@ -17,10 +17,15 @@ from torch.distributed.pipelining import PipelineStage
 from torchtitan.distributed.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.distributed.pipeline_cut import PipelinePlan
 from torchtitan.distributed.pipeline_schedule import forward_ticks
+from torchtitan.distributed.random_streams import RandomStreams
 from torchtitan.distributed.runner import Loss, add_over_ranks, over_ranks, terms_of
 from torchtitan.models.batch import Batch
 from torchtitan.utils.dtypes import at_least_float32
-from torchtitan.utils.torch_compat import PipelineSchedule, build_pipeline_schedule
+from torchtitan.utils.torch_compat import (
+    PipelineSchedule,
+    before_stage_forward,
+    build_pipeline_schedule,
+)
 
 
 class PipelineRunner:
@@ -44,12 +49,13 @@ class PipelineRunner:
         evaluation_loss: Loss | None = None,
         cut: Callable[[Batch], Batch] | None = None,
         counts_loss: bool = True,
+        streams: RandomStreams | None = None,
     ):
         """`parts` are the stages that `plan` gives this rank of `group` (the ranks along the
         pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
         `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
-        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `cut` and `counts_loss`
-        are those of `WholeModelRunner`."""
+        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `cut`, `counts_loss`
+        and `streams` are those of `WholeModelRunner`."""
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}
@@ -66,6 +72,9 @@ class PipelineRunner:
         self._tensor_parallel_degree = tensor_parallel_degree
         self._cut = cut
         self._counts_loss = counts_loss
+        self.streams = RandomStreams(0, device) if streams is None else streams
+        for part in parts:
+            self.streams.attach(part)
         self._pieces: list[Batch] = []
         self._num_targets = 0
         self._connected = False
@@ -86,6 +95,7 @@ class PipelineRunner:
         # microbatch's number, the loss finds all the rest.
         target = torch.arange(len(self._pieces))
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
+        self.streams.end_microbatches()
         total = self._zero()
         for microbatch_loss in losses:
             total += microbatch_loss.detach()
@@ -178,7 +188,7 @@ class PipelineRunner:
         """torch's view of a stage. With the shapes given, ranks need not tell each other theirs."""
         tokens = self._pieces[0][self._tokens]
         hidden = self._empty_hidden(self._pieces[0], torch.device("meta")).requires_grad_()
-        return PipelineStage(
+        pipeline_stage = PipelineStage(
             self._stages[stage],
             stage,
             len(self._plan.stages),
@@ -187,6 +197,12 @@ class PipelineRunner:
             output_args=hidden,
             group=self._group,
         )
+        before_stage_forward(pipeline_stage, self._begin_microbatch)
+        return pipeline_stage
+
+    def _begin_microbatch(self, index: int) -> None:
+        sizes = [len(piece[self._tokens]) for piece in self._pieces[:index]]
+        self.streams.begin_microbatch(sum(sizes))
 
     def _empty_hidden(self, piece: Batch, device: torch.device) -> Tensor:
         sequences, tokens = piece[self._tokens].shape

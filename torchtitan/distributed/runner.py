@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan.distributed.data_parallel import free_gathered, set_gradient_sync
+from torchtitan.distributed.random_streams import RandomStreams
 from torchtitan.models.batch import Batch
 
 
@@ -36,6 +37,8 @@ class Runner(Protocol):
 
     loss: Loss
     evaluation_loss: Loss
+    streams: RandomStreams
+    """Of the model's random numbers; to be given the step before `forward_backward`."""
     terms: Mapping[str, Tensor]
     """Those of the loss for the step that was last, means over its targets on all ranks, `[]`."""
 
@@ -61,10 +64,12 @@ class WholeModelRunner:
         evaluation_loss: Loss | None = None,
         cut: Callable[[Batch], Batch] | None = None,
         counts_loss: bool = True,
+        streams: RandomStreams | None = None,
     ):
         """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
         `loss`, unless given. `cut` takes this rank's part of a batch whose sequences are spread
-        over ranks. `counts_loss` is False where another rank computes, and adds, the same loss."""
+        over ranks. `counts_loss` is False where another rank computes, and adds, the same loss.
+        `streams`: those of one rank and seed 0, unless given."""
         self.model = model
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
@@ -73,18 +78,23 @@ class WholeModelRunner:
         self.input_names = tuple(input_names)
         self.cut = cut
         self.counts_loss = counts_loss
+        self.streams = RandomStreams(0, device) if streams is None else streams
+        self.streams.attach(model)
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
         assert num_targets > 0, "a step without targets has no mean"
         self.model.train()
-        total = None
+        total, num_sequences = None, 0
         for index, batch in enumerate(microbatches):
             set_gradient_sync(self.model, enabled=index == len(microbatches) - 1)
+            self.streams.begin_microbatch(num_sequences)
+            num_sequences += len(batch["tokens"])
             loss = self._sum(self.loss, batch) / num_targets
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        self.streams.end_microbatches()
         terms = terms_of(self.loss)
         loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self.counts_loss)
         return loss

@@ -119,6 +119,21 @@ class _LookUp(CutModule):
         return scatter_sequence(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
 
 
+class GatheredDropout(CutModule):
+    """A dropout inside a matrix's own module, of an input that all ranks have whole: they need one
+    mask. Each draws it for its part of the sequence."""
+
+    p: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = (x.size(0), x.size(1) // self.group.size, *x.shape[2:])
+        kept = x.new_empty(shape, dtype=torch.uint8).bernoulli_(1 - self.p)
+        kept = all_gather_parts(kept, self.group.name, self.group.size)
+        return x * kept * (1 / (1 - self.p) if self.p < 1 else 0)
+
+
 @dataclass(frozen=True)
 class TensorStyle:
     """How one module is cut: where its own parameters are, what its forward does beside."""
@@ -134,6 +149,8 @@ class TensorStyle:
     """Parameters that are not cut: each rank uses them for its part of the work."""
     added_once: tuple[str, ...] = ()
     """Parameters that are not cut either, and which only one rank adds to its term of a sum."""
+    whole_input: bool = False
+    """Whether the module's input is the same on all ranks, so that its dropouts have to be."""
 
     def placements_of(self, parameter: str) -> tuple[Placement, Placement | None]:
         """Return the placements of one of the module's own parameters and of its gradient.
@@ -177,9 +194,9 @@ class TensorStyles:
 
     def colwise(self, units: int | None = None) -> TensorStyle:
         if units is None or units % self.degree == 0:
-            return TensorStyle(Shard(0), Shard(0))
+            return TensorStyle(Shard(0), Shard(0), whole_input=True)
         assert self.degree % units == 0, "the degree was not checked"
-        return TensorStyle(Replicate(), Partial(), units=units)
+        return TensorStyle(Replicate(), Partial(), units=units, whole_input=True)
 
     def rowwise(self) -> TensorStyle:
         return TensorStyle(Shard(1), Shard(1), _ScatterOutput, added_once=("bias",))
@@ -224,6 +241,9 @@ def apply_tensor_parallel(
             module.register_parameter(key, moved[parameter])
         cls: Any = type(module)
         module.__class__ = _cut_class(cls, style, group, names)
+        dropouts = [child for child in module.modules() if type(child) is nn.Dropout]
+        for dropout in dropouts if style.whole_input else []:
+            dropout.__class__ = _gathered_dropout(group)
     for block in filter(is_marked_for_compile, declared.blocks().values()):
         cut = [module for module in block.modules() if isinstance(module, CutModule)]
         block.register_forward_pre_hook(partial(_take_parts, cut))
@@ -290,6 +310,11 @@ def _cut_class(
     # One class for all modules alike, so that blocks stay alike to the compiler.
     members = {name: property(partial(_part, name, style, group)) for name in names}
     return type(f"Cut{cls.__name__}", (style.mixin, cls), {"group": group, **members})
+
+
+@cache
+def _gathered_dropout(group: TensorGroup) -> type[nn.Dropout]:
+    return type("GatheredDropout", (GatheredDropout, nn.Dropout), {"group": group})
 
 
 def _part(name: str, style: TensorStyle, group: TensorGroup, module: CutModule) -> Tensor:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
+from torchtitan.config.errors import ConfigError, Problem
 from torchtitan.config.model_sections import ActivationCheckpoint
 
 _ATEN = torch.ops.aten
@@ -44,6 +46,7 @@ def apply_activation_checkpoint(
     """Replace the forward of the blocks that `section` names."""
     if section.mode in ("none", "memory_budget"):  # the latter is the compiler's, `passes/compile`
         return
+    _require_rng_state(blocks, section)
     by_operator = section.mode == "selective" and section.selective_ac_option == "op"
     every = 1 if section.mode == "full" or by_operator else int(section.selective_ac_option)
     arguments: dict[str, Any] = {"preserve_rng_state": section.preserve_rng_state}
@@ -53,6 +56,16 @@ def apply_activation_checkpoint(
         if number % every == 0:
             is_trained = any(parameter.requires_grad for parameter in block.parameters())
             block.forward = _checkpointed(block.forward, arguments, is_trained)
+
+
+def _require_rng_state(blocks: Mapping[str, nn.Module], section: ActivationCheckpoint) -> None:
+    """Refuse dropout whose mask would be another one when it is computed again."""
+    for block_name, block in blocks.items() if not section.preserve_rng_state else ():
+        for name, module in block.named_modules(prefix=block_name):
+            if isinstance(module, _DropoutNd) and module.p > 0:
+                problem = f"{name} is a dropout, and its mask would not be that of the forward"
+                key, fix = "activation_checkpoint.preserve_rng_state", "set it to true"
+                raise ConfigError(Problem(key, problem, fix, value=False))
 
 
 def _checkpointed(

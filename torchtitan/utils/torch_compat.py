@@ -127,6 +127,18 @@ def build_pipeline_schedule(
     return kind(stages[0] if single else stages, num_microbatches, loss_fn=loss, scale_grads=False)
 
 
+def before_stage_forward(stage: Any, action: Callable[[int], None]) -> None:
+    """Call `action` with the microbatch's number before each forward of a pipeline's stage, which
+    torch's schedules make in an order of their own."""
+    forward = stage.forward_one_chunk
+
+    def forward_one_chunk(index: int, *args: Any, **kwargs: Any) -> Any:
+        action(index)
+        return forward(index, *args, **kwargs)
+
+    stage.forward_one_chunk = forward_one_chunk
+
+
 def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> list[dist.P2POp]:
     """Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at
     the tip of a V), which gloo cannot."""
