@@ -21,6 +21,13 @@ def test_empty_first_rows(tmp_path):
     assert read_all(file)[0] > 1000
 
 
+def test_no_row_at_all(tmp_path):
+    for name, content in (("a.json", b" [[], []]"), ("a.jsonl.gz", gzip.compress(b"\n\n"))):
+        (tmp_path / name).write_bytes(content)
+        refusal = probe(facts_for(tmp_path / name, lanes=1))[-1]
+        assert refusal.severity == "error" and refusal.problem == "holds no document"
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_null_in_the_first_rows(tmp_path, form):
     """Refused with both ways out where rows may not be left out, else a warning at most."""
