@@ -59,6 +59,11 @@ def compression_of(start: bytes) -> str | None:
     return None if found is None else found.lastgroup
 
 
+def looks_like_text(start: bytes) -> bool:
+    """Return whether the first bytes of a file can only be text, whatever its suffix says."""
+    return start.isascii() and start.decode().replace("\n", " ").replace("\t", " ").isprintable()
+
+
 def encoding_of(start: bytes) -> str | None:
     """Return the codec that a byte-order mark at the beginning of a file stands for."""
     return next((name for mark, name in _MARKS if start.startswith(mark)), None)
@@ -219,7 +224,10 @@ def guess_format(content: bytes) -> str | None:
     for magic, name in _OTHER_FILES:
         if content.startswith(magic):
             return f"it seems to be {name}"
-    return None
+    if content[257:262] == b"ustar":
+        return "it seems to be a tar archive"
+    compression = compression_of(content)
+    return None if compression is None else f"it seems to be compressed twice (here {compression})"
 
 
 def guess_content(content: bytes) -> str:

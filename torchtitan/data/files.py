@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import BinaryIO, Literal
 
 from torchtitan.config import ConfigError, DataError, Problem
-from torchtitan.data.decode import MAGIC_BYTES, compression_of, decompressed
+from torchtitan.data.decode import MAGIC_BYTES, compression_of, decompressed, looks_like_text
 
 KEY = "training.dataset_path"
 BOM = codecs.BOM_UTF8
@@ -48,6 +48,8 @@ class DataFile:
     def compression(self) -> str | None:
         """How the file is compressed, by its content and then its suffix. Raises DataError."""
         by_suffix = COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
+        if by_suffix is not None and looks_like_text(self.start):
+            return None  # as where a download was decompressed on its way
         return compression_of(self.start) or by_suffix
 
     @cached_property

@@ -274,6 +274,8 @@ def _probe_whole_files(facts: Facts, source: "FileSource", shards: "list[Shard]"
         if budget < 0 or budget_of_rows < 0:
             return problems
         num_filled += min(num_rows, stride)
+    if not problems and num_filled == 0:
+        return [Problem(_key(facts), "holds no document", "give data with content")]
     if not problems and num_filled < facts.num_lanes:
         problems.append(too_few_documents(num_filled, facts))
     return problems

@@ -92,9 +92,8 @@ def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.n
     if isinstance(document, str):
         return tokenizer.encode_document(document, row.begins, row.ends) if document else None
     if len(document) and (highest := int(document.max())) >= tokenizer.vocab_size:
-        place = f"element {int(document.argmax())}"
-        size = tokenizer.vocab_size
-        raise BadRow(f"{place} is {highest}, which is not one of the tokenizer's {size} tokens")
+        odd, size = int(document.argmax()), tokenizer.vocab_size
+        raise BadRow(f"element {odd}: token {highest} is not one of the tokenizer's {size}")
     return document
 
 

@@ -53,7 +53,9 @@ class FileSource:
             return stream
         if encoding != self.encoding and not self._noticed:
             self._noticed = True
-            logger.info("%s is decoded from %s, as it begins", file.path, encoding.upper())
+            logger.info(
+                "%s is decoded from %s, which its first bytes name", file.path, encoding.upper()
+            )
         return transcoded(stream, encoding)
 
     def can_seek(self, file: DataFile) -> bool:

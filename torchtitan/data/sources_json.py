@@ -27,6 +27,7 @@ _GAP = re.compile("[\ufeff \t\r\n,\\[\\]]*")  # with the byte-order marks of fil
 _STEPS = {"[": 1, "]": -1}
 _DECODER = json.JSONDecoder()
 _PART_BYTES = 1 << 16
+_LINE_BYTES = 1 << 20
 
 
 class JsonSource(FileSource):
@@ -117,13 +118,15 @@ def _is_whole_line(line: bytes) -> bool | None:
 
 def _read_line(stream: BinaryIO, limit: int) -> tuple[bytes | None, int]:
     """The next line and its size; no line, and what was read of it, from `limit` bytes on."""
-    parts: list[bytes] = []
-    size = 0
+    line = stream.readline(min(limit, _LINE_BYTES))
+    size = len(line)
+    if line.endswith(b"\n") or size < min(limit, _LINE_BYTES):
+        return line, size
+    parts = [line]
     while size < limit:
-        part = stream.readline(min(limit - size, 2**20))
-        parts.append(part)
-        size += len(part)
-        if not part or part.endswith(b"\n"):
+        parts.append(stream.readline(min(limit - size, _LINE_BYTES)))
+        size += len(parts[-1])
+        if not parts[-1] or parts[-1].endswith(b"\n"):
             return b"".join(parts), size
     return None, size
 
@@ -135,12 +138,14 @@ def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Ite
         line, size = _read_line(stream, limit)
         if size == 0:
             return
-        if line is None:
+        if line is not None and line.startswith(b"{"):
+            yield Row(place, size, line)
+        elif line is None:
             # At once: what follows may be gigabytes. So long a row fills a shuffle block in any
             # case, so the order does not depend on the limit, which may be set anew.
             flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
             yield Row(place, size, None, flaw)
-            while (part := stream.readline(2**20)) and not part.endswith(b"\n"):
+            while (part := stream.readline(_LINE_BYTES)) and not part.endswith(b"\n"):
                 size += len(part)
             size += len(part)
         elif line.removeprefix(BOM).lstrip(_BLANK).startswith(b"["):
@@ -162,11 +167,14 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
     while True:
         gap = _GAP.match(buffer, at).group()  # type: ignore[union-attr]
         at, place = at + len(gap), place + _num_bytes(gap)
-        depths = list(itertools.accumulate((_STEPS.get(mark, 0) for mark in gap), initial=depth))
-        flaw, cut_short, depth = "", False, depths[-1]
-        if min(depths) < 0:
-            flaw = "invalid JSON: `]` where no array is open"
-            break
+        flaw, cut_short = "", False
+        if "[" in gap or "]" in gap:
+            steps = (_STEPS.get(mark, 0) for mark in gap)
+            depths = list(itertools.accumulate(steps, initial=depth))
+            depth = depths[-1]
+            if min(depths) < 0:
+                flaw = "invalid JSON: `]` where no array is open"
+                break
         if at < len(buffer):
             try:
                 item, end = _DECODER.raw_decode(buffer, at)
@@ -202,7 +210,7 @@ def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
             wrong_bytes = _wrong_bytes(error)
         buffer, at = buffer[at:] + text, 0
     if wrong_bytes or flaw:
-        yield Row(place, 0, None, f"{wrong_bytes or flaw}; the rest of the file cannot be read")
+        yield Row(place, 0, None, f"{wrong_bytes or flaw}; what follows cannot be read")
 
 
 def _num_bytes(text: str) -> int:

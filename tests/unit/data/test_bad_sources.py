@@ -314,7 +314,7 @@ BAD = {
     "null": ({"text": None}, "column 'text' holds null"),
     "number": (5, "the row holds a number where text is expected"),
     "floats": (torch.tensor([0.5]), "the row holds a Tensor where"),
-    "negative": ([3, -1], "the row holds an array where"),
+    "negative": ([3, -1], "the row: element 1 is -1 where the number of a token is expected"),
     "unknown": ([3, 264], "token 264 is not one of the tokenizer's 264"),
     "long": ("x" * 2000, "more than data.max_document_mib"),
     "raises": (OSError("no such\nfile"), "reading it failed: OSError: no such"),

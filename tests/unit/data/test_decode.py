@@ -57,6 +57,25 @@ def test_compressed_files(tmp_path, form):
         assert probe(facts_for(tmp_path / name, lanes=1)) == []
         assert read_documents(tmp_path / name) == DOCUMENTS
         (tmp_path / name).unlink()
+        # As a browser stores what it was sent in compressed form.
+        (tmp_path / f"b.jsonl.{form}").write_bytes(content)
+        assert read_documents(tmp_path / f"b.jsonl.{form}") == DOCUMENTS
+
+
+def test_what_other_programs_put_between_the_data(tmp_path):
+    """Blocks of bgzip, skippable frames of seekable zstd files, padding of tapes and of xz."""
+    content = LINES.encode()
+    frame = COMPRESS["zst"]
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"index"
+    packed = {
+        "gz": b"".join(gzip.compress(content[n : n + 99]) for n in range(0, len(content), 99)),
+        "zst": skipped + frame(content[:50]) + skipped + frame(b"") + frame(content[50:]) + skipped,
+        "xz": lzma.compress(content[:50]) + bytes(8) + lzma.compress(content[50:]) + bytes(4),
+    }
+    packed["gz"] += gzip.compress(b"") + bytes(512)
+    for form, content in packed.items():
+        (tmp_path / f"a.jsonl.{form}").write_bytes(content)
+        assert read_documents(tmp_path / f"a.jsonl.{form}") == DOCUMENTS
 
 
 @pytest.mark.parametrize("form", ["gz", "zst", "bz2", "xz"])
@@ -163,7 +182,7 @@ SEEMS = {
 def test_text_in_another_encoding_is_refused_and_can_be_named(tmp_path, encoding):
     seems, name = SEEMS[encoding]
     text = {"gb18030": "数学很有意思。", "koi8-r": "Математика интересна. "}.get(encoding, WORDS)
-    text *= 200
+    text *= 20
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     problem = only(probe(facts_for(tmp_path / "a.txt", lanes=1)))
     assert problem.problem.startswith(f"{tmp_path}/a.txt:1 (byte 0): not ")
@@ -181,6 +200,7 @@ def test_what_is_no_text(tmp_path):
         "binary": random.Random(0).randbytes(5000),
         "Parquet": b"PAR1" + random.Random(0).randbytes(5000),
         "a zip archive": b"PK\x03\x04" + bytes(500),
+        "compressed twice (here gzip)": gzip.compress(gzip.compress(LINES.encode())),
     }
     for name, content in contents.items():
         (tmp_path / "a.txt").write_bytes(content)
@@ -191,13 +211,14 @@ def test_what_is_no_text(tmp_path):
         (tmp_path / "a.jsonl").unlink()
 
 
-def test_one_stray_byte_leaves_out_a_piece(tmp_path):
-    text = "".join(f"line {n}\n" for n in range(60_000)).encode()
-    (tmp_path / "a.txt").write_bytes(text[:300_000] + b"\xff" + text[300_000:])
-    with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xff at 300000\)"):
+def test_one_stray_byte_leaves_out_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan.data.sources_text._PIECE_BYTES", 4096)
+    text = "".join(f"line {n}\n" for n in range(3000)).encode()
+    (tmp_path / "a.txt").write_bytes(text[:9000] + b"\xff" + text[9000:])
+    with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xff at 9000\)"):
         read_all(tmp_path / "a.txt")
     targets, last = read_all(tmp_path / "a.txt", on_bad_row="skip")
-    assert last.bad_rows == 1 and targets > len(text) - 200_000
+    assert last.bad_rows == 1 and targets > len(text) - 6200
 
 
 def test_encoding_and_separator_are_checked():

@@ -21,6 +21,13 @@ def test_empty_first_rows(tmp_path):
     assert read_all(file)[0] > 1000
 
 
+def test_no_row_at_all(tmp_path):
+    for name, content in (("a.json", b" [[], []]"), ("a.jsonl.gz", gzip.compress(b"\n\n"))):
+        (tmp_path / name).write_bytes(content)
+        refusal = probe(facts_for(tmp_path / name, lanes=1))[-1]
+        assert refusal.severity == "error" and refusal.problem == "holds no document"
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_null_in_the_first_rows(tmp_path, form):
     """Refused with both ways out where rows may not be left out, else a warning at most."""
@@ -48,7 +55,7 @@ def test_a_null_in_the_first_rows(tmp_path, form):
         ([1, 2**70], f"element 1 is {2**70}"),
         ([1, 2.5], "element 1 is 2.5"),
         ([1, "a"], "element 1 is a"),
-        ([1, 264], "element 1 is 264, which is not one of the tokenizer's 264 tokens"),
+        ([1, 264], "element 1: token 264 is not one of the tokenizer's 264"),
         (["a", "b"], "an array where text is expected"),
     ],
 )
@@ -56,6 +63,6 @@ def test_an_element_that_is_no_token_is_named(tmp_path, ids, text):
     rows = [json.dumps({"ids": row}) for row in ([7, 8], [], ids)]
     write_rows(tmp_path / "a.jsonl", rows * 4)
     config = make_config(str(tmp_path / "a.jsonl"), text_column="ids", shuffle=False)
-    with pytest.raises(DataError, match=r"a\.jsonl:3 .*column 'ids'|which is not one") as error:
+    with pytest.raises(DataError, match=r"a\.jsonl:3 .*column 'ids'|token 264") as error:
         Run(config, num_lanes=1, global_batch=1).step()
     assert text in str(error.value)

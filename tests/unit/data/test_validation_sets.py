@@ -134,8 +134,13 @@ def test_rows_without_text(tmp_path: Path):
     sets = [{"name": "a", **write(tmp_path, [{"body": "x"}])}]
     assert told(facts_of({"sets": sets}), (FILES,)).startswith("validation.sets[0].column")
     assert preflight(facts_of({"sets": [{**sets[0], "column": "body"}]}), [FILES]) == []
-    empty = write(tmp_path, [{"text": ""}])
-    assert "hold no text" in told(facts_of(empty), (FILES,))
+    one = write(tmp_path, [{"body": "x"}])
+    assert told(facts_of(one), (FILES,)).startswith('validation.column = "text": ')
+    assert preflight(facts_of({**one, "column": "body"}), [FILES]) == []
+    beside = told(facts_of({"column": "body", "sets": sets}))
+    assert beside.startswith('validation.column = "body": and [[validation.sets]] both say')
+    (problem,) = preflight(facts_of(write(tmp_path, [{"text": ""}])), [FILES])
+    assert problem.severity == "warning" and "hold no text" in problem.problem
 
 
 def test_a_set_may_be_smaller_than_anything(tmp_path: Path):
