@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import torchtitan.utils.uptime  # noqa: F401  its clock starts
 from torchtitan import __version__
 from torchtitan.config.errors import (
     CheckpointError,
