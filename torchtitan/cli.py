@@ -1,11 +1,14 @@
 """The command `torchtitan WORD ...`. Words import what they need when they run, and no sooner."""
 
+import codecs
+import io
 import os
 import select
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+import torchtitan.utils.uptime  # noqa: F401  its clock starts
 from torchtitan import __version__
 from torchtitan.config.errors import (
     CheckpointError,
@@ -24,6 +27,9 @@ _PATIENCE_SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPES)
     status = DONE
     try:
         status = _run(argv)
@@ -32,6 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _give_up_stdout():
             raise
     return status
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal cannot print, as TOML and JSON write it, so that it can be read again."""
+    assert isinstance(error, UnicodeEncodeError)
+    codes = map(ord, error.object[error.start : error.end])
+    return "".join(f"\\u{c:04x}" if c < 0x10000 else f"\\U{c:08x}" for c in codes), error.end
+
+
+_ESCAPES = "torchtitan.escapes"
+codecs.register_error(_ESCAPES, _escaped)
 
 
 def _give_up_stdout() -> bool:

@@ -13,6 +13,7 @@ from cli_server import ROOT, CliServer
 
 import torchtitan
 from torchtitan import cli as command_line
+from torchtitan.config.toml_file import tomllib
 
 GOOD = ["--training.dataset=stdlib", "--training.seq_len=256"]
 
@@ -296,3 +297,39 @@ def test_doctor_finds_a_broken_torch(torchless: CliServer):
 def test_a_flag_of_the_list_may_have_dashes(torchless: CliServer):
     done = torchless.run("list", "masks", "--job.custom-import", "no_such_module")
     assert 'no module is named "no_such_module"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["config", "show"],
+        ["train", "--check", "--job.print_config"],
+        ["list", "configs"],
+        ["doctor"],
+    ],
+)
+def test_what_a_terminal_cannot_print_is_escaped(words: list[str], tmp_path: Path):
+    """Also where it is printed as an error, and of arguments that are no text in any encoding."""
+    (tmp_path / "bün.toml").write_text('[job]\ndescription = "Grüße 🙂"\n[trainign]\n')
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+
+    def run(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torchtitan.cli", *words, *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+
+    if words[0] in ("config", "train"):
+        refused = run(str(tmp_path / "bün.toml"))
+        assert refused.returncode == 2 and "trainign" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    (tmp_path / "bün.toml").write_text('[job]\ndescription = "Grüße 🙂"\n')
+    flags = [] if words[0] == "list" else [str(tmp_path / "bün.toml"), *GOOD]
+    done = run(*flags, *([b"--job.dump_folder=/tmp/\xff"] if words[0] == "config" else []))
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1), done.stderr
+    if words[0] == "config":
+        assert r'"Gr\u00fc\u00dfe \U0001f642"' in done.stdout
+        assert (
+            tomllib.loads(done.stdout.replace(r"\udcff", "?"))["job"]["description"] == "Grüße 🙂"
+        )

@@ -66,7 +66,7 @@ class MetricsLogger:
         self._device = device
         self._flops_per_token = flops_per_token
         self._flops_per_token_causal = flops_per_token_causal
-        self._peak_flops = peak_flops(device_name(device))
+        self._peak_flops = _peak_flops(section, device)
         self._clock = clock
         self._started: float | None = None
         self._interval_steps = 0
@@ -299,6 +299,20 @@ class MetricsLogger:
         if name not in self._warned:
             self._warned.add(name)
             logger.warning("%s cannot be %s, training goes on: %r", name, what, error)
+
+
+def _peak_flops(section: Metrics, device: torch.device) -> float | None:
+    """FLOP/s of the device at its best; None, with a line in the log, when nobody knows them."""
+    if section.peak_tflops is not None:
+        return section.peak_tflops * 1e12
+    name = device_name(device)
+    known = peak_flops(name)
+    if known is None:
+        logger.info(
+            "No MFU: the peak of this device (%s) is not known. Set metrics.peak_tflops to it.",
+            name,
+        )
+    return known
 
 
 def _perplexity(loss: float) -> float:

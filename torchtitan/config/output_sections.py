@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from torchtitan.config.paths import PathText
-from torchtitan.config.section import Names, NonNegativeInt, PositiveInt, Section
+from torchtitan.config.section import Names, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class Checkpoint(Section):
@@ -76,6 +76,11 @@ class Checkpoint(Section):
 class Metrics(Section):
     log_freq: PositiveInt = 10
     """Steps between two logged lines."""
+
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in TFLOP/s, dense, in the type that computes: what the model FLOPs
+    utilisation (MFU) is a share of. Unset: the maker's bfloat16 figure, for devices that are in the
+    table of `utils/hardware.py`; others have no MFU."""
 
     enable_tensorboard: bool = False
     """Write TensorBoard event files."""

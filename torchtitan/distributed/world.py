@@ -8,8 +8,6 @@ waits for the device to learn them.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,22 +115,21 @@ def open_world(
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    with tempfile.TemporaryDirectory(prefix="torchtitan-") as rendezvous_folder:
-        if environment.launched:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.FileStore(os.path.join(rendezvous_folder, "store"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        try:
-            yield World(
-                rank=dist.get_rank(),
-                world_size=dist.get_world_size(),
-                local_rank=environment.local_rank,
-                device=device,
-                control_group=_control_group(backend, timeout),
-            )
-        finally:
-            dist.destroy_process_group()
+    if environment.launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # in memory: a killed run leaves no file behind
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        yield World(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            local_rank=environment.local_rank,
+            device=device,
+            control_group=_control_group(backend, timeout),
+        )
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

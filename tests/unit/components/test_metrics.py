@@ -121,6 +121,16 @@ def test_terms_of_the_loss(tmp_path: Path) -> None:
     assert (record["loss"], record["loss/cross_entropy"]) == (3.0, 2.5)
 
 
+def test_mfu_against_a_peak_that_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    train(build(tmp_path, clock, peak_tflops=0.5), clock, 1, 3)
+    assert records(tmp_path)[-1]["mfu"] == pytest.approx(6e9 * 25 / 0.5e12)
+    assert "No MFU" not in caplog.text
+    build(tmp_path / "unset")  # on a device that nobody knows
+    assert "No MFU: the peak of this device (cpu) is not known. Set metrics" in caplog.text
+
+
 def test_mfu_of_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_module, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     clock = Clock()
@@ -335,7 +345,7 @@ def test_console_line_of_the_ranks_that_are_shown(
     metrics = build(tmp_path, clock, rank=1)
     train(metrics, clock, 1, 3)
     assert not (tmp_path / "metrics.jsonl").exists()
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if "console" in record.name]
     assert len(lines) == 2
     for part in ("step: 3", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
         assert part in lines[1]
@@ -386,6 +396,6 @@ def test_a_validation_is_a_record_of_its_own(
         (3, pytest.approx(math.exp(2.5), rel=1e-6))
     ]
     assert scalars(tmp_path / "tb", "time_metrics/validation(s)") == [(6, 2.0)]
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if "console" in record.name]
     assert lines[2] == "step: 3  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
     assert lines[3].endswith("validation/far/perplexity: inf")
