@@ -93,7 +93,7 @@ def run_with_fault(folder: Path, fault: str, *arguments: str) -> subprocess.Comp
 
 def test_save_under_way_is_awaited_when_the_run_fails(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    bad = ("--optimizer.lr=1e38", "--training.max_norm=inf", "--checkpoint.interval=1")
+    bad = ("--optimizer.lr=1e30", "--training.max_norm=inf", "--checkpoint.interval=1")
     done = run_with_fault(folder, "", *bad, "--lr_scheduler.warmup_steps=0")
     assert done.returncode == 5, done.stderr
     saved = good_steps(folder)
