@@ -29,6 +29,7 @@ from tests.faults.saving import (
 )
 from tests.pool import GlooPool, RankFailure
 from torchtitan.checkpoint import dcp_io, steps_folder
+from torchtitan.checkpoint.dcp_io import StepWriter
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.world import World
 
@@ -181,19 +182,16 @@ def test_stray_names_are_left_alone(gloo_pool: GlooPool, tmp_path: Path, saved: 
 # --- saves that fail ------------------------------------------------------------------------------
 
 
-def save_on_full_disk(world: World, folder: str, free: int | None = None) -> list[str]:
-    """Rank 1 may write files of 1,000 bytes, and is told that so many bytes are free."""
+def save_under_a_limit(world: World, folder: str) -> list[str]:
+    """Rank 1 may write files of 1,000 bytes."""
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.save(1, trainer.tensors(), {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     messages = []
-    usage = shutil.disk_usage(folder)
-    told = usage if free is None else usage._replace(free=free)
     try:
-        with mock.patch("torchtitan.checkpoint.commit.shutil.disk_usage", return_value=told):
-            checkpointer.save(2, trainer.tensors(), {})
+        checkpointer.save(2, trainer.tensors(), {})
     except CheckpointError as error:
         messages.append(str(error))
     finally:
@@ -204,19 +202,38 @@ def save_on_full_disk(world: World, folder: str, free: int | None = None) -> lis
     return [*messages, *names, str(checkpointer.steps())]
 
 
-def test_full_disk_on_one_rank(gloo_pool: GlooPool, tmp_path: Path) -> None:
-    """Every rank gets the error of the rank that failed; the next save works."""
-    results = gloo_pool.run(2, save_on_full_disk, str(tmp_path))
+def test_what_the_file_system_refuses_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Every rank gets the error of the rank that failed, and not torch's; the next save works."""
+    results = gloo_pool.run(2, save_under_a_limit, str(tmp_path))
     assert results[0][0] == results[1][0]
-    assert "step 2 was not saved: rank 1: " in results[0][0]
-    assert "File too large" in results[0][0] or "unexpected pos" in results[0][0]
+    assert "step 2 was not saved: rank 1: [Errno 27] File too large: " in results[0][0]
+    assert "__1_0.distcp" in results[0][0]
     assert results[0][1:] == ["step-1", "[1, 2]"]
 
 
+class FullDisk(StepWriter):
+    """Every file of tensors is the device that is always full."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        real = self.fs.concat_path
+        self.fs.concat_path = (  # type: ignore[method-assign]
+            lambda path, suffix: "/dev/full" if suffix.endswith(".distcp") else real(path, suffix)
+        )
+
+
+def save_on_full_disk(world: World, folder: str) -> str:
+    checkpointer = make_checkpointer(world, folder)
+    full = mock.patch("torchtitan.checkpoint.commit.StepWriter", FullDisk)
+    with full, pytest.raises(CheckpointError) as caught:
+        checkpointer.save(2, Trainer(world).tensors(), {})
+    return str(caught.value)
+
+
 def test_a_full_disk_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
-    for result in gloo_pool.run(2, save_on_full_disk, str(tmp_path), 2**7):
-        assert "step 2 was not saved: rank 0: [Errno 28] No space left on device" in result[0]
-        assert "0.0 MiB are free" in result[0] and str(tmp_path) in result[0]
+    for message in gloo_pool.run(2, save_on_full_disk, str(tmp_path)):
+        assert "step 2 was not saved: rank 0: [Errno 28] No space left on device: " in message
+        assert "iB are free: '/dev/full'" in message
 
 
 class LossyWriter(dcp.FileSystemWriter):

@@ -9,7 +9,6 @@ their share, and all ranks get the same outcome: the same step, or the same erro
 """
 
 import logging
-import os
 import secrets
 import socket
 import time
@@ -27,6 +26,7 @@ from torchtitan.checkpoint.background import Background
 from torchtitan.checkpoint.checks import memory_problem
 from torchtitan.checkpoint.commit import Commit, describe_on_all_ranks
 from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata, quiet_dcp
+from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, TRUST_FIX
 from torchtitan.checkpoint.initial_load import verify_share
 from torchtitan.checkpoint.manifest import (
     InvalidCheckpoint,
@@ -36,7 +36,7 @@ from torchtitan.checkpoint.manifest import (
     manifest_to_json,
     verify_file,
 )
-from torchtitan.checkpoint.room import Room, room_in, room_problems
+from torchtitan.checkpoint.room import Room, file_limit, file_limit_problems, room_in, room_problems
 from torchtitan.checkpoint.staging import Staging, num_local_bytes
 from torchtitan.checkpoint.steps_folder import (
     committed_steps,
@@ -45,6 +45,7 @@ from torchtitan.checkpoint.steps_folder import (
     move_aside,
     step_folders,
     step_name,
+    unprotected_parts,
 )
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.output_sections import Checkpoint
@@ -139,6 +140,10 @@ class Checkpointer:
                 logger.warning("%s", "; ".join(map(str, problems)))
         elif problems:
             raise ConfigError(problems)
+        limits = self.world.gather_json(file_limit())
+        problems = file_limit_problems(self.folder, sum(sizes.values()), limits)
+        if problems:
+            raise ConfigError(problems)
         if self._staging is not None:
             self._require_memory(sum(map(num_local_bytes, tensors.values())))
 
@@ -208,12 +213,10 @@ class Checkpointer:
         self._background.wait()
 
     def _prepare_folder(self) -> None:
-        # A mode without write access for others, whatever the umask.
-        self.folder.mkdir(mode=0o775, parents=True, exist_ok=True)
-        if os.stat(self.folder).st_mode & 0o002 and not self.section.trust_path:
-            raise PermissionError(
-                "anybody may write to it: `chmod o-w` it, or set checkpoint.trust_path"
-            )
+        self.folder.mkdir(mode=PRIVATE_TO_WRITE, parents=True, exist_ok=True)
+        unprotected = [] if self.section.trust_path else unprotected_parts(self.folder)
+        if unprotected:
+            raise PermissionError(f"anybody may write to {unprotected[0]}: {TRUST_FIX}")
         for name in delete_leftovers(self.folder, self.run_id):
             logger.info("Removed %s, left by a process that was killed.", name)
 

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 from torchtitan.checkpoint.decision import decide, starts_anew
+from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
 from torchtitan.checkpoint.initial import setting_problems
-from torchtitan.checkpoint.room import room_in, room_problems
-from torchtitan.checkpoint.steps_folder import inspect_steps
+from torchtitan.checkpoint.room import room_in, room_problems, shown_bytes
+from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
@@ -80,10 +81,8 @@ def probe(facts: Facts) -> list[Problem]:
         text = "is in memory (tmpfs): checkpoints there are lost when the machine stops"
         fix = "put job.dump_folder on a disk"
         problems.append(Problem("job.dump_folder", text, fix, str(dump_folder), severity="warning"))
-    if folder.is_dir() and folder.stat().st_mode & 0o002 and not section.trust_path:
-        text = "may be written to by anybody on this machine, who could plant a checkpoint"
-        fix = "`chmod o-w` it, or set checkpoint.trust_path"
-        problems.append(Problem("checkpoint.folder", text, fix, str(folder)))
+    if not section.trust_path:
+        problems += _protection_problems(folder)
     return problems + _space_problems(folder, section)
 
 
@@ -157,6 +156,21 @@ def _folder_problems(dump_folder: Path) -> list[Problem]:
     return []
 
 
+def _protection_problems(folder: Path) -> list[Problem]:
+    text = "may be written to by anybody on this machine, who could plant a checkpoint"
+    problems = [
+        Problem("checkpoint.folder", text, TRUST_FIX, str(part))
+        for part in unprotected_parts(folder)
+    ]
+    parent = unprotected_parent(folder.parent)
+    if parent is not None and not problems:
+        text = f"lies below {parent}, where anybody on this machine may put another in its place"
+        fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
+        where = str(folder.parent)
+        problems.append(Problem("job.dump_folder", text, fix, where, severity="warning"))
+    return problems
+
+
 def _space_problems(folder: Path, section: Checkpoint) -> list[Problem]:
     """A resumed run knows how large its checkpoints are."""
     manifests = [c.manifest for c in inspect_steps(folder) if c.manifest]
@@ -169,8 +183,8 @@ def _space_problems(folder: Path, section: Checkpoint) -> list[Problem]:
 def memory_problem(mode: str, host: str, needed: float, free: float) -> Problem:
     """That `host` has too little memory for copies of what is saved (bytes)."""
     text = (
-        f"needs {needed / 2**30:.2f} GiB of host memory on {host} for copies of what is saved,"
-        f" {free / 2**30:.2f} GiB are free"
+        f"needs {shown_bytes(needed)} of host memory on {host} for copies of what is saved,"
+        f" {shown_bytes(free)} are free"
     )
     return Problem("checkpoint.async_mode", text, 'set it to "disabled"', mode)
 

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.agreement import on_all, on_main
 from torchtitan.checkpoint.dcp_io import METADATA_NAME, StepWriter, check_metadata, describe_tensor
-from torchtitan.checkpoint.files import sync_folder
+from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, sync_folder
 from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_file, write_manifest
-from torchtitan.checkpoint.staging import num_local_bytes
+from torchtitan.checkpoint.room import shown_bytes
 from torchtitan.checkpoint.steps_folder import (
     delete_old_steps,
     inspect_step,
@@ -91,8 +91,8 @@ class Commit:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.on_site("ckpt.after_commit", step)
-        gib, seconds = manifest.num_bytes / 2**30, time.monotonic() - started
-        logger.info("Saved step %d (%.3g GiB) in %.1f s.", step, gib, seconds)
+        size, seconds = shown_bytes(manifest.num_bytes), time.monotonic() - started
+        logger.info("Saved step %d (%s) in %.1f s.", step, size, seconds)
         if self.world.is_main:
             self._delete_old(step, protected)
 
@@ -105,7 +105,7 @@ class Commit:
             moved = move_aside(self.folder, step, "quarantine")
             logger.error("%s: moved to %s", candidate.fault or "a step of another run", moved)
         name = temporary_name(step, self.run_id)
-        (self.folder / name).mkdir()
+        (self.folder / name).mkdir(mode=PRIVATE_TO_WRITE)
         return name
 
     def _write(
@@ -119,7 +119,8 @@ class Commit:
             try:
                 dcp.save(dict(tensors), storage_writer=writer, process_group=group)
             except (Exception, CheckpointException) as error:
-                self._blame_a_full_disk(sum(map(num_local_bytes, tensors.values())), error)
+                if writer.errors:
+                    raise self._with_free_space(writer.errors[0]) from error
                 raise
             self.on_site("ckpt.shard_written", step)
             records = {name: record_file(temporary / name) for name in self._own_files(temporary)}
@@ -136,12 +137,11 @@ class Commit:
             descriptions.update(described)
         return files, descriptions
 
-    def _blame_a_full_disk(self, num_bytes: int, error: BaseException) -> None:
-        """torch's writer does not say it. `num_bytes` is this rank's share."""
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            reason = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:,.1f} MiB are free"
-            raise OSError(errno.ENOSPC, reason, str(self.folder)) from error
+    def _with_free_space(self, error: OSError) -> OSError:
+        if error.errno != errno.ENOSPC:
+            return error
+        free = shown_bytes(shutil.disk_usage(self.folder).free)
+        return OSError(error.errno, f"{error.strerror}: {free} are free", error.filename)
 
     def _own_files(self, temporary: Path) -> list[str]:
         own = sorted(path.name for path in temporary.glob(f"__{self.world.rank}_*.distcp"))

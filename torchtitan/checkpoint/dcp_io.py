@@ -12,13 +12,14 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -72,6 +73,34 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
+class WatchedFile(io.FileIO):
+    """A file to write to, which keeps the errors that torch's writer hides behind its own."""
+
+    def __init__(self, path: Path, errors: list[OSError]):
+        super().__init__(path, "w")
+        self._errors = errors
+
+    def write(self, data: Any) -> int:
+        """Write as much as the file system takes at once. Raises OSError, naming the file."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = str(self.name)
+            self._errors.append(error)
+            raise
+
+
+class _WatchedFiles(FileSystem):
+    def __init__(self, errors: list[OSError]):
+        self._errors = errors
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:  # type: ignore[type-arg]
+        assert mode == "wb"
+        with io.BufferedWriter(WatchedFile(Path(path), self._errors)) as stream:
+            yield stream
+
+
 class StepWriter(FileSystemWriter):
     """DCP's file writer for an empty folder.
 
@@ -81,6 +110,9 @@ class StepWriter(FileSystemWriter):
 
     def __init__(self, path: Path):
         super().__init__(path, sync_files=False, thread_count=1, overwrite=False)
+        self.errors: list[OSError] = []
+        """What the file system refused: a full disk, a limit on files or quotas."""
+        self.fs = _WatchedFiles(self.errors)
 
     def storage_meta(self) -> StorageMeta:
         """No path in it: the folder will be renamed, and paths are nobody else's business."""

@@ -1,10 +1,15 @@
 """Files that are whole or absent, whenever the machine stops. No torch."""
 
+import errno
 import os
 import secrets
 import stat
 from pathlib import Path
 from typing import IO
+
+PRIVATE_TO_WRITE = 0o775
+"""Mode of folders: without write access for others, whatever the umask."""
+TRUST_FIX = "`chmod o-w` it, or set checkpoint.trust_path"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,6 +25,32 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_in_place(path: Path, text: str) -> None:
+    """Overwrite a file that exists: for a file system with no room, or no name, for another one. A
+    reader may see half of the text."""
+    with open(path, "r+b", buffering=0) as file:
+        content = text.encode()
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.truncate()
+        os.fsync(file.fileno())
+
+
+def writable_by_anybody(path: Path) -> bool:
+    """Whether the mode of a file or folder lets all users of the machine change it."""
+    return bool(os.stat(path).st_mode & stat.S_IWOTH)
+
+
+def unprotected_parent(path: Path) -> Path | None:
+    """The nearest folder above `path` in which anybody may put something else in its place, that is
+    one that all may write to, without the sticky bit."""
+    for parent in path.resolve().parents:
+        mode = os.stat(parent).st_mode if parent.exists() else 0
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return parent
+    return None
 
 
 def sync_folder(folder: Path) -> None:

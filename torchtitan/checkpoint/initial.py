@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent, writable_by_anybody
 from torchtitan.checkpoint.manifest import (
     HANDLERS_STATE,
     MANIFEST_NAME,
@@ -73,8 +74,9 @@ def initial_start(facts: Facts) -> InitialStart:
         return InitialStart(0, batch, lanes)
     path = initial_path(section)
     manifest = _inspect(section, path)
+    notices = _parent_notices(section, path)
     if section.initial_load_model_only:
-        return InitialStart(0, batch, lanes, (f"The weights are those of {path}.",))
+        return InitialStart(0, batch, lanes, (f"The weights are those of {path}.", *notices))
     assert manifest is not None
     state = without_excluded(manifest.state, section.exclude_from_loading)
     step = int(state.get("step", 0))
@@ -95,7 +97,12 @@ def initial_start(facts: Facts) -> InitialStart:
             fix = 'leave it unset, or add "dataloader" to checkpoint.exclude_from_loading'
             raise ConfigError(Problem("data.lanes", text, fix, config.data.lanes))
     notice = f"The run goes on from step {step} of {path}."
-    return InitialStart(step, batch, lanes, (notice,))
+    return InitialStart(step, batch, lanes, (notice, *notices))
+
+
+def _parent_notices(section: Checkpoint, path: Path) -> list[str]:
+    parent = None if section.trust_path else unprotected_parent(path)
+    return [] if parent is None else [f"Anybody may put another folder in its place, in {parent}."]
 
 
 def setting_problems(section: Checkpoint) -> list[Problem]:
@@ -155,9 +162,13 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
         kinds = sorted({name.rpartition(".")[2] for name in names if "." in name.strip(".")})
         found = f"only files of the kind {', '.join(kinds[:5])}" if kinds else "nothing of the kind"
         raise refuse(f"is no folder that torch.distributed.checkpoint has saved: {found}", whole)
-    if os.stat(path).st_mode & 0o002 and not section.trust_path:
-        text = "may be written to by anybody on this machine, who could plant a checkpoint"
-        raise refuse(text, "`chmod o-w` it, or set checkpoint.trust_path")
+    for part in [] if section.trust_path else [path, path / MANIFEST_NAME]:
+        if part.exists() and writable_by_anybody(part):
+            name = "" if part == path else f"{part.name} in it "
+            text = (
+                f"{name}may be written to by anybody on this machine, who could plant a checkpoint"
+            )
+            raise refuse(text, TRUST_FIX)
     manifest = None
     if MANIFEST_NAME in names:
         try:

@@ -67,7 +67,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     body = {"format": FORMAT_VERSION, **manifest_to_json(manifest)}
     text = json.dumps({**body, "digest": _digest(body)}, indent=1)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with os.fdopen(os.open(folder / MANIFEST_NAME, flags, 0o666), "w", encoding="utf-8") as file:
+    with os.fdopen(os.open(folder / MANIFEST_NAME, flags, 0o664), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,9 @@
 """Whether the disk has room for the next checkpoint, in bytes and in files. No torch."""
 
 import os
+import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,14 @@ from torchtitan.config.output_sections import Checkpoint
 
 SPACE_FACTOR = 1.2
 """A little more than what is known: files of the run grow, and others write to the disk, too."""
+
+
+def shown_bytes(number: float) -> str:
+    """Bytes in the unit in which they have three digits that count: `704 bytes`, `1.5 MiB`."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.{1 if number < 100 * 1024**power else 0}f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 class Room(NamedTuple):
@@ -26,6 +36,29 @@ def room_in(folder: Path) -> Room:
     return Room(shutil.disk_usage(folder).free, free_files)
 
 
+def file_limit() -> int | None:
+    """The most bytes that this process may write into one file (`ulimit -f`); None for no limit."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def file_limit_problems(
+    folder: Path, num_bytes: int, limits: Sequence[int | None]
+) -> list[Problem]:
+    """The problem of a checkpoint of so many bytes, in a file of each rank, where ranks have these
+    limits on the size of a file. The largest file has at least the mean."""
+    smallest = num_bytes // len(limits)
+    lowest = min((limit for limit in limits if limit is not None), default=smallest)
+    if smallest <= lowest:
+        return []
+    text = (
+        f"needs files of {shown_bytes(smallest)} or more, and a process may write no more than"
+        f" {shown_bytes(lowest)} into one"
+    )
+    fix = "raise the limit (`ulimit -f unlimited`)"
+    return [Problem("checkpoint.folder", text, fix, str(folder))]
+
+
 def room_problems(
     folder: Path, section: Checkpoint, num_bytes: int, num_files: int, room: Room
 ) -> list[Problem]:
@@ -35,8 +68,8 @@ def room_problems(
     lacks = []
     if room.free_bytes < needed_bytes:
         lacks.append(
-            f"needs {needed_bytes / 2**30:.2f} GiB for the next checkpoint,"
-            f" {room.free_bytes / 2**30:.2f} GiB are free"
+            f"needs {shown_bytes(needed_bytes)} for the next checkpoint,"
+            f" {shown_bytes(room.free_bytes)} are free"
         )
     if room.free_files is not None and room.free_files < needed_files:
         lacks.append(

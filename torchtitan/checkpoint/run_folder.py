@@ -23,7 +23,12 @@ from torchtitan.checkpoint.decision import (
     resolved_config,
     starts_anew,
 )
-from torchtitan.checkpoint.files import sync_folder, write_atomically
+from torchtitan.checkpoint.files import (
+    PRIVATE_TO_WRITE,
+    sync_folder,
+    write_atomically,
+    write_in_place,
+)
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.rerun import read_stored_config, stored_value
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, STATUS_NAME
@@ -146,7 +151,14 @@ class RunFolder:
             "exit_code": exit_code,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_atomically(self.path / STATUS_NAME, json.dumps(content, indent=1) + "\n")
+        path, text = self.path / STATUS_NAME, json.dumps(content, indent=1) + "\n"
+        try:
+            write_atomically(path, text)
+        except OSError:
+            # A scheduler must not take a job that has ended for one that runs.
+            if exit_code is None:
+                raise
+            write_in_place(path, text)
 
     def close(self) -> None:
         """Let other jobs use the folder."""
@@ -156,7 +168,7 @@ class RunFolder:
 
 def _lock(path: Path) -> FolderLock:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=PRIVATE_TO_WRITE, parents=True, exist_ok=True)
         return FolderLock(path)
     except FolderInUse as error:
         fix = "wait for that job or stop it; or choose another --job.dump_folder"

@@ -14,8 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.checkpoint.files import sync_folder
+from torchtitan.checkpoint.files import sync_folder, writable_by_anybody
 from torchtitan.checkpoint.manifest import (
+    MANIFEST_NAME,
     InvalidCheckpoint,
     Manifest,
     check_listing,
@@ -78,6 +79,14 @@ def committed_steps(folder: Path, run_id: str) -> list[int]:
         for candidate in inspect_steps(folder)
         if candidate.manifest is not None and candidate.manifest.run_id == run_id
     ]
+
+
+def unprotected_parts(folder: Path) -> list[Path]:
+    """What anybody on the machine may write to of the run folder, `folder` in it, its steps and
+    their manifests. Whoever may write to one of them can plant a checkpoint."""
+    steps = [folder / step_name(step) for step in step_folders(folder)]
+    parts = [folder.parent, folder, *steps, *(step / MANIFEST_NAME for step in steps)]
+    return [part for part in parts if part.exists() and writable_by_anybody(part)]
 
 
 def temporary_name(step: int, run_id: str) -> str:

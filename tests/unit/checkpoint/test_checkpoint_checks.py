@@ -11,6 +11,7 @@ import pytest
 
 from torchtitan.checkpoint.checks import check, probe
 from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
+from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig, Problem
 from torchtitan.config.facts import Facts
 
@@ -115,11 +116,37 @@ def test_folder_in_memory() -> None:
     only(problems, "job.dump_folder", "tmpfs", "warning")
 
 
-def test_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "part", [".", "checkpoint", "checkpoint/step-5", "checkpoint/step-5/manifest.json"]
+)
+def test_part_that_anybody_may_write_to(tmp_path: Path, part: str) -> None:
     plant(tmp_path, 5)
-    (tmp_path / "checkpoint").chmod(0o777)
+    assert errors(tmp_path) == []
+    (tmp_path / part).chmod(0o777)
     only(errors(tmp_path), "checkpoint.folder", "written to by anybody")
     assert errors(tmp_path, trust_path=True) == []
+
+
+def test_folder_that_anybody_may_replace(tmp_path: Path) -> None:
+    """Where /tmp has its sticky bit, nobody can."""
+    plant(tmp_path / "run", 5)
+    assert probe(facts(tmp_path / "run")) == []
+    tmp_path.chmod(0o777)
+    only(probe(facts(tmp_path / "run")), "job.dump_folder", f"lies below {tmp_path}", "warning")
+    tmp_path.chmod(0o1777)
+    assert probe(facts(tmp_path / "run")) == []
+
+
+def test_run_is_protected_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        plant(tmp_path / "run", 5)
+        asked = facts(tmp_path / "other" / "run")
+        RunFolder.open(asked.config, asked).close()
+    finally:
+        os.umask(before)
+    assert not (tmp_path / "other" / "run").stat().st_mode & 0o002
+    assert not (tmp_path / "run/checkpoint/step-5/manifest.json").stat().st_mode & 0o002
 
 
 def errors(tmp_path: Path, **section: Any) -> list[Problem]:
