@@ -19,10 +19,18 @@ from torchtitan.config.errors import (
 )
 from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
 from torchtitan.config.suggest import did_you_mean
-from torchtitan.utils.environment import is_quiet_rank
+from torchtitan.utils.environment import (
+    EnvironmentFaults,
+    ProcessEnvironment,
+    is_quiet_rank,
+    read_environment,
+)
+from torchtitan.utils.launchers import is_torchrun_s
 
 _PATIENCE_SECONDS = 60.0
-"""That a rank has with the first one, which may look at many files before it tells anything."""
+"""How long a rank that refuses waits for rank 0, which may look at many files before it answers."""
+_TO_PRINT_SECONDS = 5.0
+"""How long rank 0 may take to print what all ranks know."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +84,8 @@ def _run(argv: Sequence[str] | None) -> int:
             raise ConfigError(Problem(word, "is not a command", did_you_mean(word, _WORDS)))
         return _WORDS[word][0](rest)
     except ConfigError as error:
-        _print_problems(error)
+        is_run = word == "train" and not any(text.startswith("--check") for text in rest)
+        _print_problems(error, others_wait=is_run and not error.known_to_all)
         return CONFIG
     except (DataError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -146,20 +155,39 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _print_problems(error: ConfigError) -> None:
-    """Every rank finds the same problems, and the first one tells them; but for local ones.
+def _print_problems(error: ConfigError, others_wait: bool) -> None:
+    """Print the problems. At the start `others_wait`: then see to it that all ranks end.
 
-    A launcher ends all processes when one does. So the others wait for the first, and tell what
-    they have found if it does not end: then it has not found that.
+    Under torchrun, which mixes the output of all ranks and ends all when one does, rank 0 prints
+    what all find alike. The others do not end before that, and print only what is theirs alone.
     """
-    problems = [problem for problem in error.problems if problem.local or not is_quiet_rank()]
-    if not problems:
-        time.sleep(_PATIENCE_SECONDS)
-        problems = error.problems
+    hears_rank_0 = is_quiet_rank() and is_torchrun_s()
+    problems = [problem for problem in error.problems if problem.local or not hears_rank_0]
+    _print(problems)
+    if others_wait and (place := _place()) is not None:
+        from torchtitan.distributed.world import share_refusal
+
+        if not share_refusal(place, error.problems, _PATIENCE_SECONDS):
+            _print([problem for problem in error.problems if problem not in problems])
+    elif hears_rank_0:
+        time.sleep(_TO_PRINT_SECONDS)
+
+
+def _place() -> ProcessEnvironment | None:
+    """This process's place among several; None if it is alone, or does not know."""
+    try:
+        place = read_environment()
+    except EnvironmentFaults:
+        return None
+    return place if place.world_size > 1 else None
+
+
+def _print(problems: Sequence[Problem]) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    noun = "problem" if len(problems) == 1 else "problems"
-    print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr)
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,46 +11,36 @@ if __name__ == "__main__":
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from torchtitan import builder, model_builder, preflight
 from torchtitan.checkpoint.agreement import on_main
 from torchtitan.checkpoint.decision import with_stored_batch
-from torchtitan.checkpoint.run_folder import RunFolder, Status
+from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.schedule_registry import Schedule
-from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, NonFiniteError
-from torchtitan.config.exit_codes import DONE, PREEMPTED, exit_code_of
+from torchtitan.config import JobConfig
+from torchtitan.config.exit_codes import DONE, PREEMPTED
 from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.grad_clip import clip_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World, open_world, set_timeout, timeout
+from torchtitan.ending import Progress, after_error, closing_words, set_status, stopping_words
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.device import device_type
 from torchtitan.utils.environment import ProcessEnvironment, read_environment
 from torchtitan.utils.garbage import GarbageCollection
+from torchtitan.utils.launchers import adopt_place
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.process import set_up_process, use_deterministic_algorithms
-from torchtitan.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """How far the run is, for whoever has to say so when it ends."""
-
-    step: int = 0
-    first_step: int = 0
-    """That this process began after."""
-    saved_step: int = 0
-    status: Status = "running"
 
 
 def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> None:
@@ -79,7 +69,7 @@ def train(facts: Facts, world: World, folder: RunFolder, progress: Progress) -> 
         progress.saved_step = saver.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(progress.stop)
         finite = builder.build_finite_steps(config, world, model, optimizers, saver)
         ahead = Prefetch(
             loader,
@@ -208,7 +198,9 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
 
     Writes how the run ended to `run_status.json`. Raises ConfigError before anything is touched.
     """
-    environment = read_environment() if environment is None else environment
+    if environment is None:
+        adopt_place()
+        environment = read_environment()
     is_main = environment.rank == 0
     init_logging(environment.rank)
     set_up_process(config.debug.threads, environment, config.debug.seed)
@@ -229,11 +221,13 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
 
     folder = RunFolder.open(config, facts, is_main, check)
     progress = Progress()
+    world: World | None = None
     try:
         recorder = FlightRecorder(config.comm, folder.path, environment.rank, facts.device_type)
         patience = config.comm.init_timeout_seconds
         with open_world(facts.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
+            progress.is_shared = True
             for notice in decision.notices:
                 logger.info(notice)
             if decision.action == "finished":
@@ -247,12 +241,11 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
             else:
                 train(facts, world, folder, progress)
     except BaseException as error:
-        code = exit_code_of(error)
-        if is_main and not folder.keeps_status(error):
-            set_status(folder, "failed", progress.step, code)
-        if not tell_failure(error, progress):
+        patience = config.comm.train_timeout_seconds
+        failed = after_error(error, environment.rank, world, folder, progress, patience)
+        if failed is None:
             raise
-        return code
+        return failed
     finally:
         folder.close()
     assert progress.status != "running"
@@ -263,42 +256,3 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         logger.info(stopping_words(progress))
     logger.info(closing_words(config, folder))
     return code
-
-
-def tell_failure(error: BaseException, progress: Progress) -> bool:
-    """Log why the run ends, but what the command line tells: False."""
-    # Its words for a mistake in the config are that nothing was started.
-    has_trained = progress.step > progress.first_step
-    if isinstance(error, KeyboardInterrupt) or (isinstance(error, ConfigError) and not has_trained):
-        return False
-    expected = isinstance(error, ConfigError | CheckpointError | DataError | NonFiniteError)
-    logger.error("%s", error, exc_info=None if expected else error)
-    return True
-
-
-def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:
-    """Say how the run stands, if that can be written: a full disk must not hide the first error."""
-    try:
-        folder.set_status(status, step, code)
-    except OSError as error:
-        logger.warning("run_status.json could not be written: %s", error)
-
-
-def stopping_words(progress: Progress) -> str:
-    """What a run that was asked to stop has kept."""
-    words = f"Asked to stop after step {progress.step}."
-    if progress.saved_step == progress.step:
-        return f"{words} It is saved; the same command goes on from it."
-    if progress.saved_step:
-        return f"{words} The last saved step is {progress.saved_step}."
-    return (
-        f"{words} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
-    )
-
-
-def closing_words(config: JobConfig, folder: RunFolder) -> str:
-    """Where the run folder is, and how to look at it."""
-    words = f"Run folder: {folder.path}"
-    if config.metrics.enable_tensorboard:
-        words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
-    return words

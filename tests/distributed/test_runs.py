@@ -143,26 +143,6 @@ def test_clipping_limits_the_update(tmp_path: Path) -> None:
     assert curves["free"][-1] < curves["still"][-1] - 0.05
 
 
-def test_lost_rank_is_noticed_in_the_set_time(tmp_path: Path) -> None:
-    """A rank that stands still: the other waits `comm.train_timeout_seconds`, not the five minutes
-    that it may take to start."""
-    folder = tmp_path / "run"
-    # Without checkpoints: a save sets the time anew after itself.
-    arguments = ("--training.steps=100000", "--checkpoint.enable=false")
-    arguments += ("--comm.train_timeout_seconds=3",)
-    processes = runs.start_ranks(folder, *arguments, folders=[tmp_path] * 2)
-    try:
-        wait_for_step(folder, 5, processes[0])
-        processes[1].send_signal(signal.SIGSTOP)
-        output, _ = processes[0].communicate(timeout=60)
-        assert processes[0].returncode == 1, output
-        assert runs.status(folder)["status"] == "failed"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def test_ranks_with_different_data_do_not_train(tmp_path: Path) -> None:
     """A file that each machine has for itself, and that is not the same on all."""
     row = '{"text": "a line of some length, to be read in its turn"}\n'

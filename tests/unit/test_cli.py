@@ -12,6 +12,7 @@ import pytest
 from cli_server import ROOT, CliServer
 
 import torchtitan
+from tests.forked import launcher_variables
 from torchtitan import cli as command_line
 from torchtitan.config.toml_file import tomllib
 
@@ -104,22 +105,16 @@ def test_config_errors_are_told_without_torch(
     assert "Traceback" not in result.stderr
 
 
-def test_rank_0_tells_unless_it_finds_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("launcher", [{"TORCHELASTIC_RUN_ID": "none"}, {}])
+def test_a_rank_that_rank_0_does_not_answer_tells_itself(
+    launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Other ranks wait, for the launcher to end them when it does."""
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+    """Under torchrun rank 0 would tell for all."""
+    for name, value in (launcher_variables(2)[1] | launcher).items():
         monkeypatch.setenv(name, value)
-    waited = []
-
-    def sleep(seconds: float) -> None:
-        assert capsys.readouterr().err == ""
-        waited.append(seconds)
-
-    monkeypatch.setattr(command_line.time, "sleep", sleep)
+    monkeypatch.setattr(command_line, "_PATIENCE_SECONDS", 0.5)
     assert command_line.main(["train", "--training.steps=0"]) == 2
-    assert len(waited) == 1 and waited[0] >= 30
-    assert "error: training.steps = 0" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("error: training.steps = 0") == 1
 
 
 def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, tmp_path: Path):

@@ -4,6 +4,7 @@ from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    HangError,
     NonFiniteError,
     Problem,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HangError",
     "JobConfig",
     "NonFiniteError",
     "Problem",

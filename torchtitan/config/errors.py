@@ -4,6 +4,7 @@ A `Problem` names the key, its value, why it cannot work and what to set instead
 lists of them, so that a user sees every problem at once; `ConfigError` carries the list.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,22 @@ class Problem:
         text = f"{self.key}{value}: {self.problem.rstrip('. ')}. Fix: {fix}{end}"
         return without_secrets(text)
 
+    def to_json(self) -> str:
+        """Text from which `from_json` makes a problem that reads the same."""
+        fields = {key: value for key, value in vars(self).items() if value is not _UNSET}
+        return json.dumps(fields, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Problem":
+        """The problem that `to_json` wrote."""
+        return cls(**json.loads(text))
+
 
 class ConfigError(ValueError):
     """The run cannot start as configured. Exit status 2."""
+
+    known_to_all = False
+    """Every rank has this very error, so none must learn of it."""
 
     def __init__(self, problems: Sequence[Problem] | Problem):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
@@ -57,6 +71,10 @@ class CheckpointError(RuntimeError):
 
 class NonFiniteError(RuntimeError):
     """Loss, gradient, weights or optimizer state are not finite. Exit status 5."""
+
+
+class HangError(RuntimeError):
+    """A rank did not arrive where the others wait for it. Exit status 6."""
 
 
 def _toml_like(value: Any) -> str:

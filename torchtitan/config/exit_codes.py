@@ -3,7 +3,13 @@
 torchrun turns every failure into 1, so a scheduler reads `run_status.json` in the run folder.
 """
 
-from torchtitan.config.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from torchtitan.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HangError,
+    NonFiniteError,
+)
 
 DONE = 0
 FAILED = 1
@@ -23,19 +29,36 @@ _BY_ERROR: dict[type[BaseException], int] = {
     DataError: DATA,
     CheckpointError: CHECKPOINT,
     NonFiniteError: NON_FINITE,
+    HangError: HANG,
     KeyboardInterrupt: INTERRUPTED,
 }
 
 
-def exit_code_of(error: BaseException) -> int:
-    """The exit status for an error; 1 for one that nobody foresaw.
+_OUT_OF_MEMORY_NAMES = {"OutOfMemoryError", "MemoryError"}
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+"""Of torch's allocator for CPUs, which raises RuntimeError, and of the C library."""
 
-    Running out of device memory is recognised by name, because torch is not imported here.
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit status for an error; 1 for one that nobody foresaw.
+
+    Running out of memory is recognised by name and text, because torch is not imported here; also
+    where it is the cause of another error.
     """
     for kind, code in _BY_ERROR.items():
         if isinstance(error, kind):
-            return code
-    if error.__cause__ is not None and exit_code_of(error.__cause__) == OUT_OF_MEMORY:
-        return OUT_OF_MEMORY
+            return OUT_OF_MEMORY if _is_out_of_memory(error.__cause__) else code
+    return OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    if error is None:
+        return False
     names = {base.__name__ for base in type(error).__mro__}
-    return OUT_OF_MEMORY if names & {"OutOfMemoryError", "MemoryError"} else FAILED
+    text = str(error).lower()
+    is_torch_s_or_c_s = isinstance(error, RuntimeError | OSError)
+    return (
+        bool(names & _OUT_OF_MEMORY_NAMES)
+        or (is_torch_s_or_c_s and any(words in text for words in _OUT_OF_MEMORY_TEXTS))
+        or _is_out_of_memory(error.__cause__)
+    )

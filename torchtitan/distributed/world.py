@@ -8,7 +8,8 @@ waits for the device to learn them.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchtitan.config.errors import ConfigError, HangError, Problem
+from torchtitan.distributed.roll_call import RollCall
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
 
@@ -31,6 +34,8 @@ class World:
     device: torch.device
     control_group: dist.ProcessGroup
     """All ranks, over gloo."""
+    roll_call: RollCall | None = None
+    """For when this group has failed; None in a run of one process without a launcher."""
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +112,9 @@ def open_world(
 ) -> Iterator[World]:
     """Join the process group that the launcher's variables describe; leave it at the end.
 
-    Without a launcher the world is this one process. `timeout_seconds` bounds every collective.
+    Without a launcher the world is this one process. `timeout_seconds` bounds every collective, and
+    how long ranks wait for each other before that. Raises ConfigError if a rank refuses to start,
+    HangError if one does not come.
     """
     device = torch.device(device_type)
     if device_type == "cuda":
@@ -115,11 +122,18 @@ def open_world(
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    store: dist.Store = dist.HashStore()
+    roll_call = None
     if environment.launched:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # in memory: a killed run leaves no file behind
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, roll_call = meet(environment, timeout_seconds)
+        roll_call.start(timeout_seconds)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", store),
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timeout,
+    )
     try:
         yield World(
             rank=dist.get_rank(),
@@ -127,9 +141,61 @@ def open_world(
             local_rank=environment.local_rank,
             device=device,
             control_group=_control_group(backend, timeout),
+            roll_call=roll_call,
         )
     finally:
         dist.destroy_process_group()
+
+
+def share_refusal(
+    environment: ProcessEnvironment, problems: Sequence[Problem], seconds: float
+) -> bool:
+    """Tell all ranks that this one cannot start, so that none waits for it. Return once rank 0 has
+    said so too, or that it can; False if it does not within `seconds`."""
+    try:
+        _, roll_call = meet(environment, seconds)
+        roll_call.start(seconds, problems)
+    except ConfigError:
+        return True
+    except HangError:
+        return False
+    raise AssertionError("a start with a refusal")
+
+
+def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, RollCall]:
+    """The store at the launcher's `MASTER_ADDR` and `MASTER_PORT`, and a roll call over it.
+
+    Raises ConfigError where that port cannot be opened, and HangError where nobody answers at it
+    within `seconds`.
+    """
+    rank = environment.rank
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store = dist.TCPStore(
+            address,
+            int(port),
+            environment.world_size,
+            keeps_store,
+            timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except (ValueError, dist.DistNetworkError) as error:
+        if not keeps_store:
+            raise HangError(
+                f"nobody answers at {address}:{port} within {seconds:.0f} s: rank 0 has not"
+                " started, or its machine cannot be reached from here"
+            ) from error
+        reason = str(error).splitlines()[0]
+        fix = "set it, on all ranks, to a free port of the machine of rank 0"
+        problem = Problem("MASTER_PORT", f"cannot be used: {reason}", fix, port, local=True)
+        refusal = ConfigError(problem)
+        refusal.known_to_all = True  # nobody can be reached
+        raise refusal from error
+    # A launcher that starts its processes anew may keep the store, with what ranks said before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    calls = dist.PrefixStore(f"roll-call-{attempt}", store)
+    return store, RollCall(calls, rank, environment.world_size, keeps_store)
 
 
 @contextmanager

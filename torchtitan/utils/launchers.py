@@ -81,6 +81,12 @@ def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
         )
 
 
+def is_torchrun_s(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether torchrun started this process."""
+    environ = os.environ if environ is None else environ
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
 def _place(environ: Mapping[str, str], launcher: _Launcher) -> dict[str, str | int] | None:
     """The variables of torchrun; None if the launcher's are not complete."""
     size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)

@@ -168,3 +168,18 @@ def ranks_of_groups() -> dict[str, list[int]]:
     module: Any = dist.distributed_c10d
     groups = list(module._world.pg_map)
     return {group.group_name: dist.get_process_group_ranks(group) for group in groups}
+
+
+_TIMED_OUT = ("Timed out waiting", "timeout caused pair closure", "Watchdog caught collective")
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def lost_contact(error: BaseException) -> str:
+    """Return "timeout" or "closed" if `error`, or its cause, is that another rank did not answer a
+    collective, or has closed the connection; else "". gloo and NCCL say so in their texts only."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(words in text for words in _TIMED_OUT):
+        return "timeout"
+    if isinstance(error, RuntimeError) and any(words in text for words in _CLOSED):
+        return "closed"
+    return "" if error.__cause__ is None else lost_contact(error.__cause__)

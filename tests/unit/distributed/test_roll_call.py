@@ -1,0 +1,58 @@
+"""Which rank is named when a run fails; whole runs are in tests/distributed/test_lost_ranks.py."""
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from torchtitan.config import HangError, Problem
+from torchtitan.distributed.roll_call import Ending, RollCall, explain
+
+TIMED_OUT = Ending(0, 6, "Timed out waiting 3000ms", "timeout")
+CUT_OFF = Ending(2, 1, "Connection closed by peer", "closed")
+
+
+@pytest.mark.parametrize(
+    ("endings", "rank", "code", "words"),
+    [
+        ([TIMED_OUT, CUT_OFF], 1, 6, "Rank 1 did not arrive"),
+        ([CUT_OFF, TIMED_OUT], 1, 6, "Rank 1 did not arrive"),
+        ([TIMED_OUT], 1, 6, "Ranks 1, 2 did not arrive"),
+        # It came when the others had given up.
+        ([TIMED_OUT, CUT_OFF, Ending(1, 1, "closed", "closed")], 1, 6, "Ranks 1, 2 did not arrive"),
+        ([CUT_OFF, Ending(0, 1, "Connection closed", "closed")], 1, 1, "Rank 1 ended without a"),
+        ([CUT_OFF, Ending(1, 8, "out of memory"), TIMED_OUT], 1, 8, "Rank 1 failed first: out of"),
+        (None, 0, 6, "Rank 0 does not answer"),
+    ],
+)
+def test_the_rank_that_is_at_fault(
+    endings: list[Ending] | None, rank: int, code: int, words: str
+) -> None:
+    own = TIMED_OUT if endings is None else endings[0]
+    found = explain(own, endings, world_size=3)
+    assert (found.rank, found.code) == (rank, code)
+    assert found.text.startswith(words)
+
+
+def test_a_reason_of_its_own_is_this_rank_s() -> None:
+    own = Ending(2, 3, "rows.jsonl, line 3: not JSON")
+    assert explain(own, [Ending(1, 8, "out of memory"), own], world_size=3) is own
+
+
+def test_ranks_that_do_not_start_are_named() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    for rank in (3, 1):
+        with pytest.raises(HangError, match="did not start within 0 s"):
+            RollCall(store, rank, 4, keeps_store=False).start(0.01)
+    with pytest.raises(HangError, match="Rank 2 did not start"):
+        RollCall(store, 0, 4, keeps_store=True).start(0.1)
+
+
+def test_problems_read_the_same_on_another_rank() -> None:
+    for problem in (
+        Problem("a.b", "is wrong", "mend it"),
+        Problem("a.b", "is wrong", "mend it", value=("x", 1)),
+        Problem("a.b", "is wrong", "mend it", value=None, local=True),
+    ):
+        assert str(Problem.from_json(problem.to_json())) == str(problem)

@@ -1,0 +1,168 @@
+"""Roll call: which ranks are there, before there is a process group and after it has failed.
+
+Over the store at which ranks meet. Before they train, all wait until each has said that it is there
+or that it refuses, so a refusal of one ends all, with its message. When a run fails, each rank says
+how it ended; the ones that say nothing are those that stand still or are dead.
+
+The store belongs to torchrun, or else to rank 0, which is therefore the last one to leave.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from torchtitan.config.errors import ConfigError, HangError, Problem
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05
+_LAST_TO_LEAVE_SECONDS = 20.0
+"""How long rank 0 keeps its store for ranks that come late to hear of a refusal."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank's run ended."""
+
+    rank: int
+    code: int
+    text: str
+    lost: str = ""
+    """"timeout" or "closed" if all it knows is that it lost contact with another rank."""
+
+
+class RollCall:
+    """What the ranks say of themselves over `store`; `keeps_store`: it lives in this process."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, keeps_store: bool):
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._keeps_store = keeps_store
+
+    def start(self, seconds: float, refusal: Sequence[Problem] = ()) -> None:
+        """Return when all ranks are there. A rank that cannot start gives the reason.
+
+        Raises ConfigError, on all ranks alike, if any refuses, and HangError if a rank is not there
+        within `seconds`. Even those who have nothing to add wait for rank 0, who prints.
+        """
+        if refusal:
+            self._say("refused", problems=[problem.to_json() for problem in refusal])
+        self._say("present")
+
+        def settled() -> bool:
+            if self._count("present") == self._world_size:
+                return True
+            return self._count("refused") > 0 and 0 in self._ranks("present")
+
+        _wait(settled, seconds)
+        refusals = self._said("refused")
+        if refusals:
+            self._leave(_LAST_TO_LEAVE_SECONDS, self._world_size)
+            first = min(refusals, key=lambda said: said["rank"])
+            error = ConfigError([Problem.from_json(text) for text in first["problems"]])
+            error.known_to_all = True
+            raise error
+        missing = self._missing(self._ranks("present"))
+        if missing:
+            raise HangError(
+                f"{_name(missing)} did not start within {seconds:.0f} s: the log there may say why"
+            )
+
+    def end(self, ending: Ending, seconds: float) -> list[Ending] | None:
+        """Say how this rank ended, and return what all say that do so within `seconds`, the first
+        one first; None if the store does not answer."""
+
+        def talk() -> list[Ending]:
+            self._say("ended", **{key: vars(ending)[key] for key in ("code", "text", "lost")})
+            _wait(lambda: self._count("ended") == self._world_size, seconds)
+            endings = [Ending(**said) for said in self._said("ended")]
+            self._leave(2.0, len(endings))
+            return endings
+
+        return _within(seconds + 3.0, talk)
+
+    def _leave(self, seconds: float, num_ranks: int) -> None:
+        self._say("left")
+        if self._keeps_store:
+            _wait(lambda: self._count("left") >= num_ranks, seconds)
+
+    def _say(self, what: str, **facts: Any) -> None:
+        self._store.append(what, json.dumps({"rank": self._rank, **facts}) + "\n")
+        self._store.add(f"{what}-count", 1)
+
+    def _count(self, what: str) -> int:
+        return self._store.add(f"{what}-count", 0)
+
+    def _said(self, what: str) -> list[dict[str, Any]]:
+        if not self._count(what):
+            return []  # get() would wait for the key
+        return [json.loads(line) for line in self._store.get(what).decode().splitlines()]
+
+    def _ranks(self, what: str) -> set[int]:
+        return {said["rank"] for said in self._said(what)}
+
+    def _missing(self, ranks: Iterable[int]) -> list[int]:
+        return sorted(set(range(self._world_size)) - set(ranks))
+
+
+def explain(own: Ending, endings: Sequence[Ending] | None, world_size: int) -> Ending:
+    """The ending of the run: that of the first rank with a reason of its own, else which ranks
+    stand still or are gone. `endings` as `RollCall.end` returns them; `own` is one of them."""
+    if not own.lost:
+        return own
+    if endings is None:
+        return Ending(0, own.code, f"Rank 0 does not answer. {own.text}", own.lost)
+    for ending in endings:
+        if not ending.lost:
+            text = f"Rank {ending.rank} failed first: {ending.text}"
+            return Ending(ending.rank, ending.code, text)
+    silent = sorted(set(range(world_size)) - {ending.rank for ending in endings})
+    waited = [ending for ending in endings if ending.lost == "timeout"]
+    if not waited:
+        text = f"{_name(silent)} ended without a word, as one does that is killed"
+        return Ending(silent[0] if silent else own.rank, own.code, f"{text}. {own.text}", "closed")
+    late = silent or sorted(ending.rank for ending in endings if ending not in waited)
+    who = _name(late) if late else "A rank"
+    return Ending(
+        late[0] if late else own.rank,
+        waited[0].code,
+        f"{who} did not arrive where the others waited. {waited[0].text}",
+        "timeout",
+    )
+
+
+def _name(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"Rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"Ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when `condition` holds, or `seconds` have passed."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """`action`'s result; None if it fails, or takes longer: the process that keeps the store may
+    stand still, and no call of a store returns then."""
+    results: list[T] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except RuntimeError:
+            return
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
