@@ -173,7 +173,8 @@ def build_loader(
             "the ranks see different data files or tokenizers; every machine must see the same"
             " training.dataset_path and model.tokenizer_path"
         )
-    saver.check_data(loader.fingerprint, partial(differences, now=loader.data_summary))
+    if not loader.names_data(stored.data_fingerprint):
+        saver.check_data(loader.fingerprint, partial(differences, now=loader.data_summary))
     return loader
 
 

@@ -130,6 +130,8 @@ def data_problems(facts: Facts) -> list[Problem]:
     except (ConfigError, DataError):
         return []
     now = loader.data_facts(mixture)
+    if identity.names_data(state["data_fingerprint"], now):
+        return []
     compare = partial(identity.differences, now=identity.summary_of(now))
     fingerprint = identity.fingerprint_of(now)
     return data_check.data_problems(config.checkpoint, state, fingerprint, compare)

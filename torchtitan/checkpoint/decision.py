@@ -252,9 +252,7 @@ def _continuation_problems(
     return step_problems(checkpoint, folder)
 
 
-def _open_values(
-    facts: Facts, stored: Mapping[str, Any]
-) -> tuple[int, int, int | None, list[str]]:
+def _open_values(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, int | None, list[str]]:
     """Return batch size, lanes and warmup (the stored ones, else what config and mesh say), and
     notices."""
     notices = []
