@@ -7,6 +7,7 @@ pass is all that is asked of a dataset; it must not shuffle, or cut itself up by
 """
 
 import copy
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -100,9 +101,8 @@ class StreamSource(_DatasetSource):
             return []
         fix = "mend its state_dict and load_state_dict, or remove both: a resume then reads again"
         if type(part).__module__.partition(".")[0] == "datasets":
-            fix = (
-                f"install another version than {_version_of('datasets')} of the library `datasets`"
-            )
+            version = importlib.metadata.version("datasets")
+            fix = f"install another version of the library `datasets` than {version}"
         return [Problem("training.dataset", f"a resume would go astray: {flaw}", fix, self.name)]
 
     def shards(self, num_lanes: int) -> list[Shard]:
