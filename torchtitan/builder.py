@@ -174,7 +174,10 @@ def build_loader(
             " training.dataset_path and model.tokenizer_path"
         )
     if not loader.names_data(stored.data_fingerprint):
-        saver.check_data(loader.fingerprint, partial(differences, now=loader.data_summary))
+        compare = partial(differences, now=loader.data_summary, anew=config.data.restart)
+        saver.check_data(loader.fingerprint, compare)
+        if loader.change and world.is_main:
+            logger.warning("%s", loader.change)
     return loader
 
 

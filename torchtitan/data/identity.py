@@ -47,9 +47,13 @@ def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def differences(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, str]:
+def differences(
+    stored: Mapping[str, Any] | None, now: Mapping[str, Any], anew: bool = False
+) -> dict[str, str]:
     """What differs between a stored summary and the one of today: config key -> how. A checkpoint
     of an older version has no summary."""
+    if anew:  # all but the tokenizer may be others where the data begin anew
+        stored = {**now, "tokenizer": (stored or now).get("tokenizer")}
     if not stored:
         text = "the files, the tokenizer or how the data are cut; the checkpoint does not say which"
         return {_KEYS["data"]: text}

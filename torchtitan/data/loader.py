@@ -14,6 +14,7 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.changed import describe_change, restart
 from torchtitan.data.contents import with_digests
 from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer
 from torchtitan.data.identity import fingerprint_of, names_data, summary_of
@@ -102,7 +103,10 @@ class Loader:
         positions: dict[int, AnyPosition],
         document_mask: bool,
         pin_memory: bool,
+        change: str = "",
     ):
+        self.change = change
+        """What it means that the data are not those of the checkpoint; empty if they are."""
         self.data_facts = data_facts(mixture)
         """What a place in the data depends on."""
         self.fingerprint = fingerprint_of(self.data_facts)
@@ -181,11 +185,18 @@ def build_loader(
     for named, settings in zip(named_sources(training, data), mixture.sources):
         logger.info("Reads %s", describe_source(named, settings.source))
     positions = {lane: mixture.start() for lane in plan.lanes}
+    change = ""
     if lane_states is not None:
         states = {int(lane): state for lane, state in lane_states.items()}
-        positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
-        if not names_data(stored_fingerprint, data_facts(mixture)):
-            positions = {lane: place.without_cursor() for lane, place in positions.items()}
+        same = names_data(stored_fingerprint, data_facts(mixture))
+        if not same:
+            change = describe_change(mixture, states.values(), data.restart)
+        if data.restart and not same:
+            positions = dict.fromkeys(plan.lanes, restart(mixture, states.values()))
+        else:
+            positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
+            if not same:
+                positions = {lane: place.without_cursor() for lane, place in positions.items()}
     options = training.dataloader
     num_workers = workers_for(len(plan.lanes), options.num_workers)
     if num_workers < options.num_workers:
@@ -199,7 +210,7 @@ def build_loader(
     dataset = LaneDataset(mixture, dict(positions))
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
     pin_memory = options.pin_memory and torch.cuda.is_available()
-    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory)
+    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory, change)
 
 
 def build_mixture(
