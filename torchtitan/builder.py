@@ -191,7 +191,11 @@ def build_loader(
             "the ranks see different data files or tokenizers; every machine must see the same"
             " training.dataset_path and model.tokenizer_path"
         )
-    saver.check_data(loader.fingerprint, partial(differences, now=loader.data_summary))
+    if not loader.names_data(stored.data_fingerprint):
+        compare = partial(differences, now=loader.data_summary, anew=config.data.restart)
+        saver.check_data(loader.fingerprint, compare)
+        if loader.change and world.is_main:
+            logger.warning("%s", loader.change)
     return loader
 
 

@@ -130,7 +130,9 @@ def data_problems(facts: Facts) -> list[Problem]:
     except (ConfigError, DataError):
         return []
     now = loader.data_facts(mixture)
-    compare = partial(identity.differences, now=identity.summary_of(now))
+    if identity.names_data(state["data_fingerprint"], now):
+        return []
+    compare = partial(identity.differences, now=identity.summary_of(now), anew=config.data.restart)
     fingerprint = identity.fingerprint_of(now)
     return data_check.data_problems(config.checkpoint, state, fingerprint, compare)
 

@@ -41,6 +41,7 @@ def data_problems(
         return []
     fix = (
         "restore it, or train in another --job.dump_folder, or anew with --job.new_run;"
+        " data.restart begins other data anew, with the next epoch;"
         " checkpoint.allow_dataset_change goes on regardless"
     )
     text = "differs from that of the checkpoint, whose place in the data then means nothing"

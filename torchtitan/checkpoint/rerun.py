@@ -52,6 +52,9 @@ MAY_DIFFER: dict[str, str] = {
     "data.on_bad_row": "only rows that are still to come; a run that met a bad row may go on",
     "data.max_bad_rows": "as data.on_bad_row",
     "data.max_document_mib": "as data.on_bad_row",
+    "data.restart": "says where to go on in other data, which are compared by content",
+    "data.add_bos": "a checkpoint knows its tokenizer with what it puts around documents",
+    "data.add_eos": "as data.add_bos",
 }
 """Keys (globs) in which a rerun may differ from the run in the folder, and why."""
 

@@ -63,7 +63,8 @@ class Checkpoint(Section):
     """Resume from `load_step` although later checkpoints exist; those are moved aside."""
 
     allow_dataset_change: bool = False
-    """Resume although the data files or the tokenizer differ from those the run was trained on."""
+    """Resume although the data files or the tokenizer differ from those the run was trained on. A
+    part of the epoch is then read twice, and a part not at all; `data.restart` avoids that."""
 
     allow_low_disk: bool = False
     """Start, with a warning, although the disk has no room for the next checkpoint, in bytes or in

@@ -173,6 +173,10 @@ class Data(Section):
     """Passes over the data after which the run ends, even before `training.steps`. Unset: as many
     as the steps need. Of several `sources` each has its own passes, and this must be unset."""
 
+    restart: bool = False
+    """Where a resume finds other data than the checkpoint's, begin them anew, with the next epoch.
+    With the same data nothing changes."""
+
     max_document_mib: PositiveFloat = 64.0
     """Rows larger than this (MiB of text) are treated as `on_bad_row` says. Text files are read in
     pieces, and may be of any size."""

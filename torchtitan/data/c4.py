@@ -51,11 +51,13 @@ def _split(split: str, training: Training, data: Data) -> "Source":
 
 
 def _from_files(path: str, split: str, data: Data) -> "Source":
-    from torchtitan.data.files import find_files
+    from torchtitan.data.listing import list_files
     from torchtitan.data.sources_json import JsonSource
 
-    _, files = find_files(_layout(path, split, data.subset or SUBSET), "json")
-    return JsonSource(files, data)
+    found = list_files(_layout(path, split, data.subset or SUBSET), "json")
+    source = JsonSource(found.files, data)
+    source.left_out, source.doubles = found.left_out, found.doubles
+    return source
 
 
 def _layout(path: str, split: str, subset: str) -> str:

@@ -55,6 +55,7 @@ class Lane:
         self._settings = settings
         self._index = index
         self._bad_rows = position.bad_rows
+        self._first_epoch = position.first_epoch
         self._stream = self._documents(position)
         self._packer = Packer(self._stream, settings.seq_len)
 
@@ -73,7 +74,7 @@ class Lane:
             if self.position.epoch != self._settings.epochs:
                 # A lane that is entered again has nothing left either.
                 epochs = self._settings.epochs or 0
-                self.position = Position(epoch=epochs, bad_rows=self._bad_rows)
+                self.position = self._start_of(epochs)
             return None
         sample, self.position = item
         return sample
@@ -82,10 +83,10 @@ class Lane:
         settings = self._settings
         epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:
-            found = epoch == start.epoch and start != Position(epoch, bad_rows=start.bad_rows)
+            found = epoch == start.epoch and start != self._start_of(epoch)
             unfinished: Position | None = None
             for position, shard, row in self._rows(epoch, start):
-                here = position._replace(bad_rows=self._bad_rows)
+                here = position._replace(bad_rows=self._bad_rows, first_epoch=self._first_epoch)
                 tokens = self._tokens(shard, row, epoch)
                 if tokens is None or not len(tokens):
                     continue
@@ -132,6 +133,9 @@ class Lane:
                     position = Position(epoch, number, block, place, token, cursor=cursor)
                     yield position, shard, rows[order[place]]
 
+    def _start_of(self, epoch: int) -> Position:
+        return Position(epoch=epoch, bad_rows=self._bad_rows, first_epoch=self._first_epoch)
+
     def _order(self, length: int, *key: int) -> np.ndarray:
         if not self._settings.shuffle:
             return np.arange(length)
@@ -149,7 +153,9 @@ class Lane:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
             raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
-        if epoch > 0:  # counted and told before: a few rows must not end a run by coming again
+        if (
+            epoch > self._first_epoch
+        ):  # counted and told before: a few rows must not end a run by coming again
             return None
         self._bad_rows += 1
         logger.warning("Left out a row: %s", message)

@@ -14,13 +14,16 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.changed import describe_change, restart
+from torchtitan.data.contents import with_digests
 from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer
-from torchtitan.data.identity import fingerprint_of, summary_of
+from torchtitan.data.identity import fingerprint_of, names_data, summary_of
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, Mixture
-from torchtitan.data.named_sources import NamedSource, require_sources
+from torchtitan.data.named_sources import NamedSource, named_sources, require_sources
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
+from torchtitan.data.reading import describe_source
 from torchtitan.data.registry import build_source
 from torchtitan.data.sources import Source
 from torchtitan.data.token_source import TokenSource, tokenizer_problem
@@ -100,11 +103,15 @@ class Loader:
         positions: dict[int, AnyPosition],
         document_mask: bool,
         pin_memory: bool,
+        change: str = "",
     ):
-        facts = data_facts(mixture)
-        self.fingerprint = fingerprint_of(facts)
+        self.change = change
+        """What it means that the data are not those of the checkpoint; empty if they are."""
+        self.data_facts = data_facts(mixture)
+        """What a place in the data depends on."""
+        self.fingerprint = fingerprint_of(self.data_facts)
         """Names the data and how they are cut: a resume with another one would go astray."""
-        self.data_summary = summary_of(facts)
+        self.data_summary = summary_of(self.data_facts)
         """What the fingerprint is of, in short (JSON)."""
         self._mixture = mixture
         self._settings = mixture.sources[0]
@@ -143,6 +150,10 @@ class Loader:
         source_tokens = self._mixture.source_tokens(self._positions[plan.lanes[0]])
         return StepData(batches, states, ended, bad_rows, source_tokens)
 
+    def names_data(self, stored: str | None) -> bool:
+        """Tell whether a stored fingerprint is that of this loader's data; None is of any."""
+        return names_data(stored, self.data_facts)
+
     def close(self) -> None:
         """End the reading processes."""
         self._stream.close()
@@ -169,13 +180,23 @@ def build_loader(
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
+    logger.info("%s", document_tokenizer(tokenizer, data).describe())
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
+    for named, settings in zip(named_sources(training, data), mixture.sources):
+        logger.info("Reads %s", describe_source(named, settings.source))
     positions = {lane: mixture.start() for lane in plan.lanes}
+    change = ""
     if lane_states is not None:
         states = {int(lane): state for lane, state in lane_states.items()}
-        positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
-        if stored_fingerprint not in (None, fingerprint_of(data_facts(mixture))):
-            positions = {lane: place.without_cursor() for lane, place in positions.items()}
+        same = names_data(stored_fingerprint, data_facts(mixture))
+        if not same:
+            change = describe_change(mixture, states.values(), data.restart)
+        if data.restart and not same:
+            positions = dict.fromkeys(plan.lanes, restart(mixture, states.values()))
+        else:
+            positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
+            if not same:
+                positions = {lane: place.without_cursor() for lane, place in positions.items()}
     options = training.dataloader
     num_workers = workers_for(len(plan.lanes), options.num_workers)
     if num_workers < options.num_workers:
@@ -189,7 +210,7 @@ def build_loader(
     dataset = LaneDataset(mixture, dict(positions))
     stream = SampleStream(dataset, num_workers, options.prefetch_factor)
     pin_memory = options.pin_memory and torch.cuda.is_available()
-    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory)
+    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory, change)
 
 
 def build_mixture(
@@ -248,14 +269,14 @@ def _position(mixture: Mixture, lane: int, states: dict[int, dict[str, Any]]) ->
 
 
 def data_facts(mixture: Mixture) -> dict[str, Any]:
-    """Everything that a place in the data depends on, as JSON."""
+    """Everything that a place in the data depends on, as JSON. Raises DataError."""
     settings = mixture.sources[0]
     tokenizer = settings.tokenizer
     # The ends of documents that are tokens already are in the tokens.
     are_tokens = all(isinstance(of.source, TokenSource) for of in mixture.sources)
     return {
         "format": _FORMAT,
-        "data": mixture.description(),
+        "data": mixture.description(with_digests),
         "tokenizer": (tokenizer.tokenizer if are_tokens else tokenizer).fingerprint,
         "num_lanes": settings.num_lanes,
         "seq_len": settings.seq_len,

@@ -17,7 +17,7 @@ Nothing here knows of ranks: how a round is dealt follows from the tokens dealt 
 lane keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -28,6 +28,7 @@ import numpy as np
 
 from torchtitan.data.lanes import Lane, LaneSettings
 from torchtitan.data.packing import Position, Sample
+from torchtitan.data.sources import Source
 
 EXACTNESS = 1000
 """The share of a source is off by at most one in so many of the tokens, from so many tokens on."""
@@ -148,12 +149,12 @@ class Mixture:
             return Lane(self.sources[0], index, position)
         return MixedLane(self, index, position)
 
-    def description(self) -> Any:
-        """What identifies the data (JSON)."""
+    def description(self, describe: Callable[[Source], Any]) -> Any:
+        """What identifies the data (JSON), with what `describe` says of each source."""
         if len(self.sources) == 1:
-            return self.sources[0].source.description
+            return describe(self.sources[0].source)
         return [
-            {"weight": weight, "data": settings.source.description}
+            {"weight": weight, "data": describe(settings.source)}
             for weight, settings in zip(self.weights, self.sources)
         ]
 

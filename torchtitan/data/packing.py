@@ -32,10 +32,15 @@ class Position(NamedTuple):
     """Rows left out before this place."""
     cursor: str = ""
     """From which the source goes on at the beginning of the block, if it can seek."""
+    first_epoch: int = 0
+    """Epoch with which the data were begun; above 0 after `data.restart`."""
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
-        return self._asdict()
+        state = self._asdict()
+        if not self.first_epoch:
+            del state["first_epoch"]  # an older release can read it
+        return state
 
     def without_cursor(self) -> "Position":
         """The same place, to be found by going through the rows."""

@@ -195,8 +195,9 @@ def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
 
 def relative_names(files: Sequence[DataFile]) -> list[str]:
     """The files' paths below their common folder: the same after the data have moved."""
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
-    return [os.path.relpath(os.path.abspath(file.path), folder) for file in files]
+    paths = [os.path.abspath(file.path) for file in files]
+    folder = os.path.commonpath({os.path.dirname(path) for path in paths})
+    return [path[len(folder) :].lstrip("/") for path in paths]
 
 
 def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> Problem:

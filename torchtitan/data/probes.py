@@ -12,6 +12,7 @@ from torchtitan.config.errors import ConfigError, DataError, Problem
 from torchtitan.config.facts import Facts
 from torchtitan.config.training_sections import Data
 from torchtitan.data.decode import DAMAGED_FILE
+from torchtitan.data.doubles import doubled_files
 from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.registry import build_source
 
@@ -43,6 +44,7 @@ def probe_sources(
 ) -> list[Problem]:
     """Problems of the files of `sources`. `files` are those that were seen before."""
     problems: list[Problem] = []
+    sources = list(sources)
     for named in sources:
         data = named.data if facts.full else _lightly(named.data)
         config = facts.config.model_copy(update={"training": named.training, "data": data})
@@ -51,7 +53,9 @@ def probe_sources(
         try:
             source = build_source(named.training, data)
             found += _probe_source(own, source)
-            found += _probe_shared_files(named, source, files)
+            if files or len(sources) > 1:  # else there is none to share a file with
+                found += _probe_shared_files(named, source, files)
+            found += doubled_files(source)
         except ConfigError as error:
             found += error.problems
         except DataError as error:

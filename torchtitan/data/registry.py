@@ -112,7 +112,7 @@ def unknown_dataset(name: str) -> Problem:
 
 
 def _from_files(training: Training, data: Data) -> "Source":
-    from torchtitan.data.files import find_files
+    from torchtitan.data.listing import list_files
     from torchtitan.data.sources_json import JsonSource
     from torchtitan.data.sources_parquet import ParquetSource
     from torchtitan.data.sources_text import TextSource
@@ -127,12 +127,16 @@ def _from_files(training: Training, data: Data) -> "Source":
         raise ConfigError(Problem("training.dataset_path", problem, fix, training.dataset_path))
     wanted = training.dataset
     assert wanted in ("auto", "json", "text", "parquet")
-    kind, files = find_files(training.dataset_path, wanted)  # type: ignore[arg-type]
-    if kind == "text":
-        return TextSource(files, data)
-    if kind == "parquet":
-        return ParquetSource(files, data.max_document_bytes, data.text_column)
-    return JsonSource(files, data)
+    found = list_files(training.dataset_path, wanted)  # type: ignore[arg-type]
+    source: TextSource | ParquetSource | JsonSource
+    if found.kind == "text":
+        source = TextSource(found.files, data)
+    elif found.kind == "parquet":
+        source = ParquetSource(found.files, data.max_document_bytes, data.text_column)
+    else:
+        source = JsonSource(found.files, data)
+    source.left_out, source.doubles = found.left_out, found.doubles
+    return source
 
 
 def _from_hub(training: Training, data: Data) -> "Source":

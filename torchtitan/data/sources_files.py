@@ -2,7 +2,7 @@
 
 import codecs
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -10,6 +10,7 @@ from torchtitan.config import DataError
 from torchtitan.config.training_sections import Data
 from torchtitan.data.decode import corruption, encoding_of, transcoded
 from torchtitan.data.files import DataFile
+from torchtitan.data.listing import LeftOut
 from torchtitan.data.pieces import Shard, relative_names
 from torchtitan.data.sources import Row
 
@@ -18,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 class FileSource:
     """Files that are read as UTF-8, whatever their compression and encoding."""
+
+    left_out: Mapping[str, LeftOut] = {}
+    """Files that were found and are not read, by reason."""
+    doubles: Sequence[tuple[str, str]] = ()
+    """Files that seem to hold the same."""
 
     def __init__(self, files: Sequence[DataFile], data: Data):
         self.files = list(files)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
+from torchtitan.data.files import DataFile
 from torchtitan.data.hub_access import offline_if_unreachable
 from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource, in_short
@@ -48,15 +49,20 @@ def hub_source(path: str, training: Training, data: Data, split: str, subset: st
     description: dict[str, Any] = {"subset": subset, "split": split}
     if is_local and _is_saved(path):
         dataset = _load_saved(wanted)
-        description["files"] = _sizes(path, [item["filename"] for item in dataset.cache_files])
+        names = [item["filename"] for item in dataset.cache_files]
     else:
-        dataset, commit, files = _load(wanted, is_local)
-        description |= {"files": _sizes(path, files)} if is_local else {"commit": commit}
+        dataset, commit, names = _load(wanted, is_local)
+        description |= {} if is_local else {"commit": commit}
+    files = _local_files(names) if is_local else []
+    if is_local:
+        description["files"] = _sizes(path, files)
     dataset = _select(dataset, data.text_column)
     # A folder may move; an id of the hub may not.
     name = os.path.basename(os.path.normpath(path)) if is_local else path
     kind = MapSource if hasattr(dataset, "__len__") else StreamSource
-    return kind(dataset, name, data.text_column, data.max_document_bytes, **description)
+    source = kind(dataset, name, data.text_column, data.max_document_bytes, **description)
+    source.files = files
+    return source
 
 
 def _is_saved(folder: str) -> bool:
@@ -85,12 +91,15 @@ def _load_saved(wanted: _Wanted) -> Any:
     return dataset[wanted.split]
 
 
-def _sizes(folder: str, files: list[str]) -> list[list[Any]]:
+def _local_files(names: list[str]) -> list[DataFile]:
+    return [DataFile(name, os.path.getsize(name)) for name in sorted(names) if os.path.isfile(name)]
+
+
+def _sizes(folder: str, files: list[DataFile]) -> list[list[Any]]:
     """What tells files from others: their names in the folder, which may move, and bytes."""
     return [
-        [os.path.relpath(os.path.abspath(file), os.path.abspath(folder)), os.path.getsize(file)]
-        for file in sorted(files)
-        if os.path.isfile(file)
+        [os.path.relpath(os.path.abspath(file.path), os.path.abspath(folder)), file.size]
+        for file in files
     ]
 
 

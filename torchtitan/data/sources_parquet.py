@@ -5,13 +5,14 @@ before the start has to read every footer. Only the column of the text is read.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from torchtitan.config import DataError, Problem
 from torchtitan.data.files import KEY, DataFile
+from torchtitan.data.listing import LeftOut
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, relative_names, whole_files
 from torchtitan.data.sources import BadRow, Row, read_document
 
@@ -22,6 +23,11 @@ _BATCH_ROWS = 128
 
 class ParquetSource:
     """Columns of text, or of lists of integers, which are tokens."""
+
+    left_out: Mapping[str, LeftOut] = {}
+    """Files that were found and are not read, by reason."""
+    doubles: Sequence[tuple[str, str]] = ()
+    """Files that seem to hold the same."""
 
     def __init__(self, files: Sequence[DataFile], max_document_bytes: int, column: str):
         self.files = list(files)

@@ -7,13 +7,16 @@ pass is all that is asked of a dataset; it must not shuffle, or cut itself up by
 """
 
 import copy
+import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.data.files import DataFile
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, Source, read_document
 
@@ -25,6 +28,8 @@ class _DatasetSource:
     """What both kinds hold; `description` is what else a resume must find unchanged."""
 
     kind: str
+    files: Sequence[DataFile] = ()
+    """Those on this machine, where they are known."""
 
     def __init__(
         self, dataset: Any, name: str, column: str, max_document_bytes: int, **description: Any
@@ -86,6 +91,20 @@ class StreamSource(_DatasetSource):
         self._parted = dataset
         """The dataset, cut up further where that was needed and can be done."""
 
+    def problems(self) -> list[Problem]:
+        """Try out on three rows that a second resume goes on where it was stopped, too."""
+        part = self._part(0)
+        if not _can_seek(part):
+            return []
+        flaw = _resume_flaw(lambda: self._part(0), self.name)
+        if not flaw:
+            return []
+        fix = "mend its state_dict and load_state_dict, or remove both: a resume then reads again"
+        if type(part).__module__.partition(".")[0] == "datasets":
+            version = importlib.metadata.version("datasets")
+            fix = f"install another version of the library `datasets` than {version}"
+        return [Problem("training.dataset", f"a resume would go astray: {flaw}", fix, self.name)]
+
     def shards(self, num_lanes: int) -> list[Shard]:
         self._parted = self.dataset
         if self._num_parts() < num_lanes and hasattr(self.dataset, "reshard"):
@@ -120,7 +139,7 @@ class _StreamRows(Iterator[Row]):
         self._dataset = dataset
         self._name = name
         self._shard = shard
-        self._can_seek = _has_state(dataset) and not _has_buffer(dataset)
+        self._can_seek = _can_seek(dataset)
         self._num_read = 0
         """Rows of the part that were read, whether of this shard or not."""
         if cursor:
@@ -163,6 +182,30 @@ class _StreamRows(Iterator[Row]):
             raise DataError(f"{message}: {in_short(error)}") from error
 
 
+def _resume_flaw(again: Callable[[], Any], name: str) -> str:
+    """What is wrong with the state of a dataset, of which `again` gives unread copies; empty for
+    nothing. Raises DataError for one that cannot be read."""
+
+    def read(stream: _StreamRows, count: int) -> list[str]:
+        return [str(row.content) for row in islice(stream, count)]
+
+    whole = _StreamRows(again(), name, Shard(0), "")
+    read(whole, 1)
+    first = whole.cursor()
+    expected = read(whole, 2)
+    if len(expected) < 2:
+        return ""
+    resumed = _StreamRows(again(), name, Shard(0), first)
+    if read(resumed, 1) != expected[:1]:
+        return "after load_state_dict it does not go on with the next row"
+    second = resumed.cursor()
+    if json.loads(second)["state"] == json.loads(first)["state"]:
+        return "after load_state_dict its state_dict stays the same while rows are read"
+    if read(_StreamRows(again(), name, Shard(0), second), 1) != expected[1:]:
+        return "the state_dict taken after a load_state_dict does not lead to the next row"
+    return ""
+
+
 def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> Source:
     """What the factory of a registered dataset has made, as a source. Raises ConfigError."""
     if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
@@ -189,6 +232,10 @@ def _has_parts(dataset: Any) -> bool:
 
 def _has_state(dataset: Any) -> bool:
     return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+
+
+def _can_seek(dataset: Any) -> bool:
+    return _has_state(dataset) and not _has_buffer(dataset)
 
 
 def _has_buffer(dataset: Any) -> bool:

@@ -22,6 +22,7 @@ from torchtitan.data.loader import StepData, build_named
 from torchtitan.data.mixture import Mixture
 from torchtitan.data.named_sources import NamedSource
 from torchtitan.data.packing import Sample, make_batch
+from torchtitan.data.reading import describe_source
 from torchtitan.data.sources import Source
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
@@ -150,6 +151,7 @@ def build_reader(
     idle = max(0, dp_degree - num_lanes)
     waiting = f"; {idle} data-parallel ranks have no share: raise validation.lanes" if idle else ""
     logger.info("Validation set %s in %d lanes%s", named.name, num_lanes, waiting)
+    logger.info("Reads %s", describe_source(named, source))
     return SetReader(
         settings,
         named.name,

@@ -98,6 +98,10 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     warnings = preflight.require(facts, quiet=quiet)
     absent = list(dict.fromkeys(problem.key for problem in warnings if problem.missing_asset))
     if not quiet:
+        from torchtitan.data.reading import describe_data
+
+        for line in describe_data(facts):
+            print(line, file=sys.stderr)
         verdict = (
             f"not checked, as it is not here: {', '.join(absent)}; else ok" if absent else "ok"
         )

@@ -10,8 +10,8 @@ from data_runs import Run, make_config
 from test_bad_data import facts_for
 
 from torchtitan.data.checks import probe
-from torchtitan.data.files import find_files
 from torchtitan.data.lanes import _blocks
+from torchtitan.data.listing import find_files
 from torchtitan.data.pieces import cut_text
 from torchtitan.data.registry import build_source
 

@@ -1,0 +1,325 @@
+"""Finding the files of a dataset, and keeping account of those that are left out.
+
+Folders are listed with one system call for each file, as one may hold hundreds of thousands on a
+file system of the network.
+"""
+
+import errno
+import glob
+import os
+import stat
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import ConfigError, Problem
+from torchtitan.data.files import COMPRESSIONS, KEY, SUFFIXES, DataFile, Kind, suffix_kind
+from torchtitan.utils.environment import is_quiet_rank
+
+_TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
+_POINTER = b"version https://git-lfs"
+"""How the file begins that stands for one which Git LFS has not fetched yet."""
+_UNREADABLE = (".lz4", ".br", ".7z", ".zip", ".rar", ".lz", ".lzma", ".lzo", ".sz", ".z", ".tar")
+"""Suffixes of what could hold a data file that is not read."""
+HIDDEN = 'whose name, or folder, begins with "." or "_"'
+OTHER_KIND = "of another kind"
+EMPTY = "empty"
+IRREGULAR = "not regular"
+LINKED = "in folders that are links"
+_MOST_COUNTED = 100_000
+"""Files below a folder that is left out; more are not counted."""
+_SILENT_SECONDS = 3.0
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@dataclass
+class LeftOut:
+    """Files that are not read for one reason."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    """A few names, or suffixes."""
+
+    def add(self, example: str, count: int = 1) -> None:
+        self.count += count
+        if count and example not in self.examples and len(self.examples) < 3:
+            self.examples.append(example)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that a path, folder or glob stands for."""
+
+    kind: Kind
+    files: list[DataFile]
+    left_out: Mapping[str, LeftOut]
+    """By reason."""
+    doubles: list[tuple[str, str]]
+    """Pairs that seem to hold the same, by their names or as hard links."""
+
+
+def find_files(path: str, kind: Kind | Literal["auto"]) -> tuple[Kind, list[DataFile]]:
+    """The kind and the files of `list_files`."""
+    listing = list_files(path, kind)
+    return listing.kind, listing.files
+
+
+def list_files(path: str, kind: Kind | Literal["auto"]) -> Listing:
+    """List what a path, folder or glob stands for, sorted, and tell its kind.
+
+    Empty files are left out. Raises ConfigError: nothing there, nothing but empty files, one file
+    under two names, or (with "auto") suffixes that do not tell the kind.
+    """
+    left_out: dict[str, LeftOut] = defaultdict(LeftOut)
+    found = _found(path, kind, left_out)
+    _refuse_twice(path, found)
+    if kind == "auto":
+        kind = _kind_of(path, list(found))
+    files = []
+    for name, status in found.items():
+        if not os.access(name, os.R_OK):
+            raise _error(path, f"no permission to read {name}", "change the file's permissions")
+        if not status.st_size:
+            left_out[EMPTY].add(os.path.basename(name))
+            continue
+        files.append(DataFile(name, status.st_size))
+        if _is_pointer(files[-1]):
+            problem = f"{name} only stands for a file that Git LFS has not fetched"
+            raise _error(path, problem, "run `git lfs pull` in the folder of the data")
+    if not files:
+        raise _error(path, f"all {len(found)} files are empty", "give files with content")
+    return Listing(kind, files, dict(left_out), [*_by_name(files), *_hard_links(found)])
+
+
+def describe_left_out(left_out: Mapping[str, LeftOut]) -> str:
+    """What is left out and why, as a part of a sentence; empty for nothing."""
+    parts = []
+    for reason, these in sorted(left_out.items()):
+        if not these.count:
+            continue
+        some = ", ".join(these.examples)
+        more = "+" if these.count >= _MOST_COUNTED else ""
+        parts.append(f"{these.count:,}{more} {reason} ({some})")
+    return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.stat_result]:
+    """The regular files by name, sorted."""
+    expanded = os.path.expanduser(path)
+    try:
+        status = os.stat(expanded)
+    except OSError as error:
+        return _globbed(path, expanded, left_out, error)
+    if stat.S_ISREG(status.st_mode):
+        return {expanded: status}
+    if not stat.S_ISDIR(status.st_mode):
+        problem = f"{os.path.abspath(expanded)} is {_special(status)}, not a file or folder"
+        raise _error(path, problem, "write the data to a file, and name that")
+    found = dict(sorted(_walk(path, expanded, kind, left_out)))
+    if not found:
+        suffixes = [name for name, of in SUFFIXES.items() if kind in ("auto", of)]
+        wanted = "files" if kind == "text" else f"{', '.join(suffixes)} files"
+        told = describe_left_out(left_out)
+        problem = f"the folder holds no {wanted}{f'; {told}' if told else ''}"
+        raise _error(path, problem, "name the files by a glob")
+    return found
+
+
+def _globbed(
+    path: str, expanded: str, left_out: dict[str, LeftOut], error: OSError
+) -> dict[str, os.stat_result]:
+    found = {}
+    for name in sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else ():
+        status = _status(path, name)
+        if stat.S_ISREG(status.st_mode):
+            found[name] = status
+        elif not stat.S_ISDIR(status.st_mode):
+            left_out[IRREGULAR].add(f"{os.path.basename(name)} is {_special(status)}")
+    if found:
+        return found
+    if "://" in path:
+        fix = 'mount that storage or copy the files; a dataset of the hub is named "hf:owner/name"'
+        raise _error(path, "is a URI, and files are read from file systems only", fix)
+    where = os.path.abspath(expanded)
+    if glob.has_magic(expanded):
+        raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(expanded):
+        raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
+    raise _error(path, _reason(where, error), "correct the path, or what it leads to")
+
+
+def _walk(
+    path: str, folder: str, kind: str, left_out: dict[str, LeftOut]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """The regular files below a folder that fit, but for what programs keep there for themselves,
+    as in `.git` and `.cache`."""
+    folders = [folder]
+    progress = _Progress(folder)
+    while folders:
+        for entry in _scan(path, folders.pop()):
+            if _is_folder(entry):
+                if entry.name.startswith((".", "_")):
+                    left_out[HIDDEN].add(f"{entry.name}/", _count(entry.path))
+                elif entry.is_symlink():
+                    left_out[LINKED].add(f"{entry.name}/", _count(entry.path))
+                else:
+                    folders.append(entry.path)
+                continue
+            progress.step()
+            if entry.name.startswith((".", "_")):
+                left_out[HIDDEN].add(entry.name)
+            elif not _fits(entry.name, kind):
+                _refuse_unread(path, entry, kind)
+                left_out[OTHER_KIND].add(os.path.splitext(entry.name)[1] or entry.name)
+            else:
+                status = _status(path, entry.path)
+                if stat.S_ISREG(status.st_mode):
+                    yield entry.path, status
+                else:
+                    left_out[IRREGULAR].add(f"{entry.name} is {_special(status)}")
+
+
+def _scan(path: str, folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _error(path, _reason(folder, error), "change its permissions") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, told where its file is asked for
+        return False
+
+
+def _count(folder: str) -> int:
+    """Files below a folder, up to a limit."""
+    count = 0
+    for _, _, names in os.walk(folder):
+        count += len(names)
+        if count >= _MOST_COUNTED:
+            return _MOST_COUNTED
+    return count
+
+
+def _status(path: str, name: str) -> os.stat_result:
+    try:
+        return os.stat(name)
+    except OSError as error:
+        raise _error(path, _reason(name, error), "mend or remove it") from None
+
+
+def _reason(name: str, error: OSError) -> str:
+    """Why `name` cannot be found or read."""
+    if error.errno == errno.ELOOP:
+        return f"{name} is a link in a loop of links"
+    if error.errno == errno.ENOENT and os.path.islink(name):
+        return f"{name} is a link to {os.readlink(name)}, which does not exist"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission to read {name}"
+    return f"{name} cannot be read: {error.strerror}"
+
+
+def _special(status: os.stat_result) -> str:
+    return _SPECIAL.get(stat.S_IFMT(status.st_mode), "something else")
+
+
+class _Progress:
+    """Says on the first rank how far a long listing is."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._count = 0
+        self._next = time.monotonic() + _SILENT_SECONDS
+
+    def step(self) -> None:
+        self._count += 1
+        if self._count % 1024 or time.monotonic() < self._next:
+            return
+        self._next += _SILENT_SECONDS
+        if not is_quiet_rank():
+            text = f"notice: listing {self._folder}: {self._count:,} files so far"
+            print(text, file=sys.stderr, flush=True)
+
+
+def _fits(name: str, kind: str) -> bool:
+    found = suffix_kind(name)
+    return kind == "text" or (found is not None if kind == "auto" else found == kind)
+
+
+def _refuse_unread(path: str, entry: os.DirEntry[str], kind: str) -> None:
+    """A file of the wanted kind that is packed in a way that is not read must not go missing."""
+    stem, suffix = os.path.splitext(entry.name.lower())
+    inner = SUFFIXES.get(os.path.splitext(stem)[1])
+    if suffix in _UNREADABLE and inner is not None and kind in ("auto", inner):
+        known = ", ".join(COMPRESSIONS)
+        fix = f"compress it as one of {known}, unpack it, or name the other files by a glob"
+        raise _error(path, f"{entry.path} is packed as {suffix}, which is not read", fix)
+
+
+def _is_pointer(file: DataFile) -> bool:
+    if not 0 < file.size < 512 or (file.compression is None and suffix_kind(file.path) == "text"):
+        return False
+    with open(file.path, "rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
+
+
+def _refuse_twice(path: str, found: Mapping[str, os.stat_result]) -> None:
+    for first, second in _same_inodes(found):
+        if os.path.realpath(first) == os.path.realpath(second):
+            raise _error(
+                path,
+                f"{first} and {second} are the same file, which would be read twice",
+                "leave out one of them",
+            )
+
+
+def _hard_links(found: Mapping[str, os.stat_result]) -> Iterable[tuple[str, str]]:
+    return [pair for pair in _same_inodes(found) if found[pair[0]].st_size]
+
+
+def _same_inodes(found: Mapping[str, os.stat_result]) -> Iterator[tuple[str, str]]:
+    seen: dict[tuple[int, int], str] = {}
+    for name, status in found.items():
+        # Some file systems of the network number nothing.
+        first = seen.setdefault((status.st_dev, status.st_ino), name) if status.st_ino else name
+        if first != name:
+            yield first, name
+
+
+def _by_name(files: Iterable[DataFile]) -> Iterator[tuple[str, str]]:
+    """Files that have the same name but for the suffix of a compression."""
+    seen: dict[str, str] = {}
+    for file in files:
+        stem, suffix = os.path.splitext(file.path)
+        first = seen.setdefault(stem if suffix.lower() in COMPRESSIONS else file.path, file.path)
+        if first != file.path:
+            yield first, file.path
+
+
+def _kind_of(path: str, paths: list[str]) -> Kind:
+    kinds = {suffix_kind(file) for file in paths}
+    if len(kinds) == 1 and None not in kinds:
+        return next(kind for kind in kinds if kind is not None)
+    unclear = next((file for file in paths if suffix_kind(file) is None), None)
+    problem = (
+        f"the suffix of {unclear} does not say what it holds"
+        if unclear is not None
+        else f"holds both {' and '.join(sorted(_TITLES[kind] for kind in kinds if kind))} files"
+    )
+    fix = 'set training.dataset to "json", "text" or "parquet", or narrow the path'
+    raise _error(path, problem, fix)
+
+
+def _error(path: str, problem: str, fix: str, missing_asset: bool = False) -> ConfigError:
+    return ConfigError(Problem(KEY, problem, fix, value=path, missing_asset=missing_asset))
