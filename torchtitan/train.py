@@ -193,6 +193,21 @@ def write_seed(facts: Facts, world: World, folder: RunFolder) -> None:
     saver.save_seed(model.parts)
 
 
+def _set_up(config: JobConfig, environment: ProcessEnvironment) -> Facts:
+    """Prepare this process, then check what the checks before torch could not. Raises
+    ConfigError."""
+    init_logging(environment.rank)
+    set_up_process(config.debug.threads, environment, config.debug.seed)
+    if config.debug.deterministic:
+        use_deterministic_algorithms(config.debug.deterministic_warn_only)
+    # "cuda" without a GPU is for the check of the hardware to tell.
+    kind = "cuda" if config.job.device == "cuda" else device_type(config.job.device)
+    facts = Facts(config, environment.world_size, kind)
+    phases = [preflight.HARDWARE] + [preflight.MODEL] * (environment.rank == 0)
+    preflight.require(with_stored_batch(facts), phases)
+    return facts
+
+
 def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int:
     """Train as one process of the run that the launcher's variables describe; the exit status.
 
@@ -202,16 +217,7 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         adopt_place()
         environment = read_environment()
     is_main = environment.rank == 0
-    init_logging(environment.rank)
-    set_up_process(config.debug.threads, environment, config.debug.seed)
-    if config.debug.deterministic:
-        use_deterministic_algorithms(config.debug.deterministic_warn_only)
-    # "cuda" without a GPU is for the check of the hardware to tell.
-    kind = "cuda" if config.job.device == "cuda" else device_type(config.job.device)
-    facts = Facts(config, environment.world_size, kind)
-    # What needs no torch was checked before this module was imported.
-    phases = [preflight.HARDWARE] + [preflight.MODEL] * is_main
-    preflight.require(with_stored_batch(facts), phases)
+    facts = _set_up(config, environment)
 
     def check(resolved: JobConfig) -> None:
         """Batch size and lanes may be those stored with the run, and the mesh be new to them."""
