@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 from test_metrics import Clock, build, records, scalars, train
+
+from torchtitan.components.sinks import JsonLinesSink
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "", "\n", '{"step": null}\n'])
