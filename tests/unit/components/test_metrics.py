@@ -123,8 +123,7 @@ def test_mfu_against_a_peak_that_is_set(tmp_path: Path, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO)
     clock = Clock()
     train(build(tmp_path, clock, peak_tflops=0.5), clock, 1, 3)
-    assert records(tmp_path)[-1]["mfu"] == pytest.approx(6e9 * 25 / 0.5e12)
-    assert "No MFU" not in caplog.text
+    assert records(tmp_path)[-1]["mfu"] == pytest.approx(0.3) and "No MFU" not in caplog.text
     build(tmp_path / "unset")  # on a device that nobody knows
     assert "No MFU: the peak of this device (cpu) is not known. Set metrics" in caplog.text
 
