@@ -293,6 +293,16 @@ def test_slurm_starts_one_torchrun_a_node(clone: Path, programs: Path):
     assert "requeue" not in (clone / "scontrol.log").read_text()
 
 
+def test_slurm_that_counts_no_gpus(clone: Path, programs: Path):
+    """As where GPUs are no resource of Slurm's: those that torch sees are taken, not one."""
+    slurm(programs, clone, "exit 0; fi; if [[ $2 == *device_count* ]]; then echo 4; exit;")
+    script = str(clone / "multinode_trainer.slurm")
+    environment = SLURM | {"SLURM_GPUS_ON_NODE": "", "SLURM_SUBMIT_DIR": str(clone)}
+    result = run(clone, programs, script, **environment)
+    assert result.returncode == 0, result.stderr
+    assert (clone / "arguments").read_text().split()[4:6] == ["--nproc_per_node", "4"]
+
+
 def test_slurm_starts_nothing_with_a_bad_config(clone: Path, programs: Path):
     slurm(programs, clone, "exit 0;")
     script = str(clone / "multinode_trainer.slurm")

@@ -36,7 +36,6 @@ SYNTAX = [
     Bad("folder", ["is a folder"], arguments=["/"]),
     Bad("large", ["is larger than 1 MB"], "#" + "x" * 1_000_001),
     Bad("syntax", [":2:9", "not valid TOML", "steps = x"], "[training]\nsteps = x\n"),
-    Bad("bom", [":1:1", "byte order mark"], b"\xef\xbb\xbf[training]\n"),
     Bad("not-utf-8", [":2:2", "is not UTF-8: byte 0xff"], b"[training]\n#\xff\n"),
     Bad("nul", [":2:2", "NUL byte"], b"[training]\n#\0\n"),
     Bad("digits", ["a number that is too long"], "[training]\nsteps = " + "9" * 5_000),

@@ -1,5 +1,6 @@
 """Reading a TOML file, with errors that say where."""
 
+import codecs
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,7 @@ def _read_text(path: Path, key: str) -> str:
     if len(data) > MAX_BYTES:
         fix = "this is hardly a config: name another file"
         raise ConfigError(Problem(key, "is larger than 1 MB", fix))
-    if data.startswith(b"\xef\xbb\xbf"):
-        fix = "save it as UTF-8 without BOM"
-        raise ConfigError(Problem(f"{key}:1:1", "starts with a byte order mark", fix))
+    data = data.removeprefix(codecs.BOM_UTF8)  # which some editors write
     if b"\0" in data:
         place = f"{key}:{_line_column(data, data.index(0))}"
         fix = "save it as UTF-8 text (a UTF-16 file looks like this)"

@@ -175,6 +175,15 @@ def test_a_config_that_is_not_there(written: str, fix: str, tmp_path: Path, monk
     assert f"{tmp_path / written}: does not exist. Fix: {fix}" in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 3\r\n")
+    assert load_config([str(path)]).config.training.steps == 3
+    path.write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = x\r\n")
+    with pytest.raises(ConfigError, match=r"run\.toml:2:9"):
+        load_config([str(path)])
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path):
     path = tmp_path / "run.toml"
