@@ -80,7 +80,7 @@ def masks_of(world: World, case: Case) -> dict[str, list[Tensor]]:
     """What each place drops in a step's forwards, and again where it is computed again."""
     assert random_model.P
     config = case.config()
-    dims = ParallelDims(tp=case.tp, cp=case.cp, dp_shard=case.dp)
+    dims = ParallelDims(dp_shard=case.dp, cp=case.cp, tp=case.tp)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     masks: dict[str, list[Tensor]] = {}
@@ -127,6 +127,15 @@ def test_recomputation_on_ranks_that_share_sequences(
     for result in results[1:]:
         assert result.losses == pytest.approx(results[0].losses, rel=TOLERANCE)
         assert result.norms == pytest.approx(results[0].norms, rel=TOLERANCE)
+
+
+def test_data_ranks_of_tensor_ranks_differ(gloo_pool: GlooPool) -> None:
+    """Two groups of two: within a group as above, between groups nothing is alike."""
+    case = case_of({}, world_size=4, tp=2, shard=2, microbatches=2)
+    for name in ("input", "channels"):
+        first, second, third, fourth = (of[name][0] for of in gloo_pool.run(4, masks_of, case))
+        assert first.equal(second) == third.equal(fourth) == (name == "input")
+        assert not any(first.equal(other) or second.equal(other) for other in (third, fourth))
 
 
 def test_streams_differ_in_every_coordinate() -> None:
