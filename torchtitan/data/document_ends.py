@@ -99,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} is not readable: {error}") from None
     if not isinstance(content, dict):

@@ -112,6 +112,8 @@ def test_special_tokens_map(tmp_path):
     assert ends_of(tmp_path) == (BOS, EOS)
     [conflict] = problems_of(tmp_path)
     assert f"'{EOS}' in tokenizer_config.json and '{EOT}' in special_tokens_map" in str(conflict)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}), "utf-8-sig")
+    assert ends_of(tmp_path) == (BOS, EOT)  # some editors begin a file with a byte order mark
     (tmp_path / "special_tokens_map.json").write_text("[1")
     with pytest.raises(ConfigError, match=r"special_tokens_map.json is not readable"):
         documents_of(tmp_path)
