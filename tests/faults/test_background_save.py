@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -39,6 +40,17 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_training_comes_first() -> None:
+    """The thread that saves gets what training leaves, and training keeps its priority."""
+    seen = []
+    background = background_module.Background()
+    background.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+    background.wait()
+    assert seen == [10]
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 10
 
 
 def train_on_while_saving(world: World, folder: str, mode: str, cut: str) -> dict[str, str]:

@@ -313,6 +313,18 @@ def test_slurm_starts_nothing_with_a_bad_config(clone: Path, programs: Path):
     assert not (clone / "arguments").exists()
 
 
+def test_slurm_leaves_a_run_alone_whose_start_was_refused(clone: Path, programs: Path):
+    """The status is that of the job before it; the next one would be refused again."""
+    (clone / "outputs" / "one").mkdir(parents=True)
+    (clone / "outputs" / "one" / "run_status.json").write_text('{"status": "preempted"}')
+    slurm(programs, clone, "exit 1;")
+    script = str(clone / "multinode_trainer.slurm")
+    arguments = ["--job.dump_folder", str(clone / "outputs" / "one")]
+    result = run(clone, programs, script, *arguments, SLURM_SUBMIT_DIR=str(clone), **SLURM)
+    assert result.returncode == 1, result.stderr
+    assert "requeue" not in (clone / "scontrol.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("status", "queued", "folder"),
     [("preempted", True, "~/$RUNS/one"), ("failed", False, "outputs/one")],

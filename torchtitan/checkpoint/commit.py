@@ -20,7 +20,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.agreement import on_all, on_main
-from torchtitan.checkpoint.dcp_io import METADATA_NAME, StepWriter, check_metadata, describe_tensor
+from torchtitan.checkpoint.dcp_io import (
+    METADATA_NAME,
+    StepWriter,
+    check_metadata,
+    describe_tensor,
+    without_crc32,
+)
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, sync_folder
 from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_file, write_manifest
 from torchtitan.checkpoint.room import shown_bytes
@@ -117,7 +123,8 @@ class Commit:
             writer = StepWriter(temporary)
             group = self.world.control_group
             try:
-                dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+                with without_crc32():
+                    dcp.save(dict(tensors), storage_writer=writer, process_group=group)
             except (Exception, CheckpointException) as error:
                 if writer.errors:
                     raise self._with_free_space(writer.errors[0]) from error

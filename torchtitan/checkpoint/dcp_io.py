@@ -73,6 +73,18 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """Let `torch.save` leave out its checksums, which take most of its time. Nothing reads them:
+    torch does not, and the manifest has a digest of every file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class WatchedFile(io.FileIO):
     """A file to write to, which keeps the errors that torch's writer hides behind its own."""
 

@@ -43,14 +43,16 @@ def writable_by_anybody(path: Path) -> bool:
     return bool(os.stat(path).st_mode & stat.S_IWOTH)
 
 
+def replaceable_by_anybody(folder: Path) -> bool:
+    """Whether all users of the machine may rename what is in `folder`: with the sticky bit, as
+    /tmp has it, only the owners may."""
+    return writable_by_anybody(folder) and not os.stat(folder).st_mode & stat.S_ISVTX
+
+
 def unprotected_parent(path: Path) -> Path | None:
-    """The nearest folder above `path` in which anybody may put something else in its place, that is
-    one that all may write to, without the sticky bit."""
-    for parent in path.resolve().parents:
-        mode = os.stat(parent).st_mode if parent.exists() else 0
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return parent
-    return None
+    """Return the nearest folder above `path` in which anybody may put another in its place."""
+    parents = (parent for parent in path.resolve().parents if parent.exists())
+    return next(filter(replaceable_by_anybody, parents), None)
 
 
 def sync_folder(folder: Path) -> None:

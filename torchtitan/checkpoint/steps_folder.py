@@ -14,7 +14,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.checkpoint.files import sync_folder, writable_by_anybody
+from torchtitan.checkpoint.files import (
+    replaceable_by_anybody,
+    sync_folder,
+    writable_by_anybody,
+)
 from torchtitan.checkpoint.manifest import (
     MANIFEST_NAME,
     InvalidCheckpoint,
@@ -82,11 +86,13 @@ def committed_steps(folder: Path, run_id: str) -> list[int]:
 
 
 def unprotected_parts(folder: Path) -> list[Path]:
-    """What anybody on the machine may write to of the run folder, `folder` in it, its steps and
-    their manifests. Whoever may write to one of them can plant a checkpoint."""
+    """Return what anybody on the machine may write to of the run folder, `folder` in it, its steps
+    and their manifests. Whoever may write to one of them can plant a checkpoint."""
     steps = [folder / step_name(step) for step in step_folders(folder)]
-    parts = [folder.parent, folder, *steps, *(step / MANIFEST_NAME for step in steps)]
-    return [part for part in parts if part.exists() and writable_by_anybody(part)]
+    parts = [folder, *steps, *(step / MANIFEST_NAME for step in steps)]
+    found = [part for part in parts if part.exists() and writable_by_anybody(part)]
+    run = folder.parent
+    return [run, *found] if run.exists() and replaceable_by_anybody(run) else found
 
 
 def temporary_name(step: int, run_id: str) -> str:
