@@ -13,7 +13,15 @@ from torchtitan.config import (
     JobConfig,
     NonFiniteError,
 )
-from torchtitan.config.exit_codes import FAILED, HANG, INTERRUPTED, OUT_OF_MEMORY, exit_code_of
+from torchtitan.config.exit_codes import (
+    DONE,
+    FAILED,
+    HANG,
+    INTERRUPTED,
+    OUT_OF_MEMORY,
+    PREEMPTED,
+    exit_code_of,
+)
 from torchtitan.distributed.roll_call import Ending, explain
 from torchtitan.distributed.world import World
 from torchtitan.utils.signals import StopRequest
@@ -43,6 +51,18 @@ class Progress:
     is_shared: bool = False
     """This rank knows what rank 0 has decided about the start."""
     stop: StopRequest = field(default_factory=StopRequest)
+
+
+def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress: Progress) -> int:
+    """Write into the status how the run ended, and log what it leaves; the exit status."""
+    assert progress.status != "running"
+    code = PREEMPTED if progress.status == "preempted" else DONE
+    if is_main:
+        set_status(folder, progress.status, progress.step, code)
+    if progress.status == "preempted":
+        logger.info(stopping_words(progress))
+    logger.info(closing_words(config, folder))
+    return code
 
 
 def after_error(

@@ -24,14 +24,14 @@ from torchtitan.components.lr_scheduler import set_learning_rates
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.schedule_registry import Schedule
 from torchtitan.config import JobConfig
-from torchtitan.config.exit_codes import DONE, PREEMPTED
+from torchtitan.config.exit_codes import DONE
 from torchtitan.config.facts import Facts
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.grad_clip import clip_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.world import World, open_world, set_timeout, timeout
-from torchtitan.ending import Progress, after_error, closing_words, set_status, stopping_words
+from torchtitan.ending import Progress, after_error, after_success, closing_words, set_status
 from torchtitan.prefetch import Prefetch
 from torchtitan.utils.device import device_type
 from torchtitan.utils.environment import ProcessEnvironment, read_environment
@@ -254,11 +254,4 @@ def run(config: JobConfig, environment: ProcessEnvironment | None = None) -> int
         return failed
     finally:
         folder.close()
-    assert progress.status != "running"
-    code = PREEMPTED if progress.status == "preempted" else DONE
-    if is_main:
-        set_status(folder, progress.status, progress.step, code)
-    if progress.status == "preempted":
-        logger.info(stopping_words(progress))
-    logger.info(closing_words(config, folder))
-    return code
+    return after_success(config, is_main, folder, progress)

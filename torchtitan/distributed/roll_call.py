@@ -48,15 +48,16 @@ class RollCall:
     def start(self, seconds: float, refusal: Sequence[Problem] = ()) -> None:
         """Return when all ranks are there. A rank that cannot start gives the reason.
 
-        Raises ConfigError, on all ranks alike, if any refuses, and HangError if a rank is not there
-        within `seconds`. Even those who have nothing to add wait for rank 0, who prints.
+        Raises ConfigError, on all ranks alike, if any refuses, or if another run meets at this
+        store, and HangError if a rank is not there within `seconds`. A refusal is not raised before
+        rank 0, which prints it, is there.
         """
         if refusal:
             self._say("refused", problems=[problem.to_json() for problem in refusal])
         self._say("present")
 
         def settled() -> bool:
-            if self._count("present") == self._world_size:
+            if self._count("present") >= self._world_size:
                 return True
             return self._count("refused") > 0 and 0 in self._ranks("present")
 
@@ -68,6 +69,11 @@ class RollCall:
             error = ConfigError([Problem.from_json(text) for text in first["problems"]])
             error.known_to_all = True
             raise error
+        if self._count("present") > self._world_size:
+            fix = "set it, on all ranks of a run, to a port that no other run uses"
+            raise ConfigError(
+                Problem("MASTER_PORT", "ranks of another run meet there as well", fix, local=True)
+            )
         missing = self._missing(self._ranks("present"))
         if missing:
             raise HangError(

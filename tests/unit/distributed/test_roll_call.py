@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from torchtitan.config import HangError, Problem
+from torchtitan.config import ConfigError, HangError, Problem
 from torchtitan.distributed.roll_call import Ending, RollCall, explain
 
 TIMED_OUT = Ending(0, 6, "Timed out waiting 3000ms", "timeout")
@@ -47,6 +47,15 @@ def test_ranks_that_do_not_start_are_named() -> None:
             RollCall(store, rank, 4, keeps_store=False).start(0.01)
     with pytest.raises(HangError, match="Rank 2 did not start"):
         RollCall(store, 0, 4, keeps_store=True).start(0.1)
+
+
+def test_ranks_of_two_runs_at_one_store_are_told() -> None:
+    """As where two jobs of mpiexec on a machine take the same default port."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    RollCall(store, 0, 1, keeps_store=True).start(1)
+    with pytest.raises(ConfigError, match="MASTER_PORT: ranks of another run"):
+        RollCall(store, 0, 1, keeps_store=False).start(1)
 
 
 def test_problems_read_the_same_on_another_rank() -> None:
