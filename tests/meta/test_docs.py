@@ -89,6 +89,8 @@ def problem_of(command: str) -> str | None:
         program, rest = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
     if program == "torchtitan.train":
         return _of_train(rest)
+    if program in ("srun", "mpirun"):
+        return problem_of(shlex.join(rest[rest.index("torchtitan") :]))
     if program == "torchtitan":
         return _problem_of_word(*rest)
     if program == "python" and rest[0].startswith("scripts/download_"):
@@ -316,7 +318,7 @@ def unknown_keys(text: str) -> list[str]:
         and name.replace(".no_", ".") not in known_keys()
         and name not in known_sections()
         and not free_table_of(name)
-        and not name.endswith((".py", ".toml", ".md", ".json", ".jsonl"))
+        and not name.endswith((".py", ".toml", ".md", ".json", ".jsonl", ".damaged"))
     ]
 
 

@@ -10,7 +10,7 @@ from torchtitan.config.legacy import is_old_key, old_defaults, today_name
 from torchtitan.config.legacy_keys import MISNAMED
 from torchtitan.utils.redaction import names_a_secret
 
-CUTOFF = 0.7
+CUTOFF = 0.65
 _SPECIAL_FLAGS = ("check", "help")
 
 

@@ -19,3 +19,10 @@ from torchtitan.distributed.pipeline_schedule import SCHEDULES
 )
 def test_nearest(name: str, meant: str | None):
     assert nearest(name, SCHEDULES) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("smollm2", ("llama2", "llama3")), ("lora", ("float8", "freeze"))]
+)
+def test_no_guess_at_what_is_merely_alike(name: str, known: tuple[str, ...]):
+    assert nearest(name, known) is None

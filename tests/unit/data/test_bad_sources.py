@@ -366,7 +366,9 @@ def test_factories_that_make_nothing_to_read():
     assert "3 documents, too few for 4 lanes" in problem_of(Stream(TEXTS[:3]), lanes=4)
     assert "hold no text" in problem_of([""] * 60)
     workers = {"training__dataloader": {"num_workers": 2}}
-    problem = problem_of(Stream(TEXTS, state={}), **workers)
+    unsendable = Stream(TEXTS)
+    unsendable.note = lambda: None  # type: ignore[attr-defined]
+    problem = problem_of(unsendable, **workers)
     assert "num_workers" in problem and "cannot be sent to reading processes" in problem
 
 
