@@ -66,7 +66,8 @@ class Affine:
             dim = norm.weight.numel()
             norm.gain, norm.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
             norm.mix = nn.Parameter(torch.randn(dim))
-            norm.register_buffer("twice", torch.full((dim,), 2.0))
+            # Not in checkpoints: nothing else would give it values when one is loaded.
+            norm.register_buffer("twice", torch.full((dim,), 2.0), persistent=False)
             assert {(t.device.type, t.dtype) for t in (*norm.parameters(), *norm.buffers())} == {
                 ("meta", block.attention_norm.weight.dtype)
             }
@@ -229,16 +230,18 @@ def start_from_plain(world: World, path: str) -> tuple[dict[str, float], str]:
     finally:
         HANDLERS._registered = before
         logger.removeHandler(note)
-    tensors = {**model_tensors(model.parts)}
-    names = ["norm.weight", *(f"layers.1.ffn_norm.{kind}" for kind in ("gain", "shift"))]
+    tensors = model_tensors(model.parts) | dict(model.parts[0].named_buffers())
+    names = ["norm.weight", *(f"layers.1.ffn_norm.{kind}" for kind in ("gain", "shift", "twice"))]
     means = {}
     for name in names:
-        means[name.rpartition(".")[2]] = tensors[name].full_tensor().mean().item()  # type: ignore
+        tensor: Any = tensors[name]
+        whole = tensor if name.endswith("twice") else tensor.full_tensor()
+        means[name.rpartition(".")[2]] = whole.mean().item()
     return means, " ".join(messages)
 
 
 def test_weights_that_lack_it_can_be_started_from(gloo_pool: GlooPool, tmp_path: Path) -> None:
     gloo_pool.run(1, save_plain, str(tmp_path))
     for means, told in gloo_pool.run(2, start_from_plain, str(tmp_path / "step-1")):
-        assert means == {"weight": 1.0, "gain": 1.0, "shift": 0.0}
-        assert "8 tensors that handlers add start anew" in told
+        assert means == {"weight": 1.0, "gain": 1.0, "shift": 0.0, "twice": 2.0}
+        assert "6 tensors that handlers add start anew" in told

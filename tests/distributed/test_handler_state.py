@@ -149,6 +149,35 @@ def test_it_moves_to_another_mesh_exactly(
         assert [rank["end"] for rank in again] == [rank["end"] for rank in resumed]
 
 
+KINDS = """
+    def after_load(self, model):
+        self.weights = {name: w.detach().float().clone() for name, w in parameters(model)}
+        self.more = {"scalar": torch.tensor(0.0), "empty": torch.zeros(0, 4)}
+        self.more |= {"flags": torch.zeros(2, dtype=torch.bool), "turned": torch.zeros(3, 4).T}
+        self.plain = {}
+
+    def post_optimizer_hook(self, model):
+        self.more["scalar"] += 1.5
+        self.more["flags"][0] = True
+        self.more["turned"] += torch.arange(12).view(4, 3)
+        self.plain = {"a": [float("nan"), float("inf"), -0.0, 10**30, "\\u2028", None, True, 0.1]}
+
+    def state_dict(self):
+        return {**self.weights, **self.more, "plain": self.plain}
+
+    def load_state_dict(self, state):
+        self.plain = state["plain"]
+"""
+
+
+def test_any_kind_of_value(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Of another type than the weights, of no or no usual shape; numbers that are none."""
+    saved = gloo_pool.run(2, go_on, Case(2), str(tmp_path), ["average"], KINDS)
+    [resumed] = gloo_pool.run(1, go_on, Case(), str(tmp_path), ["average"], KINDS)
+    assert repr(resumed["start"]) == repr(saved[0]["end"])
+    assert "nan, inf, -0.0, 1000000000000" in repr(saved[0]["end"])
+
+
 def test_it_is_copied_for_a_save_beside_training(gloo_pool: GlooPool, tmp_path: Path) -> None:
     arguments = Case(), str(tmp_path), ["average"], ""
     [saved] = gloo_pool.run(1, go_on, *arguments, {"async_mode": "async"})

@@ -93,14 +93,15 @@ class InitialLoad:
                 wanted = wanted | dict(optimizer)
                 stored = dict(select_tensors(folder.manifest, of_handlers=False).tensors)
         new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
-        if self._model_only:
-            added = {name for handler in new_handlers for name in handler.added} - stored.keys()
-            wanted = {name: tensor for name, tensor in wanted.items() if name not in added}
-            if added:
-                text = "%d tensors that handlers add start anew, as %s lacks them."
-                logger.info(text, len(added), folder.path)
         ranks = describe_on_all_ranks(self._world, wanted)
         if self._model_only:
+            added = {name for handler in new_handlers for name in handler.added} - stored.keys()
+            kept = added & {name for tensors in ranks for name in tensors}
+            if kept:
+                text = "%d tensors that handlers add start anew, as %s lacks them."
+                logger.info(text, len(kept), folder.path)
+            wanted = {name: tensor for name, tensor in wanted.items() if name not in kept}
+            ranks = [{n: entry for n, entry in of.items() if n not in kept} for of in ranks]
             self._tell_conversions(stored, ranks)
             stored = _converted(stored, ranks)
         differences = tensor_differences(stored, ranks)
