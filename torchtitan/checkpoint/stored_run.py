@@ -37,8 +37,8 @@ class StoredRun:
     @cached_property
     def config(self) -> dict[str, Any] | None:
         """The resolved config of the run: of its folder, or else of its newest checkpoint."""
-        stored = read_stored_config(self.config_file)
-        return self._newest_config if stored is None else stored
+        # A crash of the machine can leave an empty file, which is a valid TOML of defaults.
+        return read_stored_config(self.config_file) or self._newest_config
 
     @property
     def _newest_config(self) -> dict[str, Any] | None:
@@ -98,8 +98,10 @@ def read_stored_run(path: Path, config: JobConfig) -> StoredRun:
     """Return what the run folder `path` holds."""
     try:
         status = json.loads((path / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         status = {}
+    except ValueError:
+        status = None
     # The stored folder name: a config that renames it must not make the checkpoints disappear.
     stored = read_stored_config(path / CONFIG_NAME) if status else None
     name = stored_value(stored or {}, "checkpoint.folder")
@@ -108,5 +110,6 @@ def read_stored_run(path: Path, config: JobConfig) -> StoredRun:
         has_metrics = (path / METRICS_NAME).stat().st_size > 0
     except OSError:
         has_metrics = False
-    status = status if isinstance(status, dict) else {}
+    # Damaged, it still says that the folder is a run's.
+    status = status if isinstance(status, dict) else {"status": "unreadable"}
     return StoredRun(status, folder, step_folders(folder), has_metrics, path / CONFIG_NAME)

@@ -92,6 +92,8 @@ def test_keys_of_the_list_exist() -> None:
         "training.dataset_path",
         "data.sources.path",
         "checkpoint.initial_load_path",
+        "data.add_bos",
+        "data.add_eos",
     }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,19 @@ def test_lost_files(tmp_path: Path) -> None:
     assert open_folder(tmp_path).decision.run_id == run_id
     (tmp_path / "config.toml").unlink()
     assert "cannot be read" in refused(tmp_path)
+
+
+def test_files_that_a_crash_emptied(tmp_path: Path) -> None:
+    """An empty config.toml is no config of defaults, and an empty status is still a run's."""
+    lr = {"optimizer": {"lr": 0.5}}
+    saved_by(open_folder(tmp_path, **lr), 5)
+    (tmp_path / "config.toml").write_text("")
+    assert open_folder(tmp_path, **lr).decision.step == 5
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "run_status.json").write_text("")
+    assert "optimizer.lr = 0.1: is 0.5 in the run" in refused(tmp_path, optimizer={"lr": 0.1})
+    assert open_folder(tmp_path, **lr).decision.action == "resume"
 
 
 def test_step_of_another_run(tmp_path: Path) -> None:
