@@ -216,7 +216,6 @@ import json, os, sys
 
 from torchtitan import cli
 
-cli._PATIENCE_SECONDS = 0  # that other ranks have with the first one before they tell the same
 arguments, folder, runs, ports = json.loads(sys.argv[1])
 for (hook, error, _), port in zip(runs, ports):
     os.environ["MASTER_PORT"] = port

@@ -85,6 +85,8 @@ def problem_of(command: str) -> str | None:
         environment[name] = value
     config = environment.get("CONFIG_FILE", "train_configs/debug_model.toml")
     program, *rest = words
+    if program in ("srun", "mpirun"):
+        program, *rest = rest[rest.index("torchtitan") :]
     if program in ("python", "python3", "torchrun") and "-m" in rest:
         program, rest = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
     if program == "torchtitan.train":
