@@ -15,7 +15,7 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import make_checkpointer
 from tests.parity.table import row
 from torchtitan import builder, model_builder
-from torchtitan.checkpoint.state import _plain, model_tensors, optimizer_tensors
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, plain_tensor
 from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config.facts import Facts
@@ -146,7 +146,7 @@ def _known_scales(parts: Iterable[nn.Module]) -> list[bool]:
         local = getattr(parameter, "_local_tensor", None)  # `to_local` would lose the scale
         if hasattr(local, "fsdp_pre_all_gather"):
             scale = local._precomputed_scale  # type: ignore[union-attr]
-            largest = _plain(parameter.detach()).full_tensor().abs().max()  # type: ignore[operator]
+            largest = plain_tensor(parameter.detach()).full_tensor().abs().max()  # type: ignore[operator]
             expected = torch.finfo(torch.float8_e4m3fn).max / largest.double()
             found.append(scale is not None and scale.item() == expected.float().item())
     return found
