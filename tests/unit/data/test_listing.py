@@ -95,6 +95,7 @@ def test_the_same_documents_twice(folder):
     assert f"{folder / 'a.jsonl'} and {packed}" in only(probe(facts_for(folder))).problem
     os.remove(packed)
     assert probe(facts_for(folder)) == []
+    assert probe(facts_for(None, training__dataset="stdlib")) == []  # some of whose files are equal
 
 
 def test_wrong_paths_are_told_apart(tmp_path):
