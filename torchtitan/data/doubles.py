@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _COMPARED_FILES = 20_000
 _SHOWN_PAIRS = 3
+_NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
+"""A file of this size, or this share of the data, is worth a warning: source code, for example,
+has many small files that are equal."""
 
 
 def doubled_files(source: "Source") -> list[Problem]:
@@ -32,10 +35,13 @@ def doubled_files(source: "Source") -> list[Problem]:
 
 
 def _same_contents(source: "Source") -> Iterator[tuple[str, str]]:
-    """Files of equal size and digest."""
+    """Files of equal size and digest, but for small ones."""
+    all_files = getattr(source, "files", ())
+    least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in all_files))
     sizes: Mapping[int, list[Any]] = defaultdict(list)
-    for file in getattr(source, "files", ()):
-        sizes[file.size].append(file)
+    for file in all_files:
+        if file.size >= least:
+            sizes[file.size].append(file)
     suspects = [file for files in sizes.values() if len(files) > 1 for file in files]
     if len(suspects) > _COMPARED_FILES:
         return

@@ -95,6 +95,9 @@ def test_the_same_documents_twice(folder):
     assert f"{folder / 'a.jsonl'} and {packed}" in only(probe(facts_for(folder))).problem
     os.remove(packed)
     assert probe(facts_for(folder)) == []
+    (folder / "big.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 400)
+    shutil.copy(folder / "a.jsonl", copy)  # small, as many are that source code has
+    assert probe(facts_for(folder)) == []
     assert probe(facts_for(None, training__dataset="stdlib")) == []  # some of whose files are equal
 
 
