@@ -53,6 +53,23 @@ def test_training_comes_first() -> None:
     assert os.getpriority(os.PRIO_PROCESS, 0) < 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_a_run_of_low_priority_is_saved_with_that() -> None:
+    """To raise it to that of other saves is refused to most users, and the save was lost."""
+    seen = []
+
+    def save() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)  # as of `nice -n 15`
+        background = background_module.Background()
+        background.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        background.wait()
+
+    run = threading.Thread(target=save)
+    run.start()
+    run.join()
+    assert seen == [15]
+
+
 def train_on_while_saving(world: World, folder: str, mode: str, cut: str) -> dict[str, str]:
     """Step 1 is saved, and step 2 after it, each while two more steps change every tensor."""
     trainer = Trainer(world, cut=cut)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from torchtitan.config import CheckpointError
 
@@ -63,8 +64,8 @@ class Background:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
 
     def _run(self, action: Callable[[], None]) -> None:
-        _yield_to_training()
         try:
+            _yield_to_training()
             action()
         except BaseException as error:  # DCP's exceptions are none of `Exception`
             self._error = error
@@ -72,6 +73,11 @@ class Background:
 
 def _yield_to_training() -> None:
     """Lower the priority of this thread: on a CPU steps want all cores, and wait for the slowest.
-    Linux has priorities of threads, and derives those of the disk from them."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    Linux has priorities of threads, and derives those of the disk from them. It is never raised,
+    which few may do: `nice` may have started the run with a lower one."""
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    with suppress(OSError):  # a container may forbid it
+        niceness = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)

@@ -7,6 +7,7 @@ waits for the device to learn them.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ from torchtitan.config.errors import ConfigError, HangError, Problem
 from torchtitan.distributed.roll_call import RollCall
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
+
+_MEETINGS = itertools.count()
+"""Of this process: its runs, and its refusals to start one."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
     Raises ConfigError where that port cannot be opened, and HangError where nobody answers at it
     within `seconds`.
     """
-    rank = environment.rank
+    rank, meeting = environment.rank, next(_MEETINGS)
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
@@ -192,10 +196,12 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
         refusal = ConfigError(problem)
         refusal.known_to_all = True  # nobody can be reached
         raise refusal from error
-    # A launcher that starts its processes anew may keep the store, with what ranks said before.
+    # A launcher that starts its processes anew keeps its store, and so does one whose processes
+    # make a run after another: with what ranks said before, and the addresses they had.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    calls = dist.PrefixStore(f"roll-call-{attempt}", store)
-    return store, RollCall(calls, rank, environment.world_size, keeps_store)
+    ours = dist.PrefixStore(f"attempt-{attempt}/meeting-{meeting}", store)
+    calls = dist.PrefixStore("roll-call", ours)
+    return ours, RollCall(calls, rank, environment.world_size, keeps_store)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Which rank is named when a run fails; whole runs are in tests/distributed/test_lost_ranks.py."""
 
+import itertools
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from torchtitan.config import ConfigError, HangError, Problem
+from torchtitan.distributed import world as world_module
 from torchtitan.distributed.roll_call import Ending, RollCall, explain
+from torchtitan.utils.environment import ProcessEnvironment
 
 TIMED_OUT = Ending(0, 6, "Timed out waiting 3000ms", "timeout")
 CUT_OFF = Ending(2, 1, "Connection closed by peer", "closed")
@@ -65,3 +68,26 @@ def test_problems_read_the_same_on_another_rank() -> None:
         Problem("a.b", "is wrong", "mend it", value=None, local=True),
     ):
         assert str(Problem.from_json(problem.to_json())) == str(problem)
+
+
+@pytest.mark.parametrize("attempt", ["0", "1"])
+def test_a_launcher_s_store_does_not_mix_runs_up(
+    attempt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun keeps its store when it starts its ranks again, and for the next run of the same
+    processes. Addresses of the run before would be those of nobody."""
+    launcher_s = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(launcher_s.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    place = ProcessEnvironment(world_size=1, launched=True)
+    before, roll_call = world_module.meet(place, 10)
+    before.set("address", "of a rank that is gone")
+    roll_call.start(10)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+    if attempt != "0":  # in new processes
+        monkeypatch.setattr(world_module, "_MEETINGS", itertools.count())
+    after, roll_call = world_module.meet(place, 10)
+    assert not after.check(["address"])
+    roll_call.start(10)
