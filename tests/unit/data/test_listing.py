@@ -165,6 +165,16 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
     assert content_digests([DataFile(str(file), size)]) == digests[-1]
 
 
+def test_files_are_not_called_changed_because_they_are_sampled_otherwise(folder, monkeypatch):
+    """What a file is sampled by depends on the others."""
+    before = Run(make_config(str(folder))).loaders[0].data_summary
+    monkeypatch.setattr(contents, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(contents, "_BLOCK_BYTES", 8)
+    write_rows(folder / "new.jsonl")
+    after = Run(make_config(str(folder))).loaders[0].data_summary
+    assert differences(before, after) == {"training.dataset_path": "new.jsonl is new"}
+
+
 def test_a_checkpoint_from_before_the_digests_is_accepted(folder):
     """With its cursors, which only mean something in the same data."""
     run = Run(make_config(str(folder)))
