@@ -65,6 +65,11 @@ def differences(
         how = f"{_show(before)} in the checkpoint, {_show(after)} now"
         if name == "data" and before is not None and after is not None:
             how = _data_difference(before, after)
+        elif (
+            name == "tokenizer" and before is not None and _vocabulary(before) == _vocabulary(after)
+        ):
+            found |= _ends_difference(before, after)
+            continue
         found[_KEYS.get(name, name)] = how
     return found
 
@@ -114,8 +119,28 @@ def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     return "; ".join(texts)
 
 
+def _vocabulary(tokenizer: str) -> str:
+    """The fingerprint of a tokenizer without what documents are put between."""
+    return tokenizer.partition("+")[0]
+
+
+def _ends_difference(before: str, now: str) -> dict[str, str]:
+    """What differs where one tokenizer puts documents between other tokens."""
+    found = {}
+    # Both tokens, or the only one, have no suffix (`DocumentTokenizer.fingerprint`).
+    old, new = (fact.partition("+")[2] if "+" in fact else "boseos" for fact in (before, now))
+    for key, end in (("data.add_eos", "eos"), ("data.add_bos", "bos")):
+        if (end in old) != (end in new) and not (end == "bos" and found):
+            was = str(end in old).lower()
+            how = f"{was} in the checkpoint, {str(end in new).lower()} now"
+            found[key] = f"{how}, as set or as the tokenizer's files say; set it to {was}"
+    return found
+
+
 def _file_difference(before: Any, now: Any) -> str:
     if not isinstance(before, list) or not isinstance(now, list):
+        if _count(before) == _count(now):
+            return f"some of the {_count(now)} have other names or another content"
         return f"{_count(before)} in the checkpoint, {_count(now)} now"
     old, new = {file[0]: file[1:] for file in before}, {file[0]: file[1:] for file in now}
     texts = [f"{name} is gone" for name in old if name not in new]

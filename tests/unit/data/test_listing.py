@@ -9,7 +9,7 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, write_rows
 
 from torchtitan.config import ConfigError
-from torchtitan.data import contents, listing
+from torchtitan.data import contents, identity, listing
 from torchtitan.data.checks import probe
 from torchtitan.data.contents import content_digests
 from torchtitan.data.files import DataFile
@@ -173,6 +173,14 @@ def test_files_are_not_called_changed_because_they_are_sampled_otherwise(folder,
     write_rows(folder / "new.jsonl")
     after = Run(make_config(str(folder))).loaders[0].data_summary
     assert differences(before, after) == {"training.dataset_path": "new.jsonl is new"}
+
+
+def test_changes_among_many_files_are_told_by_more_than_their_number(folder, monkeypatch):
+    monkeypatch.setattr(identity, "_MAX_FILES", 1)
+    before = Run(make_config(str(folder))).loaders[0].data_summary
+    other_content(folder / "a.jsonl", 20)
+    found = differences(before, Run(make_config(str(folder))).loaders[0].data_summary)
+    assert "some of the 2 files of" in found["training.dataset_path"]
 
 
 def test_a_checkpoint_from_before_the_digests_is_accepted(folder):
