@@ -24,7 +24,11 @@ _THREADS = 16
 
 
 def content_digests(files: Sequence[DataFile]) -> list[str]:
-    """Return a digest of each file. Raises DataError for one that cannot be read."""
+    """Return a digest of each file. Raises DataError for one that cannot be read.
+
+    What stands before the colon says how a file was sampled, which depends on the other files;
+    digests with different ones cannot be compared.
+    """
     keys = []
     for file in files:
         try:
@@ -66,7 +70,7 @@ def _digests(files: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
                         found.update(stream.read(_BLOCK_BYTES))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        return found.hexdigest()
+        return f"{'all' if size <= largest else blocks}:{found.hexdigest()}"
 
     if len(files) < _THREADS:
         return tuple(map(digest, files))

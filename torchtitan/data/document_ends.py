@@ -172,7 +172,8 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
         fix = f'name it in {CONFIG_NAME} as "bos_token", or remove this setting'
         raise ConfigError(Problem("data.add_bos", problem, fix, True))
     bos = own.bos if data.add_bos is None else data.add_bos
-    eos = own.eos if data.add_eos is None else data.add_eos
+    # Without a start token something else must stand between two documents.
+    eos = own.eos or not bos if data.add_eos is None else data.add_eos
     why = [own.why] if own.why else []
     if bos and eos and data.add_bos is None and tokenizer.bos_id == tokenizer.eos_id:
         bos = False

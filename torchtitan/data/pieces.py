@@ -188,7 +188,9 @@ def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
     for cut in cuts[1:-1]:
         # A line longer than a piece was passed over already: do not search it again.
         place = aligned[-1] if cut <= aligned[-1] else align(cut)
-        if aligned[-1] < place < size:
+        if place >= size:  # nothing was found up to the end: do not search it again either
+            break
+        if place > aligned[-1]:
             aligned.append(place)
     return [*aligned, size]
 

@@ -14,6 +14,7 @@ from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.facts import Facts
 from torchtitan.data.checks import probe_tokenizer_files
 from torchtitan.data.document_ends import document_tokenizer
+from torchtitan.data.identity import differences
 from torchtitan.data.loader import LanePlan, build_loader
 from torchtitan.data.tokenizers import build_tokenizer
 
@@ -98,6 +99,7 @@ def test_settings_decide_otherwise(tmp_path):
     write_tokenizer(tmp_path, config={"bos_token": EOS, "add_eos_token": False})
     assert ends_of(tmp_path) == (EOS, "")
     assert ends_of(tmp_path, add_eos=True) == ("", EOS)
+    assert ends_of(tmp_path, add_bos=False) == ("", EOS)  # else nothing would stand between two
     assert ends_of(tmp_path, add_bos=True, add_eos=True) == (EOS, EOS)
     write_tokenizer(tmp_path, specials=("<|endoftext|>",), config={})
     with pytest.raises(ConfigError, match=r"data.add_bos = true: the tokenizer has no start token"):
@@ -159,6 +161,13 @@ def test_other_ends_are_other_data(tmp_path):
     plan = LanePlan(1, 1, 0, 1, 1)
     prints = [print_of(), print_of(add_bos=True), print_of(add_eos=False)]
     assert len(set(prints)) == 3 and print_of(add_bos=False) == prints[0]
+    for before, now, key, was in (
+        ("t", "t+bos", "data.add_eos", "true"),
+        ("t+eos", "t", "data.add_bos", "false"),
+        ("t+", "t+eos", "data.add_eos", "false"),
+    ):
+        [found] = differences({"tokenizer": before}, {"tokenizer": now}).items()
+        assert found[0] == key and f"set it to {was}" in found[1]
     (tmp_path / "tokenizer_config.json").unlink()
     assert build_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint
     assert documents_of(tmp_path).fingerprint == tokenizer.fingerprint

@@ -9,7 +9,7 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, write_rows
 
 from torchtitan.config import ConfigError
-from torchtitan.data import contents, listing
+from torchtitan.data import contents, identity, listing
 from torchtitan.data.checks import probe
 from torchtitan.data.contents import content_digests
 from torchtitan.data.files import DataFile
@@ -163,6 +163,24 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
     assert len({digest for (digest,) in digests}) == 4
     other_content(file, 5000)  # between two samples
     assert content_digests([DataFile(str(file), size)]) == digests[-1]
+
+
+def test_files_are_not_called_changed_because_they_are_sampled_otherwise(folder, monkeypatch):
+    """What a file is sampled by depends on the others."""
+    before = Run(make_config(str(folder))).loaders[0].data_summary
+    monkeypatch.setattr(contents, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(contents, "_BLOCK_BYTES", 8)
+    write_rows(folder / "new.jsonl")
+    after = Run(make_config(str(folder))).loaders[0].data_summary
+    assert differences(before, after) == {"training.dataset_path": "new.jsonl is new"}
+
+
+def test_changes_among_many_files_are_told_by_more_than_their_number(folder, monkeypatch):
+    monkeypatch.setattr(identity, "_MAX_FILES", 1)
+    before = Run(make_config(str(folder))).loaders[0].data_summary
+    other_content(folder / "a.jsonl", 20)
+    found = differences(before, Run(make_config(str(folder))).loaders[0].data_summary)
+    assert "some of the 2 files of" in found["training.dataset_path"]
 
 
 def test_a_checkpoint_from_before_the_digests_is_accepted(folder):

@@ -11,7 +11,7 @@ from data_runs import Run, make_config
 from test_data_order import BOS, EOS, PAD, all_steps, lane_documents
 from test_tokenize import tokenize
 
-from torchtitan.data import sources_text
+from torchtitan.data import pieces, sources_text
 from torchtitan.data.registry import build_source
 from torchtitan.data.sources_text import read_text
 from torchtitan.data.tokenizers import build_tokenizer
@@ -165,3 +165,18 @@ def test_cuts_lose_nothing_and_change_no_document(tmp_path, separator):
             assert found[0] == [content]
         kept = sum(content.count(byte) for byte in (b"b", "学".encode()))
         assert sum(d.count(b"b") + d.count("学".encode()) for d in found[0]) == kept
+
+
+def test_a_missing_separator_is_searched_once(tmp_path, monkeypatch):
+    """Not from every cut to the end of the file, which may be large."""
+    searches = []
+
+    def search(*args):
+        searches.append(args)
+        return next_document(*args)
+
+    next_document = pieces._next_document
+    monkeypatch.setattr(pieces, "_next_document", search)
+    (tmp_path / "a.txt").write_text(SEPARATOR + "word\n" * 200_000)
+    config = make_config(str(tmp_path / "a.txt"), document_separator=SEPARATOR)
+    assert len(build_source(config.training, config.data).shards(64)) == 1 == len(searches)
