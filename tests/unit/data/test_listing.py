@@ -95,6 +95,8 @@ def test_the_same_documents_twice(folder):
     assert f"{folder / 'a.jsonl'} and {packed}" in only(probe(facts_for(folder))).problem
     os.remove(packed)
     assert probe(facts_for(folder)) == []
+    # Python's library has two empty packages, and nobody chose its files.
+    assert probe(facts_for(None, training__dataset="stdlib")) == []
 
 
 def test_wrong_paths_are_told_apart(tmp_path):
