@@ -95,7 +95,7 @@ def _problems_of_the_stored_run(facts: Facts) -> list[Problem]:
 
     config = facts.config
     try:
-        decision = decide(config, facts, Path(config.job.dump_folder).expanduser().resolve())
+        decision = decide(config, facts, Path(config.job.dump_folder).resolve())
     except ConfigError as error:
         return error.problems
     if decision.action == "finished" or (decision.action == "new" and not decision.step):
@@ -112,7 +112,7 @@ def data_problems(facts: Facts) -> list[Problem]:
 
     config = facts.config
     try:
-        decision = decide(config, facts, Path(config.job.dump_folder).expanduser().resolve())
+        decision = decide(config, facts, Path(config.job.dump_folder).resolve())
         config = resolved_config(config, decision)
         state = data_check.stored_state(config, decision)
     except (ConfigError, InvalidCheckpoint):

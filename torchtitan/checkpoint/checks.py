@@ -63,7 +63,7 @@ def probe(facts: Facts) -> list[Problem]:
     """Problems of the run folder as it is now, and of a start in it; reads names, the stored config
     and manifests, writes nothing."""
     config, section = facts.config, facts.config.checkpoint
-    dump_folder = Path(config.job.dump_folder).expanduser()
+    dump_folder = Path(config.job.dump_folder)
     if not facts.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
     problems = _folder_problems(dump_folder)

@@ -21,7 +21,7 @@ def stored_state(config: JobConfig, decision: Decision) -> dict[str, Any]:
     if not section.enable or decision.action == "finished":
         return {}
     if decision.action == "resume" and decision.step > 0:
-        folder = Path(config.job.dump_folder).expanduser().resolve() / section.folder
+        folder = Path(config.job.dump_folder).resolve() / section.folder
         return read_manifest(folder / step_name(decision.step)).state
     if section.initial_load_path is None or section.initial_load_model_only:
         return {}

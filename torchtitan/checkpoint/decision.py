@@ -283,7 +283,7 @@ def with_stored_batch(facts: Facts) -> Facts:
     """
     config = facts.config
     try:
-        path = Path(config.job.dump_folder).expanduser().resolve()
+        path = Path(config.job.dump_folder).resolve()
         stored = read_stored_run(path, config)
         if stored.trained and not starts_anew(config):
             known = {} if stored.is_seed or stored.config is None else stored.config

@@ -56,7 +56,7 @@ class InitialStart:
 def initial_path(section: Checkpoint) -> Path:
     """The folder of `initial_load_path`."""
     assert section.initial_load_path is not None
-    return Path(section.initial_load_path).expanduser().resolve()
+    return Path(section.initial_load_path).resolve()
 
 
 def without_excluded(state: Mapping[str, Any], excluded: Sequence[str]) -> dict[str, Any]:

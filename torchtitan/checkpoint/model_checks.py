@@ -28,7 +28,7 @@ def probe(facts: Facts) -> list[Problem]:
     if set(config.model.handlers) - _HARMLESS_HANDLERS:
         return []
     try:
-        dump_folder = Path(config.job.dump_folder).expanduser().resolve()
+        dump_folder = Path(config.job.dump_folder).resolve()
         if decide(config, facts, dump_folder).action != "new":
             return []
         family = get_family(config.model.name)

@@ -75,7 +75,7 @@ class RunFolder:
         it. Nothing is written before `begin`, but for `job.new_run`, which moves the old run aside
         here. Raises `ConfigError`, with the folder as it was.
         """
-        path = Path(config.job.dump_folder).expanduser().resolve()
+        path = Path(config.job.dump_folder).resolve()
         if not is_main:
             return cls(path, config, None, None)
         lock = _lock(path)

@@ -223,7 +223,7 @@ def _check_folders(facts: Facts) -> Iterator[Problem]:
 
 def _probe_folder(facts: Facts, key: str, name: str) -> list[Problem]:
     """Whether the folder is writable or could be made; creates nothing."""
-    dump_folder = Path(facts.config.job.dump_folder).expanduser()
+    dump_folder = Path(facts.config.job.dump_folder)
     if not facts.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
     existing = dump_folder.resolve() / name

@@ -55,7 +55,7 @@ def probe_sources(
             found += _probe_source(own, source)
             if files or len(sources) > 1:  # else there is none to share a file with
                 found += _probe_shared_files(named, source, files)
-            if named.training.dataset_path is not None:
+            if named.training.dataset_path is not None:  # else nobody chose the files
                 found += doubled_files(source)
         except ConfigError as error:
             found += error.problems

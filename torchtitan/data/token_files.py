@@ -131,7 +131,7 @@ def is_token_folder(path: str) -> bool:
 
 def token_folder(path: str) -> Path:
     """The folder that a path to it, or to its index, means."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     return given.parent if given.name == INDEX_NAME else given
 
 

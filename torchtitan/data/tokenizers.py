@@ -13,6 +13,7 @@ that no document can forge a boundary.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,7 +110,7 @@ def build_tokenizer(path: str) -> Tokenizer:
     name, _, rest = path.partition(":")
     if name in TOKENIZERS:
         return TOKENIZERS[name](rest)
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     looked_for = [given / name for name in _FILES]
     if not given.is_dir():
         looked_for = [given] if given.suffix else [given, *looked_for]

@@ -72,7 +72,7 @@ def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule
     Raises `ConfigError` about what cannot be read or would not train every microbatch once.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         fix = "write the path of a schedule, or leave it empty to use a named one"

@@ -132,7 +132,7 @@ def _reads(path: Path, content: str) -> bool:
 
 
 def _dump_folder(config: JobConfig) -> Path:
-    return Path(config.job.dump_folder).expanduser().absolute()
+    return Path(config.job.dump_folder).absolute()
 
 
 def _existing(config: JobConfig) -> Path:

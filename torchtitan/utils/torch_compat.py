@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -120,7 +119,7 @@ def build_pipeline_schedule(
     if csv_file:
         runtime: Any = schedules._PipelineScheduleRuntime
         schedule = runtime(stages, num_microbatches, loss_fn=loss, scale_grads=False)
-        schedule._load_csv(str(Path(csv_file).expanduser()), "compute_only")
+        schedule._load_csv(csv_file, "compute_only")
         return schedule
     kind = schedules.get_schedule_class(name)
     single = issubclass(kind, schedules.PipelineScheduleSingle)

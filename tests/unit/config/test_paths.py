@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.cli import main
 from torchtitan.config.checks import check, paths_of
 from torchtitan.config.facts import Facts
 from torchtitan.config.fields import Key, keys_of, known_keys
@@ -79,3 +80,13 @@ def test_a_variable_that_is_not_set_is_no_folder(written: str, expected: str):
     (problem,) = check(Facts(config, 1, "cpu"))
     assert str(problem).startswith(f'job.dump_folder = "{written}": {expected}. Fix: ')
     assert problem.missing_asset, "elsewhere it may be set"
+
+
+def test_a_home_folder_that_is_nobodys_is_a_message(tmp_path: Path, monkeypatch, capfd):
+    """In every path: none of their readers expands it again, which pathlib does with an error."""
+    monkeypatch.chdir(tmp_path)
+    for key in ("job.dump_folder", "model.tokenizer_path", "checkpoint.initial_load_path"):
+        flags = [f"--{key}", "~no_such_user/x", "--training.dataset", "stdlib", "--check"]
+        assert main(["train", *flags]) == 9
+        assert f'{key} = "~no_such_user/x": there is no home' in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
