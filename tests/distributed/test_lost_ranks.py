@@ -171,19 +171,18 @@ def test_out_of_memory_is_told_with_its_status_on_all_ranks(
 
 SLOW_DISK = """
 import pathlib, time
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import FileSystemWriter
 
-open_stream = FileSystem.create_stream
-
-
-def open_slowly(self, path, mode):
-    if mode == "wb":
-        pathlib.Path(__file__).with_name("saving").touch()
-        time.sleep(20)
-    return open_stream(self, path, mode)
+write_data = FileSystemWriter.write_data
 
 
-FileSystem.create_stream = open_slowly
+def write_slowly(self, plan, planner):
+    pathlib.Path(__file__).with_name("saving").touch()
+    time.sleep(20)
+    return write_data(self, plan, planner)
+
+
+FileSystemWriter.write_data = write_slowly
 """
 
 

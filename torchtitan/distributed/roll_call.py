@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,7 +95,8 @@ class RollCall:
         return _within(seconds + 3.0, talk)
 
     def _leave(self, seconds: float, num_ranks: int) -> None:
-        self._say("left")
+        with suppress(RuntimeError):  # rank 0 may have seen this, and be gone
+            self._say("left")
         if self._keeps_store:
             _wait(lambda: self._count("left") >= num_ranks, seconds)
 
