@@ -44,6 +44,7 @@ _OTHER_FILES = (
     (b"\x89HDF", "HDF5"),
     (b"SQLite format 3", "an SQLite database"),
 )
+_BLANKS = str.maketrans("\r\n\t", "   ")
 _GUESSED_BYTES = 4096
 _OUTPUT_BYTES = 1 << 16
 _ZSTD_INPUT_BYTES = 1 << 9
@@ -61,7 +62,11 @@ def compression_of(start: bytes) -> str | None:
 
 def looks_like_text(start: bytes) -> bool:
     """Return whether the first bytes of a file can only be text, whatever its suffix says."""
-    return start.isascii() and start.decode().replace("\n", " ").replace("\t", " ").isprintable()
+    try:  # the last character may be cut off
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return text.translate(_BLANKS).isprintable()
 
 
 def encoding_of(start: bytes) -> str | None:
@@ -99,9 +104,12 @@ def corruption(error: Exception) -> str | None:
         return f"{DAMAGED_FILE} or cut short ({error})"
     if type(error).__name__ == "ZstdError" or (isinstance(error, OSError) and error.errno is None):
         return f"{DAMAGED_FILE} ({error})"
+    source = "its byte-order mark or data.encoding says"
     if isinstance(error, UnicodeDecodeError):
-        source = "its byte-order mark or data.encoding says"
         return f"{WRONG_ENCODING} {error.encoding}, as {source}: {error.reason}"
+    if isinstance(error, UnicodeError):  # of codecs that expect a byte-order mark
+        fix = 'name its byte order in data.encoding, such as "utf-16-le" or "utf-16-be"'
+        return f"{WRONG_ENCODING} as {source}: {error}; {fix}"
     return None
 
 

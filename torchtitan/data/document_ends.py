@@ -7,7 +7,7 @@ documents, and never the same token twice. `data.add_bos` and `data.add_eos` dec
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +62,30 @@ class SpecialTokens:
             eos = False
             why.append(f"add_eos_token is false in {CONFIG_NAME}")
         return Ends(bos and bos_id is not None, eos, "; ".join(why))
+
+    def find(self, bos: int | None, eos: int, id_of: "IdOf") -> tuple[int | None, int]:
+        """The ids of the two tokens in a vocabulary whose own ones are `bos` and `eos`. Raises
+        NoToken for a name that is not in it."""
+        start = bos if self.bos is None else id_of(self.bos)
+        if start is None and self.bos is not None and self.add_bos is not False:
+            raise NoToken("start", self.bos)
+        end = eos if self.eos is None else id_of(self.eos)
+        if end is None:
+            raise NoToken("end", self.eos)
+        return bos if start is None else start, end
+
+
+IdOf = Callable[[str], int | None]
+"""The id of a token; None for one that is not in the vocabulary."""
+
+
+class NoToken(ValueError):
+    """The start or end token is not in the vocabulary."""
+
+    def __init__(self, which: str, name: str | None):
+        super().__init__(f"`{name}` is not in its vocabulary" if name else "tried the usual names")
+        self.which = which
+        self.key = {"start": "bos_token", "end": "eos_token"}[which]
 
 
 UNNAMED = SpecialTokens()

@@ -42,10 +42,10 @@ class DataFile:
     @cached_property
     def compression(self) -> str | None:
         """How the file is compressed, by its content and then its suffix. Raises DataError."""
-        by_suffix = COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
-        if by_suffix is not None and looks_like_text(self.start):
-            return None  # as where a download was decompressed on its way
-        return compression_of(self.start) or by_suffix
+        by_content = compression_of(self.start)
+        if by_content is None and not looks_like_text(self.start):
+            return COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
+        return by_content  # none, for example, where a download was decompressed on its way
 
     @cached_property
     def start(self) -> bytes:

@@ -26,20 +26,26 @@ class SentencePieceTokenizer(ListTokenizer):
         except RuntimeError:
             raise ValueError("sentencepiece cannot read it") from None
         self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id = _id(self._processor.bos_id())
+        bos_id = _id(self._processor.bos_id())
         self.pad_id = _id(self._processor.pad_id())
         eos_id = _id(self._processor.eos_id())
         if eos_id is None:
             raise ValueError("it was trained without an end-of-text token")
-        self.eos_id: int = eos_id
+        self.bos_id, self.eos_id = special.find(bos_id, eos_id, self._id_of)
         self.special = special
         self.ends = special.ends(self.bos_id)
         self.fingerprint = "sentencepiece-1-" + hashlib.sha256(content).hexdigest()
+        if (self.bos_id, self.eos_id) != (bos_id, eos_id):
+            self.fingerprint += f"-{self.bos_id}-{self.eos_id}"
 
     @staticmethod
     def recognises(content: bytes) -> bool:
         """Whether a file with this content is one of sentencepiece's, be it damaged further on."""
         return content.startswith(_FIRST_FIELD)
+
+    def _id_of(self, name: str) -> int | None:
+        found = self._processor.piece_to_id(name)
+        return found if self._processor.id_to_piece(found) == name else None  # unknown: <unk>
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text, out_type=int)
@@ -47,7 +53,9 @@ class SentencePieceTokenizer(ListTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         # A model's vocabulary may be larger than the tokenizer's.
-        text: str = self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+        ends = (self.bos_id, self.eos_id)  # which may be no control symbols, but words
+        kept = [i for i in ids if 0 <= i < self.vocab_size and i not in ends]
+        text: str = self._processor.decode(kept)
         return text
 
     def token_name(self, token: int) -> str:

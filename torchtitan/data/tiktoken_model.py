@@ -72,12 +72,14 @@ class TiktokenTokenizer:
             "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=ids
         )
         self.vocab_size = len(ranks) + len(ids)
-        self.bos_id: int | None = ids["<|begin_of_text|>"]
-        self.eos_id = ids["<|end_of_text|>"]
+        own = ids["<|begin_of_text|>"], ids["<|end_of_text|>"]
+        self.bos_id, self.eos_id = special.find(*own, ids.get)
         self.pad_id: int | None = ids["<|finetune_right_pad_id|>"]
         self.special = special
         self.ends = special.ends(self.bos_id)
         self.fingerprint = "tiktoken-1-" + hashlib.sha256(content).hexdigest()
+        if (self.bos_id, self.eos_id) != own:
+            self.fingerprint += f"-{self.bos_id}-{self.eos_id}"
 
     @staticmethod
     def recognises(content: bytes) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from torchtitan.config import ConfigError, Problem
 from torchtitan.config.registry import Registry, calling_module
-from torchtitan.data.document_ends import Ends, SpecialTokens, read_special_tokens
+from torchtitan.data.document_ends import Ends, NoToken, SpecialTokens, read_special_tokens
 from torchtitan.data.list_tokenizer import ListTokenizer
 from torchtitan.data.sentencepiece_model import SentencePieceTokenizer
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
@@ -139,12 +139,20 @@ def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
             continue
         try:
             return kind(content, special)
+        except NoToken as error:
+            raise ConfigError(_no_token(error, file, path)) from None
         except ValueError as error:
             problem = f"{file} is not a readable tokenizer: {error}"
         fix = "download the file again, or use another one"
         raise ConfigError(Problem(KEY, problem, fix, value=path))
     problem = f"{file} is no tokenizer: it is {_in_words(content, size)}"
     raise ConfigError(Problem(KEY, problem, _DOWNLOAD, value=path))
+
+
+def _no_token(error: NoToken, file: Path, path: str) -> Problem:
+    fix = f'correct "{error.key}" in tokenizer_config.json, or special_tokens_map.json, beside it'
+    problem = f"{file} has no {error.which}-of-text token ({error})"
+    return Problem(KEY, problem, fix, value=path)
 
 
 def _in_words(content: bytes, size: int) -> str:
@@ -225,9 +233,9 @@ class JsonTokenizer(ListTokenizer):
         eos_id = _id(vocabulary, special.eos, _EOS_NAMES)
         self.pad_id: int | None = _id(vocabulary, special.pad, _PAD_NAMES)
         if eos_id is None:
-            raise _NoToken("end", special.eos)
+            raise NoToken("end", special.eos)
         if self.bos_id is None and special.bos is not None and special.add_bos is not False:
-            raise _NoToken("start", special.bos)
+            raise NoToken("start", special.bos)
         self.eos_id = eos_id
         self.ends = special.ends(self.bos_id, _template(content, self._tokenizer))
         ids = json.dumps([self.bos_id, self.eos_id, self.pad_id])
@@ -238,14 +246,8 @@ class JsonTokenizer(ListTokenizer):
         """Read `file`; `path` is what the user set, for messages. Raises ConfigError."""
         try:
             return cls(file.read_text(encoding="utf-8"), special)
-        except _NoToken as error:
-            problem = Problem(
-                KEY,
-                f"{file} has no {error.which}-of-text token ({error})",
-                f'correct "{error.key}" in tokenizer_config.json, or special_tokens_map.json,'
-                " beside it",
-                value=path,
-            )
+        except NoToken as error:
+            problem = _no_token(error, file, path)
         except Exception as error:  # the library raises bare Exception for a broken file
             problem = Problem(
                 KEY,
@@ -270,13 +272,6 @@ class JsonTokenizer(ListTokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickle forgets that special tokens in documents are plain text.
         return JsonTokenizer, (self._content, self.special)
-
-
-class _NoToken(ValueError):
-    def __init__(self, which: str, name: str | None):
-        super().__init__(f"`{name}` is not in its vocabulary" if name else "tried the usual names")
-        self.which = which
-        self.key = {"start": "bos_token", "end": "eos_token"}[which]
 
 
 def _load(content: str) -> Any:

@@ -62,6 +62,13 @@ def test_compressed_files(tmp_path, form):
         assert read_documents(tmp_path / f"b.jsonl.{form}") == DOCUMENTS
 
 
+@pytest.mark.parametrize("start", ["数学数学数学", "\ufeffa", "a\r\nb"])
+def test_text_under_the_name_of_a_compressed_file(tmp_path, start):
+    (tmp_path / "a.txt.gz").write_bytes(f"{start} and more words".encode())
+    expected = f"{start} and more words".removeprefix("\ufeff")
+    assert read_documents(tmp_path / "a.txt.gz") == [expected]
+
+
 def test_what_other_programs_put_between_the_data(tmp_path):
     """Blocks of bgzip, skippable frames of seekable zstd files, padding of tapes and of xz."""
     content = LINES.encode()
@@ -193,6 +200,13 @@ def test_text_in_another_encoding_is_refused_and_can_be_named(tmp_path, encoding
     assert read_documents(tmp_path / "a.txt", encoding=name) == [text]
     wrong = facts_for(tmp_path / "a.txt", lanes=1, data__encoding="ascii")
     assert "the file is not ascii" in only(probe(wrong)).problem
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_needs_a_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes(WORDS.encode(f"{encoding}-le"))
+    wrong = facts_for(tmp_path / "a.txt", lanes=1, data__encoding=encoding)
+    assert "does not start with BOM; name its byte order in" in only(probe(wrong)).problem
 
 
 def test_what_is_no_text(tmp_path):

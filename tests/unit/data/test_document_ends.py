@@ -146,6 +146,16 @@ def test_the_files_beside_a_model_are_followed(tmp_path):
     assert documents_of(tmp_path).describe() == f"each document is {BOS} TEXT {EOS}"
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert documents_of(tmp_path).encode_document("a").tolist() == [97, 257]
+    unnamed = documents_of(tmp_path)
+    config = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert documents_of(tmp_path).fingerprint == unnamed.fingerprint
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}))
+    assert documents_of(tmp_path).describe() == f"each document is {BOS} TEXT {EOT}"
+    assert documents_of(tmp_path).tokenizer.fingerprint != unnamed.tokenizer.fingerprint
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<odd>"}))
+    with pytest.raises(ConfigError, match=r"no end-of-text token \(`<odd>` is not in its voc"):
+        documents_of(tmp_path)
 
 
 def test_other_ends_are_other_data(tmp_path):

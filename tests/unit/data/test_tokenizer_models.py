@@ -275,3 +275,20 @@ def test_damaged_files(tmp_path, ranks, llama2_file, monkeypatch):  # row 48
     file.write_bytes(whole)
     monkeypatch.setattr(tokenizers, "_MOST_BYTES", 100)
     assert "0 MiB large" in problem_of(file)
+
+
+def test_sentencepiece_with_tokens_that_the_files_beside_it_name(tmp_path):
+    content = sentencepiece_file(control_symbols=["<turn>"])
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    plain = build_tokenizer(str(tmp_path))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    assert build_tokenizer(str(tmp_path)).fingerprint == plain.fingerprint
+    config.write_text('{"eos_token": "<turn>"}')
+    named = pickle.loads(pickle.dumps(build_tokenizer(str(tmp_path))))  # noqa: S301
+    assert named.token_name(named.eos_id) == "<turn>" and named.bos_id == plain.bos_id
+    assert named.fingerprint != plain.fingerprint
+    assert named.decode(named.encode("a <turn>", bos=True, eos=True)) == "a <turn>"
+    config.write_text('{"eos_token": "<odd>"}')
+    with pytest.raises(ConfigError, match=r"no end-of-text token \(`<odd>` is not in its voc"):
+        build_tokenizer(str(tmp_path))
