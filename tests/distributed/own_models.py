@@ -1,9 +1,14 @@
-"""Families that do what the built-in ones do not: share parameters, and have biases.
+"""Families that do what the built-in ones do not: share parameters, have biases, adapters of a low
+rank, or dropout.
 
 `register()` makes them known to `model.name`, in whatever process calls it.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.attend import Mask
@@ -81,6 +86,83 @@ class BiasedLlama(Llama):
         return super().init_rule(name)
 
 
+class LowRankLinear(nn.Linear):
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.linear(F.linear(input, self.lora_a), self.lora_b)
+
+
+def add_low_rank(model: Any, rank: int = 3) -> None:
+    """Adapt a matrix that is cut by columns, one that ranks share, and one that is cut by rows."""
+    for block in model.blocks().values():
+        for linear in (block.attention.wq, block.attention.wk, block.attention.wo):
+            linear.__class__ = LowRankLinear
+            linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features))
+            linear.lora_b = nn.Parameter(torch.empty(linear.out_features, rank))
+
+
+def keep_low_rank_whole(plan: dict[str, Any]) -> None:
+    """Change the tensor-parallel plan of what `add_low_rank` has changed."""
+    for name, style in plan.items():
+        if name.endswith((".wq", ".wk")):
+            plan[name] = replace(style, whole=("lora_a",))
+        elif name.endswith(".wo"):
+            plan[name] = replace(style, whole=("lora_b",))
+
+
+LOW_RANK_RULE = InitRule("normal", std=0.1)
+
+
+class LowRankLlama(Llama):
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        add_low_rank(self)
+
+    def tensor_parallel_plan(self, styles: Any) -> dict[str, Any]:
+        plan = super().tensor_parallel_plan(styles)
+        keep_low_rank_whole(plan)
+        return plan
+
+    def init_rule(self, name: str) -> InitRule:
+        return LOW_RANK_RULE if "lora" in name else super().init_rule(name)
+
+
+P = 0.25
+
+
+class DroppingLinear(nn.Linear):
+    """Drops some of its input, which tensor ranks have whole, as LoRA's adapters do."""
+
+    dropout: nn.Dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
+def add_dropout(model: Any) -> None:
+    """Drop in every place that a mesh treats differently: hidden states after the embedding, within
+    each block and after the norm, hidden channels, and the input of a matrix."""
+    for block in model.blocks().values():
+        block.attention.register_forward_hook(_drop)
+        block.feed_forward.w1.register_forward_hook(_drop)  # a part of them, with tensor ranks
+        block.attention.wq.__class__ = DroppingLinear
+        block.attention.wq.dropout = nn.Dropout(P)
+    for end in (model.tok_embeddings, model.norm):
+        end.register_forward_hook(_drop)
+
+
+def _drop(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return F.dropout(out, P, module.training)
+
+
+class DroppingLlama(Llama):
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        add_dropout(self)
+
+
 def _family(name: str, model: type[Llama]) -> ModelFamily:
     def build(args: LlamaArgs) -> nn.Module:
         return model(args)
@@ -93,6 +175,8 @@ FAMILIES = [
     _family("shared by blocks", SharingLlama),
     _family("one block", RepeatedLlama),
     _family("biased", BiasedLlama),
+    _family("low rank", LowRankLlama),
+    _family("dropping", DroppingLlama),
 ]
 
 

@@ -173,3 +173,19 @@ def test_meta_parameters_are_refused():
         model = TwoLayers()
     with pytest.raises(ValueError, match=r"first.weight is on the meta device"):
         fill(model)
+
+
+def test_buffers_of_any_shape_and_type():
+    """A handler may add such: a scalar is like a vector of one; integers would be cut off."""
+    scalar, vector, count = torch.zeros(()), torch.zeros(1), torch.zeros(2, dtype=torch.int64)
+
+    def fill(tensor, rule):
+        initialize.initialize_tensors([("x", tensor)], lambda name: rule, seed=1)
+
+    for tensor in (scalar, vector):
+        fill(tensor, InitRule("normal", std=1.0))
+    assert scalar == vector[0] != 0
+    fill(count, InitRule("constant", value=2.0))
+    assert count.tolist() == [2, 2]
+    with pytest.raises(ValueError, match=r"x is torch\.int64: it can only start with a constant"):
+        fill(count, InitRule("normal", std=1.0))

@@ -1,14 +1,11 @@
 """A handler that adds parameters to linears (see docs/handlers.md), on meshes that cut them."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from tests.distributed import tiny
+from tests.distributed.own_models import LOW_RANK_RULE, add_low_rank, keep_low_rank_whole
 from tests.distributed.tiny import Case
 from tests.parity.table import COMPILED, FULL, TOLERANCE, row
 from tests.pool import GlooPool
@@ -16,38 +13,18 @@ from torchtitan.distributed.world import World
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.spec import InitRule
 
-RANK = 3
-
-
-class LowRankLinear(nn.Linear):
-    lora_a: Tensor
-    lora_b: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + F.linear(F.linear(input, self.lora_a), self.lora_b)
-
 
 class LowRank:
-    """On a matrix that is cut by columns, one that ranks share, and one that is cut by rows."""
-
     def __init__(self, *_: object) -> None: ...
 
     def convert(self, model: Any) -> None:
-        for block in model.blocks().values():
-            for linear in (block.attention.wq, block.attention.wk, block.attention.wo):
-                linear.__class__ = LowRankLinear
-                linear.lora_a = nn.Parameter(torch.empty(RANK, linear.in_features))
-                linear.lora_b = nn.Parameter(torch.empty(linear.out_features, RANK))
+        add_low_rank(model)
 
     def init_rule(self, name: str) -> InitRule | None:
-        return InitRule("normal", std=0.1) if "lora" in name else None
+        return LOW_RANK_RULE if "lora" in name else None
 
     def extend_tp_plan(self, plan: dict[str, Any]) -> None:
-        for name, style in plan.items():
-            if name.endswith((".wq", ".wk")):
-                plan[name] = replace(style, whole=("lora_a",))
-            elif name.endswith(".wo"):
-                plan[name] = replace(style, whole=("lora_b",))
+        keep_low_rank_whole(plan)
 
     def pre_optimizer_hook(self, model: object) -> None: ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
-from tests.parity.own_models import OWN_MODELS
+from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from torchtitan.components.loss_registry import loss_settings
 from torchtitan.config.facts import Facts
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -389,12 +389,12 @@ def name_of(case: Case) -> str:
 
 
 def reference_of(case: Case) -> Case:
-    """One process that trains the same model, with the same optimizer, and nothing special. The
-    fused norm has to be equal to the usual one."""
+    """One process with the same model and optimizer; the fused norm has to equal the usual one."""
     model = ("family", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
     frozen = case.settings.get("handlers", {}).get("freeze")
     if frozen:
         settings |= {"model": {"handlers": ["freeze"]}, "handlers": {"freeze": frozen}}
-    return Case(norm=norm, settings=settings, **{name: getattr(case, name) for name in model})
+    same = {name: getattr(case, name) for name in model}
+    return Case(norm=norm, settings=settings, microbatches=reference_microbatches(case), **same)

@@ -105,6 +105,13 @@ def test_windows_with_every_parallelism() -> None:
     assert {"checkpointing full", "checkpointing op", "compiled aot_eager"} <= special
 
 
+def test_adapters_and_dropout_with_what_cuts_them() -> None:
+    """Tensor and context ranks draw other numbers than one process."""
+    for family, kinds in (("low rank", {"fsdp", *OTHERS}), ("dropping", {*DATA, "pp"})):
+        met = set().union(*(k for case, k in zip(TABLE, KINDS) if case.family == family))
+        assert met == kinds, family
+
+
 def test_ranks_have_unequal_numbers_of_targets() -> None:
     counted = tiny.sequences()["labels"] != IGNORE_INDEX
     for ranks in (2, 4, 8):

@@ -37,7 +37,7 @@ def initialize_tensors(
     """Fill tensors in place, as `rule(name)` says. No communication.
 
     They may be plain tensors or DTensors with any sharding, empty shards too. Raises ValueError for
-    one on the meta device.
+    one on the meta device, and for one of integers that is to be normal.
     """
     for name, tensor in named:
         if tensor.is_meta:
@@ -46,7 +46,12 @@ def initialize_tensors(
         init = rule(name)
         if init.kind == "constant":
             local.fill_(init.value)
-        elif local.numel():
+            continue
+        if not (local.is_floating_point() or local.is_complex()):  # normal values would be cut off
+            raise ValueError(f"{name} is {local.dtype}: it can only start with a constant")
+        if not local.dim():  # a buffer; a scalar parameter could not be sharded
+            local = tensor = local.unsqueeze(0)
+        if local.numel():
             indices = _linear_indices(tensor.shape, held_indices(tensor))
             _fill_normal(local, indices, init, _key(seed, name))
 

@@ -1,11 +1,12 @@
 """Random numbers in a model (dropout, noise) as a function of where they are drawn, not of when.
 
 torch's default generators are seeded anew before each of the model's top-level modules, blocks
-among them, by (seed, step, sequence, module, part): so nothing has to be stored, a resumed run
+among them, by (seed, step, sequence, module, use, part): so nothing has to be stored, a resumed run
 draws what it would have drawn, and neither evaluation nor a pipeline's order matters. "Sequence" is
 the number within the step of the microbatch's first sequence, counted over all data ranks, so data
 ranks draw different numbers, and the same ones on any number of ranks as long as a microbatch holds
-the same sequences. "Part" is the rank among those that share a sequence, in context and in tensor
+the same sequences. "Use" counts the forwards of a module within a microbatch: layers that share one
+do not share a mask. "Part" is the rank among those that share a sequence, in context and in tensor
 parallelism: between cut modules each has a part of the tokens, inside them a part of the channels.
 What tensor ranks have alike is in `GatheredDropout` and in the head, whose stream they share.
 
@@ -13,6 +14,7 @@ Outside of the model's forward, in handlers' hooks, all ranks draw the same.
 """
 
 import hashlib
+from collections import Counter
 from functools import partial
 
 import torch
@@ -44,6 +46,7 @@ class RandomStreams:
         self._first_lane = dp_rank * self._own_lanes
         self._part = part
         self._sequence = 0
+        self._uses: Counter[nn.Module] = Counter()
 
     def attach(self, model: nn.Module) -> None:
         """Seed before each top-level module of `model`, or of a stage of it, while it trains."""
@@ -51,7 +54,9 @@ class RandomStreams:
         assert isinstance(declared, LanguageModel)
         blocks, head = declared.blocks(), declared.head
         context, tensor = self._part
-        for name, module in {**dict(model.named_children()), **blocks}.items():
+        named = {**dict(model.named_children()), **blocks}
+        names = {module: name for name, module in reversed(named.items())}  # the first of several
+        for module, name in names.items():
             # Tensor ranks have the head's input, and in some losses its logits, whole.
             part = (context,) if module is head else (context, tensor)
             module.register_forward_pre_hook(partial(self._before_module, name, part))
@@ -61,6 +66,7 @@ class RandomStreams:
         step."""
         turn, lane = divmod(index, self._own_lanes)
         self._sequence = turn * self._num_lanes + self._first_lane + lane
+        self._uses.clear()
         self._reseed("microbatch", self._sequence, *self._part)
 
     def end_microbatches(self) -> None:
@@ -73,7 +79,9 @@ class RandomStreams:
         self, name: str, part: tuple[int, ...], module: nn.Module, args: object
     ) -> None:
         if module.training:
-            self._reseed("module", self._sequence, name, *part)
+            if torch._C._current_graph_task_id() == -1:  # not a model's own recomputation
+                self._uses[module] += 1
+            self._reseed("module", self._sequence, name, self._uses[module], *part)
 
     def _reseed(self, *place: object) -> None:
         where = "/".join(map(str, (self._seed, self.step, *place)))

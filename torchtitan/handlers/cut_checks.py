@@ -68,7 +68,8 @@ def _problems(facts: Facts) -> list[Problem]:
         return []  # reported by the checks of the model
     require_language_model(model, family.name)
     convert_model(model, handlers, dtype)
-    problems = _scalars(model, "model.handlers" if handlers else "model.name")
+    key = "model.handlers" if handlers else "model.name"
+    problems = [*_scalars(model, key), *_odd_types(model, key)]
     if pipeline is not None:
         problems += torn_parameters(pipeline, model, dims.pp)
     if dims.tp > 1:
@@ -86,3 +87,17 @@ def _scalars(model: "nn.Module", key: str) -> list[Problem]:
     shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     problem = f"a parameter needs a dimension to be sharded along, and {shown} has none"
     return [Problem(key, problem, "make it a tensor of the shape [1]")]
+
+
+def _odd_types(model: "nn.Module", key: str) -> list[Problem]:
+    """FSDP gathers parameters that are trained in one buffer."""
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            names.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(name)
+    if len(names) < 2:
+        return []
+    usual = max(names, key=lambda dtype: len(names[dtype]))
+    odd = next(dtype for dtype in names if dtype != usual)
+    problem = f"{names[odd][0]} is {odd}, and what is trained has to have one type, here {usual}"
+    return [Problem(key, problem, "make it without a type: it has that of training.dtype then")]

@@ -90,7 +90,7 @@ def _operator_contexts() -> Any:
 def _keep_or_recompute(
     counts: dict[str, int], context: Any, operator: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    if operator in _KEPT:
+    if operator in _KEPT and not _draws(operator, args, kwargs):
         return CheckpointPolicy.MUST_SAVE
     if operator in _MATRIX_PRODUCTS:
         phase = "recompute" if context.is_recompute else "forward"
@@ -98,3 +98,12 @@ def _keep_or_recompute(
         if counts[phase] % 2 == 1:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention drops weights. Were it not computed again, what comes after it in the
+    block would draw other numbers than in the forward."""
+    if not isinstance(operator, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    return bool({**dict(zip(names, args)), **kwargs}.get("dropout_p"))

@@ -105,10 +105,10 @@ def test_a_start_refuses_it_on_every_rank() -> None:
             )
 
 
-def add(name: str, shape: tuple[int, ...]) -> None:
+def add(name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Let the handler add a parameter to the model."""
     module, _, key = name.rpartition(".")
-    parameter = nn.Parameter(torch.empty(shape, device="meta"))
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     CHANGE.append(lambda model: model.get_submodule(module).register_parameter(key, parameter))
 
 
@@ -160,6 +160,16 @@ def test_a_parameter_without_a_dimension_is_named() -> None:
     add("layers.1.feed_forward.gain", ())
     [problem] = problems()
     assert "layers.1.feed_forward.gain has none" in problem.problem
+
+
+def test_a_parameter_of_another_type_is_named() -> None:
+    """On one process, too; FSDP would say so at the first step, without a name."""
+    add("layers.1.feed_forward.gain", (4,), torch.bfloat16)
+    [problem] = problems()
+    assert "layers.1.feed_forward.gain is bfloat16" in problem.problem
+    assert "one type, here float32" in problem.problem
+    CHANGE.append(lambda model: model.layers["1"].feed_forward.gain.requires_grad_(False))
+    assert problems() == []
 
 
 def tie(model: nn.Module, one: str, other: str) -> None:

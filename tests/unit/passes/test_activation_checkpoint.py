@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from torchtitan.config.model_sections import ActivationCheckpoint
-from torchtitan.passes.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.passes.activation_checkpoint import (
+    _keep_or_recompute,
+    apply_activation_checkpoint,
+)
 
 
 class Block(nn.Module):
@@ -124,3 +128,17 @@ def test_a_recomputation_draws_the_same_random_numbers(option: str, preserve: bo
     out.backward()
     expected = out.detach() / block.weight.detach()  # the sum of the numbers of the forward
     assert torch.isclose(block.weight.grad, expected).item() is preserve  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_attention_that_drops_is_computed_again(kernel: str) -> None:
+    """Else what follows it would not find the random numbers where the forward did."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention").default
+    qkv = [torch.empty(1, 1, 2, 4, device="meta")] * 3
+    more = [None, True] if kernel == "efficient" else []
+
+    def policy(*dropout: float, **named: float) -> CheckpointPolicy:
+        return _keep_or_recompute({}, None, operator, *qkv, *more, *dropout, **named)
+
+    assert policy() == policy(0.0) == policy(dropout_p=0.0) == CheckpointPolicy.MUST_SAVE
+    assert policy(0.1) == policy(dropout_p=0.1) == CheckpointPolicy.PREFER_RECOMPUTE
