@@ -57,7 +57,7 @@ def differences(
     if not stored:
         text = "the files, the tokenizer or how the data are cut; the checkpoint does not say which"
         return {_KEYS["data"]: text}
-    found = {}
+    found: dict[str, str] = {}
     for name in sorted({*stored, *now}):
         before, after = stored.get(name), now.get(name)
         if before == after:
@@ -65,10 +65,8 @@ def differences(
         how = f"{_show(before)} in the checkpoint, {_show(after)} now"
         if name == "data" and before is not None and after is not None:
             how = _data_difference(before, after)
-        elif (
-            name == "tokenizer" and before is not None and _vocabulary(before) == _vocabulary(after)
-        ):
-            found |= _ends_difference(before, after)
+        elif name == "tokenizer" and _vocabulary(before) == _vocabulary(after):
+            found |= _ends_difference(str(before), str(after))
             continue
         found[_KEYS.get(name, name)] = how
     return found
@@ -119,14 +117,14 @@ def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     return "; ".join(texts)
 
 
-def _vocabulary(tokenizer: str) -> str:
+def _vocabulary(tokenizer: Any) -> str:
     """The fingerprint of a tokenizer without what documents are put between."""
-    return tokenizer.partition("+")[0]
+    return str(tokenizer).partition("+")[0]
 
 
 def _ends_difference(before: str, now: str) -> dict[str, str]:
     """What differs where one tokenizer puts documents between other tokens."""
-    found = {}
+    found: dict[str, str] = {}
     # Both tokens, or the only one, have no suffix (`DocumentTokenizer.fingerprint`).
     old, new = (fact.partition("+")[2] if "+" in fact else "boseos" for fact in (before, now))
     for key, end in (("data.add_eos", "eos"), ("data.add_bos", "bos")):
