@@ -127,9 +127,9 @@ def data_problems(facts: Facts) -> list[Problem]:
         mixture = loader.build_mixture(
             config.training, config.data, config.debug.seed, tokenizer, decision.num_lanes
         )
+        now = loader.data_facts(mixture)  # reads the files
     except (ConfigError, DataError):
         return []
-    now = loader.data_facts(mixture)
     if identity.names_data(state["data_fingerprint"], now):
         return []
     compare = partial(identity.differences, now=identity.summary_of(now), anew=config.data.restart)

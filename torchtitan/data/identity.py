@@ -65,7 +65,7 @@ def differences(
         how = f"{_show(before)} in the checkpoint, {_show(after)} now"
         if name == "data" and before is not None and after is not None:
             how = _data_difference(before, after)
-        elif name == "tokenizer" and _vocabulary(str(before)) == _vocabulary(str(after)):
+        elif name == "tokenizer" and _vocabulary(before) == _vocabulary(after):
             found |= _ends_difference(str(before), str(after))
             continue
         found[_KEYS.get(name, name)] = how
@@ -117,9 +117,9 @@ def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     return "; ".join(texts)
 
 
-def _vocabulary(tokenizer: str) -> str:
+def _vocabulary(tokenizer: Any) -> str:
     """The fingerprint of a tokenizer without what documents are put between."""
-    return tokenizer.partition("+")[0]
+    return str(tokenizer).partition("+")[0]
 
 
 def _ends_difference(before: str, now: str) -> dict[str, str]:
