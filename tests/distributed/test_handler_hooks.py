@@ -216,7 +216,6 @@ import json, os, sys
 
 from torchtitan import cli
 
-cli._PATIENCE_SECONDS = 0  # that other ranks have with the first one before they tell the same
 arguments, folder, runs, ports = json.loads(sys.argv[1])
 for (hook, error, _), port in zip(runs, ports):
     os.environ["MASTER_PORT"] = port
@@ -274,8 +273,11 @@ def test_an_error_in_a_hook_ends_the_run_on_all_ranks(failed: tuple[Path, list[s
                 "late": 'ERROR: model.handlers = "failing": is out of luck. Fix: mend it.',
             }[error]
             assert told in text, text
-            is_config = error in ("user", "late")
-            assert ('failing.py", line' in text) != is_config, "the traceback leads there"
+            assert ('failing.py", line' in text) == (error == "own"), "the traceback leads there"
             assert ("nothing was started" in text) == (error == "user")
+            if (hook, error) == ("extend_tp_plan", "user"):
+                # The check of the model asks that hook, before the run folder is touched.
+                assert not (folder / f"{hook}-{error}").exists()
+                continue
             stored = runs.status(folder / f"{hook}-{error}")
             assert (stored["status"], stored["exit_code"]) == ("failed", status)
