@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchtitan.checkpoint.initial import initial_start
+from torchtitan.checkpoint.manifest import HANDLERS_STATE
 from torchtitan.checkpoint.rerun import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun, read_stored_run
@@ -107,7 +108,7 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
     batch, lanes, warmup, more = _open_values(facts, {} if stored.is_seed else stored.config)
-    notices += more if action == "resume" else []
+    notices += [*more, *_older_rule(stored, warmup)] if action == "resume" else []
     return Decision(
         action,
         run_id,
@@ -272,6 +273,18 @@ def _open_values(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, int
         None if warmup is None else resolve("lr_scheduler.warmup_steps", warmup),
         notices,
     )
+
+
+def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
+    """A notice where the checkpoint is of a release whose built-in schedule was another one. That
+    saved no state of handlers, not even an empty one."""
+    state = stored.newest.state if stored.newest else {}
+    if warmup is None or not state.get("step") or HANDLERS_STATE in state:
+        return []
+    return [
+        "The checkpoint is of an earlier release, whose learning rate never reached its peak: from"
+        " here on it follows the rule in docs/optimizers.md, so the curve may bend a little."
+    ]
 
 
 def with_stored_batch(facts: Facts) -> Facts:

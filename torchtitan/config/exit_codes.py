@@ -35,8 +35,14 @@ _BY_ERROR: dict[type[BaseException], int] = {
 
 
 _OUT_OF_MEMORY_NAMES = {"OutOfMemoryError", "MemoryError"}
-_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "cannot allocate memory")
-"""Of torch's allocator for CPUs, which raises RuntimeError, and of the C library."""
+_OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "out of memory",
+)
+"""Of torch's allocator for CPUs, which raises RuntimeError, of the C library, and of CUDA and NCCL
+where they allocate past torch's allocator."""
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -44,6 +44,15 @@ def test_same_command_goes_on(tmp_path: Path) -> None:
     assert decision.notices == ()
 
 
+def test_a_checkpoint_of_a_release_with_another_learning_rate_is_noticed(tmp_path: Path) -> None:
+    run_id = stopped_run(tmp_path)
+    plant_step(tmp_path, 5, run_id, state={"step": 5})
+    (notice,) = open_folder(tmp_path).decision.notices
+    assert "of an earlier release, whose learning rate never reached its peak" in notice
+    plant_step(tmp_path, 6, run_id, state={"step": 6, "handlers": {}})
+    assert open_folder(tmp_path).decision.notices == ()
+
+
 def test_other_mesh_goes_on_with_the_same_batch(tmp_path: Path) -> None:
     stopped_run(tmp_path, 5)
     opened = open_folder(tmp_path, world_size=4, training={"local_batch_size": 2})
