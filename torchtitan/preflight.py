@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torchtitan.config.errors import ConfigError, DataError, Problem
+from torchtitan.config.errors import ConfigError, DataError, Problem, errors_of
 from torchtitan.config.facts import Facts
 from torchtitan.config.shipped import found_elsewhere
 
@@ -135,11 +135,6 @@ def data_problems(facts: Facts) -> list[Problem]:
     compare = partial(identity.differences, now=identity.summary_of(now), anew=config.data.restart)
     fingerprint = identity.fingerprint_of(now)
     return data_check.data_problems(config.checkpoint, state, fingerprint, compare)
-
-
-def errors_of(problems: Iterable[Problem]) -> list[Problem]:
-    """Those that stop a run."""
-    return [problem for problem in problems if problem.severity == "error"]
 
 
 def report(problems: Iterable[Problem], quiet: bool = False) -> None:

@@ -27,6 +27,8 @@ SAVED_STEP = 2
 LAST_STEP = 4
 V, LOOP, ONE_EACH = ({"schedule": name} for name in ("ZBVZeroBubble", "Interleaved1F1B", "1F1B"))
 
+SHARED, ADAPTED = {"family": "shared by blocks"}, {"family": "low rank"}
+
 
 def mesh(**degrees: object) -> Case:
     """Of a model with layers enough for two stages on each of two ranks."""
@@ -59,6 +61,8 @@ MOVES = [
     (mesh(shard=2, cp=2, tp=2, pp=2, **LOOP), mesh()),
     (row(shard=2, tp=2, **TIED), row(replicate=2, cp=2, **TIED)),
     (row(replicate=2, cp=2, **TIED), row(tp=4, **TIED)),
+    (mesh(shard=2, **SHARED), mesh(tp=2, pp=2, **ONE_EACH, **SHARED)),
+    (mesh(tp=2, **ADAPTED), mesh(shard=2, **ADAPTED)),
 ]
 
 
@@ -141,12 +145,12 @@ def uninterrupted(
     gloo_pool: GlooPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Case], Leg]:
     """One process that trains the same model to the last step."""
-    legs: dict[tuple[int, bool], Leg] = {}
+    legs: dict[tuple[int, bool, str], Leg] = {}
 
     def train(case: Case) -> Leg:
-        model = case.layers, case.tied
+        model = case.layers, case.tied, case.family
         if model not in legs:
-            alone = Case(layers=case.layers, tied=case.tied)
+            alone = Case(layers=case.layers, tied=case.tied, family=case.family)
             folder = str(tmp_path_factory.mktemp("alone"))
             [legs[model]] = gloo_pool.run(1, go_on, alone, folder, LAST_STEP, False)
         return legs[model]

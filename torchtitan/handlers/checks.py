@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from torchtitan.config import ConfigError, Problem
+from torchtitan.config.errors import errors_of
 from torchtitan.config.facts import Facts
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
@@ -36,7 +37,7 @@ def check(facts: Facts) -> list[Problem]:
     entries = {name: HANDLERS[name] for name in chosen}
     problems += [*_check_order(entries), *_check_packages(entries)]
     for name, entry in entries.items():
-        if not problems:
+        if not errors_of(problems):
             settings = handler_settings(facts.config, name)
             problems += _asked(name, "check", partial(entry.check, facts, settings))
     return problems

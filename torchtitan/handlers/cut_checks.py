@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, Problem, errors_of
 from torchtitan.config.facts import Facts
 from torchtitan.models.registry import get_family
 
@@ -25,7 +25,7 @@ def probe(facts: Facts) -> list[Problem]:
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # handlers say what they do when the model is built in earnest
     try:
-        return [] if check(facts) else _problems(facts)
+        return [] if errors_of(check(facts)) else _problems(facts)
     except ConfigError as error:
         return error.problems
     except HandlerError as error:

@@ -1,6 +1,6 @@
 """Settings of handlers that only the built model can judge, such as names of parameters."""
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, Problem, errors_of
 from torchtitan.config.facts import Facts
 from torchtitan.config.registry import BUILT_IN
 from torchtitan.models.registry import get_family
@@ -21,7 +21,7 @@ def probe(facts: Facts) -> list[Problem]:
     from torchtitan.handlers.registry import HANDLERS
 
     config = facts.config
-    if not config.model.handlers or check(facts):
+    if not config.model.handlers or errors_of(check(facts)):
         return []
     try:
         family = get_family(config.model.name)

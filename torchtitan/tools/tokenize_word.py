@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.config.custom_import import import_custom_modules
-from torchtitan.config.errors import ConfigError, DataError, Problem
+from torchtitan.config.errors import ConfigError, DataError, Problem, errors_of
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
@@ -32,7 +32,7 @@ from torchtitan.data.token_files import (
 from torchtitan.data.token_source import TokenSource
 from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tokenize
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight import errors_of, report
+from torchtitan.preflight import report
 
 USAGE = """usage: torchtitan tokenize [FILE] --output DIR [--workers N] [--source NAME]
                            [--shard-mib N] [--section.key value ...]

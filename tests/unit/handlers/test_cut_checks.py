@@ -1,6 +1,6 @@
 """What a mesh would get wrong of a model is said before a run starts, with the names it has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from tests.distributed.tiny import Case
 from torchtitan import model_builder
 from torchtitan.config import ConfigError, JobConfig, Problem
 from torchtitan.config.facts import Facts
+from torchtitan.config.section import Section
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import TensorStyles
 from torchtitan.distributed.world import fake_world
-from torchtitan.handlers.registry import HANDLERS, register_handler
+from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
 from torchtitan.preflight import MODEL, errors_of, preflight
@@ -56,12 +57,19 @@ def own_things(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     EXTEND.clear()
 
 
-def problems(family: str = "llama3", *, tp: int = 1, pp: int = 1, layers: int = 2) -> list[Problem]:
+def problems(
+    family: str = "llama3",
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    layers: int = 2,
+    handlers: Sequence[str] = ("change",),
+) -> list[Problem]:
     config = JobConfig.model_validate(
         {
             "model": {
                 "name": family,
-                "handlers": ["change"],
+                "handlers": handlers,
                 "args": {"n_layers": layers, "dim": 32, "n_heads": 4},
             },
             "training": {"dataset": "stdlib", "seq_len": 32},
@@ -160,6 +168,14 @@ def test_a_parameter_without_a_dimension_is_named() -> None:
     add("layers.1.feed_forward.gain", ())
     [problem] = problems()
     assert "layers.1.feed_forward.gain has none" in problem.problem
+
+
+def test_a_warning_about_settings_hides_nothing() -> None:
+    warning = Problem("handlers.warns", "is unusual", "", severity="warning")
+    entry = HandlerEntry(Section, lambda: Change, check=lambda *_: [warning])
+    HANDLERS.register("warns", entry, __name__)
+    [problem] = problems("tied naively", pp=2, handlers=["warns", "change"])
+    assert "are one parameter" in problem.problem
 
 
 def test_a_parameter_of_another_type_is_named() -> None:
