@@ -32,6 +32,7 @@ _PROBED_TOKEN_BYTES = 256 * 2**20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
+_ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
 
 
 def probe_data(facts: Facts) -> list[Problem]:
@@ -228,6 +229,8 @@ def _probe_rows(facts: Facts, source: "Source", shards: "list[Shard]") -> list[P
 
 
 def _fix_of(flaw: str) -> str:
+    if "data.encoding" in flaw:
+        return _ENCODING_FIX
     return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
 
 

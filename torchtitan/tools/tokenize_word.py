@@ -47,7 +47,8 @@ finished, it checks every file.
   --shard-mib N    text for one pair of files, in MiB (default: 256)
 
 The settings that count: training.dataset_path, training.dataset, model.tokenizer_path,
-data.text_column, data.lanes, data.max_document_mib, data.on_bad_row, data.max_bad_rows."""
+data.text_column, data.encoding, data.document_separator, data.add_bos, data.add_eos, data.lanes,
+data.max_document_mib, data.on_bad_row, data.max_bad_rows."""
 
 
 class _Options(NamedTuple):

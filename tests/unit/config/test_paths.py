@@ -86,7 +86,13 @@ def test_a_home_folder_that_is_nobodys_is_a_message(tmp_path: Path, monkeypatch,
     """In every path: none of their readers expands it again, which pathlib does with an error."""
     monkeypatch.chdir(tmp_path)
     for key in ("job.dump_folder", "model.tokenizer_path", "checkpoint.initial_load_path"):
-        flags = [f"--{key}", "~no_such_user/x", "--training.dataset", "stdlib", "--check"]
+        flags = [
+            f"--{key}",
+            "~no_such_user/x",
+            "--checkpoint.enable",
+            "--training.dataset=stdlib",
+            "--check",
+        ]
         assert main(["train", *flags]) == 9
         assert f'{key} = "~no_such_user/x": there is no home' in capfd.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -194,6 +194,7 @@ def test_text_in_another_encoding_is_refused_and_can_be_named(tmp_path, encoding
     problem = only(probe(facts_for(tmp_path / "a.txt", lanes=1)))
     assert problem.problem.startswith(f"{tmp_path}/a.txt:1 (byte 0): not ")
     assert seems in problem.problem and "data.encoding" in problem.problem
+    assert problem.fix.startswith("set data.encoding, or ")
     with pytest.raises(DataError, match=seems):
         read_documents(tmp_path / "a.txt")
     assert probe(facts_for(tmp_path / "a.txt", lanes=1, data__encoding=name)) == []
