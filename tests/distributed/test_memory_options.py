@@ -227,7 +227,7 @@ def test_an_early_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """The first update, made in the backward, makes the weights too large for the second."""
     options = ("--optimizer.lr=1e30", "--checkpoint.interval=1", "--lr_scheduler.warmup_steps=0")
     done = runs.run(tmp_path / "run", *RUN, *ALL_IN_RUNS, *options, expect=5)
-    assert "early_step_in_backward it has changed the weights, which are lost" in done.stderr
+    assert "early_step_in_backward it has changed the weights" in done.stderr
     failed = runs.status(tmp_path / "run")["step"] + 1
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoint").glob("step-*")]
     assert f"step {failed}: the loss or the gradient norm" in done.stderr

@@ -148,10 +148,10 @@ def norm_counts_what_tensor_parallel_ranks_share(patches: Patches) -> None:
 def seeds_differ_between_ranks(patches: Patches) -> None:
     """Every rank draws its initial weights for itself."""
 
-    def own_seed(original, part, rule, seed):
-        original(part, rule, seed + dist.get_rank())
+    def own_seed(original, named, rule, seed):
+        original(named, rule, seed + dist.get_rank())
 
-    patches.put(model_builder, "initialize_parameters", own_seed)
+    patches.put(model_builder, "initialize_tensors", own_seed)
 
 
 @shows_on(row(tp=2))
@@ -376,16 +376,16 @@ def pipeline_reuses_the_first_documents(patches: Patches) -> None:
 def depth_is_counted_in_each_stage(patches: Patches) -> None:
     """Initial weights that depend on the depth take every stage for the first."""
 
-    def from_zero(original, part, rule, seed):
-        depths = {name: depth for depth, name in enumerate(part.blocks())}
+    def from_zero(original, named, rule, seed):
+        first = min(int(name.split(".")[1]) for name, _ in named if name.startswith("layers."))
 
         def rule_of_stage(name):
-            block = ".".join(name.split(".")[:2])
-            return rule(name.replace(block, f"layers.{depths[block]}") if block in depths else name)
+            kind, depth, *rest = name.split(".")
+            return rule(".".join([kind, str(int(depth) - first), *rest]) if rest else name)
 
-        original(part, rule_of_stage, seed)
+        original(named, rule_of_stage, seed)
 
-    patches.put(model_builder, "initialize_parameters", from_zero)
+    patches.put(model_builder, "initialize_tensors", from_zero)
 
 
 def _square_sum(parameters, *_) -> torch.Tensor:
