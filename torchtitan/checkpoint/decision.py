@@ -288,19 +288,19 @@ def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
 
 
 def with_stored_batch(facts: Facts) -> Facts:
-    """Return `facts` with what the config leaves open of batch size and lanes filled in from the
-    run in the folder, or from the one that is started from.
+    """Return `facts` with what the config leaves open of batch size, lanes and warmup filled in
+    from the run in the folder, or from the one that is started from.
 
-    For checks that come before `decide`: on another mesh, an open batch would be another one than
-    the run has. Reads the status, the config and names; refuses nothing.
+    For checks that come before `decide`: on another mesh, or with more steps, they would be others
+    than the run has. Reads the status, the config and names; refuses nothing.
     """
-    config = facts.config
+    config, warmup = facts.config, None
     try:
         path = Path(config.job.dump_folder).resolve()
         stored = read_stored_run(path, config)
         if stored.trained and not starts_anew(config):
             known = {} if stored.is_seed or stored.config is None else stored.config
-            batch, lanes, *_ = _open_values(facts, known)
+            batch, lanes, warmup, _ = _open_values(facts, known)
         else:
             start = initial_start(facts)
             batch, lanes = start.global_batch_size, start.num_lanes
@@ -311,7 +311,10 @@ def with_stored_batch(facts: Facts) -> Facts:
         training = training.model_copy(update={"global_batch_size": batch})
     if data.lanes is None:
         data = data.model_copy(update={"lanes": lanes})
-    sections = {"training": training, "data": data}
+    schedule = config.lr_scheduler
+    if schedule.warmup_steps is None and warmup is not None:
+        schedule = schedule.model_copy(update={"warmup_steps": warmup})
+    sections = {"training": training, "data": data, "lr_scheduler": schedule}
     return replace(facts, config=config.model_copy(update=sections))
 
 

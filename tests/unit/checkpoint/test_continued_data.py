@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import make_config, open_folder, plant_step, snapshot
+from folders import make_config, open_folder, plant_step, snapshot, stopped_run
 
 from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.cli import main
@@ -44,6 +44,15 @@ def test_smaller_mesh_keeps_the_batch(tmp_path: Path, world_size: int, local: in
         other = make_config(tmp_path, **{**sections, **more})
         resolved = with_stored_batch(Facts(other, world_size, "cpu"))
         assert resolved.global_batch_size == Facts(other, world_size, "cpu").global_batch_size
+
+
+def test_more_steps_keep_the_warmup(tmp_path: Path) -> None:
+    """Two of ten steps: the check of a start of more steps does not say that they are four."""
+    stopped_run(tmp_path, 10, training={"steps": 10})
+    facts = Facts(make_config(tmp_path, training={"steps": 20}), 1, "cpu")
+    assert with_stored_batch(facts).config.lr_scheduler.warmup_steps == 2
+    assert not any("warmup" in text for text in texts(with_stored_batch(facts)))
+    assert any("and 4 in this run" in text for text in texts(facts))
 
 
 def test_check_takes_the_batch_of_the_run(tmp_path: Path) -> None:
