@@ -138,6 +138,6 @@ def test_how_data_differ() -> None:
         text == "1,000 files of 499,500 bytes in the checkpoint, 1,001 files of 499,507 bytes now"
     )
     assert len(json.dumps(summary(many))) < 300
-    digest = differences(summary([["a", 5, "12"]]), summary([["a", 5, "13"]]))
+    digest = differences(summary([["a", 5, "64:12"]]), summary([["a", 5, "64:13"]]))
     assert digest == {"training.dataset_path": "a has other content at the same size"}
     assert "does not say which" in differences(None, before)["training.dataset_path"]
