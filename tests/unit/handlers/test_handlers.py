@@ -369,7 +369,8 @@ def test_what_a_handler_of_ones_own_adds_may_be_named() -> None:
     settings = {"freeze": {"patterns": ["added.*", "misspelt.*"]}}
     sections = {"model": {"handlers": ["adds", "freeze"]}, "handlers": settings}
     config = JobConfig.model_validate(sections)
-    assert preflight(Facts(config, 1, "cpu", full=False), [MODEL]) == []
+    [problem] = preflight(Facts(config, 1, "cpu", full=False), [MODEL])
+    assert problem.value == "misspelt.*"
     handlers = [NamedHandler(name, config, ParallelDims()) for name in config.model.handlers]
     model = nn.Sequential(nn.Linear(1, 1))
     handlers[0].convert(model)
