@@ -90,7 +90,7 @@ def build_finite_steps(
     optimizers: Sequence[torch.optim.Optimizer],
     saver: Saver,
 ) -> FiniteSteps:
-    """What ends the run at a step that is not finite, and says what is left of it."""
+    """Return what ends the run at a step that is not finite, and says what is left of it."""
 
     def find_non_finite() -> str:
         tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)

@@ -141,7 +141,7 @@ def set_status(folder: RunFolder, status: Status, step: int, code: int | None = 
 
 
 def stopping_words(progress: Progress) -> str:
-    """What a run that was asked to stop has kept."""
+    """Return what a run that was asked to stop has kept."""
     words = f"Asked to stop after step {progress.step}."
     if progress.saved_step == progress.step:
         return f"{words} It is saved; the same command goes on from it."
@@ -153,7 +153,7 @@ def stopping_words(progress: Progress) -> str:
 
 
 def closing_words(config: JobConfig, folder: RunFolder) -> str:
-    """Where the run folder is, and how to look at it."""
+    """Return where the run folder is, and how to look at it."""
     words = f"Run folder: {folder.path}"
     if config.metrics.enable_tensorboard:
         words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"

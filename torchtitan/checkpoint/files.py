@@ -39,7 +39,7 @@ def write_in_place(path: Path, text: str) -> None:
 
 
 def writable_by_anybody(path: Path) -> bool:
-    """Whether the mode of a file or folder lets all users of the machine change it."""
+    """Return whether the mode of a file or folder lets all users of the machine change it."""
     return bool(os.stat(path).st_mode & stat.S_IWOTH)
 
 

@@ -48,7 +48,7 @@ class StoredRun:
 
     @property
     def is_run(self) -> bool:
-        """Whether the folder holds a run at all."""
+        """Return whether the folder holds a run at all."""
         return bool(self.status or self.good)
 
     @property
@@ -63,12 +63,12 @@ class StoredRun:
 
     @property
     def trained(self) -> bool:
-        """Whether there is anything in it that a fresh start would lose."""
+        """Return whether there is anything in it that a fresh start would lose."""
         return bool(self.step_folders or self.has_metrics or self.status.get("step"))
 
     @property
     def ended(self) -> str:
-        """How the run ended, if it did: completed or data_exhausted."""
+        """Return how the run ended, if it did: completed or data_exhausted."""
         status = str(self.status.get("status"))
         # A job with `load_only` trained for itself: what is saved is as it was.
         aside = stored_value(self.config or {}, "checkpoint.load_only") is True and self.good

@@ -66,7 +66,7 @@ class FiniteSteps:
             )
 
     def _state(self) -> str:
-        """What has become of the weights."""
+        """Return what has become of the weights."""
         names = self._find_non_finite()
         if not self._left_out:
             lost = f" These hold NaN or infinity: {names}." if names else ""

@@ -209,7 +209,7 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
 
 
 def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[Problem]:
-    """What a user should know about the ends of documents before a run starts."""
+    """Return what a user should know about the ends of documents before a run starts."""
     special: SpecialTokens = getattr(tokenizer, "special", UNNAMED)
     problems = [
         Problem(

@@ -73,7 +73,7 @@ class DataFile:
 
 
 def suffix_kind(path: str) -> Kind | None:
-    """What the suffix says about a file, looking through that of a compression."""
+    """Return what the suffix says about a file, looking through that of a compression."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix not in COMPRESSIONS:
         return SUFFIXES.get(suffix)

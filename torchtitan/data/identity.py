@@ -123,7 +123,7 @@ def _vocabulary(tokenizer: Any) -> str:
 
 
 def _ends_difference(before: str, now: str) -> dict[str, str]:
-    """What differs where one tokenizer puts documents between other tokens."""
+    """Return what differs where one tokenizer puts documents between other tokens."""
     found: dict[str, str] = {}
     # Both tokens, or the only one, have no suffix (`DocumentTokenizer.fingerprint`).
     old, new = (fact.partition("+")[2] if "+" in fact else "boseos" for fact in (before, now))

@@ -100,7 +100,7 @@ def list_files(path: str, kind: Kind | Literal["auto"]) -> Listing:
 
 
 def describe_left_out(left_out: Mapping[str, LeftOut]) -> str:
-    """What is left out and why, as a part of a sentence; empty for nothing."""
+    """Return what is left out and why, as a part of a sentence; empty for nothing."""
     parts = []
     for reason, these in sorted(left_out.items()):
         if not these.count:

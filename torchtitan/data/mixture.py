@@ -150,7 +150,7 @@ class Mixture:
         return MixedLane(self, index, position)
 
     def description(self, describe: Callable[[Source], Any]) -> Any:
-        """What identifies the data (JSON), with what `describe` says of each source."""
+        """Return what identifies the data (JSON), with what `describe` says of each source."""
         if len(self.sources) == 1:
             return describe(self.sources[0].source)
         return [

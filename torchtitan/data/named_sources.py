@@ -63,7 +63,7 @@ def keys_of_table(place: str, path: str) -> dict[str, str]:
 
 
 def file_keys(table: Any, data: Data) -> dict[str, str | None]:
-    """How the files of a table are read."""
+    """Return how the files of a table are read."""
     own = {key: getattr(table, key) for key in FILE_KEYS}
     return {key: getattr(data, key) if value is None else value for key, value in own.items()}
 

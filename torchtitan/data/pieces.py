@@ -165,7 +165,7 @@ def _next_document(stream: BinaryIO, start: int, separator: bytes) -> int:
 
 
 def end_of_separators(content: bytes, place: int, separator: bytes) -> int:
-    """Where the separators that begin at `place`, and touch or overlap each other, end."""
+    """Return where the separators that begin at `place`, and touch or overlap each other, end."""
     size = len(separator)
     while (found := content.find(separator, place + 1, place + 2 * size)) >= 0:
         place = found

@@ -37,7 +37,7 @@ def describe_data(facts: Facts) -> list[str]:
 
 
 def describe_source(named: NamedSource, source: "Source") -> str:
-    """What is read of one dataset, and what is left out and why."""
+    """Return what is read of one dataset, and what is left out and why."""
     training = named.training
     place = named.place or "training data"
     name = training.dataset if training.dataset_path is None else training.dataset_path

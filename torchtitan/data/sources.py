@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a document, and not a piece of one."""
+        """Return whether it is a document, and not a piece of one."""
         return self.begins and self.ends
 
 

@@ -71,7 +71,7 @@ class JsonSource(FileSource):
         return read_values(stream, self._max_row_bytes)
 
     def _has_lines(self, index: int) -> bool:
-        """Whether a file holds one value a line, by its first value."""
+        """Return whether a file holds one value a line, by its first value."""
         if index not in self._of_lines:
             try:
                 self._of_lines[index] = self._starts_with_line(self.files[index])
