@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.components.loss_registry import LOSSES
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.help_text import print_help
+from torchtitan.handlers.registry import HANDLERS
 from torchtitan.tools.config_words import json_schema, reference
 
 PAGE = Path(__file__).parents[3] / "docs" / "config.md"
+
+
+@pytest.fixture(autouse=True)
+def only_what_the_library_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other test files, imported into the same process, register handlers and losses."""
+    for registered in (HANDLERS._registered, LOSSES._registered):
+        for name in [name for name, (_, origin) in registered.items() if "tests." in origin]:
+            monkeypatch.delitem(registered, name)
 
 
 def test_page_is_current():
