@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """What a terminal cannot print, as TOML and JSON write it, so that it can be read again."""
+    """Escape what a terminal cannot print as TOML and JSON do, so that it reads back."""
     assert isinstance(error, UnicodeEncodeError)
     codes = map(ord, error.object[error.start : error.end])
     return "".join(f"\\u{c:04x}" if c < 0x10000 else f"\\U{c:08x}" for c in codes), error.end

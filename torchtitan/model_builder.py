@@ -55,7 +55,7 @@ class BuiltModel:
 
     @property
     def part_or_parts(self) -> nn.Module | list[nn.Module]:
-        """What handlers' hooks are given: the model, or its parts where it is cut into stages."""
+        """The argument of handlers' hooks: the model, or its parts where it is cut into stages."""
         return self.parts[0] if len(self.parts) == 1 else self.parts
 
 

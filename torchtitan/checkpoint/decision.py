@@ -213,7 +213,7 @@ def _action(config: JobConfig, stored: StoredRun) -> tuple[Action, int, list[str
 
 
 def _has_more_data(config: JobConfig, stored: StoredRun) -> bool:
-    """Whether `data.epochs` grew since the run last saved, at the end of its data perhaps."""
+    """Return whether `data.epochs` grew since the last save."""
     return epochs_grow(stored.planned("data.epochs"), config.data.epochs)
 
 

@@ -140,7 +140,7 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[Problem]
 
 
 def epochs_grow(before: Any, now: int | None) -> bool:
-    """Whether there is more to read with `now` epochs than with `before`; None is without end."""
+    """Return whether `now` epochs are more than `before`; None is without end."""
     return isinstance(before, int) and (now is None or now > before)
 
 

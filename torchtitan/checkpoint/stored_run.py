@@ -53,7 +53,7 @@ class StoredRun:
 
     @property
     def is_seed(self) -> bool:
-        """Whether its config is the one of `create_seed_checkpoint`: nothing was trained yet."""
+        """Return whether it is a seed checkpoint: nothing was trained yet."""
         return stored_value(self.config or {}, "checkpoint.create_seed_checkpoint") is True
 
     @property

@@ -41,7 +41,7 @@ class DataFile:
 
     @cached_property
     def compression(self) -> str | None:
-        """How the file is compressed, by its content and then its suffix. Raises DataError."""
+        """Return the compression, by content and then by suffix. Raises DataError."""
         by_content = compression_of(self.start)
         if by_content is None and not looks_like_text(self.start):
             return COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())

@@ -147,7 +147,7 @@ def text_cut(window: bytes) -> int:
 
 
 def _next_document(stream: BinaryIO, start: int, separator: bytes) -> int:
-    """Where the first document that starts at byte `start` or later begins, or the file ends."""
+    """Return the start of the first document at or after byte `start`, or the end of the file."""
     place = max(0, start - len(separator))
     stream.seek(place)
     buffer = b""

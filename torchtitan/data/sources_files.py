@@ -65,7 +65,7 @@ class FileSource:
         return transcoded(stream, encoding)
 
     def can_seek(self, file: DataFile) -> bool:
-        """Whether a byte of the content is at the same place on the disk. Raises DataError."""
+        """Return whether bytes of the content lie at the same places on disk. Raises DataError."""
         return file.compression is None and _is_utf8(self._encoding(file.start))
 
     def locate(self, shard: Shard, row: Row) -> str:

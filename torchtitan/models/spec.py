@@ -159,7 +159,7 @@ class LanguageModel(Protocol):
         """A style for every module that has parameters, or that needs one, by name."""
 
     def init_rule(self, name: str) -> InitRule:
-        """How the parameter of this full name starts. Raises LookupError for an unknown name."""
+        """Return the rule by which a parameter starts. Raises LookupError for an unknown name."""
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """Floating point operations of forward and backward per token."""
