@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,16 @@ def own_families_are_unknown() -> None:
     """What lists all families does not find those that other tests have registered."""
     for family in own_models.FAMILIES:
         MODELS._registered.pop(family.name, None)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A rank that shows its messages does more, so no test leaves the level to the next ones."""
+    logger = logging.getLogger("torchtitan")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
