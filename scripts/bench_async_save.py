@@ -21,7 +21,7 @@ from torchtitan.checkpoint import background
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import open_world
+from torchtitan.distributed.context import open_context
 from torchtitan.utils.environment import read_environment
 
 _WIDTH = 1024
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = Path(tempfile.mkdtemp(prefix="bench-save-", dir=arguments.folder))
     try:
-        with open_world("cpu", read_environment({}), 60) as world:
+        with open_context("cpu", read_environment({}), 60) as world:
             measure(arguments, world, folder)
     finally:
         shutil.rmtree(folder)

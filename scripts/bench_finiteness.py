@@ -19,8 +19,8 @@ from torch import Tensor
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.staging import Staging
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.context import open_context
 from torchtitan.distributed.finiteness import non_finite_on_any_rank
-from torchtitan.distributed.world import open_world
 from torchtitan.utils.environment import read_environment
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     tensors = made_up(int(options.millions * 1e6), options.layers, device)
     gib = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**30
     print(f"{device}, {torch.get_num_threads()} threads: {len(tensors)} tensors, {gib:.2f} GiB")
-    with open_world(device, read_environment(), 60) as world:
+    with open_context(device, read_environment(), 60) as world:
         report("check", options.rounds, lambda: non_finite_on_any_rank(world, tensors), gib)
         report("isfinite", options.rounds, lambda: by_isfinite(tensors), gib)
         staging = Staging(pinned=device == "cuda")

@@ -63,16 +63,16 @@ def measure(flavor: str, ranks: int, threads: int) -> dict[str, float]:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from torchtitan import model_builder
     from torchtitan.config import JobConfig
-    from torchtitan.config.facts import Facts
-    from torchtitan.distributed.initialize import initialize_parameters
+    from torchtitan.config.run_context import RunContext
+    from torchtitan.distributed.context import fake_world
     from torchtitan.distributed.parallel_dims import ParallelDims
-    from torchtitan.distributed.world import fake_world
+    from torchtitan.parallel.initialize import initialize_parameters
+    from torchtitan.training import model_builder
 
     torch.set_num_threads(threads)
     config = JobConfig.model_validate({"model": {"flavor": flavor}})
-    dims = ParallelDims.from_facts(Facts(config, ranks, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, ranks, "cpu"))
     with fake_world(0, ranks):
         mesh = dims.build_mesh("cpu")
         device = torch.device("cpu")

@@ -62,9 +62,9 @@ def measure(arguments: argparse.Namespace, name: str, chunks: int) -> tuple[floa
     import torch
     import torch.nn.functional as F
 
-    from torchtitan.components.chunked_loss import ChunkedLoss
-    from torchtitan.components.loss import CrossEntropyLoss
-    from torchtitan.components.loss_settings import CrossEntropySettings
+    from torchtitan.loss.chunked import ChunkedLoss
+    from torchtitan.loss.cross_entropy import CrossEntropyLoss
+    from torchtitan.loss.settings import CrossEntropySettings
     from torchtitan.models.batch import Batch
     from torchtitan.models.llama3.model import Head
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.registry import BUILT_IN
-from torchtitan.handlers.checks import check as check_handlers
+from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.registry import MODELS
-from torchtitan.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.preflight.handlers import check as check_handlers
+from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "refusals.md"
 DEGREES = (2, 4, 8, 16, 32)
@@ -109,7 +109,7 @@ def flavors() -> list[tuple[str, str]]:
     return [(family.name, flavor) for family in own for flavor in family.flavors]
 
 
-def refusals(variant: Variant, family: str, flavor: str, mesh: Mesh) -> list[Problem]:
+def refusals(variant: Variant, family: str, flavor: str, mesh: Mesh) -> list[ConfigIssue]:
     """What the checks by arithmetic say; no model is built for it, and no torch imported."""
     data_ranks = SHARDS * mesh.parallelism.get("data_parallel_replicate_degree", 1)
     if mesh.kind == "DDP":
@@ -129,8 +129,8 @@ def refusals(variant: Variant, family: str, flavor: str, mesh: Mesh) -> list[Pro
             "parallelism": dict(mesh.parallelism),
         }
     )
-    facts = Facts(config, mesh.world_size, variant.device, full=False)
-    problems = errors_of(preflight(facts, [ARITHMETIC]))
+    context = RunContext(config, mesh.world_size, variant.device, full=False)
+    problems = errors_of(preflight(context, [ARITHMETIC]))
     for problem in problems:
         if "not installed" in problem.problem:
             raise SystemExit(f"{problem} The page is made with all packages there.")
@@ -204,8 +204,8 @@ def pairs() -> list[tuple[str, str]]:
                 if name in VARIANTS
             }
             values = {"model": {"handlers": [first, second]}, "handlers": settings}
-            facts = Facts(JobConfig.model_validate(values), 1, "cuda", full=False)
-            for problem in errors_of(check_handlers(facts)):
+            context = RunContext(JobConfig.model_validate(values), 1, "cuda", full=False)
+            for problem in errors_of(check_handlers(context)):
                 if problem.key == "model.handlers" and problem.value in (first, second):
                     other = second if problem.value == first else first
                     rule = problem.problem.removesuffix(f" {other}")

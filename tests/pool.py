@@ -140,7 +140,7 @@ def _call(
     import torch
     import torch.distributed as dist
 
-    from torchtitan.distributed.world import World
+    from torchtitan.distributed.context import DistributedContext
 
     dist.init_process_group(
         "gloo",
@@ -152,7 +152,9 @@ def _call(
     try:
         group = dist.group.WORLD
         assert group is not None
-        return function(World(rank, world_size, rank, torch.device("cpu"), group), *args)
+        return function(
+            DistributedContext(rank, world_size, rank, torch.device("cpu"), group), *args
+        )
     finally:
         dist.destroy_process_group()
         # While a mesh lives, so do gloo's threads (18 on every rank of one with three axes), which

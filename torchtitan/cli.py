@@ -13,9 +13,9 @@ from torchtitan import __version__
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
+    ConfigIssue,
     DataError,
     NonFiniteError,
-    Problem,
 )
 from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
 from torchtitan.config.suggest import did_you_mean
@@ -81,7 +81,7 @@ def _run(argv: Sequence[str] | None) -> int:
     word, *rest = arguments
     try:
         if word not in _WORDS:
-            raise ConfigError(Problem(word, "is not a command", did_you_mean(word, _WORDS)))
+            raise ConfigError(ConfigIssue(word, "is not a command", did_you_mean(word, _WORDS)))
         return _WORDS[word][0](rest)
     except ConfigError as error:
         is_run = word == "train" and not any(text.startswith("--check") for text in rest)
@@ -96,43 +96,43 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def train(argv: list[str]) -> int:
     """Train, or with `--check` only look whether training could start."""
-    from torchtitan.tools import train_word
+    from torchtitan.commands import train as train_word
 
     return train_word.run(argv)
 
 
 def _config(argv: list[str]) -> int:
-    from torchtitan.tools import config_words
+    from torchtitan.commands import config as config_words
 
     return config_words.run(argv)
 
 
 def _tokenize(argv: list[str]) -> int:
-    from torchtitan.tools import tokenize_word
+    from torchtitan.commands import tokenize as tokenize_word
 
     return tokenize_word.run(argv)
 
 
 def _convert(argv: list[str]) -> int:
-    from torchtitan.tools import convert_words
+    from torchtitan.commands import convert as convert_words
 
     return convert_words.run(argv)
 
 
 def _list(argv: list[str]) -> int:
-    from torchtitan.tools import list_words
+    from torchtitan.commands import list_names as list_words
 
     return list_words.run(argv)
 
 
 def _download(argv: list[str]) -> int:
-    from torchtitan.tools import download
+    from torchtitan.commands import download
 
     return download.run(argv)
 
 
 def _doctor(argv: list[str]) -> int:
-    from torchtitan.tools import doctor
+    from torchtitan.commands.doctor import doctor
 
     return doctor.run(argv)
 
@@ -165,7 +165,7 @@ def _print_problems(error: ConfigError, others_wait: bool) -> None:
     problems = [problem for problem in error.problems if problem.local or not hears_rank_0]
     _print(problems)
     if others_wait and (place := _place()) is not None:
-        from torchtitan.distributed.world import share_refusal
+        from torchtitan.distributed.context import share_refusal
 
         if not share_refusal(place, error.problems, _PATIENCE_SECONDS):
             _print([problem for problem in error.problems if problem not in problems])
@@ -182,7 +182,7 @@ def _place() -> ProcessEnvironment | None:
     return place if place.world_size > 1 else None
 
 
-def _print(problems: Sequence[Problem]) -> None:
+def _print(problems: Sequence[ConfigIssue]) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

@@ -14,15 +14,15 @@ from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import make_checkpointer
 from tests.parity.table import row
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, plain_tensor
-from torchtitan.components.lr_scheduler import lr_factor, set_learning_rates
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.config.facts import Facts
-from torchtitan.distributed.grad_clip import clip_gradients
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.models.batch import Batch
+from torchtitan.optim.lr_scheduler import lr_factor, set_learning_rates
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.parallel.grad_clip import clip_gradients
+from torchtitan.training import builder, model_builder
 
 NUM_TARGETS = 100
 SENT_IN_FLOAT8 = {
@@ -95,12 +95,14 @@ class Trained:
     before it is gathered, when it was loaded and after the last step."""
 
 
-def train(world: World, case: Case, steps: int, folder: str = "", save: bool = False) -> Trained:
+def train(
+    world: DistributedContext, case: Case, steps: int, folder: str = "", save: bool = False
+) -> Trained:
     """Some steps as the loop makes them, from the checkpoint in `folder` if there is one."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     optimizers = build_optimizers(
@@ -190,7 +192,7 @@ def text_batches(count: int, sequences: int, length: int) -> list[Batch]:
     return batches
 
 
-def curve(world: World, variant: str | None) -> Curve:
+def curve(world: DistributedContext, variant: str | None) -> Curve:
     """The debug model on short sequences of text, the same for every variant."""
     sections = {
         "training": {"seq_len": _CURVE_LENGTH, "global_batch_size": 4, "local_batch_size": 4},
@@ -228,7 +230,7 @@ class GradientError:
     """Of a single matrix in a block."""
 
 
-def gradient_errors(world: World) -> dict[str, GradientError]:
+def gradient_errors(world: DistributedContext) -> dict[str, GradientError]:
     """Of the debug model's first step on text, for bfloat16 and every variant."""
     [batch] = text_batches(1, 8, _CURVE_LENGTH)
     reference = _gradients(world, None, batch, "float32")
@@ -243,7 +245,9 @@ def gradient_errors(world: World) -> dict[str, GradientError]:
     return errors
 
 
-def _gradients(world: World, variant: str | None, batch: Batch, dtype: str) -> dict[str, Tensor]:
+def _gradients(
+    world: DistributedContext, variant: str | None, batch: Batch, dtype: str
+) -> dict[str, Tensor]:
     sections = {"training": {"seq_len": _CURVE_LENGTH, "mixed_precision_param": dtype}}
     config = case_of(variant, sections, debug_model=True).config()
     dims = ParallelDims()

@@ -14,19 +14,19 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case, Part, Result
 from tests.faults.saving import RUN_ID
 from tests.pool import GlooPool
-from torchtitan import model_builder
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext, fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World, fake_world
 from torchtitan.handlers.named import HandlerError
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.norms import RMSNorm
 from torchtitan.models.spec import InitRule
+from torchtitan.training import model_builder
 
 MESHES = {
     "fsdp": Case(2),
@@ -90,13 +90,13 @@ def built(case: Case, handlers: list[str], device: str = "cpu", initialise: bool
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"handlers": tuple(handlers)})}
     )
-    dims = ParallelDims.from_facts(Facts(config, case.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, case.world_size, "cpu"))
     return model_builder.build_model(
         config, tiny.VOCAB_SIZE, dims.build_mesh("cpu"), dims, torch.device(device), initialise
     )
 
 
-def start_and_train(world: World, case: Case) -> tuple[dict[str, Part], Result]:
+def start_and_train(world: DistributedContext, case: Case) -> tuple[dict[str, Part], Result]:
     """The values at the start, buffers too, and what becomes of them."""
     before = dict(HANDLERS._registered)
     register_handler("affine")(Affine)
@@ -208,12 +208,12 @@ def test_a_rule_may_be_for_any_parameter(rule: object) -> None:
     assert set(model.norm.weight.full_tensor().tolist()) == {1.0 if rule is None else 3.0}
 
 
-def save_plain(world: World, folder: str) -> None:
+def save_plain(world: DistributedContext, folder: str) -> None:
     checkpointer = Checkpointer(Checkpoint(enable=True), Path(folder), world, {"run_id": RUN_ID})
     checkpointer.save(1, model_tensors(built(Case(), []).parts), {}, model_only=True)
 
 
-def start_from_plain(world: World, path: str) -> tuple[dict[str, float], str]:
+def start_from_plain(world: DistributedContext, path: str) -> tuple[dict[str, float], str]:
     """Means of what a handler adds to weights that lack it, and of something that they have."""
     before = dict(HANDLERS._registered)
     register_handler("affine")(Affine)

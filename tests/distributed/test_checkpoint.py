@@ -11,10 +11,10 @@ from torch import nn
 
 from tests.faults.saving import Trainer, make_checkpointer, recover, save_steps
 from tests.pool import GlooPool, RankFailure
-from torchtitan.checkpoint.room import SPACE_FACTOR, Room
+from torchtitan.checkpoint.disk_space import SPACE_FACTOR, Room
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, ConfigError
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 MESHES = [(1, "shard"), (2, "shard"), (4, "shard"), (4, "hybrid"), (2, "copy")]
 # 5 rows over 2 ranks and these over 2 again: each rank has 2 or 1 that do not follow the placement
@@ -26,7 +26,9 @@ LEGS = [
 ]
 
 
-def run_leg(world: World, folder: str, cut: str, start: int, stop: int) -> dict[str, str]:
+def run_leg(
+    world: DistributedContext, folder: str, cut: str, start: int, stop: int
+) -> dict[str, str]:
     """Go on from step `start` (0: from nothing) to `stop`, and save there."""
     trainer, checkpointer = (
         Trainer(world, 0 if start == 0 else 5, cut),
@@ -42,7 +44,7 @@ def run_leg(world: World, folder: str, cut: str, start: int, stop: int) -> dict[
     return trainer.content()
 
 
-def load_content(world: World, folder: str, cut: str) -> dict[str, str]:
+def load_content(world: DistributedContext, folder: str, cut: str) -> dict[str, str]:
     trainer, checkpointer = Trainer(world, 5, cut), make_checkpointer(world, folder)
     found = checkpointer.find()
     assert found is not None
@@ -68,7 +70,7 @@ def test_chain_of_resumes_is_one_run(gloo_pool: GlooPool, tmp_path: Path) -> Non
     assert last == whole
 
 
-def save_stage(world: World, folder: str) -> None:
+def save_stage(world: DistributedContext, folder: str) -> None:
     """Every rank holds another layer, as pipeline stages do."""
     torch.manual_seed(0)
     layers = [nn.Linear(3, 3) for _ in range(world.world_size)]
@@ -78,7 +80,7 @@ def save_stage(world: World, folder: str) -> None:
     make_checkpointer(world, folder).save(1, tensors, {"rank": world.rank})
 
 
-def load_stages(world: World, folder: str, layers: int) -> tuple[list[float], Any]:
+def load_stages(world: DistributedContext, folder: str, layers: int) -> tuple[list[float], Any]:
     parts = [
         nn.ModuleDict({str(index): nn.Linear(3, 3)})
         for index in range(layers)
@@ -102,7 +104,7 @@ def test_ranks_may_hold_different_tensors(gloo_pool: GlooPool, tmp_path: Path) -
     assert len(set(whole)) > 4
 
 
-def load_into_stages(world: World, folder: str, layers: int) -> str:
+def load_into_stages(world: DistributedContext, folder: str, layers: int) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_stages(world, folder, layers)
     return str(caught.value)
@@ -120,7 +122,7 @@ def test_what_a_stage_lacks_or_has_beside_is_told(gloo_pool: GlooPool, tmp_path:
 # --- what does not fit ----------------------------------------------------------------------------
 
 
-def load_changed(world: World, folder: str, change: str) -> tuple[str, bool]:
+def load_changed(world: DistributedContext, folder: str, change: str) -> tuple[str, bool]:
     trainer = Trainer(world, 5)
     tensors = trainer.tensors()
     if change == f"dtype on rank {world.rank}":
@@ -162,7 +164,7 @@ def test_misfit_is_refused_untouched(
         assert untouched
 
 
-def save_model_only(world: World, folder: str) -> list[str]:
+def save_model_only(world: DistributedContext, folder: str) -> list[str]:
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     model = model_tensors([trainer.model])
     checkpointer.save(3, model, {}, model_only=True)
@@ -184,7 +186,7 @@ def test_model_only(gloo_pool: GlooPool, tmp_path: Path) -> None:
 
 
 def resume_and_save(
-    world: World, folder: str, load_step: int, steps: int, section: Any
+    world: DistributedContext, folder: str, load_step: int, steps: int, section: Any
 ) -> list[int]:
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **section)
     found = checkpointer.find(load_step)
@@ -219,7 +221,7 @@ def test_rewind(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert rewound == ["rewound-step-3", "rewound-step-4", "rewound-step-5"]
 
 
-def save_at(world: World, folder: str, steps: tuple[int, ...]) -> list[int]:
+def save_at(world: DistributedContext, folder: str, steps: tuple[int, ...]) -> list[int]:
     trainer = Trainer(world)
     checkpointer = make_checkpointer(world, folder, keep_latest_k=2)
     for step in steps:
@@ -235,7 +237,7 @@ def test_later_steps_are_neither_counted_nor_deleted(gloo_pool: GlooPool, tmp_pa
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def open_in_own_folder(world: World, folder: str) -> str:
+def open_in_own_folder(world: DistributedContext, folder: str) -> str:
     from torchtitan.checkpoint import checkpointer as module
 
     module._SHARED_WAIT_SECONDS = 0.3
@@ -252,7 +254,7 @@ def test_machines_without_a_shared_folder(gloo_pool: GlooPool, tmp_path: Path) -
     assert not list((tmp_path / "0").iterdir())
 
 
-def need_space(world: World, folder: str, room: tuple[int, int | None]) -> str:
+def need_space(world: DistributedContext, folder: str, room: tuple[int, int | None]) -> str:
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.require_space(trainer.tensors())
     with mock.patch("torchtitan.checkpoint.checkpointer.room_in", return_value=Room(*room)):
@@ -280,7 +282,7 @@ def test_space_is_looked_for_at_the_start(
         assert message.startswith("checkpoint.folder = ") and words in message
 
 
-def need_space_for_stages(world: World, folder: str, spare: int) -> None:
+def need_space_for_stages(world: DistributedContext, folder: str, spare: int) -> None:
     """Two stages on two ranks each, of 40 and of 12 bytes."""
     stage = {"0": torch.zeros(10)} if world.rank < 2 else {"1": torch.zeros(3)}
     checkpointer = make_checkpointer(world, folder)

@@ -9,10 +9,10 @@ import torch
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
-from torchtitan.distributed.context_parallel import ContextParallel
-from torchtitan.distributed.sequence_layout import SequenceLayout
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.models.batch import Batch
+from torchtitan.parallel.context.context_parallel import ContextParallel
+from torchtitan.parallel.context.sequence_layout import SequenceLayout
 
 TOLERANCE = 1e-11
 METHODS = ("allgather", "ring", "ulysses")
@@ -78,7 +78,7 @@ def test_compiled_by_inductor(
     assert tiny.compare(results, references[True][0]).worst < TOLERANCE
 
 
-def cut(world: World, method: str) -> Batch:
+def cut(world: DistributedContext, method: str) -> Batch:
     layout = SequenceLayout(world.world_size, method != "ulysses")
     context = ContextParallel(method, layout, world.control_group)
     values = torch.arange(16).view(2, 8)

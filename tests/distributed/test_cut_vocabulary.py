@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.pool import GlooPool
-from torchtitan.components.chunked_loss import ChunkedLoss
-from torchtitan.components.cut_vocabulary import CutVocabulary
-from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.loss_settings import CrossEntropySettings
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.loss.chunked import ChunkedLoss
+from torchtitan.loss.cross_entropy import CrossEntropyLoss
+from torchtitan.loss.settings import CrossEntropySettings
+from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.llama3.model import Head
 
@@ -29,7 +29,7 @@ class ByAutograd(ChunkedLoss):
 
 
 def cut_loss(
-    world: World,
+    world: DistributedContext,
     vocab_size: int,
     num_chunks: int,
     gather: bool,
@@ -41,7 +41,7 @@ def cut_loss(
     """The loss's type; loss, gradient for the hidden states, and for the whole weight; the terms
     of the loss."""
     hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
-    vocabulary = CutVocabulary(vocab_size, dist.group.WORLD, gather)
+    vocabulary = VocabParallelCrossEntropy(vocab_size, dist.group.WORLD, gather)
     mine = weight.chunk(world.world_size)[world.rank]
     head = Head(8, len(mine), bias=False).to(dtype)
     head.weight = nn.Parameter(mine.clone())

@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.pool import GlooPool
-from torchtitan.distributed.grad_clip import PassingNorm, gradient_norm
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.parallel.grad_clip import StreamingGradNorm, gradient_norm
 
 
 def test_gradients_of_uneven_shards_have_one_norm(gloo_pool: GlooPool) -> None:
@@ -23,10 +23,10 @@ def test_the_norm_of_passing_gradients_is_the_same(gloo_pool: GlooPool) -> None:
         assert whole == passing == second > 0
 
 
-def _norms_of_passing_gradients(world: World) -> list[float]:
+def _norms_of_passing_gradients(world: DistributedContext) -> list[float]:
     parameters = _parameters_with_gradients()
     whole = gradient_norm(parameters, world.world_size)
-    passing = PassingNorm(world.world_size, world.device, torch.float32)
+    passing = StreamingGradNorm(world.world_size, world.device, torch.float32)
     norms = [whole.item()]
     for order in ((2, 0, 1), (1, 2, 0)):
         for index in order:
@@ -37,7 +37,7 @@ def _norms_of_passing_gradients(world: World) -> list[float]:
     return norms
 
 
-def _norm_of_known_gradients(world: World) -> float:
+def _norm_of_known_gradients(world: DistributedContext) -> float:
     return gradient_norm(_parameters_with_gradients(), world.world_size).item()
 
 

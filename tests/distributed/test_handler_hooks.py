@@ -17,10 +17,10 @@ from tests.distributed import runs
 from tests.pool import GlooPool
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
-from torchtitan.config.facts import Facts
-from torchtitan.distributed.world import World
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.handlers.registry import HANDLERS, register_handler
-from torchtitan.train import Progress, train
+from torchtitan.training.run import Progress, train
 
 STEPS = 3
 MAX_NORM = 0.01
@@ -74,7 +74,9 @@ class Counting:
         CALLS.append(Call(hook, len(parts), digest.hexdigest(), norm))
 
 
-def calls_in_a_run(world: World, folder: str, sections: dict[str, dict[str, Any]]) -> list[Call]:
+def calls_in_a_run(
+    world: DistributedContext, folder: str, sections: dict[str, dict[str, Any]]
+) -> list[Call]:
     """Of the training loop itself, on this rank."""
     CALLS.clear()
     before = dict(HANDLERS._registered)
@@ -96,12 +98,12 @@ def calls_in_a_run(world: World, folder: str, sections: dict[str, dict[str, Any]
         **sections.get("training", {}),
     }
     config = JobConfig.model_validate(values)
-    facts = Facts(config, world.world_size, "cpu")
-    opened = RunFolder.open(config, facts, world.is_main)
+    context = RunContext(config, world.world_size, "cpu")
+    opened = RunFolder.open(config, context, world.is_main)
     try:
         opened.share(world)
         progress = Progress()
-        train(replace(facts, config=opened.config), world, opened, progress)
+        train(replace(context, config=opened.config), world, opened, progress)
     finally:
         opened.close()
         HANDLERS._registered = before
@@ -155,14 +157,14 @@ def test_once_a_step_where_steps_are_made_in_the_backward(
 FAILING = """
 import torch
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.section import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 ERRORS = {
     "own": ValueError("out of ideas"),
     "memory": torch.OutOfMemoryError("CUDA out of memory"),
-    "user": ConfigError(Problem("model.handlers", "is out of luck", "mend it", "failing")),
+    "user": ConfigError(ConfigIssue("model.handlers", "is out of luck", "mend it", "failing")),
 }
 ERRORS["late"] = ERRORS["user"]
 

@@ -16,18 +16,18 @@ from tests.distributed.test_own_handler import PAGE, block
 from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_checkpointer
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.checkpoint.saver import RunState, Saver
-from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config import CheckpointError
-from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS
+from torchtitan.loss.cross_entropy import CrossEntropyLoss
+from torchtitan.training import builder, model_builder
 
 SOURCE = block("python", PAGE.partition("## State that it keeps")[2])
 STEPS = 2
@@ -47,7 +47,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def go_on(
-    world: World,
+    world: DistributedContext,
     case: Case,
     folder: str,
     handlers: list[str],
@@ -71,9 +71,11 @@ def go_on(
         logger.removeHandler(note)
 
 
-def _go_on(world: World, case: Case, folder: str, section: dict[str, Any]) -> dict[str, Any]:
+def _go_on(
+    world: DistributedContext, case: Case, folder: str, section: dict[str, Any]
+) -> dict[str, Any]:
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     saver = Saver(
         Checkpoint(enable=True, **section), make_checkpointer(world, folder, **section), world
@@ -96,7 +98,7 @@ def _go_on(world: World, case: Case, folder: str, section: dict[str, Any]) -> di
     parts, state = model.parts, RunState(saver.state.step + STEPS)
     saver.save(state, {}, parts, optimizers, False, False, handlers=model.handlers)
     found["end"] = contents(model.handlers)
-    saver.before_change()
+    saver.wait_for_staging()
     for handler in model.handlers:
         for value in (handler.state_dict() or {}).values():
             if isinstance(value, Tensor):

@@ -20,8 +20,8 @@ from tests.distributed.low_precision import (
     train,
 )
 from tests.pool import GlooPool
-from torchtitan.distributed.tensor_parallel import TensorGroup, gather_sequence
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.parallel.tensor_parallel import TensorGroup, gather_sequence
 
 STEPS = 20
 CLASSES = {
@@ -166,7 +166,7 @@ class Gathers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gather_both_ways(world: World, emulate: bool) -> tuple[Counter[str], list[Tensor]]:
+def gather_both_ways(world: DistributedContext, emulate: bool) -> tuple[Counter[str], list[Tensor]]:
     """Bits, scale, output and gradients: rounded, then gathered; and gathered, then rounded."""
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
@@ -214,7 +214,7 @@ def test_rounding_before_the_gather_changes_nothing(emulate: bool, gloo_pool: Gl
 # The scale of a matrix in parts
 
 
-def ternary_parts(world: World, compiled: bool) -> list[Tensor]:
+def ternary_parts(world: DistributedContext, compiled: bool) -> list[Tensor]:
     """Output and gradients by this rank's half of the rows, and by the same rows of the whole."""
     from torchtitan.handlers.bitnet import BitNetLinear
 

@@ -17,7 +17,7 @@ from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 STATE = {
     "step": 2,
@@ -27,7 +27,7 @@ STATE = {
 }
 
 
-def save_run(world: World, folder: str, model_only: bool = False) -> dict[str, str]:
+def save_run(world: DistributedContext, folder: str, model_only: bool = False) -> dict[str, str]:
     """Two steps; returns the content of model and optimizer."""
     trainer = Trainer(world)
     for step in (1, 2):
@@ -37,7 +37,7 @@ def save_run(world: World, folder: str, model_only: bool = False) -> dict[str, s
     return trainer.content()
 
 
-def save_elsewhere(world: World, folder: str, how: str) -> dict[str, str]:
+def save_elsewhere(world: DistributedContext, folder: str, how: str) -> dict[str, str]:
     """As programs in TorchTitan's style save: nested or flat, whole or the model alone."""
     trainer = Trainer(world)
     trainer.train_step(1)
@@ -64,7 +64,9 @@ def save_elsewhere(world: World, folder: str, how: str) -> dict[str, str]:
     return {name: digest(tensor.float()) for name, tensor in model.items()}
 
 
-def start(world: World, path: str, cut: str, section: dict[str, Any]) -> dict[str, Any]:
+def start(
+    world: DistributedContext, path: str, cut: str, section: dict[str, Any]
+) -> dict[str, Any]:
     """Load into a fresh model, as a new run does."""
     trainer = Trainer(world, seed=9, cut=cut)
     before = trainer.content()
@@ -121,7 +123,7 @@ def test_weights_are_converted(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert gloo_pool.run(2, weights_of, str(tmp_path / "w")) == [True, True]
 
 
-def weights_of(world: World, path: str) -> bool:
+def weights_of(world: DistributedContext, path: str) -> bool:
     trainer = Trainer(world, seed=9)
     saved = {name: tensor.to(torch.bfloat16) for name, tensor in _trained(world).items()}
     model = model_tensors([trainer.model])
@@ -134,7 +136,7 @@ def weights_of(world: World, path: str) -> bool:
     )
 
 
-def _trained(world: World) -> dict[str, Any]:
+def _trained(world: DistributedContext) -> dict[str, Any]:
     trainer = Trainer(world)
     trainer.train_step(1)
     return model_tensors([trainer.model])
@@ -177,7 +179,7 @@ def test_nothing_in_foreign_weights_runs(gloo_pool: GlooPool, tmp_path: Path) ->
     assert not (tmp_path / "canary").exists()
 
 
-def plant_canary(world: World, folder: str) -> dict[str, str]:
+def plant_canary(world: DistributedContext, folder: str) -> dict[str, str]:
     model = _trained(world)
     canary = Canary(Path(folder) / "canary")
     state = {"model": model, "train_state": canary}
@@ -189,7 +191,9 @@ def plant_canary(world: World, folder: str) -> dict[str, str]:
 # --- the saver ------------------------------------------------------------------------------------
 
 
-def save_last(world: World, folder: str, section: dict[str, Any]) -> dict[str, list[Any]]:
+def save_last(
+    world: DistributedContext, folder: str, section: dict[str, Any]
+) -> dict[str, list[Any]]:
     """The last save of a run; types and norms of what was saved, as stock torch reads them."""
     settings = Checkpoint(enable=True, **section)
     trainer = Trainer(world)
@@ -223,7 +227,7 @@ def test_last_save_is_exported(gloo_pool: GlooPool, tmp_path: Path) -> None:
         assert norm > 0
 
 
-def due_steps(world: World, folder: str, section: dict[str, Any]) -> list[int]:
+def due_steps(world: DistributedContext, folder: str, section: dict[str, Any]) -> list[int]:
     settings = Checkpoint(enable=True, interval=4, **section)
     checkpointer = Checkpointer(settings, Path(folder), world, {"run_id": "a"})
     saver = Saver(settings, checkpointer, world)

@@ -15,9 +15,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtitan.distributed import initialize
-from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.models.spec import InitRule
+from torchtitan.parallel import initialize
+from torchtitan.parallel.initialize import initialize_parameters
 
 SHAPES = [(16, 8), (13, 8), (10, 7), (131, 6), (3, 5), (1, 9), (7,), (4, 5, 6)]
 CUT = InitRule("normal", std=0.02, cutoff_in_std=3.0)

@@ -9,10 +9,10 @@ from tests.forked import execute
 _SCRIPT = """
 import sys
 from torchtitan.checkpoint.saver import Saver
-from torchtitan.components.finite import FiniteSteps
-from torchtitan.components.goodput import TimeSplit
-from torchtitan.components.metrics import MetricsLogger
-from torchtitan.prefetch import Prefetch
+from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.metrics.goodput import TimeSplit
+from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.training.prefetch import Prefetch
 from torchtitan.utils.garbage import GarbageCollection
 
 calls, splits, reads = [], [], []
@@ -28,7 +28,7 @@ def note(kind, method, name):
     setattr(kind, method, noted)
 
 
-note(FiniteSteps, "settle", lambda: "settle")
+note(NonFiniteGuard, "settle", lambda: "settle")
 note(MetricsLogger, "flush", lambda: "flush")
 note(Saver, "save", lambda state, *rest: f"save-{state.step}")
 note(GarbageCollection, "step", lambda step: f"garbage-{step}")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tests.distributed.tiny import Case, Result, train
 from tests.pool import GlooPool
-from torchtitan.components.chunked_loss import ChunkedLoss
-from torchtitan.components.loss_registry import register_loss
 from torchtitan.config.section import Section
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.loss.chunked import ChunkedLoss
+from torchtitan.loss.registry import register_loss
 
 
 @register_loss("tests.halves")
@@ -36,11 +36,11 @@ def halves(**args: Any) -> dict[str, dict[str, Any]]:
     return {"loss": {"name": "tests.halves", "args": args}}
 
 
-def train_halves(world: World, case: Case) -> Result:
+def train_halves(world: DistributedContext, case: Case) -> Result:
     return train(world, case)
 
 
-def error_of_halves(world: World, case: Case) -> str:
+def error_of_halves(world: DistributedContext, case: Case) -> str:
     with pytest.raises(ValueError) as error:
         train(world, case)
     return str(error.value)

@@ -9,7 +9,7 @@ from tests.distributed.own_models import LOW_RANK_RULE, add_low_rank, keep_low_r
 from tests.distributed.tiny import Case
 from tests.parity.table import COMPILED, FULL, TOLERANCE, row
 from tests.pool import GlooPool
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.spec import InitRule
 
@@ -31,7 +31,7 @@ class LowRank:
     post_optimizer_hook = pre_optimizer_hook
 
 
-def train(world: World, case: Case) -> tiny.Result:
+def train(world: DistributedContext, case: Case) -> tiny.Result:
     if "low_rank" not in HANDLERS:  # in a rank's process only, where no other test looks
         register_handler("low_rank")(LowRank)
     return tiny.train(world, case)

@@ -25,17 +25,16 @@ from tests.parity.table import (
     row,
 )
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.components.lr_scheduler import set_learning_rates
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.config.facts import Facts
-from torchtitan.distributed import data_parallel, parallelize
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
-from torchtitan.passes import activation_offload
-from torchtitan.passes.activation_offload import _Saved
-from torchtitan.passes.compile import apply_compile
+from torchtitan.optim.lr_scheduler import set_learning_rates
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.parallel import activation_offload, data_parallel, parallelize
+from torchtitan.parallel.activation_offload import _Saved
+from torchtitan.parallel.compile import apply_compile
+from torchtitan.training import builder, model_builder
 
 CPU_OFFLOAD = {"training": {"enable_cpu_offload": True}}
 EARLY = {"optimizer": {"early_step_in_backward": True}}
@@ -61,10 +60,10 @@ class Trained(NamedTuple):
     """Memory budgets that blocks were compiled with."""
 
 
-def train(world: World, case: Case) -> Trained:
+def train(world: DistributedContext, case: Case) -> Trained:
     torch._dynamo.reset()
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     with (
         mock.patch.object(data_parallel, "fully_shard", wraps=fully_shard) as sharding,

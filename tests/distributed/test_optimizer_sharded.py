@@ -13,14 +13,14 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.table import row
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.components.optimizer import build_optimizers, step_optimizers
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.training_sections import Optimizer
-from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
+from torchtitan.optim.optimizer import build_optimizers, step_optimizers
+from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
+from torchtitan.training import builder, model_builder
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 IS_FINITE = [True, False, True]
@@ -55,7 +55,7 @@ def shard_like(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(full, param.device_mesh, param.placements)
 
 
-def train_sharded(world: World, implementation: str) -> dict[str, torch.Tensor]:
+def train_sharded(world: DistributedContext, implementation: str) -> dict[str, torch.Tensor]:
     model = build()
     fully_shard(model, mesh=init_device_mesh("cpu", (world.world_size,)))
     return train(model, implementation, sharded=True)
@@ -83,11 +83,11 @@ def test_parameters_cut_in_different_ways(gloo_pool: GlooPool, implementation: s
     assert tiny.compare(found, expected).worst < 1e-9
 
 
-def step_with_nan(world: World, case: Case) -> tuple[bool, bool, int]:
+def step_with_nan(world: DistributedContext, case: Case) -> tuple[bool, bool, int]:
     """One gradient element of the last rank's is not a number: what this rank makes of it, whether
     its weights stay, and how many moments are other than zero."""
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)

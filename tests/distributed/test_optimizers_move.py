@@ -25,9 +25,9 @@ from tests.parity.table import (
 )
 from tests.parity.test_checkpoints_move import LAST_STEP, SAVED_STEP, go_on, together
 from tests.pool import GlooPool
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config.training_sections import Optimizer
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.optim.optimizer import build_optimizers
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "Muon": {"name": "Muon", "args": {"patterns": ["*.weight"]}},
@@ -64,7 +64,7 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)).double()
 
 
-def train_sharded(world: World, kind: str) -> dict[str, torch.Tensor]:
+def train_sharded(world: DistributedContext, kind: str) -> dict[str, torch.Tensor]:
     model = build()
     fully_shard(model, mesh=init_device_mesh("cpu", (world.world_size,)))
     return train(model, kind, sharded=True)

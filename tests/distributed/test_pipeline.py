@@ -11,16 +11,17 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors
-from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.config.facts import Facts
-from torchtitan.distributed import grad_clip, pipeline_runner
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_runner import PipelineRunner
-from torchtitan.distributed.pipeline_schedule import SCHEDULES
-from torchtitan.distributed.world import World
+from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import Batch
+from torchtitan.parallel import grad_clip
+from torchtitan.parallel.pipeline import runner as pipeline_runner
+from torchtitan.parallel.pipeline.runner import PipelineRunner
+from torchtitan.parallel.pipeline.schedules import SCHEDULES
+from torchtitan.training import builder, model_builder
 
 TOLERANCE = 1e-11
 FULL = {"activation_checkpoint": {"mode": "full"}}
@@ -117,16 +118,20 @@ def test_schedule_from_a_file(
     assert tiny.compare(results, references[4, False]).worst < TOLERANCE
 
 
-def build(world: World, case: Case) -> tuple[model_builder.BuiltModel, PipelineRunner, list[Batch]]:
+def build(
+    world: DistributedContext, case: Case
+) -> tuple[model_builder.BuiltModel, PipelineRunner, list[Batch]]:
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     return model, runner, tiny.microbatches_of(case, dims, world.rank)  # type: ignore[return-value]
 
 
-def _evaluations(world: World, case: Case) -> tuple[list[float], list[dict[str, Tensor]]]:
+def _evaluations(
+    world: DistributedContext, case: Case
+) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Sums of losses over the data cut in several ways; gradients of a step before and after."""
     model, runner, (batch,) = build(world, case)
     num_targets = int(CrossEntropyLoss().count(tiny.sequences()))
@@ -164,7 +169,7 @@ def test_evaluation_between_steps(schedule: str, gloo_pool: GlooPool) -> None:
             assert all(torch.equal(gradients[name], first[name]) for name in first)
 
 
-def _sequences_at_once(world: World, case: Case) -> set[int]:
+def _sequences_at_once(world: DistributedContext, case: Case) -> set[int]:
     model, runner, batches = build(world, case)
     seen = set()
     for part in model.parts:
@@ -182,7 +187,7 @@ def test_size_of_microbatches(size: int, gloo_pool: GlooPool) -> None:
     assert gloo_pool.run(2, _sequences_at_once, case) == [{size}, {size}]
 
 
-def _held(world: World, case: Case) -> tuple[list[str], tuple[str, ...]]:
+def _held(world: DistributedContext, case: Case) -> tuple[list[str], tuple[str, ...]]:
     model, _, _ = build(world, case)
     return list(model_tensors(model.parts)), model.parameter_names
 
@@ -193,10 +198,10 @@ def test_each_tensor_is_on_one_stage(gloo_pool: GlooPool) -> None:
     assert {"tok_embeddings.weight", "output.weight"} < set(results[0][0])
 
 
-def _described(world: World, case: Case) -> str:
+def _described(world: DistributedContext, case: Case) -> str:
     model, _, _ = build(world, case)
-    facts = Facts(case.config(), world.world_size, "cpu")
-    return builder.describe(facts, ParallelDims.from_facts(facts), world, model)
+    context = RunContext(case.config(), world.world_size, "cpu")
+    return builder.describe(context, ParallelDims.from_context(context), world, model)
 
 
 def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
@@ -206,7 +211,7 @@ def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
     assert "stages" not in gloo_pool.run(1, _described, Case())[0]
 
 
-def _rehearsed(world: World, case: Case) -> list[bool]:
+def _rehearsed(world: DistributedContext, case: Case) -> list[bool]:
     model, runner, (batch,) = build(world, case)
     runner.rehearse(batch)
     return [p.grad is not None and p.grad.shape == p.shape for p in model.parameters]
@@ -218,7 +223,7 @@ def test_rehearsal_gives_every_parameter_a_gradient(gloo_pool: GlooPool) -> None
         assert all(shapes)
 
 
-def _train_scaling_gradients(world: World, case: Case) -> tiny.Result:
+def _train_scaling_gradients(world: DistributedContext, case: Case) -> tiny.Result:
     def build_schedule(*args: object) -> object:
         schedule = pipeline_runner.original(*args)  # type: ignore[attr-defined]
         schedule.scale_grads = True
@@ -229,7 +234,7 @@ def _train_scaling_gradients(world: World, case: Case) -> tiny.Result:
     return tiny.train(world, case)
 
 
-def _train_dividing_twice(world: World, case: Case) -> tiny.Result:
+def _train_dividing_twice(world: DistributedContext, case: Case) -> tiny.Result:
     right = PipelineRunner._loss_of_step
 
     def divide_again(self: PipelineRunner, hidden: Tensor, index: Tensor) -> Tensor:
@@ -239,7 +244,7 @@ def _train_dividing_twice(world: World, case: Case) -> tiny.Result:
     return tiny.train(world, case)
 
 
-def _train_by_the_norm_of_a_stage(world: World, case: Case) -> tiny.Result:
+def _train_by_the_norm_of_a_stage(world: DistributedContext, case: Case) -> tiny.Result:
     def nothing(total: Tensor) -> None:
         """Stands for a reduction over the ranks of the own stage, which is one rank here."""
 
@@ -247,7 +252,7 @@ def _train_by_the_norm_of_a_stage(world: World, case: Case) -> tiny.Result:
     return tiny.train(world, case)
 
 
-def _train_with_losses_of_other_microbatches(world: World, case: Case) -> tiny.Result:
+def _train_with_losses_of_other_microbatches(world: DistributedContext, case: Case) -> tiny.Result:
     right = PipelineRunner._loss_of_step
 
     def next_one(self: PipelineRunner, hidden: Tensor, index: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from torch import nn
 
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
-from torchtitan import model_builder
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.handlers.registry import HANDLERS, register_handler
+from torchtitan.training import model_builder
 from torchtitan.utils.logging import init_logging
 
 
@@ -32,11 +32,11 @@ class Marks:
     post_optimizer_hook = pre_optimizer_hook
 
 
-def log_of_building(world: World, case: Case) -> str:
+def log_of_building(world: DistributedContext, case: Case) -> str:
     if "marks" not in HANDLERS:  # in a rank's process only, where no other test looks
         register_handler("marks")(Marks)
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as log:
         init_logging(world.rank)
         model_builder.build_model(config, VOCAB_SIZE, dims.build_mesh("cpu"), dims, world.device)

@@ -12,11 +12,11 @@ from tests.distributed.tiny import VOCAB_SIZE, Case, Result, compare, microbatch
 from tests.forked import execute
 from tests.parity.table import COMPILED, FULL, TOLERANCE
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.config.errors import ConfigError
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.random_streams import RandomStreams
-from torchtitan.distributed.world import World
+from torchtitan.parallel.random_streams import RandomStreams
+from torchtitan.training import builder, model_builder
 
 HANDLER = {"handlers": ["random_model"]}
 
@@ -26,7 +26,7 @@ def case_of(special: dict[str, Any], **mesh: Any) -> Case:
     return Case(settings={**special, "model": model}, **mesh)
 
 
-def train_randomly(world: World, case: Case) -> Result:
+def train_randomly(world: DistributedContext, case: Case) -> Result:
     assert random_model.RandomModel  # registers the handler
     return train(world, case)
 
@@ -39,7 +39,7 @@ def test_compiled_masks_do_not_depend_on_the_mesh(gloo_pool: GlooPool) -> None:
     assert len({round(loss, 6) for loss in expected.losses}) == 3
 
 
-def masks_of(world: World, case: Case) -> dict[str, list[Tensor]]:
+def masks_of(world: DistributedContext, case: Case) -> dict[str, list[Tensor]]:
     """What each place drops in a step's forwards, and again where it is computed again."""
     assert random_model.RandomModel
     config = case.config()
@@ -129,7 +129,7 @@ def test_a_dropout_that_could_not_be_computed_again_is_refused(gloo_pool: GlooPo
     assert "preserve_rng_state = false: layers.0.attention.wq.dropout is a dropout" in error
 
 
-def error_of(world: World, case: Case) -> str:
+def error_of(world: DistributedContext, case: Case) -> str:
     with pytest.raises(ConfigError) as error:
         train_randomly(world, case)
     return str(error.value)

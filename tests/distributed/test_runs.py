@@ -159,13 +159,13 @@ def test_ranks_with_different_data_do_not_train(tmp_path: Path) -> None:
 
 SLOW_TO_LOOK = """
 import os, time
-from torchtitan.checkpoint import checks
+from torchtitan.preflight import checkpoint as checks
 
 look = checks.probe
 
-def look_slowly(facts):
+def look_slowly(context):
     time.sleep(5)
-    return look(facts)
+    return look(context)
 
 checks.probe = look_slowly
 """

@@ -19,21 +19,21 @@ from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, parallelism, row
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
-from torchtitan.distributed.world import World
 from torchtitan.models.llama3.model import Llama
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel
+from torchtitan.parallel.tensor_parallel import apply_tensor_parallel
+from torchtitan.training import builder, model_builder
 
 LAYERS = 2
 
 
-def build(world: World, case: Case) -> tuple[model_builder.BuiltModel, Any]:
+def build(world: DistributedContext, case: Case) -> tuple[model_builder.BuiltModel, Any]:
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     return model, builder.build_runner(config, model, mesh, dims, world.device)
@@ -42,7 +42,7 @@ def build(world: World, case: Case) -> tuple[model_builder.BuiltModel, Any]:
 # What is where
 
 
-def digests(world: World, case: Case) -> dict[str, str]:
+def digests(world: DistributedContext, case: Case) -> dict[str, str]:
     model, _ = build(world, case)
     wholes = {name: tensor.full_tensor() for name, tensor in model.parts[0].named_parameters()}  # type: ignore[operator]
     return {
@@ -67,7 +67,7 @@ def test_initial_weights_are_those_of_one_process(case: Case, gloo_pool: GlooPoo
     assert gloo_pool.run(case.world_size, digests, case) == expected * case.world_size
 
 
-def local_shapes(world: World, case: Case) -> dict[str, tuple[int, ...]]:
+def local_shapes(world: DistributedContext, case: Case) -> dict[str, tuple[int, ...]]:
     model, _ = build(world, case)
     parameters = dict(model.parts[0].named_parameters())
     assert all("tp" in tensor.device_mesh.mesh_dim_names for tensor in parameters.values())
@@ -94,7 +94,7 @@ def test_ranks_hold_their_parts(gloo_pool: GlooPool) -> None:
     assert [shape["output.weight"] for shape in shapes] == [(33, 32)] * 3 + [(32, 32)]
 
 
-def block_inputs(world: World) -> list[tuple[int, ...]]:
+def block_inputs(world: DistributedContext) -> list[tuple[int, ...]]:
     model, runner = build(world, row(tp=2))
     seen = []
     part = model.parts[0]
@@ -110,7 +110,7 @@ def test_the_residual_stream_is_cut_along_the_sequence(gloo_pool: GlooPool) -> N
     assert gloo_pool.run(2, block_inputs) == [expected] * 2
 
 
-def tied_parameters(world: World) -> tuple[bool, int]:
+def tied_parameters(world: DistributedContext) -> tuple[bool, int]:
     model, mesh = bare_model(tied_embeddings=True)
     apply_tensor_parallel(model, mesh)
     ends = model.get_submodule("tok_embeddings"), model.get_submodule("output")
@@ -130,7 +130,7 @@ def bare_model(**args: Any) -> tuple[nn.Module, DeviceMesh]:
     return model, ParallelDims(tp=2).build_mesh("cpu")["tp"]
 
 
-def forget_a_norm(world: World) -> str:
+def forget_a_norm(world: DistributedContext) -> str:
     plan = Llama.tensor_parallel_plan
     Llama.tensor_parallel_plan = lambda self, styles: {  # type: ignore[method-assign]
         name: style for name, style in plan(self, styles).items() if name != "layers.1.ffn_norm"
@@ -172,7 +172,7 @@ COLLECTIVES = (
 )
 
 
-def exchanges(world: World, case: Case) -> dict[str, int]:
+def exchanges(world: DistributedContext, case: Case) -> dict[str, int]:
     _, runner = build(world, case)
     with Exchanges() as exchanges:
         runner.forward_backward(tiny.microbatches_of(case, ParallelDims(tp=2), world.rank), 1)
@@ -207,7 +207,7 @@ def test_what_is_exchanged(
 # What the compiler meets
 
 
-def train_counting_graphs(world: World, case: Case) -> tuple[tiny.Result, int]:
+def train_counting_graphs(world: DistributedContext, case: Case) -> tuple[tiny.Result, int]:
     import torch._dynamo as dynamo
 
     dynamo.reset()
@@ -234,7 +234,7 @@ def test_blocks_compile_once(case: Case, gloo_pool: GlooPool) -> None:
     assert [graphs for _, graphs in answers] == [2] * case.world_size
 
 
-def train_overlapping(world: World, case: Case) -> tuple[tiny.Result, Counter[str]]:
+def train_overlapping(world: DistributedContext, case: Case) -> tuple[tiny.Result, Counter[str]]:
     """CPUs have no kernels of the fused operators, so they get torch's slow ones for comparison."""
     from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -277,7 +277,7 @@ def test_parameters_that_are_cut_know_it(gloo_pool: GlooPool) -> None:
     assert kinds == {"_StridedShard Shard", "Shard Shard", "Shard Replicate"}
 
 
-def placements(world: World, case: Case) -> set[str]:
+def placements(world: DistributedContext, case: Case) -> set[str]:
     model, _ = build(world, case)
     tensors = [tensor for tensor in model.parameters if isinstance(tensor, DTensor)]
     assert len(tensors) == len(model.parameters)

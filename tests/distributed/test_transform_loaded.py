@@ -18,8 +18,8 @@ from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.config import JobConfig
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS, register_handler
 
@@ -46,7 +46,7 @@ class Cutting(Halving):
         return tensor[:0]
 
 
-def save(world: World, folder: str, handlers: list[str] | None) -> None:
+def save(world: DistributedContext, folder: str, handlers: list[str] | None) -> None:
     trainer = Trainer(world)
     trainer.train_step(1)
     info: dict[str, Any] = {"run_id": RUN_ID}
@@ -56,7 +56,9 @@ def save(world: World, folder: str, handlers: list[str] | None) -> None:
     checkpointer.save(1, trainer.tensors(), STATE, model_only=False)
 
 
-def load(world: World, path: str, cut: str, kind: type, section: dict[str, Any]) -> dict[str, Any]:
+def load(
+    world: DistributedContext, path: str, cut: str, kind: type, section: dict[str, Any]
+) -> dict[str, Any]:
     """What a handler of `kind` makes of the weights, and what it was shown."""
     before = dict(HANDLERS._registered)
     register_handler("halving")(kind)

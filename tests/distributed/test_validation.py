@@ -16,13 +16,13 @@ from tests.distributed import runs
 from tests.distributed.test_runs import start_and_signal
 from tests.distributed.tiny import Case
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import toml_value
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.models.batch import IGNORE_INDEX
+from torchtitan.training import builder, model_builder
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.signals import StopRequest
 
@@ -78,14 +78,14 @@ class Records:
 
 
 def validate(
-    world: World, case: Case, sets: list[dict[str, Any]], stopping_rank: int = -1
+    world: DistributedContext, case: Case, sets: list[dict[str, Any]], stopping_rank: int = -1
 ) -> dict[str, Recorded]:
     """What is logged of the initial model; collective."""
     torch._dynamo.reset()
     section = {"enable": True, "sets": sets, "local_batch_size": 2}
     config = replace(case, settings={**case.settings, "validation": section}).config()
-    facts = Facts(config, world.world_size, "cpu")
-    dims = ParallelDims.from_facts(facts)
+    context = RunContext(config, world.world_size, "cpu")
+    dims = ParallelDims.from_context(context)
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
     model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
@@ -94,17 +94,19 @@ def validate(
     stop = StopRequest()
     stop.requested = world.rank == stopping_rank
     validator = builder.build_validator(
-        facts, dims, world, tokenizer, runner, records, stop, GarbageCollection(50)
+        context, dims, world, tokenizer, runner, records, stop, GarbageCollection(50)
     )
     validator.run(7)
     return records.of_sets
 
 
-def count_plainly(world: World, case: Case, sets: list[dict[str, Any]]) -> dict[str, Recorded]:
+def count_plainly(
+    world: DistributedContext, case: Case, sets: list[dict[str, Any]]
+) -> dict[str, Recorded]:
     """The same from one sequence at a time and the formula, without runner and validator."""
     section = {"enable": True, "sets": sets, "local_batch_size": 1}
     config = replace(case, settings={"validation": section}).config()
-    dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
     model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)

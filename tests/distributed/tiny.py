@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import own_models
-from torchtitan import builder, model_builder
-from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import JobConfig
-from torchtitan.config.facts import Facts
-from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
-from torchtitan.distributed.initialize import held_indices
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
+from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
+from torchtitan.parallel.initialize import local_indices
+from torchtitan.training import builder, model_builder
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -156,12 +156,12 @@ def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
     ]
 
 
-def train(world: World, case: Case) -> Result:
+def train(world: DistributedContext, case: Case) -> Result:
     """Train on the mesh of `case`; collective."""
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
-    facts = Facts(config, world.world_size, "cpu")
-    dims = ParallelDims.from_facts(facts)
+    context = RunContext(config, world.world_size, "cpu")
+    dims = ParallelDims.from_context(context)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
@@ -201,7 +201,7 @@ def collect(
 
 
 def _part_of(tensor: Tensor) -> Part:
-    indices = tuple(index.numpy() for index in held_indices(tensor))
+    indices = tuple(index.numpy() for index in local_indices(tensor))
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return Part(indices, local.detach().double().numpy().copy())  # numpy knows no bfloat16
 

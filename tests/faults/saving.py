@@ -18,7 +18,7 @@ from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 RUN_ID = "abc123"
 
@@ -30,7 +30,7 @@ class Trainer:
     and FSDP2 over that) or "copy" (whole on every rank).
     """
 
-    def __init__(self, world: World, seed: int = 0, cut: str = "shard"):
+    def __init__(self, world: DistributedContext, seed: int = 0, cut: str = "shard"):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
         size = world.world_size
@@ -71,7 +71,11 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def make_checkpointer(
-    world: World, folder: str, run_id: str = RUN_ID, on_site: Any = None, **section: Any
+    world: DistributedContext,
+    folder: str,
+    run_id: str = RUN_ID,
+    on_site: Any = None,
+    **section: Any,
 ) -> Checkpointer:
     extra = {} if on_site is None else {"on_site": on_site}
     return Checkpointer(
@@ -84,7 +88,7 @@ def make_checkpointer(
 
 
 def save_steps(
-    world: World, folder: str, steps: int, section: dict[str, Any] | None = None
+    world: DistributedContext, folder: str, steps: int, section: dict[str, Any] | None = None
 ) -> dict[int, dict[str, str]]:
     """Train and save every step; returns the content of each."""
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **(section or {}))
@@ -97,7 +101,10 @@ def save_steps(
 
 
 def recover(
-    world: World, folder: str, load_step: int = -1, section: dict[str, Any] | None = None
+    world: DistributedContext,
+    folder: str,
+    load_step: int = -1,
+    section: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Find and load as a restarted job would. `untouched` says whether a failed one left the model
     alone."""
@@ -116,7 +123,7 @@ def recover(
     return {"step": found.step, "state": state, "content": trainer.content(), "steps": steps}
 
 
-def save_and_die(world: World, folder: str, site: str, victim: int) -> None:
+def save_and_die(world: DistributedContext, folder: str, site: str, victim: int) -> None:
     """Save step 1 and 2, then kill this process at `site` of step 3."""
 
     def on_site(name: str, step: int) -> None:

@@ -19,7 +19,7 @@ from torchtitan.checkpoint import background as background_module
 from torchtitan.checkpoint import commit as commit_module
 from torchtitan.checkpoint.staging import Staging
 from torchtitan.config import CheckpointError, ConfigError
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.utils.torch_compat import set_group_timeouts
 
 MODES = ["async", "async_with_pinned_mem"]
@@ -70,7 +70,9 @@ def test_a_run_of_low_priority_is_saved_with_that() -> None:
     assert seen == [15]
 
 
-def train_on_while_saving(world: World, folder: str, mode: str, cut: str) -> dict[str, str]:
+def train_on_while_saving(
+    world: DistributedContext, folder: str, mode: str, cut: str
+) -> dict[str, str]:
     """Step 1 is saved, and step 2 after it, each while two more steps change every tensor."""
     trainer = Trainer(world, cut=cut)
     for saved in (1, 3):
@@ -81,7 +83,7 @@ def train_on_while_saving(world: World, folder: str, mode: str, cut: str) -> dic
         trainer.train_step(saved)
         content = trainer.content()
         checkpointer.save(saved, trainer.tensors(), {"step": saved})
-        checkpointer.before_change()
+        checkpointer.wait_for_staging()
         assert gate.reached.wait(60)
         for step in (saved + 1, saved + 2):
             trainer.train_step(step)  # collectives, beside those of the save
@@ -106,7 +108,7 @@ def test_what_is_saved_is_the_step(
     assert result["content"] == content
 
 
-def save_both_ways(world: World, folder: str) -> None:
+def save_both_ways(world: DistributedContext, folder: str) -> None:
     trainer = Trainer(world)
     trainer.train_step(1)
     for mode in ("disabled", *MODES):
@@ -149,7 +151,9 @@ def open_when_waited_for(thread: Any, gate: Gate) -> None:
     thread.join = join
 
 
-def save_three(world: World, folder: str) -> tuple[list[tuple[str, int]], list[str], list[int]]:
+def save_three(
+    world: DistributedContext, folder: str
+) -> tuple[list[tuple[str, int]], list[str], list[int]]:
     """Without waiting in between, the first one being held until the second is waiting for it."""
     events: list[tuple[str, int]] = []
     gate = Gate("ckpt.hashed", 1)
@@ -195,7 +199,7 @@ def test_never_two_at_a_time(gloo_pool: GlooPool, tmp_path: Path) -> None:
         assert set(steps) == {2, 3}
 
 
-def fail_in_the_background(world: World, folder: str, how: str) -> list[Any]:
+def fail_in_the_background(world: DistributedContext, folder: str, how: str) -> list[Any]:
     """Rank 1 cannot write step 2. What all ranks see of it, and whether the next save works."""
     checkpointer = make_checkpointer(world, folder, async_mode="async", keep_latest_k=2)
     trainer = Trainer(world)
@@ -241,7 +245,7 @@ def test_failure_is_told_on_all_ranks(gloo_pool: GlooPool, tmp_path: Path, how: 
     assert names == ["step-1", "step-4"]
 
 
-def see_a_failure_coming(world: World, folder: str) -> bool:
+def see_a_failure_coming(world: DistributedContext, folder: str) -> bool:
     """Without waiting: this is what the ranks exchange at every step."""
 
     def on_site(site: str, step: int) -> None:
@@ -261,7 +265,7 @@ def test_failure_is_seen_without_waiting(gloo_pool: GlooPool, tmp_path: Path) ->
     assert gloo_pool.run(2, see_a_failure_coming, str(tmp_path)) == [False, False]
 
 
-def save_beside_and_die(world: World, folder: str, site: str, victim: int) -> None:
+def save_beside_and_die(world: DistributedContext, folder: str, site: str, victim: int) -> None:
     """Train on while steps are saved; this process dies at `site` of step 3."""
 
     def on_site(name: str, step: int) -> None:
@@ -310,7 +314,7 @@ def test_killed_while_saving_beside_training(
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def save_slowly_with_short_patience(world: World, folder: str) -> list[int]:
+def save_slowly_with_short_patience(world: DistributedContext, folder: str) -> list[int]:
     """Rank 1 writes for longer than a step may take, as rank 0 finds out with a collective that
     nobody joins."""
     patience_seconds, is_over, waiting = 0.3, Path(folder, "is-over"), threading.Event()
@@ -339,7 +343,7 @@ def test_saving_has_a_time_limit_of_its_own(gloo_pool: GlooPool, tmp_path: Path)
     assert gloo_pool.run(2, save_slowly_with_short_patience, str(tmp_path)) == [[1], [1]]
 
 
-def need_memory(world: World, folder: str, mode: str) -> str:
+def need_memory(world: DistributedContext, folder: str, mode: str) -> str:
     from torchtitan.checkpoint import checkpointer as module
 
     real = module.available_bytes

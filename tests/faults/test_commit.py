@@ -31,7 +31,7 @@ from tests.pool import GlooPool, RankFailure
 from torchtitan.checkpoint import dcp_io, steps_folder
 from torchtitan.checkpoint.dcp_io import StepWriter
 from torchtitan.config import CheckpointError
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 SITES = [
     "ckpt.begin",
@@ -60,7 +60,7 @@ def test_killed_while_saving(gloo_pool: GlooPool, tmp_path: Path, site: str, vic
     assert not list(tmp_path.glob(".tmp-*")), "leftovers are removed by the next start"
 
 
-def die_while_deleting(world: World, folder: str) -> None:
+def die_while_deleting(world: DistributedContext, folder: str) -> None:
     real = shutil.rmtree
 
     def delete_some(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +182,7 @@ def test_stray_names_are_left_alone(gloo_pool: GlooPool, tmp_path: Path, saved: 
 # --- saves that fail ------------------------------------------------------------------------------
 
 
-def save_under_a_limit(world: World, folder: str) -> list[str]:
+def save_under_a_limit(world: DistributedContext, folder: str) -> list[str]:
     """Rank 1 may write files of 1,000 bytes."""
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.save(1, trainer.tensors(), {})
@@ -222,7 +222,7 @@ class FullDisk(StepWriter):
         )
 
 
-def save_on_full_disk(world: World, folder: str) -> str:
+def save_on_full_disk(world: DistributedContext, folder: str) -> str:
     checkpointer = make_checkpointer(world, folder)
     full = mock.patch("torchtitan.checkpoint.commit.StepWriter", FullDisk)
     with full, pytest.raises(CheckpointError) as caught:
@@ -251,7 +251,7 @@ class LossyWriter(dcp.FileSystemWriter):
         self.fs.create_stream = fail_in_helpers  # type: ignore[method-assign]
 
 
-def save_with_lossy_writer(world: World, folder: str) -> str:
+def save_with_lossy_writer(world: DistributedContext, folder: str) -> str:
     from torchtitan.checkpoint import commit as module
 
     threading.excepthook = lambda args: None
@@ -273,7 +273,7 @@ def test_data_lost_in_a_thread_is_noticed(gloo_pool: GlooPool, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def record_order(world: World, folder: str) -> list[str]:
+def record_order(world: DistributedContext, folder: str) -> list[str]:
     """Save one step; what was synced and renamed, in order."""
     events: list[str] = []
     real_fsync, real_rename = os.fsync, os.rename
@@ -304,7 +304,7 @@ def test_files_are_synced_before_the_rename(gloo_pool: GlooPool, tmp_path: Path)
     assert other == ["sync __1_0.distcp"]
 
 
-def save_twice(world: World, folder: str) -> tuple[dict[str, str], list[int]]:
+def save_twice(world: DistributedContext, folder: str) -> tuple[dict[str, str], list[int]]:
     trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
     checkpointer.save(1, trainer.tensors(), {})
     first = trainer.content()
@@ -319,7 +319,7 @@ def test_a_saved_step_is_not_overwritten(gloo_pool: GlooPool, tmp_path: Path) ->
     assert gloo_pool.run(2, recover, str(tmp_path))[0]["content"] == first
 
 
-def find_with_blind_rank(world: World, folder: str) -> Any:
+def find_with_blind_rank(world: DistributedContext, folder: str) -> Any:
     checkpointer = make_checkpointer(world, folder)
     real = os.scandir
     if world.rank == 1:

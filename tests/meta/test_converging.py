@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
-from torchtitan.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.config.run_context import RunContext
+from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,9 +30,9 @@ LEGS = [(run.name, leg) for run in script.RUNS for leg in run.legs]
 @pytest.mark.parametrize(("name", "leg"), LEGS, ids=[name for name, _ in LEGS])
 def test_every_run_passes_its_check(name: str, leg):
     loaded = load_config(script.command_line(leg))
-    facts = Facts(loaded.config, leg.processes, "cpu")
-    assert errors_of(preflight(facts, [ARITHMETIC])) == []
-    assert facts.global_batch_size == script.BATCH
+    context = RunContext(loaded.config, leg.processes, "cpu")
+    assert errors_of(preflight(context, [ARITHMETIC])) == []
+    assert context.global_batch_size == script.BATCH
     assert loaded.config.training.steps == script.STEPS
 
 

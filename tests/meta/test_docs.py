@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from torchtitan.cli import _WORDS
+from torchtitan.commands import config as config_words
+from torchtitan.commands import convert as convert_words
+from torchtitan.commands import list_names as list_words
+from torchtitan.commands import tokenize as tokenize_word
+from torchtitan.commands.download import parse_arguments
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
 from torchtitan.config.shipped import shipped_configs
-from torchtitan.tools import config_words, convert_words, list_words, tokenize_word
-from torchtitan.tools.download import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -19,17 +19,19 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from tests.distributed import tiny
 from tests.distributed.tiny import Case, Result
 from tests.parity.table import ALLGATHER, FULL, PACKED, REGULARISED, RING, TIED, row
-from torchtitan import model_builder
-from torchtitan.components.cut_vocabulary import CutVocabulary
-from torchtitan.distributed import data_parallel, pipeline_runner, runner, spread_attention
-from torchtitan.distributed.context_parallel import ContextParallel, SpreadMasks
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_runner import PipelineRunner
-from torchtitan.distributed.runner import WholeModelRunner
-from torchtitan.distributed.sequence_layout import Block, Call, SequenceLayout
-from torchtitan.distributed.tensor_parallel import TensorStyle, TensorStyles
-from torchtitan.distributed.world import World
+from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
 from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.parallel import data_parallel, runner
+from torchtitan.parallel.context import ring_attention as spread_attention
+from torchtitan.parallel.context.context_parallel import ContextParallel, SpreadMasks
+from torchtitan.parallel.context.sequence_layout import Block, Call, SequenceLayout
+from torchtitan.parallel.pipeline import runner as pipeline_runner
+from torchtitan.parallel.pipeline.runner import PipelineRunner
+from torchtitan.parallel.runner import SPMDRunner
+from torchtitan.parallel.tensor_parallel import ParallelStyle, TensorStyles
+from torchtitan.training import model_builder
 
 
 class Patches(ExitStack):
@@ -73,7 +75,7 @@ def shows_on(case: Case) -> Callable[[Callable[[Patches], None]], Callable[[Patc
     return register
 
 
-def train_wrongly(world: World, name: str) -> tuple[Result, int]:
+def train_wrongly(world: DistributedContext, name: str) -> tuple[Result, int]:
     """Train with a mistake; also how many times the code that makes it was called."""
     with Patches() as patches:
         BUGS[name].put_back(patches)
@@ -88,7 +90,7 @@ def loss_is_averaged_per_rank(patches: Patches) -> None:
         own = sum(int(self.loss.count(batch)) for batch in batches)
         return original(self, batches, own * dist.get_world_size())
 
-    patches.put(WholeModelRunner, "forward_backward", mean_of_means)
+    patches.put(SPMDRunner, "forward_backward", mean_of_means)
 
 
 @shows_on(row(shard=2))
@@ -105,7 +107,7 @@ def loss_is_averaged_per_microbatch(patches: Patches) -> None:
         count = [max(1, int(self.loss.count(batch))) * len(batches) for batch in batches]
         return sum(original(self, [batch], n) for batch, n in zip(batches, count, strict=True))
 
-    patches.put(WholeModelRunner, "forward_backward", mean_of_means)
+    patches.put(SPMDRunner, "forward_backward", mean_of_means)
 
 
 @shows_on(row(shard=2, microbatches=2, **TIED))
@@ -115,7 +117,7 @@ def accumulation_divides_twice(patches: Patches) -> None:
     def divide_again(original, self, batches, num_targets):
         return original(self, batches, num_targets * len(batches))
 
-    patches.put(WholeModelRunner, "forward_backward", divide_again)
+    patches.put(SPMDRunner, "forward_backward", divide_again)
 
 
 @shows_on(row(shard=2, microbatches=2, **TIED))
@@ -158,7 +160,7 @@ def seeds_differ_between_ranks(patches: Patches) -> None:
 def vocabulary_is_cut_evenly(patches: Patches) -> None:
     """The remainder of the division is forgotten where labels are looked up."""
     patches.put(
-        CutVocabulary,
+        VocabParallelCrossEntropy,
         "first",
         lambda original, self: self.group.rank() * (self.total // self.group.size()),
     )
@@ -173,7 +175,7 @@ def padding_of_the_vocabulary_takes_part(patches: Patches) -> None:
         *losses, grad = original(self, F.pad(logits, (0, self.most - rows)), labels, settings)
         return *losses, grad[:, :rows]
 
-    patches.put(CutVocabulary, "cross_entropy", padded)
+    patches.put(VocabParallelCrossEntropy, "cross_entropy", padded)
 
 
 @shows_on(row(REGULARISED, tp=2))
@@ -185,26 +187,28 @@ def z_loss_is_of_the_own_rows(patches: Patches) -> None:
         losses, plain, grad = original(self, logits, labels, type(settings)(label_smoothing=0.1))
         return losses + z * log_z[:, 0] ** 2, plain, grad + 2 * z * log_z * logits.softmax(-1)
 
-    patches.put(CutVocabulary, "cross_entropy", own)
+    patches.put(VocabParallelCrossEntropy, "cross_entropy", own)
 
 
 @shows_on(row(tp=2))
 def loss_is_counted_on_every_tensor_parallel_rank(patches: Patches) -> None:
     """All of them compute the same loss, and all add it."""
-    patches.put(ParallelDims, "counts_loss", lambda original, self, rank: True)
+    patches.put(ParallelDims, "is_loss_leader", lambda original, self, rank: True)
 
 
 @shows_on(row(tp=2))
 def norm_weights_gradients_stay_apart(patches: Patches) -> None:
     """Each rank's norms see its part of the sequence, and nothing adds their gradients up."""
-    patches.put(TensorStyles, "norm", lambda original, self: TensorStyle(Replicate(), Replicate()))
+    patches.put(
+        TensorStyles, "norm", lambda original, self: ParallelStyle(Replicate(), Replicate())
+    )
 
 
 @shows_on(row(tp=2))
 def norm_weights_gradients_are_averaged(patches: Patches) -> None:
     """They are added up, and divided by the number of parts."""
     patches.put(
-        TensorStyles, "norm", lambda original, self: TensorStyle(Replicate(), Partial("avg"))
+        TensorStyles, "norm", lambda original, self: ParallelStyle(Replicate(), Partial("avg"))
     )
 
 
@@ -216,7 +220,7 @@ def copies_of_key_heads_are_not_added_up(patches: Patches) -> None:
         style = original(self, units)
         if style.units is None:
             return style
-        return TensorStyle(style.placement, Replicate(), style.mixin, style.units)
+        return ParallelStyle(style.placement, Replicate(), style.mixin, style.units)
 
     patches.put(TensorStyles, "colwise", apart)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from tests.distributed.tiny import Case
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
-from torchtitan.components.loss_registry import loss_settings
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.loss.registry import loss_settings
 
 TOLERANCE = 1e-9
 """Of every relative difference. What occurs is 1e-12 and less; a mistake shows at 1e-4 and more."""
@@ -309,7 +309,7 @@ TABLE += OWN_MODELS
 
 def dims_of(case: Case) -> ParallelDims:
     """The degrees of a row."""
-    return ParallelDims.from_facts(Facts(case.config(), case.world_size, "cpu"))
+    return ParallelDims.from_context(RunContext(case.config(), case.world_size, "cpu"))
 
 
 def kinds_of(case: Case) -> frozenset[str]:

@@ -11,17 +11,17 @@ from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_checkpointer
 from tests.parity.table import TIED, dims_of, name_of, row
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.config.facts import Facts
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.distributed.grad_clip import clip_gradients, gradient_norm
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import AXES, ParallelDims
-from torchtitan.distributed.world import World
+from torchtitan.loss.cross_entropy import CrossEntropyLoss
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
+from torchtitan.training import builder, model_builder
 
 SAVED_STEP = 2
 LAST_STEP = 4
@@ -82,14 +82,14 @@ class Leg:
     state: RunState = field(default_factory=RunState)
 
 
-def go_on(world: World, case: Case, folder: str, last: int, save: bool) -> Leg:
+def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: bool) -> Leg:
     """From what the folder holds, or the start, to step `last`."""
     config = case.config()
-    facts = Facts(config, world.world_size, "cpu")
-    dims = ParallelDims.from_facts(facts)
+    context = RunContext(config, world.world_size, "cpu")
+    dims = ParallelDims.from_context(context)
     device_mesh = dims.build_mesh("cpu")
     saver = Saver(Checkpoint(enable=True), make_checkpointer(world, folder), world)
-    loader = builder.build_loader(facts, dims, world, build_tokenizer("bytes"), saver)
+    loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), saver)
     # Other weights than those of the checkpoint, should it load less than all.
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, device_mesh, dims, world.device)
     optimizers = build_optimizers(

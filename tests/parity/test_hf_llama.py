@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.llama3.hf import from_hf, hf_names, to_hf
 from torchtitan.models.llama3.model import Llama
 from torchtitan.models.spec import InitRule
+from torchtitan.parallel.initialize import initialize_parameters
 
 transformers = pytest.importorskip("transformers")
 

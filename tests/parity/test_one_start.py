@@ -15,14 +15,14 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import digest
 from tests.parity.table import TIED, name_of, row
 from tests.pool import GlooPool
-from torchtitan import model_builder
-from torchtitan.config.facts import Facts
-from torchtitan.distributed import initialize
-from torchtitan.distributed.initialize import initialize_parameters
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import InitRule
+from torchtitan.parallel import initialize
+from torchtitan.parallel.initialize import initialize_parameters
+from torchtitan.training import model_builder
 
 V, LOOP = {"schedule": "ZBVZeroBubble"}, {"schedule": "Interleaved1F1B"}
 FOUR = {"layers": 4}
@@ -52,10 +52,10 @@ MESHES = [
 
 
 def build(
-    world: World, case: Case, vocab_size: int = VOCAB_SIZE, initialise: bool = True
+    world: DistributedContext, case: Case, vocab_size: int = VOCAB_SIZE, initialise: bool = True
 ) -> model_builder.BuiltModel:
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     return model_builder.build_model(config, vocab_size, mesh, dims, world.device, initialise)
 
@@ -64,14 +64,14 @@ def named_parameters(model: model_builder.BuiltModel) -> list[tuple[str, nn.Para
     return [named for part in model.parts for named in part.named_parameters()]
 
 
-def digests(world: World, case: Case, vocab_size: int) -> tuple[dict[str, str], int]:
+def digests(world: DistributedContext, case: Case, vocab_size: int) -> tuple[dict[str, str], int]:
     """Of this rank's parameters; and how many it holds no element of."""
     parameters = named_parameters(build(world, case, vocab_size))
     empty = sum(tensor.to_local().numel() == 0 for _, tensor in parameters)  # type: ignore[attr-defined]
     return {name: digest(tensor) for name, tensor in parameters}, empty
 
 
-def whole_digests(world: World, case: Case, vocab_size: int) -> dict[str, str]:
+def whole_digests(world: DistributedContext, case: Case, vocab_size: int) -> dict[str, str]:
     """Of a model that no part of the library but the initialisation has touched."""
     config = case.config()
     family = get_family("llama3")
@@ -154,7 +154,7 @@ class Filling:
 
 
 def fill_watched(
-    world: World, case: Case, whole: bool = False
+    world: DistributedContext, case: Case, whole: bool = False
 ) -> tuple[dict[str, Filling], int, list[str]]:
     """How each parameter was filled, the largest memory when the model was built, what was sent."""
     fill_normal = initialize._fill_normal

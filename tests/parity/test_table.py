@@ -16,17 +16,17 @@ from tests.distributed.tiny import Case
 from tests.parity.own_models import DRAWS
 from tests.parity.table import TABLE, TOLERANCE, name_of, reference_of
 from tests.pool import GlooPool
-from torchtitan.components.loss_registry import loss_settings
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.training_sections import Optimizer
-from torchtitan.distributed.initialize import initialize_parameters
+from torchtitan.loss.registry import loss_settings
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.models.registry import get_family
-from torchtitan.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.parallel.initialize import initialize_parameters
+from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 REFERENCES = list({name_of(reference_of(case)): reference_of(case) for case in TABLE}.values())
 COMPACT = ("AdamWBF16", "AdamW8bit")
-"""Optimizers that torch does not have; tests/unit/components/test_optimizer_kinds.py has more."""
+"""Optimizers that torch does not have; tests/unit/optim/test_optimizer_kinds.py has more."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, reference) -> 
 
 @pytest.mark.parametrize("case", TABLE, ids=name_of)
 def test_a_user_may_configure_it(case: Case) -> None:
-    facts = Facts(case.config(), case.world_size, "cpu")
-    assert errors_of(preflight(facts, [ARITHMETIC])) == []
+    context = RunContext(case.config(), case.world_size, "cpu")
+    assert errors_of(preflight(context, [ARITHMETIC])) == []
 
 
 @pytest.mark.parametrize(

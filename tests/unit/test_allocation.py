@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchtitan.model_builder import _allocate
+from torchtitan.training.model_builder import _allocate
 
 
 @pytest.mark.parametrize("on_host", [False, True])

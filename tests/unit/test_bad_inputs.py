@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
-from torchtitan.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.config.run_context import RunContext
+from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 OWN = "; for one of your own, name its module in job.custom_import"
 
@@ -378,8 +378,8 @@ def test_refused_by_arithmetic(bad: Bad):
     defaults = {"training.dataset": "stdlib"}
     given = dict(pair.split("=") for pair in bad.arguments)
     arguments = [f"--{key}={value}" for key, value in (defaults | given).items()]
-    facts = Facts(load_config(arguments).config, bad.world_size, "cpu")
-    message = "\n".join(map(str, errors_of(preflight(facts, [ARITHMETIC]))))
+    context = RunContext(load_config(arguments).config, bad.world_size, "cpu")
+    message = "\n".join(map(str, errors_of(preflight(context, [ARITHMETIC]))))
     for text in bad.expected:
         assert text in message
     assert "Fix: " in message

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.pool import GlooPool, RankFailure
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 
 def wait_here() -> None:
@@ -21,7 +21,7 @@ def wait_there() -> None:
     time.sleep(60)
 
 
-def wait_in_two_places(world: World) -> None:
+def wait_in_two_places(world: DistributedContext) -> None:
     wait_here() if world.rank == 0 else wait_there()
 
 
@@ -36,7 +36,7 @@ def test_a_rank_that_does_not_answer_is_asked_where_it_is() -> None:
     assert "in wait_there" in second and "in wait_here" not in second
 
 
-def use_a_mesh(world: World, size: int) -> None:
+def use_a_mesh(world: DistributedContext, size: int) -> None:
     mesh = dist.init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("a", "b"))["a"]
     tensor = distribute_tensor(torch.ones(size, size), mesh, [Shard(0)])
     (tensor @ tensor).redistribute(mesh, [Replicate()])  # DTensor's caches know the mesh
@@ -44,7 +44,7 @@ def use_a_mesh(world: World, size: int) -> None:
     cycle.append(cycle)
 
 
-def count_threads(world: World) -> int:
+def count_threads(world: DistributedContext) -> int:
     return len(list(Path(f"/proc/{os.getpid()}/task").iterdir()))
 
 

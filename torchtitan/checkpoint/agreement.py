@@ -7,14 +7,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.manifest import InvalidCheckpoint
 from torchtitan.config import CheckpointError
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 T = TypeVar("T")
 # CheckpointException is a BaseException, which `except Exception` lets pass.
 _FAILURES = (Exception, CheckpointException)
 
 
-def on_main(world: World, what: str, action: Callable[[], T]) -> T:
+def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
     """Run `action` on rank 0; its JSON result reaches all ranks, or its error as `CheckpointError`.
 
     `what` says in the message what did not work. All ranks must call it.
@@ -32,7 +32,7 @@ def on_main(world: World, what: str, action: Callable[[], T]) -> T:
     return value
 
 
-def on_all(world: World, what: str, action: Callable[[], T]) -> T:
+def on_all(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank and return its result; an error on one becomes
     `CheckpointError` on all."""
     error, cause = "", None

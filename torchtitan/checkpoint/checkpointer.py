@@ -21,11 +21,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torchtitan.checkpoint.agreement import on_all, on_main
+from torchtitan.checkpoint.agreement import on_all, run_on_rank0
 from torchtitan.checkpoint.background import Background
-from torchtitan.checkpoint.checks import memory_problem
 from torchtitan.checkpoint.commit import Commit, describe_on_all_ranks
 from torchtitan.checkpoint.dcp_io import METADATA_NAME, SafeReader, check_metadata, quiet_dcp
+from torchtitan.checkpoint.disk_space import (
+    Room,
+    file_limit,
+    file_limit_problems,
+    memory_problem,
+    room_in,
+    room_problems,
+)
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, TRUST_FIX
 from torchtitan.checkpoint.initial_load import verify_share
 from torchtitan.checkpoint.manifest import (
@@ -36,7 +43,6 @@ from torchtitan.checkpoint.manifest import (
     manifest_to_json,
     verify_file,
 )
-from torchtitan.checkpoint.room import Room, file_limit, file_limit_problems, room_in, room_problems
 from torchtitan.checkpoint.staging import Staging, num_local_bytes
 from torchtitan.checkpoint.steps_folder import (
     committed_steps,
@@ -49,7 +55,7 @@ from torchtitan.checkpoint.steps_folder import (
 )
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World, beside
+from torchtitan.distributed.context import DistributedContext, with_own_group
 from torchtitan.utils.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
@@ -92,7 +98,7 @@ class Checkpointer:
         self,
         section: Checkpoint,
         folder: Path,
-        world: World,
+        world: DistributedContext,
         run_info: Mapping[str, Any],
         on_site: Callable[[str, int], None] = lambda site, step: None,
         save_timeout_seconds: int = 300,
@@ -109,13 +115,13 @@ class Checkpointer:
         writers, self._background = world, Background()
         self._staging: Staging | None = None
         if section.async_mode != "disabled":
-            writers = beside(world, save_timeout_seconds)
+            writers = with_own_group(world, save_timeout_seconds)
             self._staging = Staging(pinned=section.async_mode == "async_with_pinned_mem")
         info = {key: value for key, value in run_info.items() if key != "run_id"}
         self._commit = Commit(section, self.folder, writers, self.run_id, info, on_site)
         quiet_dcp()
         what = f"the checkpoint folder {self.folder} cannot be used"
-        on_main(self.world, what, self._prepare_folder)
+        run_on_rank0(self.world, what, self._prepare_folder)
         if world.world_size > 1:
             self._require_shared_folder(what)
 
@@ -174,8 +180,8 @@ class Checkpointer:
         with nothing committed, when anything fails on any of them.
 
         By `checkpoint.async_mode`, and unless `blocking`, the tensors are copied and the rest goes
-        on beside training: call `before_change` before they change, and `wait` before the end. What
-        was saved before is waited for first, and its error raised.
+        on while training continues: call `wait_for_staging` before they change, and `wait` at the
+        end. An earlier save is waited for first, and its error raised.
         """
         self.wait()
         commit = partial(
@@ -197,10 +203,10 @@ class Checkpointer:
 
         self._background.start(step, finish)
 
-    def before_change(self) -> None:
+    def wait_for_staging(self) -> None:
         """To be called before the tensors that `save` was given change."""
         if self._staging is not None:
-            self._staging.before_change()
+            self._staging.wait_for_staging()
 
     @property
     def save_failed(self) -> bool:
@@ -228,7 +234,7 @@ class Checkpointer:
             (self.folder / name).touch()
             return name
 
-        name = on_main(self.world, what, make_file)
+        name = run_on_rank0(self.world, what, make_file)
 
         def wait_for_file() -> None:
             deadline = time.monotonic() + _SHARED_WAIT_SECONDS
@@ -256,7 +262,7 @@ class Checkpointer:
         or damaged, or when a step is another run's.
         """
         what = f"no checkpoint in {self.folder} can be used"
-        candidates = on_main(self.world, what, lambda: self._candidates(load_step))
+        candidates = run_on_rank0(self.world, what, lambda: self._candidates(load_step))
         damaged: list[tuple[int, str]] = []
         for step in candidates:
             found, fault = self._verify(step)
@@ -283,7 +289,7 @@ class Checkpointer:
             if self.resumed_from >= 0:
                 self._move_later_steps(self.resumed_from)
 
-        on_main(self.world, f"{self.folder} cannot be changed", move)
+        run_on_rank0(self.world, f"{self.folder} cannot be changed", move)
         self._damaged = []
 
     def load(self, found: Found, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -309,7 +315,7 @@ class Checkpointer:
     def quarantine(self, found: Found, fault: str) -> None:
         """Move a step aside in which a reader has found a fault, so that none continues from it."""
         what = f"{found.path} could not be moved aside"
-        on_main(self.world, what, partial(self._quarantine, found.step, fault))
+        run_on_rank0(self.world, what, partial(self._quarantine, found.step, fault))
 
     def _candidates(self, load_step: int) -> list[int]:
         """Rank 0's list of steps to try, newest first."""

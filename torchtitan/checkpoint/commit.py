@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.agreement import on_all, on_main
+from torchtitan.checkpoint.agreement import on_all, run_on_rank0
 from torchtitan.checkpoint.dcp_io import (
     METADATA_NAME,
     StepWriter,
@@ -27,9 +27,9 @@ from torchtitan.checkpoint.dcp_io import (
     describe_tensor,
     without_crc32,
 )
+from torchtitan.checkpoint.disk_space import shown_bytes
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, sync_folder
 from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_file, write_manifest
-from torchtitan.checkpoint.room import shown_bytes
 from torchtitan.checkpoint.steps_folder import (
     delete_old_steps,
     inspect_step,
@@ -40,7 +40,7 @@ from torchtitan.checkpoint.steps_folder import (
 )
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Commit:
         self,
         section: Checkpoint,
         folder: Path,
-        world: World,
+        world: DistributedContext,
         run_id: str,
         info: dict[str, Any],
         on_site: Callable[[str, int], None],
@@ -81,7 +81,7 @@ class Commit:
         what = f"the checkpoint of step {step} was not saved"
         started = time.monotonic()
         self.on_site("ckpt.begin", step)
-        name = on_main(self.world, what, lambda: self._begin(step))
+        name = run_on_rank0(self.world, what, lambda: self._begin(step))
         if name is None:
             logger.info("Step %d is already saved.", step)
             return
@@ -91,7 +91,7 @@ class Commit:
             manifest = Manifest(
                 self.run_id, step, model_only, files, descriptions, state, dict(self.info)
             )
-            on_main(self.world, what, lambda: self._commit(temporary, manifest))
+            run_on_rank0(self.world, what, lambda: self._commit(temporary, manifest))
         except CheckpointError:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -175,7 +175,7 @@ class Commit:
 
 
 def describe_on_all_ranks(
-    world: World, tensors: Mapping[str, torch.Tensor]
+    world: DistributedContext, tensors: Mapping[str, torch.Tensor]
 ) -> list[dict[str, dict[str, Any]]]:
     """What the tensors of all ranks are; those of ranks with the same tensors once."""
     return world.gather_distinct_json(

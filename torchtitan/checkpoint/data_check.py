@@ -8,7 +8,7 @@ from torchtitan.checkpoint.decision import Decision
 from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.checkpoint.steps_folder import step_name
-from torchtitan.config import JobConfig, Problem
+from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.output_sections import Checkpoint
 
 
@@ -34,7 +34,7 @@ def data_problems(
     state: Mapping[str, Any],
     fingerprint: str,
     differences: Callable[[Mapping[str, Any] | None], Mapping[str, str]],
-) -> list[Problem]:
+) -> list[ConfigIssue]:
     """Problems of going on from a stored `state` with the data of `fingerprint`. `differences`
     compares a stored summary with them: config key -> how it differs."""
     if state.get("data_fingerprint") in (None, fingerprint) or section.allow_dataset_change:
@@ -46,6 +46,6 @@ def data_problems(
     )
     text = "differs from that of the checkpoint, whose place in the data then means nothing"
     return [
-        Problem(key, f"{text}: {how}", fix)
+        ConfigIssue(key, f"{text}: {how}", fix)
         for key, how in differences(state.get("data_summary")).items()
     ]

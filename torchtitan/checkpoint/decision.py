@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
-from torchtitan.checkpoint.rerun import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun, read_stored_run
-from torchtitan.config import ConfigError, JobConfig, Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext
 from torchtitan.utils.environment import is_restart
 
 LOAD_STEP_NAME = "load_step"
@@ -61,26 +61,26 @@ def starts_anew(config: JobConfig) -> bool:
     return config.job.new_run and not is_restart()
 
 
-def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
+def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     """What a start with `config` in `path` does; only reads. Raises `ConfigError`."""
     stored = read_stored_run(path, config)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
-        return _new(facts, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
+        return _new(context, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
     if not stored.is_run:
         _refuse_foreign_config(path)
-        return _new(facts, secrets.token_hex(6), step_problems(config.checkpoint, folder))
+        return _new(context, secrets.token_hex(6), step_problems(config.checkpoint, folder))
     if config.checkpoint.create_seed_checkpoint and stored.trained:
-        return _seed_again(config, facts, stored)
+        return _seed_again(config, context, stored)
     newest_id = stored.newest.run_id if stored.newest else secrets.token_hex(6)
     run_id = str(stored.status.get("run_id") or newest_id)
     if not stored.trained:
         # The run died before it had done anything: its config may have been the reason.
-        return _new(facts, run_id, step_problems(config.checkpoint, folder))
+        return _new(context, run_id, step_problems(config.checkpoint, folder))
     if stored.config is None:
         text = f"holds a run, but its {CONFIG_NAME} cannot be read, so that nothing can be compared"
         fix = f"restore {CONFIG_NAME} in it, {WAYS_OUT}"
-        raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
+        raise ConfigError(ConfigIssue("job.dump_folder", text, fix, str(path)))
     problems, notices = compare(stored.config, config)
     if stored.is_seed:
         problems, notices = _binding_a_seed(problems), ["The run starts from the seed checkpoint."]
@@ -101,13 +101,13 @@ def decide(config: JobConfig, facts: Facts, path: Path) -> Decision:
     action, step, more = _action(config, stored)
     notices += more
     if not stored.good:
-        start = initial_start(facts)
+        start = initial_start(context)
         if start.step:
             step, notices = start.step, []
         notices += start.notices
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
-    batch, lanes, warmup, more = _open_values(facts, {} if stored.is_seed else stored.config)
+    batch, lanes, warmup, more = _open_values(context, {} if stored.is_seed else stored.config)
     notices += [*more, *_older_rule(stored, warmup)] if action == "resume" else []
     return Decision(
         action,
@@ -145,47 +145,51 @@ def is_movable(path: Path, config: JobConfig) -> bool:
     return (path / STATUS_NAME).exists() or bool(step_folders(path / config.checkpoint.folder))
 
 
-def _new(facts: Facts, run_id: str, problems: list[Problem]) -> Decision:
+def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decision:
     """A start from nothing, unless there are problems."""
     if problems:
         raise ConfigError(problems)
-    start = initial_start(facts)
+    start = initial_start(context)
     return Decision(
         "new",
         run_id,
         start.step,
         start.global_batch_size,
         start.num_lanes,
-        warmup_steps=facts.warmup_steps,
+        warmup_steps=context.warmup_steps,
         notices=start.notices,
     )
 
 
-def _seed_again(config: JobConfig, facts: Facts, stored: StoredRun) -> Decision:
+def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> Decision:
     """What writing a seed checkpoint does where there are checkpoints, or a run, already."""
     newest = stored.newest
     if not stored.is_seed or stored.config is None or newest is None:
         text = f"would write initial weights into a run that was trained to step {stored.step}"
         fix = f"remove it; {WAYS_OUT}"
-        raise ConfigError(Problem("checkpoint.create_seed_checkpoint", text, fix, True))
+        raise ConfigError(ConfigIssue("checkpoint.create_seed_checkpoint", text, fix, True))
     problems = _binding_a_seed(compare(stored.config, config)[0])
     if problems:
         raise ConfigError(problems)
-    batch, lanes, notice = facts.global_batch_size, facts.num_lanes, "The seed checkpoint is there."
+    batch, lanes, notice = (
+        context.global_batch_size,
+        context.num_lanes,
+        "The seed checkpoint is there.",
+    )
     return Decision("finished", newest.run_id, 0, batch, lanes, notices=(notice,))
 
 
-def _binding_a_seed(problems: list[Problem]) -> list[Problem]:
+def _binding_a_seed(problems: list[ConfigIssue]) -> list[ConfigIssue]:
     """Those that make another model of it, or look for it elsewhere."""
     return [p for p in problems if p.key.startswith("model.") or p.key in MUST_NOT]
 
 
-def _load_problems_of_a_new_run(section: Checkpoint) -> list[Problem]:
+def _load_problems_of_a_new_run(section: Checkpoint) -> list[ConfigIssue]:
     step = section.load_step
     if step < 0:
         return []
     text = "belongs to the old run, which job.new_run moves aside"
-    return [Problem("checkpoint.load_step", text, "leave out one of the two", step)]
+    return [ConfigIssue("checkpoint.load_step", text, "leave out one of the two", step)]
 
 
 def _is_done(load_step: int, stored: StoredRun) -> bool:
@@ -219,14 +223,14 @@ def _has_more_data(config: JobConfig, stored: StoredRun) -> bool:
 
 def _continuation_problems(
     config: JobConfig, stored: StoredRun, run_id: str, folder: Path
-) -> list[Problem]:
+) -> list[ConfigIssue]:
     """Why this very run cannot go on as configured."""
     checkpoint, steps = config.checkpoint, config.training.steps
     strangers = [manifest for manifest in stored.good if manifest.run_id != run_id]
     if strangers:
         text = f"holds step {strangers[0].step} of another run, {strangers[0].run_id}"
         fix = f"move that step away, {WAYS_OUT}"
-        return [Problem("checkpoint.folder", text, fix, str(folder))]
+        return [ConfigIssue("checkpoint.folder", text, fix, str(folder))]
     key: str = "training.steps"
     value: int | None = steps
     exhausted = stored.ended == "data_exhausted"
@@ -237,10 +241,10 @@ def _continuation_problems(
         return []
     if stored.step_folders and not checkpoint.enable:
         text = f"would start from step 0 again, but steps {stored.step_folders} are saved"
-        return [Problem("checkpoint.enable", text, f"set it to true, {WAYS_OUT}", False)]
+        return [ConfigIssue("checkpoint.enable", text, f"set it to true, {WAYS_OUT}", False)]
     if stored.ended and not stored.step_folders:
         text = f"the run is finished at step {stored.step}, and left no checkpoint to go on from"
-        return [Problem(key, text, f"set it back, {WAYS_OUT}", value)]
+        return [ConfigIssue(key, text, f"set it back, {WAYS_OUT}", value)]
     newest = stored.newest
     # A model alone at step 0 is a seed: there is nothing else to go on from.
     if checkpoint.load_step < 0 and newest is not None and newest.model_only and newest.step > 0:
@@ -249,11 +253,13 @@ def _continuation_problems(
             "choose an earlier one with checkpoint.load_step and checkpoint.allow_rewind, and set"
             f" checkpoint.last_save_model_only = false; {WAYS_OUT}"
         )
-        return [Problem(key, text, fix, value)]
+        return [ConfigIssue(key, text, fix, value)]
     return step_problems(checkpoint, folder)
 
 
-def _open_values(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, int | None, list[str]]:
+def _open_values(
+    context: RunContext, stored: Mapping[str, Any]
+) -> tuple[int, int, int | None, list[str]]:
     """Return batch size, lanes and warmup (the stored ones, else what config and mesh say), and
     notices."""
     notices = []
@@ -266,10 +272,10 @@ def _open_values(facts: Facts, stored: Mapping[str, Any]) -> tuple[int, int, int
             notices.append(f"{key} stays {before}, as at the first start; it would be {now} here.")
         return before
 
-    warmup = facts.warmup_steps
+    warmup = context.warmup_steps
     return (
-        resolve("training.global_batch_size", facts.global_batch_size),
-        resolve("data.lanes", facts.num_lanes),
+        resolve("training.global_batch_size", context.global_batch_size),
+        resolve("data.lanes", context.num_lanes),
         None if warmup is None else resolve("lr_scheduler.warmup_steps", warmup),
         notices,
     )
@@ -287,25 +293,25 @@ def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
     ]
 
 
-def with_stored_batch(facts: Facts) -> Facts:
-    """Return `facts` with what the config leaves open of batch size, lanes and warmup filled in
+def with_stored_batch(context: RunContext) -> RunContext:
+    """Return `context` with what the config leaves open of batch size, lanes and warmup filled in
     from the run in the folder, or from the one that is started from.
 
     For checks that come before `decide`: on another mesh, or with more steps, they would be others
     than the run has. Reads the status, the config and names; refuses nothing.
     """
-    config, warmup = facts.config, None
+    config, warmup = context.config, None
     try:
         path = Path(config.job.dump_folder).resolve()
         stored = read_stored_run(path, config)
         if stored.trained and not starts_anew(config):
             known = {} if stored.is_seed or stored.config is None else stored.config
-            batch, lanes, warmup, _ = _open_values(facts, known)
+            batch, lanes, warmup, _ = _open_values(context, known)
         else:
-            start = initial_start(facts)
+            start = initial_start(context)
             batch, lanes = start.global_batch_size, start.num_lanes
     except (ConfigError, OSError, ValueError):
-        return facts
+        return context
     training, data = config.training, config.data
     if training.global_batch_size < 0:
         training = training.model_copy(update={"global_batch_size": batch})
@@ -315,7 +321,7 @@ def with_stored_batch(facts: Facts) -> Facts:
     if schedule.warmup_steps is None and warmup is not None:
         schedule = schedule.model_copy(update={"warmup_steps": warmup})
     sections = {"training": training, "data": data, "lr_scheduler": schedule}
-    return replace(facts, config=config.model_copy(update=sections))
+    return replace(context, config=config.model_copy(update=sections))
 
 
 def _refuse_foreign_config(path: Path) -> None:
@@ -324,10 +330,10 @@ def _refuse_foreign_config(path: Path) -> None:
     if file.exists():
         text = f"holds a {CONFIG_NAME} that no run has written and that would be overwritten"
         fix = "choose another --job.dump_folder, or give that file another name"
-        raise ConfigError(Problem("job.dump_folder", text, fix, str(path)))
+        raise ConfigError(ConfigIssue("job.dump_folder", text, fix, str(path)))
 
 
-def step_problems(section: Checkpoint, folder: Path) -> list[Problem]:
+def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
     """Why no checkpoint of `folder` can be continued from as `section` asks. Only names, manifests
     and sizes are read; contents are verified when a checkpoint is loaded."""
     if not section.enable:
@@ -336,7 +342,7 @@ def step_problems(section: Checkpoint, folder: Path) -> list[Problem]:
     if links:
         text = f"holds {links[0]}, which is a link, and is ignored where checkpoints are sought"
         fix = "put a real folder in its place, or remove it"
-        return [Problem("checkpoint.folder", text, fix, section.folder)]
+        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
     steps = step_folders(folder)
     if section.load_step >= 0:
         return _load_step_problems(section, folder, steps)
@@ -347,21 +353,21 @@ def step_problems(section: Checkpoint, folder: Path) -> list[Problem]:
         fix = (
             "restore one of them; or start anew in another --job.dump_folder or with --job.new_run"
         )
-        return [Problem("checkpoint.folder", text, fix, section.folder)]
+        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
     return []
 
 
-def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> list[Problem]:
+def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> list[ConfigIssue]:
     step = section.load_step
     good = [candidate.step for candidate in inspect_steps(folder) if candidate.manifest]
     if step not in steps:
         text = f"is not among the saved steps: {_join(good) or 'there are none'}"
         fix = "choose one of them, or -1 for the newest"
-        return [Problem("checkpoint.load_step", text, fix, step)]
+        return [ConfigIssue("checkpoint.load_step", text, fix, step)]
     fault = inspect_step(folder, step).fault
     if fault is not None:
         fix = f"choose another ({_join(good) or 'there is none'}), or -1 for the newest good one"
-        return [Problem("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
+        return [ConfigIssue("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
     later = [other for other in steps if other > step]
     if later and not section.allow_rewind:
         text = f"is older than steps {_join(later)}, which going on from it would make invalid"
@@ -369,7 +375,7 @@ def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> 
             "set checkpoint.allow_rewind, which moves them aside; or train in another"
             " --job.dump_folder"
         )
-        return [Problem("checkpoint.load_step", text, fix, step)]
+        return [ConfigIssue("checkpoint.load_step", text, fix, step)]
     return []
 
 

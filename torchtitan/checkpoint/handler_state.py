@@ -28,7 +28,7 @@ from torchtitan.checkpoint.manifest import (
 )
 from torchtitan.checkpoint.state import plain_tensor
 from torchtitan.config import CheckpointError
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class HandlerState:
             for handler, state in self.kept.items()
         }
 
-    def agreed_values(self, world: World) -> dict[str, dict[str, Any]]:
+    def agreed_values(self, world: DistributedContext) -> dict[str, dict[str, Any]]:
         """Return the values of all ranks together. All ranks must call it.
 
         Raises `CheckpointError`, on all ranks, if ranks keep different values under one name, or
@@ -97,7 +97,7 @@ class HandlerState:
 
 
 def load_handler_state(
-    world: World, path: Path, manifest: Manifest, handlers: Sequence[KeepsState]
+    world: DistributedContext, path: Path, manifest: Manifest, handlers: Sequence[KeepsState]
 ) -> None:
     """Give handlers what the checkpoint in `path`, which is verified, holds of them. All ranks must
     call it, after the handlers' `after_load`.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent, writable_by_anybody
 from torchtitan.checkpoint.manifest import (
     HANDLERS_STATE,
@@ -22,11 +23,10 @@ from torchtitan.checkpoint.manifest import (
     check_listing,
     read_manifest,
 )
-from torchtitan.checkpoint.rerun import stored_value
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
-from torchtitan.config import ConfigError, Problem
-from torchtitan.config.facts import Facts, default_lanes
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext, default_lanes
 from torchtitan.config.suggest import did_you_mean
 
 _KEY = "checkpoint.initial_load_path"
@@ -65,11 +65,11 @@ def without_excluded(state: Mapping[str, Any], excluded: Sequence[str]) -> dict[
     return {name: value for name, value in state.items() if name not in dropped}
 
 
-def initial_start(facts: Facts) -> InitialStart:
+def initial_start(context: RunContext) -> InitialStart:
     """Where a run without checkpoints of its own begins. Raises `ConfigError` when it cannot begin
     from `initial_load_path` as configured; names, the manifest and sizes are read."""
-    config, section = facts.config, facts.config.checkpoint
-    batch, lanes = facts.global_batch_size, facts.num_lanes
+    config, section = context.config, context.config.checkpoint
+    batch, lanes = context.global_batch_size, context.num_lanes
     if not section.enable or section.initial_load_path is None:
         return InitialStart(0, batch, lanes)
     path = initial_path(section)
@@ -83,7 +83,9 @@ def initial_start(facts: Facts) -> InitialStart:
     if step >= config.training.steps:
         text = f"{path} is of step {step} already, which the run goes on from"
         raise ConfigError(
-            Problem("training.steps", text, f"set it to more than {step}", config.training.steps)
+            ConfigIssue(
+                "training.steps", text, f"set it to more than {step}", config.training.steps
+            )
         )
     stored = manifest.info.get("config")
     if config.training.global_batch_size <= 0 and isinstance(stored, Mapping):
@@ -95,7 +97,7 @@ def initial_start(facts: Facts) -> InitialStart:
         if config.data.lanes not in (None, lanes):
             text = f"is {lanes} in {path}, whose places in the data the run goes on from"
             fix = 'leave it unset, or add "dataloader" to checkpoint.exclude_from_loading'
-            raise ConfigError(Problem("data.lanes", text, fix, config.data.lanes))
+            raise ConfigError(ConfigIssue("data.lanes", text, fix, config.data.lanes))
     notice = f"The run goes on from step {step} of {path}."
     return InitialStart(step, batch, lanes, (notice, *notices))
 
@@ -105,7 +107,7 @@ def _parent_notices(section: Checkpoint, path: Path) -> list[str]:
     return [] if parent is None else [f"Anybody may put another folder in its place, in {parent}."]
 
 
-def setting_problems(section: Checkpoint) -> list[Problem]:
+def setting_problems(section: Checkpoint) -> list[ConfigIssue]:
     """Settings about the start that contradict each other. Touches no file."""
     excluded = list(section.exclude_from_loading)
     problems = [_unknown_part(name) for name in excluded if name not in _STATE_OF_PART]
@@ -116,23 +118,23 @@ def setting_problems(section: Checkpoint) -> list[Problem]:
         text += " than weights. A run goes on from its own checkpoints as they are"
         fix = "remove it; or start in another --job.dump_folder, with checkpoint.initial_load_path"
         fix += " and checkpoint.initial_load_model_only = false"
-        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+        return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     if ("lr_scheduler" in excluded) != ("train_state" in excluded):
         text = "the learning rate follows from the step, so neither can be left out alone"
         fix = 'name both "lr_scheduler" and "train_state", or none of them'
-        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+        return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     if "optimizer" in excluded and "lr_scheduler" not in excluded:
         text = "moments that start at zero need the warmup of the learning rate again"
         fix = 'add "lr_scheduler" and "train_state"'
-        return [Problem(_EXCLUDE_KEY, text, fix, excluded)]
+        return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     return []
 
 
-def _unknown_part(name: str) -> Problem:
+def _unknown_part(name: str) -> ConfigIssue:
     if name == "model":
         text = "without the model there is nothing to load"
-        return Problem(_EXCLUDE_KEY, text, "remove it, or checkpoint.initial_load_path", name)
-    return Problem(
+        return ConfigIssue(_EXCLUDE_KEY, text, "remove it, or checkpoint.initial_load_path", name)
+    return ConfigIssue(
         _EXCLUDE_KEY, "is nothing that can be left out", did_you_mean(name, _STATE_OF_PART), name
     )
 
@@ -141,7 +143,7 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
     """The manifest of a folder that can be started from; None for one of plain weights."""
 
     def refuse(text: str, fix: str, **more: Any) -> ConfigError:
-        return ConfigError(Problem(_KEY, text, fix, section.initial_load_path, **more))
+        return ConfigError(ConfigIssue(_KEY, text, fix, section.initial_load_path, **more))
 
     whole = "name the folder of a checkpoint, such as .../checkpoint/step-1000"
     if not path.exists():
@@ -179,5 +181,5 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
     if not section.initial_load_model_only and (manifest is None or manifest.model_only):
         text = f"cannot be had from {path}, which holds only a model"
         fix = "set it to true, or choose a checkpoint that holds the optimizer's state as well"
-        raise ConfigError(Problem("checkpoint.initial_load_model_only", text, fix, False))
+        raise ConfigError(ConfigIssue("checkpoint.initial_load_model_only", text, fix, False))
     return manifest

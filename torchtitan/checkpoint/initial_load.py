@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.agreement import on_all, on_main
+from torchtitan.checkpoint.agreement import on_all, run_on_rank0
 from torchtitan.checkpoint.commit import describe_on_all_ranks
+from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import (
     Manifest,
@@ -21,10 +22,9 @@ from torchtitan.checkpoint.manifest import (
     verify_file,
 )
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
-from torchtitan.checkpoint.rerun import stored_value
 from torchtitan.config import CheckpointError
 from torchtitan.config.output_sections import Checkpoint
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class InitialLoad:
     """The checkpoint of `checkpoint.initial_load_path`, verified to the byte if it has a manifest.
     All ranks make it and call every method."""
 
-    def __init__(self, section: Checkpoint, world: World):
+    def __init__(self, section: Checkpoint, world: DistributedContext):
         self._world = world
         self._model_only = section.initial_load_model_only
         self._excluded = section.exclude_from_loading
@@ -133,7 +133,7 @@ class InitialLoad:
                 "prefix": folder.prefix,
             }
 
-        found = on_main(self._world, self._what, read)
+        found = run_on_rank0(self._world, self._what, read)
         manifest = found["manifest"] and manifest_from_json(found["manifest"])
         return ModelFolder(path, manifest, found["tensors"], found["prefix"])
 
@@ -157,7 +157,7 @@ def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:
             part.copy_(changed)
 
 
-def verify_share(world: World, path: Path, manifest: Manifest) -> None:
+def verify_share(world: DistributedContext, path: Path, manifest: Manifest) -> None:
     """Read this rank's share of a checkpoint's files, the largest ones first. Raises
     `InvalidCheckpoint` at the first byte that is not as it was written."""
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.decision import (
     LOAD_STEP_NAME,
     Decision,
@@ -30,14 +31,13 @@ from torchtitan.checkpoint.files import (
     write_in_place,
 )
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
-from torchtitan.checkpoint.rerun import read_stored_config, stored_value
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, STATUS_NAME
-from torchtitan.config import CheckpointError, ConfigError, DataError, JobConfig, Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
 
 if TYPE_CHECKING:
-    from torchtitan.distributed.world import World
+    from torchtitan.distributed.context import DistributedContext
 
 _FOLDER_KEYS = (
     "checkpoint.folder",
@@ -66,7 +66,7 @@ class RunFolder:
     def open(
         cls,
         config: JobConfig,
-        facts: Facts,
+        facts: RunContext,
         is_main: bool = True,
         check: Callable[[JobConfig], None] = lambda config: None,
     ) -> "RunFolder":
@@ -107,7 +107,7 @@ class RunFolder:
         """Where the `step-N` folders are."""
         return self.path / self.config.checkpoint.folder
 
-    def share(self, world: "World") -> Decision:
+    def share(self, world: "DistributedContext") -> Decision:
         """Rank 0's decision, and the config that follows from it. All ranks must call it."""
         sent = world.broadcast_json(asdict(self.decision) if world.is_main else None)
         self._decision = Decision(**{**sent, "notices": tuple(sent["notices"])})
@@ -172,14 +172,16 @@ def _lock(path: Path) -> FolderLock:
         return FolderLock(path)
     except FolderInUse as error:
         fix = "wait for that job or stop it; or choose another --job.dump_folder"
-        raise ConfigError(Problem("job.dump_folder", str(error), fix, str(path))) from error
+        raise ConfigError(ConfigIssue("job.dump_folder", str(error), fix, str(path))) from error
     except OSError as error:
         raise ConfigError(_unwritable(path, error)) from error
 
 
-def _unwritable(path: Path, error: OSError) -> Problem:
+def _unwritable(path: Path, error: OSError) -> ConfigIssue:
     fix = "choose a folder that this user may write to"
-    return Problem("job.dump_folder", f"cannot be used: {error.strerror or error}", fix, str(path))
+    return ConfigIssue(
+        "job.dump_folder", f"cannot be used: {error.strerror or error}", fix, str(path)
+    )
 
 
 def _move_run_aside(path: Path, config: JobConfig) -> None:

@@ -21,8 +21,8 @@ from torchtitan.checkpoint.manifest import HANDLERS_STATE, OPTIMIZER_PREFIX, sel
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, NonFiniteError
 from torchtitan.config.output_sections import Checkpoint
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
-from torchtitan.distributed.world import World
 from torchtitan.utils.dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ class Saver:
     As a context it does not end before what is being saved is.
     """
 
-    def __init__(self, section: Checkpoint, checkpointer: Checkpointer | None, world: World):
+    def __init__(
+        self, section: Checkpoint, checkpointer: Checkpointer | None, world: DistributedContext
+    ):
         self._section = section
         self._checkpointer = checkpointer
         self._world = world
@@ -204,7 +206,7 @@ class Saver:
         self._checkpointer.save(state.step, tensors, whole, model_only, blocking=last)
         self._last_saved = state.step
         if kept.tensors() or any(True for part in model_parts for _ in part.buffers()):
-            self.before_change()  # a forward may change them
+            self.wait_for_staging()  # a forward may change them
 
     def save_seed(self, model_parts: Sequence[nn.Module]) -> None:
         """Save the initial weights as step 0."""
@@ -214,10 +216,10 @@ class Saver:
         self._require_finite(0, tensors, model_parts)
         self._checkpointer.save(0, tensors, asdict(RunState()), model_only=True, blocking=True)
 
-    def before_change(self) -> None:
+    def wait_for_staging(self) -> None:
         """To be called before parameters and optimizer state change: copies may be under way."""
         if self._checkpointer is not None:
-            self._checkpointer.before_change()
+            self._checkpointer.wait_for_staging()
 
     def save_failed(self) -> bool:
         """Whether this rank knows that what was being saved is not."""

@@ -27,7 +27,7 @@ class Staging:
 
     def start(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of this rank's part of `tensors`, DTensors as such. Read them after `finish`; the
-        originals may change after `before_change`."""
+        originals may change after `wait_for_staging`."""
         locals_ = {name: _local(tensor) for name, tensor in tensors.items()}
         with self._side_stream(any(local.is_cuda for local in locals_.values())):
             copies = {name: self._copy(name, local) for name, local in locals_.items()}
@@ -36,7 +36,7 @@ class Staging:
                 self._copied.record(self._stream)
         return {name: with_local(tensor, copies[name]) for name, tensor in tensors.items()}
 
-    def before_change(self) -> None:
+    def wait_for_staging(self) -> None:
         """Let what the device does from here on wait until the copies are made."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)

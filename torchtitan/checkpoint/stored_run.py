@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.manifest import Manifest
-from torchtitan.checkpoint.rerun import read_stored_config, stored_value
 from torchtitan.checkpoint.steps_folder import inspect_steps, step_folders
 from torchtitan.config import JobConfig
 

@@ -3,19 +3,19 @@
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
+    ConfigIssue,
     DataError,
     HangError,
     NonFiniteError,
-    Problem,
 )
 from torchtitan.config.job_config import JobConfig
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ConfigIssue",
     "DataError",
     "HangError",
     "JobConfig",
     "NonFiniteError",
-    "Problem",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchtitan.config import toml_file
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, example_table, free_table_of, known_keys
 from torchtitan.config.legacy import old_key
 from torchtitan.config.legacy_keys import NONE_MEANS
@@ -32,7 +32,7 @@ class CommandLine:
     understood. Of a key that was given twice the last value counts, with a notice."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ConfigIssue] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
 
@@ -45,7 +45,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         if argument.startswith("--") and len(argument) > 2:
             _take_flag(argument, rest, parsed)
         elif argument.startswith("-"):
-            problem = Problem(argument, "is not a flag", f"flags are `--section.key`; {_HELP}")
+            problem = ConfigIssue(argument, "is not a flag", f"flags are `--section.key`; {_HELP}")
             parsed.problems.append(problem)
         else:
             _take_file(argument, parsed)
@@ -61,7 +61,7 @@ def _take_file(argument: str, parsed: CommandLine) -> None:
     if "." not in argument or "." not in first:  # hardly a file: meant for the flag before it?
         fix += ", and checks are `--check` or `--check full`"
     problem = f"is a second config file beside {first}, and a run has one"
-    parsed.problems.append(Problem(argument, problem, fix))
+    parsed.problems.append(ConfigIssue(argument, problem, fix))
 
 
 def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
@@ -79,7 +79,7 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
             if not equals:
                 _skip_values(rest)
         elif equals:
-            problem = Problem(flag, "takes no value", f"write `--{key.name} {inline}`", inline)
+            problem = ConfigIssue(flag, "takes no value", f"write `--{key.name} {inline}`", inline)
             parsed.problems.append(problem)
         else:
             _set(parsed, key.name, False, flag)
@@ -92,7 +92,7 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
     else:
         texts = _values_ahead(rest, many=key.kind == "strings")
     if not texts or texts == [""]:
-        parsed.problems.append(Problem(flag, "has no value", _how_to_write(key)))
+        parsed.problems.append(ConfigIssue(flag, "has no value", _how_to_write(key)))
         return
     _convert_and_set(parsed, key, texts, flag)
 
@@ -107,7 +107,7 @@ def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str)
         try:
             value = toml_file.parse_value(text)
         except ValueError:
-            problem = Problem(flag, "is not TOML", _how_to_write(key), text)
+            problem = ConfigIssue(flag, "is not TOML", _how_to_write(key), text)
             parsed.problems.append(secret_problem(flag) if holds_a_secret(text) else problem)
             return
         _set(parsed, key.name, value, flag)
@@ -139,13 +139,13 @@ def _take_free(
     texts = [inline] if has_inline else _values_ahead(rest, many=False)
     if not texts or texts == [""]:
         fix = f"write `{flag} VALUE`, with a TOML value such as 4, true or [1, 2]"
-        parsed.problems.append(Problem(flag, "has no value", fix))
+        parsed.problems.append(ConfigIssue(flag, "has no value", fix))
         return
     value = _free_value(texts[0])
     if value == texts[0] and value.startswith("[") and not holds_a_secret(value):
         # The shell took the quotes.
         fix = f"""write it as in TOML and quote it for the shell: `{flag} '["a", "b"]'`"""
-        parsed.problems.append(Problem(flag, "is not TOML", fix, value))
+        parsed.problems.append(ConfigIssue(flag, "is not TOML", fix, value))
         return
     _set(parsed, name, value, flag)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.registry import import_traceback
 
@@ -19,14 +19,14 @@ KEY = "job.custom_import"
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def import_custom_modules(config: JobConfig, quiet: bool = False) -> list[Problem]:
+def import_custom_modules(config: JobConfig, quiet: bool = False) -> list[ConfigIssue]:
     """Import the modules of a config; see `import_modules`."""
     return import_modules(config.job.custom_import, quiet)
 
 
-def import_modules(names: Iterable[str], quiet: bool = False) -> list[Problem]:
+def import_modules(names: Iterable[str], quiet: bool = False) -> list[ConfigIssue]:
     """Import the modules in order; a module that fails is a problem with its own traceback."""
-    problems: list[Problem] = []
+    problems: list[ConfigIssue] = []
     for name in names:
         problem = _import(name, quiet)
         if problem:
@@ -34,19 +34,19 @@ def import_modules(names: Iterable[str], quiet: bool = False) -> list[Problem]:
     return problems
 
 
-def _import(name: str, quiet: bool) -> Problem | None:
+def _import(name: str, quiet: bool) -> ConfigIssue | None:
     if name.endswith(".py") or not _MODULE.fullmatch(name):
         fix = "write it as in an import statement, such as my_project.models, and set PYTHONPATH"
         if name.endswith(".py"):
             fix = f"write {Path(name).stem}, and add the folder that holds the file to PYTHONPATH"
-        return Problem(KEY, "is not the dotted name of a module", fix, name)
+        return ConfigIssue(KEY, "is not the dotted name of a module", fix, name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name and not name.startswith(f"{error.name}."):
             return _failed(name, error)
         fix = "install it, or add the folder that holds it to PYTHONPATH"
-        return Problem(KEY, f'no module is named "{error.name}"', fix, name)
+        return ConfigIssue(KEY, f'no module is named "{error.name}"', fix, name)
     except (Exception, SystemExit) as error:  # a script may exit, if nothing asks for __main__
         return _failed(name, error)
     if not quiet:
@@ -54,8 +54,10 @@ def _import(name: str, quiet: bool) -> Problem | None:
     return None
 
 
-def _failed(name: str, error: BaseException) -> Problem:
-    return Problem(KEY, f"importing it failed:\n{import_traceback(error)}", "mend the module", name)
+def _failed(name: str, error: BaseException) -> ConfigIssue:
+    return ConfigIssue(
+        KEY, f"importing it failed:\n{import_traceback(error)}", "mend the module", name
+    )
 
 
 def _digest(file: str | None) -> str:

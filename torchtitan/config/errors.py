@@ -1,6 +1,6 @@
 """How anything that a user set, and that cannot work, is reported.
 
-A `Problem` names the key, its value, why it cannot work and what to set instead. Checks return
+A `ConfigIssue` names the key, its value, why it cannot work and what to set instead. Checks return
 lists of them, so that a user sees every problem at once; `ConfigError` carries the list.
 """
 
@@ -15,7 +15,7 @@ _UNSET = object()
 
 
 @dataclass(frozen=True)
-class Problem:
+class ConfigIssue:
     """One thing to mend.
 
     `key` is `section.key` (or a file, or a flag); `severity` is "error", or "warning" for what is
@@ -45,7 +45,7 @@ class Problem:
         return json.dumps(fields, default=str)
 
     @classmethod
-    def from_json(cls, text: str) -> "Problem":
+    def from_json(cls, text: str) -> "ConfigIssue":
         """The problem that `to_json` wrote."""
         return cls(**json.loads(text))
 
@@ -56,12 +56,12 @@ class ConfigError(ValueError):
     known_to_all = False
     """Every rank has this very error, so none must learn of it."""
 
-    def __init__(self, problems: Sequence[Problem] | Problem):
-        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+    def __init__(self, problems: Sequence[ConfigIssue] | ConfigIssue):
+        self.problems = [problems] if isinstance(problems, ConfigIssue) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def errors_of(problems: Iterable[Problem]) -> list[Problem]:
+def errors_of(problems: Iterable[ConfigIssue]) -> list[ConfigIssue]:
     """Return the problems that stop a run."""
     return [problem for problem in problems if problem.severity == "error"]
 

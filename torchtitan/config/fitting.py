@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TypeVar
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.section import Section
 from torchtitan.config.training_sections import DEFAULT_WARMUP
@@ -31,7 +31,7 @@ def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
     return config.model_copy(update={"training": training, "profiling": profiling})
 
 
-def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[Problem]:
+def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue]:
     """One warning per default that was adjusted. `config` is what `fitted` returned,
     `warmup_steps` what an unset `lr_scheduler.warmup_steps` means for it, if anything."""
     schedule = config.lr_scheduler
@@ -46,9 +46,9 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[Problem]:
             yield _notice(key, value, reason.format(default))
 
 
-def _notice(key: str, value: int | None, reason: str) -> Problem:
+def _notice(key: str, value: int | None, reason: str) -> ConfigIssue:
     problem = f"is unset, and {value} in this run, since {reason}"
-    return Problem(key, problem, "set it to choose another value", severity="warning")
+    return ConfigIssue(key, problem, "set it to choose another value", severity="warning")
 
 
 def _with_default(section: S, name: str, value: int) -> S:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.legacy import is_old_section
 from torchtitan.config.section import MAX_INT64
@@ -17,13 +17,13 @@ from torchtitan.config.suggest import secret_problem, unknown_key, unknown_secti
 from torchtitan.utils.redaction import is_secret, names_a_secret
 
 
-def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """The part of a TOML table that a config can hold, and the problems of the rest."""
-    problems: list[Problem] = []
+    problems: list[ConfigIssue] = []
     return _split(table, "", problems), problems
 
 
-def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[str, Any]:
+def _split(table: dict[str, Any], prefix: str, problems: list[ConfigIssue]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
@@ -38,7 +38,7 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
             problems.extend(_unknown_table(name, value))
         elif isinstance(value, dict) and key in known_sections():
             fix = f"write its keys without `{key}.`, below a line [{key}]"
-            problems.append(Problem(name, f"names the section [{key}] inside a section", fix))
+            problems.append(ConfigIssue(name, f"names the section [{key}] inside a section", fix))
         elif not prefix and name not in {k.last_name for k in known_keys().values()}:
             problems.append(unknown_section(name))
         else:
@@ -46,7 +46,7 @@ def _split(table: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[
     return known
 
 
-def _quoted(key: str, prefix: str) -> Problem:
+def _quoted(key: str, prefix: str) -> ConfigIssue:
     """A key with a dot inside quotes, which TOML takes for one name."""
     section, _, last = key.rpartition(".")
     if not prefix or key not in known_keys():  # what the dot is to lead to begins here
@@ -55,14 +55,14 @@ def _quoted(key: str, prefix: str) -> Problem:
         fix = f"write `{last}`, since this is in [{section}] already"
     else:
         fix = f"write `{last}` in [{section}]"
-    return Problem(f'"{key}"', "is one quoted key that contains a dot", fix)
+    return ConfigIssue(f'"{key}"', "is one quoted key that contains a dot", fix)
 
 
-def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Problem]) -> None:
+def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[ConfigIssue]) -> None:
     key = name.rpartition(".")[2]
     if not isinstance(value, dict):
         fix = f"write a table: [{name}], and its keys below it"
-        problems.append(Problem(name, "is a section, not a value", fix, value))
+        problems.append(ConfigIssue(name, "is a section, not a value", fix, value))
     elif name in known_keys():  # free-form: its own users check the keys
         problems.extend(_free_problems(name, value))
         known[key] = value
@@ -70,7 +70,7 @@ def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Pro
         known[key] = _split(value, name + ".", problems)
 
 
-def _unknown_table(name: str, table: dict[str, Any]) -> list[Problem]:
+def _unknown_table(name: str, table: dict[str, Any]) -> list[ConfigIssue]:
     """One problem for the table; one a key if it is an older release's, which has such keys."""
     if is_old_section(name):
         return [unknown_key(key, key) for key in _keys_below(name, table)]
@@ -89,13 +89,13 @@ def _keys_below(prefix: str, table: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
+def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What no free-form table may hold, whatever its keys mean."""
     for key, value in table.items():
         name = f"{prefix}.{key}"
         if prefix in ("handlers", "sinks") and not isinstance(value, dict):
             fix = f"write [{prefix}.{key}], and the {prefix[:-1]}'s settings below it"
-            yield Problem(name, "needs a table", fix, value)
+            yield ConfigIssue(name, "needs a table", fix, value)
         elif names_a_secret(key, value):
             yield secret_problem(name)
         elif isinstance(value, dict):
@@ -105,19 +105,19 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[Problem]:
             yield from value_problems(name, value)
 
 
-def secrets_in(name: str, value: Any) -> Iterator[Problem]:
+def secrets_in(name: str, value: Any) -> Iterator[ConfigIssue]:
     """A problem when a value, or anything in a list (of tables), looks like a secret."""
     if is_secret("", value):
         yield secret_problem(name)
 
 
-def value_problems(name: str, value: Any) -> Iterator[Problem]:
+def value_problems(name: str, value: Any) -> Iterator[ConfigIssue]:
     """Values that TOML can write and no setting can mean, in a table whose types are not known."""
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         place = f"{name}[{index}]" if isinstance(value, list) else name
         if isinstance(item, float) and not math.isfinite(item):
-            yield Problem(place, "is not a finite number", "write a finite number", item)
+            yield ConfigIssue(place, "is not a finite number", "write a finite number", item)
         elif isinstance(item, int) and not -MAX_INT64 - 1 <= item <= MAX_INT64:
-            yield Problem(place, "does not fit in 64 bits", "write a smaller number", item)
+            yield ConfigIssue(place, "does not fit in 64 bits", "write a smaller number", item)
         elif isinstance(item, datetime.date | datetime.time):
-            yield Problem(place, "is a date", "write it in quotes if text is meant", str(item))
+            yield ConfigIssue(place, "is a date", "write it in quotes if text is meant", str(item))

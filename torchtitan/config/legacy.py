@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from torchtitan.config import legacy_keys as tables
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, free_table_of, known_keys, known_sections
 from torchtitan.config.legacy_keys import Feature
 from torchtitan.config.toml_text import toml_value
@@ -33,7 +33,7 @@ class Translated:
     """The name that was written, by the one of today."""
     notices: dict[str, str] = field(default_factory=dict)
     """By the name that was written."""
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ConfigIssue] = field(default_factory=list)
 
 
 @cache
@@ -140,7 +140,7 @@ def translate(old: Mapping[str, Any], today: Collection[str], dashes: str = "") 
         if others:
             problem = f"is {target} today, and `{dashes}{others[0]}` is set too"
             fix = f"keep `{dashes}{target}` alone"
-            result.problems.append(Problem(dashes + name, problem, fix, value))
+            result.problems.append(ConfigIssue(dashes + name, problem, fix, value))
         else:
             _translate_one(name, value, target, dashes + name, result)
     return result
@@ -197,14 +197,14 @@ def today_value(name: str, value: Any) -> Any:
     return value
 
 
-def _moe_converter(shown: str, value: Any) -> Problem | None:
+def _moe_converter(shown: str, value: Any) -> ConfigIssue | None:
     experts = value if isinstance(value, list) else []
     if not any(name in tables.MOE_CONVERTERS for name in experts):
         return None
     return _not_built(shown, value, Feature("a mixture of experts", {}))
 
 
-def _switched_on(name: str, value: Any, shown: str, given: Any) -> Problem | None:
+def _switched_on(name: str, value: Any, shown: str, given: Any) -> ConfigIssue | None:
     """The problem of a feature that is not there, unless the value leaves it off."""
     for feature in tables.NOT_BUILT:
         off = feature.switches.get(name)
@@ -216,10 +216,10 @@ def _switched_on(name: str, value: Any, shown: str, given: Any) -> Problem | Non
     return None
 
 
-def _not_built(shown: str, value: Any, feature: Feature, off: Any = None) -> Problem:
+def _not_built(shown: str, value: Any, feature: Feature, off: Any = None) -> ConfigIssue:
     fix = "remove it" if off is None else f"remove it, or set it to {toml_value(off)}"
     problem = f"this library does not have {feature.name} yet"
-    return Problem(shown, problem, feature.instead or fix, value)
+    return ConfigIssue(shown, problem, feature.instead or fix, value)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -238,7 +238,7 @@ def _values_not_built() -> dict[tuple[str, str], str]:
 class Settled:
     """What `settle` found beside changing the values."""
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ConfigIssue] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     by_flags: list[str] = field(default_factory=list)
     """Today's keys that the command line changed."""
@@ -277,7 +277,7 @@ def settle(
         elif "compile" in handlers and not (isinstance(item.value, list) and "model" in item.value):
             problem = "the handler compile compiles the blocks of the model"
             fix = 'list "model" in it, or switch compilation off'
-            settled.problems.append(Problem(item.shown, problem, fix, item.value))
+            settled.problems.append(ConfigIssue(item.shown, problem, fix, item.value))
     _leave_out_unused(values, handlers, file, flags)
     settled.notices += [*file.notices.values(), *flags.notices.values()]
     return settled
@@ -313,7 +313,7 @@ def _switch(handlers: list[str], item: _Waiting, values: dict[str, Any], settled
     """Put a handler into the list, or take it out where the command line says so."""
     handler = tables.HANDLER_SWITCHES[item.name]
     if type(item.value) is not bool:
-        problem = Problem(item.shown, "needs true or false", "write true or false", item.value)
+        problem = ConfigIssue(item.shown, "needs true or false", "write true or false", item.value)
         settled.problems.append(problem)
     elif item.value and handler not in handlers:
         handlers.append(handler)
@@ -335,12 +335,12 @@ def _cut_microbatches(values: dict[str, Any], item: _Waiting, settled: Settled) 
     if type(count) is not int or count < 1:
         problem = "is not a number of microbatches"
         fix = f"write {MICROBATCH_SIZE} instead, the sequences of one"
-        settled.problems.append(Problem(item.shown, problem, fix, count))
+        settled.problems.append(ConfigIssue(item.shown, problem, fix, count))
     elif local % count:
         problem = f"training.local_batch_size = {local} cannot be cut into {count} microbatches"
         below = next(n for n in range(min(count, local), 0, -1) if local % n == 0)
         fix = f"write {MICROBATCH_SIZE} = {local // below} instead, which makes {below}"
-        settled.problems.append(Problem(item.shown, problem, fix, count))
+        settled.problems.append(ConfigIssue(item.shown, problem, fix, count))
     else:
         size = local // count
         settled.notices.append(f"{item.shown} = {count} is {MICROBATCH_SIZE} = {size} today")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from torchtitan.config import legacy
 from torchtitan.config.cli_args import CommandLine, parse_command_line
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys_check import split_known
@@ -96,12 +96,14 @@ def _read(path: Path) -> tuple[dict[str, Any], legacy.Translated]:
     return _merge(table, file.values), file
 
 
-def _by_written_name(problem: Problem, written: dict[str, str]) -> Problem:
+def _by_written_name(problem: ConfigIssue, written: dict[str, str]) -> ConfigIssue:
     """Of a wrong value, under the name that the user knows."""
     return replace(problem, key=written.get(problem.key, problem.key))
 
 
-def _validate(values: dict[str, Any], flags: list[str]) -> tuple[JobConfig | None, list[Problem]]:
+def _validate(
+    values: dict[str, Any], flags: list[str]
+) -> tuple[JobConfig | None, list[ConfigIssue]]:
     try:
         return JobConfig.model_validate(values), []
     except ValidationError as error:

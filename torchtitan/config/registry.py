@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from keyword import iskeyword
 from typing import Any, Generic, TypeVar
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 
 T = TypeVar("T")
 D = TypeVar("D", bound=Any)
@@ -139,7 +139,7 @@ class Registry(Generic[T]):
         raise self._error(name, problem, "mend the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
-        return ConfigError(Problem(self.key, problem, fix, value=name))
+        return ConfigError(ConfigIssue(self.key, problem, fix, value=name))
 
 
 def require_text(name: Any) -> None:

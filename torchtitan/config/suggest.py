@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.legacy import is_old_key, old_defaults, today_name
 from torchtitan.config.legacy_keys import MISNAMED
@@ -48,9 +48,9 @@ def fix_of_glob(glob: str, names: Iterable[str]) -> str:
     return f"{prefix}Use a glob over full names such as {examples}, or leave it out"
 
 
-def secret_problem(key: str) -> Problem:
+def secret_problem(key: str) -> ConfigIssue:
     """A token in the config: it would be stored with the run, and shown by `ps` to everyone."""
-    return Problem(
+    return ConfigIssue(
         key,
         "looks like a secret; configs are stored with the run and command lines are public",
         "remove it here, and set HF_TOKEN (or the service's own variable) in the environment",
@@ -59,26 +59,26 @@ def secret_problem(key: str) -> Problem:
 
 def unknown_key(
     shown: str, name: str, *, from_command_line: bool = False, value: Any = ""
-) -> Problem:
+) -> ConfigIssue:
     """The problem of a dotted key that no section has; `shown` is how the user wrote it."""
     if names_a_secret(name, value):
         return secret_problem(shown)
     dashes = "--" if from_command_line else ""
     if name in MISNAMED:
-        return Problem(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
+        return ConfigIssue(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
     if from_command_line and name in known_sections():
         fix = f"write `--{name}.KEY`; keys: {', '.join(_keys_in(name))}"
-        return Problem(shown, "is a section, not a setting", fix)
+        return ConfigIssue(shown, "is a section, not a setting", fix)
     is_word = from_command_line and "." not in name
     special = nearest(name, _SPECIAL_FLAGS) if is_word else None
     if special:
-        return Problem(shown, "is unknown", f"did you mean `--{special}`?")
+        return ConfigIssue(shown, "is unknown", f"did you mean `--{special}`?")
     section, _, last = name.rpartition(".")
     homes = [key for key in known_keys().values() if key.last_name == last]
     if homes:
         places = " or ".join(f"`{dashes}{key.name}`" for key in homes)
         belongs = " or ".join(f"[{key.section}]" for key in homes)
-        return Problem(shown, f"belongs in section {belongs}", f"write {places}")
+        return ConfigIssue(shown, f"belongs in section {belongs}", f"write {places}")
     if section in known_sections():
         keys = _keys_in(section)
         match = nearest(last, keys)
@@ -90,20 +90,20 @@ def unknown_key(
         fix = f"{prefix}Keys of [{section}]: {', '.join(keys)}"
         if "args" in keys:
             fix += f"; what {section}.name chooses has its own settings in [{section}.args]"
-        return Problem(shown, "is unknown", fix)
+        return ConfigIssue(shown, "is unknown", fix)
     match = nearest(name, [*known_keys(), *old_defaults()])
     if match:
-        return Problem(shown, "is unknown", f"did you mean `{dashes}{today_name(match)}`?")
-    return Problem(shown, "is unknown", f"the sections are {_sections()}")
+        return ConfigIssue(shown, "is unknown", f"did you mean `{dashes}{today_name(match)}`?")
+    return ConfigIssue(shown, "is unknown", f"the sections are {_sections()}")
 
 
-def unknown_section(name: str) -> Problem:
+def unknown_section(name: str) -> ConfigIssue:
     """The problem of a table, or of a key at the top level, that is not a section."""
     if names_a_secret(name):
         return unknown_key(name, name)
     match = nearest(name, known_sections())
     prefix = f"did you mean [{match}]? " if match else ""
-    return Problem(name, "is not a section", f"{prefix}The sections are {_sections()}")
+    return ConfigIssue(name, "is not a section", f"{prefix}The sections are {_sections()}")
 
 
 def _keys_in(section: str) -> list[str]:

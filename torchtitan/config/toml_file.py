@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.shipped import found_elsewhere, shipped_configs
 from torchtitan.config.suggest import nearest
 from torchtitan.utils.files import NotARegularFileError, read_regular_file
@@ -31,12 +31,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         message = str(error).split(" (at ")[0]
         message = f"is not valid TOML: {message[:1].lower()}{message[1:]}{_excerpt(source, column)}"
         fix = _syntax_hint(message)
-        raise ConfigError(Problem(f"{key}:{line}:{column}", message, fix)) from None
+        raise ConfigError(ConfigIssue(f"{key}:{line}:{column}", message, fix)) from None
     except RecursionError:
-        raise ConfigError(Problem(key, "is nested too deeply", "flatten the tables")) from None
+        raise ConfigError(ConfigIssue(key, "is nested too deeply", "flatten the tables")) from None
     except ValueError:  # Python's, of thousands of digits
         fix = "write a smaller number"
-        raise ConfigError(Problem(key, "holds a number that is too long", fix)) from None
+        raise ConfigError(ConfigIssue(key, "holds a number that is too long", fix)) from None
 
 
 def parse_value(text: str) -> Any:
@@ -50,29 +50,31 @@ def _read_text(path: Path, key: str) -> str:
     try:
         data = read_regular_file(path, MAX_BYTES + 1)
     except IsADirectoryError:
-        raise ConfigError(Problem(key, "is a folder", "name a TOML file")) from None
+        raise ConfigError(ConfigIssue(key, "is a folder", "name a TOML file")) from None
     except FileNotFoundError:
-        raise ConfigError(Problem(key, "does not exist", _fix_of_absent(path))) from None
+        raise ConfigError(ConfigIssue(key, "does not exist", _fix_of_absent(path))) from None
     except NotARegularFileError:
         fix = "write it to a file, which all processes can read"
-        raise ConfigError(Problem(key, "is not a regular file", fix)) from None
+        raise ConfigError(ConfigIssue(key, "is not a regular file", fix)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(Problem(key, f"cannot be read: {reason}", "make it readable")) from None
+        raise ConfigError(
+            ConfigIssue(key, f"cannot be read: {reason}", "make it readable")
+        ) from None
     if len(data) > MAX_BYTES:
         fix = "this is hardly a config: name another file"
-        raise ConfigError(Problem(key, "is larger than 1 MB", fix))
+        raise ConfigError(ConfigIssue(key, "is larger than 1 MB", fix))
     data = data.removeprefix(codecs.BOM_UTF8)  # which some editors write
     if b"\0" in data:
         place = f"{key}:{_line_column(data, data.index(0))}"
         fix = "save it as UTF-8 text (a UTF-16 file looks like this)"
-        raise ConfigError(Problem(place, "contains a NUL byte", fix))
+        raise ConfigError(ConfigIssue(place, "contains a NUL byte", fix))
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         place = f"{key}:{_line_column(data, error.start)}"
         problem = f"is not UTF-8: byte 0x{data[error.start]:02x}"
-        raise ConfigError(Problem(place, problem, "save it as UTF-8 text")) from None
+        raise ConfigError(ConfigIssue(place, problem, "save it as UTF-8 text")) from None
 
 
 def _fix_of_absent(path: Path) -> str:

@@ -284,3 +284,9 @@ class LRScheduler(Section):
             return self.warmup_steps
         room = training_steps - round(training_steps * (self.decay_ratio or 0.0))
         return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(training_steps // 5, room)
+
+    def decay(self, training_steps: int) -> int:
+        """Return the steps of the last phase: `decay_ratio` of the run, or all after the warmup."""
+        if self.decay_ratio is None:
+            return max(0, training_steps - self.warmup(training_steps))
+        return round(training_steps * self.decay_ratio)

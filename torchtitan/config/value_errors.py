@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import Key, example_table, keys_of, known_keys
 from torchtitan.config.section import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean, nearest
@@ -31,13 +31,15 @@ _RELATIONS = {
 }
 
 
-def problems_of(error: ValidationError, flags: Sequence[str] = ()) -> list[Problem]:
+def problems_of(error: ValidationError, flags: Sequence[str] = ()) -> list[ConfigIssue]:
     """One problem per error of a config. `flags` are the keys that came from the command line,
     where every value is text and there are no quotes to take away."""
     return _problems(error, "", known_keys(), frozenset(flags))
 
 
-def problems_of_table(error: ValidationError, table: str, settings: type[Section]) -> list[Problem]:
+def problems_of_table(
+    error: ValidationError, table: str, settings: type[Section]
+) -> list[ConfigIssue]:
     """One problem per error of a free-form table, such as `model.args`, by its own `settings`."""
     try:
         keys = {key.name: key for key in keys_of(settings)}
@@ -57,7 +59,7 @@ def validated(settings: type[Section], values: Any, table: str) -> Any:
 
 def _problems(
     error: ValidationError, prefix: str, keys: Mapping[str, Key], flags: frozenset[str]
-) -> list[Problem]:
+) -> list[ConfigIssue]:
     found = []
     for detail in error.errors(include_url=False):
         name = _dotted(detail["loc"])
@@ -67,7 +69,7 @@ def _problems(
 
 def _problem(
     name: str, key: Key | None, keys: Mapping[str, Key], detail: ErrorDetails, is_flag: bool
-) -> Problem:
+) -> ConfigIssue:
     value = detail["input"]
     kind = detail["type"]
     if kind in _NEEDS:
@@ -75,27 +77,27 @@ def _problem(
     if kind in _RELATIONS:
         return _out_of_range(name, key, value, detail)
     if kind == "finite_number":
-        return Problem(name, "is not a finite number", _range_fix(key), value)
+        return ConfigIssue(name, "is not a finite number", _range_fix(key), value)
     if kind == "literal_error":
         return _not_a_choice(name, key, detail, value)
     if kind == "missing":
         last = name.rpartition(".")[2]
-        return Problem(name, "is missing", f"add `{last} = ...`")
+        return ConfigIssue(name, "is missing", f"add `{last} = ...`")
     if kind == "extra_forbidden":
         return _unknown(name, detail, keys)
     if kind == "value_error":
         problem, _, fix = str(detail["ctx"]["error"]).partition(". Fix: ")
-        return Problem(name, problem, fix or "correct the value", value)
-    return Problem(name, detail["msg"], _example(key), value)
+        return ConfigIssue(name, problem, fix or "correct the value", value)
+    return ConfigIssue(name, detail["msg"], _example(key), value)
 
 
-def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool) -> Problem:
+def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool) -> ConfigIssue:
     needed = _NEEDS[kind]
     fix = _example(key)
     if is_flag:
         number = _whole_number(value) if kind == "int_type" else None
         fix = fix if number is None else f"write {number}"
-        return Problem(name, f"needs {needed}", fix, value)
+        return ConfigIssue(name, f"needs {needed}", fix, value)
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         fix = f"write {int(value)}"
     elif kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
@@ -105,7 +107,7 @@ def _wrong_type(name: str, key: Key | None, value: Any, kind: str, is_flag: bool
     elif kind == "string_type" and not isinstance(value, list | dict):
         fix = f'write "{value}"'
     shown = str(value) if isinstance(value, datetime.date | datetime.time | dict) else value
-    return Problem(name, f"needs {needed}, and this is {_describe(value)}", fix, shown)
+    return ConfigIssue(name, f"needs {needed}, and this is {_describe(value)}", fix, shown)
 
 
 def _without_quotes(value: str, kind: str) -> str | None:
@@ -141,12 +143,12 @@ def _describe(value: Any) -> str:
     return names.get(type(value), "a table" if isinstance(value, dict) else "unset")
 
 
-def _out_of_range(name: str, key: Key | None, value: Any, detail: ErrorDetails) -> Problem:
+def _out_of_range(name: str, key: Key | None, value: Any, detail: ErrorDetails) -> ConfigIssue:
     bound_name, words = _RELATIONS[detail["type"]]
     bound = detail["ctx"][bound_name]
     if isinstance(bound, int) and abs(bound) >= 2**63 - 1:
-        return Problem(name, "does not fit in 64 bits", "write a smaller number", value)
-    return Problem(name, f"must be {words} {bound}", _range_fix(key), value)
+        return ConfigIssue(name, "does not fit in 64 bits", "write a smaller number", value)
+    return ConfigIssue(name, f"must be {words} {bound}", _range_fix(key), value)
 
 
 def _range_fix(key: Key | None) -> str:
@@ -158,25 +160,25 @@ def _range_fix(key: Key | None) -> str:
     return f"choose a number{bounds}{default}" + (f"; {infinite[0]}" if infinite else "")
 
 
-def _not_a_choice(name: str, key: Key | None, detail: ErrorDetails, value: Any) -> Problem:
+def _not_a_choice(name: str, key: Key | None, detail: ErrorDetails, value: Any) -> ConfigIssue:
     choices = list(key.choices) if key else []
     listed = f"choose from {', '.join(choices)}" if choices else str(detail["ctx"]["expected"])
     match = nearest(value, choices) if isinstance(value, str) else None
     fix = f'did you mean "{match}"? Otherwise {listed}' if match else listed
     shown = str(value) if isinstance(value, datetime.date | datetime.time | dict) else value
-    return Problem(name, "is not a choice", fix, shown)
+    return ConfigIssue(name, "is not a choice", fix, shown)
 
 
-def _unknown(name: str, detail: ErrorDetails, keys: Mapping[str, Key]) -> Problem:
+def _unknown(name: str, detail: ErrorDetails, keys: Mapping[str, Key]) -> ConfigIssue:
     """An unknown key of a free-form table, or of a table in a list (`optimizer.param_groups`)."""
     if len(detail["loc"]) == 1:
-        return Problem(name, "is unknown", did_you_mean(str(detail["loc"][0]), keys))
+        return ConfigIssue(name, "is unknown", did_you_mean(str(detail["loc"][0]), keys))
     table, _, last = name.rpartition(".")
     tables = keys.get(table.partition("[")[0])
     known = [key.name for key in keys_of(tables.item)] if tables and tables.item else []
     match = nearest(last, known)
     prefix = f"did you mean `{match}`? " if match else ""
-    return Problem(name, "is unknown", f"{prefix}Keys: {', '.join(known)}")
+    return ConfigIssue(name, "is unknown", f"{prefix}Keys: {', '.join(known)}")
 
 
 def _example(key: Key | None) -> str:

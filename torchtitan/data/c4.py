@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.training_sections import Data, Training
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def c4_test(training: Training, data: Data) -> "Source":
         problem = f"this installation is without the repository's {TEST_FOLDER.name} folder"
         fix = 'run from a clone, set training.dataset_path, or use training.dataset = "stdlib"'
         raise ConfigError(
-            Problem("training.dataset", problem, fix, training.dataset, missing_asset=True)
+            ConfigIssue("training.dataset", problem, fix, training.dataset, missing_asset=True)
         )
     path = training.dataset_path or str(TEST_FOLDER)
     return _from_files(path, "train", data)
@@ -73,7 +73,7 @@ def _layout(path: str, split: str, subset: str) -> str:
     if any(file.name.startswith(f"c4-{split}.") for file in named):
         return os.path.join(glob.escape(folder), f"c4-{split}.*.json*")
     raise ConfigError(
-        Problem(
+        ConfigIssue(
             "training.dataset_path",
             f"the folder holds no c4-{split}.*.json.gz, nor does {subset}/ in it",
             "give the folder of a clone of C4, or name files by a glob",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, MixedPosition, Mixture
 from torchtitan.data.packing import Position
@@ -28,7 +28,7 @@ def restart(mixture: Mixture, states: Iterable[Mapping[str, Any]]) -> AnyPositio
     if epochs is not None and epoch >= epochs:
         problem = f"data.restart would begin epoch {epoch}, and epochs 0 to {epochs - 1} are read"
         fix = f"set it to at least {epoch + 1}, or remove it"
-        raise ConfigError(Problem("data.epochs", problem, fix, epochs))
+        raise ConfigError(ConfigIssue("data.epochs", problem, fix, epochs))
     start = Position(epoch=epoch, first_epoch=epoch)
     count = len(mixture.sources)
     return MixedPosition(0, (0,) * count, (start,) * count) if count > 1 else start

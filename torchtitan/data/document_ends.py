@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.training_sections import Data
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
     if data.add_bos and tokenizer.bos_id is None:
         problem = "the tokenizer has no start token"
         fix = f'name it in {CONFIG_NAME} as "bos_token", or remove this setting'
-        raise ConfigError(Problem("data.add_bos", problem, fix, True))
+        raise ConfigError(ConfigIssue("data.add_bos", problem, fix, True))
     bos = own.bos if data.add_bos is None else data.add_bos
     # Without a start token something else must stand between two documents.
     eos = own.eos or not bos if data.add_eos is None else data.add_eos
@@ -208,11 +208,11 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
     return DocumentTokenizer(tokenizer, bos, eos, "; ".join(why))
 
 
-def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[Problem]:
+def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[ConfigIssue]:
     """Return what a user should know about the ends of documents before a run starts."""
     special: SpecialTokens = getattr(tokenizer, "special", UNNAMED)
     problems = [
-        Problem(
+        ConfigIssue(
             "model.tokenizer_path",
             f"{conflict}; the first is followed",
             "make the files agree",
@@ -231,4 +231,4 @@ def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[Problem]:
         " does not learn where a text ends"
     )
     fix = "set it to true to end each document in one, or to false to leave it so"
-    return [*problems, Problem("data.add_eos", problem, fix, None, severity="warning")]
+    return [*problems, ConfigIssue("data.add_eos", problem, fix, None, severity="warning")]

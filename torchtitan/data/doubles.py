@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.data.contents import content_digests
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
 has many small files that are equal."""
 
 
-def doubled_files(source: "Source") -> list[Problem]:
+def doubled_files(source: "Source") -> list[ConfigIssue]:
     """A warning about files of a dataset that hold the same, with the pairs."""
     pairs = dict.fromkeys((*getattr(source, "doubles", ()), *_same_contents(source)))
     if not pairs:
@@ -25,7 +25,7 @@ def doubled_files(source: "Source") -> list[Problem]:
     shown = "; ".join(f"{first} and {second}" for first, second in list(pairs)[:_SHOWN_PAIRS])
     more = f"; and {len(pairs) - _SHOWN_PAIRS:,} more pairs" if len(pairs) > _SHOWN_PAIRS else ""
     return [
-        Problem(
+        ConfigIssue(
             "training.dataset_path",
             f"seems to hold the same documents twice: {shown}{more}",
             "leave out one of each pair, unless that is meant",

@@ -38,8 +38,8 @@ def names_data(stored: str | None, facts: Mapping[str, Any]) -> bool:
 
 
 def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts short enough for a manifest: long lists of files are counted, other long values are
-    replaced by their digest."""
+    """Return facts short enough for a manifest: long lists of files are counted, other long values
+    are replaced by their digest."""
     data = facts["data"]
     described = data if isinstance(data, list) else [{"data": data}]
     short = [{**one, "data": _short_description(one["data"])} for one in described]

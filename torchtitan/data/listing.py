@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.data.files import COMPRESSIONS, KEY, SUFFIXES, DataFile, Kind, suffix_kind
 from torchtitan.utils.environment import is_quiet_rank
 
@@ -322,4 +322,4 @@ def _kind_of(path: str, paths: list[str]) -> Kind:
 
 
 def _error(path: str, problem: str, fix: str, missing_asset: bool = False) -> ConfigError:
-    return ConfigError(Problem(KEY, problem, fix, value=path, missing_asset=missing_asset))
+    return ConfigError(ConfigIssue(KEY, problem, fix, value=path, missing_asset=missing_asset))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.training_sections import Data, DataSource, Training
 
 TABLES = "data.sources"
@@ -36,7 +36,7 @@ class NamedSource:
     keys: Mapping[str, str] = field(default_factory=dict)
     """What the keys of a single dataset are called where this one is configured."""
 
-    def retold(self, problem: Problem) -> Problem:
+    def retold(self, problem: ConfigIssue) -> ConfigIssue:
         """A problem of the single dataset, by the keys of this source's table."""
         if not self.place:
             return problem
@@ -95,17 +95,19 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
     ]
 
 
-def check_sources(training: Training, data: Data) -> list[Problem]:
+def check_sources(training: Training, data: Data) -> list[ConfigIssue]:
     """Problems of `data.sources` as a whole: other keys beside it, weights, doubles."""
     tables = data.sources
     if not tables:
         return []
     problems = _keys_beside(training, data)
     if not math.isfinite(sum(table.weight for table in tables)):
-        problems.append(Problem(TABLES, "the weights have no finite sum", "give smaller weights"))
+        problems.append(
+            ConfigIssue(TABLES, "the weights have no finite sum", "give smaller weights")
+        )
     if not any(table.weight for table in tables):
         fix = "give at least one source a weight above 0"
-        problems.append(Problem(TABLES, "all weights are 0", fix))
+        problems.append(ConfigIssue(TABLES, "all weights are 0", fix))
     first_with: dict[tuple[str | None, ...], int] = {}
     for index, table in enumerate(tables):
         path = table.path and os.path.normpath(table.path)
@@ -113,13 +115,13 @@ def check_sources(training: Training, data: Data) -> list[Problem]:
         first = first_with.setdefault(what, index)
         if first != index:
             problem = f"reads the same as {TABLES}[{first}]"
-            problems.append(Problem(f"{TABLES}[{index}]", problem, "leave out one of them"))
+            problems.append(ConfigIssue(f"{TABLES}[{index}]", problem, "leave out one of them"))
     for name, count in Counter(table.name for table in tables if table.name is not None).items():
         if count > 1 or not name:
             index = [table.name for table in tables].index(name)
             problem = "is the name of several sources" if name else "is empty"
             fix = "give each source a name of its own, or none"
-            problems.append(Problem(f"{TABLES}[{index}].name", problem, fix, name))
+            problems.append(ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name))
     return problems
 
 
@@ -131,25 +133,25 @@ def require_sources(training: Training, data: Data) -> list[NamedSource]:
     return named_sources(training, data)
 
 
-def _keys_beside(training: Training, data: Data) -> list[Problem]:
+def _keys_beside(training: Training, data: Data) -> list[ConfigIssue]:
     problems = []
     fix = f"leave one of both out; a dataset to be mixed in is another table of [[{TABLES}]]"
     if training.dataset_path is not None:
         problem = f"and [[{TABLES}]] both say what to read"
-        problems.append(Problem("training.dataset_path", problem, fix, training.dataset_path))
+        problems.append(ConfigIssue("training.dataset_path", problem, fix, training.dataset_path))
     if training.dataset != "auto":
         problem = f"and [[{TABLES}]] both say what to read"
-        problems.append(Problem("training.dataset", problem, fix, training.dataset))
+        problems.append(ConfigIssue("training.dataset", problem, fix, training.dataset))
     for name in HUB_KEYS:
         value = getattr(data, name)
         if value != Data.model_fields[name].default:
             problem = f"belongs to one dataset, and [[{TABLES}]] names several"
             problems.append(
-                Problem(f"data.{name}", problem, f"set it in the tables of {TABLES}", value)
+                ConfigIssue(f"data.{name}", problem, f"set it in the tables of {TABLES}", value)
             )
     if data.epochs is not None and len(data.sources) > 1:
         problems.append(
-            Problem(
+            ConfigIssue(
                 "data.epochs",
                 "has no meaning for several sources, as each begins anew when it is through",
                 "remove it; training.steps ends the run",

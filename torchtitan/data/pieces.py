@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
-from torchtitan.config import Problem
+from torchtitan.config import ConfigIssue
 from torchtitan.data.files import DataFile
 
 PIECES_PER_LANE = 16
@@ -202,9 +202,9 @@ def relative_names(files: Sequence[DataFile]) -> list[str]:
     return [path[len(folder) :].lstrip("/") for path in paths]
 
 
-def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> Problem:
+def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> ConfigIssue:
     """The problem of data that cannot be dealt out to all lanes."""
-    return Problem(
+    return ConfigIssue(
         "data.lanes",
         f"the data give {num_shards} parts, too few for {num_lanes} lanes",
         f"set data.lanes to at most {num_shards}, or give more data",

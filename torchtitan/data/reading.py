@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, DataError
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.listing import describe_left_out
 from torchtitan.data.named_sources import NamedSource, named_sources
@@ -19,9 +19,9 @@ _COUNTED_FILES = 256
 """Parquet footers that are read to count documents."""
 
 
-def describe_data(facts: Facts) -> list[str]:
+def describe_data(context: RunContext) -> list[str]:
     """Lines about all that a run reads, for a check. What cannot be read is left to the probes."""
-    config = facts.config
+    config = context.config
     lines = []
     for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
         try:

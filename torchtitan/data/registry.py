@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, calling_module
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.config.training_sections import Data, Training
@@ -100,15 +100,15 @@ def build_source(training: Training, data: Data) -> "Source":
     return as_source(built, training.dataset, data.text_column, data.max_document_bytes)
 
 
-def unknown_dataset(name: str) -> Problem:
+def unknown_dataset(name: str) -> ConfigIssue:
     """The problem of a name that is none."""
     if name.startswith(HUB_PREFIX):
         fix = f'write "{HUB_PREFIX}owner/name"'
-        return Problem("training.dataset", "is not the id of a dataset", fix, value=name)
+        return ConfigIssue("training.dataset", "is not the id of a dataset", fix, value=name)
     fix = fix_of_registered(name, sorted(DATASETS))
     if "/" in name:
         fix = f'write "{HUB_PREFIX}{name}" for a dataset of the Hugging Face hub'
-    return Problem("training.dataset", "is unknown", fix, value=name)
+    return ConfigIssue("training.dataset", "is unknown", fix, value=name)
 
 
 def _from_files(training: Training, data: Data) -> "Source":
@@ -124,7 +124,7 @@ def _from_files(training: Training, data: Data) -> "Source":
         if training.dataset == "auto":
             return _tokens(training, data)
         problem, fix = "holds tokens", 'set training.dataset = "tokens", or "auto"'
-        raise ConfigError(Problem("training.dataset_path", problem, fix, training.dataset_path))
+        raise ConfigError(ConfigIssue("training.dataset_path", problem, fix, training.dataset_path))
     wanted = training.dataset
     assert wanted in ("auto", "json", "text", "parquet")
     found = list_files(training.dataset_path, wanted)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def _from_folder(training: Training, data: Data) -> "Source":
     folder = os.path.expanduser(training.dataset_path)
     if not os.path.isdir(folder):
         raise ConfigError(
-            Problem(
+            ConfigIssue(
                 "training.dataset_path",
                 f"{os.path.abspath(folder)} is not a folder",
                 f'correct it; a dataset of the hub is training.dataset = "{HUB_PREFIX}owner/name"',
@@ -173,10 +173,10 @@ def _tokens(training: Training, data: Data) -> "Source":
     return TokenSource(training.dataset_path)
 
 
-def missing_path(dataset: str) -> Problem:
+def missing_path(dataset: str) -> ConfigIssue:
     """The problem of a dataset of files without files."""
     fix = 'set it to a file, a folder or a glob, or set training.dataset = "stdlib"'
-    return Problem("training.dataset_path", f'dataset "{dataset}" needs it', fix, value=None)
+    return ConfigIssue("training.dataset_path", f'dataset "{dataset}" needs it', fix, value=None)
 
 
 # Left out: what is not part of the library proper, and one file that is a long generated table.
@@ -210,7 +210,7 @@ def _stdlib(training: Training, data: Data) -> "Source":
                 files.append(DataFile(path, os.path.getsize(path)))
     if not files:
         raise ConfigError(
-            Problem(
+            ConfigIssue(
                 "training.dataset",
                 f"this Python has no sources of its standard library in {root}",
                 "set training.dataset_path to text or JSON files of your own",

@@ -9,7 +9,7 @@ import re
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.files import DataFile
@@ -79,7 +79,7 @@ def _load_saved(wanted: _Wanted) -> Any:
         if getattr(wanted, key) is not None:
             problem = "a folder that save_to_disk wrote has none"
             value = getattr(wanted, key)
-            raise ConfigError(Problem(f"data.{key}", problem, "remove it", value=value))
+            raise ConfigError(ConfigIssue(f"data.{key}", problem, "remove it", value=value))
     try:
         dataset = datasets.load_from_disk(wanted.path)
     except Exception as error:
@@ -115,7 +115,7 @@ def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None, list[str]]:
         if format_name not in _FORMATS:
             problem = f"its files are read as {format_name!r}, which is not supported"
             fix = f"use a dataset of {_TITLES} files"
-            raise ConfigError(Problem(wanted.key, problem, fix, value=wanted.value))
+            raise ConfigError(ConfigIssue(wanted.key, problem, fix, value=wanted.value))
         if wanted.streaming:
             splits: Any = builder.as_streaming_dataset()
             if wanted.split not in splits:
@@ -148,7 +148,7 @@ def _select(dataset: Any, column: str) -> Any:
         names = ", ".join(map(repr, features)) or "none"
         problem = f"there is no column {column!r}; the columns are {names}"
         fix = "set it to the column that holds the text"
-        raise ConfigError(Problem("data.text_column", problem, fix, value=column))
+        raise ConfigError(ConfigIssue("data.text_column", problem, fix, value=column))
     kind = features[column]
     inner = getattr(kind, "feature", kind)
     dtype = str(getattr(inner, "dtype", type(inner).__name__))
@@ -156,7 +156,7 @@ def _select(dataset: Any, column: str) -> Any:
         problem = f"column {column!r} holds {dtype} where text is expected"
         texts = [name for name, of in features.items() if getattr(of, "dtype", "") == "string"]
         fix = f"set one of {', '.join(texts)}" if texts else "use a dataset of text"
-        raise ConfigError(Problem("data.text_column", problem, fix, value=column))
+        raise ConfigError(ConfigIssue("data.text_column", problem, fix, value=column))
     return dataset.select_columns([column])
 
 
@@ -164,7 +164,7 @@ def _no_split(wanted: _Wanted, splits: list[Any]) -> ConfigError:
     names = [str(split) for split in splits]
     problem = f"{wanted.path} has no such split"
     fix = did_you_mean(wanted.split, names)
-    return ConfigError(Problem("data.split", problem, fix, value=wanted.split))
+    return ConfigError(ConfigIssue("data.split", problem, fix, value=wanted.split))
 
 
 def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
@@ -220,7 +220,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
         fix = f"give one with {_TITLES} files"
     else:
         problem, fix = f"{path} cannot be read: {text}", "mend or replace the dataset"
-    return ConfigError(Problem(key, problem, fix, value=value, missing_asset=missing))
+    return ConfigError(ConfigIssue(key, problem, fix, value=value, missing_asset=missing))
 
 
 def _is_offline(causes: list[BaseException]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config import DataError, Problem
+from torchtitan.config import ConfigIssue, DataError
 from torchtitan.data.files import KEY, DataFile
 from torchtitan.data.listing import LeftOut
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, relative_names, whole_files
@@ -42,7 +42,7 @@ class ParquetSource:
             "files": [list(item) for item in zip(relative_names(files), sizes, strict=True)],
         }
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ConfigIssue]:
         """What is wrong with the footers: unreadable, without the column, or nothing but nulls."""
         problems = []
         num_nulls = num_rows = 0
@@ -53,16 +53,18 @@ class ParquetSource:
                     num_rows += parquet.metadata.num_rows
                     num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
             except DataError as error:
-                problems.append(Problem(KEY, str(error), "mend or replace the file"))
+                problems.append(ConfigIssue(KEY, str(error), "mend or replace the file"))
                 continue
             if flaw:
                 fix = "set it to the column that holds the text"
-                return [*problems, Problem("data.text_column", f"{file.path}: {flaw}", fix)]
+                return [*problems, ConfigIssue("data.text_column", f"{file.path}: {flaw}", fix)]
         if not problems and num_rows == 0:
-            return [Problem(KEY, "the files hold no rows", "give data with content")]
+            return [ConfigIssue(KEY, "the files hold no rows", "give data with content")]
         if not problems and num_nulls == num_rows:
             problem = f"column {self.column!r} is null in all {num_rows} rows"
-            return [Problem("data.text_column", problem, "set another column, or give other data")]
+            return [
+                ConfigIssue("data.text_column", problem, "set another column, or give other data")
+            ]
         return problems
 
     def shards(self, num_lanes: int) -> list[Shard]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.config import ConfigError, ConfigIssue, DataError
 from torchtitan.data.files import DataFile
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, Source, read_document
@@ -91,7 +91,7 @@ class StreamSource(_DatasetSource):
         self._parted = dataset
         """The dataset, cut up further where that was needed and can be done."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ConfigIssue]:
         """Try out on three rows that a second resume goes on where it was stopped, too."""
         part = self._part(0)
         if not _can_seek(part):
@@ -103,7 +103,9 @@ class StreamSource(_DatasetSource):
         if type(part).__module__.partition(".")[0] == "datasets":
             version = importlib.metadata.version("datasets")
             fix = f"install another version of the library `datasets` than {version}"
-        return [Problem("training.dataset", f"a resume would go astray: {flaw}", fix, self.name)]
+        return [
+            ConfigIssue("training.dataset", f"a resume would go astray: {flaw}", fix, self.name)
+        ]
 
     def shards(self, num_lanes: int) -> list[Shard]:
         self._parted = self.dataset
@@ -218,12 +220,12 @@ def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> 
             return MapSource(dataset, name, column, max_document_bytes)
         problem = f"its dataset, a {type(dataset).__name__}, has no length"
         fix = "give its class __len__, or derive it from IterableDataset"
-        raise ConfigError(Problem("training.dataset", problem, fix, value=name))
+        raise ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
     if is_stream or (hasattr(dataset, "__iter__") and not isinstance(dataset, Iterator)):
         return StreamSource(dataset, name, column, max_document_bytes)
     problem = f"its factory has made a {type(dataset).__name__}, which cannot be read again"
     fix = "return a Dataset or IterableDataset of torch, or a Source"
-    raise ConfigError(Problem("training.dataset", problem, fix, value=name))
+    raise ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
 
 
 def _has_parts(dataset: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config import ConfigError, DataError, Problem
+from torchtitan.config import ConfigError, ConfigIssue, DataError
 from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard
 from torchtitan.data.sources import Row
@@ -103,7 +103,7 @@ class TokenSource:
 
 def tokenizer_problem(
     source: Any, tokenizer: DocumentTokenizer, path: str | None
-) -> Problem | None:
+) -> ConfigIssue | None:
     """The problem of tokens that another tokenizer has made than the run's, if that is so."""
     if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
         return None
@@ -111,8 +111,8 @@ def tokenizer_problem(
         problem = "the documents of the tokens begin or end otherwise than the run's would, where"
         problem += f" {tokenizer.describe()}; they are taken as they are"
         fix = "set data.add_bos and data.add_eos as they were, or tokenize the text again"
-        return Problem("training.dataset_path", problem, fix, path, severity="warning")
-    return Problem(
+        return ConfigIssue("training.dataset_path", problem, fix, path, severity="warning")
+    return ConfigIssue(
         "training.dataset_path",
         f"the tokens were made by another tokenizer ({_short(source.index.tokenizer)}) than"
         f" model.tokenizer_path ({_short(tokenizer.fingerprint)})",
@@ -121,7 +121,7 @@ def tokenizer_problem(
     )
 
 
-def unusable(error: TokenFileError, path: str, missing: bool = False) -> Problem:
+def unusable(error: TokenFileError, path: str, missing: bool = False) -> ConfigIssue:
     """The problem of a folder of tokens that cannot be used."""
     fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
     if isinstance(error, NoTokens):
@@ -129,7 +129,7 @@ def unusable(error: TokenFileError, path: str, missing: bool = False) -> Problem
         fix += ' training.dataset = "tokens"'
     if "not finished" in str(error):
         fix = "let `torchtitan tokenize` come to its end"
-    return Problem("training.dataset_path", str(error), fix, path, missing_asset=missing)
+    return ConfigIssue("training.dataset_path", str(error), fix, path, missing_asset=missing)
 
 
 def _short(fingerprint: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, calling_module
 from torchtitan.data.document_ends import Ends, NoToken, SpecialTokens, read_special_tokens
 from torchtitan.data.list_tokenizer import ListTokenizer
@@ -120,7 +120,7 @@ def build_tokenizer(path: str) -> Tokenizer:
     try:
         special = read_special_tokens(file.parent)
     except ValueError as error:
-        raise ConfigError(Problem(KEY, str(error), "download the file again", path)) from None
+        raise ConfigError(ConfigIssue(KEY, str(error), "download the file again", path)) from None
     return _read(file, path, special)
 
 
@@ -131,7 +131,7 @@ def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
         content = file.read_bytes() if size <= _MOST_BYTES else b""
     except OSError as error:
         problem = f"{file} cannot be read: {error.strerror}"
-        raise ConfigError(Problem(KEY, problem, "make it readable", value=path)) from None
+        raise ConfigError(ConfigIssue(KEY, problem, "make it readable", value=path)) from None
     if file.suffix == ".json" or content.lstrip().startswith(b"{"):
         return JsonTokenizer.from_file(file, path, special)
     for kind in (TiktokenTokenizer, SentencePieceTokenizer):
@@ -144,15 +144,15 @@ def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
         except ValueError as error:
             problem = f"{file} is not a readable tokenizer: {error}"
         fix = "download the file again, or use another one"
-        raise ConfigError(Problem(KEY, problem, fix, value=path))
+        raise ConfigError(ConfigIssue(KEY, problem, fix, value=path))
     problem = f"{file} is no tokenizer: it is {_in_words(content, size)}"
-    raise ConfigError(Problem(KEY, problem, _DOWNLOAD, value=path))
+    raise ConfigError(ConfigIssue(KEY, problem, _DOWNLOAD, value=path))
 
 
-def _no_token(error: NoToken, file: Path, path: str) -> Problem:
+def _no_token(error: NoToken, file: Path, path: str) -> ConfigIssue:
     fix = f'correct "{error.key}" in tokenizer_config.json, or special_tokens_map.json, beside it'
     problem = f"{file} has no {error.which}-of-text token ({error})"
-    return Problem(KEY, problem, fix, value=path)
+    return ConfigIssue(KEY, problem, fix, value=path)
 
 
 def _in_words(content: bytes, size: int) -> str:
@@ -168,7 +168,7 @@ def _in_words(content: bytes, size: int) -> str:
     return "neither a tokenizer.json nor a model of tiktoken or sentencepiece"
 
 
-def _not_found(path: str, given: Path, looked_for: list[Path]) -> Problem:
+def _not_found(path: str, given: Path, looked_for: list[Path]) -> ConfigIssue:
     others = sorted(given.glob("*")) if given.is_dir() else []
     # GPT-2's two files, and models under names of their own.
     others = [file for file in others if file.name == "vocab.json" or file.suffix == ".model"]
@@ -176,10 +176,10 @@ def _not_found(path: str, given: Path, looked_for: list[Path]) -> Problem:
         found = ", ".join(str(file) for file in others)
         problem = f"found {found}, but none of {', '.join(_FILES)}"
         fix = f"name the file itself, if it is a tokenizer.model; or {_DOWNLOAD}"
-        return Problem(KEY, problem, fix, value=path)
+        return ConfigIssue(KEY, problem, fix, value=path)
     names = ", ".join(str(file.absolute()) for file in looked_for)
     problem = f"there is no tokenizer; looked for {names}"
-    return Problem(KEY, problem, _DOWNLOAD, value=path, missing_asset=True)
+    return ConfigIssue(KEY, problem, _DOWNLOAD, value=path, missing_asset=True)
 
 
 class ByteTokenizer:
@@ -249,7 +249,7 @@ class JsonTokenizer(ListTokenizer):
         except NoToken as error:
             problem = _no_token(error, file, path)
         except Exception as error:  # the library raises bare Exception for a broken file
-            problem = Problem(
+            problem = ConfigIssue(
                 KEY,
                 f"{file} is not a readable tokenizer: {error}",
                 "download the file again",

@@ -14,7 +14,7 @@ from itertools import count, islice
 
 import torch
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.training_sections import Dataloader
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.lanes import LaneSettings
@@ -133,7 +133,9 @@ def build_reader(
     num_lanes = num_lanes or _default_lanes(source)
     shards = source.shards(num_lanes)
     if not shards:
-        problem = Problem("training.dataset_path", "holds no document", "give data with content")
+        problem = ConfigIssue(
+            "training.dataset_path", "holds no document", "give data with content"
+        )
         raise ConfigError(named.retold(problem))
     settings = LaneSettings(
         source=source,
@@ -171,10 +173,10 @@ def _default_lanes(source: Source) -> int:
 
 
 def _fingerprint(settings: LaneSettings) -> str:
-    facts = {
+    context = {
         "data": settings.source.description,
         "tokenizer": settings.tokenizer.fingerprint,
         "num_lanes": settings.num_lanes,
         "seq_len": settings.seq_len,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.world import World
+from torchtitan.distributed.context import DistributedContext
 
 _NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMES = 3
@@ -46,7 +46,7 @@ def non_finite(tensors: Mapping[str, Tensor], may_be_infinite: Container[str] = 
 
 
 def non_finite_on_any_rank(
-    world: World, tensors: Mapping[str, Tensor], may_be_infinite: Container[str] = ()
+    world: DistributedContext, tensors: Mapping[str, Tensor], may_be_infinite: Container[str] = ()
 ) -> list[str]:
     """Return the names that `non_finite` finds on any rank, the same list on all of them.
 

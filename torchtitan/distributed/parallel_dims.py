@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -26,17 +26,17 @@ class ParallelDims:
     tp: int = 1
 
     @classmethod
-    def from_facts(cls, facts: Facts) -> "ParallelDims":
+    def from_context(cls, context: RunContext) -> "ParallelDims":
         """The degrees that a checked config means for its number of processes."""
-        mesh = facts.config.parallelism
+        mesh = context.config.parallelism
         dims = cls(
             pp=mesh.pipeline_parallel_degree,
             dp_replicate=mesh.data_parallel_replicate_degree,
-            dp_shard=facts.shard_degree,
+            dp_shard=context.shard_degree,
             cp=mesh.context_parallel_degree,
             tp=mesh.tensor_parallel_degree,
         )
-        assert dims.world_size == facts.world_size, "the mesh was not checked"
+        assert dims.world_size == context.world_size, "the mesh was not checked"
         return dims
 
     @property
@@ -75,11 +75,11 @@ class ParallelDims:
         """Which part of the data the process of this rank reads, 0 to `dp` - 1."""
         return rank // (self.cp * self.tp) % self.dp
 
-    def counts_data(self, rank: int) -> bool:
+    def is_data_leader(self, rank: int) -> bool:
         """Whether this rank speaks for its data where every datum must count once."""
         return rank % (self.cp * self.tp) == 0 and rank < self.world_size // self.pp
 
-    def counts_loss(self, rank: int) -> bool:
+    def is_loss_leader(self, rank: int) -> bool:
         """Whether the loss that this rank computes is to be added to the other ranks': those that
         only differ in tp compute the same one."""
         return rank % self.tp == 0

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from torchtitan.config.errors import ConfigError, HangError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue, HangError
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class RollCall:
         self._world_size = world_size
         self._keeps_store = keeps_store
 
-    def start(self, seconds: float, refusal: Sequence[Problem] = ()) -> None:
+    def start(self, seconds: float, refusal: Sequence[ConfigIssue] = ()) -> None:
         """Return when all ranks are there. A rank that cannot start gives the reason.
 
         Raises ConfigError, on all ranks alike, if any refuses, or if another run meets at this
@@ -67,13 +67,15 @@ class RollCall:
         if refusals:
             self._leave(_LAST_TO_LEAVE_SECONDS, self._world_size)
             first = min(refusals, key=lambda said: said["rank"])
-            error = ConfigError([Problem.from_json(text) for text in first["problems"]])
+            error = ConfigError([ConfigIssue.from_json(text) for text in first["problems"]])
             error.known_to_all = True
             raise error
         if self._count("present") > self._world_size:
             fix = "set it, on all ranks of a run, to a port that no other run uses"
             raise ConfigError(
-                Problem("MASTER_PORT", "ranks of another run meet there as well", fix, local=True)
+                ConfigIssue(
+                    "MASTER_PORT", "ranks of another run meet there as well", fix, local=True
+                )
             )
         missing = self._missing(self._ranks("present"))
         if missing:

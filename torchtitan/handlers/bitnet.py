@@ -20,8 +20,8 @@ from torchao.prototype.quantized_training.bitnet import (
     scaled_int8_mm,
 )
 
-from torchtitan.distributed.tensor_parallel import TensorGroup
 from torchtitan.handlers.linears import LinearHandler
+from torchtitan.parallel.tensor_parallel import TensorGroup
 
 _C10D = torch.ops._c10d_functional
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.linear_settings import LinearSettings, no_float64
 from torchtitan.handlers.protocol import no_problems
 
@@ -12,9 +12,9 @@ class Settings(LinearSettings):
     """Which linears have ternary weights."""
 
 
-def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def check(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Its products come out in types of at most 32 bits."""
-    yield from no_float64(facts, "bitnet")
+    yield from no_float64(context, "bitnet")
 
 
 probe = no_problems

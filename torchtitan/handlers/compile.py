@@ -7,7 +7,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.compile_settings import CompileSettings
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.models.spec import LanguageModel
-from torchtitan.passes.compile import CompileOptions, mark_for_compile
+from torchtitan.parallel.compile import CompileOptions, mark_for_compile
 
 
 class CompileHandler:

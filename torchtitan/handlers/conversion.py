@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.models.spec import InitRule, LanguageModel
 from torchtitan.utils.dtypes import default_dtype
@@ -45,12 +45,12 @@ class StartRules:
         rules = (handler.init_rule(name) for handler in reversed(self.handlers))
         return next((rule for rule in rules if rule is not None), None)
 
-    def _problem(self, names: list[str]) -> Problem:
+    def _problem(self, names: list[str]) -> ConfigIssue:
         shown = ", ".join(names[:_MAX_LISTED])
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
         problem = f"it adds {shown}{more} to the model, and no handler says how that starts"
         fix = "give the handler an init_rule(name) that returns an InitRule (docs/handlers.md)"
-        return Problem("model.handlers", problem, fix, value=self.added[names[0]].name)
+        return ConfigIssue("model.handlers", problem, fix, value=self.added[names[0]].name)
 
 
 def convert_model(

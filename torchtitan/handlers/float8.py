@@ -20,12 +20,12 @@ from torchao.float8 import (
 )
 from torchao.float8.float8_training_tensor import LinearMMConfig
 
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.float8_settings import AUTO_FILTER, MULTIPLE
 from torchtitan.handlers.float8_tensor_parallel import gather_in_float8
 from torchtitan.handlers.linears import LinearHandler
+from torchtitan.parallel.tensor_parallel import ParallelStyle
 
 
 class Float8Handler(LinearHandler):
@@ -61,7 +61,7 @@ class Float8Handler(LinearHandler):
         self._options = swapped.linear_mm_config
         return swapped
 
-    def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
         """Gather in float8 the inputs of linears that would round them by one scale anyway."""
         super().extend_tp_plan(plan)
         if self.config.enable_fsdp_float8_all_gather:
@@ -93,4 +93,4 @@ class Float8Handler(LinearHandler):
             )
             fix = "set it to false, or parallelism.data_parallel_replicate_degree higher"
             key = "handlers.float8.enable_fsdp_float8_all_gather"
-            raise ConfigError(Problem(key, problem, fix, value=True))
+            raise ConfigError(ConfigIssue(key, problem, fix, value=True))

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.section import Names
 from torchtitan.handlers.linear_settings import (
     LinearSettings,
@@ -43,61 +43,65 @@ class Settings(LinearSettings):
     """Multiply in float32 what was rounded to float8: for GPUs without float8. Slow."""
 
 
-def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def check(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Problems of the settings together, and with the mesh and the batch."""
     if not settings.emulate:
-        yield from no_float64(facts, "float8")
-        yield from _only_bfloat16(facts, settings)
+        yield from no_float64(context, "float8")
+        yield from _only_bfloat16(context, settings)
     if settings.recipe_name != "rowwise_with_gw_hp" and not settings.emulate:
         why = "float8 units take that many numbers at once"
-        yield from whole_blocks(facts, "float8", MULTIPLE, why)
+        yield from whole_blocks(context, "float8", MULTIPLE, why)
     if settings.enable_fsdp_float8_all_gather:
-        yield from _all_gather(facts, settings)
+        yield from _all_gather(context, settings)
     elif settings.precompute_float8_dynamic_scale_for_fsdp:
         problem = "the scales are those of weights that FSDP sends in float8, and none are"
         fix = f"set {_ALL_GATHER} to true, or this to false"
-        yield Problem(_PRECOMPUTE, problem, fix, value=True)
+        yield ConfigIssue(_PRECOMPUTE, problem, fix, value=True)
     if settings.recipe_name == "rowwise_with_gw_hp" and AUTO_FILTER in settings.filter_fqns:
         problem = f"torchao has no figures for this recipe, by which {AUTO_FILTER} chooses"
         fix = f'leave "{AUTO_FILTER}" out, or choose another recipe'
-        yield Problem(f"{_TABLE}.filter_fqns", problem, fix, value=AUTO_FILTER)
+        yield ConfigIssue(f"{_TABLE}.filter_fqns", problem, fix, value=AUTO_FILTER)
 
 
-def _only_bfloat16(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def _only_bfloat16(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """What PyTorch's kernels say once they are called."""
-    dtype = facts.config.training.mixed_precision_param
-    if facts.device_type == "cuda" and settings.recipe_name != "tensorwise" and dtype == "float32":
+    dtype = context.config.training.mixed_precision_param
+    if (
+        context.device_type == "cuda"
+        and settings.recipe_name != "tensorwise"
+        and dtype == "float32"
+    ):
         problem = (
             f"products with a scale for each row ({settings.recipe_name}) come out in bfloat16"
         )
         fix = f'set it to "bfloat16", or {_TABLE}.recipe_name to "tensorwise"'
-        yield Problem("training.mixed_precision_param", problem, fix, dtype)
+        yield ConfigIssue("training.mixed_precision_param", problem, fix, dtype)
 
 
-def _all_gather(facts: Facts, settings: Settings) -> Iterator[Problem]:
-    mesh = facts.config.parallelism
+def _all_gather(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
+    mesh = context.config.parallelism
     if settings.recipe_name != "tensorwise":
         problem = (
             f"a weight is sent with one scale, and {settings.recipe_name} has one for each row"
         )
         fix = f'set {_TABLE}.recipe_name to "tensorwise", or this to false'
-        yield Problem(_ALL_GATHER, problem, fix, value=True)
-    on_host = facts.config.training.enable_cpu_offload and facts.device_type != "cpu"
+        yield ConfigIssue(_ALL_GATHER, problem, fix, value=True)
+    on_host = context.config.training.enable_cpu_offload and context.device_type != "cpu"
     if on_host and settings.precompute_float8_dynamic_scale_for_fsdp:
         problem = (
             "weights in host memory (training.enable_cpu_offload) lose their scales on the way to"
             " the device, where FSDP finds them anew"
         )
-        yield Problem(_PRECOMPUTE, problem, "set it to false", value=True)
-    shards = facts.shard_degree * mesh.context_parallel_degree
+        yield ConfigIssue(_PRECOMPUTE, problem, "set it to false", value=True)
+    shards = context.shard_degree * mesh.context_parallel_degree
     if mesh.data_parallel_replicate_degree > 1 and shards == 1:
         problem = "copies of the model without shards (DDP) gather no weights"
         fix = "set parallelism.data_parallel_shard_degree above 1 (HSDP), or this to false"
-        yield Problem(_ALL_GATHER, problem, fix, value=True)
+        yield ConfigIssue(_ALL_GATHER, problem, fix, value=True)
 
 
-def probe(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def probe(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Whether the GPU has float8 units; CPUs compute it slowly, but the same."""
     if not settings.emulate:
         instead = f"leave it out, or, to try it slowly, set {_TABLE}.emulate to true"
-        yield from needs_capability(facts, "float8", (8, 9), "Ada, Hopper", instead)
+        yield from needs_capability(context, "float8", (8, 9), "Ada, Hopper", instead)

@@ -21,10 +21,10 @@ from torchao.float8.float8_training_tensor import (
 )
 from torchao.float8.float8_utils import amax_to_scale, to_fp8_saturated
 
-from torchtitan.distributed.tensor_parallel import (
+from torchtitan.parallel.tensor_parallel import (
     CutModule,
     GatherInput,
-    TensorStyle,
+    ParallelStyle,
     all_gather_parts,
     reduce_scatter_sum,
 )
@@ -33,7 +33,7 @@ _C10D = torch.ops._c10d_functional
 
 
 def gather_in_float8(
-    plan: dict[str, TensorStyle],
+    plan: dict[str, ParallelStyle],
     swapped: Collection[str],
     options: LinearMMConfig,
     dtype: torch.dtype,

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.suggest import fix_of_glob
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.freeze_settings import FreezeSettings
@@ -23,7 +23,7 @@ class FreezeHandler:
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self._settings: FreezeSettings = handler_settings(job_config, "freeze")
 
-    def check(self, model: nn.Module) -> list[Problem]:
+    def check(self, model: nn.Module) -> list[ConfigIssue]:
         """Globs that match nothing; a model of which nothing is left to train."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         settings = self._settings
@@ -33,10 +33,10 @@ class FreezeHandler:
                 if not any(fnmatchcase(name, glob) for name in names):
                     problem, fix = "it matches no parameter of the model", fix_of_glob(glob, names)
                     key_of_glob = f"handlers.freeze.{key}[{index}]"
-                    problems.append(Problem(key_of_glob, problem, fix, value=glob))
+                    problems.append(ConfigIssue(key_of_glob, problem, fix, value=glob))
         if not problems and len(self._frozen(model)) == len(list(model.parameters())):
             problem, fix = "everything is frozen, and nothing would be learnt", "freeze less"
-            problems.append(Problem("handlers.freeze.patterns", problem, fix))
+            problems.append(ConfigIssue("handlers.freeze.patterns", problem, fix))
         return problems
 
     def convert(self, model: nn.Module) -> None:

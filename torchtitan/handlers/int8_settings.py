@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.linear_settings import LinearSettings, no_float64, whole_blocks
 from torchtitan.handlers.protocol import no_problems
 
@@ -24,15 +24,15 @@ class Settings(LinearSettings):
     costs most."""
 
 
-def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def check(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Problems of the settings together, and with the batch."""
-    yield from no_float64(facts, "int8")
+    yield from no_float64(context, "int8")
     if not (settings.output or settings.grad_input or settings.grad_weight):
         problem = "no product of it is one of integers"
         fix = 'set handlers.int8.output to true, or take "int8" out'
-        yield Problem("model.handlers", problem, fix, "int8")
+        yield ConfigIssue("model.handlers", problem, fix, "int8")
     if settings.grad_weight:
-        yield from whole_blocks(facts, "int8", MULTIPLE, "integer units take that many at once")
+        yield from whole_blocks(context, "int8", MULTIPLE, "integer units take that many at once")
 
 
 probe = no_problems

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.section import Names, Section
 
 
@@ -15,17 +15,19 @@ class LinearSettings(Section):
     them: it is computed together with the loss, in `training.mixed_precision_param`."""
 
 
-def no_float64(facts: Facts, handler: str) -> Iterator[Problem]:
+def no_float64(context: RunContext, handler: str) -> Iterator[ConfigIssue]:
     """The kernels' results have 16 or 32 bits."""
-    dtype = facts.config.training.mixed_precision_param
+    dtype = context.config.training.mixed_precision_param
     if dtype == "float64":
         problem = f"the handler {handler} multiplies in types of at most 32 bits"
-        yield Problem("training.mixed_precision_param", problem, 'set it to "bfloat16"', dtype)
+        yield ConfigIssue("training.mixed_precision_param", problem, 'set it to "bfloat16"', dtype)
 
 
-def whole_blocks(facts: Facts, handler: str, multiple: int, why: str) -> Iterator[Problem]:
+def whole_blocks(
+    context: RunContext, handler: str, multiple: int, why: str
+) -> Iterator[ConfigIssue]:
     """Gradients of weights are products along the tokens of a microbatch."""
-    config = facts.config
+    config = context.config
     size = config.training.local_batch_size
     if config.parallelism.pipeline_parallel_degree > 1:
         size = config.parallelism.pipeline_parallel_microbatch_size
@@ -37,18 +39,18 @@ def whole_blocks(facts: Facts, handler: str, multiple: int, why: str) -> Iterato
             f" {tokens}, and the handler {handler} needs a multiple of {multiple}: {why}"
         )
         fix = f"set it to a multiple of {multiple * config.parallelism.context_parallel_degree}"
-        yield Problem("training.seq_len", problem, fix, config.training.seq_len)
+        yield ConfigIssue("training.seq_len", problem, fix, config.training.seq_len)
 
 
 def needs_capability(
-    facts: Facts, handler: str, least: tuple[int, int], device: str, instead: str
-) -> Iterator[Problem]:
+    context: RunContext, handler: str, least: tuple[int, int], device: str, instead: str
+) -> Iterator[ConfigIssue]:
     """GPUs before the one called `device` lack the units. Imports torch; AMD's number otherwise."""
     import torch
 
     from torchtitan.utils.environment import EnvironmentFaults, read_environment
 
-    if facts.device_type != "cuda" or torch.version.hip is not None:
+    if context.device_type != "cuda" or torch.version.hip is not None:
         return
     try:
         local_rank = read_environment().local_rank
@@ -62,4 +64,4 @@ def needs_capability(
             f"the GPU has compute capability {found[0]}.{found[1]}, and it needs"
             f" {least[0]}.{least[1]} ({device})"
         )
-        yield Problem("model.handlers", problem, instead, handler)
+        yield ConfigIssue("model.handlers", problem, instead, handler)

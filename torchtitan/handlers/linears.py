@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.registry import handler_settings
+from torchtitan.parallel.tensor_parallel import ParallelStyle
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class LinearHandler:
         """Whether there is a reason of the subclass's own to leave a linear as it is."""
         return False
 
-    def check(self, model: nn.Module) -> list[Problem]:
+    def check(self, model: nn.Module) -> list[ConfigIssue]:
         """Filters that leave out nothing, which are misspelled; and a model without any linear to
         swap."""
         names = [name for name, _ in model.named_modules()]
@@ -96,7 +96,7 @@ class LinearHandler:
             if not any(text in name for name in names):
                 fix = did_you_mean(text, {part for name in names for part in name.split(".")})
                 key = f"handlers.{self.name}.filter_fqns"
-                problems.append(Problem(key, "is part of no module's name", fix, text))
+                problems.append(ConfigIssue(key, "is part of no module's name", fix, text))
         if not problems:
             wanted, filtered, unfit = self._sorted(model)
             problems += [self._nothing_left(filtered, unfit)] * (not wanted)
@@ -119,7 +119,7 @@ class LinearHandler:
             )
         logger.info("; ".join(words))
 
-    def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
         """Refuse parts of matrices that do not fit; which linears are swapped must not depend on
         the mesh."""
         degree = self.dims.tp
@@ -135,7 +135,7 @@ class LinearHandler:
                 )
                 fix = f'lower it, or add "{name.rpartition(".")[2]}" to {table}'
                 raise ConfigError(
-                    Problem("parallelism.tensor_parallel_degree", problem, fix, degree)
+                    ConfigIssue("parallelism.tensor_parallel_degree", problem, fix, degree)
                 )
 
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
@@ -161,10 +161,10 @@ class LinearHandler:
                 wanted[name] = linear.out_features, linear.in_features
         return wanted, filtered, unfit
 
-    def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> Problem:
+    def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> ConfigIssue:
         problem = (
             f"it finds no linear: {filtered} are left out by filter_fqns, and {len(unfit)} have a"
             f" dimension that is no multiple of {self.multiple}"
         )
         fix = "leave it out, or change the model or the filter"
-        return Problem("model.handlers", problem, fix, self.name)
+        return ConfigIssue("model.handlers", problem, fix, self.name)

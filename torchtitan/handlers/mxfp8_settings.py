@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from torchtitan.config.errors import Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.linear_settings import (
     LinearSettings,
     needs_capability,
@@ -29,17 +29,17 @@ class Settings(LinearSettings):
     Emulated it is always PyTorch."""
 
 
-def check(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def check(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Problems of the settings with the device and the batch."""
-    yield from no_float64(facts, "mxfp8")
+    yield from no_float64(context, "mxfp8")
     why = "so many numbers share a scale"
-    yield from whole_blocks(facts, "mxfp8", BLOCK, why)
-    if settings.recipe_name != EMULATED and facts.device_type == "cpu":
+    yield from whole_blocks(context, "mxfp8", BLOCK, why)
+    if settings.recipe_name != EMULATED and context.device_type == "cpu":
         problem = "MXFP8 needs the units of Blackwell GPUs, and this run is on CPUs"
-        yield Problem("model.handlers", problem, _INSTEAD, "mxfp8")
+        yield ConfigIssue("model.handlers", problem, _INSTEAD, "mxfp8")
 
 
-def probe(facts: Facts, settings: Settings) -> Iterator[Problem]:
+def probe(context: RunContext, settings: Settings) -> Iterator[ConfigIssue]:
     """Whether the GPU has MXFP8 units."""
     if settings.recipe_name != EMULATED:
-        yield from needs_capability(facts, "mxfp8", (10, 0), "Blackwell", _INSTEAD)
+        yield from needs_capability(context, "mxfp8", (10, 0), "Blackwell", _INSTEAD)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchtitan.config import ConfigError, JobConfig, Problem
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import TensorStyle
 from torchtitan.handlers.protocol import ModelHandler
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.spec import InitRule
+from torchtitan.parallel.tensor_parallel import ParallelStyle
 
 _NO_VALUES = (
     ' (convert runs under torch.device("meta"): tensors that it makes have no values, unless they'
@@ -38,15 +38,15 @@ class NamedHandler:
             if any(have) and not all(have):
                 raise TypeError("it has only one of state_dict and load_state_dict")
 
-    def check(self, model: nn.Module) -> list[Problem]:
+    def check(self, model: nn.Module) -> list[ConfigIssue]:
         """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
-        found: list[Problem] = []
+        found: list[ConfigIssue] = []
         if hasattr(self.handler, "check"):
             with self._naming("check"):
                 found = list(self.handler.check(model))
-                strange = [item for item in found if not isinstance(item, Problem)]
+                strange = [item for item in found if not isinstance(item, ConfigIssue)]
                 if strange:
-                    raise TypeError(f"{strange[0]!r} is no Problem")
+                    raise TypeError(f"{strange[0]!r} is no ConfigIssue")
         return found
 
     def convert(self, model: nn.Module) -> None:
@@ -107,7 +107,7 @@ class NamedHandler:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
         return changed
 
-    def extend_tp_plan(self, plan: dict[str, TensorStyle]) -> None:
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
         """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
         if hasattr(self.handler, "extend_tp_plan"):
             with self._naming("extend_tp_plan"):

@@ -17,7 +17,7 @@ and found by their presence, so that no other part of the library has to know an
   after `after_load`; the second is called next, where a checkpoint is resumed from: with the same
   tensors, filled, and the values that were saved;
 - `extend_tp_plan(plan)`: before tensor parallelism cuts the model, or a stage of it, to change the
-  styles, by name, in place (`torchtitan.distributed.tensor_parallel`).
+  styles, by name, in place (`torchtitan.parallel.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torchtitan.config import JobConfig, Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config import ConfigIssue, JobConfig
+from torchtitan.config.run_context import RunContext
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
-Check = Callable[[Facts, Any], Iterable[Problem]]
+Check = Callable[[RunContext, Any], Iterable[ConfigIssue]]
 """What is wrong with the settings of a handler that is used."""
 
 
-def no_problems(facts: Facts, settings: Any) -> Iterable[Problem]:
+def no_problems(context: RunContext, settings: Any) -> Iterable[ConfigIssue]:
     """Nothing can be wrong."""
     return ()
 

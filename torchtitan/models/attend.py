@@ -1,6 +1,7 @@
 """Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, by the kernel that suits the device.
 
-`Masks` is called once per forward, `Attend` in every layer. Plainly causal attention has no mask:
+`AttentionMaskBuilder` is called once per forward, `InnerAttention` in every layer. Plainly causal
+attention has no mask:
 PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents,
 or a window, the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which
 skips the blocks that no query sees. Both are modules of their own so that another way of computing
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask: TypeAlias = "Tensor | BlockMask | tuple[Any, ...] | None"
-"""None is plain causal. A tuple is what a replacement of `Masks` tells one of `Attend`."""
+"""None is plain causal. A tuple is what a replacement of `AttentionMaskBuilder` passes to one of
+`InnerAttention`."""
 
 _compiled: dict[str, Any] = {}
 
 
-class Masks(nn.Module):
+class AttentionMaskBuilder(nn.Module):
     """Builds the mask of a batch, once per forward: a query sees itself and the keys before it, of
     its own document, and no more than the last `window` of them, itself included. Order goes by
     index in the sequence, whatever the positions are."""
@@ -58,7 +60,7 @@ class Masks(nn.Module):
         return visible.unsqueeze(1)  # [B, 1, T, T], or [1, 1, T, T]
 
 
-class Attend(nn.Module):
+class InnerAttention(nn.Module):
     """Causal attention of `q` over `k` and `v`, whose heads may be fewer (grouped queries)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:

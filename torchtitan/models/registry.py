@@ -6,12 +6,13 @@ point of the group `torchtitan.models` that gives a `ModelFamily` of the same na
 
 from typing import Any
 
-from torchtitan.config import ConfigError, Problem
+from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.model_sections import Model
 from torchtitan.config.registry import Registry, calling_module
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.models.llama2 import FAMILY as LLAMA2
 from torchtitan.models.llama3 import FAMILY as LLAMA3
-from torchtitan.models.spec import ModelFamily
+from torchtitan.models.spec import ModelArgs, ModelFamily
 
 _ALIASES = {"llama": "llama3"}
 """TorchTitan's first name of the family."""
@@ -41,8 +42,16 @@ def get_family(name: str) -> ModelFamily:
     family = MODELS.get(name)
     if family is None:
         fix = fix_of_registered(name, families())
-        raise ConfigError(Problem("model.name", "unknown model family", fix, value=name))
+        raise ConfigError(ConfigIssue("model.name", "unknown model family", fix, value=name))
     return family
+
+
+def model_args(section: Model) -> ModelArgs | None:
+    """Return the hyper-parameters of `[model]`; None if they are wrong (preflight reports it)."""
+    try:
+        return get_family(section.name).resolve(section)
+    except ConfigError:
+        return None
 
 
 def register_family(family: ModelFamily) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from pydantic import ValidationError
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.model_sections import Model
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.config.suggest import did_you_mean
@@ -37,7 +37,7 @@ class ModelArgs(Section):
     max_seq_len: PositiveInt = 131072
     """Longest sequence that the model is made for."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ConfigIssue]:
         """What no single value shows: hyper-parameters that do not fit each other."""
         return []
 
@@ -58,12 +58,12 @@ class ModelArgs(Section):
         """The last tokens, itself among them, that a token attends to, where these are limited."""
         return None
 
-    def tensor_parallel_problems(self, degree: int) -> list[Problem]:
+    def tensor_parallel_problems(self, degree: int) -> list[ConfigIssue]:
         """What keeps single matrices from being cut over `degree` ranks."""
         problem = "this model cannot be cut within its matrices"
-        return [Problem("parallelism.tensor_parallel_degree", problem, "set it to 1", degree)]
+        return [ConfigIssue("parallelism.tensor_parallel_degree", problem, "set it to 1", degree)]
 
-    def pipeline_parallel_problems(self, degree: int) -> list[Problem]:
+    def pipeline_parallel_problems(self, degree: int) -> list[ConfigIssue]:
         """What keeps the model from being cut into stages over `degree` ranks, beside having too
         few `modules`."""
         return []
@@ -111,7 +111,7 @@ class TensorParallelStyles(Protocol[S_co]):
     def norm(self) -> S_co:
         """Each rank holds all, and works on its part of the sequence."""
 
-    def gathered_input(self) -> S_co:
+    def prepare_module_input(self) -> S_co:
         """Its first input is the whole sequence again. Parameters of its own are held whole; each
         rank uses them for its heads or channels."""
 
@@ -201,7 +201,7 @@ class ModelFamily:
         problems += args.problems()
         if vocab_size is not None and args.vocab_size is not None and args.vocab_size < vocab_size:
             problems.append(
-                Problem(
+                ConfigIssue(
                     "model.args.vocab_size",
                     f"smaller than the tokenizer's {vocab_size} tokens",
                     f"set it to at least {vocab_size}, or use the tokenizer that the flavor is for",
@@ -218,25 +218,29 @@ class ModelFamily:
         if model.norm_type != _USUAL_NORM:
             if "norm_type" not in self.args_type.model_fields:
                 problem = f"the family {self.name} has no choice of norms"
-                raise ConfigError(Problem("model.norm_type", problem, "remove it", model.norm_type))
+                raise ConfigError(
+                    ConfigIssue("model.norm_type", problem, "remove it", model.norm_type)
+                )
             if overrides.setdefault("norm_type", model.norm_type) != model.norm_type:
                 problem = "model.args.norm_type says otherwise"
                 raise ConfigError(
-                    Problem("model.norm_type", problem, "remove one of the two", model.norm_type)
+                    ConfigIssue(
+                        "model.norm_type", problem, "remove one of the two", model.norm_type
+                    )
                 )
         return self.resolve_args(model.flavor, overrides, vocab_size)
 
-    def _unknown(self, name: str) -> Problem:
+    def _unknown(self, name: str) -> ConfigIssue:
         names = self.args_type.model_fields
         fix = did_you_mean(name, names)
-        return Problem(f"model.args.{name}", f"unknown hyper-parameter of {self.name}", fix)
+        return ConfigIssue(f"model.args.{name}", f"unknown hyper-parameter of {self.name}", fix)
 
 
 def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
     """`table[name]`; `ConfigError` about `key` with the nearest names when there is none."""
     if name in table:
         return table[name]
-    raise ConfigError(Problem(key, f"unknown {kind}", did_you_mean(name, table), value=name))
+    raise ConfigError(ConfigIssue(key, f"unknown {kind}", did_you_mean(name, table), value=name))
 
 
 _DECLARATIONS = (

@@ -8,7 +8,7 @@ import pytest
 from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 
 
 def make_config(folder: Path, **sections: Any) -> JobConfig:
@@ -25,7 +25,7 @@ def make_config(folder: Path, **sections: Any) -> JobConfig:
 def open_folder(folder: Path, world_size: int = 1, **sections: Any) -> RunFolder:
     """A start that comes to its first step, unless the run is finished."""
     config = make_config(folder, **sections)
-    opened = RunFolder.open(config, Facts(config, world_size, "cpu"))
+    opened = RunFolder.open(config, RunContext(config, world_size, "cpu"))
     if opened.decision.action != "finished":
         opened.begin()
     opened.close()

@@ -9,19 +9,19 @@ from folders import make_config, open_folder, plant_step, snapshot, stopped_run
 
 from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.cli import main
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.data.identity import differences, fingerprint_of, summary_of
 from torchtitan.data.loader import build_mixture, data_facts
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight import ARITHMETIC, preflight
+from torchtitan.preflight.preflight import ARITHMETIC, preflight
 
 SECTIONS: dict[str, Any] = {"lr_scheduler": {"warmup_steps": 2}, "training": {"seq_len": 64}}
 WORDS = ["--training.seq_len=64", "--lr_scheduler.warmup_steps=2", "--checkpoint.enable"]
 ASSETS = Path(__file__).parents[2] / "assets"
 
 
-def texts(*facts: Facts) -> list[str]:
-    return [str(problem) for each in facts for problem in preflight(each, [ARITHMETIC])]
+def texts(*context: RunContext) -> list[str]:
+    return [str(problem) for each in context for problem in preflight(each, [ARITHMETIC])]
 
 
 @pytest.mark.parametrize("world_size, local", [(1, 1), (2, 1), (1, 2)])
@@ -35,24 +35,24 @@ def test_smaller_mesh_keeps_the_batch(tmp_path: Path, world_size: int, local: in
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     sections = {"training": stdlib | {"local_batch_size": local}, "lr_scheduler": warmup}
     config = make_config(tmp_path, data=lanes, **sections)
-    facts = Facts(config, world_size, "cpu")
-    assert "does not divide the global batch" in "".join(texts(facts))
-    assert texts(with_stored_batch(facts)) == []
-    assert with_stored_batch(facts).global_batch_size == 4
+    context = RunContext(config, world_size, "cpu")
+    assert "does not divide the global batch" in "".join(texts(context))
+    assert texts(with_stored_batch(context)) == []
+    assert with_stored_batch(context).global_batch_size == 4
     # A batch that is set is what it is; a run that is moved aside binds nothing.
     for more in ({"training": stdlib | {"global_batch_size": 2}}, {"job": {"new_run": True}}):
         other = make_config(tmp_path, **{**sections, **more})
-        resolved = with_stored_batch(Facts(other, world_size, "cpu"))
-        assert resolved.global_batch_size == Facts(other, world_size, "cpu").global_batch_size
+        resolved = with_stored_batch(RunContext(other, world_size, "cpu"))
+        assert resolved.global_batch_size == RunContext(other, world_size, "cpu").global_batch_size
 
 
 def test_more_steps_keep_the_warmup(tmp_path: Path) -> None:
     """Two of ten steps: the check of a start of more steps does not say that they are four."""
     stopped_run(tmp_path, 10, training={"steps": 10})
-    facts = Facts(make_config(tmp_path, training={"steps": 20}), 1, "cpu")
-    assert with_stored_batch(facts).config.lr_scheduler.warmup_steps == 2
-    assert not any("warmup" in text for text in texts(with_stored_batch(facts)))
-    assert any("and 4 in this run" in text for text in texts(facts))
+    context = RunContext(make_config(tmp_path, training={"steps": 20}), 1, "cpu")
+    assert with_stored_batch(context).config.lr_scheduler.warmup_steps == 2
+    assert not any("warmup" in text for text in texts(with_stored_batch(context)))
+    assert any("and 4 in this run" in text for text in texts(context))
 
 
 def test_check_takes_the_batch_of_the_run(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def run_of(folder: Path, **sections: Any) -> None:
         build_tokenizer(config.model.tokenizer_path),
         config.data.lanes or 0,
     )
-    facts = data_facts(mixture)
-    state = {"data_fingerprint": fingerprint_of(facts), "data_summary": summary_of(facts)}
+    context = data_facts(mixture)
+    state = {"data_fingerprint": fingerprint_of(context), "data_summary": summary_of(context)}
     info = {key: value for key, value in opened.run_info().items() if key != "run_id"}
     plant_step(folder, 20, opened.decision.run_id, state=state | {"finished": True}, info=info)
     opened.set_status("completed", 20, 0)

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from folders import make_config, open_folder, plant_step, refused, stopped_run
 
-from torchtitan.checkpoint.checks import check, probe
 from torchtitan.checkpoint.initial import without_excluded
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
+from torchtitan.preflight.checkpoint import check, probe
 
 
 def problems(folder: Path, world_size: int = 1, **sections: Any) -> str:
     """What arithmetic on the settings finds."""
-    found = check(Facts(make_config(folder, **sections), world_size, "cpu"))
+    found = check(RunContext(make_config(folder, **sections), world_size, "cpu"))
     return "\n".join(str(problem) for problem in found)
 
 
@@ -156,17 +156,17 @@ def test_other_lanes_cannot_go_on(tmp_path: Path) -> None:
 
 def test_lanes_must_fit_the_mesh(tmp_path: Path) -> None:
     """Found together with everything else, before a process group exists."""
-    from torchtitan.preflight import ARITHMETIC, CHECKPOINTS, preflight
+    from torchtitan.preflight.preflight import ARITHMETIC, CHECKPOINTS, preflight
 
     path = other_run(tmp_path / "other", lanes=2, training={"global_batch_size": 16})
     (tmp_path / "run").mkdir()
     config = make_config(
         tmp_path / "run", checkpoint=full(path), training={"local_batch_size": 1, "dataset": "x"}
     )
-    facts = Facts(config, 4, "cpu")
-    keys = [problem.key for problem in preflight(facts, [CHECKPOINTS])]
+    context = RunContext(config, 4, "cpu")
+    keys = [problem.key for problem in preflight(context, [CHECKPOINTS])]
     assert "data.lanes" in keys
-    assert "data.lanes" not in [problem.key for problem in preflight(facts, [ARITHMETIC])]
+    assert "data.lanes" not in [problem.key for problem in preflight(context, [ARITHMETIC])]
 
 
 def make_file(path: Path, name: str) -> Path:
@@ -199,7 +199,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 def test_path_of_another_machine_is_a_warning(tmp_path: Path) -> None:
     config = make_config(tmp_path, checkpoint={"initial_load_path": str(tmp_path / "gone")})
-    (problem,) = probe(replace(Facts(config, 1, "cpu"), full=False))
+    (problem,) = probe(replace(RunContext(config, 1, "cpu"), full=False))
     assert problem.missing_asset
 
 

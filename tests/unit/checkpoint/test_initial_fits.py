@@ -8,9 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from folders import make_config
 
-from torchtitan.checkpoint.model_checks import probe
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
+from torchtitan.preflight.initial_weights import probe
 
 ARGS = {"n_layers": 2, "dim": 32, "n_heads": 4}
 
@@ -32,7 +32,7 @@ def told(folder: Path, args: dict[str, Any], **model: Any) -> str:
         checkpoint={"initial_load_path": str(folder)},
         model={"args": args, **model},
     )
-    return "\n".join(str(problem) for problem in probe(Facts(config, 1, "cpu")))
+    return "\n".join(str(problem) for problem in probe(RunContext(config, 1, "cpu")))
 
 
 def test_weights_that_fit(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from folders import (
 )
 
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.config import CheckpointError, ConfigError, JobConfig, Problem
-from torchtitan.config.facts import Facts
+from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.load import load_config
+from torchtitan.config.run_context import RunContext
 
 
 def test_new_folder(tmp_path: Path) -> None:
@@ -291,10 +291,10 @@ def test_resolved_config_can_be_refused(tmp_path: Path, new_run: bool) -> None:
 
     def check(resolved: JobConfig) -> None:
         seen.append(resolved.training.global_batch_size)
-        raise ConfigError(Problem("training.global_batch_size", "cannot be shared", "choose 4"))
+        raise ConfigError(ConfigIssue("training.global_batch_size", "cannot be shared", "choose 4"))
 
     with pytest.raises(ConfigError, match="cannot be shared"):
-        RunFolder.open(config, Facts(config, 3, "cpu"), check=check)
+        RunFolder.open(config, RunContext(config, 3, "cpu"), check=check)
     assert seen == [12 if new_run else 4]
     assert snapshot(tmp_path) == before
     assert open_folder(tmp_path).decision.action == "resume"  # nor is the lock kept
@@ -308,7 +308,7 @@ def test_start_that_does_not_come_to_its_first_step_changes_nothing(
     finished_run(tmp_path, 20, status=status)
     before = snapshot(tmp_path)
     config = make_config(tmp_path, training={"steps": 40})
-    opened = RunFolder.open(config, Facts(config, 1, "cpu"))
+    opened = RunFolder.open(config, RunContext(config, 1, "cpu"))
     assert opened.decision.action == "resume"
     assert opened.keeps_status(CheckpointError("other data"))
     # A crash is told to a scheduler, unless it would hide that the run is complete.
@@ -323,7 +323,9 @@ def test_finished_run_is_not_checked(tmp_path: Path) -> None:
     """There is nothing to train on this mesh."""
     finished_run(tmp_path, 20)
     config = make_config(tmp_path)
-    opened = RunFolder.open(config, Facts(config, 3, "cpu"), check=lambda config: pytest.fail())
+    opened = RunFolder.open(
+        config, RunContext(config, 3, "cpu"), check=lambda config: pytest.fail()
+    )
     opened.close()
     assert opened.decision.action == "finished"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from torchtitan.config.errors import ConfigError, Problem
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.load import LoadedConfig
 
 TOMLS = Path(__file__).parents[2] / "assets" / "torchtitan_tomls"
@@ -42,7 +42,7 @@ def write(folder: Path, keys: dict[str, Any]) -> Path:
     return path
 
 
-def problems_of(call) -> list[Problem]:
+def problems_of(call) -> list[ConfigIssue]:
     with pytest.raises(ConfigError) as caught:
         call()
     return caught.value.problems

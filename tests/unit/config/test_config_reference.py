@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.components.loss_registry import LOSSES
+from torchtitan.commands.config import json_schema, reference
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.help_text import print_help
 from torchtitan.handlers.registry import HANDLERS
-from torchtitan.tools.config_words import json_schema, reference
+from torchtitan.loss.registry import LOSSES
 
 PAGE = Path(__file__).parents[3] / "docs" / "config.md"
 

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.training_sections import LRScheduler
-from torchtitan.preflight import ARITHMETIC, preflight
+from torchtitan.preflight.preflight import ARITHMETIC, preflight
 
 PROFILED = ("--profiling.enable_profiling", "--profiling.profiler_active=20")
 
 
-def facts_of(world_size: int, *flags: str) -> Facts:
-    return Facts(
+def facts_of(world_size: int, *flags: str) -> RunContext:
+    return RunContext(
         load_config(["--training.dataset=stdlib", "--checkpoint.enable", *flags]).config,
         world_size,
         "cpu",
@@ -40,9 +40,9 @@ def test_an_untouched_default_is_adjusted_with_one_notice(
     "flags", [[], ["--training.steps=200"], ["--training.global_batch_size=24"]]
 )
 def test_a_default_that_fits_is_left_alone(flags: list[str]):
-    facts = facts_of(1, *flags)
-    assert preflight(facts, [ARITHMETIC]) == []
-    assert facts.config.training.local_batch_size == 8 and facts.warmup_steps == 200
+    context = facts_of(1, *flags)
+    assert preflight(context, [ARITHMETIC]) == []
+    assert context.config.training.local_batch_size == 8 and context.warmup_steps == 200
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_an_unset_warmup_fits_beside_the_decay(steps: int, decay_ratio: float, w
 
 def test_a_batch_that_was_stored_with_the_run_is_fitted_too():
     """The same command on more ranks: 8 sequences a rank are more than the run's batch of 16."""
-    facts = facts_of(4)
-    training = facts.config.training.model_copy(update={"global_batch_size": 16})
-    stored = replace(facts, config=facts.config.model_copy(update={"training": training}))
+    context = facts_of(4)
+    training = context.config.training.model_copy(update={"global_batch_size": 16})
+    stored = replace(context, config=context.config.model_copy(update={"training": training}))
     assert stored.config.training.local_batch_size == 4
 
 
 def test_microbatches_of_a_pipeline_divide_the_fitted_batch():
     size = "--parallelism.pipeline_parallel_microbatch_size=2"
-    facts = facts_of(
+    context = facts_of(
         2, "--parallelism.pipeline_parallel_degree=2", size, "--training.global_batch_size=12"
     )
-    assert facts.config.training.local_batch_size == 6
+    assert context.config.training.local_batch_size == 6

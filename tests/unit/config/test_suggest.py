@@ -3,7 +3,7 @@
 import pytest
 
 from torchtitan.config.suggest import nearest
-from torchtitan.distributed.pipeline_schedule import SCHEDULES
+from torchtitan.parallel.pipeline.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from old_keys import COLUMNS, TOMLS
 
+from torchtitan.commands import config as config_words
+from torchtitan.commands import train as train_word
 from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import load_config, load_toml
 from torchtitan.config.toml_file import read_toml
-from torchtitan.tools import config_words, train_word
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted(TOMLS.rglob("*.toml"))

@@ -16,15 +16,15 @@ from test_tokenizers import write_tokenizer
 from tokenizers import normalizers
 
 from torchtitan.config import ConfigError, DataError, JobConfig
-from torchtitan.config.facts import Facts
-from torchtitan.data.checks import check, probe
+from torchtitan.config.run_context import RunContext
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.preflight.data import check, probe
 
 ROWS = [json.dumps({"text": text, "id": n}) for n, text in enumerate(make_documents(60))]
 
 
 def facts_for(path, dp=1, lanes=None, **options):
-    """Facts of a small run; `options` are dotted keys with __ for the dot."""
+    """RunContext of a small run; `options` are dotted keys with __ for the dot."""
     tables = {
         "training": {"dataset_path": path and str(path), "seq_len": 16, "local_batch_size": 4},
         "data": {"lanes": lanes},
@@ -35,7 +35,7 @@ def facts_for(path, dp=1, lanes=None, **options):
         for part in table:
             place = place.setdefault(part, {})
         place[key] = value
-    return Facts(JobConfig.model_validate(tables), dp, "cpu")
+    return RunContext(JobConfig.model_validate(tables), dp, "cpu")
 
 
 def only(problems):

@@ -24,8 +24,8 @@ from torch.utils.data import IterableDataset
 from torchtitan.config import DataError
 from torchtitan.data import registry
 from torchtitan.data.c4 import TEST_FOLDER
-from torchtitan.data.checks import check, probe
 from torchtitan.data.registry import find_dataset, register_dataset
+from torchtitan.preflight.data import check, probe
 
 TEXTS = make_documents(60)
 
@@ -267,8 +267,8 @@ def test_names_and_keys_of_the_hub():
     assert 'not used by "hf:own/data"' in problem.problem
     keys = {"subset": "en", "split": "test", "revision": "main", "streaming": False}
     for key, value in keys.items():
-        facts = facts_for("x", training__dataset="json", **{f"data__{key}": value})
-        assert only(check(facts)).key == f"data.{key}"
+        context = facts_for("x", training__dataset="json", **{f"data__{key}": value})
+        assert only(check(context)).key == f"data.{key}"
     assert only(check(facts_for(None, training__dataset="c4", data__split="x"))).key == "data.split"
     empty = facts_for(None, training__dataset="hf:own/data", data__revision="")
     assert "is empty" in only(check(empty)).problem

@@ -16,8 +16,8 @@ from test_data_order import all_steps, lane_documents
 
 from torchtitan.config import DataError
 from torchtitan.data import decode
-from torchtitan.data.checks import check, probe
 from torchtitan.data.registry import build_source
+from torchtitan.preflight.data import check, probe
 
 DOCUMENTS = make_documents(60)
 LINES = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS)
@@ -243,8 +243,8 @@ def test_encoding_and_separator_are_checked():
         ("encoding", "rot13"),
         ("document_separator", ""),
     ):
-        facts = facts_for(None, training__dataset="stdlib", **{f"data__{key}": value})
-        problem = only(check(facts))
+        context = facts_for(None, training__dataset="stdlib", **{f"data__{key}": value})
+        problem = only(check(context))
         assert problem.key == f"data.{key}" and problem.value == value
 
 
@@ -264,8 +264,8 @@ def test_each_source_has_its_own_encoding(tmp_path):
     sources = [
         {"path": str(tmp_path / f"{name}.txt"), "weight": 1, "encoding": name} for name in texts
     ]
-    facts = facts_for(None, lanes=1, data__sources=sources, training__seq_len=16)
-    assert probe(facts) == []
+    context = facts_for(None, lanes=1, data__sources=sources, training__seq_len=16)
+    assert probe(context) == []
     del sources[1]["encoding"]
     problem = only(probe(facts_for(None, lanes=1, data__sources=sources)))
     assert "data.sources[1].encoding" in problem.problem

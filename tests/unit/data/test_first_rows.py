@@ -10,7 +10,7 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, read_all, write_rows
 
 from torchtitan.config import DataError
-from torchtitan.data.checks import probe
+from torchtitan.preflight.data import probe
 
 
 def test_empty_first_rows(tmp_path):

@@ -60,7 +60,7 @@ time.sleep = pauses.append  # the library's, between its tries
 import numpy as np
 from data_runs import Run, make_config
 from test_bad_data import facts_for
-from torchtitan.data.checks import probe
+from torchtitan.preflight.data import probe
 
 def tell(dataset, **data):
     return told(facts_of(dataset, data))
@@ -69,8 +69,8 @@ def facts_of(dataset, data):
     options = {{"data__" + name: value for name, value in data.items()}}
     return facts_for(None, training__dataset=dataset, **options)
 
-def told(facts):
-    return [str(p) for p in probe(facts)]
+def told(context):
+    return [str(p) for p in probe(context)]
 
 def check(dataset, **data):
     '''What a check on a machine that does not train tells, and whether it prepared the data.'''

@@ -10,7 +10,7 @@ from data_runs import NUM_LANES, Run, make_config, make_documents
 from test_bad_data import facts_for, only, read_all
 from test_data_order import all_steps, lane_documents
 
-from torchtitan.data.checks import probe
+from torchtitan.preflight.data import probe
 
 DOCUMENTS = make_documents(120)
 ROWS = [json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS]

@@ -10,12 +10,12 @@ from test_bad_data import ROWS, facts_for, only, write_rows
 
 from torchtitan.config import ConfigError
 from torchtitan.data import contents, identity, listing
-from torchtitan.data.checks import probe
 from torchtitan.data.contents import content_digests
 from torchtitan.data.files import DataFile
 from torchtitan.data.identity import differences, fingerprint_of
 from torchtitan.data.listing import list_files
 from torchtitan.data.reading import describe_data
+from torchtitan.preflight.data import probe
 
 
 @pytest.fixture
@@ -186,9 +186,9 @@ def test_changes_among_many_files_are_told_by_more_than_their_number(folder, mon
 def test_a_checkpoint_from_before_the_digests_is_accepted(folder):
     """With its cursors, which only mean something in the same data."""
     run = Run(make_config(str(folder)))
-    facts = json.loads(json.dumps(run.loaders[0].data_facts))
-    facts["data"]["files"] = [entry[:2] for entry in facts["data"]["files"]]
-    former = fingerprint_of(facts)
+    context = json.loads(json.dumps(run.loaders[0].data_facts))
+    context["data"]["files"] = [entry[:2] for entry in context["data"]["files"]]
+    former = fingerprint_of(context)
     assert differences(run.loaders[0].data_summary, run.loaders[0].data_summary) == {}
     assert former != run.loaders[0].fingerprint
     assert run.loaders[0].names_data(former) and run.loaders[0].names_data(None)

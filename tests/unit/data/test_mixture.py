@@ -11,7 +11,6 @@ from data_runs import GLOBAL_BATCH, NUM_LANES, SEQ_LEN, Run
 from test_bad_data import facts_for, only
 
 from torchtitan.config import ConfigError, DataError, JobConfig
-from torchtitan.data.checks import check, probe
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.loader import _settings
 from torchtitan.data.mixture import Mixture, Shares
@@ -19,6 +18,7 @@ from torchtitan.data.named_sources import named_sources
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.models.batch import IGNORE_INDEX
+from torchtitan.preflight.data import check, probe
 
 BOS, EOS = 256, 257
 WEIGHTS = {"a": 5, "b": 3, "c": 2}

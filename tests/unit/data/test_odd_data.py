@@ -9,11 +9,11 @@ import pytest
 from data_runs import Run, make_config
 from test_bad_data import facts_for
 
-from torchtitan.data.checks import probe
 from torchtitan.data.lanes import _blocks
 from torchtitan.data.listing import find_files
 from torchtitan.data.pieces import cut_text
 from torchtitan.data.registry import build_source
+from torchtitan.preflight.data import probe
 
 
 def test_folders_of_other_programs_are_not_read(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 from test_bad_data import facts_for, only
 from torch.utils.data import IterableDataset
 
-from torchtitan.data.checks import probe
 from torchtitan.data.registry import register_dataset
+from torchtitan.preflight.data import probe
 
 
 class Counting(IterableDataset[dict[str, str]]):

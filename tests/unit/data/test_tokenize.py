@@ -19,8 +19,8 @@ from test_tokenizers import write_tokenizer
 from torchtitan import cli
 from torchtitan.config import ConfigError, DataError
 from torchtitan.data import token_files
-from torchtitan.data.checks import probe
 from torchtitan.data.registry import build_source
+from torchtitan.preflight.data import probe
 
 LANES = f"--data.lanes={NUM_LANES}"
 
@@ -306,8 +306,8 @@ def test_tokens_are_not_taken_for_other_data(tokens, kind):
 
 def test_tokens_of_another_tokenizer(tokens, tmp_path):
     write_tokenizer(tmp_path)
-    facts = facts_for(tokens, model__tokenizer_path=str(tmp_path), lanes=4)
-    problem = only(probe(facts))
+    context = facts_for(tokens, model__tokenizer_path=str(tmp_path), lanes=4)
+    problem = only(probe(context))
     assert problem.key == "training.dataset_path"
     assert "another tokenizer (bytes-1) than model.tokenizer_path (json-" in problem.problem
     edit_index(tokens, tokenizer="json-1234")
@@ -324,8 +324,8 @@ def test_damage_during_a_run_stops_it(tokens):
 
 
 def test_fewer_tokens_than_a_step(tokens):
-    facts = facts_for(tokens, lanes=4, training__seq_len=2**17, data__epochs=1)
-    problem = only(probe(facts))
+    context = facts_for(tokens, lanes=4, training__seq_len=2**17, data__epochs=1)
+    problem = only(probe(context))
     assert problem.key == "data.epochs" and "tokens give at most 0 sequences" in problem.problem
 
 

@@ -9,10 +9,11 @@ import pytest
 from data_runs import make_documents, write_jsonl
 
 from torchtitan.config import JobConfig
-from torchtitan.config.facts import Facts
 from torchtitan.config.load import load_config
-from torchtitan.data.validation_sets import check, probe, validation_sets
-from torchtitan.preflight import ARITHMETIC, FILES, errors_of, preflight
+from torchtitan.config.run_context import RunContext
+from torchtitan.data.validation_sets import validation_sets
+from torchtitan.preflight.preflight import ARITHMETIC, FILES, errors_of, preflight
+from torchtitan.preflight.validation import check, probe
 
 JSON = {"dataset": "json", "dataset_path": "x.jsonl"}
 BATCH = {"local_batch_size": 4, "global_batch_size": 12, "seq_len": 32, "steps": 100}
@@ -20,7 +21,7 @@ BATCH = {"local_batch_size": 4, "global_batch_size": 12, "seq_len": 32, "steps":
 
 def facts_of(
     validation: dict[str, Any], world_size: int = 1, mesh: dict[str, Any] | None = None, **data: Any
-) -> Facts:
+) -> RunContext:
     config = {
         "training": {"dataset": "stdlib", **BATCH},
         "validation": {"enable": True, **validation},
@@ -28,11 +29,11 @@ def facts_of(
         "data": data,
         "lr_scheduler": {"warmup_steps": 2},
     }
-    return Facts(JobConfig.model_validate(config), world_size, "cpu")
+    return RunContext(JobConfig.model_validate(config), world_size, "cpu")
 
 
-def told(facts: Facts, phases: tuple[str, ...] = (ARITHMETIC,)) -> str:
-    (problem,) = preflight(facts, phases)
+def told(context: RunContext, phases: tuple[str, ...] = (ARITHMETIC,)) -> str:
+    (problem,) = preflight(context, phases)
     return str(problem)
 
 
@@ -123,8 +124,8 @@ def write(folder: Path, rows: list[Any]) -> dict[str, Any]:
 
 def test_files_that_are_not_there(tmp_path: Path):
     missing = str(tmp_path / "none.jsonl")
-    facts = facts_of({"dataset": "json", "dataset_path": missing})
-    (problem,) = errors_of(preflight(facts, [FILES]))
+    context = facts_of({"dataset": "json", "dataset_path": missing})
+    (problem,) = errors_of(preflight(context, [FILES]))
     assert problem.key == "validation.dataset_path" and problem.missing_asset
     several = facts_of({"sets": [table("a", dataset_path=missing)]})
     assert told(several, (FILES,)).startswith(f'validation.sets[0].dataset_path = "{missing}": ')
@@ -145,13 +146,13 @@ def test_rows_without_text(tmp_path: Path):
 
 def test_a_set_may_be_smaller_than_anything(tmp_path: Path):
     """A document is a set: neither the lanes nor the batch of training ask for more."""
-    facts = facts_of(write(tmp_path, [{"text": "one"}]), lanes=12)
-    assert preflight(facts, [ARITHMETIC, FILES]) == []
+    context = facts_of(write(tmp_path, [{"text": "one"}]), lanes=12)
+    assert preflight(context, [ARITHMETIC, FILES]) == []
 
 
 def test_a_warning_for_what_is_trained_on(tmp_path: Path):
     path = write_jsonl(tmp_path, make_documents(50))
-    facts = Facts(
+    context = RunContext(
         JobConfig.model_validate(
             {
                 "training": {"dataset": "json", "dataset_path": path, **BATCH},
@@ -161,19 +162,19 @@ def test_a_warning_for_what_is_trained_on(tmp_path: Path):
         1,
         "cpu",
     )
-    (problem,) = probe(facts)
+    (problem,) = probe(context)
     assert problem.key == "validation.dataset_path" and problem.severity == "warning"
     assert "1 of the files are in the training data, too" in problem.problem
 
 
 def test_sets_take_what_they_do_not_say_from_training():
-    facts = facts_of({"sets": [table("a", column="body"), {"name": "b", "dataset": "hf:o/n"}]})
-    first, second = validation_sets(facts.config)
+    context = facts_of({"sets": [table("a", column="body"), {"name": "b", "dataset": "hf:o/n"}]})
+    first, second = validation_sets(context.config)
     assert (first.name, second.name) == ("a", "b")
     assert (first.training.seq_len, first.training.local_batch_size) == (32, 4)
     assert (first.data.text_column, second.data.text_column) == ("body", "text")
     assert second.data.split == "validation"
-    assert check(facts) == []
+    assert check(context) == []
     assert validation_sets(JobConfig()) == []
     (only,) = validation_sets(facts_of({"seq_len": 16, "local_batch_size": 2}).config)
     assert (only.name, only.training.dataset) == ("validation", "c4_validation")

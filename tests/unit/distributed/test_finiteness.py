@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.pool import GlooPool
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite, non_finite_on_any_rank, some_of
-from torchtitan.distributed.world import World
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
 
@@ -44,7 +44,7 @@ def test_names_are_listed_in_order_and_shortened() -> None:
     assert some_of(["a"]) == "a"
 
 
-def on_ranks(world: World) -> list[list[str]]:
+def on_ranks(world: DistributedContext) -> list[list[str]]:
     """A DTensor of 3 rows over 4 ranks, the last of which holds none; rank 2 alone has a NaN."""
     mesh = init_device_mesh("cpu", (world.world_size,))
     whole = torch.ones(3, 2)

@@ -20,7 +20,7 @@ import torch, torch.distributed as dist
 from torchtitan.config import DataError
 from torchtitan.config.run_sections import Comm
 from torchtitan.distributed.flight_recorder import FlightRecorder
-from torchtitan.distributed.world import open_world
+from torchtitan.distributed.context import open_context
 from torchtitan.utils.environment import ProcessEnvironment
 
 logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s")
@@ -28,7 +28,7 @@ folder, size, error, *prefix = sys.argv[1:]
 section = Comm(trace_buf_size=int(size), save_traces_folder="traces",
                **({{"save_traces_file_prefix": prefix[0]}} if prefix else {{}}))
 recorder = FlightRecorder(section, Path(folder), 0, "cpu")
-with open_world("cpu", ProcessEnvironment(), 20), recorder:
+with open_context("cpu", ProcessEnvironment(), 20), recorder:
     for count in range(1, 8):
         dist.all_reduce(torch.zeros(count))
     if error:

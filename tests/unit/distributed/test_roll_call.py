@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from torchtitan.config import ConfigError, HangError, Problem
-from torchtitan.distributed import world as world_module
+from torchtitan.config import ConfigError, ConfigIssue, HangError
+from torchtitan.distributed import context as world_module
 from torchtitan.distributed.roll_call import Ending, RollCall, explain
 from torchtitan.utils.environment import ProcessEnvironment
 
@@ -63,11 +63,11 @@ def test_ranks_of_two_runs_at_one_store_are_told() -> None:
 
 def test_problems_read_the_same_on_another_rank() -> None:
     for problem in (
-        Problem("a.b", "is wrong", "mend it"),
-        Problem("a.b", "is wrong", "mend it", value=("x", 1)),
-        Problem("a.b", "is wrong", "mend it", value=None, local=True),
+        ConfigIssue("a.b", "is wrong", "mend it"),
+        ConfigIssue("a.b", "is wrong", "mend it", value=("x", 1)),
+        ConfigIssue("a.b", "is wrong", "mend it", value=None, local=True),
     ):
-        assert str(Problem.from_json(problem.to_json())) == str(problem)
+        assert str(ConfigIssue.from_json(problem.to_json())) == str(problem)
 
 
 @pytest.mark.parametrize("attempt", ["0", "1"])

@@ -16,17 +16,19 @@ import torch
 from tests.distributed.tiny import Case, compare, train
 from tests.parity.table import TOLERANCE, ULYSSES, row
 from tests.pool import GlooPool
+from torchtitan.commands import list_names as list_words
 from torchtitan.config import JobConfig
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers import checks, flex_attention_settings, mask_registry, model_checks
+from torchtitan.handlers import flex_attention_settings, mask_registry
 from torchtitan.handlers.flex_attention import FlexAttentionHandler, FlexMasks
 from torchtitan.handlers.mask_registry import MASKS, entry_of, register_mask
 from torchtitan.models import attend, registry
-from torchtitan.models.attend import Attend, Masks
+from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.masks import MaskFunction, MaskInputs
 from torchtitan.models.spec import ModelArgs, ModelFamily
-from torchtitan.tools import list_words
+from torchtitan.preflight import handlers as checks
+from torchtitan.preflight import handlers_on_model as model_checks
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 6, 6, 6, 6, 6, 6, 7]])
@@ -54,7 +56,7 @@ def config_of(
 
 
 def problems(device: str = "cuda", world_size: int = 1, **settings: Any) -> list[str]:
-    return [str(p) for p in checks.check(Facts(config_of(**settings), world_size, device))]
+    return [str(p) for p in checks.check(RunContext(config_of(**settings), world_size, device))]
 
 
 # what is refused
@@ -126,8 +128,8 @@ def test_heads_that_are_too_small_for_the_kernel() -> None:
     for heads, count in ((16, 0), (32, 1)):
         args = {**config.model.args, "n_heads": heads}
         model = config.model.model_copy(update={"args": args})
-        facts = Facts(config.model_copy(update={"model": model}), 1, "cuda")
-        found = checks.check(facts)
+        context = RunContext(config.model_copy(update={"model": model}), 1, "cuda")
+        found = checks.check(context)
         assert len(found) == count
         assert all("heads of at least 16 channels, not 8" in str(problem) for problem in found)
 
@@ -136,7 +138,7 @@ def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention_settings, "needs_capability", lambda *_: ())
     for found, count in (("a spec", 0), (None, 1)):
         monkeypatch.setattr(flex_attention_settings, "find_spec", lambda _, found=found: found)
-        told = checks.probe(Facts(config_of(), 1, "cuda"))
+        told = checks.probe(RunContext(config_of(), 1, "cuda"))
         assert [problem.value for problem in told] == ["flex_attention"] * count
 
 
@@ -148,9 +150,9 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
     config = JobConfig.model_validate(
         {"model": {"name": "own", "flavor": "small", "handlers": ["flex_attention"]}}
     )
-    [problem] = model_checks.probe(Facts(config, 1, "cuda"))
+    [problem] = model_checks.probe(RunContext(config, 1, "cuda"))
     assert "does not attend by way of torchtitan.models.attend" in str(problem)
-    assert model_checks.probe(Facts(config_of(), 1, "cuda")) == []
+    assert model_checks.probe(RunContext(config_of(), 1, "cuda")) == []
 
 
 def test_nothing_of_it_needs_torch_to_be_refused() -> None:
@@ -176,7 +178,7 @@ def masks_of(config: JobConfig) -> FlexMasks:
     family = registry.get_family("llama3")
     with torch.device("meta"):
         model = family.build(family.resolve(config.model))
-    dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
     FlexAttentionHandler(config, dims).convert(model)
     assert isinstance(model.masks, FlexMasks)
     assert model.flops_per_token(64, True) <= model.flops_per_token(64, False)  # type: ignore[operator]
@@ -202,7 +204,7 @@ def seen(masks: FlexMasks, ids: torch.Tensor | None) -> torch.Tensor:
 def test_they_are_those_that_attention_has_without_it(settings: dict[str, Any]) -> None:
     window = settings.get("window", settings.get("of_model"))
     ids = IDS if settings.get("documents") else None
-    expected = Masks(window).build(ids, 8, CPU)
+    expected = AttentionMaskBuilder(window).build(ids, 8, CPU)
     if expected is None:
         expected = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     assert torch.equal(seen(masks_of(config_of(**settings)), ids), expected.squeeze(1))
@@ -214,7 +216,7 @@ def test_the_cost_of_a_token_is_that_of_the_window() -> None:
     for config in (config_of(window=4), config_of(of_model=4), config_of()):
         with torch.device("meta"):
             model = family.build(family.resolve(config.model))
-        dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
+        dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
         FlexAttentionHandler(config, dims).convert(model)
         counted.append(model.flops_per_token(64, causal=True))  # type: ignore[operator]
     assert counted[0] == counted[1] < counted[2]
@@ -235,7 +237,7 @@ def test_a_mask_of_ones_own() -> None:
     found = seen(masks_of(config_of(("even_keys", "document"), documents=True)), IDS)
     places = torch.arange(8)
     even = (places % 2 == 0) | (places.unsqueeze(1) == places)  # and itself
-    assert torch.equal(found, Masks().build(IDS, 8, CPU).squeeze(1) & even)  # type: ignore[union-attr]
+    assert torch.equal(found, AttentionMaskBuilder().build(IDS, 8, CPU).squeeze(1) & even)  # type: ignore[union-attr]
     assert list_words._masks()[-1] == ("even_keys", f"Every second key. (from {__name__})")
 
 
@@ -245,7 +247,7 @@ def test_it_shows_nothing_of_the_future() -> None:
     assert torch.equal(found, torch.ones(1, 8, 8, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize("thing", ["words", Masks, 3])
+@pytest.mark.parametrize("thing", ["words", AttentionMaskBuilder, 3])
 def test_what_is_no_mask(thing: Any) -> None:
     with pytest.raises(TypeError, match="neither a function nor a MaskEntry"):
         entry_of("odd", thing)
@@ -268,14 +270,14 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     names = ("even_keys", "sliding_window", *["document"] * (ids is not None))
     masks = masks_of(config_of(names, window=5, documents=ids is not None))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
-    expected, _ = Attend()(q, k, v, masks.build(ids, 8, CPU))
+    expected, _ = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
     as_blocks: Callable[..., Any] = attend.block_mask
     with pytest.MonkeyPatch.context() as patch:
         module = "torchtitan.handlers.flex_attention.dense"
         patch.setattr(module, as_blocks)
         mask = masks.build(ids, 8, CPU)
     assert isinstance(mask, flex_attention.BlockMask)
-    out, _ = Attend()(q, k, v, mask)
+    out, _ = InnerAttention()(q, k, v, mask)
     torch.testing.assert_close(out, expected)
 
 

@@ -9,17 +9,17 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.table import FROZEN_START, row
 from tests.pool import GlooPool
-from torchtitan import builder, model_builder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.components.optimizer import build_optimizers, step_optimizers
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.facts import Facts
+from torchtitan.config.run_context import RunContext
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import World
-from torchtitan.handlers.checks import check
 from torchtitan.handlers.freeze import FreezeHandler
 from torchtitan.models.registry import get_family
-from torchtitan.preflight import MODEL, preflight
+from torchtitan.optim.optimizer import build_optimizers, step_optimizers
+from torchtitan.preflight.handlers import check
+from torchtitan.preflight.preflight import MODEL, preflight
+from torchtitan.training import builder, model_builder
 
 HEAD_ONLY = {
     "model": {"handlers": ["freeze"]},
@@ -38,7 +38,7 @@ def frozen(config: JobConfig) -> set[str]:
     family = get_family("llama3")
     with torch.device("meta"):
         model = family.build(family.resolve(config.model))
-    dims = ParallelDims.from_facts(Facts(config, 1, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
     FreezeHandler(config, dims).convert(model)
     return {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
 
@@ -72,7 +72,7 @@ def test_a_tied_matrix_goes_by_both_of_its_names() -> None:
 def test_what_the_model_does_not_have_is_found_before_the_run(
     settings: dict[str, list[str]], key: str, expected: str
 ) -> None:
-    [problem] = preflight(Facts(config_of(**settings), 1, "cpu"), [MODEL])
+    [problem] = preflight(RunContext(config_of(**settings), 1, "cpu"), [MODEL])
     assert problem.key == f"handlers.freeze.{key}"
     assert expected in str(problem)
     with pytest.raises(ConfigError):
@@ -88,14 +88,14 @@ def test_what_the_model_does_not_have_is_found_before_the_run(
     ],
 )
 def test_settings(settings: dict[str, Any], expected: str) -> None:
-    [problem] = check(Facts(config_of(**settings), 1, "cpu"))
+    [problem] = check(RunContext(config_of(**settings), 1, "cpu"))
     assert expected in str(problem)
 
 
 def test_patterns_of_groups_may_name_what_is_frozen() -> None:
     """They are of the model; that a part of it is not trained makes none of them wrong."""
     config = config_of(patterns=["*norm.weight"])
-    assert preflight(Facts(config, 1, "cpu"), [MODEL]) == []
+    assert preflight(RunContext(config, 1, "cpu"), [MODEL]) == []
     model = torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(2), "wq": torch.nn.Linear(2, 2)})
     model["norm"].requires_grad_(False)
     names = [name for name, _ in model.named_parameters()]
@@ -103,10 +103,10 @@ def test_patterns_of_groups_may_name_what_is_frozen() -> None:
     assert [group["names"] for group in optimizer.param_groups] == [["wq.weight", "wq.bias"]]
 
 
-def step_once(world: World, case: Case) -> dict[str, tuple[bool, bool, bool]]:
+def step_once(world: DistributedContext, case: Case) -> dict[str, tuple[bool, bool, bool]]:
     """Of each parameter of this rank: has it a gradient, state, and another value afterwards?"""
     config = case.config()
-    dims = ParallelDims.from_facts(Facts(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)

@@ -14,18 +14,18 @@ from torch import nn
 
 from tests.distributed import runs
 from tests.forked import execute
-from torchtitan import model_builder
-from torchtitan.config import ConfigError, JobConfig, Problem
-from torchtitan.config.facts import Facts
+from torchtitan.commands.config import json_schema, named_tables
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.help_text import print_help
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.section import Section
+from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.world import fake_world
 from torchtitan.handlers import registry
-from torchtitan.handlers.checks import check, probe
 from torchtitan.handlers.named import HandlerError, NamedHandler
-from torchtitan.preflight import MODEL, preflight
-from torchtitan.tools.config_words import json_schema, named_tables
+from torchtitan.preflight.handlers import check, probe
+from torchtitan.preflight.preflight import MODEL, preflight
+from torchtitan.training import model_builder
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problems(chosen: list[str], settings: dict[str, dict[str, object]] | None = None) -> list[str]:
     config = JobConfig.model_validate({"model": {"handlers": chosen}, "handlers": settings or {}})
-    return [str(problem) for problem in check(Facts(config, 1, "cpu"))]
+    return [str(problem) for problem in check(RunContext(config, 1, "cpu"))]
 
 
 class Settings(Section):
@@ -99,7 +99,7 @@ def test_a_rule_is_a_tuple_of_names(rule: str) -> None:
             registry.HANDLERS.register("text", thing, "a.module")
 
 
-def fails(facts: Facts, settings: object) -> list[Problem]:
+def fails(context: RunContext, settings: object) -> list[ConfigIssue]:
     raise KeyError("what it looks for")
 
 
@@ -127,7 +127,7 @@ def test_what_a_check_raises_names_the_handler() -> None:
     silent = registry.HandlerEntry(Section, lambda: Any, probe=fails)
     registry.HANDLERS.register("bad_probe", silent, "my.module")
     config = JobConfig.model_validate({"model": {"handlers": ["bad_probe"]}})
-    [problem] = probe(Facts(config, 1, "cpu", full=True))
+    [problem] = probe(RunContext(config, 1, "cpu", full=True))
     assert "its probe (my.module) fails" in str(problem)
 
 
@@ -369,7 +369,7 @@ def test_what_a_handler_of_ones_own_adds_may_be_named() -> None:
     settings = {"freeze": {"patterns": ["added.*", "misspelt.*"]}}
     sections = {"model": {"handlers": ["adds", "freeze"]}, "handlers": settings}
     config = JobConfig.model_validate(sections)
-    [problem] = preflight(Facts(config, 1, "cpu", full=False), [MODEL])
+    [problem] = preflight(RunContext(config, 1, "cpu", full=False), [MODEL])
     assert problem.value == "misspelt.*"
     handlers = [NamedHandler(name, config, ParallelDims()) for name in config.model.handlers]
     model = nn.Sequential(nn.Linear(1, 1))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from torchtitan.config import JobConfig
-from torchtitan.config.facts import Facts
-from torchtitan.handlers import checks
+from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import LOW_PRECISION
-from torchtitan.preflight import MODEL, preflight
+from torchtitan.preflight import handlers as checks
+from torchtitan.preflight.preflight import MODEL, preflight
 
 
 def config_of(
@@ -32,7 +32,7 @@ def problems(
     **sections: Any,
 ) -> list[str]:
     config = config_of(handlers, settings, **sections)
-    return [str(problem) for problem in checks.check(Facts(config, world_size, device))]
+    return [str(problem) for problem in checks.check(RunContext(config, world_size, device))]
 
 
 # what is refused
@@ -60,7 +60,7 @@ def test_without_torchao_one_sentence_names_the_extra(
 LACKING = """
 import sys
 from importlib.util import find_spec
-from torchtitan.handlers import checks
+from torchtitan.preflight import handlers as checks
 checks.find_spec = lambda name: None if name == "torchao" else find_spec(name)
 from torchtitan.cli import main
 code = main(["train", "--model.handlers", "float8", *sys.argv[1:]])
@@ -239,7 +239,7 @@ def test_gpus_without_the_units_are_refused(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda rank: capability)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
-    told = checks.probe(Facts(config_of([name], {name: settings}), 1, "cuda"))
+    told = checks.probe(RunContext(config_of([name], {name: settings}), 1, "cuda"))
     assert bool(told) == is_refused
     if is_refused:
         number = ".".join(map(str, capability))
@@ -249,6 +249,6 @@ def test_gpus_without_the_units_are_refused(
 @pytest.mark.parametrize("name", LOW_PRECISION)
 def test_a_filter_for_nothing_is_found_by_the_check(name: str) -> None:
     config = config_of([name], {name: {"filter_fqns": ["attention.wx", "output", "layer.0"]}})
-    found = preflight(Facts(config, 1, "cuda", full=False), [MODEL])
+    found = preflight(RunContext(config, 1, "cuda", full=False), [MODEL])
     assert [problem.value for problem in found] == ["attention.wx", "layer.0"]
     assert {problem.key for problem in found} == {f"handlers.{name}.filter_fqns"}

@@ -10,11 +10,11 @@ from torch import nn
 from tests.unit.handlers.test_low_precision import SENT, config_of
 from torchtitan.config import ConfigError
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import CutModule, GatherInput, TensorStyles
 from torchtitan.handlers.linears import LinearHandler, swap_linears
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS, LOW_PRECISION
 from torchtitan.models.registry import get_family
+from torchtitan.parallel.tensor_parallel import CutModule, GatherInput, TensorStyles
 
 # what is converted
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan.models import attend
-from torchtitan.models.attend import Attend, Masks, block_mask
+from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, block_mask
 from torchtitan.models.masks import MaskInputs, dense, usual
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_attend(kv_heads, ids, window):
         torch.randn(2, heads, 8, 16, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)
     )
-    out, _ = Attend()(q, k, v, Masks(window).build(ids, 8, CPU))
+    out, _ = InnerAttention()(q, k, v, AttentionMaskBuilder(window).build(ids, 8, CPU))
     expected = reference(q, k, v, ids, window)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_attend(kv_heads, ids, window):
 
 def test_compiled_attention_of_models_with_other_heads():
     """In one process, compile takes the sizes of the second model to be symbols."""
-    attend = Attend()
+    attend = InnerAttention()
     attend.compile(backend="aot_eager", fullgraph=True)
     for heads, kv_heads in ((4, 2), (8, 4), (6, 6)):
         q, k, v = (torch.randn(2, n, 8, 16) for n in (heads, kv_heads, kv_heads))
@@ -72,7 +72,7 @@ def test_the_kernel_for_cuda_computes_the_same(kv_heads, ids, window, monkeypatc
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, kv_heads, kv_heads))
     inputs = MaskInputs(8, ids, window)
     mask = block_mask(usual(inputs), inputs, CPU)
-    out, _ = Attend()(q, k, v, mask)
+    out, _ = InnerAttention()(q, k, v, mask)
     torch.testing.assert_close(out, reference(q, k, v, ids, window))
 
 
@@ -95,15 +95,15 @@ def test_block_masks_of_closures_compile_as_one_graph(monkeypatch):
 @pytest.mark.parametrize("ids", [None, IDS])
 def test_functions_of_pairs_give_the_same_masks(ids, window):
     inputs = MaskInputs(8, ids, window)
-    expected = Masks(window).build(ids, 8, CPU)
+    expected = AttentionMaskBuilder(window).build(ids, 8, CPU)
     if expected is None:
         expected = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     assert torch.equal(dense(usual(inputs), inputs, CPU), expected)
 
 
 def test_what_needs_no_mask():
-    assert Masks().build(None, 8, CPU) is None
-    assert Masks(8).build(None, 8, CPU) is None
-    assert Masks(7).build(None, 8, CPU).shape == (1, 1, 8, 8)
-    assert Masks()(IDS, IDS).shape == (2, 1, 8, 8)
-    assert torch.equal(Masks(8)(IDS, IDS), Masks()(IDS, IDS))
+    assert AttentionMaskBuilder().build(None, 8, CPU) is None
+    assert AttentionMaskBuilder(8).build(None, 8, CPU) is None
+    assert AttentionMaskBuilder(7).build(None, 8, CPU).shape == (1, 1, 8, 8)
+    assert AttentionMaskBuilder()(IDS, IDS).shape == (2, 1, 8, 8)
+    assert torch.equal(AttentionMaskBuilder(8)(IDS, IDS), AttentionMaskBuilder()(IDS, IDS))

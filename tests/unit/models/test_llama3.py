@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.llama3.flavors import FLAVORS, LlamaArgs
 from torchtitan.models.llama3.model import Llama, apply_rope, rope_rotations
 from torchtitan.models.spec import InitRule, LanguageModel, WrapUnit
+from torchtitan.parallel.initialize import initialize_parameters
 
 PUBLISHED_PARAMETERS = {
     "1B": 1_235_814_400,

@@ -5,15 +5,15 @@ from typing import get_args
 import pytest
 import torch
 
-from torchtitan.components.checks import check_patterns
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.model_sections import Model, NormType
 from torchtitan.config.training_sections import Optimizer
-from torchtitan.distributed.initialize import initialize_parameters
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.norms import build_norm
 from torchtitan.models.spec import ModelArgs, ModelFamily
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.optim.param_groups import check_patterns
+from torchtitan.parallel.initialize import initialize_parameters
 
 KINDS = get_args(NormType)
 WITH_WEIGHT = [kind for kind in KINDS if kind != "np_layernorm"]

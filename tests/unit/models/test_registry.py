@@ -95,7 +95,7 @@ def test_nothing_but_building_imports_torch():
     code = (
         "import sys\n"
         "from torchtitan.models.registry import families\n"
-        "import torchtitan.models.checks\n"
+        "import torchtitan.preflight.model\n"
         "args = families()['llama3'].resolve_args('debugmodel', {}, 264)\n"
         "assert 'torch' not in sys.modules\n"
         "families()['llama3'].build(args)\n"

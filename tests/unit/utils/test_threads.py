@@ -36,7 +36,7 @@ def test_process_is_set_up_before_torch_is_imported(setting: str, expected: str)
     """The word `train`, with everything replaced that would take time."""
     script = f"""
 import sys, types
-from torchtitan.tools import train_word
+from torchtitan.commands import train as train_word
 
 calls = []
 def note(name):
@@ -48,7 +48,7 @@ def note(name):
 
 train_word.spin_briefly = note("spin")
 train_word.tune_cpu_allocator = note("allocator")
-sys.modules["torchtitan.train"] = types.SimpleNamespace(run=note("train"))
+sys.modules["torchtitan.training.run"] = types.SimpleNamespace(run=note("train"))
 train_word.run(["--job.device=cpu", "--debug.cpu_allocator={setting}",
     "--job.dump_folder=/nonexistent/never", "--training.dataset=stdlib"])
 print(*calls)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from torchtitan.config.errors import Problem
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.model_sections import NormType
 from torchtitan.config.section import PositiveFloat, PositiveInt
 from torchtitan.models.spec import ModelArgs
@@ -113,12 +113,14 @@ class LlamaArgs(ModelArgs):
         """See `ModelArgs`."""
         return self.sliding_window
 
-    def tensor_parallel_problems(self, degree: int) -> list[Problem]:
+    def tensor_parallel_problems(self, degree: int) -> list[ConfigIssue]:
         """See `ModelArgs`: heads, channels and tokens are shared out, each whole."""
         key, found = "parallelism.tensor_parallel_degree", list(self._left_over(degree))
         candidates = range(1, min(self.n_heads, _MOST_TENSOR_RANKS) + 1) if found else ()
         fitting = [str(ranks) for ranks in candidates if not any(self._left_over(ranks))]
-        return [Problem(key, what, f"set it to {' or '.join(fitting)}", degree) for what in found]
+        return [
+            ConfigIssue(key, what, f"set it to {' or '.join(fitting)}", degree) for what in found
+        ]
 
     def _left_over(self, degree: int) -> Iterator[str]:
         if self.n_heads % degree:
@@ -132,21 +134,21 @@ class LlamaArgs(ModelArgs):
             if (degree - 1) * rows >= self.vocab_size:
                 yield f"leaves a rank without any of the vocabulary's {self.vocab_size} tokens"
 
-    def pipeline_parallel_problems(self, degree: int) -> list[Problem]:
+    def pipeline_parallel_problems(self, degree: int) -> list[ConfigIssue]:
         """See `ModelArgs`: tied embeddings would live in the first stage and in the last."""
         if not self.tied_embeddings:
             return []
         key = "parallelism.pipeline_parallel_degree"
         problem = "model.args.tied_embeddings puts one matrix at both ends of the pipeline"
         fix = "set it to 1 and cut the model in other ways, or set tied_embeddings to false"
-        return [Problem(key, problem, fix, degree)]
+        return [ConfigIssue(key, problem, fix, degree)]
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ConfigIssue]:
         """Heads that do not divide the width or each other, impossible RoPE bands."""
         found = []
         if self.dim % self.n_heads:
             found.append(
-                Problem(
+                ConfigIssue(
                     "model.args.n_heads",
                     f"does not divide model.args.dim = {self.dim}",
                     f"set n_heads to a divisor of {self.dim}, or dim to a multiple of it",
@@ -155,7 +157,7 @@ class LlamaArgs(ModelArgs):
             )
         elif self.head_dim % 2:
             found.append(
-                Problem(
+                ConfigIssue(
                     "model.args.n_heads",
                     f"heads of dim / n_heads = {self.head_dim} channels, but RoPE turns pairs",
                     "choose n_heads so that dim / n_heads is even",
@@ -164,7 +166,7 @@ class LlamaArgs(ModelArgs):
             )
         if self.n_heads % self.num_kv_heads:
             found.append(
-                Problem(
+                ConfigIssue(
                     "model.args.n_kv_heads",
                     f"does not divide model.args.n_heads = {self.n_heads}",
                     f"set n_kv_heads to a divisor of {self.n_heads}",
@@ -173,7 +175,7 @@ class LlamaArgs(ModelArgs):
             )
         if self.rope_low_freq_factor >= self.rope_high_freq_factor:
             found.append(
-                Problem(
+                ConfigIssue(
                     "model.args.rope_low_freq_factor",
                     f"not below model.args.rope_high_freq_factor = {self.rope_high_freq_factor}",
                     "set rope_low_freq_factor to a smaller value",

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.attend import Attend, Mask, Masks
+from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, Mask
 from torchtitan.models.embedding import Embedding
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.norms import build_norm
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)
-        self.attend = Attend()
+        self.attend = InnerAttention()
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:  # [B, T, D]
         # The number of heads is left to the projections' width: a part of them may live here.
@@ -135,7 +135,7 @@ class Llama(nn.Module):
         if args.vocab_size is None:
             raise ValueError("vocab_size is unset: resolve the arguments with the tokenizer's size")
         self.args = args
-        self.masks = Masks(args.sliding_window)
+        self.masks = AttentionMaskBuilder(args.sliding_window)
         # The modules at both ends are None in the stages of a pipeline that do without.
         self.tok_embeddings: Embedding | None = Embedding(args.vocab_size, args.dim)
         # Keyed by name, not by place, so that names stay when layers are taken away.
@@ -201,13 +201,13 @@ class Llama(nn.Module):
         for name in self.blocks():
             plan |= {
                 f"{name}.attention_norm": styles.norm(),
-                f"{name}.attention": styles.gathered_input(),
+                f"{name}.attention": styles.prepare_module_input(),
                 f"{name}.attention.wq": styles.colwise(),
                 f"{name}.attention.wk": styles.colwise(units=self.args.num_kv_heads),
                 f"{name}.attention.wv": styles.colwise(units=self.args.num_kv_heads),
                 f"{name}.attention.wo": styles.rowwise(),
                 f"{name}.ffn_norm": styles.norm(),
-                f"{name}.feed_forward": styles.gathered_input(),
+                f"{name}.feed_forward": styles.prepare_module_input(),
                 f"{name}.feed_forward.w1": styles.colwise(),
                 f"{name}.feed_forward.w2": styles.rowwise(),
                 f"{name}.feed_forward.w3": styles.colwise(),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_extras.settings import PolyLossSettings
-from torchtitan.components.chunked_loss import ChunkedLoss
+from torchtitan.loss.chunked import ChunkedLoss
 
 
 class PolyLoss(ChunkedLoss):

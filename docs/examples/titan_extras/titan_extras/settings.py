@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from torchtitan.components.loss_registry import LossEntry
-from torchtitan.components.optimizer_registry import OptimizerEntry
 from torchtitan.config.registry import lazily
 from torchtitan.config.section import PositiveInt, Section
 from torchtitan.handlers.registry import HandlerEntry
+from torchtitan.loss.registry import LossEntry
+from torchtitan.optim.registry import OptimizerEntry
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

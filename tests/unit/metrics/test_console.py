@@ -1,0 +1,125 @@
+"""Figures for people: plain lines, and on a real (pseudo) terminal a bar below them."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.metrics.console import format_line, format_validation
+
+RECORD = {
+    "step": 30,
+    "loss": 2.34567,
+    "grad_norm": 0.5,
+    "lr": 3e-4,
+    "memory_peak_gib": 12.345,
+    "memory_peak_fraction": 0.25,
+    "tokens_per_second": 12345.6,
+    "mfu": None,
+}
+
+RUN = """
+import logging, sys
+from pathlib import Path
+import torch
+from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.config.output_sections import Metrics
+from torchtitan.utils.logging import init_logging
+
+init_logging(int(sys.argv[2]), log_ranks=[0, 1])
+metrics = MetricsLogger(
+    Metrics(log_freq=2, disable_color_printing=sys.argv[3] == "plain"), Path(sys.argv[1]),
+    rank=int(sys.argv[2]), world_size=2, device=torch.device("cpu"),
+    flops_per_token=1, flops_per_token_causal=1, steps=4,
+)
+metrics.resume(0)
+for step in range(1, 5):
+    metrics.start_step()
+    metrics.log_step(step, loss=1.0, grad_norm=1.0, lr=0.1, num_targets=1, num_tokens=1)
+    if step == 2:
+        metrics.log_validation(step, "web", 1.0, 1)
+    logging.getLogger("torchtitan").info("between")
+    print("to stdout")
+metrics.close()
+print("the last word")
+"""
+
+
+def run_on_terminal(folder: Path, rank: int, style: str) -> str:
+    """What the terminal got, escape sequences included."""
+    here, there = pty.openpty()
+    argv = [sys.executable, "-c", RUN, str(folder), str(rank), style]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(argv, stdout=there, stderr=there, stdin=there, env=environment)
+    os.close(there)
+    output = b""
+    try:
+        while chunk := os.read(here, 65536):
+            output += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(here)
+    assert process.wait(60) == 0, output.decode()
+    return output.decode()
+
+
+def test_line() -> None:
+    line = format_line(RECORD, step_width=4)
+    assert line == (
+        "step:   30  loss:   2.3457  grad_norm:   0.5000  lr: 3.00e-04  "
+        "memory: 12.35GiB(25.0%)  tps: 12,346"
+    )
+    assert format_line({**RECORD, "mfu": 0.4211}).endswith("tps: 12,346  mfu: 42.11%")
+
+
+def test_coloured_line_is_the_same_line() -> None:
+    colored = format_line({**RECORD, "mfu": 0.5}, 2, color=True)
+    assert colored.count("\x1b[0m") == 7
+    plain = "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b["))
+    assert plain == format_line({**RECORD, "mfu": 0.5}, 2)
+
+
+def test_coloured_line_of_a_validation() -> None:
+    record = {
+        "step": 30,
+        "validation/web/loss": 3.25,
+        "validation/web/perplexity": 1e7,
+        "validation/web/num_targets": 5,
+    }
+    plain = "step:   30  validation/web/loss: 3.2500  validation/web/perplexity: 1e+07"
+    assert format_validation(record, 4) == plain
+    colored = format_validation(record, 4, color=True)
+    assert colored.count("\x1b[0m") == 3
+    assert "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b[")) == plain
+
+
+def test_terminal_gets_a_bar_below_whole_lines(tmp_path: Path) -> None:
+    output = run_on_terminal(tmp_path, 0, "fancy")
+    assert "━" in output and "4/4" in output and "loss 1.0000" in output
+    assert output.count("between") == 4 and output.count("tps: ") == 3
+    assert output.count("validation/web/loss: 1.0000") == 1
+    # Other output replaces the bar's line, below which the bar is drawn again.
+    assert len(re.findall("(?:\n|\x1b\\[2K)to stdout", output)) == 4
+    assert "\x1b[?25h" in output  # the cursor is visible again
+    assert output.rstrip().endswith("the last word")
+
+
+@pytest.mark.parametrize(("rank", "style"), [(0, "plain"), (1, "fancy")])
+def test_no_bar_if_unwanted_or_on_other_ranks(tmp_path: Path, rank: int, style: str) -> None:
+    output = run_on_terminal(tmp_path, rank, style)
+    assert "━" not in output and output.count("tps: ") == 3
+    assert ("\x1b[" in output) == (style == "fancy")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", RUN, str(tmp_path), "0", "fancy"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == 4 * "to stdout\n" + "the last word\n"
+    assert "\x1b" not in done.stderr and "━" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 10 and "Time of the run: " in lines[-1]
+    assert "No MFU" in lines[0]

@@ -1,0 +1,120 @@
+"""Schedules from a file, and the order of forwards alone."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.pipelining import schedules
+
+from torchtitan.config import ConfigError
+from torchtitan.parallel.pipeline.schedules import (
+    SCHEDULES,
+    FileSchedule,
+    forward_ticks,
+    read_schedule,
+)
+
+MULTI = [name for name, kind in SCHEDULES.items() if kind.stages_per_rank != 1]
+
+
+def written(folder: Path, *lines: str) -> str:
+    path = folder / "schedule.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("name", MULTI)
+def test_torchs_schedules_are_read(name: str, degree: int, tmp_path: Path) -> None:
+    kind = SCHEDULES[name]
+    held = [0, 2 * degree - 1] if kind.is_v else [0, degree]
+    stages = [
+        SimpleNamespace(
+            stage_index=stage, num_stages=2 * degree, group_size=degree, group_rank=0, submod=None
+        )
+        for stage in held
+    ]
+    made = schedules.get_schedule_class(name)(stages, 2 * degree, loss_fn=lambda *_: None)
+    path = tmp_path / "schedule.csv"
+    made._dump_csv(str(path), format="compute_only")
+    holders = tuple(made.stage_index_to_group_rank[stage] for stage in range(2 * degree))
+    assert read_schedule(str(path), degree, 2 * degree) == FileSchedule(
+        holders, kind.splits_backward
+    )
+
+
+GOOD = ["0F0,0F1,,0B0,0B1", "1F0,1B0, 1F1 ,1I1,1W1"]
+
+
+def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
+    assert read_schedule(written(tmp_path, *GOOD), 2, 2) == FileSchedule((0, 1), True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (GOOD[:1], "has 1 lines for parallelism.pipeline_parallel_degree = 2"),
+        ([GOOD[0], ""], "line 2 has no action"),
+        ([GOOD[0], GOOD[1] + ",1X0"], "line 2, cell 6 is '1X0', and not an action such as 0F2"),
+        ([GOOD[0], GOOD[1] + ",1SEND_F0"], "'1SEND_F0', and not an action"),
+        ([GOOD[0], GOOD[1] + ",(1F0;1B0)OVERLAP"], "and not an action"),
+        ([GOOD[0], GOOD[1] + ",0F0"], "stage 0 is on line 1 and on line 2"),
+        ([GOOD[0], "3F0"], "stage 1 is missing, and stage 3 is there"),
+        ([GOOD[0], GOOD[1] + ",1F0"], "1F0 is there 2 times"),
+        ([GOOD[0], GOOD[1] + ",1F2"], "1F2: a step of this config has 2 microbatches"),
+        ([GOOD[0], "1F0,1B0,1F1"], "stage 1, microbatch 1 has F, and needs F and B, or F, I, W"),
+        ([GOOD[0], "1F0,1B0,1F1,1I1"], "has FI, and needs"),
+        ([GOOD[0], "1F0,1B0,1F1,1B1,1I1,1W1"], "has FBIW, and needs"),
+        (["0F0,0B0", "1F0,1B0"], "has 1 microbatches, and a step of this config has 2 (sequences"),
+        (["0F0,0F1,0B0", GOOD[1]], "stage 0, microbatch 1 has F, and needs"),
+        (
+            ["0F0,0B0,0F1,0B1", "1F0,1F1,1B0,1B1"],
+            "for ever, for what is only done later: line 1 at 0B0 for 1B0, line 2 at 1F1 for 0F1",
+        ),
+        ([GOOD[0], "1F0,1B0,1F1,1W1,1I1"], "later: line 1 at 0B1 for 1B1, line 2 at 1W1 for 1I1"),
+        ([GOOD[0], "1B0,1F0,1F1,1B1"], "line 1 at 0B0 for 1B0, line 2 at 1B0 for 1F0"),
+        (
+            ["0F0,(0F1;0B0)OVERLAP_F_B,0B1", "1F0,1F1,1B0,1B1"],
+            "line 1 at 0F1 and 0B0 for 1B0, line 2 at 1F1 for 0F1",
+        ),
+        ([GOOD[0], "1F1,1B1,1F0,1B0"], "not in the order of the microbatches"),
+    ],
+)
+def test_a_bad_schedule(lines: list[str], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_schedule(written(tmp_path, *lines), 2, 2)
+    assert expected in str(caught.value)
+    assert "schedule.csv" in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file or directory") as caught:
+        read_schedule(str(tmp_path / "none.csv"), 2, 2)
+    assert caught.value.problems[0].missing_asset
+    (tmp_path / "binary").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        read_schedule(str(tmp_path / "binary"), 2, 2)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize(
+    "holders", [(0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0), (0, 0, 1), (1, 0, 0, 1)]
+)
+def test_forward_ticks(holders: tuple[int, ...], count: int) -> None:
+    ticks = forward_ticks(holders, count)
+    when = {}
+    for time, tick in enumerate(ticks):
+        for rank, (stage, kind, microbatch) in tick.items():
+            assert (rank, kind) == (holders[stage], "F")
+            assert (stage, microbatch) not in when
+            when[stage, microbatch] = time
+    assert len(when) == len(holders) * count
+    for (stage, microbatch), time in when.items():
+        assert stage == 0 or when[stage - 1, microbatch] < time
+    per_rank = max(map(holders.count, holders))
+    assert len(ticks) <= per_rank * count + len(holders) - 1, "ranks are idle without need"
+    last = len(holders) - 1
+    under_way = [
+        sum(when[0, n] <= time <= when[last, n] for n in range(count)) for time in range(len(ticks))
+    ]
+    assert max(under_way) <= len(holders)

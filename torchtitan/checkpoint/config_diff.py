@@ -1,0 +1,173 @@
+"""What a second start in a run folder does: nothing new, go on, or stop. No torch.
+
+A run is its config. The same command again goes on with an unfinished run and leaves a finished one
+alone; whatever would make the curve a different one stops, with the differences. What a config may
+change without being another run is listed in `MAY_DIFFER`, each entry with its reason; everything
+that is not listed counts.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import ConfigIssue, JobConfig
+from torchtitan.config.toml_file import tomllib
+
+MAY_DIFFER: dict[str, str] = {
+    "job.config_file": "a path",
+    "job.dump_folder": "a path; the folder itself identifies the run",
+    "job.description": "logging",
+    "job.print_config": "logging",
+    "job.new_run": "says what to do with the old run, not what to train",
+    "job.device": "the same numbers up to rounding on every device",
+    "model.tokenizer_path": "a path; a checkpoint knows its tokenizer by content",
+    "training.dataset_path": "a path; a checkpoint knows its data by content",
+    "data.sources.path": "as training.dataset_path, of all sources",
+    "training.local_batch_size": "how a step is cut; global_batch_size says how large it is",
+    "training.loss_chunks": "memory; the same sums up to rounding",
+    "training.enable_cpu_offload": "memory; the same numbers",
+    "training.gc_freq": "speed",
+    "training.gc_debug": "logging",
+    "training.dataloader.*": "speed; the data are the same for every number of workers",
+    "optimizer.implementation": "speed; the same update up to rounding",
+    "optimizer.early_step_in_backward": "memory; the same update",
+    "parallelism.*": "the mesh",
+    "activation_checkpoint.*": "memory; recomputes the same values",
+    "handlers.compile.*": "speed; the same numbers up to rounding",
+    "checkpoint.initial_load_path": "a path; done once, before the run has checkpoints of its own",
+    "checkpoint.initial_load_model_only": "as checkpoint.initial_load_path",
+    "checkpoint.exclude_from_loading": "as checkpoint.initial_load_path",
+    "checkpoint.create_seed_checkpoint": "the same weights that the run would start from without",
+    "checkpoint.async_mode": "speed; the same files",
+    "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
+    "validation.*": "what is measured, not what is trained",
+    "metrics.*": "logging",
+    "profiling.*": "logging",
+    "comm.*": "time limits, and what is remembered for debugging",
+    "debug.deterministic": "which of several equally right algorithms runs",
+    "debug.deterministic_warn_only": "as debug.deterministic",
+    "debug.cpu_allocator": "speed",
+    "debug.threads": "speed",
+    "data.on_bad_row": "only rows that are still to come; a run that met a bad row may go on",
+    "data.max_bad_rows": "as data.on_bad_row",
+    "data.max_document_mib": "as data.on_bad_row",
+    "data.restart": "says where to go on in other data, which are compared by content",
+    "data.add_bos": "a checkpoint knows its tokenizer with what it puts around documents",
+    "data.add_eos": "as data.add_bos",
+}
+"""Keys (globs) in which a rerun may differ from the run in the folder, and why."""
+
+MUST_NOT = ("checkpoint.folder",)
+"""Exceptions to `MAY_DIFFER`: with another name the run's checkpoints would not be found."""
+
+NOTICED = (
+    "model.tokenizer_path",
+    "training.dataset_path",
+    "data.sources.path",
+    "data.on_bad_row",
+    "data.max_bad_rows",
+    "data.max_document_mib",
+)
+"""Keys of `MAY_DIFFER` whose change is worth a line in the log."""
+
+_FREE_HANDLERS = {"compile"}
+_RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
+_STEPS = "training.steps"
+_EPOCHS = "data.epochs"
+_SOURCE_PATHS = "data.sources.path"
+_MISSING = object()
+
+
+def read_stored_config(path: Path) -> dict[str, Any] | None:
+    """The config that a run saved in its folder; None when there is none that can be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as `section.key` -> value; unset (None) values left out."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[prefix + key] = _plain(value)
+    return flat
+
+
+def stored_value(stored: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a stored config; None when unset."""
+    return flatten(stored).get(key)
+
+
+def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIssue], list[str]]:
+    """Differences that make `config` another run than the stored one, and notices about others.
+
+    Keys that a stored config does not know count as their default: it may be of an older version.
+    `training.steps` and `data.epochs` may grow, and an open `global_batch_size`, `lanes` or
+    `warmup_steps` takes the stored value.
+    """
+    defaults = flatten(JobConfig().model_dump())
+    old = {**defaults, **flatten(stored)}
+    new = flatten(config.model_dump())
+    for side in (old, new):
+        handlers = side.get("model.handlers", [])
+        side["model.handlers"] = [name for name in handlers if name not in _FREE_HANDLERS]
+        sources = side.get("data.sources", [])
+        side["data.sources"] = [{k: v for k, v in t.items() if k != "path"} for t in sources]
+        side[_SOURCE_PATHS] = [table.get("path") for table in sources]
+    problems, notices = [], []
+    for key in sorted({*old, *new}):
+        before, now = old.get(key, _MISSING), new.get(key, _MISSING)
+        if before == now:
+            continue
+        if key == _STEPS and now > before:
+            text = f"training.steps grows from {before} to {now}; so does the schedule of the"
+            notices.append(f"{text} learning rate.")
+        elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
+            text = f"{key} grows from {before} to {_show(now)}: each data lane goes on where it"
+            notices.append(f"{text} stands, at the next epoch where its data ended.")
+        elif key in _RESOLVED and now in (-1, _MISSING):
+            continue
+        elif not _may_differ(key):
+            problems.append(_problem(key, before, now))
+        elif key in NOTICED:
+            notices.append(f"{key} was {_show(before)} and is {_show(now)} from here on.")
+    return problems, notices
+
+
+def epochs_grow(before: Any, now: int | None) -> bool:
+    """Return whether `now` epochs are more than `before`; None is without end."""
+    return isinstance(before, int) and (now is None or now > before)
+
+
+def _may_differ(key: str) -> bool:
+    return key not in MUST_NOT and any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
+
+
+def _problem(key: str, before: Any, now: Any) -> ConfigIssue:
+    back = f"set it back to {_show(before)}" if before is not _MISSING else "leave it unset"
+    value = None if now is _MISSING else now
+    fix = f"{back}; {WAYS_OUT}"
+    return ConfigIssue(key, f"is {_show(before)} in the run that this folder holds", fix, value)
+
+
+WAYS_OUT = (
+    "or train in another --job.dump_folder; or start anew here with --job.new_run, which moves the"
+    " old run aside"
+)
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is _MISSING else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

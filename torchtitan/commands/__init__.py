@@ -1,0 +1,1 @@
+"""The commands of `torchtitan`, a module each."""

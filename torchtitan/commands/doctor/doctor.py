@@ -1,0 +1,146 @@
+"""`torchtitan doctor`: what is here, what a run would use, and what is wrong, a line each.
+
+Alone it looks at this machine; with a config also at what that needs; under torchrun at all
+machines, at the run folder that they share, and at how fast each axis of the mesh carries data.
+Meant to be pasted into a bug report, so it prints no environment variables, which may hold secrets.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from torchtitan import __version__
+from torchtitan.commands.doctor.findings import Finding, of_problem
+from torchtitan.config.custom_import import import_custom_modules
+from torchtitan.config.exit_codes import DONE, FAILED
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.run_context import RunContext
+from torchtitan.preflight import preflight
+from torchtitan.utils import environment as env
+from torchtitan.utils.launchers import adopt_place
+
+_NEEDED = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "tyro",
+    "rich",
+    "tokenizers",
+    "tiktoken",
+    "sentencepiece",
+    "datasets",
+    "pyarrow",
+    "zstandard",
+    "safetensors",
+    "huggingface_hub",
+    "tensorboard",
+)
+_EXTRAS = {
+    "wandb": "metrics.enable_wandb",
+    "transformers": "Hugging Face parity tests",
+}
+
+USAGE = """usage: torchtitan doctor [FILE] [--section.key value ...]
+       torchrun --nproc_per_node N -m torchtitan doctor [FILE] [--section.key value ...]
+
+One line for each finding: `ok`, `WRONG` with what to do, `look` for what may be meant, `-` for
+what is only told. The exit status is 1 if anything is WRONG. With a config it looks at
+what the config needs; under torchrun it measures each axis of its mesh."""
+
+
+def run(argv: list[str]) -> int:
+    """Print a line for each finding; exit status 1 when something is wrong."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        return DONE
+    with suppress(env.EnvironmentFaults):  # a finding, below
+        adopt_place()
+    loaded = load_config(argv)
+    quiet, wrong = env.is_quiet_rank(), False
+    for finding in _findings(loaded, has_config=bool(argv)):
+        wrong = wrong or finding.ok is False
+        if not quiet:
+            print(finding.line(), flush=True)
+        elif finding.ok is False and not finding.common:  # what rank 0 may not have
+            print(finding.line(), file=sys.stderr, flush=True)
+    return FAILED if wrong else DONE
+
+
+def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
+    yield from _versions()
+    try:
+        adopt_place()
+        place = env.read_environment()
+    except env.EnvironmentFaults as faults:
+        for fault in faults.faults:
+            name = fault.variable if fault.value is None else f"{fault.variable} = {fault.value}"
+            yield Finding(False, "launcher", f"{name} {fault.problem}", fault.fix)
+        place = env.ProcessEnvironment()
+    else:
+        words = f"rank {place.rank} of {place.world_size}" if place.launched else "one process"
+        yield Finding(None, "launcher", words)
+    try:
+        import torch  # noqa: F401 - a broken installation is what this command is for
+    except Exception as error:
+        text = f"cannot be imported: {type(error).__name__}: {error}"
+        yield Finding(False, "torch", text, "install it anew, as pytorch.org says for your system")
+        return
+
+    from torchtitan.commands.doctor.machine import facts_of_machine, machine_findings
+    from torchtitan.commands.doctor.processes import processes_findings, run_folder_findings
+
+    context = facts_of_machine(loaded.config, place)
+    yield from machine_findings(context, place)
+    yield from run_folder_findings(loaded.config)
+    if has_config and place.rank == 0:
+        yield from _config_findings(context)
+    if place.launched:
+        for finding in processes_findings(context, place):
+            yield replace(finding, common=True)
+
+
+def _versions() -> Iterator[Finding]:
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    yield Finding(True, "torchtitan", f"{__version__} from {folder}")
+    python = f"{platform.python_version()}, {sys.executable}"
+    yield Finding(sys.version_info >= (3, 10), "python", python, "install Python 3.10 or newer")
+    for package in _NEEDED:
+        version = _version(package)
+        text = version or "is not installed"
+        yield Finding(version is not None, package, text, f"run `pip install {package}`")
+    for package, purpose in _EXTRAS.items():
+        yield Finding(None, package, f"{_version(package) or 'not installed'} ({purpose})")
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    text = compiler or "none, so the handler compile cannot work on CPUs"
+    yield Finding(None, "C++ compiler", text)
+    yield Finding(None, "machine", f"{platform.platform()}, {os.cpu_count()} cores, {_memory()}")
+
+
+def _config_findings(context: RunContext) -> Iterator[Finding]:
+    """What `train --check full` would say."""
+    from torchtitan.commands.train import summary
+
+    problems = import_custom_modules(context.config) or preflight.preflight(context)
+    yield from (of_problem(problem) for problem in problems)
+    if not preflight.errors_of(problems):
+        yield Finding(True, "config", summary(context))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> str:
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return "memory unknown"
+    return f"{pages / 2**30:.1f} GiB"

@@ -1,0 +1,1 @@
+"""Dry runs: one training step of any mesh in a single process."""

@@ -1,1 +1,0 @@
-"""Parts of the loop: loss, optimizer, learning rate, metrics, profiler."""

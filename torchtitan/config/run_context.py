@@ -1,0 +1,100 @@
+"""`RunContext`: a config, the processes it will run on, and quantities that follow from both."""
+
+from dataclasses import dataclass
+
+from torchtitan.config.fitting import fitted
+from torchtitan.config.job_config import JobConfig
+
+MAX_DEFAULT_LANES = 64
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a check may know. Properties resolve the values that a config may leave open, and
+    defaults that do not fit what the config says otherwise are adjusted.
+
+    `full` says whether this machine is the one that will train: only then are its hardware and its
+    files the run's.
+    """
+
+    config: JobConfig
+    world_size: int
+    device_type: str
+    full: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", fitted(self.config, self.dp_degree))
+
+    @property
+    def other_degrees(self) -> int:
+        """Product of the degrees of everything but data parallelism."""
+        mesh = self.config.parallelism
+        return (
+            mesh.tensor_parallel_degree
+            * mesh.context_parallel_degree
+            * mesh.pipeline_parallel_degree
+        )
+
+    @property
+    def shard_degree(self) -> int:
+        """Ranks that share one copy of the parameters; -1 resolved, at least 1."""
+        mesh = self.config.parallelism
+        if mesh.data_parallel_shard_degree > 0:
+            return mesh.data_parallel_shard_degree
+        rest = self.world_size // (mesh.data_parallel_replicate_degree * self.other_degrees)
+        return max(1, rest)
+
+    @property
+    def dp_degree(self) -> int:
+        """Ranks that read different data."""
+        return self.config.parallelism.data_parallel_replicate_degree * self.shard_degree
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step over all ranks."""
+        training = self.config.training
+        if training.global_batch_size > 0:
+            return training.global_batch_size
+        return training.local_batch_size * self.dp_degree
+
+    @property
+    def num_lanes(self) -> int:
+        """Independent data streams."""
+        return self.config.data.lanes or default_lanes(self.global_batch_size)
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of the learning rate's warmup; None where the schedule is not the built-in one."""
+        schedule = self.config.lr_scheduler
+        if schedule.name != type(schedule).model_fields["name"].default:
+            return None
+        return schedule.warmup(self.config.training.steps)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Microbatches per rank and step, at least 1."""
+        local = self.config.training.local_batch_size * self.dp_degree
+        return max(1, self.global_batch_size // local)
+
+    @property
+    def pipeline_microbatches(self) -> int:
+        """Microbatches that a pipeline cuts a rank's sequences of a step into."""
+        size = self.config.parallelism.pipeline_parallel_microbatch_size
+        return self.accumulation_steps * self.config.training.local_batch_size // size
+
+    def describe_batch(self) -> str:
+        """A step's sequences, and how a rank works through its share of them, in words."""
+        mesh, training = self.config.parallelism, self.config.training
+        count, size = self.accumulation_steps, training.local_batch_size
+        if mesh.pipeline_parallel_degree > 1:
+            count, size = self.pipeline_microbatches, mesh.pipeline_parallel_microbatch_size
+        return (
+            f"{self.global_batch_size} sequences of {training.seq_len} tokens a step, on each rank"
+            f" in {count} microbatch{'es' * (count > 1)} of {size}"
+        )
+
+
+def default_lanes(global_batch_size: int) -> int:
+    """The largest divisor of the global batch size up to 64: a function of the config alone."""
+    candidates = range(min(MAX_DEFAULT_LANES, global_batch_size), 0, -1)
+    return next(lanes for lanes in candidates if global_batch_size % lanes == 0)

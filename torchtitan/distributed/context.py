@@ -1,0 +1,242 @@
+"""`DistributedContext`: a run's processes, this process's place among them, and small messages.
+
+Every run has a process group, a run of one process too, so that there is one code path. Tensors of
+the model travel over the device's backend (NCCL on CUDA, gloo on the CPU). Small facts (target
+counts, data positions, decisions) travel as CPU tensors over gloo beside it, so that the host never
+waits for the device to learn them.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config.errors import ConfigError, ConfigIssue, HangError
+from torchtitan.distributed.roll_call import RollCall
+from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
+
+_MEETINGS = itertools.count()
+"""Of this process: its runs, and its refusals to start one."""
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """This process among the processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control_group: dist.ProcessGroup
+    """All ranks, over gloo."""
+    roll_call: RollCall | None = None
+    """For when this group has failed; None in a run of one process without a launcher."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, decides and writes what exists once."""
+        return self.rank == 0
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON can hold), in rank order. All ranks must call it.
+
+        Bytes in tensors rather than pickled objects: nothing that arrives can run code.
+        """
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        size = torch.tensor([payload.numel()])
+        all_gather_single(sizes, size, self.control_group)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        gathered = torch.zeros(self.world_size * longest, dtype=torch.uint8)
+        all_gather_single(gathered, padded, self.control_group)
+        rows = gathered.view(self.world_size, longest)
+        return [
+            json.loads(row[:length].numpy().tobytes())
+            for row, length in zip(rows, sizes.tolist(), strict=True)
+        ]
+
+    def gather_distinct_json(self, value: Any) -> list[Any]:
+        """The different ones among the ranks' values (anything JSON can hold), in the order of the
+        first rank that has each. All ranks must call it.
+
+        For what many ranks have alike, and is too large to be sent by all of them.
+        """
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        first: dict[str, int] = {}
+        for rank, other in enumerate(self.gather_json(digest)):
+            first.setdefault(other, rank)
+        return [self.broadcast_json(value, source=rank) for rank in first.values()]
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """Rank `source`'s `value` (anything JSON can hold) on every rank. All ranks must call
+        it."""
+        if self.world_size == 1:
+            return json.loads(json.dumps(value))
+        payload = json.dumps(value).encode() if self.rank == source else b""
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, src=source, group=self.control_group)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=source, group=self.control_group)
+        return json.loads(buffer.numpy().tobytes())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control_group)
+
+
+def with_own_group(world: DistributedContext, timeout_seconds: int) -> DistributedContext:
+    """The same processes over a gloo group of their own, for what a thread of each does while the
+    main ones go on: messages of both over one group would be taken for each other.
+
+    `set_timeout` leaves `timeout_seconds` alone. All ranks must call it.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc=OWN_TIMEOUT)
+    return replace(world, control_group=group)
+
+
+@contextmanager
+def open_context(
+    device_type: str, environment: ProcessEnvironment, timeout_seconds: int
+) -> Iterator[DistributedContext]:
+    """Join the process group that the launcher's variables describe; leave it at the end.
+
+    Without a launcher the world is this one process. `timeout_seconds` bounds every collective, and
+    how long ranks wait for each other before that. Raises ConfigError if a rank refuses to start,
+    HangError if one does not come.
+    """
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    store: dist.Store = dist.HashStore()
+    roll_call = None
+    if environment.launched:
+        store, roll_call = meet(environment, timeout_seconds)
+        roll_call.start(timeout_seconds)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", store),
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timeout,
+    )
+    try:
+        yield DistributedContext(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            local_rank=environment.local_rank,
+            device=device,
+            control_group=_control_group(backend, timeout),
+            roll_call=roll_call,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def share_refusal(
+    environment: ProcessEnvironment, problems: Sequence[ConfigIssue], seconds: float
+) -> bool:
+    """Tell all ranks that this one cannot start, so that none waits for it. Return once rank 0 has
+    said so too, or that it can; False if it does not within `seconds`."""
+    try:
+        _, roll_call = meet(environment, seconds)
+        roll_call.start(seconds, problems)
+    except ConfigError:
+        return True
+    except HangError:
+        return False
+    raise AssertionError("a start with a refusal")
+
+
+def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, RollCall]:
+    """The store at the launcher's `MASTER_ADDR` and `MASTER_PORT`, and a roll call over it.
+
+    Raises ConfigError where that port cannot be opened, and HangError where nobody answers at it
+    within `seconds`.
+    """
+    rank, meeting = environment.rank, next(_MEETINGS)
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store = dist.TCPStore(
+            address,
+            int(port),
+            environment.world_size,
+            keeps_store,
+            timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except (ValueError, dist.DistNetworkError) as error:
+        if not keeps_store:
+            raise HangError(
+                f"nobody answers at {address}:{port} within {seconds:.0f} s: rank 0 has not"
+                " started, or its machine cannot be reached from here"
+            ) from error
+        reason = str(error).splitlines()[0]
+        fix = "set it, on all ranks, to a free port of the machine of rank 0"
+        problem = ConfigIssue("MASTER_PORT", f"cannot be used: {reason}", fix, port, local=True)
+        refusal = ConfigError(problem)
+        refusal.known_to_all = True  # nobody can be reached
+        raise refusal from error
+    # A launcher that starts its processes anew keeps its store, and so does one whose processes
+    # make a run after another: with what ranks said before, and the addresses they had.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    ours = dist.PrefixStore(f"attempt-{attempt}/meeting-{meeting}", store)
+    calls = dist.PrefixStore("roll-call", ours)
+    return ours, RollCall(calls, rank, environment.world_size, keeps_store)
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """While entered, this process counts as one of `world_size` whose collectives do nothing.
+
+    They leave their results as they were: for fake tensors only, and not for the messages of
+    `DistributedContext`.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def set_timeout(world: DistributedContext, seconds: int) -> None:
+    """Change the bound on collectives; all ranks call it, with no collective under way."""
+    set_group_timeouts(timedelta(seconds=seconds))
+    world.barrier()
+
+
+@contextmanager
+def timeout(world: DistributedContext, seconds: int, seconds_after: int) -> Iterator[None]:
+    """While entered, collectives may take `seconds`; after it, `seconds_after`. All ranks enter."""
+    set_timeout(world, seconds)
+    yield
+    set_timeout(world, seconds_after)
+
+
+def _control_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    if backend == "gloo":
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+    return dist.new_group(backend="gloo", timeout=timeout)

@@ -1,0 +1,93 @@
+"""The control exchange: how ranks agree, once a step, without the host waiting for the device.
+
+While the device works on a step, the host fetches the next one's data and starts one small sum of
+integers over gloo: how many targets the data hold, whether anything is left, whether somebody was
+asked to stop, failed, or could not write a checkpoint, and how many rows were left out. Its result
+is read when the next step begins. So all ranks take every decision at the same step, and the number
+of targets, by which the loss is divided, is known before the forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.distributed.context import DistributedContext
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What all ranks know about the step to come."""
+
+    num_targets: int
+    num_tokens: int
+    ended: bool
+    """No rank has data left."""
+    stop: bool
+    """Some rank was asked to stop."""
+    num_failed: int
+    failed_rank: int | None
+    """The rank that failed, where it was one only."""
+    save_failed: bool = False
+    """A checkpoint that was written in the background was not saved."""
+    bad_rows: int = 0
+    """Rows that all lanes have left out since the start of the run."""
+
+
+class PendingAgreement:
+    """A control exchange under way."""
+
+    def __init__(self, values: torch.Tensor, work: dist.Work):
+        self._values = values
+        self._work = work
+
+    def wait(self) -> StepInfo:
+        """The agreement, as soon as all ranks have spoken."""
+        self._work.wait()
+        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows = (
+            self._values.tolist()
+        )
+        return StepInfo(
+            num_targets=targets,
+            num_tokens=tokens,
+            ended=with_data == 0,
+            stop=stopping > 0,
+            num_failed=failed,
+            failed_rank=failed_ranks if failed == 1 else None,
+            save_failed=unsaved > 0,
+            bad_rows=bad_rows,
+        )
+
+
+def start_exchange(
+    world: DistributedContext,
+    *,
+    num_targets: int,
+    num_tokens: int,
+    ended: bool,
+    stop: bool,
+    failed: bool,
+    is_data_leader: bool,
+    save_failed: bool = False,
+    bad_rows: int = 0,
+) -> PendingAgreement:
+    """Speak for this rank; every rank does once a step.
+
+    `is_data_leader`: whether this rank's data are counted; of the ranks that work on the same data
+    only one does.
+    """
+    values = torch.tensor(
+        [
+            num_targets if is_data_leader else 0,
+            num_tokens if is_data_leader else 0,
+            0 if ended else 1,
+            1 if stop else 0,
+            1 if failed else 0,
+            world.rank if failed else 0,
+            1 if save_failed else 0,
+            bad_rows if is_data_leader else 0,
+        ]
+    )
+    work = dist.all_reduce(values, group=world.control_group, async_op=True)
+    assert work is not None
+    return PendingAgreement(values, work)

@@ -1,0 +1,1 @@
+"""Losses, chunked and vocabulary-parallel."""

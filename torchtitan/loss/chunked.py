@@ -1,0 +1,190 @@
+"""Losses of the logits of each token, computed on a part of the tokens at a time.
+
+The logits of a microbatch, `[B * T, V]`, are often the largest tensor of all. In chunks of the
+tokens only a part of them exists at a time: each chunk's gradient is computed along with its loss,
+in the forward, after which its logits are gone. On a CPU this is faster too: it touches less fresh
+memory, which costs page faults, and the backward does not pass over all logits again. Each chunk
+adds to the gradient of the whole matrix, though, which costs time where chunks are small.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from torchtitan.config.section import Section
+from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.utils.dtypes import at_least_float32
+
+_MOST_CHUNKS, _LEAST_TOKENS = 8, 512
+"""Unless the number of chunks is given. From `scripts/bench_loss.py`: as fast as one chunk."""
+
+
+class ChunkedLoss:
+    """A sum over all targets; labels of `IGNORE_INDEX` are no targets.
+
+    A loss of one's own derives from it and defines `token_losses`. How the loss is cut into chunks,
+    its gradient, and a vocabulary that is cut over ranks are taken care of here.
+    """
+
+    Settings: type[Section] = Section
+    """The model of `[loss.args]`."""
+
+    takes_cut_vocabulary = True
+
+    terms: tuple[str, ...] = ()
+    """What is logged beside the loss; see `distributed.runner.Loss`."""
+
+    def __init__(
+        self,
+        settings: Any,
+        num_chunks: int | None = 1,
+        vocabulary: VocabParallelCrossEntropy | None = None,
+    ):
+        """`settings` is a `Settings`. `num_chunks` is the number of parts that the tokens of a
+        microbatch are worked on in, None as many as cost no time. `vocabulary` tells which of the
+        head's rows this rank has, where not all."""
+        self.settings = settings
+        self.num_chunks = num_chunks
+        self.vocabulary = vocabulary
+        self._sums: dict[str, Tensor] = {}
+        self._trains = False
+        self._no_target: Tensor | None = None  # bool [n], of the tokens that token_losses is given
+
+    def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The losses `[n]` of a chunk of tokens, by operations that autograd knows.
+
+        `logits` is `[n, V]`, float32 (float64 for a float64 model); `labels` is `[n]`, of tokens:
+        those that are no targets have label 0, and what is returned, or reported, for them is left
+        out.
+        """
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of targets, int64 scalar."""
+        return (batch["labels"] != IGNORE_INDEX).sum()
+
+    def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
+        """Sum over the targets, a scalar of float32 (of float64 for a float64 model).
+
+        `hidden` is `[B, T, D]`; `head(hidden, consume)` calls `consume(hidden, weight)`.
+        """
+        labels = batch["labels"].flatten()
+        self._trains = torch.is_grad_enabled()
+
+        def consume(hidden: Tensor, weight: Tensor) -> Tensor:
+            return _InChunks.apply(hidden.flatten(0, -2), weight, labels, self, self._trains)
+
+        return head(hidden, consume)
+
+    def chunk_size(self, num_tokens: int) -> int:
+        """How many of a microbatch's tokens are worked on at a time."""
+        chunks = self.num_chunks or max(1, min(_MOST_CHUNKS, num_tokens // _LEAST_TOKENS))
+        return -(-num_tokens // chunks)
+
+    def chunk(self, logits: Tensor, labels: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
+        """Sum over the targets among `labels` `[n]`, computed wide, and its gradient for this
+        rank's `logits` `[n, rows]`, which may be None unless this is to `train`.
+
+        The gradient's rows without a target need not be zero.
+        """
+        whole = logits if self.vocabulary is None else self.vocabulary.whole(logits)
+        wide = whole.detach().to(at_least_float32(logits.dtype)).requires_grad_(train)
+        no_target = labels == IGNORE_INDEX
+        with torch.set_grad_enabled(train):
+            self._no_target = no_target
+            losses = self.token_losses(wide, labels.clamp_min(0))
+            self._no_target = None
+            if losses.shape != labels.shape:  # a mean would be spread over the tokens, unnoticed
+                given, name = list(losses.shape), type(self).__name__
+                raise ValueError(
+                    f"{name}.token_losses gives {given} for {len(labels)} tokens, not one loss each"
+                )
+            loss = losses.masked_fill(no_target, 0).sum()
+        if not train:
+            return loss, None
+        (grad,) = torch.autograd.grad(loss, wide)
+        if self.vocabulary is not None:
+            grad = grad.narrow(1, self.vocabulary.first, logits.size(1))
+        return loss.detach(), grad
+
+    def report(self, name: str, value: Tensor) -> None:
+        """Add to a term, in training.
+
+        `value` is `[n]` in `token_losses`, one number for each token, of which those of targets are
+        added up; elsewhere a scalar, the sum over the targets of a chunk or of a microbatch.
+        Raises ValueError for another shape, and for a name that is not in `terms`.
+        """
+        if name not in self.terms:
+            declared = ", ".join(self.terms) or "none"
+            raise ValueError(f"{type(self).__name__} reports {name}; its `terms` are: {declared}")
+        mask = self._no_target
+        shape = torch.Size() if mask is None else mask.shape
+        if value.shape != shape:  # a sum would count tokens that are no targets
+            kind = "a scalar, a sum over targets" if mask is None else f"{list(shape)}, one a token"
+            found = list(value.shape)
+            raise ValueError(f"{type(self).__name__}.report({name!r}): {found} instead of {kind}")
+        if not self._trains:
+            return
+        value = value.detach()
+        if mask is not None:
+            value = value.masked_fill(mask, 0).sum()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def take_terms(self) -> dict[str, Tensor]:
+        """What was reported since the last call."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+class _InChunks(torch.autograd.Function):
+    """The `loss` of `hidden` `[N, D]` @ `weight` `[V, D]`^T against `labels` `[N]`.
+
+    The gradients are those of the sum; the backward only scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: ChunkedLoss, train: bool
+    ) -> Tensor:
+        want_hidden, want_weight = (train and needed for needed in ctx.needs_input_grad[:2])
+        dtype = at_least_float32(hidden.dtype)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        no_target = (labels == IGNORE_INDEX).unsqueeze(1)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight: Tensor | None = None
+        for start in range(0, len(hidden), size := loss.chunk_size(len(hidden))):
+            part = slice(start, start + size)
+            # No name for the logits here, which would keep them for one chunk too long.
+            of_chunk, grad_logits = loss.chunk(hidden[part] @ weight.t(), labels[part], train)
+            total += of_chunk
+            if grad_logits is None:
+                continue
+            grad_logits = grad_logits.to(hidden.dtype)
+            # Rows without a target are zeroed at the narrow ends of the products, not at this one.
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if want_weight:
+                product = grad_logits.t() @ hidden[part].masked_fill(no_target[part], 0)
+                # Kept wide, whatever the weight's type: it is a sum over all tokens.
+                grad_weight = (
+                    product.to(dtype) if grad_weight is None else grad_weight.add_(product)
+                )
+            del grad_logits  # before the next chunk's logits are there
+        if grad_hidden is not None:
+            grad_hidden.masked_fill_(no_target, 0)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None

@@ -1,0 +1,1 @@
+"""Parallelism, activation checkpointing and compile applied to a model."""

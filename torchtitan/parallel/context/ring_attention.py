@@ -1,0 +1,335 @@
+"""Causal attention over a sequence that is spread over ranks; each has its share of q, k and v.
+
+Keys and values come to the queries. `ring` passes them from rank to rank, the next share travelling
+while the present one is worked on; in the backward their gradients travel along, and are at home
+after a whole round. `allgather` collects them all at once, and sums their gradients with a
+reduce-scatter. What comes of different keys is merged, and gradients are added, in at least
+float32.
+
+With documents a query sees its own document only, with a window no more than the last tokens. Masks
+are made for the keys and queries that meet; where none of these sees any other, or all may see all,
+there is no call, or no mask: of documents `levels` tells, of the window the distance of chunks.
+
+This is an operator of its own for torch: a compiler does not look into it, activation checkpointing
+can keep its results, and fake tensors pass through it without communication.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, library
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from torchtitan.parallel.activation_checkpoint import keep_in_checkpoints
+from torchtitan.parallel.context.attention_kernels import Gradients, Part, choose_kernel, merge
+from torchtitan.parallel.context.sequence_layout import Block, Call, SequenceLayout
+from torchtitan.utils.dtypes import at_least_float32
+from torchtitan.utils.torch_compat import all_gather_single, reduce_scatter_single
+
+_NOTHING, _SOME, _ALL = 0, 1, 2
+"""Of `visibility_levels`."""
+_RESULTS = "Tensor grad, Tensor out, Tensor lse"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, Tensor? levels"
+_SETTINGS = "int? window, str method, bool balanced, str group_name"
+
+
+def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -> Tensor:
+    """How much of each chunk of keys is in the documents of each of the rank's chunks of queries:
+    0 is nothing, 1 is perhaps some, 2 is all. int8 `[chunks of the rank, all chunks]`, on the CPU.
+
+    `document_ids` is the whole `[B, T]`. If that is on another device, this waits for the device.
+    """
+    chunks = document_ids.unflatten(1, (layout.num_chunks, -1))
+    lowest, highest = chunks.amin(-1), chunks.amax(-1)  # [B, all chunks]
+    own = list(layout.chunks(rank))
+    low, high = lowest[:, own].unsqueeze(2), highest[:, own].unsqueeze(2)
+    lowest, highest = lowest.unsqueeze(1), highest.unsqueeze(1)
+    some = ((low <= highest) & (lowest <= high)).any(0)
+    all_ = ((low == highest) & (lowest == high)).all(0)
+    return (some.to(torch.int8) + all_).to("cpu")
+
+
+@library.custom_op(
+    "torchtitan::spread_attention",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
+)
+def spread_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None,
+    levels: Tensor | None,
+    window: int | None,
+    method: str,
+    balanced: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """The output `[B, H, T/n, hd]` for this rank's queries, and their log-sum-exp `[B, H, T/n]`.
+
+    `q` is `[B, H, T/n, hd]`, `k` and `v` are `[B, G, T/n, hd]`: this rank's share of a sequence
+    over the n ranks of the group, in a `SequenceLayout`. `document_ids` is the whole `[B, T]`,
+    `levels` is of `visibility_levels`, `window` is in tokens; all None means plainly causal. The
+    log-sum-exp has no gradient. All ranks of the group must call it.
+    """
+    exchange = _exchange(method, balanced, group_name)
+    out = torch.zeros(q.shape, dtype=at_least_float32(q.dtype), device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=out.dtype, device=q.device)
+    for block, keys, values in exchange.blocks(k, v):
+        for rows, _, part in _parts(exchange, block, q, keys, values, document_ids, levels, window):
+            merge(out[:, :, rows], lse[:, :, rows], *choose_kernel(part).forward(part))
+    return out.to(q.dtype), lse
+
+
+@library.custom_op(
+    "torchtitan::spread_attention_backward",
+    mutates_args=(),
+    schema=f"({_RESULTS}, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _spread_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None,
+    levels: Tensor | None,
+    window: int | None,
+    method: str,
+    balanced: bool,
+    group_name: str,
+) -> Gradients:
+    exchange = _exchange(method, balanced, group_name)
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    for block, keys, values in exchange.blocks(k, v):
+        dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
+        parts = _parts(exchange, block, q, keys, values, document_ids, levels, window)
+        for rows, columns, part in parts:
+            of_q, of_k, of_v = choose_kernel(part).backward(
+                part, grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
+            )
+            dq[:, :, rows] += of_q
+            dk[:, :, columns] += of_k
+            dv[:, :, columns] += of_v
+        exchange.return_gradients(dk, dv)
+    dk, dv = exchange.gradients()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@spread_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape)
+    return out, q.new_empty(q.shape[:-1], dtype=at_least_float32(q.dtype))
+
+
+@_spread_attention_backward.register_fake
+def _(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> Gradients:
+    q, k, v = (x.new_empty(x.shape) for x in inputs[:3])
+    return q, k, v
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.save_for_backward(out, lse, *inputs[:5])
+    ctx.settings = inputs[5:]
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _spread_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, *[None] * 6
+
+
+spread_attention.register_autograd(_backward, setup_context=_save)
+keep_in_checkpoints(torch.ops.torchtitan.spread_attention.default)
+
+
+class _Exchange(Protocol):
+    """How keys and values come to the queries, and their gradients back."""
+
+    layout: SequenceLayout
+    rank: int
+
+    def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """What is at hand, one after the other, of all ranks' `k` and `v`."""
+
+    def return_gradients(self, dk: Tensor, dv: Tensor) -> None:
+        """This rank's gradients for the block that was last given; to be called for each."""
+
+    def gradients(self) -> Sequence[Tensor]:
+        """The sums over all ranks for this rank's `k` and `v`, after all blocks."""
+
+
+def _exchange(method: str, balanced: bool, group_name: str) -> _Exchange:
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    layout = SequenceLayout(group.size(), balanced)
+    if method == "ring":
+        return _Ring(layout, group)
+    assert method == "allgather"
+    return _AllGather(layout, group)
+
+
+class _Ring:
+    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
+        self.layout = layout
+        self.rank = group.rank()
+        self._group = group
+        self._arrive: Callable[[], Sequence[Tensor]] = tuple
+
+    def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        keys, values = k.contiguous(), v.contiguous()
+        *others, last = self.layout.blocks_in_turn(self.rank)
+        for block in others:
+            arrive = self._pass_on(keys, values)
+            yield block, keys, values
+            keys, values = arrive()
+        yield last, keys, values
+
+    def return_gradients(self, dk: Tensor, dv: Tensor) -> None:
+        # What the ranks before this one have found for the same block; at first, nothing.
+        for own, arrived in zip((dk, dv), self._arrive()):
+            own += arrived
+        self._arrive = self._pass_on(dk, dv)
+
+    def gradients(self) -> Sequence[Tensor]:
+        return self._arrive()
+
+    def _pass_on(self, *tensors: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Send to the next rank; the result waits for what the rank before sends, the same sizes.
+        All must be contiguous, and stay as they are until then."""
+        size = self.layout.degree
+        after, before = (self.rank + 1) % size, (self.rank - 1) % size
+        arriving = [torch.empty_like(tensor) for tensor in tensors]
+        transfers = []
+        for tensor, buffer in zip(tensors, arriving, strict=True):
+            transfers.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=after))
+            transfers.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=before))
+        works = dist.batch_isend_irecv(transfers)
+        return partial(_wait, works, tensors, arriving)
+
+
+def _wait(
+    works: Sequence[dist.Work], _: Sequence[Tensor], arriving: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    # What is being sent is an argument, so that it lives until it is.
+    for work in works:
+        work.wait()
+    return arriving
+
+
+class _AllGather:
+    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
+        self.layout = layout
+        self.rank = group.rank()
+        self._group = group
+        self._gradients: Sequence[Tensor] = ()
+
+    def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        yield self.layout.block_of_all(self.rank), self._gather(k), self._gather(v)
+
+    def return_gradients(self, dk: Tensor, dv: Tensor) -> None:
+        self._gradients = [self._sum(dk), self._sum(dv)]
+
+    def gradients(self) -> Sequence[Tensor]:
+        return self._gradients
+
+    def _gather(self, share: Tensor) -> Tensor:
+        """`[B, G, T/n, hd]` -> `[B, G, T, hd]`."""
+        ranks = self.layout.degree
+        shares = share.new_empty(ranks * share.size(0), *share.shape[1:])
+        all_gather_single(shares, share.contiguous(), self._group)
+        return self.layout.join(shares.chunk(ranks), dim=2)
+
+    def _sum(self, whole: Tensor) -> Tensor:
+        """`[B, G, T, hd]` -> `[B, G, T/n, hd]`, this rank's share of the sum over ranks."""
+        layout = self.layout
+        shares = [layout.select(whole, layout.chunks(r), dim=2) for r in range(layout.degree)]
+        total = torch.empty_like(shares[0])
+        reduce_scatter_single(total, torch.cat(shares), self._group)
+        return total
+
+
+def _parts(
+    exchange: _Exchange,
+    block: Block,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    document_ids: Tensor | None,
+    levels: Tensor | None,
+    window: int | None,
+) -> Iterator[tuple[slice, slice, Part]]:
+    """The calls of a block: their rows of `q`, columns of `keys`, and what to compute."""
+    layout, own = exchange.layout, exchange.layout.chunks(exchange.rank)
+    size = q.size(2) // len(own)
+    places = None if window is None else torch.arange(size * layout.num_chunks, device=q.device)
+    known = _levels(levels, window, layout, own, size)
+    for call in block.calls:
+        columns = [j for j in call.keys if any(known[i][block.chunks[j]] for i in call.queries)]
+        if not columns:
+            continue
+        # Of a call that is causal, with itself, no chunk falls away.
+        call = replace(call, keys=range(columns[0], columns[-1] + 1))
+        chunks = [own[i] for i in call.queries], [block.chunks[j] for j in call.keys]
+        visible = None
+        if any(known[i][other] != _ALL for i in call.queries for other in chunks[1]):
+            found = []
+            if document_ids is not None:
+                ids = [layout.select(document_ids, those) for those in chunks]
+                found.append(_same_document(ids[0], ids[1], call))
+            if places is not None and window is not None:
+                near = [layout.select(places, those, dim=0) for those in chunks]
+                found.append(_in_window(near[0], near[1], window, call))
+            visible = reduce(torch.logical_and, found)
+        rows = _tokens(call.queries, size)
+        part = Part(
+            q[:, :, rows],
+            keys[:, :, _tokens(call.keys, size)],
+            values[:, :, _tokens(call.keys, size)],
+            visible,
+            call.causal and visible is None,
+        )
+        yield rows, _tokens(call.keys, size), part
+
+
+def _levels(
+    levels: Tensor | None, window: int | None, layout: SequenceLayout, own: Sequence[int], size: int
+) -> list[list[int]]:
+    """What `visibility_levels` says, and the window with chunks of `size` tokens."""
+    chunks = range(layout.num_chunks)
+    of_documents = [[_ALL] * len(chunks) for _ in own] if levels is None else levels.tolist()
+    if window is None:
+        return of_documents
+    return [
+        [min(row[key], _window_level(query - key, size, window)) for key in chunks]
+        for query, row in zip(own, of_documents, strict=True)
+    ]
+
+
+def _window_level(chunks_apart: int, size: int, window: int) -> int:
+    """Of chunks of `size` tokens, by how many the keys' comes before the queries'."""
+    nearest, farthest = (chunks_apart * size + way for way in (1 - size, size - 1))
+    if nearest >= window:
+        return _NOTHING
+    return _ALL if farthest < window else _SOME
+
+
+def _same_document(queries: Tensor, keys: Tensor, call: Call) -> Tensor:
+    """Which of the keys, by their document ids, each query sees; `[B, 1, Tq, Tk]`."""
+    same = queries.unsqueeze(-1) == keys.unsqueeze(-2)
+    return (same.tril_() if call.causal else same).unsqueeze(1)
+
+
+def _in_window(queries: Tensor, keys: Tensor, window: int, call: Call) -> Tensor:
+    """Which of the keys, by index in the sequence, each query sees; `[1, 1, Tq, Tk]`."""
+    near = (queries - window).unsqueeze(-1) < keys
+    return (near.tril_() if call.causal else near)[None, None]
+
+
+def _tokens(chunks: range, size: int) -> slice:
+    return slice(chunks.start * size, chunks.stop * size)

@@ -1,0 +1,156 @@
+"""The runner: forward and backward of one step's microbatches, however the model is cut.
+
+The loss of a step is the sum of the cross entropies of all its targets, over all microbatches and
+all data ranks, divided by their number. The runner owns that division: each microbatch's sum is
+divided by the step's number of targets before its backward, and gradients are only ever summed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchtitan.models.batch import Batch
+from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
+from torchtitan.parallel.random_streams import RandomStreams
+
+
+class Loss(Protocol):
+    """An un-normalised loss. It may have members beside, which are found by their presence:
+
+    - `evaluation`: the `Loss` that evaluation is of, where that is not the plain cross entropy;
+    - `terms`: names of what is logged beside it, and `take_terms()`, which gives, and forgets, the
+      sums over the targets of the microbatches so far, by name.
+    """
+
+    def count(self, batch: Batch) -> Tensor:
+        """Number of targets, int64 scalar."""
+
+    def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
+        """Sum over the targets of a microbatch, scalar; `hidden` is `[B, T, D]`."""
+
+
+class Runner(Protocol):
+    """What the loop needs of any runner."""
+
+    loss: Loss
+    evaluation_loss: Loss
+    streams: RandomStreams
+    """Of the model's random numbers; to be given the step before `forward_backward`."""
+    terms: Mapping[str, Tensor]
+    """Those of the loss for the step that was last, means over its targets on all ranks, `[]`."""
+
+    def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
+        """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a
+        scalar on the device that is the same on all ranks. All ranks must call it."""
+
+    def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
+        """Sum of the loss of evaluation over all targets of the microbatches on all ranks, without
+        gradients."""
+
+
+class SPMDRunner:
+    """Runs a model that is whole on every rank (as far as the code of its forward can tell)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        device: torch.device,
+        input_names: Sequence[str],
+        *,
+        evaluation_loss: Loss | None = None,
+        cut: Callable[[Batch], Batch] | None = None,
+        is_loss_leader: bool = True,
+        streams: RandomStreams | None = None,
+    ):
+        """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
+        `loss`, unless given. `cut` takes this rank's part of a batch whose sequences are spread
+        over ranks. `is_loss_leader` is False where another rank computes, and adds, the same loss.
+        `streams`: those of one rank and seed 0, unless given."""
+        self.model = model
+        self.loss = loss
+        self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
+        self.terms: Mapping[str, Tensor] = {}
+        self.device = device
+        self.input_names = tuple(input_names)
+        self.cut = cut
+        self.is_loss_leader = is_loss_leader
+        self.streams = RandomStreams(0, device) if streams is None else streams
+        self.streams.attach(model)
+
+    def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
+        """See `Runner`."""
+        assert num_targets > 0, "a step without targets has no mean"
+        self.model.train()
+        total, num_sequences = None, 0
+        for index, batch in enumerate(microbatches):
+            set_gradient_sync(self.model, enabled=index == len(microbatches) - 1)
+            self.streams.begin_microbatch(num_sequences)
+            num_sequences += len(batch["tokens"])
+            loss = self._sum(self.loss, batch) / num_targets
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        self.streams.end_microbatches()
+        terms = terms_of(self.loss)
+        loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self.is_loss_leader)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
+        """See `Runner`."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in microbatches:
+            total += self._sum(self.evaluation_loss, batch)
+        free_gathered(self.model)
+        return over_ranks(total, self.is_loss_leader)
+
+    def _sum(self, loss: Loss, batch: Batch) -> Tensor:
+        batch = batch.to(self.device, non_blocking=True)
+        if self.cut is not None:
+            batch = self.cut(batch)
+        hidden = self.model(**{name: batch[name] for name in self.input_names})
+        return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
+
+
+def over_ranks(total: Tensor, is_loss_leader: bool) -> Tensor:
+    """`total`, in place, of all ranks that count."""
+    if not is_loss_leader:
+        total.zero_()
+    dist.all_reduce(total)
+    return total
+
+
+def terms_of(loss: Loss) -> Mapping[str, Tensor]:
+    """Take the sums of a step's terms from the `loss` that this rank has computed. Raises
+    ValueError unless they are those that it declares."""
+    names = getattr(loss, "terms", ())
+    if not names:
+        return {}
+    sums: Mapping[str, Tensor] = loss.take_terms()  # type: ignore[attr-defined]
+    for problem, wrong in (
+        ("reports terms that it does not declare", sums.keys() - set(names)),
+        ("declares terms that it did not report in this step", set(names) - sums.keys()),
+    ):
+        if wrong:
+            raise ValueError(
+                f"the loss {type(loss).__name__} {problem}: {', '.join(sorted(wrong))}"
+            )
+    return sums
+
+
+def add_over_ranks(
+    loss: Loss, total: Tensor, terms: Mapping[str, Tensor], num_targets: int, is_loss_leader: bool
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Add up the loss of a step, of which `total` is this rank's part, and its terms, of which
+    `terms` are this rank's sums over targets (empty without the last stage of a pipeline), in one
+    all-reduce. Returns the loss, and the terms as means over the targets."""
+    names = getattr(loss, "terms", ())
+    zero = torch.zeros_like(total)
+    parts = [terms[name].to(total) / num_targets if name in terms else zero for name in names]
+    of_step, *means = over_ranks(torch.stack([total, *parts]), is_loss_leader).unbind()
+    return of_step, dict(zip(names, means, strict=True))

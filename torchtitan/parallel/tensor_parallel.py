@@ -1,0 +1,350 @@
+"""Tensor parallelism with sequence parallelism: every matrix, and the sequence, cut over ranks.
+
+Between the matrices a rank holds its part of the sequence, `[B, T/tp, D]`. Before a pair of
+matrices the parts are gathered, `[B, T, D]`. The first matrix is cut by columns (of its output), so
+that each rank has some heads or some hidden channels, whole; the second by rows (of its input), and
+gives each rank a term of the sum, of which every rank is sent its part of the sequence. The
+backward exchanges the same in reverse. Nothing is computed twice, and nothing scales a gradient.
+
+A module sees plain tensors, which compile: its parameters are DTensors (which FSDP, checkpoints and
+optimizers understand), but read as attributes they give this rank's part. Each module's class is
+replaced by a subclass that does so, and that communicates around the forward; names stay.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+from torchtitan.models.spec import LanguageModel
+from torchtitan.parallel.compile import is_marked_for_compile
+from torchtitan.utils.torch_compat import enable_async_tensor_parallel
+
+_C10D = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share matrices, as plain values that compiled code can hold."""
+
+    name: str
+    size: int
+    rank: int
+
+
+def gather_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """`[B, T/tp, ...]` to `[B, T, ...]`; its gradient is summed over ranks and cut."""
+    return _Gather.apply(x, group.name, group.size)
+
+
+def reduce_scatter_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """`[B, T, ...]`, summed over ranks and cut, to `[B, T/tp, ...]`; its gradient is gathered."""
+    return _Scatter.apply(x, group.name, group.size)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
+        ctx.group = name, size
+        return all_gather_parts(x, name, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter_sum(grad, *ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
+        ctx.group = name, size
+        return reduce_scatter_sum(x, name, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather_parts(grad, *ctx.group), None, None
+
+
+def all_gather_parts(x: Tensor, name: str, size: int) -> Tensor:
+    """`gather_sequence`, of any type and without a gradient."""
+    gathered = _C10D.wait_tensor(_C10D.all_gather_into_tensor(x.contiguous(), size, name))
+    return torch.cat(gathered.chunk(size), dim=1)  # the collective appends along the batch
+
+
+def reduce_scatter_sum(x: Tensor, name: str, size: int) -> Tensor:
+    """`reduce_scatter_sequence`, without a gradient."""
+    parts = torch.cat(x.chunk(size, dim=1))
+    return _C10D.wait_tensor(_C10D.reduce_scatter_tensor(parts, "sum", size, name))
+
+
+class CutModule(nn.Module):
+    """What a module's class is mixed with. Its `super()` is the module's own class."""
+
+    group: TensorGroup
+    _parts: dict[str, Tensor] | None = None
+    """By name, this rank's parts of the parameters, during the forward of a compiled block."""
+
+
+class GatherInput(CutModule):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(gather_sequence(x, self.group), *args, **kwargs)
+
+
+class _ScatterOutput(CutModule):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return reduce_scatter_sequence(super().forward(*args, **kwargs), self.group)
+
+
+class _VocabParallelEmbedding(CutModule):
+    """An embedding that holds some rows; tokens of other rows are another rank's term."""
+
+    weight: Tensor
+    num_embeddings: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = tokens - self.group.rank * -(-self.num_embeddings // self.group.size)
+        elsewhere = (rows < 0) | (rows >= self.weight.size(0))
+        found = super().forward(rows.masked_fill(elsewhere, 0))
+        return reduce_scatter_sequence(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+class GatheredDropout(CutModule):
+    """A dropout inside a matrix's own module, of an input that all ranks have whole: they need one
+    mask. Each draws it for its part of the sequence."""
+
+    p: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = (x.size(0), x.size(1) // self.group.size, *x.shape[2:])
+        kept = x.new_empty(shape, dtype=torch.uint8).bernoulli_(1 - self.p)
+        kept = all_gather_parts(kept, self.group.name, self.group.size)
+        return x * kept * (1 / (1 - self.p) if self.p < 1 else 0)
+
+
+@dataclass(frozen=True)
+class ParallelStyle:
+    """How one module is cut: where its own parameters are, what its forward does beside."""
+
+    placement: Placement | None = None
+    """Of the parameters that the module itself has."""
+    gradient: Placement | None = None
+    """What a rank's backward gives of their gradient."""
+    mixin: type[CutModule] = CutModule
+    units: int | None = None
+    """Of a replicated matrix every rank uses one of so many parts of its rows."""
+    whole: tuple[str, ...] = ()
+    """Parameters that are not cut: each rank uses them for its part of the work."""
+    added_once: tuple[str, ...] = ()
+    """Parameters that are not cut either, and which only one rank adds to its term of a sum."""
+    whole_input: bool = False
+    """Whether the module's input is the same on all ranks, so that its dropouts have to be."""
+
+    def placements_of(self, parameter: str) -> tuple[Placement, Placement | None]:
+        """Return the placements of one of the module's own parameters and of its gradient.
+
+        What no rank cuts, each uses for a term of what all compute together.
+        """
+        if self.placement is None or parameter in (*self.whole, *self.added_once):
+            return Replicate(), Partial()
+        return self.placement, self.gradient
+
+    def part_of(self, rows: int, columns: int, degree: int) -> tuple[int, int]:
+        """Of a matrix, what one of `degree` ranks multiplies with."""
+        if self.units is not None:
+            return rows // self.units, columns
+        if isinstance(self.placement, Shard):
+            return (
+                (rows // degree, columns) if self.placement.dim == 0 else (rows, columns // degree)
+            )
+        return rows, columns
+
+
+PlanExtension = Callable[[dict[str, ParallelStyle]], None]
+"""Changes the styles of a plan in place."""
+
+
+class TensorStyles:
+    """The styles that a model's plan is made of, see `models.spec.TensorParallelStyles`."""
+
+    def __init__(self, degree: int):
+        self.degree = degree
+
+    def embedding(self) -> ParallelStyle:
+        return ParallelStyle(Shard(0), Shard(0), _VocabParallelEmbedding)
+
+    def norm(self) -> ParallelStyle:
+        # Every rank sees a part of the sequence only.
+        return ParallelStyle(Replicate(), Partial())
+
+    def prepare_module_input(self) -> ParallelStyle:
+        return ParallelStyle(mixin=GatherInput)
+
+    def colwise(self, units: int | None = None) -> ParallelStyle:
+        if units is None or units % self.degree == 0:
+            return ParallelStyle(Shard(0), Shard(0), whole_input=True)
+        assert self.degree % units == 0, "the degree was not checked"
+        return ParallelStyle(Replicate(), Partial(), units=units, whole_input=True)
+
+    def rowwise(self) -> ParallelStyle:
+        return ParallelStyle(Shard(1), Shard(1), _ScatterOutput, added_once=("bias",))
+
+    def head(self) -> ParallelStyle:
+        return ParallelStyle(Shard(0), Shard(0), GatherInput)
+
+
+def apply_tensor_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    overlap: bool = False,
+    extensions: Sequence[PlanExtension] = (),
+) -> None:
+    """Cut `model`, which is on the meta device, over the 1-D `mesh` as its plan says, in place.
+
+    With `overlap` compiled blocks exchange piece by piece, while they compute (CUDA only).
+    `extensions` change the plan first. Raises ValueError for a plan with `plan_problems`.
+    """
+    declared: object = model
+    assert isinstance(declared, LanguageModel)
+    if overlap:
+        enable_async_tensor_parallel(mesh.get_group().group_name)
+    group = TensorGroup(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+    plan = extended_plan(declared, group.size, extensions)
+    if problems := plan_problems(model, plan):
+        raise ValueError("; ".join(problems))
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is met twice, and stays one
+    for name, style in plan.items():
+        module = model.get_submodule(name)
+        if isinstance(module, CutModule):
+            continue  # known by another name, too
+        names = tuple(key for key, _ in module.named_parameters(recurse=False))
+        for key in names:
+            parameter = module._parameters[key]
+            assert parameter is not None
+            if parameter not in moved:
+                placement, _ = style.placements_of(key)
+                cut = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+                moved[parameter] = nn.Parameter(cut, parameter.requires_grad)
+            module.register_parameter(key, moved[parameter])
+        cls: Any = type(module)
+        module.__class__ = _cut_class(cls, style, group, names)
+        dropouts = [child for child in module.modules() if type(child) is nn.Dropout]
+        for dropout in dropouts if style.whole_input else []:
+            dropout.__class__ = _gathered_dropout(group)
+    for block in filter(is_marked_for_compile, declared.blocks().values()):
+        cut = [module for module in block.modules() if isinstance(module, CutModule)]
+        block.register_forward_pre_hook(partial(_take_parts, cut))
+        block.register_forward_hook(partial(_drop_parts, cut))
+
+
+def extended_plan(
+    model: LanguageModel, degree: int, extensions: Sequence[PlanExtension]
+) -> dict[str, ParallelStyle]:
+    """Return the model's plan for `degree` ranks, changed by `extensions`."""
+    plan = model.tensor_parallel_plan(TensorStyles(degree))
+    for extend in extensions:
+        extend(plan)
+    return plan
+
+
+def plan_problems(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> list[str]:
+    """Return what keeps the uncut `model` from being cut as `plan` says, a sentence each."""
+    found = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in plan if name not in modules]:
+        found.append(f"the tensor-parallel plan names {', '.join(unknown)}: no such module")
+    styles: dict[nn.Module, ParallelStyle] = {}
+    for name in plan.keys() & modules.keys():
+        if styles.setdefault(modules[name], plan[name]) != plan[name]:
+            found.append(f"the tensor-parallel plan cuts {name}, a shared module, in two ways")
+    cuts: dict[nn.Parameter, dict[tuple[Placement, Placement | None], str]] = {}
+    left_out = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder, _, key = name.rpartition(".")
+        style = styles.get(modules[holder])
+        if style is None:
+            left_out.append(name)
+            continue
+        cuts.setdefault(parameter, {}).setdefault(style.placements_of(key), name)
+        if misfit := _misfit(style, key, modules[holder]):
+            found.append(f"the tensor-parallel plan has no place for {name}, {misfit}")
+    for names in (" and ".join(cut.values()) for cut in cuts.values() if len(cut) > 1):
+        found.append(f"the tensor-parallel plan cuts {names}, one parameter, in two ways")
+    if left_out:
+        found.append(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
+    return found
+
+
+def _misfit(style: ParallelStyle, key: str, module: nn.Module) -> str | None:
+    """Return why a parameter cannot be cut together with the module's weight; None if it can."""
+    placement, _ = style.placements_of(key)
+    weight, parameter = module._parameters.get("weight"), module._parameters[key]
+    assert parameter is not None
+    if not isinstance(placement, Shard):
+        return None
+    if placement.dim >= parameter.dim():
+        return f"whose shape is {list(parameter.shape)} where columns are cut"
+    if weight is not None and parameter.size(placement.dim) != weight.size(placement.dim):
+        shapes = f"{list(parameter.shape)} beside a weight of {list(weight.shape)}"
+        return f"whose shape is {shapes}, cut along dimension {placement.dim}"
+    return None
+
+
+@cache
+def _cut_class(
+    cls: type[nn.Module], style: ParallelStyle, group: TensorGroup, names: tuple[str, ...]
+) -> type[nn.Module]:
+    # One class for all modules alike, so that blocks stay alike to the compiler.
+    members = {name: property(partial(_part, name, style, group)) for name in names}
+    return type(f"Cut{cls.__name__}", (style.mixin, cls), {"group": group, **members})
+
+
+@cache
+def _gathered_dropout(group: TensorGroup) -> type[nn.Dropout]:
+    return type("GatheredDropout", (GatheredDropout, nn.Dropout), {"group": group})
+
+
+def _part(name: str, style: ParallelStyle, group: TensorGroup, module: CutModule) -> Tensor:
+    """This rank's part of the parameter; autograd carries its gradient back. But the parameter
+    itself while FSDP has it cut further: no forward runs then, it is FSDP that asks."""
+    if module._parts is not None:
+        return module._parts[name]
+    parameter = module._parameters[name]
+    assert isinstance(parameter, DTensor)
+    if len(parameter.placements) > 1:
+        return parameter
+    _, gradient = style.placements_of(name)
+    local = parameter.to_local(grad_placements=[gradient])
+    if name in style.added_once:
+        return local * float(group.rank == 0)
+    if style.units is None or name in style.whole:
+        return local
+    size = local.size(0) // style.units
+    return local.narrow(0, group.rank * style.units // group.size * size, size)
+
+
+@torch.compiler.disable
+def _take_parts(modules: list[CutModule], *_: object) -> None:
+    """Before a compiled block's forward, outside of it, so that the compiler meets plain tensors
+    only: it fails where it is to recompute something of a DTensor."""
+    for module in modules:
+        module._parts = {name: getattr(module, name) for name in module._parameters}
+
+
+@torch.compiler.disable
+def _drop_parts(modules: list[CutModule], *_: object) -> None:
+    for module in modules:
+        module._parts = None

@@ -1,1 +1,0 @@
-"""In-place changes to a model's blocks; parameter names never change."""

@@ -1,0 +1,198 @@
+"""What can be said against the checkpoint settings, before torch is imported."""
+
+import os
+import re
+from pathlib import Path
+
+from torchtitan.checkpoint.decision import decide, starts_anew
+from torchtitan.checkpoint.disk_space import room_in, room_problems
+from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
+from torchtitan.checkpoint.initial import setting_problems
+from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
+from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.run_context import RunContext
+
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
+_TAKEN = re.compile(
+    r"config\.toml|run_status\.json|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
+)
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LONG_RUN_STEPS = 1000
+
+
+def check(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the section alone and with the other sections. Touches no file."""
+    config, section = context.config, context.config.checkpoint
+    problems = _path_problems("job.dump_folder", config.job.dump_folder)
+    if section.initial_load_path is not None:
+        problems += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
+    if not _NAME.fullmatch(section.folder) or ".." in section.folder:
+        text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
+        fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
+        problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
+    others = (
+        config.metrics.save_tb_folder,
+        config.profiling.save_traces_folder,
+        config.profiling.save_memory_snapshot_folder,
+        config.comm.save_traces_folder,
+    )
+    if section.folder in others or _TAKEN.fullmatch(section.folder):
+        text = "is the name of something else in the run folder"
+        fix = 'choose a name of its own, such as "checkpoint"'
+        problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
+    if section.keep_latest_k == 1:
+        text = "would leave nothing to fall back to when the only checkpoint is damaged"
+        problems.append(
+            ConfigIssue("checkpoint.keep_latest_k", text, "use 2 or more, or 0 for all", 1)
+        )
+    problems += setting_problems(section) + _save_problems(context)
+    return problems + _switch_problems(context)
+
+
+def _path_problems(key: str, path: str) -> list[ConfigIssue]:
+    """What no file system has. `s3://...` would otherwise be a folder `s3:` in the current one."""
+    if not path or "\0" in path:
+        return [ConfigIssue(key, "is not a path", "give the path of a folder", path)]
+    if _URI.match(path):
+        text = "is a URI, and runs are written to, and read from, file systems only"
+        fix = "mount that storage, and give the path of a folder in it"
+        return [ConfigIssue(key, text, fix, path)]
+    return []
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the run folder as it is now, and of a start in it; reads names, the stored config
+    and manifests, writes nothing."""
+    config, section = context.config, context.config.checkpoint
+    dump_folder = Path(config.job.dump_folder)
+    if not context.full and not os.path.lexists(dump_folder):
+        return []  # it will lie on another machine
+    problems = _folder_problems(dump_folder)
+    if problems:
+        return problems
+    try:
+        if decide(config, context, dump_folder.resolve()).action == "finished":
+            return []
+    except ConfigError as error:
+        problems += error.problems
+    if not section.enable or starts_anew(config):
+        return problems
+    folder = dump_folder.resolve() / section.folder
+    if _on_memory(folder):
+        text = "is in memory (tmpfs): checkpoints there are lost when the machine stops"
+        fix = "put job.dump_folder on a disk"
+        problems.append(
+            ConfigIssue("job.dump_folder", text, fix, str(dump_folder), severity="warning")
+        )
+    if not section.trust_path:
+        problems += _protection_problems(folder)
+    return problems + _space_problems(folder, section)
+
+
+def _switch_problems(context: RunContext) -> list[ConfigIssue]:
+    section, steps = context.config.checkpoint, context.config.training.steps
+    if section.enable:
+        if section.interval <= steps or steps <= _LONG_RUN_STEPS:
+            return []
+        text = f"is more than training.steps = {steps}: only the last step will be saved"
+        fix = "set it to less, so that a stopped run can be resumed"
+        return [ConfigIssue("checkpoint.interval", text, fix, section.interval, severity="warning")]
+    asked = {
+        "load_step": section.load_step >= 0,
+        "initial_load_path": section.initial_load_path is not None,
+        "load_only": section.load_only,
+        "create_seed_checkpoint": section.create_seed_checkpoint,
+    }
+    if any(asked.values()):
+        text = "has no effect, because checkpoint.enable is false"
+        return [
+            ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
+            for key, is_set in asked.items()
+            if is_set
+        ]
+    if steps > _LONG_RUN_STEPS:
+        text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
+        fix = "set it to true"
+        return [ConfigIssue("checkpoint.enable", text, fix, False, severity="warning")]
+    return []
+
+
+def _save_problems(context: RunContext) -> list[ConfigIssue]:
+    """What contradicts itself about what is saved."""
+    section, problems = context.config.checkpoint, []
+    if section.export_dtype != "float32" and not section.last_save_model_only:
+        text = "is the number format of a last checkpoint without optimizer, which is not asked for"
+        fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
+        problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
+    if not section.create_seed_checkpoint:
+        return problems
+    key = "checkpoint.create_seed_checkpoint"
+    if context.world_size > 1:
+        text = f"is done by one process, and there are {context.world_size}"
+        fix = "start one (NGPU=1), with all degrees of [parallelism] 1"
+        problems.append(ConfigIssue(key, text, fix, True))
+    for other, value in (
+        ("load_only", section.load_only),
+        ("initial_load_path", section.initial_load_path),
+    ):
+        if value:
+            text = f"saves initial weights, and checkpoint.{other} is set, which contradicts it"
+            problems.append(ConfigIssue(key, text, "leave out one of the two", True))
+    return problems
+
+
+def _folder_problems(dump_folder: Path) -> list[ConfigIssue]:
+    existing = dump_folder.absolute()
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except OSError as error:
+        text = f"cannot be used: {error.strerror or error}"
+        return [ConfigIssue("job.dump_folder", text, "choose another path", str(dump_folder))]
+    fix = "choose a folder that this user may write to"
+    if not existing.is_dir():
+        text = f"{existing} is a file" if existing != dump_folder.absolute() else "is a file"
+        return [ConfigIssue("job.dump_folder", text, fix, str(dump_folder))]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        text = f"cannot be written: no permission for {existing}"
+        return [ConfigIssue("job.dump_folder", text, fix, str(dump_folder), missing_asset=True)]
+    return []
+
+
+def _protection_problems(folder: Path) -> list[ConfigIssue]:
+    text = "may be written to by anybody on this machine, who could plant a checkpoint"
+    problems = [
+        ConfigIssue("checkpoint.folder", text, TRUST_FIX, str(part))
+        for part in unprotected_parts(folder)
+    ]
+    parent = unprotected_parent(folder.parent)
+    if parent is not None and not problems:
+        text = f"lies below {parent}, where anybody on this machine may put another in its place"
+        fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
+        where = str(folder.parent)
+        problems.append(ConfigIssue("job.dump_folder", text, fix, where, severity="warning"))
+    return problems
+
+
+def _space_problems(folder: Path, section: Checkpoint) -> list[ConfigIssue]:
+    """A resumed run knows how large its checkpoints are."""
+    manifests = [c.manifest for c in inspect_steps(folder) if c.manifest]
+    if not manifests:
+        return []
+    last = manifests[-1]
+    return room_problems(folder, section, last.num_bytes, len(last.files), room_in(folder))
+
+
+def _on_memory(folder: Path) -> bool:
+    """Whether a path lies on a file system in memory, as far as the kernel tells."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    text, best = str(folder), ("", "")
+    for _, point, kind, *_ in mounts:
+        inside = text == point or text.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best[0]):
+            best = (point, kind)
+    return best[1] in ("tmpfs", "ramfs")

@@ -1,0 +1,218 @@
+"""What can be known to be wrong with the data before a run starts."""
+
+import codecs
+import math
+
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.training_sections import Data, Dataloader
+from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
+from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
+from torchtitan.models.registry import get_family
+from torchtitan.preflight.data_files import probe_data
+from torchtitan.preflight.mesh import is_mesh
+from torchtitan.preflight.tensor_parallel import model_problems
+
+_LONGEST_SEPARATOR = 256
+_ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
+
+
+def check(context: RunContext) -> list[ConfigIssue]:
+    """Problems that follow from the config and the number of processes; reads no files."""
+    problems = check_data(context)
+    if is_mesh(context):  # else there are no data ranks to share anything
+        problems += [*_check_lanes(context), *_check_workers(context)]
+    return problems
+
+
+def check_data(context: RunContext) -> list[ConfigIssue]:
+    """Those of `check` that are about what is read."""
+    config = context.config
+    problems = check_sources(config.training, config.data)
+    if problems:
+        return problems
+    for named in named_sources(config.training, config.data):
+        problems += [named.retold(problem) for problem in check_dataset(named)]
+    return problems
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
+    problems = probe_tokenizer(context)
+    return problems if check_data(context) else problems + probe_data(context)
+
+
+def probe_tokenizer_files(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the tokenizer alone, whatever the model."""
+    return _probe_tokenizer(context, with_model=False)
+
+
+def probe_tokenizer(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
+    return _probe_tokenizer(context, with_model=True)
+
+
+def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]:
+    from torchtitan.data.document_ends import probe_ends
+    from torchtitan.data.tokenizers import KEY, build_tokenizer
+
+    path = context.config.model.tokenizer_path
+    try:
+        tokenizer = build_tokenizer(path)
+    except ConfigError as error:
+        return error.problems
+    problems = _vocabulary_problems(context, tokenizer.vocab_size) if with_model else []
+    problems += probe_ends(tokenizer, context.config.data)
+    back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
+    if back == _ROUND_TRIP:
+        return problems
+    return [
+        *problems,
+        ConfigIssue(
+            KEY,
+            f"does not give back the text that it encodes: {_ROUND_TRIP!r} comes back as {back!r}",
+            "check that it suits your text; ignore this if it folds case or blanks on purpose",
+            value=path,
+            severity="warning",
+        ),
+    ]
+
+
+def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIssue]:
+    """What the tokenizer adds to the problems that the model's own check finds."""
+    model = context.config.model
+    try:
+        family = get_family(model.name)
+        family.resolve(model)
+    except ConfigError:
+        return []
+    try:
+        args = family.resolve(model, vocab_size)
+    except ConfigError as error:
+        return error.problems
+    return model_problems(context, args)
+
+
+def check_dataset(named: NamedSource) -> list[ConfigIssue]:
+    """Problems of one dataset, by the keys of a single one."""
+    training = named.training
+    entry = find_dataset(training.dataset)
+    if entry is None:
+        return [unknown_dataset(training.dataset)]
+    problems = [*_check_hub_keys(named.data, entry), *_check_file_keys(named.data)]
+    path = training.dataset_path
+    if path is None:
+        return [*problems, *([missing_path(training.dataset)] if entry.needs_path else [])]
+    if not path or "\0" in path:
+        fix = "give a file, a folder or a glob"
+        problems.append(ConfigIssue("training.dataset_path", "is not a path", fix, value=path))
+    elif not entry.takes_path:
+        fix = 'remove it, or set training.dataset to "auto", "json", "text" or "parquet"'
+        problem = f'is not used by "{training.dataset}"'
+        problems.append(ConfigIssue("training.dataset_path", problem, fix, value=path))
+    return problems
+
+
+def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
+    """Keys of `[data]` that say which part of a Hugging Face dataset to read."""
+    used = {"split": entry.takes_split}
+    used |= dict.fromkeys(("subset", "revision", "streaming"), entry.takes_hub_keys)
+    problems = []
+    for name, is_used in used.items():
+        value = getattr(data, name)
+        if not is_used and value != type(data).model_fields[name].default:
+            problem = f'is not used by "{entry.name}"'
+            fix = 'remove it; it is for training.dataset = "hf:owner/name"'
+            problems.append(ConfigIssue(f"data.{name}", problem, fix, value=value))
+        elif value == "":
+            fix = "name one, or remove it"
+            problems.append(ConfigIssue(f"data.{name}", "is empty", fix, value=value))
+    return problems
+
+
+def _check_file_keys(data: Data) -> list[ConfigIssue]:
+    """Keys of `[data]` that say how text files are read."""
+    problems = []
+    separator = data.document_separator
+    if separator is not None and not 0 < len(separator) <= _LONGEST_SEPARATOR:
+        problem = f"has {len(separator)} characters"
+        fix = f"give 1 to {_LONGEST_SEPARATOR}, or remove it"
+        problems.append(ConfigIssue("data.document_separator", problem, fix, value=separator))
+    if data.encoding is not None and not _is_text_codec(data.encoding):
+        fix = 'name one of Python, such as "latin-1", "cp1252", "utf-16" or "gb18030"'
+        problems.append(ConfigIssue("data.encoding", "is no encoding of text", fix, data.encoding))
+    return problems
+
+
+def _is_text_codec(name: str) -> bool:
+    try:  # others change bytes into bytes, such as "zip" and "hex"
+        return isinstance(codecs.getincrementaldecoder(name)().decode(b"", True), str)
+    except (LookupError, TypeError, ValueError):
+        return False
+
+
+def _check_lanes(context: RunContext) -> list[ConfigIssue]:
+    """Whoever serves it, a lane gives every step the same number of sequences."""
+    lanes, dp, batch = context.num_lanes, context.dp_degree, context.global_batch_size
+    problems = []
+    if batch % lanes:
+        below = max(n for n in range(1, lanes + 1) if batch % n == 0)
+        problem = f"does not divide the global batch of {batch} sequences"
+        problems.append(ConfigIssue("data.lanes", problem, f"set for example {below}", value=lanes))
+    if lanes % dp:
+        valid = [n for n in _divisors(batch) if n % dp == 0]
+        fix = (
+            f"set data.lanes to {_nearest(lanes, valid)}, or another data-parallel degree"
+            if valid
+            else f"set training.global_batch_size to a multiple of {dp}"
+        )
+        origin = "" if context.config.data.lanes else " (chosen from training.global_batch_size)"
+        problem = f"{lanes} lanes{origin} cannot be shared by {dp} data-parallel ranks"
+        problems.append(ConfigIssue("data.lanes", problem, fix, value=context.config.data.lanes))
+    return problems
+
+
+def _check_workers(context: RunContext) -> list[ConfigIssue]:
+    options = context.config.training.dataloader
+    key = "training.dataloader.num_workers"
+    if options.num_workers == 0:
+        return check_prefetching(options, "training.dataloader")
+    own = context.num_lanes // context.dp_degree
+    if own == 0 or context.num_lanes % context.dp_degree:
+        return []
+    used = max(n for n in range(1, own + 1) if own % n == 0 and n <= options.num_workers)
+    if used == options.num_workers:
+        return []
+    return [
+        ConfigIssue(
+            key,
+            f"the {own} data lanes of a rank are served by {used} processes",
+            f"set {used}, or another divisor of {own}",
+            value=options.num_workers,
+            severity="warning",
+        )
+    ]
+
+
+def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
+    """The problem of reading ahead without anybody to do it, in the table at `place`."""
+    if options.num_workers or options.prefetch_factor is None:
+        return []
+    return [
+        ConfigIssue(
+            f"{place}.prefetch_factor",
+            "nothing is read ahead without reading processes",
+            f"remove it, or set {place}.num_workers above 0",
+            value=options.prefetch_factor,
+            severity="warning",
+        )
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _nearest(number: int, candidates: list[int]) -> int:
+    return min(candidates, key=lambda candidate: abs(candidate - number))

@@ -1,0 +1,322 @@
+"""What can be known to be wrong with the data by looking at their files, before a run starts."""
+
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.training_sections import Data
+from torchtitan.data.decode import DAMAGED_FILE
+from torchtitan.data.doubles import doubled_files
+from torchtitan.data.named_sources import NamedSource, named_sources
+from torchtitan.data.registry import build_source
+
+if TYPE_CHECKING:
+    from torchtitan.data.pieces import Shard
+    from torchtitan.data.sources import Source
+    from torchtitan.data.sources_files import FileSource
+    from torchtitan.data.token_source import TokenSource
+
+_PROBED_SHARDS = 16
+_PROBED_ROWS = 8
+_PROBED_BYTES = 32 * 2**20
+_PROBED_ROW_BYTES = 256 * 2**20
+"""Of the content of compressed files."""
+_PROBED_TOKEN_BYTES = 256 * 2**20
+"""Read to compare digests: the offsets of many tokens, and all of small data."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
+_ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
+_ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
+
+
+def probe_data(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
+    return probe_sources(context, named_sources(context.config.training, context.config.data), {})
+
+
+def probe_sources(
+    context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
+) -> list[ConfigIssue]:
+    """Problems of the files of `sources`. `files` are those that were seen before."""
+    problems: list[ConfigIssue] = []
+    sources = list(sources)
+    for named in sources:
+        data = named.data if context.full else _lightly(named.data)
+        config = context.config.model_copy(update={"training": named.training, "data": data})
+        own = replace(context, config=config)
+        found: list[ConfigIssue] = []
+        try:
+            source = build_source(named.training, data)
+            found += _probe_source(own, source)
+            if files or len(sources) > 1:  # else there is none to share a file with
+                found += _probe_shared_files(named, source, files)
+            if named.training.dataset_path is not None:  # else nobody chose the files
+                found += doubled_files(source)
+        except ConfigError as error:
+            found += error.problems
+        except DataError as error:
+            found.append(ConfigIssue(_key(own), str(error), "mend or replace the file"))
+        problems += [named.retold(problem) for problem in found]
+    return problems
+
+
+def _lightly(data: Data) -> Data:
+    """Settings that read a few rows of a dataset of the hub, for a machine that will not train: a
+    check must not download all of it. A part of a split, "train[:10%]", is not known then."""
+    return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
+
+
+def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
+    """The files of those sources that are files, by their real paths."""
+    files: dict[str, NamedSource] = {}
+    for named in sources:
+        if named.training.dataset_path is None and named.training.dataset != "stdlib":
+            continue  # of the hub, or of a kind that only its factory knows
+        try:
+            source = build_source(named.training, named.data)
+        except (ConfigError, DataError):
+            continue  # told by the probe of these sources
+        for file in getattr(source, "files", ()):
+            files.setdefault(os.path.realpath(file.path), named)
+    return files
+
+
+def _probe_shared_files(
+    named: NamedSource, source: "Source", files: dict[str, NamedSource]
+) -> list[ConfigIssue]:
+    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
+    shared = [path for path in paths if path in files]
+    for path in paths:
+        files.setdefault(path, named)
+    if not shared:
+        return []
+    first = files[shared[0]]
+    place = f"{first.place} ({first.name})" if first.place else "the training data"
+    return [
+        ConfigIssue(
+            "training.dataset_path",
+            f"{len(shared)} of the files are in {place}, too, for example"
+            f" {shared[0]}; their documents count in both",
+            "leave them out of one of the sources, unless that is meant",
+            value=named.training.dataset_path,
+            severity="warning",
+        )
+    ]
+
+
+def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """Problems of dealing the data out, of their first rows, and of files that are cut off."""
+    from torchtitan.data.pieces import too_few_shards
+    from torchtitan.data.sources_files import FileSource
+    from torchtitan.data.token_source import TokenSource
+
+    problems = [*getattr(source, "problems", list)(), *_probe_pickling(context, source)]
+    if problems:
+        return problems
+    shards = source.shards(context.num_lanes)
+    if not shards:
+        return [ConfigIssue(_key(context), "holds no document", "give data with content")]
+    if len(shards) < context.num_lanes:
+        return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
+    if isinstance(source, TokenSource):
+        return _probe_tokens(context, source)
+    problems = _probe_rows(context, source, shards)
+    is_refused = any(problem.severity == "error" for problem in problems)
+    if not is_refused and isinstance(source, FileSource):
+        problems += _probe_amount(context, source)
+        return problems + _probe_whole_files(context, source, shards)
+    if not is_refused:
+        problems += _probe_shared_rows(context, source, shards)
+    return problems + _probe_revision(context, source)
+
+
+def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """Whether reading processes can have a copy of a dataset that is not the library's own."""
+    from torchtitan.data.sources_files import FileSource
+
+    num_workers = context.config.training.dataloader.num_workers
+    if num_workers == 0 or isinstance(source, FileSource):
+        return []
+    try:
+        pickle.dumps(source)
+    except Exception as error:
+        problem = f"the dataset cannot be sent to reading processes: {error}"
+        fix = "make it picklable (no open files, lambdas or local classes), or set 0"
+        key = "training.dataloader.num_workers"
+        return [ConfigIssue(key, problem, fix, value=num_workers)]
+    return []
+
+
+def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """A dataset of the hub may change while a run is stopped, which a resume refuses."""
+    commit, revision = source.description.get("commit"), context.config.data.revision
+    if commit is None or _COMMIT.fullmatch(revision or ""):
+        return []
+    return [
+        ConfigIssue(
+            "data.revision",
+            "the dataset may change; a resume with other training data is refused",
+            f'set "{commit}", the newest commit',
+            value=revision,
+            severity="warning",
+        )
+    ]
+
+
+def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
+    """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.token_files import TokenFileError
+    from torchtitan.data.token_source import tokenizer_problem, unusable
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config, path = context.config, context.config.training.dataset_path
+    try:
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        problem = tokenizer_problem(source, document_tokenizer(tokenizer, config.data), path)
+        source.check_content(_PROBED_TOKEN_BYTES)
+    except TokenFileError as error:
+        return [unusable(error, path or "")]
+    except ConfigError:  # of the tokenizer, and told with it
+        return []
+    problems = [problem] if problem is not None else []
+    if problem is not None and problem.severity == "error":
+        return problems
+    return problems + _amount_problems(context, source.index.num_tokens, "tokens")
+
+
+def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
+    """The first unusable row among the first rows of some shards, as an error where the policy for
+    rows makes it one; a warning where no row of these holds text."""
+    from torchtitan.data.sources import BadRow
+    from torchtitan.data.sources_torch import StreamSource
+
+    # Each part of a stream may be a connection of its own.
+    num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
+    num_usable = 0
+    first: tuple[str, BadRow] | None = None
+    for shard in shards[:: -(-len(shards) // num_probed)]:
+        for row in islice(source.rows(shard), _PROBED_ROWS):
+            try:
+                num_usable += len(source.text(row)) > 0
+            except BadRow as error:
+                first = first or (source.locate(shard, row), error)
+            if row.flaw:  # what comes after it may be far away
+                break
+    may_skip = context.config.data.on_bad_row == "skip"
+    if num_usable and (first is None or may_skip):
+        return []
+    if first is None:
+        problem, fix = "the first rows hold no text", "check that these are the right data"
+        return [ConfigIssue(_key(context), problem, fix, severity="warning")]
+    where, reason = first
+    severity = "warning" if may_skip else "error"
+    if reason.column is None or num_usable:
+        fix = _fix_of(str(reason))
+        return [ConfigIssue(_key(context), f"{where}: {reason}", fix, severity=severity)]
+    fix = "set it to the column that holds the text"
+    if not may_skip:
+        fix += ', or, where only some rows are so, set data.on_bad_row = "skip"'
+    problem = f"{where}: {reason}"
+    return [ConfigIssue("data.text_column", problem, fix, value=reason.column, severity=severity)]
+
+
+def _fix_of(flaw: str) -> str:
+    if "data.encoding" in flaw:
+        return _ENCODING_FIX
+    return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
+
+
+def _probe_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
+    """Whether finite, uncompressed data can fill one step; a token is at least a byte."""
+    if any(file.compression for file in source.files):
+        return []
+    return _amount_problems(context, sum(file.size for file in source.files), "bytes")
+
+
+def _amount_problems(context: RunContext, amount: int, unit: str) -> list[ConfigIssue]:
+    training, epochs = context.config.training, context.config.data.epochs
+    if epochs is None or amount * epochs // training.seq_len >= context.global_batch_size:
+        return []
+    available = amount * epochs // training.seq_len
+    return [
+        ConfigIssue(
+            "data.epochs",
+            f"{epochs} x {amount} {unit} give at most {available} sequences of"
+            f" {training.seq_len} tokens, and a step takes {context.global_batch_size}",
+            "give more data, or lower training.global_batch_size or training.seq_len",
+            value=epochs,
+        )
+    ]
+
+
+def _probe_whole_files(
+    context: RunContext, source: "FileSource", shards: "list[Shard]"
+) -> list[ConfigIssue]:
+    """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
+    from torchtitan.data.pieces import Shard
+
+    budget, budget_of_rows = _PROBED_BYTES, _PROBED_ROW_BYTES
+    problems = []
+    strides = {shard.file: shard.stride for shard in shards if shard.end is None}
+    num_filled = sum(shard.end is not None for shard in shards)
+    for index, stride in strides.items():
+        file = source.files[index]
+        budget -= file.size
+        num_rows = 0
+        for row in source.rows(Shard(index)) if budget >= 0 else ():
+            num_rows += 1
+            budget_of_rows -= row.size
+            if row.flaw and context.config.data.on_bad_row == "error":
+                where = source.locate(Shard(index), row)
+                problem, fix = f"{where}: {row.flaw}", _fix_of(str(row.flaw))
+                problems.append(ConfigIssue(_key(context), problem, fix))
+                break
+            if budget_of_rows < 0:  # a small file can hold any amount
+                break
+        if budget < 0 or budget_of_rows < 0:
+            return problems
+        num_filled += min(num_rows, stride)
+    if not problems and num_filled == 0:
+        return [ConfigIssue(_key(context), "holds no document", "give data with content")]
+    if not problems and num_filled < context.num_lanes:
+        problems.append(too_few_documents(num_filled, context))
+    return problems
+
+
+def _probe_shared_rows(
+    context: RunContext, source: "Source", shards: "list[Shard]"
+) -> list[ConfigIssue]:
+    """Whether a few row groups or parts of a stream, whose rows the lanes share out by stride, have
+    a row for each lane."""
+    strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
+    if max(strides.values()) == 1 or len(strides) > _PROBED_SHARDS:
+        return []
+    num_filled = 0
+    for whole, stride in strides.items():
+        num_filled += sum(1 for _ in islice(source.rows(whole), stride))
+        if num_filled >= context.num_lanes:
+            return []
+    return [too_few_documents(num_filled, context)]
+
+
+def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
+    """The problem of a lane that would have nothing to read."""
+    return ConfigIssue(
+        "data.lanes",
+        f"the data hold {count} documents, too few for {context.num_lanes} lanes",
+        f"set data.lanes to at most {count}, or give more data",
+        value=context.config.data.lanes,
+    )
+
+
+def _key(context: RunContext) -> str:
+    named = context.config.training.dataset_path is None
+    return "training.dataset" if named else "training.dataset_path"

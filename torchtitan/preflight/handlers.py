@@ -1,0 +1,104 @@
+"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch, but in `probe`."""
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.util import find_spec
+
+from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.errors import errors_of
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.suggest import fix_of_registered
+from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
+
+
+def check(context: RunContext) -> list[ConfigIssue]:
+    """Names, order, combinations, settings."""
+    known = HANDLERS
+    chosen = context.config.model.handlers
+    problems = []
+    for place, name in enumerate(chosen):
+        if name not in known:
+            fix = fix_of_registered(name, known)
+            problems.append(ConfigIssue("model.handlers", "is not a handler", fix, value=name))
+        elif name in chosen[:place]:
+            problem = "is listed twice"
+            problems.append(ConfigIssue("model.handlers", problem, "list it once", value=name))
+    for name in context.config.handlers:
+        if name not in known:
+            fix = fix_of_registered(name, known)
+            problems.append(ConfigIssue(f"handlers.{name}", "is not a handler", fix))
+    if problems:
+        return problems
+    for name in dict.fromkeys([*chosen, *context.config.handlers]):
+        problems += _asked(name, "Settings", partial(_settings_problems, context, name))
+    if problems:
+        return problems
+    entries = {name: HANDLERS[name] for name in chosen}
+    problems += [*_check_order(entries), *_check_packages(entries)]
+    for name, entry in entries.items():
+        if not errors_of(problems):
+            settings = handler_settings(context.config, name)
+            problems += _asked(name, "check", partial(entry.check, context, settings))
+    return problems
+
+
+def _settings_problems(context: RunContext, name: str) -> list[ConfigIssue]:
+    handler_settings(context.config, name)
+    return []
+
+
+def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> list[ConfigIssue]:
+    """What a handler finds; for what it raises, whose fault that is, with its own traceback."""
+    try:
+        return list(ask())
+    except ConfigError as error:
+        return error.problems
+    except Exception:
+        lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
+        problem = f"its {what} ({HANDLERS.origin(name)}) fails:\n    {lines}"
+        return [ConfigIssue("model.handlers", problem, "mend the handler", value=name)]
+
+
+def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
+    """Looks for the packages, without importing them."""
+    for name, entry in chosen.items():
+        if entry.package and not _is_installed(entry.package):
+            problem = f"it needs {entry.package}, which is not installed"
+            what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
+            yield ConfigIssue("model.handlers", problem, f"pip install {what}", value=name)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # what a dotted name begins with
+        return False
+
+
+def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
+    names, problems = list(chosen), []
+    for place, (name, entry) in enumerate(chosen.items()):
+        for earlier in entry.after:
+            if earlier in names[place:]:
+                fix = f"list {earlier} before {name}"
+                problem = f"has to come after {earlier}"
+                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
+        for other in entry.excludes:
+            if other in chosen:
+                problem = f"cannot be combined with {other}"
+                fix = f"leave out {name} or {other}"
+                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
+    return problems
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """Whether this machine's devices can do what the handlers ask of them."""
+    config = context.config
+    return [
+        problem
+        for name in config.model.handlers
+        for problem in _asked(
+            name, "probe", partial(HANDLERS[name].probe, context, handler_settings(config, name))
+        )
+    ]

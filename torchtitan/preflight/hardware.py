@@ -1,0 +1,67 @@
+"""Whether this machine can run what the config asks for. Looks at devices without using them."""
+
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
+from torchtitan.utils.environment import EnvironmentFaults, read_environment
+
+MINIMUM_TORCH = (2, 11)
+_BFLOAT16_CAPABILITY = (8, 0)
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """The torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
+    import torch
+
+    problems = []
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if installed < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        fix = f"install torch {minimum} or newer"
+        problems.append(ConfigIssue("torch", f"version {torch.__version__} is too old", fix))
+    if context.device_type == "cuda":
+        problems += _cuda(context)
+    return problems
+
+
+def _cuda(context: RunContext) -> list[ConfigIssue]:
+    import torch
+
+    if not torch.cuda.is_available():
+        if context.config.job.device == "auto":
+            return []  # the run will take the CPU
+        fix = 'install a torch with CUDA and its driver, or set it to "cpu" or "auto"'
+        return [ConfigIssue("job.device", "no CUDA device can be used", fix, "cuda")]
+    devices = torch.cuda.device_count()
+    try:
+        local_rank = read_environment().local_rank
+    except EnvironmentFaults:
+        return []  # `--check` of another machine's world size
+    if local_rank < devices:
+        return _bfloat16(context, local_rank)
+    problem = f"there are {devices} visible CUDA devices"
+    fix = f"start at most {devices} processes per machine, or set job.device to cpu"
+    return [ConfigIssue("LOCAL_RANK", problem, fix, local_rank, local=True)]
+
+
+def _bfloat16(context: RunContext, local_rank: int) -> list[ConfigIssue]:
+    """Older GPUs emulate bfloat16, many times slower than they compute in float32."""
+    import torch
+
+    if torch.version.hip is not None:
+        return []
+    capability = torch.cuda.get_device_capability(local_rank)
+    if capability >= _BFLOAT16_CAPABILITY:
+        return []
+    training = context.config.training
+    values = {
+        "training.dtype": training.dtype,
+        "training.mixed_precision_param": training.mixed_precision_param,
+    }
+    problem = "the GPU has compute capability {}.{}, and bfloat16 needs {}.{}"
+    return [
+        ConfigIssue(
+            key, problem.format(*capability, *_BFLOAT16_CAPABILITY), 'set it to "float32"', value
+        )
+        for key, value in values.items()
+        if value == "bfloat16"
+    ]

@@ -1,0 +1,105 @@
+"""Whether a model can be cut over ranks as its family, and its handlers, leave it."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from torchtitan.config.errors import ConfigError, ConfigIssue, errors_of
+from torchtitan.config.run_context import RunContext
+from torchtitan.models.registry import get_family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_STAND_IN_VOCAB_SIZE = 256
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """Return what keeps FSDP, a pipeline or tensor parallelism from cutting the model.
+
+    Builds and converts the model on `meta`, as a start does; imports torch. For configs that are
+    sound otherwise; with others it has nothing to say.
+    """
+    from torchtitan.handlers.named import HandlerError
+    from torchtitan.preflight.handlers import check
+
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # handlers say what they do when the model is built in earnest
+    try:
+        return [] if errors_of(check(context)) else _problems(context)
+    except ConfigError as error:
+        return error.problems
+    except HandlerError as error:
+        problem = f"whether the model can be cut is not checked: {error}"
+        fix = "mend the handler, unless its hook needs the processes of a run"
+        return [ConfigIssue("model.handlers", problem, fix, severity="warning")]
+    finally:
+        logging.disable(before)
+
+
+def _problems(context: RunContext) -> list[ConfigIssue]:
+    import torch
+
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.handlers.conversion import convert_model
+    from torchtitan.handlers.named import NamedHandler
+    from torchtitan.models.spec import require_language_model
+    from torchtitan.parallel.pipeline.stages import plan_pipeline, torn_parameters
+    from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
+    from torchtitan.preflight.tensor_parallel import DEGREE_KEY
+    from torchtitan.utils.dtypes import default_dtype, torch_dtype
+
+    config, dims = context.config, ParallelDims.from_context(context)
+    try:
+        family = get_family(config.model.name)
+        args = family.resolve(config.model)
+        if args.vocab_size is None:  # the tokenizer's; no name depends on it
+            args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
+        pipeline = plan_pipeline(context, args.modules()) if dims.pp > 1 else None
+        if dims.tp > 1 and args.tensor_parallel_problems(dims.tp):
+            return []
+    except ConfigError:
+        return []  # reported by the checks of these sections
+    handlers = [NamedHandler(name, config, dims) for name in config.model.handlers]
+    dtype = torch_dtype(config.training.dtype)
+    try:
+        with torch.device("meta"), default_dtype(dtype):
+            model = family.build(args)
+    except Exception:
+        return []  # reported by the checks of the model
+    require_language_model(model, family.name)
+    convert_model(model, handlers, dtype)
+    key = "model.handlers" if handlers else "model.name"
+    problems = [*_scalars(model, key), *_odd_types(model, key)]
+    if pipeline is not None:
+        problems += torn_parameters(pipeline, model, dims.pp)
+    if dims.tp > 1:
+        plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
+        fix = "mend tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
+        problems += [
+            ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)
+        ]
+    return problems
+
+
+def _scalars(model: "nn.Module", key: str) -> list[ConfigIssue]:
+    """FSDP, which also a single process uses, shards along a dimension."""
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    problem = f"a parameter needs a dimension to be sharded along, and {shown} has none"
+    return [ConfigIssue(key, problem, "make it a tensor of the shape [1]")]
+
+
+def _odd_types(model: "nn.Module", key: str) -> list[ConfigIssue]:
+    """FSDP gathers parameters that are trained in one buffer."""
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            names.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(name)
+    if len(names) < 2:
+        return []
+    usual = max(names, key=lambda dtype: len(names[dtype]))
+    odd = next(dtype for dtype in names if dtype != usual)
+    problem = f"{names[odd][0]} is {odd}, and what is trained has to have one type, here {usual}"
+    return [ConfigIssue(key, problem, "make it without a type: it has that of training.dtype then")]

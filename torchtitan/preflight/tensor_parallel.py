@@ -1,0 +1,97 @@
+"""What can be wrong with the settings of tensor parallelism. No torch."""
+
+from collections.abc import Iterator
+
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
+from torchtitan.models.registry import model_args
+from torchtitan.models.spec import ModelArgs
+from torchtitan.utils.environment import EnvironmentFaults, read_environment
+
+DEGREE_KEY = "parallelism.tensor_parallel_degree"
+ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
+
+
+def check(context: RunContext) -> list[ConfigIssue]:
+    """Problems of `parallelism.tensor_parallel_degree` and `enable_async_tensor_parallel`.
+
+    A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.
+    """
+    section = context.config.parallelism
+    degree, args = section.tensor_parallel_degree, model_args(context.config.model)
+    problems = list(_async(context)) if section.enable_async_tensor_parallel else []
+    if degree > 1 and args is not None:
+        refused = model_problems(context, args)
+        # A degree that is none asks nothing of the sequence.
+        problems += [*(refused or _sequence(context)), *_machines(context)]
+    return problems
+
+
+def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
+    """What keeps a model of these hyper-parameters from being cut as the config says."""
+    degree = context.config.parallelism.tensor_parallel_degree
+    if degree == 1:
+        return []
+    problems = args.tensor_parallel_problems(degree)
+    return problems or list(_uneven_vocabulary(context, args))
+
+
+def _uneven_vocabulary(context: RunContext, args: ModelArgs) -> Iterator[ConfigIssue]:
+    """Matrices whose rows are cut unevenly are sharded by columns, see `data_parallel`, and FSDP
+    wants those even."""
+    section = context.config.parallelism
+    degree, vocab_size = section.tensor_parallel_degree, args.vocab_size
+    shards = context.shard_degree * section.context_parallel_degree
+    if vocab_size is None or vocab_size % degree == 0 or args.hidden_size() % shards == 0:
+        return
+    problem = (
+        f"cuts the vocabulary's {vocab_size} tokens unevenly, so that the embedding's width,"
+        f" {args.hidden_size()}, has to be sharded; but data_parallel_shard_degree x"
+        f" context_parallel_degree = {shards} does not divide it"
+    )
+    above = -(-vocab_size // degree) * degree
+    fix = f"set model.args.vocab_size to {above} (more tokens than the tokenizer has do no harm)"
+    yield ConfigIssue(DEGREE_KEY, problem, fix, degree)
+
+
+def _async(context: RunContext) -> Iterator[ConfigIssue]:
+    config = context.config
+    backend = config.handlers.get("compile", {}).get("backend", "inductor")
+    fix = "set it to false"
+    if config.parallelism.tensor_parallel_degree == 1:
+        yield ConfigIssue(ASYNC_KEY, f"{DEGREE_KEY} is 1: nothing is exchanged", fix, True)
+    elif context.device_type != "cuda":
+        problem = f"it needs CUDA devices, and this run is on {context.device_type}"
+        yield ConfigIssue(ASYNC_KEY, problem, fix, True)
+    elif "compile" not in config.model.handlers or backend != "inductor":
+        problem = "it is the compiler that overlaps products and their communication"
+        fix = 'add "compile" to model.handlers, with the backend inductor, or set this to false'
+        yield ConfigIssue(ASYNC_KEY, problem, fix, True)
+
+
+def _sequence(context: RunContext) -> Iterator[ConfigIssue]:
+    """With context parallelism, whose check knows of this too, the divisor is another."""
+    section, seq_len = context.config.parallelism, context.config.training.seq_len
+    degree = section.tensor_parallel_degree
+    below = seq_len // degree * degree
+    if section.context_parallel_degree == 1 and below != seq_len:
+        nearest = f"{below} or {below + degree}" if below else str(degree)
+        problem = f"tensor_parallel_degree = {degree} needs a multiple of {degree}"
+        yield ConfigIssue("training.seq_len", problem, f"set it to {nearest}", seq_len)
+
+
+def _machines(context: RunContext) -> Iterator[ConfigIssue]:
+    try:
+        environment = read_environment()
+    except EnvironmentFaults:
+        return  # reported where processes are joined
+    degree, local = context.config.parallelism.tensor_parallel_degree, environment.local_world_size
+    if context.full and environment.world_size == context.world_size > local and local % degree:
+        yield ConfigIssue(
+            DEGREE_KEY,
+            f"some ranks that exchange activations in every layer are on different machines, since"
+            f" each runs {local} processes",
+            f"set it to a divisor of {local}, unless the network is as fast as the machine's",
+            degree,
+            severity="warning",
+        )

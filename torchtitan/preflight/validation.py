@@ -1,0 +1,98 @@
+"""Problems of `[validation]`. No torch.
+
+Each set is checked as the sections that would train on it alone; problems name the keys that the
+user wrote.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.validation_section import Validation
+from torchtitan.data.named_sources import named_sources
+from torchtitan.data.validation_sets import SECTION, TABLES, validation_sets
+from torchtitan.preflight import context_parallel, model, tensor_parallel
+from torchtitan.preflight.data import check_dataset, check_prefetching
+from torchtitan.preflight.data_files import files_of, probe_sources
+from torchtitan.preflight.mesh import is_mesh
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def check(context: RunContext) -> list[ConfigIssue]:
+    """Problems of `[validation]` that config and mesh can tell; reads no file."""
+    section = context.config.validation
+    if not section.enable:
+        return []
+    problems = [*_check_tables(section), *_check_numbers(section)]
+    for named in validation_sets(context.config):
+        problems += [named.retold(problem) for problem in check_dataset(named)]
+    if is_mesh(context):
+        problems += [*_check_sequence(context), *_check_microbatches(context)]
+    return problems
+
+
+def probe(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the sets' files, and files that are trained on, too."""
+    config = context.config
+    sets = validation_sets(config)
+    trained_on = files_of(named_sources(config.training, config.data)) if sets else {}
+    return probe_sources(context, sets, trained_on)
+
+
+def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
+    if not section.sets:
+        return
+    for key in ("dataset", "dataset_path", "column"):
+        value = getattr(section, key)
+        if value != Validation.model_fields[key].default:
+            problem = f"and [[{TABLES}]] both say what to read"
+            fix = "leave one of both out; this set can be another table"
+            yield ConfigIssue(f"{SECTION}.{key}", problem, fix, value)
+    names = [table.name for table in section.sets]
+    for index, name in enumerate(names):
+        if not _NAME.fullmatch(name):
+            fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
+            problem = "cannot be a part of a metric's name"
+            yield ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name)
+    for name, count in Counter(names).items():
+        if count > 1:
+            key = f"{TABLES}[{names.index(name)}].name"
+            yield ConfigIssue(
+                key, "is the name of several sets", "give each a name of its own", name
+            )
+
+
+def _check_numbers(section: Validation) -> Iterator[ConfigIssue]:
+    if section.steps == 0:
+        fix = "set -1 for whole sets, or enable = false"
+        yield ConfigIssue(f"{SECTION}.steps", "must be at least 1, or -1", fix, 0)
+    yield from check_prefetching(section.dataloader, f"{SECTION}.dataloader")
+
+
+def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
+    """A length of its own has to fit the model and be cut as that of training is."""
+    config, seq_len = context.config, context.config.validation.seq_len
+    if seq_len is None or seq_len == config.training.seq_len:
+        return
+    training = config.training.model_copy(update={"seq_len": seq_len})
+    changed = replace(context, config=config.model_copy(update={"training": training}))
+    for feature in (model, tensor_parallel, context_parallel):
+        for problem in feature.check(changed):
+            if problem.key == "training.seq_len":
+                yield replace(problem, key=f"{SECTION}.seq_len")
+
+
+def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
+    """A pipeline cuts a batch of validation into microbatches as it cuts one of training."""
+    batch = context.config.validation.local_batch_size
+    mesh = context.config.parallelism
+    size = mesh.pipeline_parallel_microbatch_size
+    if batch is None or mesh.pipeline_parallel_degree == 1 or batch % size == 0:
+        return
+    problem = f"is not a multiple of parallelism.pipeline_parallel_microbatch_size = {size}"
+    fix = f"set it to {-(-batch // size) * size}, or leave it unset"
+    yield ConfigIssue(f"{SECTION}.local_batch_size", problem, fix, batch)

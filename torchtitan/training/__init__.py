@@ -1,0 +1,1 @@
+"""The training run: building its parts, the loop, the life of a process."""

@@ -1,0 +1,318 @@
+"""The composition root: the only place that takes a `JobConfig` apart.
+
+Everything below gets its own section and the objects it works with. The training loop and every
+tool build what they need from here, so that a model that is evaluated is built as one that is
+trained.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.saver import Saver
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.config import DataError, JobConfig
+from torchtitan.config.run_context import RunContext
+from torchtitan.data import loader as data_loader
+from torchtitan.data.identity import differences
+from torchtitan.data.loader import LanePlan, Loader
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.data.validation_reader import Pass, build_reader
+from torchtitan.data.validation_sets import validation_sets
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.loss.cross_entropy import build_losses
+from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.metrics.profiler import Profiler
+from torchtitan.metrics.sink_registry import SinkRun, sink_opener
+from torchtitan.metrics.sinks import Sink
+from torchtitan.metrics.wandb_sink import WandbSink
+from torchtitan.optim import optimizer
+from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
+from torchtitan.parallel.compile import is_marked_for_compile
+from torchtitan.parallel.context.context_parallel import ContextParallel
+from torchtitan.parallel.pipeline.runner import PipelineRunner
+from torchtitan.parallel.random_streams import RandomStreams
+from torchtitan.parallel.runner import Runner, SPMDRunner
+from torchtitan.training.model_builder import BuiltModel, call_after_load
+from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.validation import Validator
+from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.environment import read_wandb
+from torchtitan.utils.garbage import GarbageCollection
+from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.uptime import seconds_since_start
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizers(
+    config: JobConfig, model: BuiltModel, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """One for each part of the model, or for each parameter."""
+    return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
+
+
+def load(saver: Saver, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Load what there is to start from; handlers see the weights before they get their state."""
+    saver.load(model.parts, optimizers, model.handlers)
+    call_after_load(model)
+    saver.load_handlers(model.handlers, model.parts, optimizers)
+
+
+def build_update(
+    config: JobConfig,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    dims: ParallelDims,
+    saver: Saver | None = None,
+) -> Update:
+    """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
+    if config.optimizer.early_step_in_backward:
+        wait_for_staging = saver.wait_for_staging if saver is not None else lambda: None
+        return OptimizerInBackward(
+            optimizers, dims.ranks_per_stage, wait_for_staging, model.parameters[0]
+        )
+    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
+
+
+def build_nonfinite_guard(
+    config: JobConfig,
+    world: DistributedContext,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    saver: Saver,
+) -> NonFiniteGuard:
+    """Return what ends the run at a step that is not finite, and says what is left of it."""
+
+    def find_non_finite() -> str:
+        tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
+        return some_of(non_finite_on_any_rank(world, tensors))
+
+    return NonFiniteGuard(
+        lag=0 if world.device.type == "cpu" else 1,
+        left_out=not config.optimizer.early_step_in_backward,
+        find_non_finite=find_non_finite,
+        describe_newest=saver.describe_newest,
+    )
+
+
+def build_runner(
+    config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims, device: torch.device
+) -> Runner:
+    """What computes losses and gradients of a step."""
+    names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
+    vocabulary = _cut_vocabulary(config, model, mesh, dims)
+    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
+    is_loss_leader = dims.is_loss_leader(mesh.get_rank())
+    section = config.parallelism
+    cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
+    streams = RandomStreams(
+        config.debug.seed,
+        device,
+        num_lanes=RunContext(config, dims.world_size, device.type).num_lanes,
+        dp_degree=dims.dp,
+        dp_rank=dims.dp_rank(mesh.get_rank()),
+        part=(mesh.get_local_rank("cp"), mesh.get_local_rank("tp")),
+    )
+    if model.plan is None:
+        return SPMDRunner(
+            model.parts[0],
+            loss,
+            device,
+            names,
+            evaluation_loss=evaluation_loss,
+            cut=cut,
+            is_loss_leader=is_loss_leader,
+            streams=streams,
+        )
+    return PipelineRunner(
+        model.parts,
+        model.plan,
+        mesh["pp"].get_group(),
+        loss,
+        device,
+        names,
+        schedule=section.pipeline_parallel_schedule,
+        schedule_csv=section.pipeline_parallel_schedule_csv,
+        microbatch_size=section.pipeline_parallel_microbatch_size,
+        hidden_size=model.args.hidden_size(),
+        hidden_dtype=torch_dtype(config.training.mixed_precision_param),
+        tensor_parallel_degree=dims.tp,
+        evaluation_loss=evaluation_loss,
+        cut=cut,
+        is_loss_leader=is_loss_leader,
+        streams=streams,
+    )
+
+
+def _cut_vocabulary(
+    config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
+) -> VocabParallelCrossEntropy | None:
+    if dims.tp == 1:
+        return None
+    total, group = model.args.vocab_size, mesh["tp"].get_group()
+    assert total is not None
+    return VocabParallelCrossEntropy(total, group, config.parallelism.disable_loss_parallel)
+
+
+def build_loader(
+    context: RunContext,
+    dims: ParallelDims,
+    world: DistributedContext,
+    tokenizer: Tokenizer,
+    saver: Saver,
+) -> Loader:
+    """This rank's share of the data, from where the checkpoint stands."""
+    config = context.config
+    plan = LanePlan(
+        num_lanes=context.num_lanes,
+        dp_degree=dims.dp,
+        dp_rank=dims.dp_rank(world.rank),
+        global_batch_size=context.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+    )
+    stored = saver.state
+    loader = data_loader.build_loader(
+        config.training,
+        config.data,
+        config.debug.seed,
+        tokenizer,
+        plan,
+        stored.lane_states,
+        stored.data_fingerprint,
+    )
+    if len(set(world.gather_json(loader.fingerprint))) > 1:
+        loader.close()
+        raise DataError(
+            "the ranks see different data files or tokenizers; every machine must see the same"
+            " training.dataset_path and model.tokenizer_path"
+        )
+    if not loader.names_data(stored.data_fingerprint):
+        compare = partial(differences, now=loader.data_summary, anew=config.data.restart)
+        saver.check_data(loader.fingerprint, compare)
+        if loader.change and world.is_main:
+            logger.warning("%s", loader.change)
+    return loader
+
+
+def build_validator(
+    context: RunContext,
+    dims: ParallelDims,
+    world: DistributedContext,
+    tokenizer: Tokenizer,
+    runner: Runner,
+    metrics: MetricsLogger,
+    stop: StopRequest,
+    garbage: GarbageCollection,
+) -> Validator:
+    """What evaluates the model while it is trained; without a set it never is due."""
+    config, section = context.config, context.config.validation
+    readers = [
+        build_reader(
+            named,
+            tokenizer,
+            num_lanes=section.lanes,
+            max_sequences=None if section.steps < 0 else section.steps * context.global_batch_size,
+            dp_degree=dims.dp,
+            dp_rank=dims.dp_rank(world.rank),
+        )
+        for named in validation_sets(config)
+    ]
+    if len(world.gather_distinct_json([reader.fingerprint for reader in readers])) > 1:
+        raise DataError("the ranks see different validation files; every machine must see the same")
+    is_data_leader = dims.is_data_leader(world.rank)
+
+    def fetch_ahead(steps: Pass) -> Prefetch:
+        return Prefetch(steps, runner.evaluation_loss, world, stop, is_data_leader)
+
+    return Validator(section, config.comm, readers, fetch_ahead, runner, metrics, world, garbage)
+
+
+def build_saver(
+    config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
+) -> Saver:
+    """Checkpointing, or its absence."""
+    checkpointer = None
+    if config.checkpoint.enable:
+        run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
+        checkpointer = Checkpointer(
+            config.checkpoint,
+            folder.checkpoint_folder,
+            world,
+            run_info,
+            save_timeout_seconds=config.comm.init_timeout_seconds,
+        )
+    return Saver(config.checkpoint, checkpointer, world)
+
+
+def build_metrics(
+    config: JobConfig, folder: RunFolder, world: DistributedContext, model: BuiltModel
+) -> MetricsLogger:
+    """Metrics of the run; `resume` comes before the first step."""
+    more_sinks: dict[str, Callable[[], Sink]] = {}
+    rank = world.rank if config.metrics.save_for_all_ranks else None
+    if config.metrics.enable_wandb:
+        more_sinks[WandbSink.name] = lambda: WandbSink(
+            folder.path,
+            folder.decision.run_id,
+            config.model_dump(mode="json"),
+            read_wandb(),
+            config.job.description,
+            rank,
+        )
+    run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
+    for name in config.metrics.sinks:
+        more_sinks[name] = sink_opener(config, name, run)
+    return MetricsLogger(
+        config.metrics,
+        folder.path,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+        flops_per_token=model.flops_per_token,
+        flops_per_token_causal=model.flops_per_token_causal,
+        steps=config.training.steps,
+        more_sinks=more_sinks,
+        seconds_before=seconds_since_start(),
+    )
+
+
+def build_profiler(
+    config: JobConfig, folder: RunFolder, world: DistributedContext, step: int
+) -> Profiler:
+    """The profiler of a run that goes on after `step`."""
+    return Profiler(
+        config.profiling, folder.path, rank=world.rank, device=world.device, start_step=step
+    )
+
+
+def describe(
+    context: RunContext, dims: ParallelDims, world: DistributedContext, model: BuiltModel
+) -> str:
+    """What is about to be trained, in a line for the log."""
+    config = context.config
+    training = config.training
+    pipeline = ""
+    if model.plan is not None:
+        layers = ", ".join(map(str, model.plan.layers))
+        pipeline = f"; stages of {layers} layers"
+    compiled = any(
+        is_marked_for_compile(block) for part in model.parts for block in part.blocks().values()
+    )
+    compiling = "; the first step compiles, which may take minutes" if compiled else ""
+    return (
+        f"Training {config.model.name} {config.model.flavor}"
+        f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
+        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps:"
+        f" {context.describe_batch()}; {context.num_lanes} data lanes{pipeline}{compiling}"
+    )

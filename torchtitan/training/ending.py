@@ -1,0 +1,160 @@
+"""How a run ends: its status, what it logs last, and whose fault it was."""
+
+import logging
+import re
+from dataclasses import dataclass, field
+
+from torchtitan.checkpoint.run_folder import RunFolder, Status
+from torchtitan.config import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HangError,
+    JobConfig,
+    NonFiniteError,
+)
+from torchtitan.config.exit_codes import (
+    DONE,
+    FAILED,
+    HANG,
+    INTERRUPTED,
+    OUT_OF_MEMORY,
+    PREEMPTED,
+    exit_code_of,
+)
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.distributed.roll_call import Ending, explain
+from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.torch_compat import lost_contact
+
+logger = logging.getLogger(__name__)
+
+_SAYS_ITSELF_WHAT_IT_IS = (ConfigError, CheckpointError, DataError, NonFiniteError, HangError)
+_LESS_MEMORY = (
+    "Fix: a smaller training.local_batch_size or more ranks; docs/memory.md lists what else saves"
+)
+_GRACE_SECONDS = 2.0
+"""How long a rank that fails waits for what the others say: they lose contact when it leaves."""
+_GRACE_AFTER_TIMEOUT_SECONDS = 5.0
+"""The same where a collective has timed out, which it does not do on all ranks at once."""
+
+
+@dataclass
+class Progress:
+    """How far the run is, for whoever has to say so when it ends."""
+
+    step: int = 0
+    first_step: int = 0
+    """That this process began after."""
+    saved_step: int = 0
+    status: Status = "running"
+    is_shared: bool = False
+    """This rank knows what rank 0 has decided about the start."""
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress: Progress) -> int:
+    """Write into the status how the run ended, and log what it leaves; the exit status."""
+    assert progress.status != "running"
+    code = PREEMPTED if progress.status == "preempted" else DONE
+    if is_main:
+        set_status(folder, progress.status, progress.step, code)
+    if progress.status == "preempted":
+        logger.info(stopping_words(progress))
+    logger.info(closing_words(config, folder))
+    return code
+
+
+def after_error(
+    error: BaseException,
+    rank: int,
+    world: DistributedContext | None,
+    folder: RunFolder,
+    progress: Progress,
+    timeout_seconds: int,
+) -> int | None:
+    """Write into the status that the run failed, and log why, which another rank may know; the exit
+    status, or None if the command line is to print the error.
+
+    `world`: None if the ranks have not met. `timeout_seconds`: of their collectives.
+    """
+    lost = lost_contact(error)
+    code = INTERRUPTED if progress.stop.interrupted else exit_code_of(error)
+    if lost == "timeout" and code == FAILED:
+        code = HANG
+    own = reason = Ending(rank, code, _summary(error, code), lost)
+    # A start that is refused leaves the status of the stored run alone.
+    writes = progress.is_shared if rank else not folder.keeps_status(error)
+    if rank == 0 and writes:  # at once: the launcher may not leave time for more
+        set_status(folder, "failed", progress.step, code)
+    if world is not None and world.roll_call is not None and code != INTERRUPTED:
+        seconds = _GRACE_SECONDS
+        if lost == "timeout":
+            seconds = min(_GRACE_AFTER_TIMEOUT_SECONDS, timeout_seconds / 2)
+        endings = world.roll_call.end(own, seconds)
+        reason = explain(own, endings, world.world_size)
+        # Rank 0, or the next one where that stands still or is gone.
+        speaker = rank if endings is None else min(ending.rank for ending in endings)
+        if rank == speaker and writes:
+            set_status(folder, "failed", progress.step, reason.code)
+    if isinstance(error, ConfigError) and progress.step == progress.first_step:
+        # Its words are that nothing was started.
+        error.known_to_all = True
+        return None
+    if not isinstance(error, KeyboardInterrupt):
+        _log(error, own, reason, progress)
+    return reason.code
+
+
+def _log(error: BaseException, own: Ending, reason: Ending, progress: Progress) -> None:
+    if own.code == INTERRUPTED:
+        return
+    if reason is not own:
+        if reason.lost == "timeout":
+            logger.error("This rank waited here:", exc_info=error)
+        logger.error("After step %d: %s", progress.step, reason.text)
+    elif own.code == OUT_OF_MEMORY:
+        logger.error("After step %d: %s", progress.step, own.text)
+    else:
+        expected = isinstance(error, _SAYS_ITSELF_WHAT_IT_IS)
+        logger.error("%s", error, exc_info=None if expected else error)
+
+
+def _summary(error: BaseException, code: int) -> str:
+    """One line, for other ranks."""
+    lines = str(error).strip().splitlines() or [""]
+    if code == OUT_OF_MEMORY:
+        return f"out of memory ({lines[0]}). {_LESS_MEMORY}"
+    if lost_contact(error):
+        return re.sub(r"^\[\S+\] ", "", lines[0])  # where in gloo's source
+    if isinstance(error, _SAYS_ITSELF_WHAT_IT_IS):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:
+    """Say how the run stands, if that can be written: a full disk must not hide the first error."""
+    try:
+        folder.set_status(status, step, code)
+    except OSError as error:
+        logger.warning("run_status.json could not be written: %s", error)
+
+
+def stopping_words(progress: Progress) -> str:
+    """Return what a run that was asked to stop has kept."""
+    words = f"Asked to stop after step {progress.step}."
+    if progress.saved_step == progress.step:
+        return f"{words} It is saved; the same command goes on from it."
+    if progress.saved_step:
+        return f"{words} The last saved step is {progress.saved_step}."
+    return (
+        f"{words} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
+    )
+
+
+def closing_words(config: JobConfig, folder: RunFolder) -> str:
+    """Return where the run folder is, and how to look at it."""
+    words = f"Run folder: {folder.path}"
+    if config.metrics.enable_tensorboard:
+        words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
+    return words
