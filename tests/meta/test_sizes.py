@@ -8,7 +8,7 @@ FOLDERS = ("torchtitan", "tests", "scripts")
 FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONGER_FUNCTIONS = {"train": 130}  # the loop, which reads top to bottom
+LONGER_FUNCTIONS = {"train": 132}  # the loop, which reads top to bottom
 
 
 def _functions(tree: ast.AST):

@@ -199,17 +199,13 @@ def loss_is_counted_on_every_tensor_parallel_rank(patches: Patches) -> None:
 @shows_on(row(tp=2))
 def norm_weights_gradients_stay_apart(patches: Patches) -> None:
     """Each rank's norms see its part of the sequence, and nothing adds their gradients up."""
-    patches.put(
-        TensorStyles, "norm", lambda original, self: ParallelStyle(Replicate(), Replicate())
-    )
+    patches.put(TensorStyles, "norm", lambda _, self: ParallelStyle(Replicate(), Replicate()))
 
 
 @shows_on(row(tp=2))
 def norm_weights_gradients_are_averaged(patches: Patches) -> None:
     """They are added up, and divided by the number of parts."""
-    patches.put(
-        TensorStyles, "norm", lambda original, self: ParallelStyle(Replicate(), Partial("avg"))
-    )
+    patches.put(TensorStyles, "norm", lambda _, self: ParallelStyle(Replicate(), Partial("avg")))
 
 
 @shows_on(row(tp=8, kv_heads=2))

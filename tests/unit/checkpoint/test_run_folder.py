@@ -323,9 +323,7 @@ def test_finished_run_is_not_checked(tmp_path: Path) -> None:
     """There is nothing to train on this mesh."""
     finished_run(tmp_path, 20)
     config = make_config(tmp_path)
-    opened = RunFolder.open(
-        config, RunContext(config, 3, "cpu"), check=lambda config: pytest.fail()
-    )
+    opened = RunFolder.open(config, RunContext(config, 3, "cpu"), check=lambda _: pytest.fail())
     opened.close()
     assert opened.decision.action == "finished"
 
