@@ -21,7 +21,7 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of the section alone and with the other sections. Touches no file."""
     config, section = context.config, context.config.checkpoint
     problems = _path_problems("job.dump_folder", config.job.dump_folder)
@@ -61,7 +61,7 @@ def _path_problems(key: str, path: str) -> list[ConfigIssue]:
     return []
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of the run folder as it is now, and of a start in it; reads names, the stored config
     and manifests, writes nothing."""
     config, section = context.config, context.config.checkpoint

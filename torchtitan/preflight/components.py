@@ -21,7 +21,7 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 _WANDB_NOT_IN_PROJECT = "/\\#?%:"
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of several settings together; single values are checked by their sections."""
     return [
         *check_named(context),
@@ -33,7 +33,7 @@ def check(context: RunContext) -> list[ConfigIssue]:
     ]
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of this machine: folders that cannot be written, packages that are missing."""
     metrics, profiling = context.config.metrics, context.config.profiling
     problems = probe_schedule(context)

@@ -11,7 +11,7 @@ from torchtitan.preflight.tensor_parallel import model_problems
 DEGREE_KEY = "parallelism.context_parallel_degree"
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of `parallelism.context_parallel_*`."""
     section = context.config.parallelism
     degree, args = section.context_parallel_degree, model_args(context.config.model)

@@ -17,7 +17,7 @@ _LONGEST_SEPARATOR = 256
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems that follow from the config and the number of processes; reads no files."""
     problems = check_data(context)
     if is_mesh(context):  # else there are no data ranks to share anything
@@ -36,7 +36,7 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
     return problems
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
     problems = probe_tokenizer(context)
     return problems if check_data(context) else problems + probe_data(context)

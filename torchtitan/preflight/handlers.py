@@ -12,7 +12,7 @@ from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Names, order, combinations, settings."""
     known = HANDLERS
     chosen = context.config.model.handlers
@@ -92,7 +92,7 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
     return problems
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Whether this machine's devices can do what the handlers ask of them."""
     config = context.config
     return [

@@ -8,8 +8,8 @@ from torchtitan.models.registry import get_family
 _STAND_IN_VOCAB_SIZE = 256
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
-    """Ask the handlers that have a `check(model)`, of the model on `meta`; imports torch.
+def check_environment(context: RunContext) -> list[ConfigIssue]:
+    """Ask the handlers that have a `check_static(model)`, of the model on `meta`; imports torch.
 
     For configs whose `[model]` and handlers are sound; with others it has nothing to say. Nor of
     what comes after somebody's own handler, which may add modules and parameters: those handlers
@@ -18,10 +18,10 @@ def probe(context: RunContext) -> list[ConfigIssue]:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.named import NamedHandler
     from torchtitan.handlers.registry import HANDLERS
-    from torchtitan.preflight.handlers import check
+    from torchtitan.preflight.handlers import check_static
 
     config = context.config
-    if not config.model.handlers or errors_of(check(context)):
+    if not config.model.handlers or errors_of(check_static(context)):
         return []
     try:
         family = get_family(config.model.name)

@@ -8,7 +8,7 @@ MINIMUM_TORCH = (2, 11)
 _BFLOAT16_CAPABILITY = (8, 0)
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """The torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
     import torch
 

@@ -19,7 +19,7 @@ _HARMLESS_HANDLERS = {"compile"}
 """Handlers that leave parameters as they are; others may add some."""
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Compare, where a run is about to begin with weights of another one; imports torch. For
     configs whose other sections are sound; with others it has nothing to say."""
     config, section = context.config, context.config.checkpoint

@@ -6,7 +6,7 @@ from torchtitan.config.suggest import fix_of_registered
 from torchtitan.loss.registry import LOSSES, loss_settings
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """The name, the settings, and whether the loss goes with tensor parallelism."""
     section = context.config.loss
     if section.name not in LOSSES:

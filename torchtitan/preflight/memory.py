@@ -14,7 +14,7 @@ _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
 """Backends of `compile` that choose what the backward finds and what it computes again."""
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of settings together; reads no file."""
     return [
         *_cpu_offload(context),

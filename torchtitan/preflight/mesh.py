@@ -20,7 +20,7 @@ _DEGREES = (
 )
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Everything that arithmetic on the config and the world size can find. Reads no file."""
     problems = [*_mesh(context), *_threads(context)]
     if not problems:  # the batch is divided over a mesh, so there has to be one

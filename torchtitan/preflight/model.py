@@ -8,7 +8,7 @@ from torchtitan.models.spec import ModelArgs, ModelFamily
 _STAND_IN_VOCAB_SIZE = 256
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Unknown family, flavor or hyper-parameter, hyper-parameters that do not fit, `seq_len`.
 
     Whether the vocabulary fits is decided where the tokenizer is known: `ModelFamily.resolve`.
@@ -31,7 +31,7 @@ def check(context: RunContext) -> list[ConfigIssue]:
     ]
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Build the model without memory (on `meta`); imports torch. For what `check` lets pass."""
     try:
         family, args = _resolve(context)

@@ -9,7 +9,7 @@ from torchtitan.optim.registry import OPTIMIZERS, optimizer_settings
 _STAND_IN_VOCAB_SIZE = 256
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Build the model without memory (on `meta`) and match its names; imports torch.
 
     For configs whose `[model]` is sound; with others it has nothing to say.

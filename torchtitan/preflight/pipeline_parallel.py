@@ -19,7 +19,7 @@ SIZE_KEY = "parallelism.pipeline_parallel_microbatch_size"
 BATCH_KEY = "training.global_batch_size"
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of `parallelism.pipeline_*` and `module_fqns_per_model_part`; reads no file."""
     section = context.config.parallelism
     args = _model_args(context)
@@ -38,7 +38,7 @@ def check(context: RunContext) -> list[ConfigIssue]:
     return problems
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of the schedule's file, and of a model that it does not fit."""
     section = context.config.parallelism
     args = _model_args(context)

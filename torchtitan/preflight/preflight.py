@@ -1,8 +1,8 @@
 """Everything that can be known to be wrong is found before anything starts.
 
-Each feature checks its own settings: `check(context)` by arithmetic alone, without torch, and
-`probe(context)` by looking at files. This module runs them in order and collects the problems, so
-that a user reads all of them at once instead of one per attempt.
+Each feature checks its own settings: `check_static(context)` by arithmetic alone, without torch,
+and `check_environment(context)` by looking at files. This module runs them in order and collects
+the problems, so that a user reads all of them at once instead of one per attempt.
 """
 
 import importlib
@@ -70,7 +70,7 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
     problems: list[ConfigIssue] = []
     broken: set[str] = set()
     for feature in _FEATURES:
-        found = _function(feature, "check")(context)
+        found = _function(feature, "check_static")(context)
         if errors_of(found):
             broken.add(feature)
         if ARITHMETIC in phases:
@@ -79,7 +79,7 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
         for phase in phases:
             for feature in _PROBES.get(phase, ()):
                 if feature not in broken and (phase != HARDWARE or context.full):
-                    problems += _function(feature, "probe")(context)
+                    problems += _function(feature, "check_environment")(context)
     if CHECKPOINTS in phases and not errors_of(problems):
         problems += _problems_of_the_stored_run(context)
         if MODEL in phases and context.full and not errors_of(problems):

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 _STAND_IN_VOCAB_SIZE = 256
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Return what keeps FSDP, a pipeline or tensor parallelism from cutting the model.
 
     Builds and converts the model on `meta`, as a start does; imports torch. For configs that are
     sound otherwise; with others it has nothing to say.
     """
     from torchtitan.handlers.named import HandlerError
-    from torchtitan.preflight.handlers import check
+    from torchtitan.preflight.handlers import check_static
 
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # handlers say what they do when the model is built in earnest
     try:
-        return [] if errors_of(check(context)) else _problems(context)
+        return [] if errors_of(check_static(context)) else _problems(context)
     except ConfigError as error:
         return error.problems
     except HandlerError as error:

@@ -12,7 +12,7 @@ DEGREE_KEY = "parallelism.tensor_parallel_degree"
 ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of `parallelism.tensor_parallel_degree` and `enable_async_tensor_parallel`.
 
     A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.

@@ -22,7 +22,7 @@ from torchtitan.preflight.mesh import is_mesh
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-def check(context: RunContext) -> list[ConfigIssue]:
+def check_static(context: RunContext) -> list[ConfigIssue]:
     """Problems of `[validation]` that config and mesh can tell; reads no file."""
     section = context.config.validation
     if not section.enable:
@@ -35,7 +35,7 @@ def check(context: RunContext) -> list[ConfigIssue]:
     return problems
 
 
-def probe(context: RunContext) -> list[ConfigIssue]:
+def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of the sets' files, and files that are trained on, too."""
     config = context.config
     sets = validation_sets(config)
@@ -81,7 +81,7 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
     training = config.training.model_copy(update={"seq_len": seq_len})
     changed = replace(context, config=config.model_copy(update={"training": training}))
     for feature in (model, tensor_parallel, context_parallel):
-        for problem in feature.check(changed):
+        for problem in feature.check_static(changed):
             if problem.key == "training.seq_len":
                 yield replace(problem, key=f"{SECTION}.seq_len")
 

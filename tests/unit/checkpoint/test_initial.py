@@ -11,12 +11,12 @@ from folders import make_config, open_folder, plant_step, refused, stopped_run
 from torchtitan.checkpoint.initial import without_excluded
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.checkpoint import check, probe
+from torchtitan.preflight.checkpoint import check_environment, check_static
 
 
 def problems(folder: Path, world_size: int = 1, **sections: Any) -> str:
     """What arithmetic on the settings finds."""
-    found = check(RunContext(make_config(folder, **sections), world_size, "cpu"))
+    found = check_static(RunContext(make_config(folder, **sections), world_size, "cpu"))
     return "\n".join(str(problem) for problem in found)
 
 
@@ -199,7 +199,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 def test_path_of_another_machine_is_a_warning(tmp_path: Path) -> None:
     config = make_config(tmp_path, checkpoint={"initial_load_path": str(tmp_path / "gone")})
-    (problem,) = probe(replace(RunContext(config, 1, "cpu"), full=False))
+    (problem,) = check_environment(replace(RunContext(config, 1, "cpu"), full=False))
     assert problem.missing_asset
 
 

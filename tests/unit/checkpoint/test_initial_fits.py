@@ -10,7 +10,7 @@ from folders import make_config
 
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
-from torchtitan.preflight.initial_weights import probe
+from torchtitan.preflight.initial_weights import check_environment
 
 ARGS = {"n_layers": 2, "dim": 32, "n_heads": 4}
 
@@ -32,7 +32,7 @@ def told(folder: Path, args: dict[str, Any], **model: Any) -> str:
         checkpoint={"initial_load_path": str(folder)},
         model={"args": args, **model},
     )
-    return "\n".join(str(problem) for problem in probe(RunContext(config, 1, "cpu")))
+    return "\n".join(str(problem) for problem in check_environment(RunContext(config, 1, "cpu")))
 
 
 def test_weights_that_fit(tmp_path: Path) -> None:

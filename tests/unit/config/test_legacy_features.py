@@ -11,7 +11,7 @@ from torchtitan.config import legacy_keys as tables
 from torchtitan.config.fields import known_keys
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.handlers import check
+from torchtitan.preflight.handlers import check_static
 
 # handlers
 
@@ -62,7 +62,7 @@ def test_float8_is_a_handler(switch, table, load):
     assert loaded.config.model.handlers == ("float8", "compile")
     expected = {"recipe_name": "rowwise", "filter_fqns": ["output"]}
     assert loaded.config.handlers == {"float8": expected}
-    assert check(RunContext(loaded.config, 1, "cuda")) == []
+    assert check_static(RunContext(loaded.config, 1, "cuda")) == []
 
 
 @pytest.mark.parametrize("converter", ["mx", "quantize.linear.mx"])
@@ -74,7 +74,7 @@ def test_mx_is_the_handler_mxfp8(converter, load):
     loaded = load({"model.converters": [converter], **keys})
     assert loaded.config.model.handlers == ("mxfp8",)
     assert loaded.config.handlers == {"mxfp8": expected}
-    assert check(RunContext(loaded.config, 1, "cuda")) == []
+    assert check_static(RunContext(loaded.config, 1, "cuda")) == []
 
 
 def test_a_setting_that_torchao_has_no_more_changes_nothing(load):

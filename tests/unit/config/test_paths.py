@@ -9,7 +9,7 @@ from torchtitan.config.fields import Key, keys_of, known_keys
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.shipped import CLONE, found_elsewhere
-from torchtitan.preflight.mesh import check, paths_of
+from torchtitan.preflight.mesh import check_static, paths_of
 from torchtitan.preflight.preflight import FILES, preflight
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
@@ -77,7 +77,7 @@ def test_the_place_where_an_absent_path_may_be_meant_to_start(tmp_path: Path, mo
 )
 def test_a_variable_that_is_not_set_is_no_folder(written: str, expected: str):
     config = load_config(["--job.dump_folder", written]).config
-    (problem,) = check(RunContext(config, 1, "cpu"))
+    (problem,) = check_static(RunContext(config, 1, "cpu"))
     assert str(problem).startswith(f'job.dump_folder = "{written}": {expected}. Fix: ')
     assert problem.missing_asset, "elsewhere it may be set"
 

@@ -17,7 +17,7 @@ from test_data_order import all_steps, lane_documents
 from torchtitan.config import DataError
 from torchtitan.data import decode
 from torchtitan.data.registry import build_source
-from torchtitan.preflight.data import check, probe
+from torchtitan.preflight.data import check_environment, check_static
 
 DOCUMENTS = make_documents(60)
 LINES = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS)
@@ -54,7 +54,7 @@ def test_compressed_files(tmp_path, form):
     packed = COMPRESS[form](content[:1000]) + COMPRESS[form](content[1000:])
     for name in (f"a.jsonl.{form}", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(packed)
-        assert probe(facts_for(tmp_path / name, lanes=1)) == []
+        assert check_environment(facts_for(tmp_path / name, lanes=1)) == []
         assert read_documents(tmp_path / name) == DOCUMENTS
         (tmp_path / name).unlink()
         # As a browser stores what it was sent in compressed form.
@@ -97,14 +97,14 @@ def test_no_damage_passes_for_the_end_of_a_file(tmp_path, form, damage):
         "header": packed + packed[:3],
     }[damage]
     (tmp_path / f"a.jsonl.{form}").write_bytes(broken)
-    problem = only(probe(facts_for(tmp_path / f"a.jsonl.{form}", lanes=1)))
+    problem = only(check_environment(facts_for(tmp_path / f"a.jsonl.{form}", lanes=1)))
     assert "the compressed file is damaged" in problem.problem
 
 
 @pytest.mark.parametrize("log", [28, 31])
 def test_long_windows(tmp_path, log):
     (tmp_path / "a.jsonl.zst").write_bytes(long_window(LINES.encode(), log))
-    assert probe(facts_for(tmp_path / "a.jsonl.zst", lanes=1)) == []
+    assert check_environment(facts_for(tmp_path / "a.jsonl.zst", lanes=1)) == []
     assert read_documents(tmp_path / "a.jsonl.zst") == DOCUMENTS
 
 
@@ -120,9 +120,9 @@ def test_long_windows_within_a_limit_for_all_lanes(tmp_path):
     with pytest.raises(DataError, match=r"a window of 256 MiB .* 512 MiB, more than .* = 300"):
         Run(config, num_lanes=2).step()
     none = facts_for(tmp_path, lanes=1, data__max_zstd_window_mib=0)
-    assert "max_zstd_window_mib = 0" in only(probe(none)).problem
+    assert "max_zstd_window_mib = 0" in only(check_environment(none)).problem
     (tmp_path / "a.jsonl.zst").write_bytes(long_window(LINES.encode(), 27))
-    assert probe(none) == []
+    assert check_environment(none) == []
 
 
 def test_a_small_file_of_one_huge_row_is_judged_while_it_is_decompressed(tmp_path, monkeypatch):
@@ -142,12 +142,12 @@ def test_a_small_file_of_one_huge_row_is_judged_while_it_is_decompressed(tmp_pat
     monkeypatch.setattr(
         "torchtitan.data.files.open", lambda path, mode: Counting(packed), raising=False
     )
-    problem = only(probe(facts_for(tmp_path, lanes=1, data__max_document_mib=1.0)))
+    problem = only(check_environment(facts_for(tmp_path, lanes=1, data__max_document_mib=1.0)))
     assert "a.jsonl.zst:2 (byte 14): the row is longer than" in problem.problem
     assert num_read < len(packed) // 2
     skipping = {"data__max_document_mib": 1.0, "data__on_bad_row": "skip"}
     monkeypatch.undo()
-    assert probe(facts_for(tmp_path, lanes=1, **skipping)) == []
+    assert check_environment(facts_for(tmp_path, lanes=1, **skipping)) == []
     assert read_documents(tmp_path, max_document_mib=1.0, on_bad_row="skip") == ["a", "b"]
 
 
@@ -161,7 +161,7 @@ def test_byte_order_marks(tmp_path, encoding, name, caplog):
     text = "\n".join(DOCUMENTS) if name == "a.txt" else LINES
     content = text.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert probe(facts_for(tmp_path / name, lanes=1)) == []
+    assert check_environment(facts_for(tmp_path / name, lanes=1)) == []
     expected = [text] if name == "a.txt" else DOCUMENTS
     assert read_documents(tmp_path / name) == expected
     assert (f"decoded from {encoding.upper()}" in caplog.text) == (encoding != "utf-8-sig")
@@ -191,23 +191,25 @@ def test_text_in_another_encoding_is_refused_and_can_be_named(tmp_path, encoding
     text = {"gb18030": "数学很有意思。", "koi8-r": "Математика интересна. "}.get(encoding, WORDS)
     text *= 20
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    problem = only(probe(facts_for(tmp_path / "a.txt", lanes=1)))
+    problem = only(check_environment(facts_for(tmp_path / "a.txt", lanes=1)))
     assert problem.problem.startswith(f"{tmp_path}/a.txt:1 (byte 0): not ")
     assert seems in problem.problem and "data.encoding" in problem.problem
     assert problem.fix.startswith("set data.encoding, or ")
     with pytest.raises(DataError, match=seems):
         read_documents(tmp_path / "a.txt")
-    assert probe(facts_for(tmp_path / "a.txt", lanes=1, data__encoding=name)) == []
+    assert check_environment(facts_for(tmp_path / "a.txt", lanes=1, data__encoding=name)) == []
     assert read_documents(tmp_path / "a.txt", encoding=name) == [text]
     wrong = facts_for(tmp_path / "a.txt", lanes=1, data__encoding="ascii")
-    assert "the file is not ascii" in only(probe(wrong)).problem
+    assert "the file is not ascii" in only(check_environment(wrong)).problem
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_an_encoding_that_needs_a_mark(tmp_path, encoding):
     (tmp_path / "a.txt").write_bytes(WORDS.encode(f"{encoding}-le"))
     wrong = facts_for(tmp_path / "a.txt", lanes=1, data__encoding=encoding)
-    assert "does not start with BOM; name its byte order in" in only(probe(wrong)).problem
+    assert (
+        "does not start with BOM; name its byte order in" in only(check_environment(wrong)).problem
+    )
 
 
 def test_what_is_no_text(tmp_path):
@@ -219,10 +221,16 @@ def test_what_is_no_text(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / "a.txt").write_bytes(content)
-        assert f"it seems to be {name}" in only(probe(facts_for(tmp_path, lanes=1))).problem
+        assert (
+            f"it seems to be {name}"
+            in only(check_environment(facts_for(tmp_path, lanes=1))).problem
+        )
         (tmp_path / "a.txt").unlink()
         (tmp_path / "a.jsonl").write_bytes(content)
-        assert f"it seems to be {name}" in only(probe(facts_for(tmp_path, lanes=1))).problem
+        assert (
+            f"it seems to be {name}"
+            in only(check_environment(facts_for(tmp_path, lanes=1))).problem
+        )
         (tmp_path / "a.jsonl").unlink()
 
 
@@ -244,7 +252,7 @@ def test_encoding_and_separator_are_checked():
         ("document_separator", ""),
     ):
         context = facts_for(None, training__dataset="stdlib", **{f"data__{key}": value})
-        problem = only(check(context))
+        problem = only(check_static(context))
         assert problem.key == f"data.{key}" and problem.value == value
 
 
@@ -265,9 +273,9 @@ def test_each_source_has_its_own_encoding(tmp_path):
         {"path": str(tmp_path / f"{name}.txt"), "weight": 1, "encoding": name} for name in texts
     ]
     context = facts_for(None, lanes=1, data__sources=sources, training__seq_len=16)
-    assert probe(context) == []
+    assert check_environment(context) == []
     del sources[1]["encoding"]
-    problem = only(probe(facts_for(None, lanes=1, data__sources=sources)))
+    problem = only(check_environment(facts_for(None, lanes=1, data__sources=sources)))
     assert "data.sources[1].encoding" in problem.problem
 
 

@@ -10,13 +10,13 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, read_all, write_rows
 
 from torchtitan.config import DataError
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 
 def test_empty_first_rows(tmp_path):
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress("\n".join(['{"text": ""}'] * 200 + ROWS).encode()))
-    problem = only(probe(facts_for(file, lanes=1)))
+    problem = only(check_environment(facts_for(file, lanes=1)))
     assert problem.severity == "warning" and "the first rows hold no text" in problem.problem
     assert read_all(file)[0] > 1000
 
@@ -24,7 +24,7 @@ def test_empty_first_rows(tmp_path):
 def test_no_row_at_all(tmp_path):
     for name, content in (("a.json", b" [[], []]"), ("a.jsonl.gz", gzip.compress(b"\n\n"))):
         (tmp_path / name).write_bytes(content)
-        refusal = probe(facts_for(tmp_path / name, lanes=1))[-1]
+        refusal = check_environment(facts_for(tmp_path / name, lanes=1))[-1]
         assert refusal.severity == "error" and refusal.problem == "holds no document"
 
 
@@ -38,10 +38,10 @@ def test_a_null_in_the_first_rows(tmp_path, form):
             write_rows(file, [json.dumps({"text": text}) for text in texts])
         else:
             pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file)
-        problem = only(probe(facts_for(file, lanes=1)))
+        problem = only(check_environment(facts_for(file, lanes=1)))
         assert problem.key == key and problem.severity == "error"
         assert "null" in problem.problem and 'data.on_bad_row = "skip"' in problem.fix
-        problems = probe(facts_for(file, lanes=1, data__on_bad_row="skip"))
+        problems = check_environment(facts_for(file, lanes=1, data__on_bad_row="skip"))
         assert [problem.severity for problem in problems] == ["warning"] * (num_nulls > 8)
         assert read_all(file, on_bad_row="skip")[1].bad_rows == num_nulls
 

@@ -60,7 +60,7 @@ time.sleep = pauses.append  # the library's, between its tries
 import numpy as np
 from data_runs import Run, make_config
 from test_bad_data import facts_for
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 def tell(dataset, **data):
     return told(facts_of(dataset, data))
@@ -70,7 +70,7 @@ def facts_of(dataset, data):
     return facts_for(None, training__dataset=dataset, **options)
 
 def told(context):
-    return [str(p) for p in probe(context)]
+    return [str(p) for p in check_environment(context)]
 
 def check(dataset, **data):
     '''What a check on a machine that does not train tells, and whether it prepared the data.'''

@@ -10,7 +10,7 @@ from data_runs import NUM_LANES, Run, make_config, make_documents
 from test_bad_data import facts_for, only, read_all
 from test_data_order import all_steps, lane_documents
 
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 DOCUMENTS = make_documents(120)
 ROWS = [json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS]
@@ -37,7 +37,7 @@ def test_every_document_is_read(tmp_path, name, suffix):
     content = FORMS[name].encode()
     file = tmp_path / f"a.{suffix}"
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    assert probe(facts_for(file, lanes=4)) == []
+    assert check_environment(facts_for(file, lanes=4)) == []
     config = make_config(str(file), epochs=1)
     steps = all_steps(config)
     seen = [text for lane in range(NUM_LANES) for text in lane_documents(steps, lane)]
@@ -72,7 +72,7 @@ def test_the_rest_is_refused_with_its_place(tmp_path, content, line, byte, reaso
     """And left out as one row."""
     file = tmp_path / "a.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    problem = only(probe(facts_for(file, lanes=1))).problem
+    problem = only(check_environment(facts_for(file, lanes=1))).problem
     assert problem.startswith(f"{file}:{line} (byte {byte}): ") and reason in problem
     targets, last = read_all(file, on_bad_row="skip")
     file.write_text(ARRAY)

@@ -15,7 +15,7 @@ from torchtitan.data.files import DataFile
 from torchtitan.data.identity import differences, fingerprint_of
 from torchtitan.data.listing import list_files
 from torchtitan.data.reading import describe_data
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 
 @pytest.fixture
@@ -75,30 +75,34 @@ def test_documents_are_counted_where_that_is_cheap(tmp_path):
 @pytest.mark.parametrize("name", ["b.jsonl.lz4", "b.jsonl.7z"])
 def test_data_that_are_packed_otherwise_do_not_go_missing(folder, name):
     (folder / name).write_text("x")
-    assert f"{folder / name} is packed as" in only(probe(facts_for(folder))).problem
+    assert f"{folder / name} is packed as" in only(check_environment(facts_for(folder))).problem
     os.rename(folder / name, folder / "b.txt.lz4")  # of another kind
-    assert probe(facts_for(folder, training__dataset="json")) == []
+    assert check_environment(facts_for(folder, training__dataset="json")) == []
 
 
 def test_the_same_documents_twice(folder):
     copy, link, packed = folder / "sub" / "copy.jsonl", folder / "link.jsonl", folder / "a.jsonl.gz"
     shutil.copy(folder / "a.jsonl", copy)
-    problem = only(probe(facts_for(folder)))
+    problem = only(check_environment(facts_for(folder)))
     assert problem.severity == "warning" and f"{folder / 'a.jsonl'} and {copy}" in problem.problem
     os.remove(copy)
     os.link(folder / "a.jsonl", link)
-    assert f"{folder / 'a.jsonl'} and {link}" in only(probe(facts_for(folder))).problem
+    assert f"{folder / 'a.jsonl'} and {link}" in only(check_environment(facts_for(folder))).problem
     os.remove(link)
     import gzip
 
     packed.write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
-    assert f"{folder / 'a.jsonl'} and {packed}" in only(probe(facts_for(folder))).problem
+    assert (
+        f"{folder / 'a.jsonl'} and {packed}" in only(check_environment(facts_for(folder))).problem
+    )
     os.remove(packed)
-    assert probe(facts_for(folder)) == []
+    assert check_environment(facts_for(folder)) == []
     (folder / "big.jsonl").write_bytes((folder / "a.jsonl").read_bytes() * 400)
     shutil.copy(folder / "a.jsonl", copy)  # small, as many are that source code has
-    assert probe(facts_for(folder)) == []
-    assert probe(facts_for(None, training__dataset="stdlib")) == []  # some of whose files are equal
+    assert check_environment(facts_for(folder)) == []
+    assert (
+        check_environment(facts_for(None, training__dataset="stdlib")) == []
+    )  # some of whose files are equal
 
 
 def test_wrong_paths_are_told_apart(tmp_path):
@@ -115,7 +119,7 @@ def test_wrong_paths_are_told_apart(tmp_path):
         ("in", "is a link in a loop of links"),
         ("absent", "does not exist"),
     ):
-        assert text in only(probe(facts_for(tmp_path / path))).problem, path
+        assert text in only(check_environment(facts_for(tmp_path / path))).problem, path
     with pytest.raises(ConfigError, match="URI"):
         list_files("s3://bucket/x.jsonl", "auto")
 

@@ -18,7 +18,7 @@ from torchtitan.data.named_sources import named_sources
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.models.batch import IGNORE_INDEX
-from torchtitan.preflight.data import check, probe
+from torchtitan.preflight.data import check_environment, check_static
 
 BOS, EOS = 256, 257
 WEIGHTS = {"a": 5, "b": 3, "c": 2}
@@ -296,26 +296,31 @@ def test_row_60_weights_that_are_none(weight):
 def test_row_60_weights_and_doubles(tmp_path):
     a, b, c = write_sources(tmp_path)
     zeros = [{**table, "weight": 0} for table in (a, b)]
-    assert "all weights are 0" in only(check(mixed_facts(*zeros))).problem
+    assert "all weights are 0" in only(check_static(mixed_facts(*zeros))).problem
     huge = [{**table, "weight": 1e308} for table in (a, b)]
-    assert "no finite sum" in only(check(mixed_facts(*huge))).problem
-    problem = only(check(mixed_facts(a, b, {**a, "weight": 1})))
+    assert "no finite sum" in only(check_static(mixed_facts(*huge))).problem
+    problem = only(check_static(mixed_facts(a, b, {**a, "weight": 1})))
     assert problem.key == "data.sources[2]" and "same as data.sources[0]" in problem.problem
     hub = [{"dataset": "hf:own/data", "weight": 1, "revision": name} for name in ("v1", "v2")]
-    assert [problem for problem in check(mixed_facts(*hub)) if "same as" in problem.problem] == []
+    assert [
+        problem for problem in check_static(mixed_facts(*hub)) if "same as" in problem.problem
+    ] == []
     named = [{**table, "name": "web"} for table in (a, b)]
-    problem = only(check(mixed_facts(*named, c)))
+    problem = only(check_static(mixed_facts(*named, c)))
     assert problem.key == "data.sources[0].name" and problem.value == "web"
-    assert check(mixed_facts(a, b, c)) == [] and check(mixed_facts({**a, "weight": 0}, b)) == []
+    assert (
+        check_static(mixed_facts(a, b, c)) == []
+        and check_static(mixed_facts({**a, "weight": 0}, b)) == []
+    )
 
 
 def test_sources_stand_alone(tmp_path):
     a, b, _ = write_sources(tmp_path)
-    problem = only(check(mixed_facts(a, b, training__dataset_path="x.jsonl")))
+    problem = only(check_static(mixed_facts(a, b, training__dataset_path="x.jsonl")))
     assert problem.key == "training.dataset_path" and "both say what to read" in problem.problem
-    problem = only(check(mixed_facts(a, b, training__dataset="text")))
+    problem = only(check_static(mixed_facts(a, b, training__dataset="text")))
     assert problem.key == "training.dataset"
-    problem = only(check(mixed_facts(a, b, data__epochs=2)))
+    problem = only(check_static(mixed_facts(a, b, data__epochs=2)))
     assert problem.key == "data.epochs" and "training.steps" in problem.fix
     with pytest.raises(ConfigError, match=r"data\.epochs"):
         Run(make_config([a, b], epochs=2))
@@ -323,18 +328,18 @@ def test_sources_stand_alone(tmp_path):
 
 def test_problems_name_the_table(tmp_path):
     a, b, c = write_sources(tmp_path)
-    problem = only(check(mixed_facts(a, {**b, "dataset": "jsn"})))
+    problem = only(check_static(mixed_facts(a, {**b, "dataset": "jsn"})))
     assert problem.key == "data.sources[1].dataset" and '"json"' in problem.fix
-    problem = only(check(mixed_facts(a, {"weight": 1})))
+    problem = only(check_static(mixed_facts(a, {"weight": 1})))
     assert problem.key == "data.sources[1].path" and "data.sources[1].dataset" in problem.fix
     gone = {**b, "path": str(tmp_path / "gone.jsonl")}
-    problem = only(probe(mixed_facts(a, gone, c)))
+    problem = only(check_environment(mixed_facts(a, gone, c)))
     assert problem.key == "data.sources[1].path" and problem.missing_asset
-    problem = only(probe(mixed_facts(a, {**b, "column": "body"})))
+    problem = only(check_environment(mixed_facts(a, {**b, "column": "body"})))
     assert problem.key == "data.sources[1].column" and "no column 'body'" in problem.problem
     (tmp_path / "few.jsonl").write_text('{"text": "one"}')
     few = {"path": str(tmp_path / "few.jsonl"), "weight": 1}
-    problem = only(probe(mixed_facts(a, few, lanes=4)))
+    problem = only(check_environment(mixed_facts(a, few, lanes=4)))
     assert problem.key == "data.lanes" and "data.sources[1] (few): " in problem.problem
     with pytest.raises(ConfigError, match=r"data\.sources\[1\]\.path.*does not exist"):
         Run(make_config([a, gone]))
@@ -343,10 +348,10 @@ def test_problems_name_the_table(tmp_path):
 def test_row_60_the_same_file_in_two_sources(tmp_path):
     a, b, _ = write_sources(tmp_path)
     both = {"path": str(tmp_path / "[ab].jsonl"), "weight": 1}
-    problem = only(probe(mixed_facts(b, both)))
+    problem = only(check_environment(mixed_facts(b, both)))
     assert problem.severity == "warning" and problem.key == "data.sources[1].path"
     assert "data.sources[0] (b)" in problem.problem and "b.jsonl" in problem.problem
-    assert probe(mixed_facts(a, b)) == []
+    assert check_environment(mixed_facts(a, b)) == []
 
 
 def test_names(tmp_path):
@@ -369,6 +374,6 @@ def test_columns_differ(tmp_path):
         {"path": str(tmp_path / "a.jsonl"), "weight": 1},
         {"path": str(tmp_path / "b.jsonl"), "weight": 1, "column": "body"},
     ]
-    assert probe(mixed_facts(*tables, lanes=2)) == []
+    assert check_environment(mixed_facts(*tables, lanes=2)) == []
     steps = np.stack([Run(make_config(tables)).step() for _ in range(2)])
     assert {ord("a"), ord("b")} < set(steps.flatten().tolist())

@@ -13,7 +13,7 @@ from torchtitan.data.lanes import _blocks
 from torchtitan.data.listing import find_files
 from torchtitan.data.pieces import cut_text
 from torchtitan.data.registry import build_source
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 
 def test_folders_of_other_programs_are_not_read(tmp_path):
@@ -33,7 +33,7 @@ def test_a_lane_without_a_document_in_one_epoch_goes_on(tmp_path):
     for name in "abc":
         rows = [json.dumps({"text": f"<{name} {n}>"}) for n in range(2)]
         (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    assert probe(facts_for(tmp_path, lanes=4)) == []
+    assert check_environment(facts_for(tmp_path, lanes=4)) == []
     run = Run(make_config(str(tmp_path)), num_lanes=4)
     states = []
     whole = []

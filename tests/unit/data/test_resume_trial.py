@@ -7,7 +7,7 @@ from test_bad_data import facts_for, only
 from torch.utils.data import IterableDataset
 
 from torchtitan.data.registry import register_dataset
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 
 class Counting(IterableDataset[dict[str, str]]):
@@ -60,7 +60,7 @@ class Deaf(Counting):
 def test_a_second_resume_is_tried_out(made, text):
     name = f"trial_{len(text)}_{getattr(made, '__name__', 'short').strip('<>')}"
     register_dataset(name, lambda training, data: made())
-    problems = probe(facts_for(None, training__dataset=name, lanes=1))
+    problems = check_environment(facts_for(None, training__dataset=name, lanes=1))
     if not text:
         assert problems == []
         return

@@ -20,7 +20,7 @@ from torchtitan import cli
 from torchtitan.config import ConfigError, DataError
 from torchtitan.data import token_files
 from torchtitan.data.registry import build_source
-from torchtitan.preflight.data import probe
+from torchtitan.preflight.data import check_environment
 
 LANES = f"--data.lanes={NUM_LANES}"
 
@@ -181,7 +181,7 @@ def test_killed_and_started_again(text, tmp_path):
     wait_until_gone(pids)
     finished = {file: file.stat().st_mtime_ns for file in output.glob("*.idx")}
     assert not (output / "index.json").exists()
-    unfinished = only(probe(facts_for(output)))
+    unfinished = only(check_environment(facts_for(output)))
     assert "is not finished" in unfinished.problem and "come to its end" in unfinished.fix
     hold.unlink()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -270,9 +270,9 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_row_58_damage_is_found_before_the_start(tokens, name):
     damage, expected = DAMAGES[name]
-    assert probe(facts_for(tokens, lanes=4)) == []
+    assert check_environment(facts_for(tokens, lanes=4)) == []
     damage(tokens)
-    problem = only(probe(facts_for(tokens, lanes=4)))
+    problem = only(check_environment(facts_for(tokens, lanes=4)))
     assert problem.key == "training.dataset_path" and expected in problem.problem
     assert problem.value == str(tokens) and not problem.missing_asset
 
@@ -282,17 +282,17 @@ def test_index_leads_nowhere_else(tokens, name):
     index = json.loads((tokens / "index.json").read_text())
     index["shards"][0]["name"] = name
     (tokens / "index.json").write_text(json.dumps(index))
-    assert "index.json is damaged" in only(probe(facts_for(tokens))).problem
+    assert "index.json is damaged" in only(check_environment(facts_for(tokens))).problem
 
 
 def test_not_a_folder_of_tokens(tmp_path):
-    absent = only(probe(facts_for(tmp_path / "none", training__dataset="tokens")))
+    absent = only(check_environment(facts_for(tmp_path / "none", training__dataset="tokens")))
     assert absent.missing_asset and f"there is no folder {tmp_path / 'none'}" in absent.problem
-    empty = only(probe(facts_for(tmp_path, training__dataset="tokens")))
+    empty = only(check_environment(facts_for(tmp_path, training__dataset="tokens")))
     assert f"{tmp_path} holds no index.json" in empty.problem
     assert "correct the path" in absent.fix and absent.fix == empty.fix
     (tmp_path / "index.json").write_text('{"text": "a row"}\n')
-    problem = only(probe(facts_for(tmp_path, training__dataset="tokens")))
+    problem = only(check_environment(facts_for(tmp_path, training__dataset="tokens")))
     assert "is not an index of tokens" in problem.problem
     # Any file may be called so.
     assert build_source(facts_for(tmp_path).config.training, facts_for(tmp_path).config.data).files
@@ -300,14 +300,14 @@ def test_not_a_folder_of_tokens(tmp_path):
 
 @pytest.mark.parametrize("kind", ["json", "text", "parquet"])
 def test_tokens_are_not_taken_for_other_data(tokens, kind):
-    problem = only(probe(facts_for(tokens, lanes=4, training__dataset=kind)))
+    problem = only(check_environment(facts_for(tokens, lanes=4, training__dataset=kind)))
     assert problem.key == "training.dataset_path" and problem.problem == "holds tokens"
 
 
 def test_tokens_of_another_tokenizer(tokens, tmp_path):
     write_tokenizer(tmp_path)
     context = facts_for(tokens, model__tokenizer_path=str(tmp_path), lanes=4)
-    problem = only(probe(context))
+    problem = only(check_environment(context))
     assert problem.key == "training.dataset_path"
     assert "another tokenizer (bytes-1) than model.tokenizer_path (json-" in problem.problem
     edit_index(tokens, tokenizer="json-1234")
@@ -325,7 +325,7 @@ def test_damage_during_a_run_stops_it(tokens):
 
 def test_fewer_tokens_than_a_step(tokens):
     context = facts_for(tokens, lanes=4, training__seq_len=2**17, data__epochs=1)
-    problem = only(probe(context))
+    problem = only(check_environment(context))
     assert problem.key == "data.epochs" and "tokens give at most 0 sequences" in problem.problem
 
 

@@ -13,7 +13,7 @@ from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.validation_sets import validation_sets
 from torchtitan.preflight.preflight import ARITHMETIC, FILES, errors_of, preflight
-from torchtitan.preflight.validation import check, probe
+from torchtitan.preflight.validation import check_environment, check_static
 
 JSON = {"dataset": "json", "dataset_path": "x.jsonl"}
 BATCH = {"local_batch_size": 4, "global_batch_size": 12, "seq_len": 32, "steps": 100}
@@ -162,7 +162,7 @@ def test_a_warning_for_what_is_trained_on(tmp_path: Path):
         1,
         "cpu",
     )
-    (problem,) = probe(context)
+    (problem,) = check_environment(context)
     assert problem.key == "validation.dataset_path" and problem.severity == "warning"
     assert "1 of the files are in the training data, too" in problem.problem
 
@@ -174,7 +174,7 @@ def test_sets_take_what_they_do_not_say_from_training():
     assert (first.training.seq_len, first.training.local_batch_size) == (32, 4)
     assert (first.data.text_column, second.data.text_column) == ("body", "text")
     assert second.data.split == "validation"
-    assert check(context) == []
+    assert check_static(context) == []
     assert validation_sets(JobConfig()) == []
     (only,) = validation_sets(facts_of({"seq_len": 16, "local_batch_size": 2}).config)
     assert (only.name, only.training.dataset) == ("validation", "c4_validation")

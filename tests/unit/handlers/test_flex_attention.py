@@ -56,7 +56,9 @@ def config_of(
 
 
 def problems(device: str = "cuda", world_size: int = 1, **settings: Any) -> list[str]:
-    return [str(p) for p in checks.check(RunContext(config_of(**settings), world_size, device))]
+    return [
+        str(p) for p in checks.check_static(RunContext(config_of(**settings), world_size, device))
+    ]
 
 
 # what is refused
@@ -129,7 +131,7 @@ def test_heads_that_are_too_small_for_the_kernel() -> None:
         args = {**config.model.args, "n_heads": heads}
         model = config.model.model_copy(update={"args": args})
         context = RunContext(config.model_copy(update={"model": model}), 1, "cuda")
-        found = checks.check(context)
+        found = checks.check_static(context)
         assert len(found) == count
         assert all("heads of at least 16 channels, not 8" in str(problem) for problem in found)
 
@@ -138,7 +140,7 @@ def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention_settings, "needs_capability", lambda *_: ())
     for found, count in (("a spec", 0), (None, 1)):
         monkeypatch.setattr(flex_attention_settings, "find_spec", lambda _, found=found: found)
-        told = checks.probe(RunContext(config_of(), 1, "cuda"))
+        told = checks.check_environment(RunContext(config_of(), 1, "cuda"))
         assert [problem.value for problem in told] == ["flex_attention"] * count
 
 
@@ -150,9 +152,9 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
     config = JobConfig.model_validate(
         {"model": {"name": "own", "flavor": "small", "handlers": ["flex_attention"]}}
     )
-    [problem] = model_checks.probe(RunContext(config, 1, "cuda"))
+    [problem] = model_checks.check_environment(RunContext(config, 1, "cuda"))
     assert "does not attend by way of torchtitan.models.attend" in str(problem)
-    assert model_checks.probe(RunContext(config_of(), 1, "cuda")) == []
+    assert model_checks.check_environment(RunContext(config_of(), 1, "cuda")) == []
 
 
 def test_nothing_of_it_needs_torch_to_be_refused() -> None:

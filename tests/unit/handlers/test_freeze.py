@@ -17,7 +17,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.freeze import FreezeHandler
 from torchtitan.models.registry import get_family
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers
-from torchtitan.preflight.handlers import check
+from torchtitan.preflight.handlers import check_static
 from torchtitan.preflight.preflight import MODEL, preflight
 from torchtitan.training import builder, model_builder
 
@@ -88,7 +88,7 @@ def test_what_the_model_does_not_have_is_found_before_the_run(
     ],
 )
 def test_settings(settings: dict[str, Any], expected: str) -> None:
-    [problem] = check(RunContext(config_of(**settings), 1, "cpu"))
+    [problem] = check_static(RunContext(config_of(**settings), 1, "cpu"))
     assert expected in str(problem)
 
 

@@ -23,7 +23,7 @@ from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import registry
 from torchtitan.handlers.named import HandlerError, NamedHandler
-from torchtitan.preflight.handlers import check, probe
+from torchtitan.preflight.handlers import check_environment, check_static
 from torchtitan.preflight.preflight import MODEL, preflight
 from torchtitan.training import model_builder
 
@@ -35,7 +35,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problems(chosen: list[str], settings: dict[str, dict[str, object]] | None = None) -> list[str]:
     config = JobConfig.model_validate({"model": {"handlers": chosen}, "handlers": settings or {}})
-    return [str(problem) for problem in check(RunContext(config, 1, "cpu"))]
+    return [str(problem) for problem in check_static(RunContext(config, 1, "cpu"))]
 
 
 class Settings(Section):
@@ -127,7 +127,7 @@ def test_what_a_check_raises_names_the_handler() -> None:
     silent = registry.HandlerEntry(Section, lambda: Any, probe=fails)
     registry.HANDLERS.register("bad_probe", silent, "my.module")
     config = JobConfig.model_validate({"model": {"handlers": ["bad_probe"]}})
-    [problem] = probe(RunContext(config, 1, "cpu", full=True))
+    [problem] = check_environment(RunContext(config, 1, "cpu", full=True))
     assert "its probe (my.module) fails" in str(problem)
 
 

@@ -32,7 +32,7 @@ def problems(
     **sections: Any,
 ) -> list[str]:
     config = config_of(handlers, settings, **sections)
-    return [str(problem) for problem in checks.check(RunContext(config, world_size, device))]
+    return [str(problem) for problem in checks.check_static(RunContext(config, world_size, device))]
 
 
 # what is refused
@@ -239,7 +239,7 @@ def test_gpus_without_the_units_are_refused(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda rank: capability)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
-    told = checks.probe(RunContext(config_of([name], {name: settings}), 1, "cuda"))
+    told = checks.check_environment(RunContext(config_of([name], {name: settings}), 1, "cuda"))
     assert bool(told) == is_refused
     if is_refused:
         number = ".".join(map(str, capability))

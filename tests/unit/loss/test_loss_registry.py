@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.section import Section
 from torchtitan.loss.registry import LOSSES, LossEntry, entry_of, register_loss
-from torchtitan.preflight.loss import check
+from torchtitan.preflight.loss import check_static
 from torchtitan.preflight.preflight import ARITHMETIC, preflight
 
 
@@ -38,7 +38,7 @@ def problems(loss: dict[str, Any], tp: int = 1) -> list[str]:
     config = JobConfig.model_validate(
         {"loss": loss, "parallelism": {"tensor_parallel_degree": tp}, "training": {"seq_len": 32}}
     )
-    return [str(problem) for problem in check(RunContext(config, tp, "cpu"))]
+    return [str(problem) for problem in check_static(RunContext(config, tp, "cpu"))]
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def test_nobody_replaces_the_librarys() -> None:
 def test_nothing_but_loading_imports_torch() -> None:
     code = (
         "import sys\n"
-        "from torchtitan.preflight.loss import check\n"
+        "from torchtitan.preflight.loss import check_static\n"
         "from torchtitan.loss.registry import LOSSES\n"
         "from torchtitan.config import JobConfig\n"
         "from torchtitan.config.run_context import RunContext\n"
         "config = JobConfig.model_validate({'loss': {'args': {'z_loss_weight': 1e-4}}})\n"
-        "assert check(RunContext(config, 1, 'cpu')) == []\n"
+        "assert check_static(RunContext(config, 1, 'cpu')) == []\n"
         "assert 'torch' not in sys.modules\n"
         "assert LOSSES['cross_entropy'].load().__name__ == 'CrossEntropyLoss'\n"
     )

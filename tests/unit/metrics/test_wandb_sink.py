@@ -15,7 +15,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.metrics import wandb_sink
 from torchtitan.metrics.wandb_sink import WandbSink
-from torchtitan.preflight.components import probe
+from torchtitan.preflight.components import check_environment
 from torchtitan.utils.environment import WandbEnvironment, read_wandb
 
 CONFIG = {
@@ -250,7 +250,10 @@ def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     config = JobConfig(metrics={"enable_wandb": True})
-    return [str(problem) for problem in probe(RunContext(config, world_size=1, device_type="cpu"))]
+    return [
+        str(problem)
+        for problem in check_environment(RunContext(config, world_size=1, device_type="cpu"))
+    ]
 
 
 def test_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def feature(monkeypatch: pytest.MonkeyPatch):
 
         return function
 
-    made.check, made.probe = answer("check"), answer("probe")  # type: ignore[attr-defined]
+    made.check_static, made.check_environment = answer("check"), answer("probe")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "own_feature", made)
     monkeypatch.setattr(module, "_FEATURES", ("torchtitan.preflight.mesh", "own_feature"))
     monkeypatch.setattr(module, "_PROBES", {FILES: ("own_feature",), HARDWARE: ("own_feature",)})
@@ -121,7 +121,11 @@ def test_every_feature_answers():
     """A feature that is renamed or misspelt must not silently go unchecked."""
     names = {name for probed in module._PROBES.values() for name in probed} | set(module._FEATURES)
     for name in names:
-        functions = ["check"] if name in module._FEATURES else []
-        functions += ["probe"] if any(name in probed for probed in module._PROBES.values()) else []
+        functions = ["check_static"] if name in module._FEATURES else []
+        functions += (
+            ["check_environment"]
+            if any(name in probed for probed in module._PROBES.values())
+            else []
+        )
         for function in functions:
             assert callable(module._function(name, function))

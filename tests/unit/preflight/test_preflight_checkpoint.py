@@ -13,7 +13,7 @@ from torchtitan.checkpoint.manifest import Manifest, record_file, write_manifest
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.checkpoint import check, probe
+from torchtitan.preflight.checkpoint import check_environment, check_static
 
 
 def context(tmp_path: Path | None = None, steps: int = 500, **section: Any) -> RunContext:
@@ -47,7 +47,7 @@ def plant(folder: Path, *steps: int, size: int = 10) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/abs", "a..b", "sp ace", "x" * 129])
 def test_folder_name(name: str) -> None:
-    only(check(context(folder=name)), "checkpoint.folder", "is not a plain name")
+    only(check_static(context(folder=name)), "checkpoint.folder", "is not a plain name")
 
 
 @pytest.mark.parametrize(
@@ -55,64 +55,68 @@ def test_folder_name(name: str) -> None:
     [("", "is not a path"), ("a\0b", "is not a path"), ("s3://bucket/run", "is a URI")],
 )
 def test_paths_of_no_file_system(path: str, text: str) -> None:
-    only(check(context(initial_load_path=path)), "checkpoint.initial_load_path", text)
+    only(check_static(context(initial_load_path=path)), "checkpoint.initial_load_path", text)
     asked = context()
     job = asked.config.job.model_copy(update={"dump_folder": path})
     asked = replace(asked, config=asked.config.model_copy(update={"job": job}))
-    only(check(asked), "job.dump_folder", text)
+    only(check_static(asked), "job.dump_folder", text)
 
 
 @pytest.mark.parametrize("name", ["tb", "profile_trace", "config.toml", "previous-3"])
 def test_folder_name_taken(name: str) -> None:
-    only(check(context(folder=name)), "checkpoint.folder", "something else in the run folder")
+    only(
+        check_static(context(folder=name)), "checkpoint.folder", "something else in the run folder"
+    )
 
 
 def test_good_settings() -> None:
-    assert check(context(folder="ckpt_1.a-b", keep_latest_k=0)) == []
+    assert check_static(context(folder="ckpt_1.a-b", keep_latest_k=0)) == []
 
 
 def test_keep_only_one() -> None:
-    only(check(context(keep_latest_k=1)), "checkpoint.keep_latest_k", "use 2 or more")
+    only(check_static(context(keep_latest_k=1)), "checkpoint.keep_latest_k", "use 2 or more")
 
 
 def test_interval_beyond_the_end() -> None:
-    problems = check(context(interval=5001, steps=5000))
+    problems = check_static(context(interval=5001, steps=5000))
     only(problems, "checkpoint.interval", "more than training.steps = 5000", "warning")
-    assert check(context(interval=501)) == [], "a short run loses little"
+    assert check_static(context(interval=501)) == [], "a short run loses little"
 
 
 def test_long_run_without_checkpoints() -> None:
-    problems = check(context(enable=False, steps=5000))
+    problems = check_static(context(enable=False, steps=5000))
     only(problems, "checkpoint.enable", "cannot be resumed", "warning")
-    assert check(context(enable=False)) == []
+    assert check_static(context(enable=False)) == []
 
 
 def test_load_step_without_checkpoints() -> None:
-    only(check(context(enable=False, load_step=3)), "checkpoint.load_step", "has no effect")
+    only(check_static(context(enable=False, load_step=3)), "checkpoint.load_step", "has no effect")
 
 
 def test_fresh_folder(tmp_path: Path) -> None:
-    assert [p for p in probe(context(tmp_path / "a" / "b")) if p.severity == "error"] == []
+    assert [
+        p for p in check_environment(context(tmp_path / "a" / "b")) if p.severity == "error"
+    ] == []
     assert not (tmp_path / "a").exists(), "a probe writes nothing"
 
 
 def test_dump_folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    only(probe(context(tmp_path / "file")), "job.dump_folder", "is a file")
-    only(probe(context(tmp_path / "file" / "run")), "job.dump_folder", "is a file")
+    only(check_environment(context(tmp_path / "file")), "job.dump_folder", "is a file")
+    only(check_environment(context(tmp_path / "file" / "run")), "job.dump_folder", "is a file")
 
 
 def test_dump_folder_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may write anywhere, and tests often run as root.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    problems = probe(context(tmp_path))
+    problems = check_environment(context(tmp_path))
     only(problems, "job.dump_folder", "no permission")
     assert problems[0].missing_asset
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory here")
 def test_folder_in_memory() -> None:
-    problems = probe(context(Path("/dev/shm/run-that-does-not-exist")))
+    problems = check_environment(context(Path("/dev/shm/run-that-does-not-exist")))
     only(problems, "job.dump_folder", "tmpfs", "warning")
 
 
@@ -130,11 +134,16 @@ def test_part_that_anybody_may_write_to(tmp_path: Path, part: str) -> None:
 def test_folder_that_anybody_may_replace(tmp_path: Path) -> None:
     """Where /tmp has its sticky bit, nobody can."""
     plant(tmp_path / "run", 5)
-    assert probe(context(tmp_path / "run")) == []
+    assert check_environment(context(tmp_path / "run")) == []
     tmp_path.chmod(0o777)
-    only(probe(context(tmp_path / "run")), "job.dump_folder", f"lies below {tmp_path}", "warning")
+    only(
+        check_environment(context(tmp_path / "run")),
+        "job.dump_folder",
+        f"lies below {tmp_path}",
+        "warning",
+    )
     tmp_path.chmod(0o1777)
-    assert probe(context(tmp_path / "run")) == []
+    assert check_environment(context(tmp_path / "run")) == []
 
 
 def test_run_is_protected_whatever_the_umask(tmp_path: Path) -> None:
@@ -150,7 +159,7 @@ def test_run_is_protected_whatever_the_umask(tmp_path: Path) -> None:
 
 
 def errors(tmp_path: Path, **section: Any) -> list[ConfigIssue]:
-    return [p for p in probe(context(tmp_path, **section)) if p.severity == "error"]
+    return [p for p in check_environment(context(tmp_path, **section)) if p.severity == "error"]
 
 
 def test_load_step(tmp_path: Path) -> None:
@@ -177,14 +186,14 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
     asked = context(tmp_path, steps=400)
     job = asked.config.job.model_copy(update={"new_run": True})
     anew = replace(asked, config=asked.config.model_copy(update={"job": job}))
-    assert [problem for problem in probe(anew) if problem.severity == "error"] == []
+    assert [problem for problem in check_environment(anew) if problem.severity == "error"] == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_absent_folder_of_another_machine(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     away = replace(context(tmp_path / "file" / "run", load_step=3), full=False)
-    assert probe(away) == []
+    assert check_environment(away) == []
 
 
 def test_finished_run_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +235,11 @@ def test_no_files_left_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plant(tmp_path, 5)
     monkeypatch.setattr(os, "statvfs", statvfs(f_files=1000, f_favail=1))
     only(errors(tmp_path), "checkpoint.folder", "has room for 1 (its inodes are used up)")
-    problems = [p for p in probe(context(tmp_path, allow_low_disk=True)) if "inodes" in p.problem]
+    problems = [
+        p
+        for p in check_environment(context(tmp_path, allow_low_disk=True))
+        if "inodes" in p.problem
+    ]
     only(problems, "checkpoint.folder", "has room for 1", "warning")
     assert errors(tmp_path, allow_low_disk=True) == []
     # As file systems say that make room for files as they come.

@@ -13,8 +13,8 @@ import pytest
 
 from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.components import check, probe
-from torchtitan.preflight.parameter_names import probe as probe_model
+from torchtitan.preflight.components import check_environment, check_static
+from torchtitan.preflight.parameter_names import check_environment as probe_model
 
 
 def context(**sections: dict[str, Any]) -> RunContext:
@@ -28,35 +28,36 @@ def only(problems: list[ConfigIssue], key: str) -> ConfigIssue:
 
 
 def test_defaults_are_fine() -> None:
-    assert check(RunContext(config=JobConfig(), world_size=1, device_type="cpu")) == []
-    assert check(context()) == []
+    assert check_static(RunContext(config=JobConfig(), world_size=1, device_type="cpu")) == []
+    assert check_static(context()) == []
 
 
 def test_learning_rate_of_zero_is_a_warning() -> None:
-    problem = only(check(context(optimizer={"lr": 0.0})), "optimizer.lr")
+    problem = only(check_static(context(optimizer={"lr": 0.0})), "optimizer.lr")
     assert problem.severity == "warning"
 
 
 def test_repeated_pattern() -> None:
     groups = [{"pattern": "a*"}, {"pattern": "b*"}, {"pattern": "a*"}]
     problem = only(
-        check(context(optimizer={"param_groups": groups})), "optimizer.param_groups[2].pattern"
+        check_static(context(optimizer={"param_groups": groups})),
+        "optimizer.param_groups[2].pattern",
     )
     assert "param_groups[0]" in problem.problem
 
 
 def test_warmup_longer_than_the_run() -> None:
-    problems = check(context(training={"steps": 50}, lr_scheduler={"warmup_steps": 51}))
+    problems = check_static(context(training={"steps": 50}, lr_scheduler={"warmup_steps": 51}))
     problem = only(problems, "lr_scheduler.warmup_steps")
     assert "training.steps = 50" in problem.problem and "at most 50" in problem.fix
-    assert check(context(training={"steps": 50}, lr_scheduler={"warmup_steps": 50})) == []
+    assert check_static(context(training={"steps": 50}, lr_scheduler={"warmup_steps": 50})) == []
 
 
 def test_warmup_and_decay_longer_than_the_run() -> None:
     schedule = {"warmup_steps": 300, "decay_ratio": 0.701}
-    problem = only(check(context(lr_scheduler=schedule)), "lr_scheduler.decay_ratio")
+    problem = only(check_static(context(lr_scheduler=schedule)), "lr_scheduler.decay_ratio")
     assert "701" in problem.problem and "at most 0.7," in problem.fix
-    assert check(context(lr_scheduler={**schedule, "decay_ratio": 0.7})) == []
+    assert check_static(context(lr_scheduler={**schedule, "decay_ratio": 0.7})) == []
 
 
 def test_profiler_steps_must_fit_between_traces() -> None:
@@ -66,61 +67,66 @@ def test_profiler_steps_must_fit_between_traces() -> None:
         "profiler_warmup": 3,
         "profiler_active": 2,
     }
-    problem = only(check(context(profiling=profiling)), "profiling.profile_freq")
+    problem = only(check_static(context(profiling=profiling)), "profiling.profile_freq")
     assert problem.severity == "error" and "at least 5" in problem.fix
-    assert check(context(profiling={**profiling, "profile_freq": 5})) == []
-    assert check(context(profiling={**profiling, "enable_profiling": False})) == []
+    assert check_static(context(profiling={**profiling, "profile_freq": 5})) == []
+    assert check_static(context(profiling={**profiling, "enable_profiling": False})) == []
 
 
 def test_run_too_short_for_a_trace_is_a_warning() -> None:
     profiling = {"enable_profiling": True, "profile_freq": 1001}
-    problem = only(check(context(profiling=profiling)), "profiling.profile_freq")
+    problem = only(check_static(context(profiling=profiling)), "profiling.profile_freq")
     assert problem.severity == "warning"
 
 
 @pytest.mark.parametrize("name", ["", "..", "../tb", "/tmp/tb", ".hidden", "a b", "x" * 129])
 def test_folder_names_stay_below_the_run_folder(name: str) -> None:
-    only(check(context(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
-    only(check(context(profiling={"save_traces_folder": name})), "profiling.save_traces_folder")
+    only(check_static(context(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
+    only(
+        check_static(context(profiling={"save_traces_folder": name})),
+        "profiling.save_traces_folder",
+    )
     key = "save_memory_snapshot_folder"
-    only(check(context(profiling={key: name})), f"profiling.{key}")
-    only(check(context(comm={"save_traces_folder": name})), "comm.save_traces_folder")
+    only(check_static(context(profiling={key: name})), f"profiling.{key}")
+    only(check_static(context(comm={"save_traces_folder": name})), "comm.save_traces_folder")
 
 
 @pytest.mark.parametrize("name", ["metrics", "wandb", "config.toml"])
 def test_names_of_the_run_folder_are_taken(name: str) -> None:
-    problem = only(check(context(metrics={"save_tb_folder": name})), "metrics.save_tb_folder")
+    problem = only(
+        check_static(context(metrics={"save_tb_folder": name})), "metrics.save_tb_folder"
+    )
     assert "has something else of that name" in problem.problem
 
 
 @pytest.mark.parametrize("prefix", ["", "a/", "../rank_", ".rank_", "rank_1", "r k"])
 def test_prefix_of_traces_of_collectives(prefix: str) -> None:
     settings = {"save_traces_file_prefix": prefix}
-    only(check(context(comm=settings)), "comm.save_traces_file_prefix")
+    only(check_static(context(comm=settings)), "comm.save_traces_file_prefix")
 
 
 @pytest.mark.parametrize("prefix", ["r", "rank_", "node-1.rank-"])
 def test_good_prefixes(prefix: str) -> None:
-    assert check(context(comm={"save_traces_file_prefix": prefix})) == []
+    assert check_static(context(comm={"save_traces_file_prefix": prefix})) == []
 
 
 def test_memory_snapshots_need_a_gpu() -> None:
     snapshots = context(profiling={"enable_memory_snapshot": True})
-    problem = only(check(snapshots), "profiling.enable_memory_snapshot")
+    problem = only(check_static(snapshots), "profiling.enable_memory_snapshot")
     assert problem.severity == "error" and "CUDA" in problem.problem
-    assert check(replace(snapshots, device_type="cuda")) == []
+    assert check_static(replace(snapshots, device_type="cuda")) == []
 
 
 def test_a_run_too_short_for_a_snapshot_is_a_warning() -> None:
     profiling = {"enable_memory_snapshot": True, "profile_freq": 1001}
     snapshots = replace(context(profiling=profiling), device_type="cuda")
-    problem = only(check(snapshots), "profiling.profile_freq")
+    problem = only(check_static(snapshots), "profiling.profile_freq")
     assert problem.severity == "warning"
 
 
 def test_folders_must_differ() -> None:
     problem = only(
-        check(context(metrics={"save_tb_folder": "checkpoint"})), "metrics.save_tb_folder"
+        check_static(context(metrics={"save_tb_folder": "checkpoint"})), "metrics.save_tb_folder"
     )
     assert "checkpoint.folder" in problem.problem
 
@@ -131,7 +137,7 @@ def probed(dump_folder: Path, full: bool = True) -> list[ConfigIssue]:
         metrics={"enable_tensorboard": True},
         profiling={"enable_profiling": True, "enable_memory_snapshot": True},
     )
-    return probe(replace(asked, full=full))
+    return check_environment(replace(asked, full=full))
 
 
 def test_probe_creates_nothing_and_accepts_a_writable_folder(tmp_path: Path) -> None:
@@ -199,7 +205,9 @@ def test_a_check_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(problem.missing_asset for problem in probed(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     switches = {"enable_tensorboard": True, "enable_wandb": True}
-    absent = probe(context(job={"dump_folder": str(tmp_path / "run")}, metrics=switches))
+    absent = check_environment(
+        context(job={"dump_folder": str(tmp_path / "run")}, metrics=switches)
+    )
     absent = [problem for problem in absent if "is not installed" in problem.problem]
     assert [problem.key for problem in absent] == [f"metrics.{name}" for name in switches]
     assert all(problem.missing_asset for problem in absent)

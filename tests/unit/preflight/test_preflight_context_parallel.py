@@ -18,7 +18,7 @@ def problems(seq_len: int, degree: int, settings: dict[str, Any]) -> list[str]:
     parallelism = {"context_parallel_degree": degree, **settings}
     sections = {"training": {"seq_len": seq_len}, "parallelism": parallelism}
     config = JobConfig.model_validate(sections)
-    return [str(problem) for problem in context_checks.check(RunContext(config, 16, "cpu"))]
+    return [str(problem) for problem in context_checks.check_static(RunContext(config, 16, "cpu"))]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_packed_documents_without_a_kernel_are_worth_a_warning() -> None:
             parallelism = {"context_parallel_degree": 2, "context_parallel_method": method}
             training = {"seq_len": 32, "document_mask": True}
             config = JobConfig.model_validate({"training": training, "parallelism": parallelism})
-            found[device, method] = context_checks.check(RunContext(config, 2, device))
+            found[device, method] = context_checks.check_static(RunContext(config, 2, device))
     slow = {case for case, problems in found.items() if problems}
     assert slow == {("cuda", "allgather"), ("cuda", "ring")}
     assert {problem.severity for case in slow for problem in found[case]} == {"warning"}
@@ -104,7 +104,7 @@ def test_windows_without_a_kernel_are_worth_a_warning(window: int, expected: int
             "parallelism": {"context_parallel_degree": 2, "context_parallel_method": method},
         }
         context = RunContext(JobConfig.model_validate(sections), 2, "cuda")
-        found = context_checks.check(context)
+        found = context_checks.check_static(context)
         assert [problem.severity for problem in found] == ["warning"] * count
         assert all("a window ends (8 tokens)" in str(problem) for problem in found)
 

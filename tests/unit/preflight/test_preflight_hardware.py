@@ -6,11 +6,13 @@ import torch
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.hardware import probe
+from torchtitan.preflight.hardware import check_environment
 
 
 def problems(device: str, *arguments: str) -> list[ConfigIssue]:
-    return probe(RunContext(load_config([f"--job.device={device}", *arguments]).config, 8, "cuda"))
+    return check_environment(
+        RunContext(load_config([f"--job.device={device}", *arguments]).config, 8, "cuda")
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.memory import check
+from torchtitan.preflight.memory import check_static
 
 EARLY = {"early_step_in_backward": True}
 UNCLIPPED = {"local_batch_size": 2, "max_norm": float("inf")}
@@ -16,7 +16,7 @@ BUDGET = {"mode": "memory_budget"}
 def found(
     world_size: int = 1, device_type: str = "cuda", **sections: dict[str, Any]
 ) -> list[ConfigIssue]:
-    return check(RunContext(JobConfig.model_validate(sections), world_size, device_type))
+    return check_static(RunContext(JobConfig.model_validate(sections), world_size, device_type))
 
 
 def only(problems: list[ConfigIssue], key: str, *parts: str) -> ConfigIssue:

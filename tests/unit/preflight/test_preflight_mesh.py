@@ -4,12 +4,14 @@ import pytest
 
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.mesh import check
+from torchtitan.preflight.mesh import check_static
 from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 
 def problems(world_size: int, *arguments: str) -> list[str]:
-    return [str(p) for p in check(RunContext(load_config(arguments).config, world_size, "cpu"))]
+    return [
+        str(p) for p in check_static(RunContext(load_config(arguments).config, world_size, "cpu"))
+    ]
 
 
 REPLICATE = "--parallelism.data_parallel_replicate_degree"

@@ -8,7 +8,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.models import registry
 from torchtitan.models.llama3 import FAMILY
-from torchtitan.preflight.model import check, probe
+from torchtitan.preflight.model import check_environment, check_static
 
 
 def context(
@@ -43,20 +43,22 @@ def context(
     ],
 )
 def test_bad_hyper_parameters(args, expected):
-    [problem] = check(context(args))
+    [problem] = check_static(context(args))
     assert f"model.args.{expected}" in str(problem)
 
 
 def test_every_flavor_is_fine():
     for flavor in FAMILY.flavors:
-        assert check(context(flavor=flavor)) == probe(context(flavor=flavor)) == []
+        assert (
+            check_static(context(flavor=flavor)) == check_environment(context(flavor=flavor)) == []
+        )
 
 
 def test_sequences_longer_than_the_model_is_made_for():
-    assert check(context(seq_len=131072)) == []
-    [problem] = check(context(seq_len=131073))
+    assert check_static(context(seq_len=131072)) == []
+    [problem] = check_static(context(seq_len=131073))
     assert "training.seq_len = 131073: longer than model.args.max_seq_len = 131072" in str(problem)
-    assert check(context({"max_seq_len": 200_000}, seq_len=131073)) == []
+    assert check_static(context({"max_seq_len": 200_000}, seq_len=131073)) == []
 
 
 def test_a_model_that_does_not_build_is_a_problem(monkeypatch):
@@ -68,5 +70,5 @@ def test_a_model_that_does_not_build_is_a_problem(monkeypatch):
         "_registered",
         {"llama3": (dataclasses.replace(FAMILY, build=build), "a test")},
     )
-    [problem] = probe(context({"n_layers": 2}))
+    [problem] = check_environment(context({"n_layers": 2}))
     assert "the model cannot be built: RuntimeError: no such kernel" in str(problem)

@@ -35,7 +35,7 @@ def context(
 
 def errors(degree: int, sections: dict[str, dict[str, Any]] | None = None, **keys: Any) -> str:
     found = context(degree, sections, **keys)
-    return "\n".join(map(str, errors_of(pipeline_checks.check(found))))
+    return "\n".join(map(str, errors_of(pipeline_checks.check_static(found))))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_advised_numbers_fill_rounds() -> None:
     """9 would be above what is too few, and is refused too."""
     sections = {"training": {"local_batch_size": 3}, "model": {"args": {"n_layers": 8}}}
     found = context(2, sections, **INTERLEAVED)
-    (problem,) = pipeline_checks.check(found)
+    (problem,) = pipeline_checks.check_static(found)
     assert problem.severity == "warning"
     assert "Fix: set it to 6 or 12, or to more" in str(problem)
     assert "Fix: set it to 6 or 12" in errors(
@@ -157,7 +157,7 @@ def test_few_microbatches_are_worth_a_warning() -> None:
         {"schedule": "GPipe", "microbatch_size": 8},
         {**INTERLEAVED, "microbatch_size": 4},
     ):
-        (problem,) = pipeline_checks.check(context(2, **keys))
+        (problem,) = pipeline_checks.check_static(context(2, **keys))
         assert problem.severity == "warning"
         assert "ranks will often be idle" in str(problem)
 

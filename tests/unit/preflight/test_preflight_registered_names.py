@@ -21,7 +21,7 @@ from torchtitan.optim import registry as optimizer_registry
 from torchtitan.optim import schedules as schedule_registry
 from torchtitan.optim.registry import OPTIMIZERS, OptimizerEntry
 from torchtitan.optim.schedules import SCHEDULES, Schedule, register_schedule
-from torchtitan.preflight.components import check, probe
+from torchtitan.preflight.components import check_environment, check_static
 from torchtitan.preflight.preflight import MODEL, preflight
 
 
@@ -36,7 +36,9 @@ def context(**sections: Any) -> RunContext:
 
 
 def problems(**sections: Any) -> list[str]:
-    return [str(problem) for problem in check(context(**sections)) if problem.severity == "error"]
+    return [
+        str(problem) for problem in check_static(context(**sections)) if problem.severity == "error"
+    ]
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -104,7 +106,7 @@ def test_what_stands_in_a_file_for_another_choice_is_a_warning(
 ) -> None:
     """So that an optimizer, or a schedule, can be tried from the command line alone."""
     register_schedule("mine", Power)(power)
-    [problem] = check(context(**sections))
+    [problem] = check_static(context(**sections))
     assert expected in str(problem) and problem.severity == "warning"
 
 
@@ -131,7 +133,7 @@ def test_a_schedule_of_one_s_own() -> None:
     assert [schedule(step) for step in (1, 2, 3, 4)] == [1.0, 0.75**2, 0.25, 0.0625]
     config = {"lr_scheduler": {"name": "mine"}, "training": {"steps": 4}}
     assert problems(**config) == []
-    assert probe(context(**config)) == []
+    assert check_environment(context(**config)) == []
     # The keys of the library's schedule are not judged: a warmup of 9 does not fit into 4 steps.
     config["lr_scheduler"]["warmup_steps"] = 9
     assert problems(**config) == []
@@ -141,13 +143,13 @@ def test_a_schedule_of_one_s_own() -> None:
 @pytest.mark.parametrize("factor", [float("nan"), -0.5])
 def test_a_schedule_that_gives_no_factor_is_found_before_the_run(factor: float) -> None:
     register_schedule("late")(lambda step, steps, settings: factor if step == steps else 1.0)
-    [problem] = probe(context(lr_scheduler={"name": "late"}))
+    [problem] = check_environment(context(lr_scheduler={"name": "late"}))
     assert f"gives {factor} for step 10000" in problem.problem
 
 
 def test_a_schedule_that_raises_is_named_with_its_line() -> None:
     register_schedule("broken")(lambda step, steps, settings: 1 / 0)
-    [problem] = probe(context(lr_scheduler={"name": "broken"}))
+    [problem] = check_environment(context(lr_scheduler={"name": "broken"}))
     assert (problem.key, problem.value) == ("lr_scheduler.name", "broken")
     assert "fails at step 1" in problem.problem and "ZeroDivisionError" in problem.problem
     with pytest.raises(ConfigError, match="broken"):
@@ -157,7 +159,7 @@ def test_a_schedule_that_raises_is_named_with_its_line() -> None:
 def test_a_schedule_s_factor_is_a_number() -> None:
     """Not what looks like one: `float` would take it."""
     register_schedule("text")(lambda step, steps, settings: "0.5")
-    [problem] = probe(context(lr_scheduler={"name": "text"}))
+    [problem] = check_environment(context(lr_scheduler={"name": "text"}))
     assert "not the text '0.5'" in problem.problem
 
 
@@ -321,12 +323,12 @@ def test_a_run_with_an_optimizer_a_schedule_and_sinks_of_one_s_own(tmp_path: Pat
 def test_checking_names_imports_no_torch() -> None:
     code = """
 import sys
-from torchtitan.preflight.components import check
+from torchtitan.preflight.components import check_static
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 
 config = JobConfig.model_validate({"optimizer": {"name": "Muon"}})
-check(RunContext(config, 1, "cpu"))
+check_static(RunContext(config, 1, "cpu"))
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=runs.environment())

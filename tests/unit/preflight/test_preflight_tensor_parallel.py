@@ -32,7 +32,7 @@ def context(
 
 
 def problems(*arguments: Any, **settings: Any) -> list[str]:
-    return [str(problem) for problem in tensor_checks.check(context(*arguments, **settings))]
+    return [str(problem) for problem in tensor_checks.check_static(context(*arguments, **settings))]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])
@@ -118,9 +118,11 @@ def test_ranks_on_several_machines(
     place = {"WORLD_SIZE": 24, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local}
     for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
-    found = tensor_checks.check(context(4, world_size=24))
+    found = tensor_checks.check_static(context(4, world_size=24))
     assert [problem.severity for problem in found] == ["warning"] * straddles
-    assert tensor_checks.check(context(4, world_size=16)) == [], "another run than the launched one"
+    assert tensor_checks.check_static(context(4, world_size=16)) == [], (
+        "another run than the launched one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,6 @@ def test_overlap(
 ) -> None:
     given = context(degree, device=device, model=model, **ASYNC)
     given = RunContext(given.config.model_copy(update={"handlers": handlers}), 16, device)
-    found = [str(problem) for problem in tensor_checks.check(given)]
+    found = [str(problem) for problem in tensor_checks.check_static(given)]
     assert len(found) == (expected is not None)
     assert all(expected in problem for problem in found)

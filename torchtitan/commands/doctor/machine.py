@@ -27,7 +27,7 @@ def facts_of_machine(config: JobConfig, place: ProcessEnvironment) -> RunContext
 
 def machine_findings(context: RunContext, place: ProcessEnvironment) -> Iterator[Finding]:
     """One after the other. Sets up threads and allocator, as a run does."""
-    problems = checks.probe(context)
+    problems = checks.check_environment(context)
     yield from (of_problem(problem) for problem in problems)
     yield Finding(dist.is_available() and dist.is_gloo_available(), "gloo", "talks between CPUs")
     if torch.cuda.is_available():
