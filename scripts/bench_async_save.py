@@ -20,7 +20,7 @@ from torch import nn
 from torchtitan.checkpoint import background
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import open_context
 from torchtitan.utils.environment import read_environment
 

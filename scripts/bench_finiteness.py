@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.staging import Staging
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import open_context
 from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.utils.environment import read_environment

@@ -18,8 +18,8 @@ from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.named import HandlerError

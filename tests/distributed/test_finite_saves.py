@@ -14,7 +14,7 @@ from torchtitan.checkpoint.steps_folder import step_folders
 SPOILER = """
 import torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 @register_handler("spoiler")

@@ -158,7 +158,7 @@ FAILING = """
 import torch
 
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 ERRORS = {

@@ -20,8 +20,8 @@ from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.config import CheckpointError
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.named import HandlerError, NamedHandler

@@ -16,7 +16,7 @@ from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 
 STATE = {

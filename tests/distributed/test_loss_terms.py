@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.distributed.tiny import Case, Result, train
 from tests.pool import GlooPool
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.registry import register_loss

@@ -15,7 +15,7 @@ from tests.parity.table import row
 from tests.pool import GlooPool
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers

@@ -25,7 +25,7 @@ from tests.parity.table import (
 )
 from tests.parity.test_checkpoints_move import LAST_STEP, SAVED_STEP, go_on, together
 from tests.pool import GlooPool
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.optim.optimizer import build_optimizers
 

@@ -11,7 +11,7 @@ from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pool import GlooPool
-from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
 from torchtitan.parallel.activation_checkpoint import apply_activation_checkpoint

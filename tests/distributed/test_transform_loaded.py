@@ -17,7 +17,7 @@ from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.config import JobConfig
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.named import HandlerError, NamedHandler

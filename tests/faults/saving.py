@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 
 RUN_ID = "abc123"

@@ -13,8 +13,8 @@ from tests.parity.table import TIED, dims_of, name_of, row
 from tests.pool import GlooPool
 from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import AXES, ParallelDims

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import tiny
 from tests.parity.historical_bugs import BUGS
 from tests.parity.table import TABLE, dims_of, kinds_of, name_of, special_of
-from torchtitan.config.parallelism_section import Parallelism, Schedule
+from torchtitan.config.schema import Parallelism, PipelineSchedule
 from torchtitan.models.batch import IGNORE_INDEX
 
 DATA = ("ddp", "fsdp", "hsdp")
@@ -52,7 +52,7 @@ def test_two_of_everything() -> None:
     assert degrees.count((2, 2, 2, 2)) >= 2
 
 
-@pytest.mark.parametrize("schedule", [*get_args(Schedule), "CSV"])
+@pytest.mark.parametrize("schedule", [*get_args(PipelineSchedule), "CSV"])
 def test_every_schedule(schedule: str) -> None:
     assert SPECIAL[schedule] >= 1
 

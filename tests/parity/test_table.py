@@ -17,7 +17,7 @@ from tests.parity.own_models import DRAWS
 from tests.parity.table import TABLE, TOLERANCE, name_of, reference_of
 from tests.pool import GlooPool
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.loss.registry import loss_settings
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.models.registry import get_family

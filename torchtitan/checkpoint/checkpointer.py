@@ -54,7 +54,7 @@ from torchtitan.checkpoint.steps_folder import (
     unprotected_parts,
 )
 from torchtitan.config import CheckpointError, ConfigError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, with_own_group
 from torchtitan.utils.host_memory import available_bytes
 

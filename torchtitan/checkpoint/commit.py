@@ -39,7 +39,7 @@ from torchtitan.checkpoint.steps_folder import (
     temporary_name,
 )
 from torchtitan.config import CheckpointError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.checkpoint.steps_folder import step_name
 from torchtitan.config import ConfigIssue, JobConfig
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 
 
 def stored_state(config: JobConfig, decision: Decision) -> dict[str, Any]:

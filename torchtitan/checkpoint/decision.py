@@ -22,8 +22,8 @@ from torchtitan.checkpoint.manifest import HANDLERS_STATE
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun, read_stored_run
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.environment import is_restart
 
 LOAD_STEP_NAME = "load_step"

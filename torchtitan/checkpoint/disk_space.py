@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchtitan.config import ConfigIssue
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 
 SPACE_FACTOR = 1.2
 """A little more than what is known: files of the run grow, and others write to the disk, too."""

@@ -25,8 +25,8 @@ from torchtitan.checkpoint.manifest import (
 )
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext, default_lanes
+from torchtitan.config.schema import Checkpoint
 from torchtitan.config.suggest import did_you_mean
 
 _KEY = "checkpoint.initial_load_path"

@@ -23,7 +23,7 @@ from torchtitan.checkpoint.manifest import (
 )
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 
 logger = logging.getLogger(__name__)

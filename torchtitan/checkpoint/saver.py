@@ -20,7 +20,7 @@ from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
 from torchtitan.checkpoint.manifest import HANDLERS_STATE, OPTIMIZER_PREFIX, select_tensors
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, NonFiniteError
-from torchtitan.config.output_sections import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.utils.dtypes import torch_dtype

@@ -8,10 +8,9 @@ from pydantic import PydanticUserError
 
 from torchtitan.commands import config_files
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.reference import reference_page
-from torchtitan.config.section import Section
+from torchtitan.config.schema import JobConfig, Section
 from torchtitan.config.show import show_config
 from torchtitan.config.suggest import did_you_mean
 

@@ -8,7 +8,7 @@ from torchtitan.config.errors import (
     HangError,
     NonFiniteError,
 )
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 
 __all__ = [
     "CheckpointError",

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.registry import import_traceback
+from torchtitan.config.schema import JobConfig
 
 KEY = "job.custom_import"
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

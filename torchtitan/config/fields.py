@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.paths import IS_PATH
-from torchtitan.config.section import Section
+from torchtitan.config.schema import JobConfig, Section
 
 _HUGE = 2**31
 
@@ -92,7 +91,7 @@ def _walk_sections(model: type[Section], prefix: str) -> Iterator[tuple[str, str
         base, _, _ = _unwrap(field.annotation, [])
         is_section = isinstance(base, type) and issubclass(base, Section)
         if is_section or typing.get_origin(base) is dict:
-            yield prefix + field_name, field.description or ""
+            yield prefix + field_name, field.description or (is_section and base.__doc__) or ""
         if is_section:
             yield from _walk_sections(base, prefix + field_name + ".")
 

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.job_config import JobConfig
-from torchtitan.config.section import Section
-from torchtitan.config.training_sections import DEFAULT_WARMUP
+from torchtitan.config.schema import DEFAULT_WARMUP, JobConfig, Section
 
 S = TypeVar("S", bound=Section)
 _REASONS = {

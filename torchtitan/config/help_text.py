@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.config.toml_text import toml_value
 
 _DESCRIPTION = """Train from a TOML file: torchtitan train FILE [--section.key value ...]

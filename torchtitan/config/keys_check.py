@@ -12,7 +12,7 @@ from typing import Any
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.legacy import is_old_section
-from torchtitan.config.section import MAX_INT64
+from torchtitan.config.schema import MAX_INT64
 from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
 from torchtitan.utils.redaction import is_secret, names_a_secret
 

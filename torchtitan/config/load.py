@@ -15,9 +15,9 @@ from torchtitan.config import legacy
 from torchtitan.config.cli_args import CommandLine, parse_command_line
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys_check import split_known
 from torchtitan.config.legacy import is_old
+from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_file import read_toml
 from torchtitan.config.value_errors import problems_of

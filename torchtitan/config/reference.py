@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.config.toml_text import toml_value
 
 _HEAD = """# Config reference

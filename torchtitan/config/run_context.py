@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torchtitan.config.fitting import fitted
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 
 MAX_DEFAULT_LANES = 64
 

@@ -5,7 +5,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 
 
 def dump_toml(config: JobConfig) -> str:

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import Key, example_table, keys_of, known_keys
-from torchtitan.config.section import MAX_INT64, Section
+from torchtitan.config.schema import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean, nearest
 
 _NEEDS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.training_sections import Data, Training
+from torchtitan.config.schema import Data, Training
 
 if TYPE_CHECKING:
     from torchtitan.data.sources import Source

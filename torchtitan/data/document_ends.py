@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.training_sections import Data
+from torchtitan.config.schema import Data
 
 if TYPE_CHECKING:
     from torchtitan.data.tokenizers import Tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torchtitan.config import ConfigError, DataError
-from torchtitan.config.training_sections import Data, Training
+from torchtitan.config.schema import Data, Training
 from torchtitan.data.changed import describe_change, restart
 from torchtitan.data.contents import with_digests
 from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.training_sections import Data, DataSource, Training
+from torchtitan.config.schema import Data, DataSource, Training
 
 TABLES = "data.sources"
 HUB_KEYS = ("subset", "split", "revision", "streaming")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, calling_module
+from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.c4 import c4, c4_test, c4_validation
 
 if TYPE_CHECKING:

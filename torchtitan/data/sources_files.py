@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from torchtitan.config import DataError
-from torchtitan.config.training_sections import Data
+from torchtitan.config.schema import Data
 from torchtitan.data.decode import corruption, encoding_of, transcoded
 from torchtitan.data.files import DataFile
 from torchtitan.data.listing import LeftOut

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import did_you_mean
-from torchtitan.config.training_sections import Data, Training
 from torchtitan.data.files import DataFile
 from torchtitan.data.hub_access import offline_if_unreachable
 from torchtitan.data.sources import Source

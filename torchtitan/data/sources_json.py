@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan.config.training_sections import Data
+from torchtitan.config.schema import Data
 from torchtitan.data.decode import corruption, encoding_of, guess_content, guess_format
 from torchtitan.data.files import BOM, DataFile
 from torchtitan.data.pieces import Shard, cut_lines, next_line, piece_size, whole_files

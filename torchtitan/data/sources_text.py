@@ -8,7 +8,7 @@ lanes share a file, a lane's part of a document begins and ends without such a t
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from torchtitan.config.training_sections import Data
+from torchtitan.config.schema import Data
 from torchtitan.data.decode import guess_content
 from torchtitan.data.files import BOM, DataFile
 from torchtitan.data.pieces import (

@@ -15,7 +15,7 @@ from itertools import count, islice
 import torch
 
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.training_sections import Dataloader
+from torchtitan.config.schema import Dataloader
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.loader import StepData, build_named

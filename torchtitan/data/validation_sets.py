@@ -7,8 +7,7 @@ the sources of a mixture are; problems are told by the keys that the user has wr
 import re
 
 from torchtitan.config import JobConfig
-from torchtitan.config.training_sections import Data
-from torchtitan.config.validation_section import ValidationSet
+from torchtitan.config.schema import Data, ValidationSet
 from torchtitan.data.named_sources import (
     HUB_KEYS,
     NamedSource,

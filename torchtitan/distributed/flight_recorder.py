@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from torchtitan.config import ConfigError, DataError, NonFiniteError
-from torchtitan.config.run_sections import Comm
+from torchtitan.config.schema import Comm
 from torchtitan.utils.torch_compat import gloo_trace, nccl_trace, ranks_of_groups
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 
 
 class CompileSettings(Section):

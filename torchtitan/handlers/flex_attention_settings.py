@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Names, PositiveInt, Section
+from torchtitan.config.schema import Names, PositiveInt, Section
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.linear_settings import needs_capability, no_float64
 from torchtitan.handlers.mask_registry import CAUSAL, DOCUMENT, MASKS, WINDOW

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Names
+from torchtitan.config.schema import Names
 from torchtitan.handlers.linear_settings import (
     LinearSettings,
     needs_capability,

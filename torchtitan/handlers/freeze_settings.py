@@ -2,7 +2,7 @@
 
 from pydantic import ValidationInfo, field_validator
 
-from torchtitan.config.section import Names, Section
+from torchtitan.config.schema import Names, Section
 
 
 class FreezeSettings(Section):

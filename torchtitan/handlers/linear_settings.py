@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Names, Section
+from torchtitan.config.schema import Names, Section
 
 
 class LinearSettings(Section):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torchtitan.config import JobConfig
 from torchtitan.config.registry import Registry, lazily, require_word
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.config.value_errors import validated
 from torchtitan.handlers import (
     bitnet_settings,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.utils.dtypes import at_least_float32

@@ -10,7 +10,7 @@ entropy, and training logs it beside the loss.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.config.training_sections import Loss as LossSection
+from torchtitan.config.schema import Loss as LossSection
 from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.registry import LOSSES, loss_settings
 from torchtitan.loss.settings import CrossEntropySettings

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torchtitan.config.registry import Registry, lazily
-from torchtitan.config.section import Section
-from torchtitan.config.training_sections import Loss
+from torchtitan.config.schema import Loss, Section
 from torchtitan.config.value_errors import validated
 from torchtitan.loss.settings import CrossEntropySettings
 

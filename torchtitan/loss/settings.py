@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from torchtitan.config.section import NonNegativeFloat, Section
+from torchtitan.config.schema import NonNegativeFloat, Section
 
 
 class CrossEntropySettings(Section):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan.config.output_sections import Metrics
+from torchtitan.config.schema import Metrics
 from torchtitan.metrics.console import ConsoleSink, is_terminal
 from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
 from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.config.output_sections import Profiling
+from torchtitan.config.schema import Profiling
 from torchtitan.metrics.memory_snapshot import MemorySnapshots
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.registry import Registry, require_word
-from torchtitan.config.section import Section
+from torchtitan.config.schema import JobConfig, Section
 from torchtitan.config.value_errors import validated
 from torchtitan.metrics.sinks import Sink
 

@@ -6,7 +6,7 @@ All work in at least float32 inside, and none has a bias.
 import torch
 from torch import Tensor, nn
 
-from torchtitan.config.model_sections import NormType
+from torchtitan.config.schema import NormType
 from torchtitan.models.rms_norm import rms_norm
 
 

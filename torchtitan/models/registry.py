@@ -7,8 +7,8 @@ point of the group `torchtitan.models` that gives a `ModelFamily` of the same na
 from typing import Any
 
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.model_sections import Model
 from torchtitan.config.registry import Registry, calling_module
+from torchtitan.config.schema import Model
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.models.llama2 import FAMILY as LLAMA2
 from torchtitan.models.llama3 import FAMILY as LLAMA3

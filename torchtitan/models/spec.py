@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 from pydantic import ValidationError
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.model_sections import Model
-from torchtitan.config.section import PositiveInt, Section
+from torchtitan.config.schema import Model, PositiveInt, Section
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.config.value_errors import problems_of_table
 

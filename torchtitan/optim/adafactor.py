@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.optim.settings import AdafactorSettings
 from torchtitan.optim.torch_optimizers import Groups
 from torchtitan.parallel.initialize import local_indices

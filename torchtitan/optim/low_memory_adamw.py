@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.optim.settings import AdamW8bitSettings
 from torchtitan.optim.torch_optimizers import Groups
 from torchtitan.parallel.initialize import hashed_bits, local_indices

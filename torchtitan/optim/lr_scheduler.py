@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from torchtitan.config.training_sections import LRScheduler
+from torchtitan.config.schema import LRScheduler
 
 
 def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.optim.settings import MuonSettings, is_muons
 from torchtitan.optim.torch_optimizers import Groups, adam_options
 from torchtitan.parallel.initialize import local_indices

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.optim.param_groups import check_patterns, group_index
 from torchtitan.optim.registry import OPTIMIZERS, optimizer_settings
 

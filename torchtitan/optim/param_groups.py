@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 
 _DEFAULT_GROUPS = Optimizer.model_fields["param_groups"].default
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.registry import Registry, lazily
-from torchtitan.config.section import Section
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
+from torchtitan.config.schema import Section
 from torchtitan.config.value_errors import validated
 from torchtitan.optim.settings import (
     AdafactorSettings,

@@ -15,8 +15,7 @@ from typing import Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, lazily, require_text
-from torchtitan.config.section import Section
-from torchtitan.config.training_sections import LRScheduler
+from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.value_errors import validated
 
 Function = Callable[[int, int, Any], float]

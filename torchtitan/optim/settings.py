@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.section import Beta, Names, NonNegativeFloat, PositiveFloat, Section
+from torchtitan.config.schema import Beta, Names, NonNegativeFloat, PositiveFloat, Section
 from torchtitan.config.suggest import fix_of_glob
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.config.training_sections import Optimizer as OptimizerSection
+from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.optim.settings import SgdSettings
 
 Groups = list[dict[str, Any]]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 
 _ATEN = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset([_ATEN.mm.default, _ATEN.addmm.default, _ATEN.linear.default])

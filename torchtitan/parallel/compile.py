@@ -16,7 +16,7 @@ import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 
-from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 
 _MARK = "_compile_options"
 

@@ -10,8 +10,8 @@ from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
 from torchtitan.checkpoint.initial import setting_problems
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config import ConfigError, ConfigIssue
-from torchtitan.config.output_sections import Checkpoint
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(

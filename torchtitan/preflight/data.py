@@ -5,7 +5,7 @@ import math
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import Data, Dataloader
+from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import Data
+from torchtitan.config.schema import Data
 from torchtitan.data.decode import DAMAGED_FILE
 from torchtitan.data.doubles import doubled_files
 from torchtitan.data.named_sources import NamedSource, named_sources

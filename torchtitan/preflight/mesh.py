@@ -7,9 +7,9 @@ from typing import Any
 from torchtitan.config import fitting
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, keys_of, known_keys
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.paths import why_unexpanded
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import JobConfig
 
 _DEGREES = (
     "data_parallel_replicate_degree",

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Section
+from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.config.training_sections import LRScheduler
 from torchtitan.metrics.sink_registry import SINKS, sink_settings
 from torchtitan.optim.registry import (
     OPTIMIZERS,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.validation_section import Validation
+from torchtitan.config.schema import Validation
 from torchtitan.data.named_sources import named_sources
 from torchtitan.data.validation_sets import SECTION, TABLES, validation_sets
 from torchtitan.preflight import context_parallel, model, tensor_parallel

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torchtitan.config.run_sections import Comm
-from torchtitan.config.validation_section import Validation
+from torchtitan.config.schema import Comm, Validation
 from torchtitan.distributed.context import DistributedContext, timeout
 from torchtitan.distributed.step_sync import StepInfo
 from torchtitan.metrics.logger import MetricsLogger

@@ -6,7 +6,7 @@ import pytest
 
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import LRScheduler
+from torchtitan.config.schema import LRScheduler
 from torchtitan.preflight.preflight import ARITHMETIC, preflight
 
 PROFILED = ("--profiling.enable_profiling", "--profiling.profiler_active=20")

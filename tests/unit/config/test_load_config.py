@@ -8,8 +8,8 @@ import pytest
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import known_keys
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import load_config, load_toml
+from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import CLONE, shipped_configs
 from torchtitan.config.show import show_config
 from torchtitan.config.toml_text import config_toml_text, dump_toml

@@ -17,7 +17,7 @@ from tests.forked import execute
 from torchtitan.config import ConfigError
 from torchtitan.config.custom_import import import_modules
 from torchtitan.config.registry import BUILT_IN, Registry
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.handlers.mask_registry import register_mask
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.loss.registry import register_loss

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import environment
-from torchtitan.config.run_sections import Comm
+from torchtitan.config.schema import Comm
 from torchtitan.distributed import flight_recorder
 from torchtitan.distributed.flight_recorder import FlightRecorder
 
@@ -18,7 +18,7 @@ import logging, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from torchtitan.config import DataError
-from torchtitan.config.run_sections import Comm
+from torchtitan.config.schema import Comm
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.context import open_context
 from torchtitan.utils.environment import ProcessEnvironment

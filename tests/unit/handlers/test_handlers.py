@@ -18,7 +18,7 @@ from torchtitan.commands.config import json_schema, named_tables
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.help_text import print_help
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import registry
@@ -178,7 +178,7 @@ def test_types_that_toml_has_no_word_for_are_refused_all_the_same() -> None:
 FREEZE = """
 import torch
 
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.loss.registry import LOSSES, LossEntry, entry_of, register_loss
 from torchtitan.preflight.loss import check_static
 from torchtitan.preflight.preflight import ARITHMETIC, preflight

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.unit.loss.test_loss import problem
-from torchtitan.config.training_sections import Loss
+from torchtitan.config.schema import Loss
 from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.cross_entropy import CrossEntropyLoss, build_losses
 from torchtitan.loss.registry import LOSSES, register_loss

@@ -27,7 +27,7 @@ import logging, sys
 from pathlib import Path
 import torch
 from torchtitan.metrics.logger import MetricsLogger
-from torchtitan.config.output_sections import Metrics
+from torchtitan.config.schema import Metrics
 from torchtitan.utils.logging import init_logging
 
 init_logging(int(sys.argv[2]), log_ranks=[0, 1])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchtitan.config.output_sections import Profiling
+from torchtitan.config.schema import Profiling
 from torchtitan.metrics.profiler import Profiler
 
 CPU = torch.device("cpu")

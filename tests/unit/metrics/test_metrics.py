@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.config.output_sections import Metrics
+from torchtitan.config.schema import Metrics
 from torchtitan.metrics import logger as metrics_module
 from torchtitan.metrics.logger import MetricsLogger
 

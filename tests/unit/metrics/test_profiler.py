@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from torchtitan.config.output_sections import Profiling
+from torchtitan.config.schema import Profiling
 from torchtitan.metrics.profiler import Profiler
 
 CPU = torch.device("cpu")

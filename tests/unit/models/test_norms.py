@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.model_sections import Model, NormType
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Model, NormType, Optimizer
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.norms import build_norm
 from torchtitan.models.spec import ModelArgs, ModelFamily

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchtitan.config.training_sections import LRScheduler, Optimizer
+from torchtitan.config.schema import LRScheduler, Optimizer
 from torchtitan.optim.lr_scheduler import lr_factor, set_learning_rates
 from torchtitan.optim.optimizer import build_optimizers
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import ConfigError
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers
 
 CPU = torch.device("cpu")

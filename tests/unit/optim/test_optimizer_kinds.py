@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.checkpoint.state import optimizer_tensors
 from torchtitan.config import ConfigError
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.context import fake_world
 from torchtitan.optim.low_memory_adamw import levels, stochastic_round
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers

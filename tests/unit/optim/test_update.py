@@ -8,7 +8,7 @@ from torch import nn
 
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.training_sections import Optimizer
+from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.optim.update import OptimizerInBackward

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.parallel.activation_checkpoint import (
     _keep_or_recompute,
     apply_activation_checkpoint,

@@ -5,7 +5,7 @@ import torch
 import torch._functorch.config
 from torch import nn
 
-from torchtitan.config.model_sections import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.parallel.compile import (
     CompileOptions,
     apply_compile,

@@ -13,8 +13,7 @@ from tests.distributed import runs
 from tests.forked import execute
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Section
-from torchtitan.config.training_sections import LRScheduler
+from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.metrics import sink_registry
 from torchtitan.metrics.sink_registry import SINKS
 from torchtitan.optim import registry as optimizer_registry
@@ -212,7 +211,7 @@ import torch
 from torchtitan.optim.registry import register_optimizer
 from torchtitan.optim.schedules import register_schedule
 from torchtitan.metrics.sink_registry import register_sink
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 
 
 @register_optimizer("Signs")

@@ -12,7 +12,7 @@ from tests.distributed import own_models
 from tests.distributed.tiny import Case
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.section import Section
+from torchtitan.config.schema import Section
 from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.model_sections import NormType
-from torchtitan.config.section import PositiveFloat, PositiveInt
+from torchtitan.config.schema import NormType, PositiveFloat, PositiveInt
 from torchtitan.models.spec import ModelArgs
 
 _MOST_TENSOR_RANKS = 1024

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config.parallelism_section import Parallelism
+from torchtitan.config.schema import Parallelism
 from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, Mask, limit
 from torchtitan.models.batch import Batch
 from torchtitan.parallel.context.ring_attention import spread_attention, visibility_levels

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.parallelism_section import Parallelism
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Parallelism
 from torchtitan.config.suggest import nearest
 from torchtitan.parallel.pipeline.schedules import CSV_KEY, SCHEDULES, read_schedule
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from torchtitan.config.registry import lazily
-from torchtitan.config.section import PositiveInt, Section
+from torchtitan.config.schema import PositiveInt, Section
 from torchtitan.handlers.registry import HandlerEntry
 from torchtitan.loss.registry import LossEntry
 from torchtitan.optim.registry import OptimizerEntry

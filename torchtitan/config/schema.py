@@ -1,0 +1,773 @@
+"""All sections of a config, in the order of a TOML file; `JobConfig` at the end holds them.
+
+Sections are frozen pydantic models. They are strict (a string is never taken for a number), reject
+unknown keys, and reject nan and inf, which TOML can write. The docstring below a field is its
+documentation everywhere: in `--help`, in the JSON schema and in docs/config.md.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from torchtitan.config.paths import PathText
+
+MAX_INT64 = 2**63 - 1
+MAX_TRACE_ENTRIES = 2**31 - 1
+DEFAULT_WARMUP = 200
+
+Int = Annotated[int, Field(ge=-MAX_INT64 - 1, le=MAX_INT64)]
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT64)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT64)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""A TOML array of strings."""
+NormType = Literal["rmsnorm", "layernorm", "np_layernorm", "fused_rmsnorm"]
+PipelineSchedule = Literal[
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
+
+
+class Section(BaseModel):
+    """A table of the TOML file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class Job(Section):
+    """The run: where it writes and on what it runs."""
+
+    config_file: PathText | None = None
+    """TOML file of the run. Values on the command line win over it."""
+
+    dump_folder: PathText = "./outputs"
+    """The run folder: everything the run writes lies below it."""
+
+    description: str = "default job"
+    """What the run is, in words, for the log and for whoever finds the folder."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on. `auto` takes CUDA when there is a GPU, else the CPU."""
+
+    print_config: bool = False
+    """Log the resolved config at the start."""
+
+    new_run: bool = False
+    """Start afresh in a folder that holds another run; the old folder's content is moved aside."""
+
+    custom_import: Names = ()
+    """Modules to import before the config is checked, to register models, handlers, datasets,
+    tokenizers, losses, optimizers, schedules, masks or sinks of metrics."""
+
+
+class Model(Section):
+    """The model and its tokenizer."""
+
+    name: str = "llama3"
+    """Model family; `torchtitan list models` prints the families with their flavors."""
+
+    flavor: str = "debugmodel"
+    """Size within the family."""
+
+    tokenizer_path: PathText = "bytes"
+    """`bytes` (one token a byte, needs no file), a `tokenizer.json`, a `tokenizer.model` of
+    tiktoken or sentencepiece, or a folder that holds one."""
+
+    norm_type: NormType = "rmsnorm"
+    """Norm before attention and feed-forward and at the end: `rmsnorm`; `fused_rmsnorm`, the same
+    by PyTorch's own function on every device; `layernorm` without a bias; `np_layernorm` without
+    parameters."""
+
+    handlers: Names = ()
+    """Model handlers, applied in this order; each has its settings in `[handlers.NAME]`."""
+
+    print_after_conversion: bool = False
+    """Log the model's modules after the handlers have changed it, and before it is cut."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters that override the flavor's, for example `n_layers = 4`."""
+
+
+class Dataloader(Section):
+    """Reading processes."""
+
+    num_workers: NonNegativeInt = 0
+    """Processes per rank that read and tokenise. The data are the same for every number."""
+
+    prefetch_factor: PositiveInt | None = None
+    """Sequences that each worker keeps ready; needs `num_workers` above 0. Unset: 2."""
+
+    pin_memory: bool = False
+    """Copy batches to page-locked host memory, from which GPUs load faster."""
+
+
+class Training(Section):
+    """Batch, sequence length, steps, precision."""
+
+    dataset: str = "auto"
+    """`stdlib` (the sources of Python's standard library), `json`, `text`, `parquet`, `tokens`,
+    `c4`, `c4_validation`, `c4_test`, `hf:owner/name` (of the Hugging Face hub), `hf` (a folder that
+    its `datasets` library reads), or a registered name. `auto` chooses by the files in
+    `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
+
+    dataset_path: PathText | None = None
+    """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
+    unset when `data.sources` says what to read."""
+
+    local_batch_size: PositiveInt = 8
+    """Sequences per data-parallel rank in one forward (a microbatch). Unset, and where 8 do not
+    divide a rank's share of `global_batch_size`: the most below 8 that do."""
+
+    global_batch_size: int = Field(default=-1, ge=-1, le=2**63 - 1)
+    """Sequences per optimizer step over all ranks; -1 is `local_batch_size` times the data-parallel
+    degree of the first start, which is then stored with the run."""
+
+    seq_len: PositiveInt = 2048
+    """Tokens per sequence."""
+
+    steps: PositiveInt = 10000
+    """Optimizer steps of the whole run."""
+
+    max_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """Gradients are scaled down to at most this global 2-norm; `inf` switches clipping off."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the stored (master) weights and of the optimizer state."""
+
+    mixed_precision_param: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Type in which forward and backward compute."""
+
+    mixed_precision_reduce: Literal["float32", "float64"] = "float32"
+    """Type in which gradients are summed over ranks."""
+
+    document_mask: bool = False
+    """Documents packed into one sequence do not attend to, or predict, each other."""
+
+    loss_chunks: PositiveInt | None = None
+    """The head and the loss work on a microbatch in this many parts, so that the logits of only one
+    part exist at a time. 1 computes them at once. Not set: 8, or fewer where a part would have
+    fewer than 512 tokens, which costs time."""
+
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory: a unit's parameters are on the
+    device while it computes, and the optimizer steps on the CPU. With FSDP and HSDP, not DDP."""
+
+    gc_freq: PositiveInt = 50
+    """Steps between two runs of Python's garbage collector, which is off in between."""
+
+    gc_debug: bool = False
+    """Run the garbage collector after every step, and name what keeps tensors alive until it comes:
+    objects that refer to each other in a circle. Slow."""
+
+    dataloader: Dataloader = Field(default_factory=Dataloader)
+    """Reading processes."""
+
+
+class DataSource(Section):
+    """One dataset of a mixture, a table `[[data.sources]]`."""
+
+    path: PathText | None = None
+    """File, folder or glob to read, as `training.dataset_path`."""
+
+    dataset: str = "auto"
+    """Kind of data, as `training.dataset`."""
+
+    weight: NonNegativeFloat
+    """Share of the tokens, in any unit: the weights of all sources are divided by their sum. 0
+    leaves the source out for now."""
+
+    column: str | None = None
+    """Field of a row that holds the text. Unset: `data.text_column`."""
+
+    encoding: str | None = None
+    """Encoding of text and JSON files. Unset: `data.encoding`."""
+
+    document_separator: str | None = None
+    """What divides a text file into documents. Unset: `data.document_separator`."""
+
+    subset: str | None = None
+    """Subset of a Hugging Face dataset, as `data.subset`."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset, as `data.split`."""
+
+    revision: str | None = None
+    """Revision of a hub dataset, as `data.revision`."""
+
+    streaming: bool = True
+    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
+
+    name: str | None = None
+    """What messages and metrics call the source. Unset: the last part of `path`, without its
+    suffix, or `dataset`."""
+
+
+class Data(Section):
+    """How documents become sequences."""
+
+    sources: Annotated[tuple[DataSource, ...], Field(strict=False)] = ()
+    """Datasets that are mixed by token share, in place of `training.dataset_path`: a table
+    `[[data.sources]]` each."""
+
+    lanes: PositiveInt | None = None
+    """Independent data streams; must divide `global_batch_size`, and the data-parallel degree must
+    divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
+
+    text_column: str = "text"
+    """Column (field of a JSON row) that holds the text, or a list of tokens."""
+
+    encoding: str | None = None
+    """Encoding of text and JSON files that begin with no byte-order mark: any codec of Python, such
+    as `latin-1`, `cp1252` or `gb18030`. Unset: UTF-8."""
+
+    document_separator: str | None = None
+    """Text between two documents of one text file, such as `<|endoftext|>`, which belongs to
+    neither. Unset: a text file is one document."""
+
+    subset: str | None = None
+    """Subset (configuration) of a Hugging Face dataset. Unset: its only one; `en` for C4."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; a commit keeps the data what they are. Unset: the
+    newest."""
+
+    streaming: bool = True
+    """Read a Hugging Face dataset from where it is, file by file, instead of downloading and
+    preparing all of it first."""
+
+    add_bos: bool | None = None
+    """Begin each document with the tokenizer's start token. Unset: as the tokenizer's files say."""
+
+    add_eos: bool | None = None
+    """End each document with the tokenizer's end token. Unset: as the tokenizer's files say."""
+
+    shuffle: bool = True
+    """Shuffle the documents anew in every epoch, by `debug.seed`."""
+
+    epochs: PositiveInt | None = None
+    """Passes over the data after which the run ends, even before `training.steps`. Unset: as many
+    as the steps need. Of several `sources` each has its own passes, and this must be unset."""
+
+    restart: bool = False
+    """Where a resume finds other data than the checkpoint's, begin them anew, with the next epoch.
+    With the same data nothing changes."""
+
+    max_document_mib: PositiveFloat = 64.0
+    """Rows larger than this (MiB of text) are treated as `on_bad_row` says. Text files are read in
+    pieces, and may be of any size."""
+
+    max_zstd_window_mib: NonNegativeInt = 4096
+    """Memory that a process may hold for zstd windows above 128 MiB, as `zstd --long=28` to
+    `--long=31` make them. Each lane that reads such a file holds one."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read: stop, or leave it out and count it."""
+
+    max_bad_rows: NonNegativeInt = 100
+    """With `on_bad_row = "skip"`: the run stops when all ranks together have left out
+    more than this. Rows count in the first epoch only."""
+
+    @property
+    def max_document_bytes(self) -> int:
+        """`max_document_mib` in bytes."""
+        return max(1, int(self.max_document_mib * 2**20))
+
+
+class Loss(Section):
+    """What is minimised; `training.loss_chunks` says in how many parts it is computed."""
+
+    name: str = "cross_entropy"
+    """Loss; `torchtitan list losses` prints them with their settings."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the loss, for example `z_loss_weight = 1e-4`; every loss checks its own."""
+
+
+class ParamGroup(Section):
+    """One table of `optimizer.param_groups`."""
+
+    pattern: str
+    """Glob over full parameter names, such as `*norm.weight`; the first group that matches wins."""
+
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of the group. Unset: `optimizer.weight_decay`."""
+
+    lr_factor: PositiveFloat = 1.0
+    """Multiplies the learning rate for the group."""
+
+
+class Optimizer(Section):
+    """Optimizer and parameter groups."""
+
+    name: str = "AdamW"
+    """Optimizer; `torchtitan list optimizers` prints them with their settings."""
+
+    lr: NonNegativeFloat = 8e-4
+    """Peak learning rate."""
+
+    beta1: Beta = 0.9
+    """Decay of Adam's first moment. Other optimizers refuse it, as `beta2` and `eps`."""
+
+    beta2: Beta = 0.95
+    """Decay of Adam's second moment."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of Adam's update."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of parameters that no group says otherwise about."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How the update is computed; `fused` falls back to `foreach` where the device, or the
+    optimizer, lacks it."""
+
+    early_step_in_backward: bool = False
+    """Step each parameter, and free its gradient, as soon as the backward has it, so that not all
+    gradients exist at once. Needs `training.max_norm = inf` and one microbatch a step."""
+
+    param_groups: Annotated[tuple[ParamGroup, ...], Field(strict=False)] = (
+        ParamGroup(pattern="*norm.weight", weight_decay=0.0),
+    )
+    """Exceptions by parameter name. By default norms have no weight decay."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the optimizer's own, for example `momentum = 0.9`; every optimizer checks its
+    own."""
+
+
+class LRScheduler(Section):
+    """How the learning rate changes: by default warmup, stable phase, decay."""
+
+    name: str = "warmup_stable_decay"
+    """Schedule; `torchtitan list schedules` prints them. The keys below are those of
+    `warmup_stable_decay`, others have theirs in `args`."""
+
+    warmup_steps: NonNegativeInt | None = None
+    """Steps in which the learning rate rises linearly; the last of them has the peak. 0: the first
+    step has it. Unset: 200, or a fifth of `training.steps` where 200 and the decay do not fit into
+    the run; stored with the run."""
+
+    decay_ratio: Fraction | None = None
+    """Share of `training.steps` in which the learning rate falls at the end; the first of these
+    steps still has the peak. Unset: all steps after the warmup."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the fall."""
+
+    min_lr_factor: Fraction = 0.0
+    """Fraction of the peak that the learning rate falls towards. The step after the last one would
+    have it."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of another schedule than `warmup_stable_decay`, which checks them."""
+
+    def warmup(self, training_steps: int) -> int:
+        """Return `warmup_steps`, or how many steps of the run they are when unset."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        room = training_steps - round(training_steps * (self.decay_ratio or 0.0))
+        return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(training_steps // 5, room)
+
+    def decay(self, training_steps: int) -> int:
+        """Return the steps of the last phase: `decay_ratio` of the run, or all after the warmup."""
+        if self.decay_ratio is None:
+            return max(0, training_steps - self.warmup(training_steps))
+        return round(training_steps * self.decay_ratio)
+
+
+class Parallelism(Section):
+    """The mesh: how many processes train, and how the model is cut over them."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Copies of the model. With a shard degree of 1 this is DDP, above 1 it is HSDP."""
+
+    data_parallel_shard_degree: int = Field(default=-1, ge=-1, le=2**31)
+    """Ranks over which FSDP2 shards parameters, gradients and optimizer state; -1 takes all that
+    are left."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after the forward: `always`, `never`, or `default` (always, but not
+    with pipeline parallelism, where every microbatch would gather them again, and not on a single
+    device, where `always` saves memory at the cost of some time)."""
+
+    tensor_parallel_degree: PositiveInt = 1
+    """Ranks over which single weight matrices, and the sequence between them, are cut."""
+
+    disable_loss_parallel: bool = False
+    """With tensor parallelism: gather the logits of the whole vocabulary on every rank before the
+    loss, instead of computing it on the cut vocabulary. Slower, and takes more memory."""
+
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor parallelism's communication with its matrix products, piece by piece. CUDA
+    with the handler `compile` only."""
+
+    context_parallel_degree: PositiveInt = 1
+    """Ranks over which the sequence is cut."""
+
+    context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
+    """How attention sees the whole sequence: `allgather` collects all keys and values at once,
+    `ring` passes them from rank to rank and holds one rank's share at a time, `ulysses` exchanges
+    sequence for heads (`allgather` and `ring` are TorchTitan's rotate methods `allgather` and
+    `alltoall`)."""
+
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """Which parts of the sequence a rank holds: with `headtail` one from its start and one from its
+    end, so that causal attention costs every rank the same; with `none` one in order. Ulysses
+    needs no balance and takes `none`."""
+
+    pipeline_parallel_degree: PositiveInt = 1
+    """Ranks over which the layers are cut into stages."""
+
+    pipeline_parallel_schedule: PipelineSchedule = "1F1B"
+    """Order of the forwards and backwards of a step's microbatches. GPipe and 1F1B have one stage
+    per rank, ZBVZeroBubble and DualPipeV two, the others two or more."""
+
+    pipeline_parallel_schedule_csv: PathText = ""
+    """File with a schedule of one's own, a line per pipeline rank, in the format of
+    torch.distributed.pipelining (without communication). It takes the place of
+    `pipeline_parallel_schedule`."""
+
+    pipeline_parallel_microbatch_size: PositiveInt = 1
+    """Sequences of one pipeline microbatch; must divide `training.local_batch_size`. The schedule
+    runs once a step, over all of its microbatches, those of gradient accumulation too."""
+
+    pipeline_parallel_layers_per_stage: PositiveInt | None = None
+    """Layers of a stage, which sets the number of stages; embedding and head count for a layer each
+    in it, unless the two keys below say otherwise. Unset: one stage per rank for GPipe and 1F1B,
+    two for the others."""
+
+    pipeline_parallel_first_stage_less_layers: NonNegativeInt | None = None
+    """Layers that the embedding counts for in a balanced cut. Unset: by its parameters."""
+
+    pipeline_parallel_last_stage_less_layers: NonNegativeInt | None = None
+    """Layers that the head counts for in a balanced cut. Unset: by its parameters."""
+
+    module_fqns_per_model_part: Annotated[tuple[Names, ...], Field(strict=False)] = ()
+    """The modules of every stage by name, instead of a balanced cut: `tok_embeddings`, `layers.0`,
+    ..., `norm`, `output`, each in exactly one stage, in order."""
+
+    pipeline_parallel_split_points: Names = ()
+    """The modules at which a new stage begins, such as `layers.8`, instead of a balanced cut or of
+    listing the modules of every stage."""
+
+
+class ActivationCheckpoint(Section):
+    """Recompute activations in the backward to save memory."""
+
+    mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
+    """`full` recomputes every block in the backward, `selective` a part of them (see
+    `selective_ac_option`), `none` keeps everything. `memory_budget` leaves it to the compiler to
+    choose what is cheapest to recompute; it needs the handler `compile`."""
+
+    selective_ac_option: str = "2"
+    """With `selective`: `op` keeps what is dear to recompute (attention, every second matrix
+    product), a number n recomputes every n-th block."""
+
+    @field_validator("selective_ac_option")
+    @classmethod
+    def _op_or_number(cls, value: str) -> str:
+        if value == "op" or (value.isascii() and value.isdigit() and int(value) > 0):
+            return value
+        raise ValueError('is neither "op" nor a positive number. Fix: write "op", or "2" for half')
+
+    memory_budget: Fraction = 0.5
+    """With `memory_budget`: memory that a block's activations may take, from 0 (that of `full`) to
+    1 (what the compiler keeps by itself)."""
+
+    preserve_rng_state: bool = True
+    """Restore the random state for the recomputation; only needed by models with dropout."""
+
+    offload: bool = False
+    """Keep in host memory, until the backward, what the blocks' activations take; on CUDA the
+    copies run beside the computation. Goes with every `mode`, for what it keeps."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest good one."""
+
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, below `job.dump_folder`."""
+
+    interval: PositiveInt = 500
+    """Steps between two checkpoints."""
+
+    keep_latest_k: NonNegativeInt = 10
+    """Checkpoints to keep, at least 2; 0 keeps all."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Write checkpoints while training goes on, from copies in host memory. `async` makes the
+    copies before the next step; `async_with_pinned_mem` makes them beside it on a GPU, and keeps
+    the memory between saves."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after step 1, too, to see early that saving works."""
+
+    load_step: int = Field(default=-1, ge=-1, le=2**63 - 1)
+    """Step to resume from; -1 is the newest good one."""
+
+    last_save_model_only: bool = False
+    """Save only the model at the last step: smaller, but the run cannot be continued from there."""
+
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights that `last_save_model_only` saves; `float32` leaves them in
+    theirs. `float16` holds nothing beyond 65504."""
+
+    load_only: bool = False
+    """Load as usual, and save nothing."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step 0, with one process, and end. A run on any mesh, in the same
+    `job.dump_folder`, then starts from them."""
+
+    initial_load_path: PathText | None = None
+    """Folder of the checkpoint that a new run starts from: a `step-N`, or weights that
+    `torch.distributed.checkpoint` saved. Once the run has checkpoints of its own, they count."""
+
+    initial_load_model_only: bool = True
+    """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the
+    place in the data come along."""
+
+    exclude_from_loading: Names = ()
+    """What to leave at its start although `initial_load_path` has it: any of `optimizer`,
+    `lr_scheduler`, `dataloader`, `train_state`, `handlers`. Needs
+    `initial_load_model_only = false`."""
+
+    allow_rewind: bool = False
+    """Resume from `load_step` although later checkpoints exist; those are moved aside."""
+
+    allow_dataset_change: bool = False
+    """Resume although the data files or the tokenizer differ from those the run was trained on. A
+    part of the epoch is then read twice, and a part not at all; `data.restart` avoids that."""
+
+    allow_low_disk: bool = False
+    """Start, with a warning, although the disk has no room for the next checkpoint, in bytes or in
+    files: for file systems that do not tell the truth about it. A save that fails ends the run."""
+
+    trust_path: bool = False
+    """Use the checkpoint folder although anybody on the machine may write to it."""
+
+
+class ValidationSet(Section):
+    """One dataset to validate on, a table `[[validation.sets]]`."""
+
+    name: str
+    """What metrics and messages call the set: letters, digits, `.`, `_` and `-`."""
+
+    dataset: str = "auto"
+    """Kind of data, as `training.dataset`."""
+
+    dataset_path: PathText | None = None
+    """File, folder or glob to read, as `training.dataset_path`."""
+
+    column: str | None = None
+    """Field of a row that holds the text. Unset: `data.text_column`."""
+
+    encoding: str | None = None
+    """Encoding of text and JSON files. Unset: `data.encoding`."""
+
+    document_separator: str | None = None
+    """What divides a text file into documents. Unset: `data.document_separator`."""
+
+    subset: str | None = None
+    """Subset of a Hugging Face dataset, as `data.subset`."""
+
+    split: str | None = None
+    """Split of a Hugging Face dataset. Unset: `validation`."""
+
+    revision: str | None = None
+    """Revision of a hub dataset, as `data.revision`."""
+
+    streaming: bool = True
+    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
+
+
+class Validation(Section):
+    """Loss on data that are not trained on."""
+
+    enable: bool = False
+    """Measure the loss on data that are not trained on, while the run goes on and at its end."""
+
+    dataset: str = "c4_validation"
+    """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`."""
+
+    dataset_path: PathText | None = None
+    """File, folder or glob of the one set. Leave it unset when `validation.sets` names several."""
+
+    column: str | None = None
+    """Field of a row that holds the text of the one set. Unset: `data.text_column`."""
+
+    sets: Annotated[tuple[ValidationSet, ...], Field(strict=False)] = ()
+    """Several sets, each with a loss of its own: a table `[[validation.sets]]` each."""
+
+    freq: PositiveInt = 10
+    """Steps between two validations. The last step of the run is always followed by one."""
+
+    steps: int = Field(default=-1, ge=-1, le=2**63 - 1)
+    """Most sequences of a set, in training steps: each stands for `training.global_batch_size`
+    sequences, whatever the mesh. -1 takes the whole set."""
+
+    local_batch_size: PositiveInt | None = None
+    """Sequences per data-parallel rank in one forward; changes no loss. Unset:
+    `training.local_batch_size`."""
+
+    seq_len: PositiveInt | None = None
+    """Tokens per sequence. Unset: `training.seq_len`."""
+
+    lanes: PositiveInt | None = None
+    """Streams that a set is read in, each by one data-parallel rank; where sequences begin depends
+    on it. Unset: as many as the data have parts, at least 8 and at most 64."""
+
+    dataloader: Dataloader = Field(default_factory=Dataloader)
+    """Reading processes, which live as long as one validation of one set."""
+
+
+class Metrics(Section):
+    """Logging."""
+
+    log_freq: PositiveInt = 10
+    """Steps between two logged lines."""
+
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in TFLOP/s, dense, in the type that computes: what the model FLOPs
+    utilisation (MFU) is a share of. Unset: the maker's bfloat16 figure, for devices that are in the
+    table of `utils/hardware.py`; others have no MFU."""
+
+    enable_tensorboard: bool = False
+    """Write TensorBoard event files."""
+
+    save_tb_folder: str = "tb"
+    """Folder of the event files, below `job.dump_folder`."""
+
+    enable_wandb: bool = False
+    """Log to Weights & Biases, too; needs the package `wandb`. WANDB_PROJECT, WANDB_TEAM,
+    WANDB_RUN_NAME and WANDB_MODE say where and as what."""
+
+    sinks: Names = ()
+    """Further places to log to, by the names that packages or modules of your own register
+    (`torchtitan list sinks`); each has its settings in `[sinks.NAME]`."""
+
+    save_for_all_ranks: bool = False
+    """Every rank writes its own metrics, and event files in a folder `rank_N`; else rank 0 alone
+    does."""
+
+    disable_color_printing: bool = False
+    """Plain console output without colours or progress bar."""
+
+
+class Profiling(Section):
+    """Profiler traces."""
+
+    enable_profiling: bool = False
+    """Write Chrome (Perfetto) traces of some steps."""
+
+    save_traces_folder: str = "profile_trace"
+    """Folder of the traces, below `job.dump_folder`."""
+
+    profile_freq: PositiveInt = 10
+    """Steps between the ends of two traces, and between two memory snapshots."""
+
+    profiler_active: PositiveInt = 1
+    """Steps in a trace."""
+
+    profiler_warmup: NonNegativeInt = 3
+    """Steps before a trace in which the profiler runs without recording."""
+
+    enable_memory_snapshot: bool = False
+    """Write snapshots of the GPU's memory, with the history of its blocks, each `profile_freq`
+    steps and when memory runs out. CUDA only."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots, below `job.dump_folder`."""
+
+
+class Comm(Section):
+    """Communication between processes."""
+
+    mode: Literal["default", "fake_backend"] = "default"
+    """`fake_backend` rehearses one step as one rank (RANK) of WORLD_SIZE in this process alone, on
+    tensors without memory and without communication, to find what would fail at scale."""
+
+    init_timeout_seconds: PositiveInt = 300
+    """Seconds that a collective may take before the first step has been trained."""
+
+    train_timeout_seconds: PositiveInt = 100
+    """Seconds that a collective may take after the first step; a lost rank is noticed by then."""
+
+    trace_buf_size: Annotated[int, Field(ge=0, le=MAX_TRACE_ENTRIES)] = 20000
+    """Newest collectives that each rank remembers, to be written when one of them times out or
+    fails; 0 remembers none."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder of these records of collectives, below `job.dump_folder`."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Start of their files' names; the rank follows."""
+
+
+class Debug(Section):
+    """Seed, determinism, process set-up."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the order of the data. The same on every mesh."""
+
+    deterministic: bool = False
+    """Use deterministic algorithms only (slower on GPUs)."""
+
+    deterministic_warn_only: bool = False
+    """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
+
+    cpu_allocator: Literal["tuned", "system"] = "tuned"
+    """On the CPU, `tuned` raises glibc's mmap and trim thresholds, `system` leaves them alone."""
+
+    threads: NonNegativeInt = 0
+    """Threads of a process's CPU operators; 0 divides a machine's cores among its processes."""
+
+
+class JobConfig(Section):
+    """All settings of a run."""
+
+    job: Job = Field(default_factory=Job)
+    model: Model = Field(default_factory=Model)
+
+    handlers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of the model handlers, one table each; every handler checks its own."""
+
+    training: Training = Field(default_factory=Training)
+    data: Data = Field(default_factory=Data)
+    loss: Loss = Field(default_factory=Loss)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    validation: Validation = Field(default_factory=Validation)
+    metrics: Metrics = Field(default_factory=Metrics)
+
+    sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of the places in `metrics.sinks`, one table each; every sink checks its own."""
+
+    profiling: Profiling = Field(default_factory=Profiling)
+    comm: Comm = Field(default_factory=Comm)
+    debug: Debug = Field(default_factory=Debug)
