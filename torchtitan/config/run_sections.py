@@ -37,7 +37,7 @@ class Job(Section):
 
 class Comm(Section):
     mode: Literal["default", "fake_backend"] = "default"
-    """`fake_backend` rehearses one step as one rank (RANK) of WORLD_SIZE in this process alone, on
+    """`fake_backend` is a dry run: one step as one rank (RANK) of WORLD_SIZE in this process alone, on
     tensors without memory and without communication, to find what would fail at scale."""
 
     init_timeout_seconds: PositiveInt = 300
