@@ -40,7 +40,7 @@ if [[ $has_gpu == true ]]; then
 fi
 
 if [[ " $* " == *" --comm.mode"[\ =]fake_backend* || " $* " == *" --"@(check|help)[\ =]* ]]; then
-    # A rehearsal or a check is one process, however many it is for.
+    # A dry run or a check is one process, however many it is for.
     export WORLD_SIZE=${WORLD_SIZE:-$NGPU}
     NGPU=1
 fi

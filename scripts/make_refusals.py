@@ -269,7 +269,7 @@ rule out is in [parallelism](parallelism.md), [low precision](low_precision.md) 
 """
 WITH_HANDLERS = """Beside what is refused to the model without a handler.
 """
-BY_PARTS = """As the model is built, and so in a rehearsal (`--comm.mode fake_backend`), `float8`,
+BY_PARTS = """When the model is built, and so in a dry run (`--comm.mode fake_backend`), `float8`,
 `mxfp8`, `int8` and `bitnet` also refuse a degree of tensor parallelism that leaves parts of
 matrices which do not fit ([low precision](low_precision.md#on-every-mesh))."""
 

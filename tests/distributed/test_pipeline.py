@@ -176,7 +176,7 @@ def _sequences_at_once(world: DistributedContext, case: Case) -> set[int]:
         part.register_forward_pre_hook(lambda _, arguments: seen.add(len(arguments[0])))
     runner.forward_backward(batches, num_targets=1)
     runner.evaluate(batches)
-    runner.rehearse(batches[0])
+    runner.dry_run(batches[0])
     return seen
 
 
@@ -211,14 +211,14 @@ def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
     assert "stages" not in gloo_pool.run(1, _described, Case())[0]
 
 
-def _rehearsed(world: DistributedContext, case: Case) -> list[bool]:
+def _dry_run(world: DistributedContext, case: Case) -> list[bool]:
     model, runner, (batch,) = build(world, case)
-    runner.rehearse(batch)
+    runner.dry_run(batch)
     return [p.grad is not None and p.grad.shape == p.shape for p in model.parameters]
 
 
-def test_rehearsal_gives_every_parameter_a_gradient(gloo_pool: GlooPool) -> None:
-    for shapes in gloo_pool.run(4, _rehearsed, Case(4, pp=2, layers=4, schedule="DualPipeV")):
+def test_dry_run_gives_every_parameter_a_gradient(gloo_pool: GlooPool) -> None:
+    for shapes in gloo_pool.run(4, _dry_run, Case(4, pp=2, layers=4, schedule="DualPipeV")):
         assert shapes
         assert all(shapes)
 

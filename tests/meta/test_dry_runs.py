@@ -1,6 +1,6 @@
 """Every TOML of train_configs/ runs a step at its own scale, on fake tensors, by the command line.
 
-Each rehearsal is a process of its own. They run two at a time, and a test waits for its own one.
+Each dry run is a process of its own. They run two at a time, and a test waits for its own one.
 """
 
 import re
@@ -67,7 +67,7 @@ sys.exit(status)
 """
 
 
-def rehearse(place: Place, folder: Path) -> Outcome:
+def dry_run(place: Place, folder: Path) -> Outcome:
     """Run the program in `folder`."""
     config = ROOT / f"train_configs/{place.config}.toml"
     place_in_world = {"WORLD_SIZE": str(place.world_size), "RANK": str(place.rank)}
@@ -89,7 +89,7 @@ def rehearse(place: Place, folder: Path) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def rehearsals(
+def dry_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Place, tuple[Future[Outcome], Path]]]:
     """Those of the tests that are going to run."""
@@ -98,8 +98,8 @@ def rehearsals(
     with ThreadPoolExecutor(2) as pool:
         started = {}
         for place in wanted:
-            folder = tmp_path_factory.mktemp("rehearsal")
-            started[place] = pool.submit(rehearse, place, folder), folder
+            folder = tmp_path_factory.mktemp("dry_run")
+            started[place] = pool.submit(dry_run, place, folder), folder
         yield started
         pool.shutdown(cancel_futures=True)
 
@@ -110,14 +110,14 @@ def rehearsals(
     ids=str,
 )
 @pytest.mark.timeout(600)
-def test_rehearsal(place: Place, rehearsals: dict[Place, tuple[Future[Outcome], Path]]):
-    future, folder = rehearsals[place]
+def test_dry_run(place: Place, dry_runs: dict[Place, tuple[Future[Outcome], Path]]):
+    future, folder = dry_runs[place]
     outcome = future.result()
     assert outcome.status == 0, outcome.output
     assert outcome.seconds < MOST_SECONDS
     assert outcome.peak_gib < MOST_GIB
     assert f"runs on rank {place.rank}" in outcome.output
-    assert not list(folder.iterdir()), "a rehearsal leaves nothing behind"
+    assert not list(folder.iterdir()), "a dry run leaves nothing behind"
 
 
 def test_the_largest_are_among_them():

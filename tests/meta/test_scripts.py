@@ -72,7 +72,7 @@ def test_an_active_environment_with_this_clone_is_used(clone: Path, programs: Pa
     assert not (clone / ".venv").exists()
 
 
-def test_a_rehearsal_is_one_process(clone: Path, programs: Path):
+def test_a_dry_run_is_one_process(clone: Path, programs: Path):
     python_of_tests(programs, clone)
     arguments = ["--comm.mode", "fake_backend"]
     result = run(clone, programs, str(clone / "run_llama_train.sh"), *arguments, NGPU="64")

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
     if check:
         return _check(loaded, full=check == "full")
     if loaded.config.comm.mode == "fake_backend":
-        return _rehearse(loaded)
+        return _dry_run(loaded)
     place = _read(env.read_environment)
     end_with_launcher()
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
@@ -121,20 +121,19 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     return NOT_FOUND if absent else DONE
 
 
-def _rehearse(loaded: LoadedConfig) -> int:
-    """One step as one rank of the world in the environment, which need not exist; a report."""
+def _dry_run(loaded: LoadedConfig) -> int:
+    """Run one step as one rank of WORLD_SIZE, in this process alone, and print a report."""
     config, place = loaded.config, _read(env.read_place)
     context = _facts_of_a_look(loaded, place.world_size, full=False)
-    # Not the run folder: a rehearsal leaves it alone.
+    # A dry run leaves the run folder alone.
     preflight.require(context, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
 
-    from torchtitan.commands.dry_run.dry_run import rehearse
-    from torchtitan.commands.dry_run.report import report
+    from torchtitan.commands.dry_run import dry_run, report
 
     init_logging(place.rank, {place.rank})  # what handlers say of the model; print_after_conversion
     of = f"{config.model.name} {config.model.flavor}"
-    print(f"Rehearsing a step of {of} as rank {place.rank} of {place.world_size} ...", flush=True)
-    print(report(rehearse(context, place.rank), context))
+    print(f"Dry run of a step of {of} as rank {place.rank} of {place.world_size} ...", flush=True)
+    print(report(dry_run(context, place.rank), context))
     return DONE
 
 

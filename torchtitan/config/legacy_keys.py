@@ -231,7 +231,7 @@ NOT_BUILT = (
         "memory estimation by this key",
         {"memory_estimation.enable": (False,)},
         {"memory_estimation.disable_fake_mode": False},
-        instead='rehearse a step with comm.mode = "fake_backend"',
+        instead='dry-run a step with comm.mode = "fake_backend"',
     ),
     Feature(
         "a mixture of experts",

@@ -706,7 +706,7 @@ class Comm(Section):
     """Communication between processes."""
 
     mode: Literal["default", "fake_backend"] = "default"
-    """`fake_backend` rehearses one step as one rank (RANK) of WORLD_SIZE in this process alone, on
+    """`fake_backend` makes a dry run: one step as one rank (RANK) of WORLD_SIZE in this process, on
     tensors without memory and without communication, to find what would fail at scale."""
 
     init_timeout_seconds: PositiveInt = 300

@@ -40,7 +40,7 @@ class FlexMasks(AttentionMaskBuilder):
         visible = _or_itself(all_of([make(inputs) for make in self._makers]))
         if device.type == "cuda":
             return block_mask(visible, inputs, device)
-        return dense(visible, inputs, device)  # in a rehearsal, for `InnerAttention` to take
+        return dense(visible, inputs, device)  # in a dry run, for `InnerAttention` to take
 
 
 def _or_itself(function: MaskFunction) -> MaskFunction:

@@ -46,8 +46,8 @@ class HandlerEntry:
     """Of the settings with the rest of the config; without torch, and reads no file."""
     probe: Check = no_problems
     """Of this machine's devices. May import torch."""
-    rehearsal: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that a rehearsal uses instead, as the kernels are for real numbers on real GPUs."""
+    dry_run_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that a dry run uses instead: the kernels need real numbers on real GPUs."""
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
@@ -79,7 +79,7 @@ HANDLERS.add_built_in(
         CompileSettings,
         lazily("torchtitan.handlers.compile:CompileHandler"),
         after=LOW_PRECISION,
-        rehearsal={"backend": "aot_eager"},
+        dry_run_settings={"backend": "aot_eager"},
     ),
 )
 HANDLERS.add_built_in(
@@ -96,7 +96,7 @@ HANDLERS.add_built_in(
 )
 
 
-def _add_low_precision(name: str, path: str, module: Any, **rehearsal: Any) -> None:
+def _add_low_precision(name: str, path: str, module: Any, **dry_run_settings: Any) -> None:
     HANDLERS.add_built_in(
         name,
         HandlerEntry(
@@ -107,7 +107,7 @@ def _add_low_precision(name: str, path: str, module: Any, **rehearsal: Any) -> N
             extra="quant",
             check=module.check,
             probe=module.probe,
-            rehearsal=rehearsal,
+            dry_run_settings=dry_run_settings,
         ),
     )
 

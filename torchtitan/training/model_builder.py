@@ -156,5 +156,5 @@ def _initialize(model: nn.Module, rules: StartRules, seed: int, with_own: bool) 
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if name in rules.added or (with_own and isinstance(tensor, nn.Parameter))
     ]
-    if with_own or not any(tensor.is_meta for _, tensor in tensors):  # a rehearsal has no values
+    if with_own or not any(tensor.is_meta for _, tensor in tensors):  # a dry run has no values
         initialize_tensors(tensors, rules, seed)

@@ -1,4 +1,4 @@
-"""What a rehearsal says about a rank, against arithmetic; and that it notices what cannot work."""
+"""Figures of dry runs against arithmetic; and mistakes that they notice."""
 
 import dataclasses
 import logging
@@ -11,9 +11,8 @@ from torch import nn
 
 from tests.distributed.tiny import SEQ_LEN, VOCAB_SIZE, Case
 from torchtitan.cli import main
-from torchtitan.commands.dry_run import dry_run as module
-from torchtitan.commands.dry_run.dry_run import Rehearsal, rehearse
-from torchtitan.commands.dry_run.report import report
+from torchtitan.commands import dry_run as module
+from torchtitan.commands.dry_run import DryRun, dry_run, report
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.registry import get_family
@@ -33,8 +32,8 @@ def facts_of(case: Case) -> RunContext:
     return RunContext(case.config(), case.world_size, "cpu", full=False)
 
 
-def rehearsed(case: Case, rank: int = 0) -> Rehearsal:
-    return rehearse(facts_of(case), rank)
+def run(case: Case, rank: int = 0) -> DryRun:
+    return dry_run(facts_of(case), rank)
 
 
 def shapes(case: Case) -> dict[str, torch.Size]:
@@ -48,7 +47,7 @@ def shapes(case: Case) -> dict[str, torch.Size]:
     "case", [Case(world_size=8, pp=2, tp=2), Case(world_size=4, cp=2), Case(world_size=3)]
 )
 def test_ranks_together_hold_every_element(case: Case):
-    ranks = [rehearsed(case, rank) for rank in range(case.world_size)]
+    ranks = [run(case, rank) for rank in range(case.world_size)]
     sizes = {name: shape.numel() for name, shape in shapes(case).items()}
     copied = sum(size for name, size in sizes.items() if "norm" in name) * (case.tp - 1)
     assert {rank.total_parameters for rank in ranks} == {sum(sizes.values())}
@@ -73,21 +72,21 @@ def test_ranks_together_hold_every_element(case: Case):
 )
 def test_any_optimizer_steps(optimizer: dict[str, Any]):
     """Also one that asks for values, which fake tensors have not."""
-    rank = rehearsed(Case(world_size=4, tp=2, settings={"optimizer": optimizer}), 1)
+    rank = run(Case(world_size=4, tp=2, settings={"optimizer": optimizer}), 1)
     ratios = {"SGD": 1, "Adafactor": 0.2, "Muon": 1.4, "AdamWBF16": 0.5, "AdamW8bit": 1.3}
     ratio = ratios.get(optimizer["name"], 2)
     assert rank.optimizer_bytes / rank.parameter_bytes == pytest.approx(ratio, rel=0.25)
 
 
 def test_copies_hold_the_same():
-    plain, copied = (rehearsed(Case(world_size=2 * n, replicate=n), 1) for n in (1, 2))
+    plain, copied = (run(Case(world_size=2 * n, replicate=n), 1) for n in (1, 2))
     assert plain.num_parameters == copied.num_parameters
     assert copied.coordinate["dp_shard"] == 1
 
 
 def test_stages_are_those_of_the_pipeline_s_rank():
     case = Case(world_size=4, pp=2, layers=4, schedule="Interleaved1F1B")
-    first, last = rehearsed(case, 0), rehearsed(case, 3)
+    first, last = run(case, 0), run(case, 3)
     assert {name: sorted(modules) for name, modules in first.parts.items()} == {
         "stage 0 of 4": ["layers.0", "tok_embeddings"],
         "stage 2 of 4": ["layers.2"],
@@ -104,9 +103,7 @@ def test_with_options_that_save_memory():
         "training": {"enable_cpu_offload": True, "max_norm": float("inf")},
         "activation_checkpoint": {"offload": True},
     }
-    plain, saving = (
-        rehearsed(Case(world_size=4, tp=2, settings=chosen)) for chosen in ({}, settings)
-    )
+    plain, saving = (run(Case(world_size=4, tp=2, settings=chosen)) for chosen in ({}, settings))
     assert saving.gradient_bytes == 0 < plain.gradient_bytes  # after the backward
     assert saving.parameter_bytes == plain.parameter_bytes
     assert saving.optimizer_bytes == plain.optimizer_bytes
@@ -114,13 +111,13 @@ def test_with_options_that_save_memory():
 
 @pytest.mark.parametrize(("microbatches", "whole"), [(1, 0), (2, 1)])
 def test_gradients_of_whole_layers_accumulate(microbatches: int, whole: int):
-    result = rehearsed(Case(world_size=2, microbatches=microbatches))
+    result = run(Case(world_size=2, microbatches=microbatches))
     assert result.accumulated_bytes == whole * F64 * result.total_parameters
     assert result.num_microbatches == microbatches
 
 
 def test_accumulated_gradients_are_cut_by_tensor_parallelism():
-    result = rehearsed(Case(world_size=4, tp=2, microbatches=2))
+    result = run(Case(world_size=4, tp=2, microbatches=2))
     case = Case()
     sizes = {name: shape.numel() for name, shape in shapes(case).items()}
     held = sum(size if "norm" in name else size / 2 for name, size in sizes.items())
@@ -131,7 +128,7 @@ def test_accumulated_gradients_are_cut_by_tensor_parallelism():
 def test_traffic_of_data_parallelism():
     case = Case(world_size=4, settings={"parallelism": {"fsdp_reshard_after_forward": "never"}})
     padded = sum(math.ceil(s[0] / 4) * 4 * math.prod(s[1:]) for s in shapes(case).values())
-    traffic = rehearsed(case).traffic
+    traffic = run(case).traffic
     units = 2 + case.layers + 1  # both ends, the blocks, and what is left: the norm
     for collective in ("all-gather", "reduce-scatter"):
         assert traffic.calls["dp_shard", collective] == units
@@ -141,7 +138,7 @@ def test_traffic_of_data_parallelism():
 @pytest.mark.parametrize("collective", ["all-gather", "reduce-scatter"])
 def test_traffic_of_tensor_parallelism(collective: str):
     case = Case(world_size=2, tp=2)
-    traffic = rehearsed(case).traffic
+    traffic = run(case).traffic
     sequences = case.config().training.local_batch_size
     count = 2 * (2 * case.layers + 1)  # two in a block, one at either end; as many in the backward
     assert traffic.calls["tp", collective] == count
@@ -166,14 +163,14 @@ def test_traffic_of_context_parallelism(method: str, expected: dict[str, int], h
     context = facts_of(case)
     model = context.config.model.model_copy(update={"handlers": tuple(handlers)})
     config = context.config.model_copy(update={"model": model})
-    traffic = rehearse(dataclasses.replace(context, config=config), 0).traffic
+    traffic = dry_run(dataclasses.replace(context, config=config), 0).traffic
     found = {kind: calls for (axis, kind), calls in traffic.calls.items() if axis == "cp"}
     assert found == {kind: calls * case.layers for kind, calls in expected.items()}
     assert not traffic.unknown
 
 
 def test_exchanges_that_depend_on_documents_are_named():
-    traffic = rehearsed(Case(world_size=4, cp=2, document_mask=True)).traffic
+    traffic = run(Case(world_size=4, cp=2, document_mask=True)).traffic
     assert not [axis for axis, _ in traffic.calls if axis == "cp"]
     assert "torchtitan::spread_attention" in traffic.unknown
 
@@ -201,17 +198,17 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch):
     case, patch = MISTAKES[name]
-    rehearsed(case)
+    run(case)
     monkeypatch.setattr(*patch)
     with pytest.raises(RuntimeError, match=r"shape|size"):
-        rehearsed(case)
+        run(case)
     assert not torch.distributed.is_initialized()
 
 
 def test_the_log_of_the_rank_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """A rehearsal builds the model that a check does not, so it can print it."""
+    """A dry run builds the model, which a check does not, so it can print it."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     logger = logging.getLogger("torchtitan")
@@ -226,7 +223,7 @@ def test_the_log_of_the_rank_is_shown(
 
 def test_report():
     case = Case(world_size=8, pp=2, tp=2, microbatches=2)
-    text = report(rehearsed(case, 7), facts_of(case))
+    text = report(run(case, 7), facts_of(case))
     lines = [line.split(maxsplit=1) for line in text.splitlines()]
     assert ["processes", "8: pp 2, dp_shard 2, tp 2"] in lines
     assert ["rank", "7: pp 1, dp_shard 1, tp 1"] in lines

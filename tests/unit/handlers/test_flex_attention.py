@@ -1,6 +1,6 @@
 """The handler `flex_attention`: what it refuses, and the masks that it makes.
 
-Its kernel is for CUDA (`tests/gpu`). Here the masks are tensors, as in a rehearsal, so that what it
+Its kernel is for CUDA (`tests/gpu`). Here the masks are tensors, as in a dry run, so that what it
 does to a model is seen on every mesh.
 """
 

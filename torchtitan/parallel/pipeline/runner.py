@@ -135,7 +135,7 @@ class PipelineRunner:
             free_gathered(part)
         return over_ranks(total, self._counts_loss)
 
-    def rehearse(self, batch: Batch) -> None:
+    def dry_run(self, batch: Batch) -> None:
         """Forward and backward of each stage of this rank, for one microbatch of `batch`.
 
         Nothing passes between stages: what they would receive is made up, so this shows what they

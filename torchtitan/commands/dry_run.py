@@ -1,13 +1,12 @@
-"""One training step as any rank of any number of processes, in this process alone.
+"""A dry run: one training step of any rank of any mesh, in this process alone.
 
-What fails at scale mostly fails at once: a shape that a degree does not divide, an operator that
-does not know a sharded tensor, a stage without its layers. None of that needs a cluster to be seen.
-Here the model is built, and a step run, by the functions that `train` uses, on *fake* tensors: they
-have shapes and types and no content, so that a rank of a 405B model fits into a laptop. The process
-group is fake too: it has the ranks of the real one, and its collectives return at once.
+Most of what fails at scale fails in the first step: a degree that does not divide a shape, an
+operator that cannot take a sharded tensor, a stage without layers. The functions that `train` calls
+build the model and run the step, on *fake* tensors (shapes and types without content), so a rank of
+a 405B model fits in a laptop. The process group is fake too: its collectives return at once.
 
-What a rehearsal cannot see is what depends on values or on other ranks: the data, the loss, speed,
-a deadlock, and the memory that activations take.
+A dry run cannot see what depends on values or on other ranks: the data, the loss, speed, deadlocks,
+and the memory of activations.
 """
 
 import math
@@ -24,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.commands.dry_run.traffic import Traffic
+from torchtitan.commands.traffic import Traffic
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.tokenizers import build_tokenizer
@@ -38,16 +37,18 @@ from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
+from torchtitan.utils.device import GIB, memory_peak
 from torchtitan.utils.dtypes import torch_dtype
 
 STAND_IN_VOCAB_SIZE = 128256
-"""Where neither a tokenizer nor the model's flavor gives one."""
+"""Used when neither the tokenizer nor the model's flavor gives a size."""
 _DEVICE = torch.device("cpu")
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a rank of the real run holds and exchanges."""
+class DryRun:
+    """What one rank of the real run holds and exchanges. Sizes are those of this rank."""
 
     rank: int
     dims: ParallelDims
@@ -55,26 +56,25 @@ class Rehearsal:
     """The rank's place along each axis of the mesh."""
     vocab_size: int
     parts: dict[str, list[str]]
-    """What each part of the model on this rank is, and its modules."""
+    """Modules of each part of the model on this rank, by the part's description."""
     total_parameters: int
-    """Of the whole model."""
+    """Elements of the whole model."""
     num_parameters: int
-    """Elements on this rank, as are the following bytes."""
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     accumulated_bytes: int
-    """Of gradients that are not reduced before the last microbatch, and so are whole."""
+    """Unsharded gradients, which are kept until the last microbatch reduces them."""
     num_microbatches: int
-    """Those that were run; the traffic is theirs, and the optimizer step's."""
+    """How many were run; `traffic` counts these and the optimizer's step."""
     traffic: Traffic
     seconds: float
 
 
-def rehearse(context: RunContext, rank: int) -> Rehearsal:
+def dry_run(context: RunContext, rank: int) -> DryRun:
     """Build and run one step of the checked config as `rank` of `context.world_size` processes.
 
-    Raises whatever would be raised in the real run.
+    Raises whatever the real run would raise.
     """
     start = time.perf_counter()
     context = replace(context, config=_without_kernels(context.config))
@@ -82,7 +82,7 @@ def rehearse(context: RunContext, rank: int) -> Rehearsal:
     vocab_size, batches = _vocab_size(config), _microbatches(context)
     with fake_world(rank, context.world_size):
         mesh = dims.build_mesh(_DEVICE.type)
-        # Cut on `meta`: there, 4096 parts of a parameter are 4096 views and no fake tensors.
+        # Shard on `meta`: there the 4096 shards of a parameter are views, not fake tensors.
         model = model_builder.build_model(
             config, vocab_size, mesh, dims, torch.device("meta"), initialise=False
         )
@@ -98,7 +98,7 @@ def rehearse(context: RunContext, rank: int) -> Rehearsal:
             states = [_local(tensor) for optimizer in optimizers for tensor in _state(optimizer)]
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    return Rehearsal(
+    return DryRun(
         rank=rank,
         dims=dims,
         coordinate=dict(zip(AXES, coordinate, strict=True)),
@@ -124,7 +124,7 @@ def _step(
     dims: ParallelDims,
     batches: list[Batch],
 ) -> list[Tensor]:
-    """What `train` does in a step. Returns this rank's gradients."""
+    """Run the step as `train` does; return this rank's gradients."""
     training = context.config.training
     model_builder.call_after_load(model)
     update = builder.build_update(context.config, model, optimizers, dims)
@@ -132,7 +132,7 @@ def _step(
     if isinstance(runner, PipelineRunner):
         loss = torch.zeros((), device=_DEVICE)
         for batch in batches:
-            runner.rehearse(batch)
+            runner.dry_run(batch)
     else:
         loss = runner.forward_backward(batches, context.global_batch_size * training.seq_len)
     norm = update.gradient_norm()
@@ -148,22 +148,21 @@ def _step(
 
 
 class _ReadsGiveOne(TorchDispatchMode):
-    """While entered, a value that the host asks for is 1, as fake tensors have none: the step is
-    finite, and the first."""
+    """Answer 1 when the host reads a value, which fake tensors lack: the step is finite."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """What torch calls in the place of an operator."""
+        """Handle one operator call."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # come again with what this does to local tensors
+            return NotImplemented  # called again for the local tensors
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
 def _vocab_size(config: JobConfig) -> int:
-    """The tokenizer's; where its files are not, the model's or a stand-in."""
+    """Return the tokenizer's size or, without its files, the model's or a stand-in."""
     model = config.model
     try:
         return build_tokenizer(model.tokenizer_path).vocab_size
@@ -173,18 +172,17 @@ def _vocab_size(config: JobConfig) -> int:
 
 
 def _without_kernels(config: JobConfig) -> JobConfig:
-    """With the settings that handlers have for it: as `compile`, with which blocks are traced,
-    forward and backward, as for the real run, but code for fake tensors does not exist."""
+    """Apply the handlers' settings for dry runs: `compile` traces blocks but generates no code."""
     tables = {
-        name: {**config.handlers.get(name, {}), **HANDLERS[name].rehearsal}
+        name: {**config.handlers.get(name, {}), **HANDLERS[name].dry_run_settings}
         for name in config.model.handlers
     }
     return config.model_copy(update={"handlers": {**config.handlers, **tables}})
 
 
 def _microbatches(context: RunContext) -> list[Batch]:
-    """One of each kind: that only accumulates gradients, and the last of a step, which reduces
-    them. In a pipeline one: there the schedule tells them apart."""
+    """Return one batch that accumulates gradients and one that reduces them; one for a pipeline,
+    whose schedule decides which is which."""
     training = context.config.training
     pipeline = context.config.parallelism.pipeline_parallel_degree > 1
     count = 1 if pipeline else min(2, context.accumulation_steps)
@@ -196,7 +194,7 @@ def _microbatches(context: RunContext) -> list[Batch]:
 
 
 def _axes(mesh: DeviceMesh, dims: ParallelDims) -> dict[str, str]:
-    """What to call each process group; one can serve several axes."""
+    """Name each process group after its axes: one group can serve several."""
     shard = dims.shard_mesh(mesh)
     assert shard.mesh_dim_names is not None
     meshes = {axis: mesh[axis] for axis in AXES} | {shard.mesh_dim_names[0]: shard}
@@ -219,13 +217,13 @@ def _parts(model: BuiltModel, pipeline_rank: int) -> dict[str, list[str]]:
 
 
 def _modules(part: nn.Module) -> list[str]:
-    """Top-level modules that have parameters; of a list or dictionary each member."""
+    """List top-level modules that have parameters, and the members of module lists."""
     split = [name.split(".") for name, _ in part.named_parameters()]
     return list(dict.fromkeys(".".join(n[: 2 if n[1:] and n[1].isdigit() else 1]) for n in split))
 
 
 def _accumulated_bytes(context: RunContext, model: BuiltModel, dims: ParallelDims) -> int:
-    """FSDP adds up gradients of the parameters that it has gathered, in the type of reduction."""
+    """Return the size of the unsharded gradients that FSDP adds up, in the type of reduction."""
     num_microbatches = context.pipeline_microbatches if dims.pp > 1 else context.accumulation_steps
     if num_microbatches == 1:
         return 0
@@ -234,7 +232,7 @@ def _accumulated_bytes(context: RunContext, model: BuiltModel, dims: ParallelDim
 
 
 def _gathered_size(parameter: Tensor) -> int:
-    """Elements of the parameter on this rank when it is not sharded over data ranks."""
+    """Count the elements on this rank of a parameter that FSDP has gathered."""
     shape = list(parameter.shape)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -254,5 +252,71 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def report(result: DryRun, context: RunContext) -> str:
+    """Return the lines to print: what the rank holds and exchanges."""
+    model = context.config.model
+    share = result.num_parameters / result.total_parameters
+    peak = memory_peak(_DEVICE).reserved_gib
+    lines = [
+        ("dry run", f"a step of {model.name} {model.flavor} runs on rank {result.rank}"),
+        ("processes", f"{context.world_size}: {result.dims.describe()}"),
+        ("rank", _coordinate(result)),
+        *(("holds", f"{part}: {_listed(names)}") for part, names in result.parts.items()),
+        ("vocabulary", f"{result.vocab_size}"),
+        (
+            "parameters",
+            f"{result.num_parameters:,} of {result.total_parameters:,} ({share:.3%})",
+        ),
+        ("memory", _memory(result)),
+        ("step", f"{context.describe_batch()}, of which {result.num_microbatches} ran"),
+        *(("traffic", line) for line in _traffic(result)),
+        ("took", f"{result.seconds:.1f} s and {peak:.2f} GiB on this machine"),
+    ]
+    if "compile" in model.handlers:
+        lines.append(("compile", "blocks were traced (aot_eager), no code was generated"))
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+
+
+def _coordinate(result: DryRun) -> str:
+    degrees = result.dims
+    at = [f"{axis} {n}" for axis, n in result.coordinate.items() if getattr(degrees, axis) > 1]
+    return f"{result.rank}: {', '.join(at) or 'the only one'}"
+
+
+def _listed(names: list[str]) -> str:
+    """Shorten a long list to its ends."""
+    shown = names if len(names) <= 5 else [*names[:2], "...", *names[-2:]]
+    return ", ".join(shown)
+
+
+def _memory(result: DryRun) -> str:
+    sizes = {
+        "parameters": result.parameter_bytes,
+        "gradients": result.gradient_bytes,
+        "optimizer": result.optimizer_bytes,
+    }
+    terms = " + ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    more = "activations"
+    if result.accumulated_bytes:
+        more += f", and {_size(result.accumulated_bytes)} of gradients not yet reduced"
+    return f"{terms} = {_size(sum(sizes.values()))}; besides {more}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / _MIB:.2f} MiB"
+
+
+def _traffic(result: DryRun) -> list[str]:
+    """Return a line for each kind of collective along each axis."""
+    traffic = result.traffic
+    width = max(len(axes) for axes, _ in [("along", ""), *traffic.calls])
+    lines = [f"{'along':<{width}}  {'collective':<14} {'calls':>6} {'MiB':>12}"]
+    for (axes, collective), calls in sorted(traffic.calls.items()):
+        size = traffic.num_bytes[axes, collective] / _MIB
+        lines.append(f"{axes:<{width}}  {collective:<14} {calls:>6} {size:>12,.1f}")
+    lines += [f"and that of {name}, which depends on the data" for name in sorted(traffic.unknown)]
+    return lines

@@ -1,8 +1,8 @@
-"""Counts collectives, and what they move, by the axis of the mesh that they go along.
+"""Counts of collectives and their bytes by axis of the mesh.
 
-Torch shows every operator to a *dispatch mode* before it runs, and its collectives are operators
-too, in compiled code as elsewhere. An operator of this library hides those that it calls from fake
-tensors, for which torch takes its declared result; here its implementation is run instead.
+A torch *dispatch mode* sees every operator before it runs, collectives included, in compiled code
+too. With fake tensors torch does not run this library's custom operators; here they run, so that
+the collectives inside are counted.
 """
 
 from collections import Counter
@@ -25,46 +25,45 @@ _COLLECTIVES = {
     "reducescatter": "reduce-scatter",
     "send": "send",
 }
-"""By how torch's operators begin, without their underscores. What is sent is not counted again
-where it is received."""
+"""By prefix of torch's operators without underscores. A receive is not counted: its send is."""
 
 
 class Traffic(TorchDispatchMode):
-    """While entered, counts the collectives of this process."""
+    """A mode that counts the collectives of this process while entered."""
 
     supports_higher_order_operators = True
 
     def __init__(self, axes: Mapping[str, str]):
-        """`axes`: what to call the process groups, by their names in torch."""
+        """`axes` maps torch's names of process groups to names for the report."""
         super().__init__()
         self.calls: Counter[tuple[str, str]] = Counter()
-        """By axis and collective."""
+        """Calls by (axis, collective)."""
         self.num_bytes: Counter[tuple[str, str]] = Counter()
-        """Of whole tensors: what an all-gather gives, what a reduce-scatter takes."""
+        """Bytes of whole tensors: the output of an all-gather, the input of a reduce-scatter."""
         self.unknown: set[str] = set()
-        """Operators that were not looked into, as what they do depends on values."""
+        """Operators that were not traced because their collectives depend on values."""
         self._axes = axes
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Compiled code would not run under any other mode."""
+        """Return True: compiled code runs under infra modes only."""
         return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """What torch calls in the place of an operator."""
+        """Handle one operator call."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # come again with what this does to local tensors
+            return NotImplemented  # called again for the local tensors
         namespace = getattr(func, "namespace", "")
         if namespace == "torchtitan":
-            return self._look_into(func, args)
+            return self._trace(func, args)
         out = func(*args, **(kwargs or {}))
         if namespace in ("c10d", "_c10d_functional"):
             self._count(func._schema, args, out)
         return out
 
-    def _look_into(self, func: Any, args: tuple[Any, ...]) -> Any:
+    def _trace(self, func: Any, args: tuple[Any, ...]) -> Any:
         before = self.calls.copy(), self.num_bytes.copy()
         try:
             with self:
@@ -77,7 +76,7 @@ class Traffic(TorchDispatchMode):
     def _count(self, schema: Any, args: tuple[Any, ...], out: Any) -> None:
         operator = schema.name.split("::")[1].replace("_", "")
         kinds = [kind for start, kind in _COLLECTIVES.items() if operator.startswith(start)]
-        if not kinds:  # waiting for one
+        if not kinds:  # for example, waiting for one
             return
         values = {argument.name: value for argument, value in zip(schema.arguments, args)}
         group = values.get("group_name")

@@ -1,1 +1,0 @@
-"""Dry runs: one training step of any mesh in a single process."""
