@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torchtitan.checkpoint import background
-from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint import async_save
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import open_context
 from torchtitan.utils.environment import read_environment
@@ -57,28 +57,28 @@ def measure(arguments: argparse.Namespace, world: object, folder: Path) -> None:
         return time.perf_counter() - started
 
     section = Checkpoint(enable=True, async_mode="async", keep_latest_k=2)
-    checkpointer = Checkpointer(section, folder / "checkpoint", world, {"run_id": "bench"})  # type: ignore[arg-type]
+    store = CheckpointStore(section, folder / "checkpoint", world, {"run_id": "bench"})  # type: ignore[arg-type]
     for _ in range(3):
         step()
-    stalls: dict[int, list[float]] = {0: [], background._NICENESS: []}
+    stalls: dict[int, list[float]] = {0: [], async_save._NICENESS: []}
     saves: dict[int, list[float]] = {niceness: [] for niceness in stalls}
     for number in range(1, 2 * arguments.rounds + 1):
-        background._NICENESS = list(stalls)[number % 2]
+        async_save._NICENESS = list(stalls)[number % 2]
         alone = statistics.median(step() for _ in range(15))
         tensors = model_tensors([model]) | optimizer_tensors([model], [optimizer])
         started = time.perf_counter()
-        checkpointer.save(number, tensors, {})
+        store.save(number, tensors, {})
         copied = time.perf_counter() - started
         seconds = []
-        while checkpointer.saved_step < number:
+        while store.saved_step < number:
             seconds.append(step())
-        saves[background._NICENESS].append(time.perf_counter() - started)
-        checkpointer.wait()
-        stalls[background._NICENESS].append(sum(seconds) - alone * len(seconds))
+        saves[async_save._NICENESS].append(time.perf_counter() - started)
+        store.wait()
+        stalls[async_save._NICENESS].append(sum(seconds) - alone * len(seconds))
         print(
-            f"niceness {background._NICENESS}: copies {copied:.2f} s, beside {len(seconds)} steps"
+            f"niceness {async_save._NICENESS}: copies {copied:.2f} s, beside {len(seconds)} steps"
             f" of {alone:.3f} s alone and {statistics.mean(seconds):.3f} s then (longest"
-            f" {max(seconds):.3f} s): stall {stalls[background._NICENESS][-1]:.2f} s"
+            f" {max(seconds):.3f} s): stall {stalls[async_save._NICENESS][-1]:.2f} s"
         )
     for niceness, seconds in stalls.items():
         print(

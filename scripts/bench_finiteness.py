@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan.checkpoint.checkpointer import Checkpointer
-from torchtitan.checkpoint.staging import Staging
+from torchtitan.checkpoint.async_save import Staging
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import open_context
 from torchtitan.distributed.finiteness import non_finite_on_any_rank
@@ -65,8 +65,8 @@ def by_isfinite(tensors: dict[str, Tensor]) -> bool:
 def save(world: object, tensors: dict[str, Tensor]) -> None:
     """Commit the tensors as a step in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpointer = Checkpointer(Checkpoint(enable=True), Path(folder), world, {"run_id": "x"})
-        checkpointer.save(1, tensors, {}, blocking=True)
+        store = CheckpointStore(Checkpoint(enable=True), Path(folder), world, {"run_id": "x"})
+        store.save(1, tensors, {}, blocking=True)
 
 
 def report(name: str, rounds: int, action: Callable[[], object], gib: float) -> None:

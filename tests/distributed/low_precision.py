@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
-from tests.faults.saving import make_checkpointer
+from tests.faults.saving import find, make_store
 from tests.parity.table import row
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, plain_tensor
 from torchtitan.config.run_context import RunContext
@@ -109,9 +109,9 @@ def train(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
     tensors = {**model_tensors(model.parts), **optimizer_tensors(model.parts, optimizers)}
-    checkpointer = make_checkpointer(world, folder) if folder else None
-    if checkpointer is not None and (found := checkpointer.find()) is not None:
-        checkpointer.load(found, tensors)
+    store = make_store(world, folder) if folder else None
+    if store is not None and (found := find(store)) is not None:
+        store.load(found, tensors)
     model_builder.call_after_load(model)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     update = builder.build_update(config, model, optimizers, dims)
@@ -130,8 +130,8 @@ def train(
             optimizer.zero_grad()
     trained.scales = [a and b for a, b in zip(known, _known_scales(model.parts), strict=True)]
     if save:
-        assert checkpointer is not None
-        checkpointer.save(steps, tensors, {})
+        assert store is not None
+        store.save(steps, tensors, {})
     held = model_tensors(model.parts)
     assert {type(_local(tensor)) for tensor in held.values()} <= {Tensor}
     trained.names = {name: tuple(tensor.shape) for name, tensor in held.items()}

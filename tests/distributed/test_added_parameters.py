@@ -14,9 +14,9 @@ from tests.distributed import tiny
 from tests.distributed.tiny import Case, Part, Result
 from tests.faults.saving import RUN_ID
 from tests.pool import GlooPool
-from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -209,8 +209,8 @@ def test_a_rule_may_be_for_any_parameter(rule: object) -> None:
 
 
 def save_plain(world: DistributedContext, folder: str) -> None:
-    checkpointer = Checkpointer(Checkpoint(enable=True), Path(folder), world, {"run_id": RUN_ID})
-    checkpointer.save(1, model_tensors(built(Case(), []).parts), {}, model_only=True)
+    store = CheckpointStore(Checkpoint(enable=True), Path(folder), world, {"run_id": RUN_ID})
+    store.save(1, model_tensors(built(Case(), []).parts), {}, model_only=True)
 
 
 def start_from_plain(world: DistributedContext, path: str) -> tuple[dict[str, float], str]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.faults.saving import Trainer, make_checkpointer, recover, save_steps
+from tests.faults.saving import Trainer, find, make_store, recover, save_steps
 from tests.pool import GlooPool, RankFailure
-from torchtitan.checkpoint.disk_space import SPACE_FACTOR, Room
+from torchtitan.checkpoint.disk_space import SPACE_FACTOR, FreeSpace
+from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.distributed.context import DistributedContext
@@ -30,25 +31,25 @@ def run_leg(
     world: DistributedContext, folder: str, cut: str, start: int, stop: int
 ) -> dict[str, str]:
     """Go on from step `start` (0: from nothing) to `stop`, and save there."""
-    trainer, checkpointer = (
+    trainer, store = (
         Trainer(world, 0 if start == 0 else 5, cut),
-        make_checkpointer(world, folder),
+        make_store(world, folder),
     )
-    found = checkpointer.find()
+    found = find(store)
     assert (found.step if found else 0) == start
     if found:
-        checkpointer.load(found, trainer.tensors())
+        store.load(found, trainer.tensors())
     for step in range(start + 1, stop + 1):
         trainer.train_step(step)
-    checkpointer.save(stop, trainer.tensors(), {})
+    store.save(stop, trainer.tensors(), {})
     return trainer.content()
 
 
 def load_content(world: DistributedContext, folder: str, cut: str) -> dict[str, str]:
-    trainer, checkpointer = Trainer(world, 5, cut), make_checkpointer(world, folder)
-    found = checkpointer.find()
+    trainer, store = Trainer(world, 5, cut), make_store(world, folder)
+    found = find(store)
     assert found is not None
-    checkpointer.load(found, trainer.tensors())
+    store.load(found, trainer.tensors())
     return trainer.content()
 
 
@@ -77,7 +78,7 @@ def save_stage(world: DistributedContext, folder: str) -> None:
     stage = nn.ModuleDict({str(world.rank): layers[world.rank]})
     optimizer = torch.optim.AdamW(stage.parameters())
     tensors = {**model_tensors([stage]), **optimizer_tensors([stage], [optimizer])}
-    make_checkpointer(world, folder).save(1, tensors, {"rank": world.rank})
+    make_store(world, folder).save(1, tensors, {"rank": world.rank})
 
 
 def load_stages(world: DistributedContext, folder: str, layers: int) -> tuple[list[float], Any]:
@@ -88,10 +89,10 @@ def load_stages(world: DistributedContext, folder: str, layers: int) -> tuple[li
     ]
     optimizers = [torch.optim.AdamW(part.parameters()) for part in parts]
     tensors = {**model_tensors(parts), **optimizer_tensors(parts, optimizers)}
-    checkpointer = make_checkpointer(world, folder)
-    found = checkpointer.find()
+    store = make_store(world, folder)
+    found = find(store)
     assert found is not None
-    state = checkpointer.load(found, tensors)
+    state = store.load(found, tensors)
     return [float(tensors[name].sum()) for name in sorted(tensors) if "weight" in name], state
 
 
@@ -134,11 +135,11 @@ def load_changed(world: DistributedContext, folder: str, change: str) -> tuple[s
     elif change == "extra":
         del tensors["optimizer.0.bias.exp_avg"]
     before = trainer.content()
-    checkpointer = make_checkpointer(world, folder)
-    found = checkpointer.find()
+    store = make_store(world, folder)
+    found = find(store)
     assert found is not None
     try:
-        checkpointer.load(found, tensors)
+        store.load(found, tensors)
     except CheckpointError as error:
         return str(error), trainer.content() == before
     return "", False
@@ -165,14 +166,14 @@ def test_misfit_is_refused_untouched(
 
 
 def save_model_only(world: DistributedContext, folder: str) -> list[str]:
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
+    trainer, store = Trainer(world), make_store(world, folder)
     model = model_tensors([trainer.model])
-    checkpointer.save(3, model, {}, model_only=True)
-    found = checkpointer.find()
-    assert found is not None and found.model_only
-    checkpointer.load(found, model)
+    store.save(3, model, {}, model_only=True)
+    found = find(store)
+    assert found is not None and found.manifest.model_only
+    store.load(found, model)
     with pytest.raises(CheckpointError) as caught:
-        checkpointer.load(found, trainer.tensors())
+        store.load(found, trainer.tensors())
     return [str(caught.value)]
 
 
@@ -188,15 +189,17 @@ def test_model_only(gloo_pool: GlooPool, tmp_path: Path) -> None:
 def resume_and_save(
     world: DistributedContext, folder: str, load_step: int, steps: int, section: Any
 ) -> list[int]:
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **section)
-    found = checkpointer.find(load_step)
+    trainer = Trainer(world)
+    store = make_store(world, folder, load_step=load_step, **section)
+    manager = CheckpointManager(store.section, store, world)
+    found = manager.found
     assert found is not None
-    checkpointer.load(found, trainer.tensors())
-    checkpointer.begin()
+    store.load(found, trainer.tensors())
+    manager.begin()
     for step in range(found.step + 1, found.step + steps + 1):
         trainer.train_step(step)
-        checkpointer.save(step, trainer.tensors(), {})
-    return checkpointer.steps()
+        store.save(step, trainer.tensors(), {})
+    return store.steps()
 
 
 def test_retention(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -223,10 +226,10 @@ def test_rewind(gloo_pool: GlooPool, tmp_path: Path) -> None:
 
 def save_at(world: DistributedContext, folder: str, steps: tuple[int, ...]) -> list[int]:
     trainer = Trainer(world)
-    checkpointer = make_checkpointer(world, folder, keep_latest_k=2)
+    store = make_store(world, folder, keep_latest_k=2)
     for step in steps:
-        checkpointer.save(step, trainer.tensors(), {})
-    return checkpointer.steps()
+        store.save(step, trainer.tensors(), {})
+    return store.steps()
 
 
 def test_later_steps_are_neither_counted_nor_deleted(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -238,13 +241,13 @@ def test_later_steps_are_neither_counted_nor_deleted(gloo_pool: GlooPool, tmp_pa
 
 
 def open_in_own_folder(world: DistributedContext, folder: str) -> str:
-    from torchtitan.checkpoint import checkpointer as module
+    from torchtitan.checkpoint import store as module
 
     module._SHARED_WAIT_SECONDS = 0.3
     own = Path(folder) / str(world.rank)
     own.mkdir()
     with pytest.raises(CheckpointError) as caught:
-        make_checkpointer(world, str(own))
+        make_store(world, str(own))
     return str(caught.value)
 
 
@@ -255,13 +258,13 @@ def test_machines_without_a_shared_folder(gloo_pool: GlooPool, tmp_path: Path) -
 
 
 def need_space(world: DistributedContext, folder: str, room: tuple[int, int | None]) -> str:
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
-    checkpointer.require_space(trainer.tensors())
-    with mock.patch("torchtitan.checkpoint.checkpointer.room_in", return_value=Room(*room)):
+    trainer, store = Trainer(world), make_store(world, folder)
+    store.require_space(trainer.tensors())
+    with mock.patch("torchtitan.checkpoint.disk_space.free_space", return_value=FreeSpace(*room)):
         with pytest.raises(ConfigError) as caught:
-            checkpointer.require_space(trainer.tensors())
-        lenient = make_checkpointer(world, folder, allow_low_disk=True)
-        with mock.patch("torchtitan.checkpoint.checkpointer.logger.warning") as warning:
+            store.require_space(trainer.tensors())
+        lenient = make_store(world, folder, allow_low_disk=True)
+        with mock.patch("torchtitan.checkpoint.disk_space.logger.warning") as warning:
             lenient.require_space(trainer.tensors())
     told = [str(call.args[1]) for call in warning.call_args_list]
     assert told == [str(caught.value)] * world.is_main
@@ -285,10 +288,10 @@ def test_space_is_looked_for_at_the_start(
 def need_space_for_stages(world: DistributedContext, folder: str, spare: int) -> None:
     """Two stages on two ranks each, of 40 and of 12 bytes."""
     stage = {"0": torch.zeros(10)} if world.rank < 2 else {"1": torch.zeros(3)}
-    checkpointer = make_checkpointer(world, folder)
-    room = Room(math.ceil(SPACE_FACTOR * 52) + spare, None)
-    with mock.patch("torchtitan.checkpoint.checkpointer.room_in", return_value=room):
-        checkpointer.require_space(stage)
+    store = make_store(world, folder)
+    room = FreeSpace(math.ceil(SPACE_FACTOR * 52) + spare, None)
+    with mock.patch("torchtitan.checkpoint.disk_space.free_space", return_value=room):
+        store.require_space(stage)
 
 
 def test_space_counts_each_tensor_once(gloo_pool: GlooPool, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_hook_that_spoils_the_last_step(
     """On the last rank alone; all agree, and the same run goes on from the step before."""
     folder = tmp_path / "run"
     done = run(folder, *SPOILED, EIGHT, *arguments, processes=processes)
-    words = f"step 8 is not saved, since these hold NaN or infinity: {NAME}. Lower"
+    words = f"step 8 is not saved because these hold NaN or infinity: {NAME}. Lower"
     refused(folder, done, words, "The newest checkpoint is step 4, which was", steps=[4])
     again = run(folder, *SPOILED, EIGHT, *arguments, processes=processes)  # its hook counts from 0
     assert again.returncode == 0 and "Resumed from step 4" in again.stderr
@@ -108,7 +108,7 @@ def test_a_hook_that_spoils_the_last_step(
 def test_a_step_that_is_not_finite_is_not_resumed_from(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     careless = (
-        "import torchtitan.checkpoint.saver as saver\nsaver.non_finite_on_any_rank = lambda *_: []"
+        "import torchtitan.checkpoint.state as state\nstate.non_finite_on_any_rank = lambda *_: []"
     )
     spoiled = (*SPOILED, "--training.steps=12", "--handlers.spoiler.at_step=7")
     done = run(folder, *spoiled, "--checkpoint.interval=7", code=careless)

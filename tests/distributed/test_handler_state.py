@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.distributed import runs, tiny
 from tests.distributed.test_own_handler import PAGE, block
 from tests.distributed.tiny import Case
-from tests.faults.saving import digest, make_checkpointer
+from tests.faults.saving import digest, make_store
 from tests.pool import GlooPool
 from torchtitan.checkpoint.dcp_io import SafeReader
+from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.manifest import read_manifest
-from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.config import CheckpointError
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -77,8 +77,8 @@ def _go_on(
     config = case.config()
     dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    saver = Saver(
-        Checkpoint(enable=True, **section), make_checkpointer(world, folder, **section), world
+    saver = CheckpointManager(
+        Checkpoint(enable=True, **section), make_store(world, folder, **section), world
     )
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     optimizers = builder.build_optimizers(config, model, world.device)
@@ -228,8 +228,11 @@ WRONG = {
         lines("kept = property(lambda s: {k: v[:1] for k, v in s.weights.items()})"),
         "does not fit the handlers: handler_state.average.",
     ),
-    "tuple": (lines("kept = {'at': (1, 2)}"), "keeps at as (1, 2): state has to be tensors, and"),
-    "keys": (lines("kept = {'seen': {1: 2}}"), "keeps seen as {1: 2}: state has to be tensors"),
+    "tuple": (lines("kept = {'at': (1, 2)}"), "keeps at as (1, 2): state must consist of tensors"),
+    "keys": (
+        lines("kept = {'seen': {1: 2}}"),
+        "keeps seen as {1: 2}: state must consist of tensors",
+    ),
     "ranks": (
         lines("kept = property(lambda s: {'rank': torch.distributed.get_rank()})"),
         "the ranks keep different values of handler_state.average.rank",

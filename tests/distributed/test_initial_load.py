@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from tests.faults.damage import flip
-from tests.faults.saving import Trainer, digest, make_checkpointer
+from tests.faults.saving import Trainer, digest, make_store
 from tests.pool import GlooPool
-from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
-from torchtitan.checkpoint.saver import RunState, Saver
+from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
@@ -33,7 +33,7 @@ def save_run(world: DistributedContext, folder: str, model_only: bool = False) -
     for step in (1, 2):
         trainer.train_step(step)
     tensors = model_tensors([trainer.model]) if model_only else trainer.tensors()
-    make_checkpointer(world, folder).save(2, tensors, STATE, model_only=model_only)
+    make_store(world, folder).save(2, tensors, STATE, model_only=model_only)
     return trainer.content()
 
 
@@ -198,8 +198,8 @@ def save_last(
     settings = Checkpoint(enable=True, **section)
     trainer = Trainer(world)
     trainer.train_step(1)
-    checkpointer = Checkpointer(settings, Path(folder), world, {"run_id": "a"})
-    with Saver(settings, checkpointer, world) as saver:
+    store = CheckpointStore(settings, Path(folder), world, {"run_id": "a"})
+    with CheckpointManager(settings, store, world) as saver:
         assert saver.is_due(1, last=True)
         saver.save(RunState(1), {0: {}}, [trainer.model], [trainer.optimizer], True, True)
         assert saver.saved_step == 1
@@ -229,8 +229,8 @@ def test_last_save_is_exported(gloo_pool: GlooPool, tmp_path: Path) -> None:
 
 def due_steps(world: DistributedContext, folder: str, section: dict[str, Any]) -> list[int]:
     settings = Checkpoint(enable=True, interval=4, **section)
-    checkpointer = Checkpointer(settings, Path(folder), world, {"run_id": "a"})
-    saver = Saver(settings, checkpointer, world)
+    store = CheckpointStore(settings, Path(folder), world, {"run_id": "a"})
+    saver = CheckpointManager(settings, store, world)
     return [step for step in range(1, 11) if saver.is_due(step, last=step == 10)]
 
 

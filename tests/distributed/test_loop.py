@@ -8,7 +8,7 @@ from tests.forked import execute
 
 _SCRIPT = """
 import sys
-from torchtitan.checkpoint.saver import Saver
+from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.metrics.goodput import TimeSplit
 from torchtitan.metrics.logger import MetricsLogger
@@ -30,7 +30,7 @@ def note(kind, method, name):
 
 note(NonFiniteGuard, "settle", lambda: "settle")
 note(MetricsLogger, "flush", lambda: "flush")
-note(Saver, "save", lambda state, *rest: f"save-{state.step}")
+note(CheckpointManager, "save", lambda state, *rest: f"save-{state.step}")
 note(GarbageCollection, "step", lambda step: f"garbage-{step}")
 start_of_split, start_of_reading = TimeSplit.__init__, Prefetch.start
 

@@ -60,22 +60,25 @@ def test_refused_resume_leaves_the_folder_as_it_was(uninterrupted: Path, tmp_pat
 
 _SCRIPT = """
 import os, signal, sys, time
-from torchtitan.checkpoint import commit
+from torchtitan.checkpoint import store
 
-real, fault = commit.record_file, os.environ["FAULT"]
+real, fault = store.record_file, os.environ["FAULT"]
 
 
 def record_file(path):
     at_step_2 = path.parent.name.startswith(".tmp-step-2-")
     if at_step_2 and fault == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
+    while at_step_2 and fault == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)  # again and again; this file is never written
+        time.sleep(0.05)
     if fault == "fail":
         raise OSError(5, "Input/output error")
     time.sleep(0.3)
     return real(path)
 
 
-commit.record_file = record_file
+store.record_file = record_file
 from torchtitan.cli import main
 
 sys.exit(main(["train", *sys.argv[1:]]))
@@ -114,6 +117,18 @@ def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path)
     assert 2 in good_steps(folder)
 
 
+def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path: Path) -> None:
+    """The thread would write on for ever. What it has written is not valid, and the run goes on."""
+    folder = tmp_path / "run"
+    steps = ("--checkpoint.interval=1", "--training.steps=3")
+    done = run_with_fault(folder, "interrupt", *steps)
+    assert done.returncode == 130, done.stderr
+    assert good_steps(folder) == [1]
+    assert runs.status(folder)["exit_code"] == 130
+    assert "Resumed from step 1" in run_with_fault(folder, "", *steps).stderr
+    assert good_steps(folder) == [1, 2, 3]
+
+
 def test_save_that_fails_ends_the_run(tmp_path: Path) -> None:
     """Soon, and not when something is to be saved again."""
     folder = tmp_path / "run"
@@ -147,7 +162,7 @@ def test_another_run_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
     start = (f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only=false")
     folder = tmp_path / "run"
     done = runs.run(folder, *start)
-    assert f"goes on from step 4 of {path}" in done.stderr
+    assert f"continues from step 4 of {path}" in done.stderr
     assert runs.curve(folder) == runs.curve(uninterrupted)[4:]
     rows, expected = runs.records(folder)[-1], runs.records(uninterrupted)[-1]
     assert rows["num_tokens_seen"] == expected["num_tokens_seen"]

@@ -13,9 +13,9 @@ from tests.distributed import runs
 from tests.faults.saving import RUN_ID, Trainer
 from tests.forked import execute
 from tests.pool import GlooPool
-from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import JobConfig
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
@@ -52,8 +52,8 @@ def save(world: DistributedContext, folder: str, handlers: list[str] | None) -> 
     info: dict[str, Any] = {"run_id": RUN_ID}
     if handlers is not None:
         info["config"] = {"model": {"handlers": handlers}}
-    checkpointer = Checkpointer(Checkpoint(enable=True), Path(folder), world, info)
-    checkpointer.save(1, trainer.tensors(), STATE, model_only=False)
+    store = CheckpointStore(Checkpoint(enable=True), Path(folder), world, info)
+    store.save(1, trainer.tensors(), STATE, model_only=False)
 
 
 def load(

@@ -103,6 +103,14 @@ def climbing_name(step: Path) -> None:
     manifest.write_manifest(step, manifest.Manifest("abc123", 3, False, files, body["tensors"]))
 
 
+def without_metadata(step: Path) -> None:
+    files = {path.name: manifest.record_file(path) for path in step.glob("*.distcp")}
+    (step / ".metadata").unlink()
+    body = json.loads((step / "manifest.json").read_text())
+    (step / "manifest.json").unlink()
+    manifest.write_manifest(step, manifest.Manifest("abc123", 3, False, files, body["tensors"]))
+
+
 def link_shard(step: Path) -> None:
     shutil.move(step / "__1_0.distcp", step.parent / "elsewhere")
     (step / "__1_0.distcp").symlink_to(step.parent / "elsewhere")
@@ -137,6 +145,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "manifest-edited": edit_manifest(state={"step": 99}),
     "manifest-newer": edit_manifest(format=99),
     "manifest-climbing-name": climbing_name,
+    "manifest-without-metadata": without_metadata,
     "manifest-not-an-object": lambda step: (step / "manifest.json").write_text("[1]"),
     "manifest-of-another-step": other_step,
 }

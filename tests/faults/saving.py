@@ -14,8 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.store import CheckpointStore, VerifiedStep
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
@@ -70,32 +71,39 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(as_bytes.numpy().tobytes()).hexdigest()
 
 
-def make_checkpointer(
+def make_store(
     world: DistributedContext,
     folder: str,
     run_id: str = RUN_ID,
     on_site: Any = None,
+    save_timeout_seconds: float = 300,
     **section: Any,
-) -> Checkpointer:
+) -> CheckpointStore:
     extra = {} if on_site is None else {"on_site": on_site}
-    return Checkpointer(
+    return CheckpointStore(
         Checkpoint(enable=True, **section),
         Path(folder),
         world,
         {"run_id": run_id, "config": {"a": 1}},
+        save_timeout_seconds=save_timeout_seconds,  # type: ignore[arg-type]
         **extra,
     )
+
+
+def find(store: CheckpointStore) -> VerifiedStep | None:
+    """The step that a run would continue from."""
+    return CheckpointManager(store.section, store, store.world).found
 
 
 def save_steps(
     world: DistributedContext, folder: str, steps: int, section: dict[str, Any] | None = None
 ) -> dict[int, dict[str, str]]:
     """Train and save every step; returns the content of each."""
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder, **(section or {}))
+    trainer, store = Trainer(world), make_store(world, folder, **(section or {}))
     contents = {}
     for step in range(1, steps + 1):
         trainer.train_step(step)
-        checkpointer.save(step, trainer.tensors(), {"step": step, "lanes": {"0": [1, 2.5, None]}})
+        store.save(step, trainer.tensors(), {"step": step, "lanes": {"0": [1, 2.5, None]}})
         contents[step] = trainer.content()
     return contents
 
@@ -111,15 +119,16 @@ def recover(
     trainer = Trainer(world, seed=7)
     before = trainer.content()
     try:
-        checkpointer = make_checkpointer(world, folder, **(section or {}))
-        found = checkpointer.find(load_step)
+        store = make_store(world, folder, load_step=load_step, **(section or {}))
+        manager = CheckpointManager(store.section, store, world)
+        found = manager.found
         if found is None:
             return {"step": None}
-        state = checkpointer.load(found, trainer.tensors())
-        checkpointer.begin()
+        state = store.load(found, trainer.tensors())
+        manager.begin()
     except CheckpointError as error:
         return {"error": str(error), "untouched": trainer.content() == before}
-    steps = checkpointer.steps()
+    steps = store.steps()
     return {"step": found.step, "state": state, "content": trainer.content(), "steps": steps}
 
 
@@ -131,10 +140,10 @@ def save_and_die(world: DistributedContext, folder: str, site: str, victim: int)
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = Trainer(world)
-    checkpointer = make_checkpointer(world, folder, on_site=on_site, keep_latest_k=2)
+    store = make_store(world, folder, on_site=on_site, keep_latest_k=2)
     for step in (1, 2, 3):
         trainer.train_step(step)
-        checkpointer.save(step, trainer.tensors(), {"step": step})
+        store.save(step, trainer.tensors(), {"step": step})
         content = trainer.content()
         if world.is_main:
             note(folder, "ack", step, content)

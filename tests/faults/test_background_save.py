@@ -9,17 +9,19 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.faults.saving import Trainer, make_checkpointer, note, noted, recover
+from tests.faults.saving import Trainer, make_store, note, noted, recover
 from tests.pool import GlooPool, RankFailure
-from torchtitan.checkpoint import background as background_module
-from torchtitan.checkpoint import commit as commit_module
-from torchtitan.checkpoint.staging import Staging
+from torchtitan.checkpoint import async_save, disk_space
+from torchtitan.checkpoint import store as store_module
+from torchtitan.checkpoint.async_save import SaveThread, Staging
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.training.ending import Progress, after_error
 from torchtitan.utils.torch_compat import set_group_timeouts
 
 MODES = ["async", "async_with_pinned_mem"]
@@ -46,9 +48,9 @@ class Gate:
 def test_training_comes_first() -> None:
     """The thread that saves gets what training leaves, and training keeps its priority."""
     seen = []
-    background = background_module.Background()
-    background.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
-    background.wait()
+    thread = SaveThread()
+    thread.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+    thread.wait()
     assert seen == [10]
     assert os.getpriority(os.PRIO_PROCESS, 0) < 10
 
@@ -60,9 +62,9 @@ def test_a_run_of_low_priority_is_saved_with_that() -> None:
 
     def save() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)  # as of `nice -n 15`
-        background = background_module.Background()
-        background.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
-        background.wait()
+        thread = SaveThread()
+        thread.start(1, lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        thread.wait()
 
     run = threading.Thread(target=save)
     run.start()
@@ -78,20 +80,20 @@ def train_on_while_saving(
     for saved in (1, 3):
         gate = Gate("ckpt.begin", saved)
         if saved == 1:
-            checkpointer = make_checkpointer(world, folder, async_mode=mode)
-        checkpointer._commit.on_site = gate
+            store = make_store(world, folder, async_mode=mode)
+        store.on_site = gate
         trainer.train_step(saved)
         content = trainer.content()
-        checkpointer.save(saved, trainer.tensors(), {"step": saved})
-        checkpointer.wait_for_staging()
+        store.save(saved, trainer.tensors(), {"step": saved})
+        store.wait_for_staging()
         assert gate.reached.wait(60)
         for step in (saved + 1, saved + 2):
             trainer.train_step(step)  # collectives, beside those of the save
-        assert saved not in checkpointer.steps()
-        assert checkpointer.saved_step != saved, "told before it was committed"
+        assert saved not in store.steps()
+        assert store.saved_step != saved, "told before it was committed"
         gate.open()
-        checkpointer.wait()
-        assert checkpointer.saved_step == saved
+        store.wait()
+        assert store.saved_step == saved
     assert trainer.content() != content
     return content
 
@@ -112,9 +114,9 @@ def save_both_ways(world: DistributedContext, folder: str) -> None:
     trainer = Trainer(world)
     trainer.train_step(1)
     for mode in ("disabled", *MODES):
-        checkpointer = make_checkpointer(world, f"{folder}/{mode}", async_mode=mode)
-        checkpointer.save(1, trainer.tensors(), {"step": 1})
-        checkpointer.wait()
+        store = make_store(world, f"{folder}/{mode}", async_mode=mode)
+        store.save(1, trainer.tensors(), {"step": 1})
+        store.wait()
 
 
 def test_files_are_the_same(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -168,27 +170,25 @@ def save_three(
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    logger = logging.getLogger("torchtitan.checkpoint.background")
+    logger = logging.getLogger("torchtitan.checkpoint.async_save")
     logger.addHandler(handler := Keep())
     logger.setLevel(logging.INFO)
     trainer = Trainer(world)
-    checkpointer = make_checkpointer(
-        world, folder, on_site=on_site, async_mode="async", keep_latest_k=2
-    )
-    worth_a_line = background_module._WORTH_A_LINE_SECONDS
-    background_module._WORTH_A_LINE_SECONDS = 0.0
+    store = make_store(world, folder, on_site=on_site, async_mode="async", keep_latest_k=2)
+    worth_a_line = async_save._LOGGED_WAIT_SECONDS
+    async_save._LOGGED_WAIT_SECONDS = 0.0
     try:
         for step in (1, 2, 3):
             trainer.train_step(step)
-            checkpointer.save(step, trainer.tensors(), {})
+            store.save(step, trainer.tensors(), {})
             if step == 1:
-                open_when_waited_for(checkpointer._background._thread, gate)
-        checkpointer.wait()
+                open_when_waited_for(store._thread._thread, gate)
+        store.wait()
     finally:
-        background_module._WORTH_A_LINE_SECONDS = worth_a_line
+        async_save._LOGGED_WAIT_SECONDS = worth_a_line
         logger.removeHandler(handler)
     world.barrier()  # rank 0 deletes what is older after the others have gone on
-    return events, messages, checkpointer.steps()
+    return events, messages, store.steps()
 
 
 def test_never_two_at_a_time(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_never_two_at_a_time(gloo_pool: GlooPool, tmp_path: Path) -> None:
 
 def fail_in_the_background(world: DistributedContext, folder: str, how: str) -> list[Any]:
     """Rank 1 cannot write step 2. What all ranks see of it, and whether the next save works."""
-    checkpointer = make_checkpointer(world, folder, async_mode="async", keep_latest_k=2)
+    store = make_store(world, folder, async_mode="async", keep_latest_k=2)
     trainer = Trainer(world)
-    real = commit_module.record_file
+    real = store_module.record_file
 
     def break_down(path: Path) -> Any:
         raise OSError(5, "Input/output error", str(path))
@@ -211,25 +211,25 @@ def fail_in_the_background(world: DistributedContext, folder: str, how: str) -> 
     for step in (1, 2):
         trainer.train_step(step)
         if step == 2 and world.rank == 1:
-            commit_module.record_file = break_down
-        checkpointer.save(step, trainer.tensors(), {})
+            store_module.record_file = break_down
+        store.save(step, trainer.tensors(), {})
         if step == 1:
-            checkpointer.wait()
+            store.wait()
     try:
         if how == "wait":
-            checkpointer.wait()
+            store.wait()
         else:
-            checkpointer.save(3, trainer.tensors(), {}, blocking=how == "last save")
+            store.save(3, trainer.tensors(), {}, blocking=how == "last save")
         message = "no error"
     except CheckpointError as error:
         message = str(error)
     finally:
-        commit_module.record_file = real
-    seen = [message, checkpointer.save_failed, checkpointer.saved_step, checkpointer.steps()]
+        store_module.record_file = real
+    seen = [message, store.save_failed, store.saved_step, store.steps()]
     world.barrier()
-    checkpointer.save(4, trainer.tensors(), {})
-    checkpointer.wait()
-    return [*seen, checkpointer.steps(), sorted(path.name for path in Path(folder).iterdir())]
+    store.save(4, trainer.tensors(), {})
+    store.wait()
+    return [*seen, store.steps(), sorted(path.name for path in Path(folder).iterdir())]
 
 
 @pytest.mark.parametrize("how", ["wait", "next save", "last save"])
@@ -252,13 +252,13 @@ def see_a_failure_coming(world: DistributedContext, folder: str) -> bool:
         if site == "ckpt.begin":
             raise RuntimeError("before anything was agreed")
 
-    checkpointer = make_checkpointer(world, folder, on_site=on_site, async_mode="async")
-    checkpointer.save(1, Trainer(world).tensors(), {})
-    checkpointer._background._thread.join()
-    assert checkpointer.save_failed
+    store = make_store(world, folder, on_site=on_site, async_mode="async")
+    store.save(1, Trainer(world).tensors(), {})
+    store._thread._thread.join()
+    assert store.save_failed
     with pytest.raises(CheckpointError, match="step 1 was not saved: RuntimeError: before"):
-        checkpointer.wait()
-    return checkpointer.save_failed
+        store.wait()
+    return store.save_failed
 
 
 def test_failure_is_seen_without_waiting(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -273,9 +273,7 @@ def save_beside_and_die(world: DistributedContext, folder: str, site: str, victi
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = Trainer(world)
-    checkpointer = make_checkpointer(
-        world, folder, on_site=on_site, keep_latest_k=2, async_mode="async"
-    )
+    store = make_store(world, folder, on_site=on_site, keep_latest_k=2, async_mode="async")
     contents, told = {}, 0
     for step in range(1, 200):
         trainer.train_step(step)
@@ -283,11 +281,11 @@ def save_beside_and_die(world: DistributedContext, folder: str, site: str, victi
             contents[step] = trainer.content()
             if world.is_main:
                 note(folder, "content", step, contents[step])
-            checkpointer.save(step, trainer.tensors(), {"step": step})
-        if world.is_main and checkpointer.saved_step > told:
-            told = checkpointer.saved_step
+            store.save(step, trainer.tensors(), {"step": step})
+        if world.is_main and store.saved_step > told:
+            told = store.saved_step
             note(folder, "told", told, contents[told])
-    checkpointer.wait()
+    store.wait()
 
 
 @pytest.mark.parametrize(
@@ -326,34 +324,57 @@ def save_slowly_with_short_patience(world: DistributedContext, folder: str) -> l
             time.sleep(0.01)
 
     tensors = Trainer(world).tensors()
-    checkpointer = make_checkpointer(world, folder, on_site=on_site, async_mode="async")
+    store = make_store(world, folder, on_site=on_site, async_mode="async")
     set_group_timeouts(timedelta(seconds=patience_seconds))
-    checkpointer.save(1, tensors, {})
+    store.save(1, tensors, {})
     if world.is_main:
         waiting.wait()
         time.sleep(patience_seconds)
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             world.barrier()
         is_over.touch()
-    checkpointer.wait()
-    return checkpointer.steps()
+    store.wait()
+    return store.steps()
 
 
 def test_saving_has_a_time_limit_of_its_own(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert gloo_pool.run(2, save_slowly_with_short_patience, str(tmp_path)) == [[1], [1]]
 
 
-def need_memory(world: DistributedContext, folder: str, mode: str) -> str:
-    from torchtitan.checkpoint import checkpointer as module
+def save_while_rank_1_hangs(world: DistributedContext, folder: str) -> int | None:
+    """The exit status of this rank."""
+    is_over = Path(folder, "is-over")
 
-    real = module.available_bytes
-    module.available_bytes = lambda: 100
+    def on_site(site: str, step: int) -> None:
+        while site == "ckpt.shard_written" and world.rank == 1 and not is_over.exists():
+            time.sleep(0.01)
+
+    tensors = Trainer(world).tensors()
+    store = make_store(world, folder, on_site=on_site, async_mode="async", save_timeout_seconds=0.3)
+    store.save(1, tensors, {})
     try:
-        make_checkpointer(world, folder, async_mode=mode).require_space(Trainer(world).tensors())
+        with pytest.raises(CheckpointError, match="step 1 was not saved: RuntimeError") as caught:
+            store.wait()
+    finally:
+        is_over.touch(exist_ok=True)
+    run_folder = mock.Mock(**{"keeps_status.return_value": True})
+    return after_error(caught.value, world.rank, None, run_folder, Progress(), 1)
+
+
+def test_a_save_that_hangs_is_a_hang(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Although the error is of a checkpoint: exit status 6 for the rank that waited."""
+    assert gloo_pool.run(2, save_while_rank_1_hangs, str(tmp_path))[0] == 6
+
+
+def need_memory(world: DistributedContext, folder: str, mode: str) -> str:
+    real = disk_space.available_bytes
+    disk_space.available_bytes = lambda: 100
+    try:
+        make_store(world, folder, async_mode=mode).require_space(Trainer(world).tensors())
     except ConfigError as error:
         return str(error)
     finally:
-        module.available_bytes = real
+        disk_space.available_bytes = real
     return "enough"
 
 

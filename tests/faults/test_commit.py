@@ -21,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 from tests.faults.damage import DAMAGES, flip, resign
 from tests.faults.saving import (
     Trainer,
-    make_checkpointer,
+    find,
+    make_store,
     noted,
     recover,
     save_and_die,
@@ -184,22 +185,22 @@ def test_stray_names_are_left_alone(gloo_pool: GlooPool, tmp_path: Path, saved: 
 
 def save_under_a_limit(world: DistributedContext, folder: str) -> list[str]:
     """Rank 1 may write files of 1,000 bytes."""
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
-    checkpointer.save(1, trainer.tensors(), {})
+    trainer, store = Trainer(world), make_store(world, folder)
+    store.save(1, trainer.tensors(), {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     messages = []
     try:
-        checkpointer.save(2, trainer.tensors(), {})
+        store.save(2, trainer.tensors(), {})
     except CheckpointError as error:
         messages.append(str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     names = sorted(path.name for path in Path(folder).iterdir())
     world.barrier()
-    checkpointer.save(2, trainer.tensors(), {})
-    return [*messages, *names, str(checkpointer.steps())]
+    store.save(2, trainer.tensors(), {})
+    return [*messages, *names, str(store.steps())]
 
 
 def test_what_the_file_system_refuses_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -223,10 +224,10 @@ class FullDisk(StepWriter):
 
 
 def save_on_full_disk(world: DistributedContext, folder: str) -> str:
-    checkpointer = make_checkpointer(world, folder)
-    full = mock.patch("torchtitan.checkpoint.commit.StepWriter", FullDisk)
+    store = make_store(world, folder)
+    full = mock.patch("torchtitan.checkpoint.store.StepWriter", FullDisk)
     with full, pytest.raises(CheckpointError) as caught:
-        checkpointer.save(2, Trainer(world).tensors(), {})
+        store.save(2, Trainer(world).tensors(), {})
     return str(caught.value)
 
 
@@ -252,7 +253,7 @@ class LossyWriter(dcp.FileSystemWriter):
 
 
 def save_with_lossy_writer(world: DistributedContext, folder: str) -> str:
-    from torchtitan.checkpoint import commit as module
+    from torchtitan.checkpoint import store as module
 
     threading.excepthook = lambda args: None
     real, module.StepWriter = module.StepWriter, LossyWriter  # type: ignore[misc, assignment]
@@ -305,12 +306,12 @@ def test_files_are_synced_before_the_rename(gloo_pool: GlooPool, tmp_path: Path)
 
 
 def save_twice(world: DistributedContext, folder: str) -> tuple[dict[str, str], list[int]]:
-    trainer, checkpointer = Trainer(world), make_checkpointer(world, folder)
-    checkpointer.save(1, trainer.tensors(), {})
+    trainer, store = Trainer(world), make_store(world, folder)
+    store.save(1, trainer.tensors(), {})
     first = trainer.content()
     trainer.train_step(1)
-    checkpointer.save(1, trainer.tensors(), {})
-    return first, checkpointer.steps()
+    store.save(1, trainer.tensors(), {})
+    return first, store.steps()
 
 
 def test_a_saved_step_is_not_overwritten(gloo_pool: GlooPool, tmp_path: Path) -> None:
@@ -320,12 +321,12 @@ def test_a_saved_step_is_not_overwritten(gloo_pool: GlooPool, tmp_path: Path) ->
 
 
 def find_with_blind_rank(world: DistributedContext, folder: str) -> Any:
-    checkpointer = make_checkpointer(world, folder)
+    store = make_store(world, folder)
     real = os.scandir
     if world.rank == 1:
         os.scandir = lambda *args: iter(())  # type: ignore[assignment]
     try:
-        found = checkpointer.find()
+        found = find(store)
     finally:
         os.scandir = real
     return found and found.step

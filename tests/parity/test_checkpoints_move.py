@@ -8,10 +8,10 @@ import pytest
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
-from tests.faults.saving import digest, make_checkpointer
+from tests.faults.saving import digest, make_store
 from tests.parity.table import TIED, dims_of, name_of, row
 from tests.pool import GlooPool
-from torchtitan.checkpoint.saver import RunState, Saver
+from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -88,7 +88,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_context(context)
     device_mesh = dims.build_mesh("cpu")
-    saver = Saver(Checkpoint(enable=True), make_checkpointer(world, folder), world)
+    saver = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
     loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), saver)
     # Other weights than those of the checkpoint, should it load less than all.
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, device_mesh, dims, world.device)

@@ -1,7 +1,9 @@
-"""Saving and resuming: what makes a checkpoint one, and which one a run continues from.
+"""Saving and resuming.
 
-`torch.distributed.checkpoint` reads and writes the tensors; this package is the policy around it.
-Read `manifest` (what a checkpoint is), `checkpointer` (how one appears, and how one is chosen),
-`steps_folder` (what is kept), then `decision` (what a second start in the same folder does).
-Nothing here imports torch except `checkpointer`, `state` and `dcp_io`.
+`torch.distributed.checkpoint` reads and writes the tensors; this package decides around it. Two
+objects do the work: `manager.CheckpointManager` is the policy (when to save, what a checkpoint
+holds, which step a run continues from) and `store.CheckpointStore` the mechanism (write, commit by
+one rename, verify, load). `manifest` defines a valid checkpoint, `steps_folder` the names on disk,
+`decision` what a second start in a run folder does. What `decision` and `run_folder` need imports
+no torch.
 """

@@ -1,10 +1,12 @@
 """One outcome for all ranks: the same result, or the same error with the rank that failed first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan.checkpoint.dcp_io import describe_tensor
 from torchtitan.checkpoint.manifest import InvalidCheckpoint
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
@@ -17,7 +19,7 @@ _FAILURES = (Exception, CheckpointException)
 def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
     """Run `action` on rank 0; its JSON result reaches all ranks, or its error as `CheckpointError`.
 
-    `what` says in the message what did not work. All ranks must call it.
+    `what` opens the message of an error. All ranks must call it.
     """
     answer: dict[str, Any] = {}
     if world.is_main:
@@ -33,8 +35,7 @@ def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) 
 
 
 def on_all(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank and return its result; an error on one becomes
-    `CheckpointError` on all."""
+    """Run `action` on every rank; an error on one becomes `CheckpointError` on all."""
     error, cause = "", None
     results: list[T] = []
     try:
@@ -47,8 +48,17 @@ def on_all(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
     return results[0]
 
 
+def describe_on_all_ranks(
+    world: DistributedContext, tensors: Mapping[str, torch.Tensor]
+) -> list[dict[str, dict[str, Any]]]:
+    """Return the types and shapes of all ranks' tensors; one entry for ranks with the same."""
+    return world.gather_distinct_json(
+        {name: describe_tensor(tensor) for name, tensor in tensors.items()}
+    )
+
+
 def _describe(failure: BaseException, rank: int) -> str:
-    """One line that names the failing rank. DCP's exception holds those of all ranks."""
+    """Return one line that names the failing rank; DCP's exception holds those of all ranks."""
     failures = getattr(failure, "failures", None)
     if isinstance(failures, dict) and failures:
         rank, wrapped = sorted(failures.items())[0]

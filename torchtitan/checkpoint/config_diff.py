@@ -1,9 +1,7 @@
-"""What a second start in a run folder does: nothing new, go on, or stop. No torch.
+"""Differences between a config and that of the run in the folder. No torch.
 
-A run is its config. The same command again goes on with an unfinished run and leaves a finished one
-alone; whatever would make the curve a different one stops, with the differences. What a config may
-change without being another run is listed in `MAY_DIFFER`, each entry with its reason; everything
-that is not listed counts.
+A config whose curve would differ from the stored run's is refused, with the differences. Keys that
+may differ are listed in `MAY_DIFFER`, each with its reason; every other key counts.
 """
 
 from collections.abc import Mapping
@@ -19,47 +17,48 @@ MAY_DIFFER: dict[str, str] = {
     "job.dump_folder": "a path; the folder itself identifies the run",
     "job.description": "logging",
     "job.print_config": "logging",
-    "job.new_run": "says what to do with the old run, not what to train",
+    "job.custom_import": "where code comes from; other keys name what the run uses of it",
+    "job.new_run": "what to do with the old run, not what to train",
     "job.device": "the same numbers up to rounding on every device",
     "model.tokenizer_path": "a path; a checkpoint knows its tokenizer by content",
     "training.dataset_path": "a path; a checkpoint knows its data by content",
-    "data.sources.path": "as training.dataset_path, of all sources",
+    "data.sources.path": "like training.dataset_path, for every source",
     "training.local_batch_size": "how a step is cut; global_batch_size says how large it is",
     "training.loss_chunks": "memory; the same sums up to rounding",
     "training.enable_cpu_offload": "memory; the same numbers",
     "training.gc_freq": "speed",
     "training.gc_debug": "logging",
-    "training.dataloader.*": "speed; the data are the same for every number of workers",
+    "training.dataloader.*": "speed; any number of workers reads the same data",
     "optimizer.implementation": "speed; the same update up to rounding",
     "optimizer.early_step_in_backward": "memory; the same update",
     "parallelism.*": "the mesh",
     "activation_checkpoint.*": "memory; recomputes the same values",
     "handlers.compile.*": "speed; the same numbers up to rounding",
     "checkpoint.initial_load_path": "a path; done once, before the run has checkpoints of its own",
-    "checkpoint.initial_load_model_only": "as checkpoint.initial_load_path",
-    "checkpoint.exclude_from_loading": "as checkpoint.initial_load_path",
-    "checkpoint.create_seed_checkpoint": "the same weights that the run would start from without",
+    "checkpoint.initial_load_model_only": "like checkpoint.initial_load_path",
+    "checkpoint.exclude_from_loading": "like checkpoint.initial_load_path",
+    "checkpoint.create_seed_checkpoint": "the weights that the run would start from without it",
     "checkpoint.async_mode": "speed; the same files",
     "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
     "validation.*": "what is measured, not what is trained",
     "metrics.*": "logging",
     "profiling.*": "logging",
-    "comm.*": "time limits, and what is remembered for debugging",
-    "debug.deterministic": "which of several equally right algorithms runs",
-    "debug.deterministic_warn_only": "as debug.deterministic",
+    "comm.*": "time limits and debugging",
+    "debug.deterministic": "which of several correct algorithms runs",
+    "debug.deterministic_warn_only": "like debug.deterministic",
     "debug.cpu_allocator": "speed",
     "debug.threads": "speed",
-    "data.on_bad_row": "only rows that are still to come; a run that met a bad row may go on",
-    "data.max_bad_rows": "as data.on_bad_row",
-    "data.max_document_mib": "as data.on_bad_row",
-    "data.restart": "says where to go on in other data, which are compared by content",
-    "data.add_bos": "a checkpoint knows its tokenizer with what it puts around documents",
-    "data.add_eos": "as data.add_bos",
+    "data.on_bad_row": "only rows still to come; a run that met a bad row may continue",
+    "data.max_bad_rows": "like data.on_bad_row",
+    "data.max_document_mib": "like data.on_bad_row",
+    "data.restart": "where to continue in other data, which are compared by content",
+    "data.add_bos": "a checkpoint knows its tokenizer, including these tokens",
+    "data.add_eos": "like data.add_bos",
 }
-"""Keys (globs) in which a rerun may differ from the run in the folder, and why."""
+"""Keys (globs) that may differ from the run in the folder, and why."""
 
 MUST_NOT = ("checkpoint.folder",)
-"""Exceptions to `MAY_DIFFER`: with another name the run's checkpoints would not be found."""
+"""Exceptions to `MAY_DIFFER`: under another name the checkpoints would not be found."""
 
 NOTICED = (
     "model.tokenizer_path",
@@ -69,7 +68,7 @@ NOTICED = (
     "data.max_bad_rows",
     "data.max_document_mib",
 )
-"""Keys of `MAY_DIFFER` whose change is worth a line in the log."""
+"""Keys of `MAY_DIFFER` whose change is logged."""
 
 _FREE_HANDLERS = {"compile"}
 _RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
@@ -80,7 +79,7 @@ _MISSING = object()
 
 
 def read_stored_config(path: Path) -> dict[str, Any] | None:
-    """The config that a run saved in its folder; None when there is none that can be read."""
+    """Return the config that a run saved in its folder; None if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
@@ -88,7 +87,7 @@ def read_stored_config(path: Path) -> dict[str, Any] | None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as `section.key` -> value; unset (None) values left out."""
+    """Return nested tables as `section.key` -> value, without unset (None) values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -99,14 +98,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stored_value(stored: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key in a stored config; None when unset."""
+    """Return the value of a dotted key in a stored config; None if unset."""
     return flatten(stored).get(key)
 
 
 def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIssue], list[str]]:
-    """Differences that make `config` another run than the stored one, and notices about others.
+    """Return the differences that make `config` another run, and notices about permitted ones.
 
-    Keys that a stored config does not know count as their default: it may be of an older version.
+    A key that is missing in the stored config, which may be an older release's, has its default.
     `training.steps` and `data.epochs` may grow, and an open `global_batch_size`, `lanes` or
     `warmup_steps` takes the stored value.
     """
@@ -128,8 +127,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
             text = f"training.steps grows from {before} to {now}; so does the schedule of the"
             notices.append(f"{text} learning rate.")
         elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
-            text = f"{key} grows from {before} to {_show(now)}: each data lane goes on where it"
-            notices.append(f"{text} stands, at the next epoch where its data ended.")
+            text = f"{key} grows from {before} to {_show(now)}: each data lane continues where it"
+            notices.append(f"{text} stopped, or with the next epoch if its data had ended.")
         elif key in _RESOLVED and now in (-1, _MISSING):
             continue
         elif not _may_differ(key):

@@ -1,10 +1,9 @@
-"""Reading and writing with `torch.distributed.checkpoint` (DCP), made safe.
+"""Safe reading and writing with `torch.distributed.checkpoint` (DCP).
 
 DCP describes a checkpoint in `.metadata`, a pickle: whoever writes that file can run code in
 whoever reads it, and can point the reader at files elsewhere. `SafeReader` unpickles only the
-handful of plain classes that a description of tensors needs, accepts only plain file names, and
-refuses entries that are not tensors, which DCP would unpickle in full. What a step folder holds
-stays readable by DCP's own reader.
+few plain classes that describe tensors, accepts only plain file names, and rejects entries that
+are not tensors, which DCP would unpickle in full. DCP's own reader can still read a step folder.
 """
 
 import io
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torchtitan.checkpoint.files import open_regular
-from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, verify_file
 
 METADATA_NAME = ".metadata"
 
@@ -52,22 +51,22 @@ _OTHER_NAMES = {
 
 
 class UnsafeMetadata(Exception):
-    """`.metadata` asks for something that a description of tensors never needs."""
+    """`.metadata` contains something that a description of tensors never needs."""
 
 
 class SafeReader(FileSystemReader):
     """DCP's file reader, with a `.metadata` that cannot run code or leave its folder.
 
-    `leave_others` is that of `read_metadata`, below.
+    `skip_objects`: see `read_metadata`.
     """
 
-    def __init__(self, path: Path, leave_others: bool = False):
+    def __init__(self, path: Path, skip_objects: bool = False):
         super().__init__(path)
-        self._leave_others = leave_others
+        self._skip_objects = skip_objects
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata of the checkpoint. Raises `UnsafeMetadata` or an unpickling error."""
-        metadata = read_metadata(Path(self.path), self._leave_others)
+        """Return the metadata. Raises `UnsafeMetadata` or an unpickling error."""
+        metadata = read_metadata(Path(self.path), self._skip_objects)
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -75,8 +74,10 @@ class SafeReader(FileSystemReader):
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """Let `torch.save` leave out its checksums, which take most of its time. Nothing reads them:
-    torch does not, and the manifest has a digest of every file."""
+    """Make `torch.save` skip its checksums, which take most of its time and which nothing reads.
+
+    The manifest has a digest of every file.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -86,14 +87,14 @@ def without_crc32() -> Iterator[None]:
 
 
 class WatchedFile(io.FileIO):
-    """A file to write to, which keeps the errors that torch's writer hides behind its own."""
+    """A file to write to, which keeps the errors that torch's writer hides."""
 
     def __init__(self, path: Path, errors: list[OSError]):
         super().__init__(path, "w")
         self._errors = errors
 
     def write(self, data: Any) -> int:
-        """Write as much as the file system takes at once. Raises OSError, naming the file."""
+        """Write what the file system takes at once. Raises OSError with the file name."""
         try:
             return super().write(data)
         except OSError as error:
@@ -116,26 +117,26 @@ class _WatchedFiles(FileSystem):
 class StepWriter(FileSystemWriter):
     """DCP's file writer for an empty folder.
 
-    One thread: with more, an error in a helper thread is lost and the save reports success without
-    the data. No syncing here: DCP of some versions syncs before it flushes, so the commit does it.
+    One thread: with more, an error in a helper thread is lost, and the save reports success without
+    the data. No syncing here: some versions of DCP sync before they flush, so the commit does it.
     """
 
     def __init__(self, path: Path):
         super().__init__(path, sync_files=False, thread_count=1, overwrite=False)
         self.errors: list[OSError] = []
-        """What the file system refused: a full disk, a limit on files or quotas."""
+        """Errors of the file system: a full disk, a limit on file sizes, a quota."""
         self.fs = _WatchedFiles(self.errors)
 
     def storage_meta(self) -> StorageMeta:
-        """No path in it: the folder will be renamed, and paths are nobody else's business."""
+        """Return metadata without a path: the folder will be renamed."""
         return StorageMeta(save_id=self.save_id)
 
 
-def read_metadata(folder: Path, leave_others: bool = False) -> Metadata:
-    """Read `.metadata` of a folder, trusting nothing in it.
+def read_metadata(folder: Path, skip_objects: bool = False) -> Metadata:
+    """Read `.metadata` of a folder without trusting its content.
 
-    Entries that are not tensors would be unpickled in full if anybody loaded them: they are
-    refused, or, with `leave_others`, left out of what is returned.
+    Entries that are not tensors, which a load would unpickle in full, are rejected, or left out of
+    the result with `skip_objects`.
     """
     path = folder / METADATA_NAME
     with open_regular(path) as file:
@@ -147,7 +148,7 @@ def read_metadata(folder: Path, leave_others: bool = False) -> Metadata:
     for key, entry in list(metadata.state_dict_metadata.items()):
         if isinstance(key, str) and isinstance(entry, TensorStorageMetadata):
             continue
-        if not leave_others:
+        if not skip_objects:
             raise UnsafeMetadata(f"{path}: {key!r} is not a tensor")
         del metadata.state_dict_metadata[key]
     for index, info in metadata.storage_data.items():
@@ -162,8 +163,10 @@ def read_metadata(folder: Path, leave_others: bool = False) -> Metadata:
 
 
 def check_places(metadata: Metadata, sizes: Mapping[str, int]) -> None:
-    """Raise `UnsafeMetadata` unless every chunk of every tensor lies within a file of `sizes`
-    (bytes by name), and the chunks make up the tensors."""
+    """Raise `UnsafeMetadata` unless the files hold every chunk, and chunks cover their tensors.
+
+    `sizes`: bytes of each file by name.
+    """
     for name, entry in metadata.state_dict_metadata.items():
         found = 0
         for chunk in entry.chunks:
@@ -178,12 +181,11 @@ def check_places(metadata: Metadata, sizes: Mapping[str, int]) -> None:
 
 
 def check_metadata(folder: Path, manifest: Manifest) -> None:
-    """Raise `InvalidCheckpoint` unless `.metadata` is sound and its data are where it says.
-
-    Every chunk of every tensor must lie within a listed file, the chunks of a tensor must make up
-    the tensor, and the tensors must be those of the manifest.
-    """
+    """Raise `InvalidCheckpoint` unless `.metadata` fits the files and tensors of the manifest."""
     path = folder / METADATA_NAME
+    if METADATA_NAME not in manifest.files:
+        raise InvalidCheckpoint(f"{path}: is not listed in the manifest")
+    verify_file(path, manifest.files[METADATA_NAME])  # first: a damaged pickle is never read
     try:
         metadata = read_metadata(folder)
         described = {
@@ -197,12 +199,12 @@ def check_metadata(folder: Path, manifest: Manifest) -> None:
 
 
 def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    """Type and global shape, as a manifest lists them."""
+    """Return type and global shape as a manifest lists them."""
     return _describe(tensor.dtype, tensor.shape)
 
 
 def describe_entry(entry: TensorStorageMetadata) -> dict[str, Any]:
-    """The same of a tensor in `.metadata`."""
+    """Return the same for a tensor in `.metadata`."""
     return _describe(entry.properties.dtype, entry.size)
 
 
@@ -211,7 +213,7 @@ def _describe(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
 
 
 def quiet_dcp() -> None:
-    """No advice of DCP to its own developers. For good: a thread must not change the filters."""
+    """Silence DCP's advice to developers, for good: a thread must not change the filters."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 

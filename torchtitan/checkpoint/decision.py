@@ -1,13 +1,13 @@
-"""What a start in a run folder does, from what the folder holds. Only reads. No torch.
+"""The decision on a start in a run folder. Only reads. No torch.
 
-`decide` gives one of three actions, or a `ConfigError` with everything that speaks against a start:
+`decide` returns one of three actions, or raises `ConfigError` with all problems:
 
-- "new": the folder holds no run, or `job.new_run` asks for another one;
+- "new": the folder holds no run, or `job.new_run` is set;
 - "resume": it holds this run, unfinished or with `training.steps` or `data.epochs` raised;
 - "finished": it holds this run, and there is nothing left to do.
 
-A folder that holds nothing but a seed checkpoint is a run that has not begun: of its config only
-the model, and where checkpoints lie, binds the run that starts from it.
+A folder with only a seed checkpoint is a run that has not begun: a run that starts from it must
+have the same model and checkpoint folder, and may differ in everything else.
 """
 
 import secrets
@@ -27,16 +27,17 @@ from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.environment import is_restart
 
 LOAD_STEP_NAME = "load_step"
-"""Under this name a manifest's `info` keeps the `checkpoint.load_step` of the start that saved it,
--1 without one."""
+"""The key in a manifest's `info` of the `checkpoint.load_step` that the job was started with."""
 
 Action = Literal["new", "resume", "finished"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a start in the folder does. `step` is the one to go on from (0: the start), or the last
-    one of a finished run. Batch size and lanes are resolved, stored ones winning over open ones.
+    """The decision on a start in a run folder.
+
+    `step` is the step to continue from (0: from the beginning), or the last one of a finished run.
+    A batch size and lanes that the config leaves open are those stored with the run.
     """
 
     action: Action
@@ -45,24 +46,27 @@ class Decision:
     global_batch_size: int
     num_lanes: int
     load_step: int = -1
-    """The checkpoint to load; -1 for the newest, also where `checkpoint.load_step` is done."""
+    """The step to load; -1 for the newest, also once `checkpoint.load_step` has been followed."""
     asked_load_step: int = -1
-    """`checkpoint.load_step` as the config has it."""
+    """`checkpoint.load_step` of the config."""
     had_ended: bool = False
-    """The run was over before this start, which may go on with it."""
+    """The run had ended before this start, which may continue it."""
     warmup_steps: int | None = None
-    """Of the built-in schedule; None for others."""
+    """Warmup of the built-in schedule; None for other schedules."""
     notices: tuple[str, ...] = ()
 
 
 def starts_anew(config: JobConfig) -> bool:
-    """Whether a run in the folder is to be moved aside. A launcher that starts a job again repeats
-    its command; then the run in the folder is the one that the first start began."""
+    """Return whether to move the run in the folder aside.
+
+    Not on a restart by the launcher, which repeats the command: the run in the folder is then the
+    one that the first start began.
+    """
     return config.job.new_run and not is_restart()
 
 
 def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
-    """What a start with `config` in `path` does; only reads. Raises `ConfigError`."""
+    """Decide what a start with `config` in `path` does. Raises `ConfigError`."""
     stored = read_stored_run(path, config)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
@@ -75,19 +79,19 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     newest_id = stored.newest.run_id if stored.newest else secrets.token_hex(6)
     run_id = str(stored.status.get("run_id") or newest_id)
     if not stored.trained:
-        # The run died before it had done anything: its config may have been the reason.
+        # The run died before it trained anything, perhaps because of its config.
         return _new(context, run_id, step_problems(config.checkpoint, folder))
     if stored.config is None:
-        text = f"holds a run, but its {CONFIG_NAME} cannot be read, so that nothing can be compared"
+        text = f"holds a run whose {CONFIG_NAME} cannot be read, so it cannot be compared"
         fix = f"restore {CONFIG_NAME} in it, {WAYS_OUT}"
         raise ConfigError(ConfigIssue("job.dump_folder", text, fix, str(path)))
     problems, notices = compare(stored.config, config)
     if stored.is_seed:
-        problems, notices = _binding_a_seed(problems), ["The run starts from the seed checkpoint."]
+        problems, notices = _seed_problems(problems), ["The run starts from the seed checkpoint."]
     asked = config.checkpoint.load_step
     if _is_done(asked, stored):
         notices.append(
-            f"checkpoint.load_step = {asked} has been followed already: the run goes on from its"
+            f"checkpoint.load_step = {asked} has been followed already: the run continues from its"
             " newest step. To go back again, move the later steps away first."
         )
         checkpoint = config.checkpoint.model_copy(update={"load_step": -1})
@@ -106,7 +110,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
             step, notices = start.step, []
         notices += start.notices
     elif config.checkpoint.initial_load_path is not None:
-        notices.append("checkpoint.initial_load_path is done: the run has checkpoints of its own.")
+        notices.append("checkpoint.initial_load_path is ignored: the run has its own checkpoints.")
     batch, lanes, warmup, more = _open_values(context, {} if stored.is_seed else stored.config)
     notices += [*more, *_older_rule(stored, warmup)] if action == "resume" else []
     return Decision(
@@ -124,9 +128,11 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
 
 
 def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
-    """`config` with what the decision settles: batch size, lanes, warmup, and the step to load. A
-    seed settles none: it is for every mesh."""
-    # Kept, it would move this very run aside when somebody trains from its config.toml.
+    """Return `config` with the batch size, lanes, warmup and step to load of the decision.
+
+    A seed checkpoint, which is for every mesh, leaves them open.
+    """
+    # Training from the stored config.toml must not move this run aside.
     job = config.job.model_copy(update={"new_run": False})
     if config.checkpoint.create_seed_checkpoint:
         return config.model_copy(update={"job": job})
@@ -141,12 +147,12 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
 
 
 def is_movable(path: Path, config: JobConfig) -> bool:
-    """Whether the folder holds what a run of this library left, whole or not."""
+    """Return whether the folder holds files of a run, complete or not."""
     return (path / STATUS_NAME).exists() or bool(step_folders(path / config.checkpoint.folder))
 
 
 def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decision:
-    """A start from nothing, unless there are problems."""
+    """Return the decision on a new run; raise `ConfigError` if there are problems."""
     if problems:
         raise ConfigError(problems)
     start = initial_start(context)
@@ -162,25 +168,22 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
 
 
 def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> Decision:
-    """What writing a seed checkpoint does where there are checkpoints, or a run, already."""
+    """Decide on `create_seed_checkpoint` in a folder that already holds checkpoints or a run."""
     newest = stored.newest
     if not stored.is_seed or stored.config is None or newest is None:
-        text = f"would write initial weights into a run that was trained to step {stored.step}"
+        text = f"would write initial weights into a run that is at step {stored.step}"
         fix = f"remove it; {WAYS_OUT}"
         raise ConfigError(ConfigIssue("checkpoint.create_seed_checkpoint", text, fix, True))
-    problems = _binding_a_seed(compare(stored.config, config)[0])
+    problems = _seed_problems(compare(stored.config, config)[0])
     if problems:
         raise ConfigError(problems)
-    batch, lanes, notice = (
-        context.global_batch_size,
-        context.num_lanes,
-        "The seed checkpoint is there.",
-    )
-    return Decision("finished", newest.run_id, 0, batch, lanes, notices=(notice,))
+    batch, lanes = context.global_batch_size, context.num_lanes
+    notices = ("The seed checkpoint already exists.",)
+    return Decision("finished", newest.run_id, 0, batch, lanes, notices=notices)
 
 
-def _binding_a_seed(problems: list[ConfigIssue]) -> list[ConfigIssue]:
-    """Those that make another model of it, or look for it elsewhere."""
+def _seed_problems(problems: list[ConfigIssue]) -> list[ConfigIssue]:
+    """Return the differences that a run may not have from the seed it starts from."""
     return [p for p in problems if p.key.startswith("model.") or p.key in MUST_NOT]
 
 
@@ -193,9 +196,11 @@ def _load_problems_of_a_new_run(section: Checkpoint) -> list[ConfigIssue]:
 
 
 def _is_done(load_step: int, stored: StoredRun) -> bool:
-    """Whether the run has already gone on from `load_step`: what it trained since then must not be
-    undone by the same command, given again. The newest checkpoint tells, so that no kill between
-    two files can make it wrong."""
+    """Return whether the run has already continued from `load_step`.
+
+    The same command, repeated, must not undo what was trained since. The newest checkpoint knows,
+    so a kill between two files cannot make this wrong.
+    """
     newest = stored.newest
     if load_step < 0 or newest is None:
         return False
@@ -203,7 +208,7 @@ def _is_done(load_step: int, stored: StoredRun) -> bool:
 
 
 def _action(config: JobConfig, stored: StoredRun) -> tuple[Action, int, list[str]]:
-    """What to do with a run that may go on, and from which step."""
+    """Return the action for a run that may continue, its step, and notices."""
     steps, load_step, last = config.training.steps, config.checkpoint.load_step, stored.step
     if 0 <= load_step < last:
         return "resume", load_step, [f"Going back from step {last} to step {load_step}."]
@@ -224,7 +229,7 @@ def _has_more_data(config: JobConfig, stored: StoredRun) -> bool:
 def _continuation_problems(
     config: JobConfig, stored: StoredRun, run_id: str, folder: Path
 ) -> list[ConfigIssue]:
-    """Why this very run cannot go on as configured."""
+    """Return the reasons why this run cannot continue as configured."""
     checkpoint, steps = config.checkpoint, config.training.steps
     strangers = [manifest for manifest in stored.good if manifest.run_id != run_id]
     if strangers:
@@ -243,12 +248,12 @@ def _continuation_problems(
         text = f"would start from step 0 again, but steps {stored.step_folders} are saved"
         return [ConfigIssue("checkpoint.enable", text, f"set it to true, {WAYS_OUT}", False)]
     if stored.ended and not stored.step_folders:
-        text = f"the run is finished at step {stored.step}, and left no checkpoint to go on from"
+        text = f"the run finished at step {stored.step} and left no checkpoint to continue from"
         return [ConfigIssue(key, text, f"set it back, {WAYS_OUT}", value)]
     newest = stored.newest
-    # A model alone at step 0 is a seed: there is nothing else to go on from.
+    # A model without optimizer state at step 0 is a seed checkpoint.
     if checkpoint.load_step < 0 and newest is not None and newest.model_only and newest.step > 0:
-        text = f"the checkpoint of step {newest.step} has no optimizer state to go on from"
+        text = f"the checkpoint of step {newest.step} has no optimizer state to continue from"
         fix = (
             "choose an earlier one with checkpoint.load_step and checkpoint.allow_rewind, and set"
             f" checkpoint.last_save_model_only = false; {WAYS_OUT}"
@@ -260,8 +265,7 @@ def _continuation_problems(
 def _open_values(
     context: RunContext, stored: Mapping[str, Any]
 ) -> tuple[int, int, int | None, list[str]]:
-    """Return batch size, lanes and warmup (the stored ones, else what config and mesh say), and
-    notices."""
+    """Return batch size, lanes and warmup, stored or from config and mesh, and notices."""
     notices = []
 
     def resolve(key: str, now: int) -> int:
@@ -282,23 +286,25 @@ def _open_values(
 
 
 def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
-    """A notice where the checkpoint is of a release whose built-in schedule was another one. That
-    saved no state of handlers, not even an empty one."""
+    """Return a notice if the checkpoint is of a release with another built-in schedule.
+
+    That release saved no state of handlers, not even an empty one.
+    """
     state = stored.newest.state if stored.newest else {}
     if warmup is None or not state.get("step") or HANDLERS_STATE in state:
         return []
     return [
-        "The checkpoint is of an earlier release, whose learning rate never reached its peak: from"
+        "The checkpoint is of an earlier release, whose learning rate never reached its peak. From"
         " here on it follows the rule in docs/optimizers.md, so the curve may bend a little."
     ]
 
 
 def with_stored_batch(context: RunContext) -> RunContext:
-    """Return `context` with what the config leaves open of batch size, lanes and warmup filled in
-    from the run in the folder, or from the one that is started from.
+    """Return `context` with open batch size, lanes and warmup as stored with the run.
 
-    For checks that come before `decide`: on another mesh, or with more steps, they would be others
-    than the run has. Reads the status, the config and names; refuses nothing.
+    They come from the run in the folder, or from the checkpoint that a new run starts from. For
+    checks before `decide`: derived from another mesh or more steps they would differ. Reads status,
+    config and names; refuses nothing.
     """
     config, warmup = context.config, None
     try:
@@ -325,22 +331,24 @@ def with_stored_batch(context: RunContext) -> RunContext:
 
 
 def _refuse_foreign_config(path: Path) -> None:
-    """A `config.toml` that no run wrote is somebody's own file, not to be overwritten."""
+    """Raise `ConfigError` for a `config.toml` that no run wrote: it would be overwritten."""
     file = path / CONFIG_NAME
     if file.exists():
         text = f"holds a {CONFIG_NAME} that no run has written and that would be overwritten"
-        fix = "choose another --job.dump_folder, or give that file another name"
+        fix = "choose another --job.dump_folder, or rename that file"
         raise ConfigError(ConfigIssue("job.dump_folder", text, fix, str(path)))
 
 
 def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
-    """Why no checkpoint of `folder` can be continued from as `section` asks. Only names, manifests
-    and sizes are read; contents are verified when a checkpoint is loaded."""
+    """Return why a run cannot continue from `folder` as configured.
+
+    Only names, manifests and sizes are read; contents are verified when a checkpoint is loaded.
+    """
     if not section.enable:
         return []
     links = sorted(path.name for path in folder.glob("step-*") if path.is_symlink())
     if links:
-        text = f"holds {links[0]}, which is a link, and is ignored where checkpoints are sought"
+        text = f"holds {links[0]}, which is a link and therefore never loaded"
         fix = "put a real folder in its place, or remove it"
         return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
     steps = step_folders(folder)
@@ -349,10 +357,8 @@ def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
     candidates = inspect_steps(folder)
     if candidates and not any(candidate.manifest for candidate in candidates):
         faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
-        text = f"holds steps {_join(steps)}, none of which is a whole checkpoint ({faults})"
-        fix = (
-            "restore one of them; or start anew in another --job.dump_folder or with --job.new_run"
-        )
+        text = f"holds steps {_join(steps)}, none of which is a valid checkpoint ({faults})"
+        fix = "restore one, or start anew in another --job.dump_folder or with --job.new_run"
         return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
     return []
 
@@ -370,11 +376,8 @@ def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> 
         return [ConfigIssue("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
     later = [other for other in steps if other > step]
     if later and not section.allow_rewind:
-        text = f"is older than steps {_join(later)}, which going on from it would make invalid"
-        fix = (
-            "set checkpoint.allow_rewind, which moves them aside; or train in another"
-            " --job.dump_folder"
-        )
+        text = f"is older than steps {_join(later)}, which are invalid once the run goes back"
+        fix = "set checkpoint.allow_rewind to move them aside, or use another --job.dump_folder"
         return [ConfigIssue("checkpoint.load_step", text, fix, step)]
     return []
 

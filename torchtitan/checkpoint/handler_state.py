@@ -1,8 +1,8 @@
 """State that model handlers keep from step to step, such as an average of the weights.
 
-Tensors are stored like the model's, by name and resharded at a load; other values lie in the
-manifest, once for all ranks. A handler is given them back after `after_load`, when it has made what
-they are loaded into.
+Tensors are stored like the model's, by name, and resharded on load; other values are in the
+manifest, once for all ranks. A handler gets them back after `after_load`, when it has created the
+tensors to load into.
 """
 
 import hashlib
@@ -16,8 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.agreement import on_all
-from torchtitan.checkpoint.commit import describe_on_all_ranks
+from torchtitan.checkpoint.agreement import describe_on_all_ranks, on_all
 from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manifest import (
     HANDLER_PREFIX,
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class KeepsState(Protocol):
-    """A model handler, as far as its state is concerned."""
+    """The part of a model handler that concerns its state."""
 
     name: str
 
@@ -42,22 +41,22 @@ class KeepsState(Protocol):
         """Return live tensors and plain values by name; None if it keeps no state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned when the checkpoint was written."""
+        """Restore what `state_dict` returned when the checkpoint was written."""
 
 
 class HandlerState:
-    """What the handlers of this rank keep now."""
+    """The current state of the handlers on this rank."""
 
     def __init__(self, handlers: Sequence[KeepsState]):
         self.kept: dict[str, dict[str, Any]] = {}
-        """By handler, what its `state_dict` returned."""
+        """The `state_dict` of each handler by name."""
         for handler in handlers:
             state = handler.state_dict()
             if state is not None:
                 self.kept[handler.name] = state
 
     def tensors(self, handlers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Return the live tensors by their names in a checkpoint; of all handlers by default."""
+        """Return the live tensors by their names in a checkpoint, of all handlers by default."""
         return {
             f"{HANDLER_PREFIX}{handler}.{key}": plain_tensor(value.detach())
             for handler in (self.kept if handlers is None else handlers)
@@ -66,7 +65,7 @@ class HandlerState:
         }
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """Return what is no tensor, by handler. Raises TypeError for what JSON would change."""
+        """Return values that are not tensors; TypeError for a value that JSON would change."""
         return {
             handler: {
                 key: _require_plain(handler, key, value)
@@ -79,8 +78,8 @@ class HandlerState:
     def agreed_values(self, world: DistributedContext) -> dict[str, dict[str, Any]]:
         """Return the values of all ranks together. All ranks must call it.
 
-        Raises `CheckpointError`, on all ranks, if ranks keep different values under one name, or
-        different tensors that are no DTensors: only one of them would be stored.
+        Raises `CheckpointError` on all ranks if they keep different values, or different plain
+        tensors, under one name: only one of them would be stored.
         """
         copies = {
             name: _digest(tensor)
@@ -99,11 +98,11 @@ class HandlerState:
 def load_handler_state(
     world: DistributedContext, path: Path, manifest: Manifest, handlers: Sequence[KeepsState]
 ) -> None:
-    """Give handlers what the checkpoint in `path`, which is verified, holds of them. All ranks must
-    call it, after the handlers' `after_load`.
+    """Restore the handlers' state from the verified checkpoint in `path`.
 
-    Warns of a handler that keeps state and finds none, and of state that no handler takes. Raises
-    `CheckpointError`, before any tensor was written, when tensors differ in name, shape or type.
+    All ranks must call it, after the handlers' `after_load`. Warns of a handler without stored
+    state, and of stored state without a handler. Raises `CheckpointError`, before any tensor was
+    written, if tensors differ in name, shape or type.
     """
     state = HandlerState(handlers)
     values: Mapping[str, dict[str, Any]] = manifest.state.get(HANDLERS_STATE, {})
@@ -112,7 +111,7 @@ def load_handler_state(
             logger.warning("The handler %s begins anew: %s holds no state of it.", name, path)
     for name in values:
         if name not in state.kept:
-            text = "%s holds state of the handler %s, which nothing takes: later steps lack it."
+            text = "%s holds state of the handler %s, which this run lacks: later steps drop it."
             logger.warning(text, path, name)
     found = [name for name in state.kept if name in values]
     if not found:
@@ -141,15 +140,15 @@ def load_handler_state(
 
 
 def _require_plain(handler: str, key: str, value: Any) -> Any:
-    """Through JSON a tuple becomes a list, and a number that is a key becomes text."""
+    """Return `value` if JSON keeps it; a tuple, for example, would become a list."""
     try:
         kept = json.loads(json.dumps(value))
     except (TypeError, ValueError):
         kept = None
     if repr(kept) != repr(value):
         raise TypeError(
-            f"the handler {handler} keeps {key} as {value!r}: state has to be tensors, and numbers,"
-            " text, lists and dicts (with text as keys) of these"
+            f"the handler {handler} keeps {key} as {value!r}: state must consist of tensors, or of"
+            " numbers, text, lists and dicts with text as keys"
         )
     return value
 
@@ -159,8 +158,8 @@ def _merge(whole: dict[str, Any], part: Mapping[str, Any], prefix: str) -> None:
         if key in whole and repr(whole[key]) != repr(value):
             raise CheckpointError(
                 f"the ranks keep different values of {prefix}{key}, and a checkpoint holds one."
-                " Fix: make it a DTensor, exchange it so that all ranks have the same, or give what"
-                " belongs to a part of the model the name of that part"
+                " Fix: make it a DTensor, exchange it so that all ranks have the same, or name it"
+                " after the part of the model that it belongs to"
             )
         whole[key] = value
 

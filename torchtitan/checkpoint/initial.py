@@ -1,10 +1,9 @@
-"""What a new run starts from, when it is a checkpoint of another one. No torch.
+"""The start of a new run from a checkpoint of another one. No torch.
 
 `checkpoint.initial_load_path` names a folder: a `step-N` of this library, or weights that any
-program saved with `torch.distributed.checkpoint`. Weights fit wherever the model does. To take over
-more (the optimizer's state, the step, the place in the data) needs a manifest, and the same lanes.
-It is looked at only while the run has no checkpoint of its own, so it happens once, however often
-the job is restarted.
+program saved with `torch.distributed.checkpoint`. Weights need the same model. Optimizer state,
+step and data position also need a manifest and the same lanes. The path is only used while the run
+has no checkpoint of its own, so it happens once, however often the job is restarted.
 """
 
 import os
@@ -38,14 +37,13 @@ _STATE_OF_PART = {
     "train_state": ("step", "num_tokens_seen"),
     "handlers": (HANDLERS_STATE,),
 }
-"""What may be left out, by TorchTitan's names, and what of the JSON state goes with it. Optimizer
-state is tensors; the learning rate is no state at all, but a function of the step. "handlers" is
-not among TorchTitan's."""
+"""The parts that can be excluded, by TorchTitan's names ("handlers" is ours), and their keys in the
+JSON state. Optimizer state is tensors; the learning rate is a function of the step."""
 
 
 @dataclass(frozen=True)
 class InitialStart:
-    """Where a new run begins, and how its data are cut."""
+    """The first step of a new run, its batch size and its lanes."""
 
     step: int
     global_batch_size: int
@@ -54,20 +52,23 @@ class InitialStart:
 
 
 def initial_path(section: Checkpoint) -> Path:
-    """The folder of `initial_load_path`."""
+    """Return the folder of `initial_load_path`."""
     assert section.initial_load_path is not None
     return Path(section.initial_load_path).resolve()
 
 
 def without_excluded(state: Mapping[str, Any], excluded: Sequence[str]) -> dict[str, Any]:
-    """A stored JSON state without what belongs to the excluded parts."""
+    """Return a stored JSON state without the excluded parts."""
     dropped = {name for part in excluded for name in _STATE_OF_PART[part]}
     return {name: value for name, value in state.items() if name not in dropped}
 
 
 def initial_start(context: RunContext) -> InitialStart:
-    """Where a run without checkpoints of its own begins. Raises `ConfigError` when it cannot begin
-    from `initial_load_path` as configured; names, the manifest and sizes are read."""
+    """Return where a run without checkpoints of its own begins.
+
+    Reads names, sizes and the manifest of `initial_load_path`. Raises `ConfigError` if the run
+    cannot begin from it as configured.
+    """
     config, section = context.config, context.config.checkpoint
     batch, lanes = context.global_batch_size, context.num_lanes
     if not section.enable or section.initial_load_path is None:
@@ -81,7 +82,7 @@ def initial_start(context: RunContext) -> InitialStart:
     state = without_excluded(manifest.state, section.exclude_from_loading)
     step = int(state.get("step", 0))
     if step >= config.training.steps:
-        text = f"{path} is of step {step} already, which the run goes on from"
+        text = f"{path}, from which the run continues, is already at step {step}"
         raise ConfigError(
             ConfigIssue(
                 "training.steps", text, f"set it to more than {step}", config.training.steps
@@ -95,52 +96,52 @@ def initial_start(context: RunContext) -> InitialStart:
     if lane_states:
         lanes = len(lane_states)
         if config.data.lanes not in (None, lanes):
-            text = f"is {lanes} in {path}, whose places in the data the run goes on from"
+            text = f"is {lanes} in {path}, from whose data positions the run continues"
             fix = 'leave it unset, or add "dataloader" to checkpoint.exclude_from_loading'
             raise ConfigError(ConfigIssue("data.lanes", text, fix, config.data.lanes))
-    notice = f"The run goes on from step {step} of {path}."
+    notice = f"The run continues from step {step} of {path}."
     return InitialStart(step, batch, lanes, (notice, *notices))
 
 
 def _parent_notices(section: Checkpoint, path: Path) -> list[str]:
     parent = None if section.trust_path else unprotected_parent(path)
-    return [] if parent is None else [f"Anybody may put another folder in its place, in {parent}."]
+    return (
+        []
+        if parent is None
+        else [f"All users may replace that folder, because {parent} is writable by them."]
+    )
 
 
 def setting_problems(section: Checkpoint) -> list[ConfigIssue]:
-    """Settings about the start that contradict each other. Touches no file."""
+    """Return contradictions between the settings of the start. Touches no file."""
     excluded = list(section.exclude_from_loading)
-    problems = [_unknown_part(name) for name in excluded if name not in _STATE_OF_PART]
+    text = "is not a part that can be excluded"
+    problems = [
+        ConfigIssue(_EXCLUDE_KEY, text, did_you_mean(name, _STATE_OF_PART), name)
+        for name in excluded
+        if name not in _STATE_OF_PART
+    ]
     if problems or not excluded:
         return problems
     if section.initial_load_path is None or section.initial_load_model_only:
-        text = "leaves something out of what a new run takes over, and this one takes over no more"
-        text += " than weights. A run goes on from its own checkpoints as they are"
+        text = "only applies to a new run that takes over more than weights; a run always loads its"
+        text += " own checkpoints whole"
         fix = "remove it; or start in another --job.dump_folder, with checkpoint.initial_load_path"
         fix += " and checkpoint.initial_load_model_only = false"
         return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     if ("lr_scheduler" in excluded) != ("train_state" in excluded):
-        text = "the learning rate follows from the step, so neither can be left out alone"
+        text = "the learning rate follows from the step, so neither can be excluded alone"
         fix = 'name both "lr_scheduler" and "train_state", or none of them'
         return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     if "optimizer" in excluded and "lr_scheduler" not in excluded:
-        text = "moments that start at zero need the warmup of the learning rate again"
+        text = "moments that start at zero need another warmup of the learning rate"
         fix = 'add "lr_scheduler" and "train_state"'
         return [ConfigIssue(_EXCLUDE_KEY, text, fix, excluded)]
     return []
 
 
-def _unknown_part(name: str) -> ConfigIssue:
-    if name == "model":
-        text = "without the model there is nothing to load"
-        return ConfigIssue(_EXCLUDE_KEY, text, "remove it, or checkpoint.initial_load_path", name)
-    return ConfigIssue(
-        _EXCLUDE_KEY, "is nothing that can be left out", did_you_mean(name, _STATE_OF_PART), name
-    )
-
-
 def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
-    """The manifest of a folder that can be started from; None for one of plain weights."""
+    """Return the manifest of a usable folder; None if it only holds weights."""
 
     def refuse(text: str, fix: str, **more: Any) -> ConfigError:
         return ConfigError(ConfigIssue(_KEY, text, fix, section.initial_load_path, **more))
@@ -149,10 +150,8 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
     if not path.exists():
         raise refuse("does not exist", whole, missing_asset=True)
     if not path.is_dir():
-        fix = (
-            "make a folder of it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
-        )
-        raise refuse("is a file, not a folder that torch.distributed.checkpoint has saved", fix)
+        fix = "convert it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
+        raise refuse("is a file, not a folder that torch.distributed.checkpoint saved", fix)
     names = sorted(os.listdir(path))
     if MANIFEST_NAME not in names and ".metadata" not in names:
         steps = step_folders(path)
@@ -162,15 +161,12 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
                 f"choose one, such as {path / step_name(steps[-1])}",
             )
         kinds = sorted({name.rpartition(".")[2] for name in names if "." in name.strip(".")})
-        found = f"only files of the kind {', '.join(kinds[:5])}" if kinds else "nothing of the kind"
-        raise refuse(f"is no folder that torch.distributed.checkpoint has saved: {found}", whole)
+        found = f"it holds {', '.join(kinds[:5])} files" if kinds else "it holds no such files"
+        raise refuse(f"was not saved by torch.distributed.checkpoint: {found}", whole)
     for part in [] if section.trust_path else [path, path / MANIFEST_NAME]:
         if part.exists() and writable_by_anybody(part):
-            name = "" if part == path else f"{part.name} in it "
-            text = (
-                f"{name}may be written to by anybody on this machine, who could plant a checkpoint"
-            )
-            raise refuse(text, TRUST_FIX)
+            name = "" if part == path else f"its {part.name} "
+            raise refuse(f"{name}is writable by all users, who could plant a checkpoint", TRUST_FIX)
     manifest = None
     if MANIFEST_NAME in names:
         try:
@@ -179,7 +175,7 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
         except InvalidCheckpoint as error:
             raise refuse(f"is damaged ({error})", "choose another checkpoint") from error
     if not section.initial_load_model_only and (manifest is None or manifest.model_only):
-        text = f"cannot be had from {path}, which holds only a model"
-        fix = "set it to true, or choose a checkpoint that holds the optimizer's state as well"
+        text = f"is not possible from {path}, which holds only a model"
+        fix = "set it to true, or choose a checkpoint with optimizer state"
         raise ConfigError(ConfigIssue("checkpoint.initial_load_model_only", text, fix, False))
     return manifest

@@ -1,4 +1,4 @@
-"""Loading what a new run starts from; `initial` says what that can be."""
+"""Load the checkpoint that a new run starts from; see `initial`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.agreement import on_all, run_on_rank0
-from torchtitan.checkpoint.commit import describe_on_all_ranks
+from torchtitan.checkpoint.agreement import describe_on_all_ranks, on_all, run_on_rank0
 from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import (
@@ -19,7 +18,7 @@ from torchtitan.checkpoint.manifest import (
     manifest_to_json,
     select_tensors,
     tensor_differences,
-    verify_file,
+    verify_share,
 )
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
@@ -32,19 +31,21 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class ChangesWeights(Protocol):
-    """A model handler, as far as weights are concerned."""
+    """The part of a model handler that concerns weights."""
 
     name: str
     added: frozenset[str]
-    """Parameters and buffers of the model that it has added."""
+    """Names of the parameters and buffers that it has added to the model."""
 
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What is to take the place of this rank's part of a weight; the part itself to keep it."""
+        """Return a replacement for this rank's part of a weight, or the part itself."""
 
 
 class InitialLoad:
-    """The checkpoint of `checkpoint.initial_load_path`, verified to the byte if it has a manifest.
-    All ranks make it and call every method."""
+    """The checkpoint of `checkpoint.initial_load_path`, verified if it has a manifest.
+
+    All ranks construct it and call every method.
+    """
 
     def __init__(self, section: Checkpoint, world: DistributedContext):
         self._world = world
@@ -55,13 +56,17 @@ class InitialLoad:
         self._folder = self._open(path)
         manifest = self._folder.manifest
         if manifest is None:
-            logger.warning("%s has no manifest: damage in it would not be noticed.", path)
+            logger.warning("%s has no manifest, so damage would not be noticed.", path)
         else:
-            on_all(world, self._what, lambda: verify_share(world, path, manifest))
+            on_all(
+                world,
+                self._what,
+                lambda: verify_share(path, manifest, world.rank, world.world_size),
+            )
 
     @property
     def state(self) -> dict[str, Any]:
-        """The JSON state to go on with; empty when only weights are taken."""
+        """The JSON state to continue from; empty if only weights are taken."""
         manifest = self._folder.manifest
         if self._model_only or manifest is None:
             return {}
@@ -69,8 +74,7 @@ class InitialLoad:
 
     @property
     def whole_run(self) -> tuple[Path, Manifest] | None:
-        """The folder and its manifest, without what is excluded; None when only weights are
-        taken."""
+        """The folder and its manifest without excluded state; None if only weights are taken."""
         manifest = self._folder.manifest
         if self._model_only or manifest is None:
             return None
@@ -82,10 +86,13 @@ class InitialLoad:
         optimizer: Mapping[str, torch.Tensor],
         handlers: Sequence[ChangesWeights] = (),
     ) -> None:
-        """Fill the tensors in place. Raises `CheckpointError`, before any was written, when they
-        are not those of the checkpoint; weights alone may be of another floating point type, and
-        the `handlers` that their run did not have may change them then, in order. What these have
-        added to the model stays as it is where the weights lack it."""
+        """Fill the tensors in place.
+
+        If only weights are taken, they may have another floating point type, and `handlers` that
+        their run did not have may change them, in order; tensors that these handlers have added
+        keep their values if the weights lack them. Raises `CheckpointError`, before any tensor was
+        written, if the tensors differ from the checkpoint's.
+        """
         folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
         if not self._model_only:
             assert folder.manifest is not None
@@ -98,11 +105,11 @@ class InitialLoad:
             added = {name for handler in new_handlers for name in handler.added} - stored.keys()
             kept = added & {name for tensors in ranks for name in tensors}
             if kept:
-                text = "%d tensors that handlers add start anew, as %s lacks them."
+                text = "%d tensors that handlers add are initialised, because %s lacks them."
                 logger.info(text, len(kept), folder.path)
             wanted = {name: tensor for name, tensor in wanted.items() if name not in kept}
             ranks = [{n: entry for n, entry in of.items() if n not in kept} for of in ranks]
-            self._tell_conversions(stored, ranks)
+            self._log_conversions(stored, ranks)
             stored = _converted(stored, ranks)
         differences = tensor_differences(stored, ranks)
         if differences:
@@ -111,18 +118,18 @@ class InitialLoad:
         if self._model_only:
             for handler in new_handlers:
                 _change(wanted, handler)
-        what = "The weights" if self._model_only else "The run"
-        logger.info("%s: loaded from %s.", what, folder.path)
+        what = "weights" if self._model_only else "the run"
+        logger.info("Loaded %s from %s.", what, folder.path)
 
     @property
     def _handlers(self) -> Sequence[str]:
-        """Those of the run that saved it; none of another program's weights."""
+        """The handlers of the run that saved it; none for another program's weights."""
         manifest = self._folder.manifest
         config = None if manifest is None else manifest.info.get("config")
         return stored_value(config or {}, "model.handlers") or ()
 
     def _open(self, path: Path) -> ModelFolder:
-        """As rank 0 sees it."""
+        """Return the folder as rank 0 sees it."""
 
         def read() -> dict[str, Any]:
             folder = read_model_folder(path)
@@ -137,7 +144,7 @@ class InitialLoad:
         manifest = found["manifest"] and manifest_from_json(found["manifest"])
         return ModelFolder(path, manifest, found["tensors"], found["prefix"])
 
-    def _tell_conversions(self, stored: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
+    def _log_conversions(self, stored: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
         changed = {
             (stored[name]["dtype"], entry["dtype"])
             for tensors in ranks
@@ -149,7 +156,7 @@ class InitialLoad:
 
 
 def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:
-    """Each rank its own parts, so nothing is exchanged."""
+    """Let a handler change this rank's parts; nothing is exchanged."""
     for name, tensor in model.items():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         changed = handler.transform_loaded(name, part)
@@ -157,18 +164,10 @@ def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:
             part.copy_(changed)
 
 
-def verify_share(world: DistributedContext, path: Path, manifest: Manifest) -> None:
-    """Read this rank's share of a checkpoint's files, the largest ones first. Raises
-    `InvalidCheckpoint` at the first byte that is not as it was written."""
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    for name in by_size[world.rank :: world.world_size]:
-        verify_file(path / name, manifest.files[name])
-
-
 def _converted(
     stored: Mapping[str, dict[str, Any]], ranks: list[dict[str, dict[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """`stored` with the floating point types that the ranks want."""
+    """Return `stored` with the floating point types of the ranks."""
     wanted = {name: entry["dtype"] for tensors in ranks for name, entry in tensors.items()}
     return {
         name: entry | {"dtype": wanted[name]}

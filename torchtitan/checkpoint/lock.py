@@ -1,9 +1,9 @@
 """One job per run folder. No torch.
 
-The lock is the kernel's (`flock`), so it ends with the process that holds it, also when that is
-killed; a file left behind locks nothing. The file says who holds it. Where the file system has no
-locks, that text is all there is: a living process of this machine is believed, and so is any other
-machine whose job never said that it ended.
+The lock is the kernel's (`flock`): it ends with its process, also when that is killed, and the file
+left behind locks nothing. The file names the holder. On a file system without locks (NFS without a
+lock daemon, Lustre without `-o flock`) the text decides: a living process of this machine holds the
+lock, and so does any job of another machine that has not released it.
 """
 
 import errno
@@ -28,7 +28,7 @@ class FolderLock:
     def __init__(self, folder: Path, run_id: str = ""):
         """Take the lock. Raises `FolderInUse`."""
         self.path = folder / LOCK_NAME
-        # Programs that this one starts do not inherit it, and cannot keep it when they outlive it.
+        # Child programs do not inherit it, so they cannot keep the lock when they outlive us.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,13 +41,13 @@ class FolderLock:
         self.name_run(run_id)
 
     def name_run(self, run_id: str) -> None:
-        """Write into the lock file who holds it."""
+        """Write host, process and run into the lock file."""
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def release(self) -> None:
-        """Let another job in. The file stays: removing it could remove a lock taken just now."""
+        """Release the lock. The file stays: another job may just have locked it."""
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)

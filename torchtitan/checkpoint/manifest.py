@@ -1,10 +1,10 @@
 """The manifest: the one file that makes a folder a checkpoint. No torch.
 
-`manifest.json` lists every file of a checkpoint with its size and SHA-256, next to what is needed
-to judge the checkpoint without reading a tensor: the run it belongs to, the step, names, shapes and
-types of the tensors, config, mesh, versions, and the JSON state of everything that is not a tensor.
-It ends with a digest of itself. PyTorch's own format does not notice a flipped bit, and a truncated
-file only after parts of the model were overwritten; the manifest notices both, and first.
+`manifest.json` lists every file of a checkpoint with its size and SHA-256, and what is needed to
+judge the checkpoint without reading a tensor: run, step, names, shapes and types of the tensors,
+config, mesh, versions, and the JSON state of everything that is not a tensor. It ends with a digest
+of itself. PyTorch's own format does not notice a flipped bit, and a truncated file only after parts
+of the model were overwritten; the manifest reveals both before anything is loaded.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from torchtitan.checkpoint.files import open_regular
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 OPTIMIZER_PREFIX = "optimizer."
-"""Names of optimizer state begin with this, and of nothing else."""
+"""The prefix of the names of optimizer state, and of nothing else."""
 HANDLER_PREFIX = "handler_state."
-"""Names of the tensors that a model handler keeps begin with this and the handler's name."""
+"""The prefix, before the handler's name, of the names of tensors that a model handler keeps."""
 HANDLERS_STATE = "handlers"
-"""In the JSON state: by handler, the values it keeps that are not tensors."""
+"""The key in the JSON state of what handlers keep apart from tensors."""
 _MAX_LISTED = 8
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
 
 class InvalidCheckpoint(Exception):
-    """A folder that is not a good checkpoint; the message says why and names the file."""
+    """A folder is not a valid checkpoint; the message says why and names the file."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was when it was written: `size` in bytes, `sha256` in hexadecimal."""
+    """Size in bytes and hexadecimal SHA-256 of a file as it was written."""
 
     size: int
     sha256: str
@@ -45,20 +45,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is made of. `info` is the run's: config, mesh, versions."""
+    """The content of a checkpoint; `info` holds the run's config, mesh and versions."""
 
     run_id: str
     step: int
     model_only: bool
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, dict[str, Any]]
-    """Per tensor: `dtype` (as in `float32`) and `shape` (list of int)."""
+    """By name: `dtype` (such as `float32`) and `shape` (a list of int)."""
     state: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(record.size for record in self.files.values())
 
 
@@ -74,7 +74,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, checked for its own digest. Raises `InvalidCheckpoint`."""
+    """Read a manifest and verify its own digest. Raises `InvalidCheckpoint`."""
     path = folder / MANIFEST_NAME
     try:
         with open_regular(path) as file:
@@ -98,18 +98,20 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_differences(manifest: Manifest, ranks: Sequence[Mapping[str, dict[str, Any]]]) -> str:
-    """What keeps ranks with these tensors (each as in `Manifest.tensors`) from loading this
-    checkpoint, in words; empty when together they have exactly its tensors."""
+    """Describe how the tensors of all ranks (as in `Manifest.tensors`) differ from a manifest's.
+
+    The text is empty if the ranks together have exactly its tensors.
+    """
     wanted = {name for tensors in ranks for name in tensors}
     if manifest.model_only and any(name.startswith(OPTIMIZER_PREFIX) for name in wanted):
-        return "it holds the model only, no optimizer state to go on from"
+        return "it holds the model only, no optimizer state to continue from"
     return tensor_differences(manifest.tensors, ranks)
 
 
 def tensor_differences(
     saved: Mapping[str, dict[str, Any]], ranks: Sequence[Mapping[str, dict[str, Any]]]
 ) -> str:
-    """What differs between tensors that were saved and those of all ranks together, in words."""
+    """Describe how the tensors of all ranks together differ from saved ones."""
     wanted = {name for tensors in ranks for name in tensors}
     texts = [
         f"{name} is {_show(saved[name])} in it, {_show(entry)} in the run"
@@ -135,18 +137,18 @@ def select_tensors(manifest: Manifest, of_handlers: bool) -> Manifest:
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as JSON values, to send to other ranks."""
+    """Return the manifest as JSON values, to send to other ranks."""
     return asdict(manifest)
 
 
 def manifest_from_json(body: dict[str, Any]) -> Manifest:
-    """The inverse of `manifest_to_json`."""
+    """Return the manifest that `manifest_to_json` made JSON values of."""
     files = {name: FileRecord(**record) for name, record in body["files"].items()}
     return Manifest(**{**body, "files": files})
 
 
 def record_file(path: Path) -> FileRecord:
-    """Bring a file to stable storage, and digest what can be read back from it."""
+    """Sync a file to disk, and digest what can be read back from it."""
     with open_regular(path) as file:
         os.fsync(file.fileno())
         return _record(file)
@@ -163,6 +165,13 @@ def verify_file(path: Path, expected: FileRecord) -> None:
                 raise InvalidCheckpoint(f"{path}: content differs from what was written")
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+
+
+def verify_share(folder: Path, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Call `verify_file` for this rank's share of the files, the largest ones first."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in by_size[rank::world_size]:
+        verify_file(folder / name, manifest.files[name])
 
 
 def check_listing(folder: Path, manifest: Manifest) -> None:

@@ -1,8 +1,7 @@
-"""The model in a folder that `torch.distributed.checkpoint` has saved, whoever did.
+"""The model in a folder saved by `torch.distributed.checkpoint`, here or in another program.
 
-A step of this library names tensors like the model does, and its manifest tells whether it is
-whole. Folders of other programs have no manifest; their names may begin with `model.`, and there
-may be entries beside the model, tensors or pickles, which are left alone.
+A step of this library names tensors as the model does and has a manifest. Folders of other programs
+have none; their names may begin with `model.`, and entries that are not the model's are ignored.
 """
 
 import os
@@ -31,20 +30,18 @@ from torchtitan.checkpoint.manifest import (
     Manifest,
     check_listing,
     read_manifest,
-    verify_file,
 )
 
 _MODEL_PREFIX = "model."
-# TorchTitan's, beside the model.
+# TorchTitan's entries that are not the model's.
 _OTHER_PARTS = ("optimizer", "lr_scheduler", "dataloader", "ft_dataloader", "train_state")
-# Early 2025 it saved a table that follows from the config.
+# A table that follows from the config, which TorchTitan saved until early 2025.
 _DERIVED = ("freqs_cis",)
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """`tensors`: the model's, by name, as in `Manifest.tensors`; in the files each name has
-    `prefix` before it."""
+    """The model's `tensors` by name, as in `Manifest.tensors`; in the files with a `prefix`."""
 
     path: Path
     manifest: Manifest | None
@@ -54,20 +51,20 @@ class ModelFolder:
     def load(
         self, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None
     ) -> None:
-        """Fill tensors of these names in place, converting their type where it differs. With
-        `group` all its ranks must call it, DTensors being filled by parts."""
-        reader = SafeReader(self.path, leave_others=self.manifest is None)
+        """Fill tensors of these names in place, converting types that differ.
+
+        With `group` all its ranks must call it, and each fills its parts of DTensors.
+        """
+        reader = SafeReader(self.path, skip_objects=self.manifest is None)
         named = {self.prefix + name: tensor for name, tensor in tensors.items()}
         dcp.load(named, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def read_model_folder(path: Path) -> ModelFolder:
-    """What there is, from names and sizes. Raises `InvalidCheckpoint`."""
+    """Return the model of a folder from names and sizes. Raises `InvalidCheckpoint`."""
     if os.path.lexists(path / MANIFEST_NAME):
         manifest = read_manifest(path)
         check_listing(path, manifest)
-        # Its digest first: nothing reads a damaged pickle.
-        verify_file(path / METADATA_NAME, manifest.files[METADATA_NAME])
         check_metadata(path, manifest)
         tensors = {
             name: entry
@@ -76,7 +73,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         }
         return ModelFolder(path, manifest, tensors)
     try:
-        metadata = read_metadata(path, leave_others=True)
+        metadata = read_metadata(path, skip_objects=True)
         sizes = {
             entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)
         }

@@ -1,9 +1,9 @@
-"""The run folder: who may use it, what it holds, and what a start in it does. No torch.
+"""The run folder: lock, config and status of one run. No torch.
 
-`job.dump_folder` belongs to one run. `config.toml` says which (the resolved config, from which it
-can be trained again), `run_status.json` how it stands (for schedulers: torchrun turns every exit
-status into 1), `.lock` whether a job is at work. What a second start does is said by `decision`.
-Rank 0 opens the folder before any process group exists; the others learn the outcome from `share`.
+`job.dump_folder` belongs to one run. `config.toml` is its resolved config, `run_status.json` its
+status (for schedulers: torchrun turns every exit status into 1), and `.lock` is held while a job
+runs. `decision` determines what a start in the folder does. Rank 0 opens the folder before there is
+a process group; the other ranks learn the outcome from `share`.
 """
 
 import json
@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torchtitan import __version__
 from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.decision import (
     LOAD_STEP_NAME,
@@ -46,14 +48,14 @@ _FOLDER_KEYS = (
     "profiling.save_memory_snapshot_folder",
     "comm.save_traces_folder",
 )
-_FOLDERS_OF_SINKS = ("metrics", "wandb")
-"""Of the metrics of all ranks, and of wandb, which chooses its name itself."""
+_SINK_FOLDERS = ("metrics", "wandb")
+"""The metrics of all ranks, and wandb's files, whose folder it names itself."""
 
 Status = Literal["running", "completed", "preempted", "failed", "data_exhausted", "seeded"]
 
 
 class RunFolder:
-    """The opened folder of a run. `config` is the config with batch size and lanes resolved."""
+    """The opened folder of a run; `config` has batch size and lanes resolved."""
 
     def __init__(self, path: Path, config: JobConfig, decision: Decision | None, lock: Any):
         self.path = path
@@ -70,10 +72,12 @@ class RunFolder:
         is_main: bool = True,
         check: Callable[[JobConfig], None] = lambda config: None,
     ) -> "RunFolder":
-        """Lock the folder and decide. Rank 0 does; on other ranks nothing is touched and `share`
-        must follow. `check` gets the resolved config of a run that is to be trained, and may refuse
-        it. Nothing is written before `begin`, but for `job.new_run`, which moves the old run aside
-        here. Raises `ConfigError`, with the folder as it was.
+        """Lock the folder and decide what this start does.
+
+        Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
+        resolved config of a run that will be trained, and may reject it. Nothing is written before
+        `begin`, except that `job.new_run` moves the old run aside here. Raises `ConfigError`, with
+        the folder unchanged.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
@@ -98,33 +102,38 @@ class RunFolder:
 
     @property
     def decision(self) -> Decision:
-        """What this start does; on ranks other than 0 only after `share`."""
+        """The decision on this start; on ranks other than 0 only after `share`."""
         assert self._decision is not None, "share() comes first on this rank"
         return self._decision
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the `step-N` folders are."""
+        """The folder of the `step-N` folders."""
         return self.path / self.config.checkpoint.folder
 
     def share(self, world: "DistributedContext") -> Decision:
-        """Rank 0's decision, and the config that follows from it. All ranks must call it."""
+        """Take over rank 0's decision and the config that follows from it; all ranks call it."""
         sent = world.broadcast_json(asdict(self.decision) if world.is_main else None)
         self._decision = Decision(**{**sent, "notices": tuple(sent["notices"])})
         self.config = resolved_config(self.config, self._decision)
         return self._decision
 
     def begin(self) -> None:
-        """Put status and config in place. Rank 0 only, when nothing can refuse the start any more:
-        a start that is refused must not change what the next one is compared with."""
+        """Write status and config. Rank 0 only.
+
+        Called when nothing can refuse the start any more: a refused start must not change what the
+        next one is compared with.
+        """
         self._has_begun = True
-        # The status first: it is what marks the folder as a run's.
+        # The status comes first because it marks the folder as a run's.
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
 
     def keeps_status(self, error: BaseException) -> bool:
-        """Whether a start that ends with `error` leaves the stored status alone: it was refused, or
-        the run had been over, and nothing of it was changed."""
+        """Return whether a start that ends with `error` leaves the stored status unchanged.
+
+        It does if it was refused, or if the run had ended before, and nothing was written yet.
+        """
         if self._has_begun or self.decision.action == "new":
             return False
         return self.decision.had_ended or isinstance(
@@ -132,16 +141,16 @@ class RunFolder:
         )
 
     def run_info(self, **facts: Any) -> dict[str, Any]:
-        """What manifests keep about the run: run id, config, versions, and `facts` (JSON)."""
+        """Return what manifests keep about the run: run id, config, versions and `facts` (JSON)."""
         plain = json.loads(json.dumps(self.config.model_dump(exclude_none=True)))
-        versions = {"python": sys.version.split()[0], **_installed_versions()}
+        python = sys.version.split()[0]
+        versions = {"python": python, "torch": version("torch"), "torchtitan": __version__}
         decision = self.decision
         kept = {"config": plain, "versions": versions, LOAD_STEP_NAME: decision.asked_load_step}
         return {"run_id": decision.run_id, **kept, **facts}
 
     def set_status(self, status: Status, step: int, exit_code: int | None = None) -> None:
-        """Say in `run_status.json` how the run stands. Rank 0 only. A run that was found finished
-        stays finished, whatever happens to the process that found it so."""
+        """Write `run_status.json`. Rank 0 only; the status of a finished run is never changed."""
         if self.decision.action == "finished":
             return
         content = {
@@ -155,13 +164,13 @@ class RunFolder:
         try:
             write_atomically(path, text)
         except OSError:
-            # A scheduler must not take a job that has ended for one that runs.
+            # A scheduler must not take an ended job for a running one.
             if exit_code is None:
                 raise
             write_in_place(path, text)
 
     def close(self) -> None:
-        """Let other jobs use the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.release()
 
@@ -171,7 +180,7 @@ def _lock(path: Path) -> FolderLock:
         path.mkdir(mode=PRIVATE_TO_WRITE, parents=True, exist_ok=True)
         return FolderLock(path)
     except FolderInUse as error:
-        fix = "wait for that job or stop it; or choose another --job.dump_folder"
+        fix = "wait for that job or stop it, or choose another --job.dump_folder"
         raise ConfigError(ConfigIssue("job.dump_folder", str(error), fix, str(path))) from error
     except OSError as error:
         raise ConfigError(_unwritable(path, error)) from error
@@ -185,9 +194,9 @@ def _unwritable(path: Path, error: OSError) -> ConfigIssue:
 
 
 def _move_run_aside(path: Path, config: JobConfig) -> None:
-    """Move what a run of this library left into `previous-N/`; everything else stays."""
+    """Move the files of a run into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
-    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_FOLDERS_OF_SINKS]
+    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_SINK_FOLDERS]
     names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")
@@ -205,20 +214,8 @@ def _move_run_aside(path: Path, config: JobConfig) -> None:
         number += 1
     target = path / f"previous-{number}"
     target.mkdir()
-    # The status marks the folder as a run's and goes last: a crash in between leaves a run here.
+    # The status marks the folder as a run's and moves last: a crash in between leaves a run here.
     for name in sorted(present, key=lambda name: name == STATUS_NAME):
         os.rename(path / name, target / name)
     sync_folder(target)
     sync_folder(path)
-
-
-def _installed_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("torch", "torchtitan"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions

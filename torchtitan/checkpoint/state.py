@@ -1,11 +1,12 @@
 """The tensors of a run as one flat dict, named by parameter.
 
-Plain names survive every change of the mesh; an optimizer's own state dict is a list by index,
-whose order differs from one pipeline stage to the next. Learning rates, betas and weight decay are
-not in it: they come from the config.
+Names are the same on every mesh; an optimizer's own state dict is a list by index, whose order
+differs between pipeline stages. Learning rates, betas and weight decay are not stored: they come
+from the config.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
+from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.optimizer_state import initial_state
+
+logger = logging.getLogger(__name__)
 
 
 def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers of this rank's parts by full name; tied ones once.
+    """Return parameters and persistent buffers of this rank's parts by full name; tied ones once.
 
     The values are the live tensors (DTensors where sharded): loading into them loads the model.
     """
@@ -33,8 +39,9 @@ def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what any reader of a checkpoint knows, in the same memory. A weight that FSDP is to
-    send in float8 is a tensor of a class of its own around a plain one of the same shape and type.
+    """Return a plain tensor that shares the memory of a tensor subclass.
+
+    A weight that FSDP gathers in float8 is such a subclass around a plain tensor.
     """
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
@@ -50,14 +57,14 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def optimizer_tensors(
     model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """`optimizer.<parameter>.<state>` -> live state tensor, the step count included.
+    """Return `optimizer.<parameter>.<state>` -> live state tensor, including step counts.
 
-    State is created for parameters that have none yet, so that a fresh optimizer can be loaded
-    into; that is the state that the first update would have started from.
+    State is created for parameters that have none yet, as the first update would, so that a fresh
+    optimizer can be loaded into.
 
     Raises:
-        NotImplementedError: nobody says what that is, see `torchtitan.utils.optimizer_state`.
-        TypeError: an optimizer keeps something else than tensors.
+        NotImplementedError: the initial state is unknown, see `torchtitan.utils.optimizer_state`.
+        TypeError: an optimizer keeps state that is not a tensor.
     """
     names = {id(value): name for part in model_parts for name, value in part.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -80,8 +87,46 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _require_tensor(optimizer: torch.optim.Optimizer, name: str, value: Any) -> torch.Tensor:
-    """A step count that is a plain number would be missing after a resume, without a word."""
+    """Raise TypeError for state that a resume would silently lose, such as a plain number."""
     if not isinstance(value, torch.Tensor):
         kind = type(optimizer).__name__
-        raise TypeError(f"{kind} keeps {name} as {type(value).__name__}: it has to be a tensor")
+        raise TypeError(f"{kind} keeps {name} as {type(value).__name__}: it must be a tensor")
     return value
+
+
+def non_finite_tensors(
+    world: DistributedContext, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
+) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity on any rank.
+
+    Parameters and optimizer state must be finite; buffers, which may be masks, only free of NaN.
+    """
+    parameters = {name for part in parts for name, _ in part.named_parameters()}
+    buffers = {
+        name for name in tensors if name not in parameters and not name.startswith(OPTIMIZER_PREFIX)
+    }
+    return non_finite_on_any_rank(world, tensors, buffers)
+
+
+def exported_tensors(
+    world: DistributedContext, tensors: Mapping[str, torch.Tensor], export_dtype: str
+) -> dict[str, torch.Tensor]:
+    """Return the model's tensors in `export_dtype`, or unchanged if that overflows."""
+    if export_dtype == "float32":
+        return dict(tensors)
+    dtype = torch_dtype(export_dtype)
+    exported = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    before, after = (non_finite_on_any_rank(world, of) for of in (tensors, exported))
+    overflown = [name for name in after if name not in before]
+    if not overflown:
+        return exported
+    logger.error(
+        "checkpoint.export_dtype = %s cannot hold all values of %s: the weights are saved in"
+        " their own type",
+        export_dtype,
+        some_of(overflown),
+    )
+    return dict(tensors)

@@ -1,10 +1,9 @@
-"""The folder of checkpoints: which steps it holds, what is kept, what is moved aside. No torch.
+"""The checkpoint folder: its steps, retention, and steps that are moved aside. No torch.
 
-A checkpoint is a real directory named exactly `step-N` that holds a readable manifest. Everything
-else is left alone: stray names are never read, counted or deleted. Names of our own making are
-`.tmp-step-N-...` (being written), `.trash-step-N-...` (being deleted), `quarantine-step-N-...`
-(found damaged) and `rewound-step-N-...` (newer than the step a run was sent back to); the last two
-stay until somebody removes them.
+A checkpoint is a real directory named exactly `step-N` that holds a readable manifest. Other names
+are never read, counted or deleted, except `.tmp-step-N-...` (being written) and `.trash-...` (being
+deleted). `quarantine-step-N-...` (damaged) and `rewound-step-N-...` (later than the step that a run
+went back to) stay until a user removes them.
 """
 
 import os
@@ -32,8 +31,7 @@ _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A `step-N` folder: its manifest when it has a good one and all listed files with their sizes,
-    else why not. File contents have not been read."""
+    """A `step-N` folder: its manifest if names and sizes match it, else the fault."""
 
     step: int
     manifest: Manifest | None
@@ -41,12 +39,12 @@ class Candidate:
 
 
 def step_name(step: int) -> str:
-    """Folder name of a step."""
+    """Return the folder name of a step."""
     return f"step-{step}"
 
 
 def step_folders(folder: Path) -> list[int]:
-    """Steps that have a folder, good or not, in ascending order. Links do not count."""
+    """Return the steps that have a folder, valid or not, ascending; links do not count."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -59,7 +57,7 @@ def step_folders(folder: Path) -> list[int]:
 
 
 def inspect_step(folder: Path, step: int) -> Candidate:
-    """What can be said about a step without reading its tensors."""
+    """Check a step without reading its tensors."""
     path = folder / step_name(step)
     try:
         manifest = read_manifest(path)
@@ -72,12 +70,12 @@ def inspect_step(folder: Path, step: int) -> Candidate:
 
 
 def inspect_steps(folder: Path) -> list[Candidate]:
-    """`inspect_step` of every step, in ascending order."""
+    """Return `inspect_step` of every step, ascending."""
     return [inspect_step(folder, step) for step in step_folders(folder)]
 
 
 def committed_steps(folder: Path, run_id: str) -> list[int]:
-    """Steps of a run that were committed and are still whole by name and size, ascending."""
+    """Return the committed steps of a run that match their manifests in size, ascending."""
     return [
         candidate.step
         for candidate in inspect_steps(folder)
@@ -86,8 +84,10 @@ def committed_steps(folder: Path, run_id: str) -> list[int]:
 
 
 def unprotected_parts(folder: Path) -> list[Path]:
-    """Return what anybody on the machine may write to of the run folder, `folder` in it, its steps
-    and their manifests. Whoever may write to one of them can plant a checkpoint."""
+    """Return the run folder, `folder` in it, steps and manifests that all users may write to.
+
+    Whoever may write to one of them can plant a checkpoint.
+    """
     steps = [folder / step_name(step) for step in step_folders(folder)]
     parts = [folder, *steps, *(step / MANIFEST_NAME for step in steps)]
     found = [part for part in parts if part.exists() and writable_by_anybody(part)]
@@ -96,12 +96,12 @@ def unprotected_parts(folder: Path) -> list[Path]:
 
 
 def temporary_name(step: int, run_id: str) -> str:
-    """A fresh name for a checkpoint that is being written."""
+    """Return a fresh name for a checkpoint that is being written."""
     return f".tmp-step-{step}-{run_id}-{secrets.token_hex(4)}"
 
 
 def move_aside(folder: Path, step: int, prefix: str) -> Path:
-    """Rename a step so that it is a step no more; returns where it is now."""
+    """Rename a step so that it no longer counts as one; return its new path."""
     target = folder / f"{prefix}-step-{step}-{secrets.token_hex(4)}"
     os.rename(folder / step_name(step), target)
     sync_folder(folder)
@@ -109,11 +109,10 @@ def move_aside(folder: Path, step: int, prefix: str) -> Path:
 
 
 def steps_to_delete(steps: list[int], current: int, keep_latest: int, protected: int) -> list[int]:
-    """Steps that retention removes after `current` was committed.
+    """Return the steps that retention removes after `current` was committed.
 
-    Of the steps up to `current` the newest `keep_latest` stay (0: all), and `protected`, the step
-    that the run was resumed from. Steps after `current` are somebody's future: neither counted nor
-    removed.
+    The newest `keep_latest` steps up to `current` stay (0: all), and so does `protected`, the step
+    that the run resumed from. Steps after `current` are neither counted nor removed.
     """
     if keep_latest == 0:
         return []
@@ -124,9 +123,9 @@ def steps_to_delete(steps: list[int], current: int, keep_latest: int, protected:
 def delete_old_steps(
     folder: Path, run_id: str, current: int, keep_latest: int, protected: int
 ) -> list[int]:
-    """Apply `steps_to_delete` to the committed steps of this run; returns what was removed.
+    """Apply `steps_to_delete` to the committed steps of this run; return the removed ones.
 
-    A step first loses its name, so that a crash in the middle leaves no half a checkpoint behind.
+    A step is renamed first, so that a crash in the middle leaves no half checkpoint.
     """
     device = os.stat(folder).st_dev
     steps = committed_steps(folder, run_id)
@@ -140,9 +139,9 @@ def delete_old_steps(
 
 
 def delete_leftovers(folder: Path, run_id: str) -> list[str]:
-    """Remove what a killed process of this run was writing or deleting; returns the names.
+    """Remove what a killed process of this run was writing or deleting; return the names.
 
-    The caller holds the run folder's lock, so that no living process owns them.
+    The caller holds the lock of the run folder, so no living process owns them.
     """
     run = re.escape(run_id)
     patterns = (rf"\.tmp-step-\d+-{run}-[0-9a-f]+", rf"\.trash-{run}-step-\d+-[0-9a-f]+")

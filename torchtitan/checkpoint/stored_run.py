@@ -1,15 +1,21 @@
-"""`StoredRun`: what a run folder says about the run in it. Only reads. No torch."""
+"""The run that a run folder holds, and the data it was trained with. Only reads. No torch."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
-from torchtitan.checkpoint.manifest import Manifest
-from torchtitan.checkpoint.steps_folder import inspect_steps, step_folders
-from torchtitan.config import JobConfig
+from torchtitan.checkpoint.initial import initial_path, without_excluded
+from torchtitan.checkpoint.manifest import Manifest, read_manifest
+from torchtitan.checkpoint.steps_folder import inspect_steps, step_folders, step_name
+from torchtitan.config import ConfigIssue, JobConfig
+from torchtitan.config.schema import Checkpoint
+
+if TYPE_CHECKING:
+    from torchtitan.checkpoint.decision import Decision
 
 CONFIG_NAME = "config.toml"
 STATUS_NAME = "run_status.json"
@@ -18,25 +24,25 @@ METRICS_NAME = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The run that a folder holds, if any. Manifests are read when they are asked for."""
+    """The run that a folder holds, if any; manifests are read on first use."""
 
     status: dict[str, Any]
     """The content of `run_status.json`; empty without one."""
     checkpoint_folder: Path
     step_folders: list[int]
-    """Steps that have a folder, whole or not."""
+    """Steps that have a folder, valid or not."""
     has_metrics: bool
     config_file: Path
 
     @cached_property
     def good(self) -> list[Manifest]:
-        """Manifests of the whole checkpoints, by step."""
+        """The manifests of the valid checkpoints, by step."""
         candidates = inspect_steps(self.checkpoint_folder) if self.step_folders else []
         return [candidate.manifest for candidate in candidates if candidate.manifest]
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """The resolved config of the run: of its folder, or else of its newest checkpoint."""
+        """The resolved config in the run folder, or else in the newest checkpoint."""
         # A crash of the machine can leave an empty file, which is a valid TOML of defaults.
         return read_stored_config(self.config_file) or self._newest_config
 
@@ -58,19 +64,19 @@ class StoredRun:
 
     @property
     def newest(self) -> Manifest | None:
-        """The newest whole checkpoint."""
+        """The newest valid checkpoint."""
         return self.good[-1] if self.good else None
 
     @property
     def trained(self) -> bool:
-        """Return whether there is anything in it that a fresh start would lose."""
+        """Return whether a fresh start would lose anything."""
         return bool(self.step_folders or self.has_metrics or self.status.get("step"))
 
     @property
     def ended(self) -> str:
-        """Return how the run ended, if it did: completed or data_exhausted."""
+        """Return `completed` or `data_exhausted` if the run has ended, else an empty string."""
         status = str(self.status.get("status"))
-        # A job with `load_only` trained for itself: what is saved is as it was.
+        # The end of a `load_only` job says nothing about the run it loaded from.
         aside = stored_value(self.config or {}, "checkpoint.load_only") is True and self.good
         if status in ("completed", "data_exhausted") and not aside:
             return status
@@ -84,13 +90,15 @@ class StoredRun:
 
     @property
     def step(self) -> int:
-        """The last step that a later start can count on."""
+        """The last step that a later start can rely on."""
         step = self.status.get("step", 0) if self.ended else 0
         return max(step if isinstance(step, int) else 0, self.newest.step if self.newest else 0)
 
     def planned(self, key: str) -> Any:
-        """The value of `key` when the run last saved: a later start may have raised it since, and
-        may have been killed before it saved anything."""
+        """Return the value of `key` when the run last saved.
+
+        A later start may have raised it and been killed before it saved anything.
+        """
         return stored_value(self._newest_config or self.config or {}, key)
 
 
@@ -110,6 +118,47 @@ def read_stored_run(path: Path, config: JobConfig) -> StoredRun:
         has_metrics = (path / METRICS_NAME).stat().st_size > 0
     except OSError:
         has_metrics = False
-    # Damaged, it still says that the folder is a run's.
+    # Even a damaged status shows that the folder is a run's.
     status = status if isinstance(status, dict) else {"status": "unreadable"}
     return StoredRun(status, folder, step_folders(folder), has_metrics, path / CONFIG_NAME)
+
+
+def stored_state(config: JobConfig, decision: "Decision") -> dict[str, Any]:
+    """Return the JSON state that a start continues from; empty at the start of the data.
+
+    `config` is the resolved one. Raises `InvalidCheckpoint`.
+    """
+    section = config.checkpoint
+    if not section.enable or decision.action == "finished":
+        return {}
+    if decision.action == "resume" and decision.step > 0:
+        folder = Path(config.job.dump_folder).resolve() / section.folder
+        return read_manifest(folder / step_name(decision.step)).state
+    if section.initial_load_path is None or section.initial_load_model_only:
+        return {}
+    manifest = read_manifest(initial_path(section))
+    return without_excluded(manifest.state, section.exclude_from_loading)
+
+
+def data_problems(
+    section: Checkpoint,
+    state: Mapping[str, Any],
+    fingerprint: str,
+    differences: Callable[[Mapping[str, Any] | None], Mapping[str, str]],
+) -> list[ConfigIssue]:
+    """Return the problems of continuing from a stored `state` with the data of `fingerprint`.
+
+    `differences` compares a stored summary with the data: config key -> what differs.
+    """
+    if state.get("data_fingerprint") in (None, fingerprint) or section.allow_dataset_change:
+        return []
+    fix = (
+        "restore it, or train in another --job.dump_folder, or anew with --job.new_run;"
+        " data.restart begins other data anew, with the next epoch;"
+        " checkpoint.allow_dataset_change continues regardless"
+    )
+    text = "differs from that of the checkpoint, whose position in the data then means nothing"
+    return [
+        ConfigIssue(key, f"{text}: {how}", fix)
+        for key, how in differences(state.get("data_summary")).items()
+    ]

@@ -1,8 +1,7 @@
-"""The weights of a checkpoint folder as one file of `torch.save`.
+"""Convert the weights of a checkpoint folder to one file of `torch.save`.
 
-torch's own `dcp_to_torch_save` does nearly that. This one believes nothing that it reads, compares
-every byte with the manifest where there is one, leaves the optimizer out, converts while it reads,
-and replaces no file.
+Unlike torch's `dcp_to_torch_save` it runs no code from the checkpoint, verifies every byte against
+the manifest if there is one, omits the optimizer, converts types, and replaces no file.
 """
 
 import math
@@ -26,9 +25,9 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def dcp_to_torch(path: Path, file: Path, dtype: str | None) -> None:
-    """Write `file`, which must not exist, from the folder `path`; `dtype` None keeps the types.
+    """Write the new file `file` from the folder `path`; `dtype` None keeps the types.
 
-    Raises `CheckpointError`; then there is no file.
+    Raises `CheckpointError`, and leaves no file then.
     """
     quiet_dcp()
     try:
@@ -48,7 +47,7 @@ def dcp_to_torch(path: Path, file: Path, dtype: str | None) -> None:
 
 def _verify(folder: ModelFolder) -> None:
     if folder.manifest is None:
-        _say(f"{folder.path} has no manifest: damage in it would not be noticed")
+        _say(f"{folder.path} has no manifest, so damage would not be noticed")
         return
     for number, (name, record) in enumerate(folder.manifest.files.items(), start=1):
         _say(f"verifying file {number} of {len(folder.manifest.files)}")
@@ -64,7 +63,7 @@ def _read(folder: ModelFolder, dtype: torch.dtype | None) -> dict[str, torch.Ten
             told = time.monotonic()
         try:
             folder.load(batch)
-        except Exception as error:  # what a damaged file makes torch raise is not said anywhere
+        except Exception as error:  # torch documents no errors for damaged files
             raise CheckpointError(f"{folder.path} could not be read: {error}") from error
         for name, tensor in batch.items():
             weights[name] = tensor
@@ -76,7 +75,7 @@ def _read(folder: ModelFolder, dtype: torch.dtype | None) -> dict[str, torch.Ten
 
 
 def _batches(folder: ModelFolder) -> Iterator[dict[str, torch.Tensor]]:
-    """Empty tensors to read into, about `_BATCH_BYTES` at a time."""
+    """Yield empty tensors to read into, about `_BATCH_BYTES` at a time."""
     batch: dict[str, torch.Tensor] = {}
     size = 0
     for name, entry in folder.tensors.items():
@@ -90,7 +89,7 @@ def _batches(folder: ModelFolder) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _save_new(weights: dict[str, torch.Tensor], file: Path) -> None:
-    """All or nothing, and nothing over a file that came meanwhile."""
+    """Write `file` atomically, and never over a file that appeared meanwhile."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as stream:
@@ -110,7 +109,7 @@ def _name(temporary: Path, file: Path) -> None:
         raise
     except OSError:  # not every file system has hard links
         with open(file, "xb"):
-            pass  # the name is ours now, so that nobody else's file is replaced
+            pass  # reserves the name, so that no other file is replaced
         try:
             os.replace(temporary, file)
         except OSError:

@@ -1,11 +1,11 @@
-"""What can be said against the checkpoint settings, before torch is imported."""
+"""Checks of the checkpoint settings and the run folder. No torch."""
 
 import os
 import re
 from pathlib import Path
 
 from torchtitan.checkpoint.decision import decide, starts_anew
-from torchtitan.checkpoint.disk_space import room_in, room_problems
+from torchtitan.checkpoint.disk_space import free_space, space_problems
 from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
 from torchtitan.checkpoint.initial import setting_problems
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
@@ -22,7 +22,7 @@ _LONG_RUN_STEPS = 1000
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the section alone and with the other sections. Touches no file."""
+    """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
     problems = _path_problems("job.dump_folder", config.job.dump_folder)
     if section.initial_load_path is not None:
@@ -39,7 +39,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     )
     if section.folder in others or _TAKEN.fullmatch(section.folder):
         text = "is the name of something else in the run folder"
-        fix = 'choose a name of its own, such as "checkpoint"'
+        fix = 'choose another name, such as "checkpoint"'
         problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
     if section.keep_latest_k == 1:
         text = "would leave nothing to fall back to when the only checkpoint is damaged"
@@ -51,19 +51,18 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def _path_problems(key: str, path: str) -> list[ConfigIssue]:
-    """What no file system has. `s3://...` would otherwise be a folder `s3:` in the current one."""
+    """Return problems of a path, such as `s3://...`, which would become a local folder `s3:`."""
     if not path or "\0" in path:
         return [ConfigIssue(key, "is not a path", "give the path of a folder", path)]
     if _URI.match(path):
-        text = "is a URI, and runs are written to, and read from, file systems only"
+        text = "is a URI, but runs are only read from and written to file systems"
         fix = "mount that storage, and give the path of a folder in it"
         return [ConfigIssue(key, text, fix, path)]
     return []
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the run folder as it is now, and of a start in it; reads names, the stored config
-    and manifests, writes nothing."""
+    """Check the run folder and a start in it; read names, config and manifests, write nothing."""
     config, section = context.config, context.config.checkpoint
     dump_folder = Path(config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
@@ -119,10 +118,10 @@ def _switch_problems(context: RunContext) -> list[ConfigIssue]:
 
 
 def _save_problems(context: RunContext) -> list[ConfigIssue]:
-    """What contradicts itself about what is saved."""
+    """Return contradictions between settings on what is saved."""
     section, problems = context.config.checkpoint, []
     if section.export_dtype != "float32" and not section.last_save_model_only:
-        text = "is the number format of a last checkpoint without optimizer, which is not asked for"
+        text = "only applies to a last checkpoint without optimizer state, which is not set"
         fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
         problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
     if not section.create_seed_checkpoint:
@@ -161,14 +160,14 @@ def _folder_problems(dump_folder: Path) -> list[ConfigIssue]:
 
 
 def _protection_problems(folder: Path) -> list[ConfigIssue]:
-    text = "may be written to by anybody on this machine, who could plant a checkpoint"
+    text = "is writable by all users of this machine, who could plant a checkpoint"
     problems = [
         ConfigIssue("checkpoint.folder", text, TRUST_FIX, str(part))
         for part in unprotected_parts(folder)
     ]
     parent = unprotected_parent(folder.parent)
     if parent is not None and not problems:
-        text = f"lies below {parent}, where anybody on this machine may put another in its place"
+        text = f"lies below {parent}, where all users of this machine may replace it"
         fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
         where = str(folder.parent)
         problems.append(ConfigIssue("job.dump_folder", text, fix, where, severity="warning"))
@@ -181,7 +180,7 @@ def _space_problems(folder: Path, section: Checkpoint) -> list[ConfigIssue]:
     if not manifests:
         return []
     last = manifests[-1]
-    return room_problems(folder, section, last.num_bytes, len(last.files), room_in(folder))
+    return space_problems(folder, section, last.num_bytes, len(last.files), free_space(folder))
 
 
 def _on_memory(folder: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Whether the weights of `checkpoint.initial_load_path` fit the model, by names and shapes.
+"""Check that the weights of `checkpoint.initial_load_path` fit the model, by names and shapes.
 
-Only a built model knows its names. A vocabulary that the tokenizer decides on is not compared.
+A vocabulary size that comes from the tokenizer is not compared.
 """
 
 from pathlib import Path
@@ -16,12 +16,14 @@ from torchtitan.models.registry import get_family
 _KEY = "checkpoint.initial_load_path"
 _STAND_IN_VOCAB_SIZE = 1_000_003
 _HARMLESS_HANDLERS = {"compile"}
-"""Handlers that leave parameters as they are; others may add some."""
+"""Handlers that add no parameters."""
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Compare, where a run is about to begin with weights of another one; imports torch. For
-    configs whose other sections are sound; with others it has nothing to say."""
+    """Compare the model with the weights that a new run starts from; imports torch.
+
+    Returns nothing for a config with errors in other sections.
+    """
     config, section = context.config, context.config.checkpoint
     if not section.enable or section.initial_load_path is None:
         return []
@@ -63,8 +65,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
 
 
 def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
-    """`wanted` with what is stored in place of what may differ: the number format, which a load
-    converts, and a length that is not known yet."""
+    """Return `wanted` with the stored type, which a load converts, and unknown sizes as stored."""
     if stored is None or len(stored["shape"]) != len(wanted["shape"]):
         return wanted
     shape = [

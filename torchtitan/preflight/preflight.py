@@ -106,7 +106,7 @@ def _problems_of_the_stored_run(context: RunContext) -> list[ConfigIssue]:
 def data_problems(context: RunContext) -> list[ConfigIssue]:
     """Compare data, tokenizer and cutting with those of the run that a start goes on with. The
     data's files are opened; what keeps them from being read is told by other phases."""
-    from torchtitan.checkpoint import data_check
+    from torchtitan.checkpoint import stored_run
     from torchtitan.checkpoint.decision import decide, resolved_config
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
 
@@ -114,7 +114,7 @@ def data_problems(context: RunContext) -> list[ConfigIssue]:
     try:
         decision = decide(config, context, Path(config.job.dump_folder).resolve())
         config = resolved_config(config, decision)
-        state = data_check.stored_state(config, decision)
+        state = stored_run.stored_state(config, decision)
     except (ConfigError, InvalidCheckpoint):
         return []
     if state.get("data_fingerprint") is None:
@@ -134,7 +134,7 @@ def data_problems(context: RunContext) -> list[ConfigIssue]:
         return []
     compare = partial(identity.differences, now=identity.summary_of(now), anew=config.data.restart)
     fingerprint = identity.fingerprint_of(now)
-    return data_check.data_problems(config.checkpoint, state, fingerprint, compare)
+    return stored_run.data_problems(config.checkpoint, state, fingerprint, compare)
 
 
 def report(problems: Iterable[ConfigIssue], quiet: bool = False) -> None:

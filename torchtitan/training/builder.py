@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.checkpoint.saver import Saver
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.data import loader as data_loader
@@ -62,7 +62,9 @@ def build_optimizers(
     return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
 
 
-def load(saver: Saver, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def load(
+    saver: CheckpointManager, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     """Load what there is to start from; handlers see the weights before they get their state."""
     saver.load(model.parts, optimizers, model.handlers)
     call_after_load(model)
@@ -74,7 +76,7 @@ def build_update(
     model: BuiltModel,
     optimizers: Sequence[torch.optim.Optimizer],
     dims: ParallelDims,
-    saver: Saver | None = None,
+    saver: CheckpointManager | None = None,
 ) -> Update:
     """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
     if config.optimizer.early_step_in_backward:
@@ -90,7 +92,7 @@ def build_nonfinite_guard(
     world: DistributedContext,
     model: BuiltModel,
     optimizers: Sequence[torch.optim.Optimizer],
-    saver: Saver,
+    saver: CheckpointManager,
 ) -> NonFiniteGuard:
     """Return what ends the run at a step that is not finite, and says what is left of it."""
 
@@ -170,7 +172,7 @@ def build_loader(
     dims: ParallelDims,
     world: DistributedContext,
     tokenizer: Tokenizer,
-    saver: Saver,
+    saver: CheckpointManager,
 ) -> Loader:
     """This rank's share of the data, from where the checkpoint stands."""
     config = context.config
@@ -240,19 +242,19 @@ def build_validator(
 
 def build_saver(
     config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
-) -> Saver:
+) -> CheckpointManager:
     """Checkpointing, or its absence."""
-    checkpointer = None
+    store = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
-        checkpointer = Checkpointer(
+        store = CheckpointStore(
             config.checkpoint,
             folder.checkpoint_folder,
             world,
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    return Saver(config.checkpoint, checkpointer, world)
+    return CheckpointManager(config.checkpoint, store, world)
 
 
 def build_metrics(

@@ -1,8 +1,11 @@
 """How a run ends: its status, what it logs last, and whose fault it was."""
 
 import logging
+import os
 import re
+import sys
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.config import (
@@ -14,6 +17,7 @@ from torchtitan.config import (
     NonFiniteError,
 )
 from torchtitan.config.exit_codes import (
+    CHECKPOINT,
     DONE,
     FAILED,
     HANG,
@@ -80,7 +84,8 @@ def after_error(
     """
     lost = lost_contact(error)
     code = INTERRUPTED if progress.stop.interrupted else exit_code_of(error)
-    if lost == "timeout" and code == FAILED:
+    # A save that goes on beside training wraps what it waited for in a CheckpointError.
+    if lost == "timeout" and code in (FAILED, CHECKPOINT):
         code = HANG
     own = reason = Ending(rank, code, _summary(error, code), lost)
     # A start that is refused leaves the status of the stored run alone.
@@ -104,6 +109,18 @@ def after_error(
     if not isinstance(error, KeyboardInterrupt):
         _log(error, own, reason, progress)
     return reason.code
+
+
+def leave_now(code: int) -> NoReturn:
+    """End the process although a thread is writing a checkpoint, which an exit would wait for.
+
+    What the thread has not renamed yet does not exist. The kernel releases the lock of the run
+    folder, so the next job starts when this thread is gone.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _log(error: BaseException, own: Ending, reason: Ending, progress: Progress) -> None:

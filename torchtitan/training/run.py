@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from torchtitan.checkpoint.agreement import run_on_rank0
+from torchtitan.checkpoint.async_save import is_saving
+from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.checkpoint.saver import RunState, Saver
 from torchtitan.config import JobConfig
-from torchtitan.config.exit_codes import DONE
+from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
@@ -27,6 +28,7 @@ from torchtitan.training.ending import (
     after_error,
     after_success,
     closing_words,
+    leave_now,
     set_status,
 )
 from torchtitan.training.prefetch import Prefetch
@@ -173,7 +175,7 @@ def train(
 
 
 def begin(
-    world: DistributedContext, folder: RunFolder, saver: Saver, metrics: MetricsLogger
+    world: DistributedContext, folder: RunFolder, saver: CheckpointManager, metrics: MetricsLogger
 ) -> None:
     """Change the run folder, now that nothing can refuse the start any more. All ranks call it."""
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
@@ -249,6 +251,8 @@ def run(
         failed = after_error(error, environment.rank, world, folder, progress, patience)
         if failed is None:
             raise
+        if failed == INTERRUPTED and is_saving():
+            leave_now(failed)
         return failed
     finally:
         folder.close()

@@ -11,6 +11,7 @@ from torchtitan.config import JobConfig
 SAME_RUN: list[tuple[str, Any]] = [
     ("job.dump_folder", "elsewhere"),
     ("job.device", "cpu"),
+    ("job.custom_import", ["my_code"]),
     ("training.local_batch_size", 2),
     ("training.dataloader.num_workers", 3),
     ("training.loss_chunks", 2),

@@ -58,7 +58,5 @@ def test_limit_on_the_size_of_files_is_told_before_training(tmp_path: Path) -> N
     assert file_limit_problems(tmp_path, 3000, [None, 1500]) == []
     assert file_limit_problems(tmp_path, 3000, [None, None]) == []
     (problem,) = file_limit_problems(tmp_path, 8000, [None, 1500])
-    assert "needs files of 3.9 KiB or more, and a process may write no more than 1.5 KiB" in str(
-        problem
-    )
+    assert "needs files of 3.9 KiB or more, and a process may write at most 1.5 KiB" in str(problem)
     assert "ulimit -f" in problem.fix

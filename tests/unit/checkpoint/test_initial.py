@@ -77,7 +77,7 @@ def test_seed_is_written_once(tmp_path: Path) -> None:
     again = open_folder(tmp_path, checkpoint={"create_seed_checkpoint": True})
     assert (again.decision.action, again.decision.notices) == (
         "finished",
-        ("The seed checkpoint is there.",),
+        ("The seed checkpoint already exists.",),
     )
     assert json.loads((tmp_path / "run_status.json").read_text())["status"] == "seeded"
     other = {"checkpoint": {"create_seed_checkpoint": True}, "model": {"flavor": "8B"}}
@@ -87,7 +87,7 @@ def test_seed_is_written_once(tmp_path: Path) -> None:
 def test_seed_is_not_written_into_a_run(tmp_path: Path) -> None:
     stopped_run(tmp_path, 5)
     message = refused(tmp_path, checkpoint={"create_seed_checkpoint": True})
-    assert "was trained to step 5" in message
+    assert "that is at step 5" in message
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     cases = {
         tmp_path / "gone": "does not exist",
         make_file(tmp_path / "w", "model.pt") / "model.pt": "format_utils torch_to_dcp",
-        make_file(tmp_path / "hf", "model.safetensors"): "files of the kind safetensors",
+        make_file(tmp_path / "hf", "model.safetensors"): "it holds safetensors files",
         other.parent: f"holds steps 8. Fix: choose one, such as {other}",
         damaged: "is damaged",
         open_to_all: "checkpoint.trust_path",
@@ -217,9 +217,9 @@ def test_weights_alone_cannot_go_on(tmp_path: Path) -> None:
     ("excluded", "text"),
     [
         (["data_loader"], 'did you mean "dataloader"?'),
-        (["model"], "there is nothing to load"),
-        (["lr_scheduler"], "neither can be left out alone"),
-        (["train_state"], "neither can be left out alone"),
+        (["model"], "is not a part that can be excluded"),
+        (["lr_scheduler"], "neither can be excluded alone"),
+        (["train_state"], "neither can be excluded alone"),
         (["optimizer"], "warmup"),
     ],
 )
@@ -231,7 +231,7 @@ def test_exclusions_that_make_no_sense(tmp_path: Path, excluded: list[str], text
 def test_exclusions_that_would_do_nothing(tmp_path: Path) -> None:
     excluded = {"exclude_from_loading": ["dataloader"]}
     for section in (excluded, {**excluded, "initial_load_path": "/x"}):
-        assert "takes over no more than weights" in problems(tmp_path, checkpoint=section)
+        assert "takes over more than weights" in problems(tmp_path, checkpoint=section)
     sensible = full(tmp_path, "optimizer", "lr_scheduler", "train_state", "dataloader")
     assert problems(tmp_path, checkpoint=sensible) == ""
 

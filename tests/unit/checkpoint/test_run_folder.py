@@ -191,7 +191,7 @@ def test_epochs_cannot_grow_from_nothing(tmp_path: Path) -> None:
     opened = open_folder(tmp_path, data={"epochs": 1})
     opened.set_status("data_exhausted", 13, 0)
     text = refused(tmp_path, data={"epochs": 2})
-    assert "data.epochs = 2: the run is finished at step 13, and left no checkpoint" in text
+    assert "data.epochs = 2: the run finished at step 13 and left no checkpoint" in text
 
 
 def test_an_unset_warmup_stays_that_of_the_first_start(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_steps_cannot_grow_from_a_model_alone(tmp_path: Path) -> None:
 
 def test_steps_cannot_grow_from_nothing(tmp_path: Path) -> None:
     finished_run(tmp_path)
-    assert "left no checkpoint to go on from" in refused(tmp_path, training={"steps": 30})
+    assert "left no checkpoint to continue from" in refused(tmp_path, training={"steps": 30})
 
 
 def test_going_back(tmp_path: Path) -> None:

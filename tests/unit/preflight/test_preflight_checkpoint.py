@@ -127,7 +127,7 @@ def test_part_that_anybody_may_write_to(tmp_path: Path, part: str) -> None:
     plant(tmp_path, 5)
     assert errors(tmp_path) == []
     (tmp_path / part).chmod(0o777)
-    only(errors(tmp_path), "checkpoint.folder", "written to by anybody")
+    only(errors(tmp_path), "checkpoint.folder", "writable by all users")
     assert errors(tmp_path, trust_path=True) == []
 
 
@@ -208,7 +208,7 @@ def test_no_good_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "step-10" / "__0_0.distcp").unlink()
     assert errors(tmp_path) == []
     (tmp_path / "checkpoint" / "step-5" / "__0_0.distcp").write_bytes(b"half")
-    only(errors(tmp_path), "checkpoint.folder", "none of which is a whole checkpoint")
+    only(errors(tmp_path), "checkpoint.folder", "none of which is a valid checkpoint")
 
 
 def test_link_for_a_step(tmp_path: Path) -> None:
