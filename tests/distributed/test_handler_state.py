@@ -77,12 +77,12 @@ def _go_on(
     config = case.config()
     dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
     mesh = dims.build_mesh("cpu")
-    saver = CheckpointManager(
+    manager = CheckpointManager(
         Checkpoint(enable=True, **section), make_store(world, folder, **section), world
     )
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     optimizers = builder.build_optimizers(config, model, world.device)
-    builder.load(saver, model, optimizers)
+    builder.load(manager, model, optimizers)
     found = {"start": contents(model.handlers)}
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     batches = tiny.microbatches_of(case, dims, world.rank)
@@ -95,15 +95,15 @@ def _go_on(
             handler.post_optimizer_hook(model.part_or_parts)
         for optimizer in optimizers:
             optimizer.zero_grad()
-    parts, state = model.parts, RunState(saver.state.step + STEPS)
-    saver.save(state, {}, parts, optimizers, False, False, handlers=model.handlers)
+    parts, state = model.parts, RunState(manager.state.step + STEPS)
+    manager.save(state, {}, parts, optimizers, False, False, handlers=model.handlers)
     found["end"] = contents(model.handlers)
-    saver.wait_for_staging()
+    manager.wait_for_staging()
     for handler in model.handlers:
         for value in (handler.state_dict() or {}).values():
             if isinstance(value, Tensor):
                 value.zero_()  # beside a save it has copies
-    saver.wait()
+    manager.wait()
     return found
 
 

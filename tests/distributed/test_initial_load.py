@@ -188,7 +188,7 @@ def plant_canary(world: DistributedContext, folder: str) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.items()}
 
 
-# --- the saver ------------------------------------------------------------------------------------
+# --- the manager ----------------------------------------------------------------------------------
 
 
 def save_last(
@@ -199,10 +199,10 @@ def save_last(
     trainer = Trainer(world)
     trainer.train_step(1)
     store = CheckpointStore(settings, Path(folder), world, {"run_id": "a"})
-    with CheckpointManager(settings, store, world) as saver:
-        assert saver.is_due(1, last=True)
-        saver.save(RunState(1), {0: {}}, [trainer.model], [trainer.optimizer], True, True)
-        assert saver.saved_step == 1
+    with CheckpointManager(settings, store, world) as manager:
+        assert manager.is_due(1, last=True)
+        manager.save(RunState(1), {0: {}}, [trainer.model], [trainer.optimizer], True, True)
+        assert manager.saved_step == 1
     dist.barrier()
     step = Path(folder) / "step-1"
     entries = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
@@ -230,8 +230,8 @@ def test_last_save_is_exported(gloo_pool: GlooPool, tmp_path: Path) -> None:
 def due_steps(world: DistributedContext, folder: str, section: dict[str, Any]) -> list[int]:
     settings = Checkpoint(enable=True, interval=4, **section)
     store = CheckpointStore(settings, Path(folder), world, {"run_id": "a"})
-    saver = CheckpointManager(settings, store, world)
-    return [step for step in range(1, 11) if saver.is_due(step, last=step == 10)]
+    manager = CheckpointManager(settings, store, world)
+    return [step for step in range(1, 11) if manager.is_due(step, last=step == 10)]
 
 
 @pytest.mark.parametrize(

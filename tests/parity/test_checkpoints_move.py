@@ -88,25 +88,25 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_context(context)
     device_mesh = dims.build_mesh("cpu")
-    saver = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
-    loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), saver)
+    manager = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
+    loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), manager)
     # Other weights than those of the checkpoint, should it load less than all.
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, device_mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
-    saver.load(model.parts, optimizers)
+    manager.load(model.parts, optimizers)
     runner = builder.build_runner(config, model, device_mesh, dims, world.device)
 
     def digests() -> dict[str, str]:
         tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
-    leg = Leg(dp_rank=dims.dp_rank(world.rank), state=saver.state)
+    leg = Leg(dp_rank=dims.dp_rank(world.rank), state=manager.state)
     leg.loaded = digests()
     batches = tiny.microbatches_of(case, dims, world.rank)
     num_targets = int(CrossEntropyLoss().count(tiny.sequences()))
-    for step in range(saver.state.step + 1, last + 1):
+    for step in range(manager.state.step + 1, last + 1):
         data = loader.next_step()
         read = (batch["tokens"] for batch in data.microbatches)
         leg.samples[step] = [digest(sequence) for tokens in read for sequence in tokens]
@@ -119,7 +119,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
             optimizer.zero_grad()
     if save:
         state = RunState(last, last * 1000, data_fingerprint=loader.fingerprint)
-        saver.save(state, data.lane_states, model.parts, optimizers, finished=False, last=True)
+        manager.save(state, data.lane_states, model.parts, optimizers, finished=False, last=True)
     loader.close()
     leg.content = digests()
     return leg

@@ -63,12 +63,12 @@ def build_optimizers(
 
 
 def load(
-    saver: CheckpointManager, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]
+    manager: CheckpointManager, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
     """Load what there is to start from; handlers see the weights before they get their state."""
-    saver.load(model.parts, optimizers, model.handlers)
+    manager.load(model.parts, optimizers, model.handlers)
     call_after_load(model)
-    saver.load_handlers(model.handlers, model.parts, optimizers)
+    manager.load_handlers(model.handlers, model.parts, optimizers)
 
 
 def build_update(
@@ -76,11 +76,11 @@ def build_update(
     model: BuiltModel,
     optimizers: Sequence[torch.optim.Optimizer],
     dims: ParallelDims,
-    saver: CheckpointManager | None = None,
+    manager: CheckpointManager | None = None,
 ) -> Update:
-    """What steps the parameters. `saver`: whoever may be copying them, and is told before."""
+    """Return what steps the parameters, after copies that `manager` may be making of them."""
     if config.optimizer.early_step_in_backward:
-        wait_for_staging = saver.wait_for_staging if saver is not None else lambda: None
+        wait_for_staging = manager.wait_for_staging if manager is not None else lambda: None
         return OptimizerInBackward(
             optimizers, dims.ranks_per_stage, wait_for_staging, model.parameters[0]
         )
@@ -92,7 +92,7 @@ def build_nonfinite_guard(
     world: DistributedContext,
     model: BuiltModel,
     optimizers: Sequence[torch.optim.Optimizer],
-    saver: CheckpointManager,
+    manager: CheckpointManager,
 ) -> NonFiniteGuard:
     """Return what ends the run at a step that is not finite, and says what is left of it."""
 
@@ -104,7 +104,7 @@ def build_nonfinite_guard(
         lag=0 if world.device.type == "cpu" else 1,
         left_out=not config.optimizer.early_step_in_backward,
         find_non_finite=find_non_finite,
-        describe_newest=saver.describe_newest,
+        describe_newest=manager.describe_newest,
     )
 
 
@@ -172,7 +172,7 @@ def build_loader(
     dims: ParallelDims,
     world: DistributedContext,
     tokenizer: Tokenizer,
-    saver: CheckpointManager,
+    manager: CheckpointManager,
 ) -> Loader:
     """This rank's share of the data, from where the checkpoint stands."""
     config = context.config
@@ -183,7 +183,7 @@ def build_loader(
         global_batch_size=context.global_batch_size,
         local_batch_size=config.training.local_batch_size,
     )
-    stored = saver.state
+    stored = manager.state
     loader = data_loader.build_loader(
         config.training,
         config.data,
@@ -201,7 +201,7 @@ def build_loader(
         )
     if not loader.names_data(stored.data_fingerprint):
         compare = partial(differences, now=loader.data_summary, anew=config.data.restart)
-        saver.check_data(loader.fingerprint, compare)
+        manager.check_data(loader.fingerprint, compare)
         if loader.change and world.is_main:
             logger.warning("%s", loader.change)
     return loader
@@ -240,7 +240,7 @@ def build_validator(
     return Validator(section, config.comm, readers, fetch_ahead, runner, metrics, world, garbage)
 
 
-def build_saver(
+def build_checkpoint_manager(
     config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
 ) -> CheckpointManager:
     """Checkpointing, or its absence."""

@@ -53,31 +53,31 @@ def train(
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
-        saver = stack.enter_context(builder.build_saver(config, world, folder, dims))
-        loader = builder.build_loader(context, dims, world, tokenizer, saver)
+        manager = stack.enter_context(builder.build_checkpoint_manager(config, world, folder, dims))
+        loader = builder.build_loader(context, dims, world, tokenizer, manager)
         stack.callback(loader.close)
         model = model_builder.build_model(
-            config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not saver.loads
+            config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not manager.loads
         )
         optimizers = builder.build_optimizers(config, model, world.device)
         schedule = Schedule(config.lr_scheduler, training.steps)
-        builder.load(saver, model, optimizers)
-        update = builder.build_update(config, model, optimizers, dims, saver)
+        builder.load(manager, model, optimizers)
+        update = builder.build_update(config, model, optimizers, dims, manager)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
-        step = first_step = progress.step = saver.state.step
-        progress.saved_step = saver.saved_step
+        step = first_step = progress.step = manager.state.step
+        progress.saved_step = manager.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         stop = stack.enter_context(progress.stop)
-        nonfinite_guard = builder.build_nonfinite_guard(config, world, model, optimizers, saver)
+        nonfinite_guard = builder.build_nonfinite_guard(config, world, model, optimizers, manager)
         ahead = Prefetch(
             loader,
             runner.loss,
             world,
             stop,
             dims.is_data_leader(world.rank),
-            saver.save_failed,
+            manager.save_failed,
             config.data.max_bad_rows,
         )
         validator = builder.build_validator(
@@ -95,15 +95,15 @@ def train(
                 world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
             ):
                 parts, handlers = model.parts, model.handlers
-                saver.save(state, lanes, parts, optimizers, finished, last, handlers)
+                manager.save(state, lanes, parts, optimizers, finished, last, handlers)
 
         def tell_saved() -> None:
-            if progress.saved_step != saver.saved_step:
-                progress.saved_step = saver.saved_step
+            if progress.saved_step != manager.saved_step:
+                progress.saved_step = manager.saved_step
                 if world.is_main:
-                    set_status(folder, "running", saver.saved_step)
+                    set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, saver, metrics)
+        begin(world, folder, manager, metrics)
         metrics.start_step()
         with metrics.timing("data"):
             ahead.start()
@@ -111,7 +111,7 @@ def train(
             with metrics.timing("data"):
                 data, agreed = ahead.wait()
             if agreed.save_failed:
-                saver.raise_failure()
+                manager.raise_failure()
             if agreed.ended or agreed.stop:
                 progress.status = "preempted" if agreed.stop else "data_exhausted"
                 break
@@ -122,7 +122,7 @@ def train(
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)
-            saver.wait_for_staging()
+            manager.wait_for_staging()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
             # Beside the parameters; where these are on the host, this waits for the loss.
@@ -153,7 +153,7 @@ def train(
             if validator.is_due(step, last=step == training.steps):
                 nonfinite_guard.flush()
                 validator.run(step)
-            if saver.is_due(step, last=step == training.steps):
+            if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
             tell_saved()
@@ -166,21 +166,21 @@ def train(
             validator.run(step)
         if step == training.steps:
             progress.status = "completed"
-        elif step > first_step and saver.is_due(step, last=True):
+        elif step > first_step and manager.is_due(step, last=True):
             with metrics.timing("checkpoint"):
                 save(finished=progress.status == "data_exhausted", last=True)
         with metrics.timing("checkpoint"):
-            saver.wait()
+            manager.wait()
         tell_saved()
 
 
 def begin(
-    world: DistributedContext, folder: RunFolder, saver: CheckpointManager, metrics: MetricsLogger
+    world: DistributedContext, folder: RunFolder, manager: CheckpointManager, metrics: MetricsLogger
 ) -> None:
     """Change the run folder, now that nothing can refuse the start any more. All ranks call it."""
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
-    saver.begin()
-    metrics.resume(saver.state.step, saver.state.num_tokens_seen)
+    manager.begin()
+    metrics.resume(manager.state.step, manager.state.num_tokens_seen)
 
 
 def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder) -> None:
@@ -189,10 +189,10 @@ def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder
     dims = ParallelDims.from_context(context)
     mesh = dims.build_mesh(world.device.type)
     vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
-    saver = builder.build_saver(config, world, folder, dims)
+    manager = builder.build_checkpoint_manager(config, world, folder, dims)
     model = model_builder.build_model(config, vocab_size, mesh, dims, world.device)
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
-    saver.save_seed(model.parts)
+    manager.save_seed(model.parts)
 
 
 def set_up_process_of(config: JobConfig, environment: ProcessEnvironment) -> RunContext:

@@ -56,14 +56,14 @@ def test_who_copies_is_told_before_anything_changes() -> None:
 
 
 def test_in_a_run_it_is_the_saver_that_copies() -> None:
-    model, saver = build(), mock.Mock()
+    model, manager = build(), mock.Mock()
     config = JobConfig.model_validate({"optimizer": {"early_step_in_backward": True, **SECTION}})
     dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
     optimizers = build_optimizers(config.optimizer, [model], CPU)
     built = mock.Mock(parameters=list(model.parameters()))
-    update = builder.build_update(config, built, optimizers, dims, saver)
+    update = builder.build_update(config, built, optimizers, dims, manager)
     model(torch.ones(2, 3)).sum().backward()
-    assert saver.wait_for_staging.call_count == len(optimizers) == 2
+    assert manager.wait_for_staging.call_count == len(optimizers) == 2
     update.step(torch.tensor(True))
 
 
