@@ -20,7 +20,7 @@ from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epoch
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun, read_stored_run
+from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -67,7 +67,7 @@ def starts_anew(config: JobConfig) -> bool:
 
 def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     """Decide what a start with `config` in `path` does. Raises `ConfigError`."""
-    stored = read_stored_run(path, config)
+    stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
         return _new(context, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
@@ -309,7 +309,7 @@ def with_stored_batch(context: RunContext) -> RunContext:
     config, warmup = context.config, None
     try:
         path = Path(config.job.dump_folder).resolve()
-        stored = read_stored_run(path, config)
+        stored = StoredRun(path, config.checkpoint.folder)
         if stored.trained and not starts_anew(config):
             known = {} if stored.is_seed or stored.config is None else stored.config
             batch, lanes, warmup, _ = _open_values(context, known)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,29 +21,36 @@ STATUS_NAME = "run_status.json"
 METRICS_NAME = "metrics.jsonl"
 
 
-@dataclass(frozen=True)
 class StoredRun:
-    """The run that a folder holds, if any; manifests are read on first use."""
+    """The run in the folder `path`, if any; manifests are read on first use.
 
-    status: dict[str, Any]
-    """The content of `run_status.json`; empty without one."""
-    checkpoint_folder: Path
-    step_folders: list[int]
-    """Steps that have a folder, valid or not."""
-    has_metrics: bool
-    config_file: Path
+    `default_folder` is the name of the checkpoint folder unless a stored config names another.
+    """
+
+    def __init__(self, path: Path, default_folder: str):
+        self._config_file = path / CONFIG_NAME
+        self.status = _read_status(path / STATUS_NAME)
+        """The content of `run_status.json`; empty without one."""
+        # The stored name counts: a config that renames the folder must not hide the checkpoints.
+        stored = read_stored_config(self._config_file) if self.status else None
+        name = stored_value(stored or {}, "checkpoint.folder")
+        self._checkpoints = path / (name if isinstance(name, str) else default_folder)
+        self.step_folders = step_folders(self._checkpoints)
+        """Steps that have a folder, valid or not."""
+        metrics = path / METRICS_NAME
+        self._has_metrics = metrics.exists() and metrics.stat().st_size > 0
 
     @cached_property
     def good(self) -> list[Manifest]:
         """The manifests of the valid checkpoints, by step."""
-        candidates = inspect_steps(self.checkpoint_folder) if self.step_folders else []
+        candidates = inspect_steps(self._checkpoints) if self.step_folders else []
         return [candidate.manifest for candidate in candidates if candidate.manifest]
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
         """The resolved config in the run folder, or else in the newest checkpoint."""
         # A crash of the machine can leave an empty file, which is a valid TOML of defaults.
-        return read_stored_config(self.config_file) or self._newest_config
+        return read_stored_config(self._config_file) or self._newest_config
 
     @property
     def _newest_config(self) -> dict[str, Any] | None:
@@ -70,7 +76,7 @@ class StoredRun:
     @property
     def trained(self) -> bool:
         """Return whether a fresh start would lose anything."""
-        return bool(self.step_folders or self.has_metrics or self.status.get("step"))
+        return bool(self.step_folders or self._has_metrics or self.status.get("step"))
 
     @property
     def ended(self) -> str:
@@ -102,25 +108,15 @@ class StoredRun:
         return stored_value(self._newest_config or self.config or {}, key)
 
 
-def read_stored_run(path: Path, config: JobConfig) -> StoredRun:
-    """Return what the run folder `path` holds."""
+def _read_status(path: Path) -> dict[str, Any]:
     try:
-        status = json.loads((path / STATUS_NAME).read_text(encoding="utf-8"))
+        status = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        status = {}
+        return {}
     except ValueError:
         status = None
-    # The stored folder name: a config that renames it must not make the checkpoints disappear.
-    stored = read_stored_config(path / CONFIG_NAME) if status else None
-    name = stored_value(stored or {}, "checkpoint.folder")
-    folder = path / (name if isinstance(name, str) else config.checkpoint.folder)
-    try:
-        has_metrics = (path / METRICS_NAME).stat().st_size > 0
-    except OSError:
-        has_metrics = False
     # Even a damaged status shows that the folder is a run's.
-    status = status if isinstance(status, dict) else {"status": "unreadable"}
-    return StoredRun(status, folder, step_folders(folder), has_metrics, path / CONFIG_NAME)
+    return status if isinstance(status, dict) else {"status": "unreadable"}
 
 
 def stored_state(config: JobConfig, decision: "Decision") -> dict[str, Any]:

@@ -129,13 +129,13 @@ def test_everything_goes_on(tmp_path: Path) -> None:
     plant_step(tmp_path / "run", 10, again.run_id)
     own = open_folder(tmp_path / "run", checkpoint=full(tmp_path / "gone")).decision
     assert (own.action, own.step) == ("resume", 10)
-    assert "initial_load_path is done" in " ".join(own.notices)
+    assert "initial_load_path is ignored" in " ".join(own.notices)
 
 
 def test_parts_are_left_out(tmp_path: Path) -> None:
     path = other_run(tmp_path / "other", step=30)
     message = refused(tmp_path / "run", checkpoint=full(path))
-    assert "training.steps = 20" in message and "of step 30 already" in message
+    assert "training.steps = 20" in message and "already at step 30" in message
     settings = full(path, "lr_scheduler", "train_state")
     assert open_folder(tmp_path / "run", checkpoint=settings).decision.step == 0
     settings = full(path, "lr_scheduler", "train_state", "dataloader")
