@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.agreement import describe_on_all_ranks, on_all
+from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks
 from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manifest import (
     HANDLER_PREFIX,
@@ -131,7 +131,7 @@ def load_handler_state(
         dcp.load(dict(wanted), storage_reader=SafeReader(path), process_group=group)
 
     if stored:
-        on_all(world, f"{path} could not be loaded", read)
+        run_on_all_ranks(world, f"{path} could not be loaded", read)
     for handler in handlers:
         if handler.name in found:
             kept = state.kept[handler.name].items()

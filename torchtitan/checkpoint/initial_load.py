@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.agreement import describe_on_all_ranks, on_all, run_on_rank0
+from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks, run_on_rank0
 from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import (
@@ -58,7 +58,7 @@ class InitialLoad:
         if manifest is None:
             logger.warning("%s has no manifest, so damage would not be noticed.", path)
         else:
-            on_all(
+            run_on_all_ranks(
                 world,
                 self._what,
                 lambda: verify_share(path, manifest, world.rank, world.world_size),
@@ -114,7 +114,9 @@ class InitialLoad:
         differences = tensor_differences(stored, ranks)
         if differences:
             raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
-        on_all(self._world, self._what, lambda: folder.load(wanted, self._world.control_group))
+        run_on_all_ranks(
+            self._world, self._what, lambda: folder.load(wanted, self._world.control_group)
+        )
         if self._model_only:
             for handler in new_handlers:
                 _change(wanted, handler)

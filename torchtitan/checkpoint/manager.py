@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan.checkpoint.agreement import run_on_rank0
+from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.handler_state import HandlerState, KeepsState, load_handler_state
 from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
 from torchtitan.checkpoint.manifest import HANDLERS_STATE, InvalidCheckpoint, select_tensors

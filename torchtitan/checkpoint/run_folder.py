@@ -68,7 +68,7 @@ class RunFolder:
     def open(
         cls,
         config: JobConfig,
-        facts: RunContext,
+        context: RunContext,
         is_main: bool = True,
         check: Callable[[JobConfig], None] = lambda config: None,
     ) -> "RunFolder":
@@ -84,8 +84,8 @@ class RunFolder:
             return cls(path, config, None, None)
         lock = _lock(path)
         try:
-            decision = decide(config, facts, path)
-            resolved = replace(facts, config=resolved_config(config, decision)).config
+            decision = decide(config, context, path)
+            resolved = replace(context, config=resolved_config(config, decision)).config
             folder = cls(path, resolved, decision, lock)
             if decision.action != "finished":
                 check(folder.config)
@@ -140,14 +140,14 @@ class RunFolder:
             error, CheckpointError | ConfigError | DataError
         )
 
-    def run_info(self, **facts: Any) -> dict[str, Any]:
-        """Return what manifests keep about the run: run id, config, versions and `facts` (JSON)."""
+    def run_info(self, **extra: Any) -> dict[str, Any]:
+        """Return what manifests keep about the run: run id, config, versions and `extra` (JSON)."""
         plain = json.loads(json.dumps(self.config.model_dump(exclude_none=True)))
         python = sys.version.split()[0]
         versions = {"python": python, "torch": version("torch"), "torchtitan": __version__}
         decision = self.decision
         kept = {"config": plain, "versions": versions, LOAD_STEP_NAME: decision.asked_load_step}
-        return {"run_id": decision.run_id, **kept, **facts}
+        return {"run_id": decision.run_id, **kept, **extra}
 
     def set_status(self, status: Status, step: int, exit_code: int | None = None) -> None:
         """Write `run_status.json`. Rank 0 only; the status of a finished run is never changed."""

@@ -24,8 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.agreement import describe_on_all_ranks, on_all, run_on_rank0
 from torchtitan.checkpoint.async_save import SaveThread, Staging, local_part
+from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks, run_on_rank0
 from torchtitan.checkpoint.dcp_io import (
     METADATA_NAME,
     SafeReader,
@@ -248,7 +248,7 @@ class CheckpointStore:
             self.on_site("ckpt.hashed", step)
             return records
 
-        records = on_all(self._writers, what, write)
+        records = run_on_all_ranks(self._writers, what, write)
         listed = {name: [record.size, record.sha256] for name, record in records.items()}
         files: dict[str, FileRecord] = {}
         for part in self._writers.gather_json(listed):
@@ -316,7 +316,7 @@ class CheckpointStore:
             group = self.world.control_group
             dcp.load(dict(tensors), storage_reader=reader, process_group=group)
 
-        on_all(self.world, f"{found.path} could not be loaded", read)
+        run_on_all_ranks(self.world, f"{found.path} could not be loaded", read)
         return found.manifest.state
 
     def _inspect(self, step: int) -> dict[str, Any]:
@@ -360,7 +360,7 @@ class CheckpointStore:
                 time.sleep(0.1)
 
         try:
-            on_all(self.world, what, wait_for_file)
+            run_on_all_ranks(self.world, what, wait_for_file)
         finally:
             if self.world.is_main:
                 (self.folder / name).unlink(missing_ok=True)

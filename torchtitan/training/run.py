@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from torchtitan.checkpoint.agreement import run_on_rank0
 from torchtitan.checkpoint.async_save import is_saving
+from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig

@@ -34,7 +34,7 @@ def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) 
     return value
 
 
-def on_all(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
+def run_on_all_ranks(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank; an error on one becomes `CheckpointError` on all."""
     error, cause = "", None
     results: list[T] = []
