@@ -107,7 +107,7 @@ def run(argv: list[str]) -> int:
 def _prepare(
     context: RunContext, named: NamedSource, folder: Path, shard_bytes: int
 ) -> TokenizeJob:
-    """What is to be done, after everything that can be known to be wrong. Raises ConfigError."""
+    """Return the job, after all checks. Raises ConfigError."""
     problems = [*probe_tokenizer_files(context), *check_data(context)]
     if not errors_of(problems):
         problems += probe_data(context)
@@ -153,8 +153,10 @@ def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
 
 
 def _finished(job: TokenizeJob) -> TokenIndex | None:
-    """The index, if the folder is complete and every file is whole. Raises ConfigError for a folder
-    with other tokens, or with files that nobody here has written."""
+    """Return the index if the folder is complete and every file is whole.
+
+    Raises ConfigError for a folder with other tokens, or with foreign files.
+    """
     folder = job.folder
     if (folder / INDEX_NAME).exists():
         try:

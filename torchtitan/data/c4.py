@@ -51,13 +51,9 @@ def _split(split: str, training: Training, data: Data) -> "Source":
 
 
 def _from_files(path: str, split: str, data: Data) -> "Source":
-    from torchtitan.data.listing import list_files
-    from torchtitan.data.sources_json import JsonSource
+    from torchtitan.data.registry import file_source
 
-    found = list_files(_layout(path, split, data.subset or SUBSET), "json")
-    source = JsonSource(found.files, data)
-    source.left_out, source.doubles = found.left_out, found.doubles
-    return source
+    return file_source(_layout(path, split, data.subset or SUBSET), "json", data)
 
 
 def _layout(path: str, split: str, subset: str) -> str:

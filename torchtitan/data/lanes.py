@@ -30,7 +30,7 @@ stop; so many mean that there is none for this lane."""
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """What all lanes of a run have in common."""
+    """The settings that all lanes of a run share."""
 
     source: Source
     shards: Sequence[Shard]
@@ -43,7 +43,7 @@ class LaneSettings:
     on_bad_row: str
     max_bad_rows: int
     may_be_empty: bool = False
-    """Whether a lane without documents is one that has ended rather than a mistake."""
+    """A lane without documents has ended; otherwise it is an error."""
 
 
 class Lane:
@@ -51,7 +51,7 @@ class Lane:
 
     def __init__(self, settings: LaneSettings, index: int, position: Position):
         self.position = position
-        """Where the next sample starts."""
+        """The start of the next sample."""
         self._settings = settings
         self._index = index
         self._bad_rows = position.bad_rows
@@ -60,14 +60,17 @@ class Lane:
         self._packer = Packer(self._stream, settings.seq_len)
 
     def close(self) -> None:
-        """Close what is open for reading. Nobody else would: the stream and the lane hold each
-        other, and training runs without the garbage collector."""
+        """Close open files.
+
+        Nothing else would: the stream and the lane reference each other, and training runs
+        without the garbage collector.
+        """
         self._stream.close()
 
     def next_sample(self, length: int | None = None) -> Sample | None:
-        """The next sample, which advances by `length` tokens (None: `seq_len`).
+        """Return the next sample, which advances by `length` tokens (None: `seq_len`).
 
-        None, for ever, when `epochs` are over. Raises DataError.
+        Returns None, for ever, when `epochs` are over. Raises DataError.
         """
         item = self._packer.next_sample(length)
         if item is None:
@@ -110,7 +113,7 @@ class Lane:
             epoch += 1
 
     def _rows(self, epoch: int, start: Position) -> Iterator[tuple[Position, Shard, Row]]:
-        """The rows of an epoch in order, from `start` on if that lies in this epoch."""
+        """Yield the rows of an epoch in order, from `start` on if that lies in this epoch."""
         settings = self._settings
         resumed = epoch == start.epoch
         own = self._order(len(settings.shards), epoch)[self._index :: settings.num_lanes]
@@ -142,7 +145,7 @@ class Lane:
         return permutation(length, combine(self._settings.seed, *key))
 
     def _tokens(self, shard: Shard, row: Row, epoch: int) -> np.ndarray | None:
-        """The tokens of a row; None for one without text and for one that is left out.
+        """Return the tokens of a row; None for one without text and for one that is skipped.
 
         Raises DataError as configured.
         """
@@ -168,10 +171,11 @@ class Lane:
 
 
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
-    """Consecutive rows in groups that fit into memory many times over, from `cursor` on.
+    """Yield shuffle blocks: consecutive rows, few enough for memory, from `cursor` on.
 
-    Each comes with the cursor at which it begins; empty for the first and if there are none. Pieces
-    of a document keep their order: each is a group of its own, where all are of one shard.
+    Each comes with the cursor at which it begins; empty for the first and for sources without
+    cursors. Pieces of a document keep their order: each is a block of its own unless lanes
+    share the shard.
     """
     rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
     next_cursor = getattr(rows, "cursor", lambda: "")

@@ -48,6 +48,7 @@ class TokenSource:
         return {**self.__dict__, "_opened": {}}  # each process maps files for itself
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         shards = self.index.shards
         if num_lanes == self.index.num_lanes:
             borders = [list(shard.pieces) for shard in shards]
@@ -63,6 +64,7 @@ class TokenSource:
         ]
 
     def rows(self, shard: Shard) -> Iterator[Row]:
+        """Yield the rows of a shard."""
         documents = self._documents(shard.file)
         sizes = documents.sizes[shard.start : shard.end].tolist()
         borders = [3] * len(sizes)
@@ -73,6 +75,7 @@ class TokenSource:
             yield Row(number, size, (shard.file, number), begins=begins, ends=ends)
 
     def text(self, row: Row) -> np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         file, number = row.content
         documents = self._documents(file)
         start, end = documents.offsets[number : number + 2].tolist()
@@ -83,6 +86,7 @@ class TokenSource:
         return tokens
 
     def locate(self, shard: Shard, row: Row) -> str:
+        """Return where a row is, for a message."""
         return f"{self.folder / self.index.shards[shard.file].name}.bin (document {row.place})"
 
     def check_content(self, max_bytes: float) -> None:
@@ -104,7 +108,7 @@ class TokenSource:
 def tokenizer_problem(
     source: Any, tokenizer: DocumentTokenizer, path: str | None
 ) -> ConfigIssue | None:
-    """The problem of tokens that another tokenizer has made than the run's, if that is so."""
+    """Return the problem of tokens that another tokenizer than the run's has made."""
     if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
         return None
     if source.index.tokenizer.partition("+")[0] == tokenizer.tokenizer.fingerprint:
@@ -122,7 +126,7 @@ def tokenizer_problem(
 
 
 def unusable(error: TokenFileError, path: str, missing: bool = False) -> ConfigIssue:
-    """The problem of a folder of tokens that cannot be used."""
+    """Return the problem of a folder of tokens that cannot be used."""
     fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
     if isinstance(error, NoTokens):
         fix = "correct the path, or make the folder with `torchtitan tokenize`; other data are not"
@@ -137,6 +141,6 @@ def _short(fingerprint: str) -> str:
 
 
 def _even(num_documents: int, num_pieces: float) -> list[int]:
-    """Borders of about so many equal ranges of documents."""
+    """Return borders of about so many equal ranges of documents."""
     count = max(1, min(num_documents, round(num_pieces)))
     return [num_documents * k // count for k in range(count + 1)]

@@ -21,9 +21,9 @@ import numpy as np
 
 from torchtitan.config import DataError
 from torchtitan.data.document_ends import DocumentTokenizer
+from torchtitan.data.files import FileSource
 from torchtitan.data.pieces import Shard
 from torchtitan.data.sources import BadRow, Source, row_tokens
-from torchtitan.data.sources_files import FileSource
 from torchtitan.data.sources_parquet import ParquetSource
 from torchtitan.data.token_files import (
     FORMAT,
@@ -47,12 +47,12 @@ _MIN_SHARDS = 64
 _SMALLEST_BYTES = 2**18
 _GUESSED_ROW_BYTES = 2**10
 _GUESSED_PART_BYTES = 2**28
-"""Of a stream: each is a shard, as one may be as large as a file of C4."""
+"""Guessed size of a part of a stream; it may be as large as a file of C4."""
 
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What is made of what. Picklable, for the processes."""
+    """The work to do. Picklable, for the processes."""
 
     source: Source
     tokenizer: DocumentTokenizer
@@ -79,6 +79,7 @@ class TokenizeJob:
 
     @property
     def dtype(self) -> str:
+        """Type of the stored tokens."""
         return token_dtype(self.tokenizer.vocab_size)
 
 
@@ -113,8 +114,11 @@ def piece_bytes(source: Source, piece: Shard) -> int:
 def tokenize(
     job: TokenizeJob, num_workers: int, on_finished: Callable[[int, ShardInfo], None]
 ) -> TokenIndex:
-    """Write what is not there yet, and then the index. `on_finished(number, shard)` is called for
-    each shard, those from before first. Raises DataError; what is finished then stays."""
+    """Write the shards that are missing, and then the index.
+
+    Calls `on_finished(number, shard)` for each shard, finished ones first. Raises DataError;
+    shards that are finished by then stay.
+    """
     write_text(job.folder / JOB_NAME, json.dumps({"format": FORMAT, "job": job.id}) + "\n")
     found: dict[int, ShardInfo] = {}
 
@@ -223,7 +227,7 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
 
 
 _job: TokenizeJob | None = None
-"""In a worker: what it works at, which is sent to it once."""
+"""The job of a worker process, sent to it once."""
 
 
 def _prepare_worker(job: TokenizeJob) -> None:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the data before a run starts."""
+"""Checks of the data and the tokenizer before a run starts."""
 
 import codecs
 import math
@@ -7,6 +7,7 @@ from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
+from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family
 from torchtitan.preflight.data_files import probe_data
@@ -79,7 +80,7 @@ def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]
 
 
 def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIssue]:
-    """What the tokenizer adds to the problems that the model's own check finds."""
+    """Return problems of the model that come with the tokenizer's vocabulary."""
     model = context.config.model
     try:
         family = get_family(model.name)
@@ -167,7 +168,7 @@ def _check_lanes(context: RunContext) -> list[ConfigIssue]:
             else f"set training.global_batch_size to a multiple of {dp}"
         )
         origin = "" if context.config.data.lanes else " (chosen from training.global_batch_size)"
-        problem = f"{lanes} lanes{origin} cannot be shared by {dp} data-parallel ranks"
+        problem = f"{plural(lanes, 'lane')}{origin} cannot be shared by {dp} data-parallel ranks"
         problems.append(ConfigIssue("data.lanes", problem, fix, value=context.config.data.lanes))
     return problems
 

@@ -1,38 +1,69 @@
-"""What can be known to be wrong with the data by looking at their files, before a run starts."""
+"""Checks of the data's files before a run starts."""
 
+import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import DAMAGED_FILE
-from torchtitan.data.doubles import doubled_files
-from torchtitan.data.named_sources import NamedSource, named_sources
+from torchtitan.data.named_sources import (
+    NamedSource,
+    describe_source,
+    named_sources,
+    validation_sets,
+)
+from torchtitan.data.pieces import plural
 from torchtitan.data.registry import build_source
 
 if TYPE_CHECKING:
+    from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import Shard
     from torchtitan.data.sources import Source
-    from torchtitan.data.sources_files import FileSource
     from torchtitan.data.token_source import TokenSource
 
 _PROBED_SHARDS = 16
 _PROBED_ROWS = 8
 _PROBED_BYTES = 32 * 2**20
 _PROBED_ROW_BYTES = 256 * 2**20
-"""Of the content of compressed files."""
+"""Content of compressed files that is read."""
 _PROBED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
+if TYPE_CHECKING:
+    from torchtitan.data.sources import Source
+
+_COMPARED_FILES = 20_000
+_SHOWN_PAIRS = 3
+_NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
+"""A file of this size, or this share of the data, is worth a warning: source code, for example,
+has many small files that are equal."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
 _ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
 _ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
+
+
+def describe_data(context: RunContext) -> list[str]:
+    """Return a line about each dataset that can be read, for `--check`."""
+    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config = context.config
+    lines = []
+    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
+        with contextlib.suppress(ConfigError, DataError):
+            lines.append(describe_source(named, build_source(named.training, named.data)))
+    with contextlib.suppress(ConfigError):
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        lines.append(document_tokenizer(tokenizer, config.data).describe())
+    return lines
 
 
 def probe_data(context: RunContext) -> list[ConfigIssue]:
@@ -57,7 +88,7 @@ def probe_sources(
             if files or len(sources) > 1:  # else there is none to share a file with
                 found += _probe_shared_files(named, source, files)
             if named.training.dataset_path is not None:  # else nobody chose the files
-                found += doubled_files(source)
+                found += _doubled_files(source)
         except ConfigError as error:
             found += error.problems
         except DataError as error:
@@ -67,8 +98,10 @@ def probe_sources(
 
 
 def _lightly(data: Data) -> Data:
-    """Settings that read a few rows of a dataset of the hub, for a machine that will not train: a
-    check must not download all of it. A part of a split, "train[:10%]", is not known then."""
+    """Return settings that read a few rows of a hub dataset, for a machine that will not train.
+
+    A check must not download all of it. Part of a split, "train[:10%]", cannot be checked then.
+    """
     return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
 
 
@@ -113,8 +146,8 @@ def _probe_shared_files(
 
 def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """Problems of dealing the data out, of their first rows, and of files that are cut off."""
+    from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import too_few_shards
-    from torchtitan.data.sources_files import FileSource
     from torchtitan.data.token_source import TokenSource
 
     problems = [*getattr(source, "problems", list)(), *_probe_pickling(context, source)]
@@ -138,8 +171,8 @@ def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
 
 
 def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """Whether reading processes can have a copy of a dataset that is not the library's own."""
-    from torchtitan.data.sources_files import FileSource
+    """Check that worker processes can have a copy of a dataset from outside the library."""
+    from torchtitan.data.files import FileSource
 
     num_workers = context.config.training.dataloader.num_workers
     if num_workers == 0 or isinstance(source, FileSource):
@@ -193,8 +226,11 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
 
 
 def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
-    """The first unusable row among the first rows of some shards, as an error where the policy for
-    rows makes it one; a warning where no row of these holds text."""
+    """Check the first rows of some shards.
+
+    The first unusable row is an error where the policy for rows makes it one. Rows without any
+    text get a warning.
+    """
     from torchtitan.data.sources import BadRow
     from torchtitan.data.sources_torch import StreamSource
 
@@ -235,7 +271,7 @@ def _fix_of(flaw: str) -> str:
 
 
 def _probe_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
-    """Whether finite, uncompressed data can fill one step; a token is at least a byte."""
+    """Check that finite, uncompressed data can fill one step; a token is at least a byte."""
     if any(file.compression for file in source.files):
         return []
     return _amount_problems(context, sum(file.size for file in source.files), "bytes")
@@ -294,8 +330,7 @@ def _probe_whole_files(
 def _probe_shared_rows(
     context: RunContext, source: "Source", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
-    """Whether a few row groups or parts of a stream, whose rows the lanes share out by stride, have
-    a row for each lane."""
+    """Check that data whose rows the lanes share by stride have a row for each lane."""
     strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
     if max(strides.values()) == 1 or len(strides) > _PROBED_SHARDS:
         return []
@@ -308,10 +343,11 @@ def _probe_shared_rows(
 
 
 def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
-    """The problem of a lane that would have nothing to read."""
+    """Return the problem of a lane that would have nothing to read."""
+    lanes = plural(context.num_lanes, "lane")
     return ConfigIssue(
         "data.lanes",
-        f"the data hold {count} documents, too few for {context.num_lanes} lanes",
+        f"the data hold {plural(count, 'document')}, too few for {lanes}",
         f"set data.lanes to at most {count}, or give more data",
         value=context.config.data.lanes,
     )
@@ -320,3 +356,42 @@ def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
 def _key(context: RunContext) -> str:
     named = context.config.training.dataset_path is None
     return "training.dataset" if named else "training.dataset_path"
+
+
+def _doubled_files(source: "Source") -> list[ConfigIssue]:
+    """A warning about files of a dataset that hold the same, with the pairs."""
+    listing = getattr(source, "listing", None)
+    named = () if listing is None else listing.doubles
+    pairs = dict.fromkeys((*named, *_same_contents(source)))
+    if not pairs:
+        return []
+    shown = "; ".join(f"{first} and {second}" for first, second in list(pairs)[:_SHOWN_PAIRS])
+    more = f"; and {len(pairs) - _SHOWN_PAIRS:,} more pairs" if len(pairs) > _SHOWN_PAIRS else ""
+    return [
+        ConfigIssue(
+            "training.dataset_path",
+            f"seems to hold the same documents twice: {shown}{more}",
+            "leave out one of each pair, unless that is meant",
+            severity="warning",
+        )
+    ]
+
+
+def _same_contents(source: "Source") -> Iterator[tuple[str, str]]:
+    """Files of equal size and digest, but for small ones."""
+    all_files = getattr(source, "files", ())
+    least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in all_files))
+    sizes: Mapping[int, list[Any]] = defaultdict(list)
+    for file in all_files:
+        if file.size >= least:
+            sizes[file.size].append(file)
+    from torchtitan.data.identity import content_digests
+
+    suspects = [file for files in sizes.values() if len(files) > 1 for file in files]
+    if len(suspects) > _COMPARED_FILES:
+        return
+    seen: dict[tuple[int, str], str] = {}
+    for file, digest in zip(suspects, content_digests(suspects)):
+        first = seen.setdefault((file.size, digest), file.path)
+        if first != file.path:
+            yield first, file.path

@@ -12,8 +12,7 @@ from dataclasses import replace
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Validation
-from torchtitan.data.named_sources import named_sources
-from torchtitan.data.validation_sets import SECTION, TABLES, validation_sets
+from torchtitan.data.named_sources import SETS, VALIDATION, named_sources, validation_sets
 from torchtitan.preflight import context_parallel, model, tensor_parallel
 from torchtitan.preflight.data import check_dataset, check_prefetching
 from torchtitan.preflight.data_files import files_of, probe_sources
@@ -49,18 +48,18 @@ def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
     for key in ("dataset", "dataset_path", "column"):
         value = getattr(section, key)
         if value != Validation.model_fields[key].default:
-            problem = f"and [[{TABLES}]] both say what to read"
+            problem = f"and [[{SETS}]] both say what to read"
             fix = "leave one of both out; this set can be another table"
-            yield ConfigIssue(f"{SECTION}.{key}", problem, fix, value)
+            yield ConfigIssue(f"{VALIDATION}.{key}", problem, fix, value)
     names = [table.name for table in section.sets]
     for index, name in enumerate(names):
         if not _NAME.fullmatch(name):
             fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
             problem = "cannot be a part of a metric's name"
-            yield ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name)
+            yield ConfigIssue(f"{SETS}[{index}].name", problem, fix, name)
     for name, count in Counter(names).items():
         if count > 1:
-            key = f"{TABLES}[{names.index(name)}].name"
+            key = f"{SETS}[{names.index(name)}].name"
             yield ConfigIssue(
                 key, "is the name of several sets", "give each a name of its own", name
             )
@@ -69,8 +68,8 @@ def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
 def _check_numbers(section: Validation) -> Iterator[ConfigIssue]:
     if section.steps == 0:
         fix = "set -1 for whole sets, or enable = false"
-        yield ConfigIssue(f"{SECTION}.steps", "must be at least 1, or -1", fix, 0)
-    yield from check_prefetching(section.dataloader, f"{SECTION}.dataloader")
+        yield ConfigIssue(f"{VALIDATION}.steps", "must be at least 1, or -1", fix, 0)
+    yield from check_prefetching(section.dataloader, f"{VALIDATION}.dataloader")
 
 
 def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
@@ -83,7 +82,7 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
     for feature in (model, tensor_parallel, context_parallel):
         for problem in feature.check_static(changed):
             if problem.key == "training.seq_len":
-                yield replace(problem, key=f"{SECTION}.seq_len")
+                yield replace(problem, key=f"{VALIDATION}.seq_len")
 
 
 def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
@@ -95,4 +94,4 @@ def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
         return
     problem = f"is not a multiple of parallelism.pipeline_parallel_microbatch_size = {size}"
     fix = f"set it to {-(-batch // size) * size}, or leave it unset"
-    yield ConfigIssue(f"{SECTION}.local_batch_size", problem, fix, batch)
+    yield ConfigIssue(f"{VALIDATION}.local_batch_size", problem, fix, batch)
