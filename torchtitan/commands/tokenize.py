@@ -111,7 +111,7 @@ def _prepare(
     problems = [*probe_tokenizer_files(context), *check_data(context)]
     if not errors_of(problems):
         problems += probe_data(context)
-    problems = [named.retold(problem) for problem in problems]
+    problems = [named.under_own_key(problem) for problem in problems]
     errors = errors_of(problems)
     report(problem for problem in problems if problem not in errors)
     if errors:
@@ -129,7 +129,7 @@ def _prepare(
             "give text or JSON, or train on it as it is",
             config.training.dataset_path,
         )
-        raise ConfigError(named.retold(problem))
+        raise ConfigError(named.under_own_key(problem))
     return TokenizeJob(
         source=source,
         tokenizer=document_tokenizer(build_tokenizer(config.model.tokenizer_path), config.data),

@@ -34,7 +34,7 @@ def c4_test(training: Training, data: Data) -> "Source":
     """The training split of the tiny set, or of the folder that `dataset_path` names."""
     if training.dataset_path is None and not TEST_FOLDER.is_dir():
         problem = f"this installation is without the repository's {TEST_FOLDER.name} folder"
-        fix = 'run from a clone, set training.dataset_path, or use training.dataset = "stdlib"'
+        fix = 'run from a clone, give the path of a folder, or set dataset = "stdlib"'
         raise ConfigError(
             ConfigIssue("training.dataset", problem, fix, training.dataset, missing_asset=True)
         )

@@ -336,7 +336,7 @@ def _kind_of(path: str, paths: list[str]) -> Kind:
         if unclear is not None
         else f"holds both {' and '.join(sorted(_TITLES[kind] for kind in kinds if kind))} files"
     )
-    fix = 'set training.dataset to "json", "text" or "parquet", or narrow the path'
+    fix = 'set dataset to "json", "text" or "parquet", or narrow the path'
     raise _error(path, problem, fix)
 
 

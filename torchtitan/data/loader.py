@@ -255,7 +255,7 @@ def build_named(named: NamedSource, tokenizer: DocumentTokenizer) -> Source:
         if problem is not None and problem.severity == "error":
             raise ConfigError(problem)
     except ConfigError as error:
-        raise ConfigError([named.retold(problem) for problem in error.problems]) from None
+        raise ConfigError([named.under_own_key(problem) for problem in error.problems]) from None
     return source
 
 
@@ -264,8 +264,9 @@ def _settings(
 ) -> LaneSettings:
     source = build_named(named, tokenizer)
     settings = lane_settings(named, source, tokenizer, num_lanes, seed)
-    if (num_shards := len(settings.shards)) < num_lanes:
-        raise ConfigError(named.retold(too_few_shards(num_shards, num_lanes, named.data.lanes)))
+    if len(settings.shards) < num_lanes:
+        problem = too_few_shards(len(settings.shards), num_lanes, named.data.lanes)
+        raise ConfigError(named.under_own_key(problem))
     return settings
 
 

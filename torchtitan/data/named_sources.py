@@ -49,19 +49,15 @@ class NamedSource:
     keys: Mapping[str, str] = field(default_factory=dict)
     """The keys of a single dataset -> the keys of this one."""
 
-    def retold(self, problem: ConfigIssue) -> ConfigIssue:
+    def under_own_key(self, problem: ConfigIssue) -> ConfigIssue:
         """Return a problem of the single dataset under the keys of this source's table."""
         if not self.place:
             return problem
-        key, text, fix = (self._translated(t) for t in (problem.key, problem.problem, problem.fix))
-        if key == problem.key:  # one that all sources share
-            text = f"{self.place} ({self.name}): {text}"
-        return replace(problem, key=key, problem=text, fix=fix)
-
-    def _translated(self, text: str) -> str:
         for key, own in self.keys.items():
-            text = text.replace(key, own)
-        return text
+            if problem.key == key or problem.key.startswith(f"{key}."):
+                return replace(problem, key=own + problem.key[len(key) :])
+        # a key that all sources share
+        return replace(problem, problem=f"{self.place} ({self.name}): {problem.problem}")
 
 
 def keys_of_table(place: str, path: str) -> dict[str, str]:
@@ -70,7 +66,7 @@ def keys_of_table(place: str, path: str) -> dict[str, str]:
     `path` is the name of the path in that table.
     """
     return {
-        "training.dataset_path": f"{place}.{path}",  # before the next one, which it begins with
+        "training.dataset_path": f"{place}.{path}",
         "training.dataset": f"{place}.dataset",
         "data.text_column": f"{place}.column",
         **{f"data.{name}": f"{place}.{name}" for name in (*HUB_KEYS, *FILE_KEYS)},

@@ -123,7 +123,7 @@ def _from_files(training: Training, data: Data) -> "Source":
     if is_token_folder(path):
         if wanted == "auto":
             return _tokens(training, data)
-        problem, fix = "holds tokens", 'set training.dataset = "tokens", or "auto"'
+        problem, fix = "holds tokens", 'set dataset = "tokens", or "auto"'
         raise ConfigError(ConfigIssue("training.dataset_path", problem, fix, path))
     return file_source(path, wanted, data)
 
@@ -160,7 +160,7 @@ def _from_folder(training: Training, data: Data) -> "Source":
             ConfigIssue(
                 "training.dataset_path",
                 f"{os.path.abspath(folder)} is not a folder",
-                f'correct it; a dataset of the hub is training.dataset = "{HUB_PREFIX}owner/name"',
+                f'correct it; for a dataset of the hub set dataset = "{HUB_PREFIX}owner/name"',
                 value=training.dataset_path,
                 missing_asset=True,
             )
@@ -178,7 +178,7 @@ def _tokens(training: Training, data: Data) -> "Source":
 
 def missing_path(dataset: str) -> ConfigIssue:
     """Return the problem of a dataset of files without a path."""
-    fix = 'set it to a file, a folder or a glob, or set training.dataset = "stdlib"'
+    fix = 'set it to a file, a folder or a glob, or set dataset = "stdlib"'
     return ConfigIssue("training.dataset_path", f'dataset "{dataset}" needs it', fix, value=None)
 
 
@@ -216,7 +216,7 @@ def _stdlib(training: Training, data: Data) -> "Source":
             ConfigIssue(
                 "training.dataset",
                 f"this Python has no sources of its standard library in {root}",
-                "set training.dataset_path to text or JSON files of your own",
+                "give the path of text or JSON files",
                 value=training.dataset,
                 missing_asset=True,
             )

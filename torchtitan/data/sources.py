@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 
 class Source(Protocol):
-    """A dataset. Picklable, for reading processes.
+    """A dataset. Picklable, for worker processes.
 
     Two members are optional. `problems()` lists what is wrong with the data as a whole; it is asked
     once, before a run. And the iterator that `rows` returns may have a method `cursor()`: a text

@@ -210,8 +210,8 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
             obstacle = "HF_HUB_OFFLINE forbids to ask the hub"
         problem = f"{path} is not on this machine, and {obstacle}"
         fix = (
-            "download it where there is a network, and set training.dataset_path to the folder"
-            ' (training.dataset = "hf"), or give this machine access'
+            "download it where there is a network, and read the folder with"
+            ' dataset = "hf", or give this machine access'
         )
     elif has(hub.HfHubHTTPError):
         problem, fix = f"the hub refused {path}: {text}", "try again later, or use a local copy"

@@ -129,8 +129,7 @@ def unusable(error: TokenFileError, path: str, missing: bool = False) -> ConfigI
     """Return the problem of a folder of tokens that cannot be used."""
     fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
     if isinstance(error, NoTokens):
-        fix = "correct the path, or make the folder with `torchtitan tokenize`; other data are not"
-        fix += ' training.dataset = "tokens"'
+        fix = 'correct the path, write it with `torchtitan tokenize`, or set dataset = "auto"'
     if "not finished" in str(error):
         fix = "let `torchtitan tokenize` come to its end"
     return ConfigIssue("training.dataset_path", str(error), fix, path, missing_asset=missing)

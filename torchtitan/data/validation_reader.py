@@ -118,7 +118,7 @@ def build_reader(
     settings = replace(settings, shuffle=False, epochs=1, may_be_empty=True)
     if not settings.shards:
         problem = "holds no document", "give data with content"
-        raise ConfigError(named.retold(ConfigIssue("training.dataset_path", *problem)))
+        raise ConfigError(named.under_own_key(ConfigIssue("training.dataset_path", *problem)))
     idle = max(0, dp_degree - num_lanes)
     waiting = f"; {idle} data-parallel ranks have no share: raise validation.lanes" if idle else ""
     logger.info("Validation set %s in %d lanes%s", named.name, num_lanes, waiting)

@@ -94,7 +94,7 @@ class SampleStream:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"a reading process died: {error}") from error
+            raise DataError(f"a worker process died: {error}") from error
         if item.error:
             raise DataError(item.error)
         return item
@@ -117,7 +117,7 @@ class SampleStream:
             if "too many fds" not in str(error):
                 raise
             raise DataError(
-                "the dataset holds too many tensors to be sent to reading processes; hold them as"
+                "the dataset holds too many tensors to be sent to worker processes; hold them as"
                 " one tensor or as arrays, or set training.dataloader.num_workers = 0"
             ) from error
         finally:

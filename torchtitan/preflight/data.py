@@ -33,7 +33,7 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
     if problems:
         return problems
     for named in named_sources(config.training, config.data):
-        problems += [named.retold(problem) for problem in check_dataset(named)]
+        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
     return problems
 
 
@@ -108,7 +108,7 @@ def check_dataset(named: NamedSource) -> list[ConfigIssue]:
         fix = "give a file, a folder or a glob"
         problems.append(ConfigIssue("training.dataset_path", "is not a path", fix, value=path))
     elif not entry.takes_path:
-        fix = 'remove it, or set training.dataset to "auto", "json", "text" or "parquet"'
+        fix = 'remove it, or set dataset to "auto", "json", "text" or "parquet"'
         problem = f'is not used by "{training.dataset}"'
         problems.append(ConfigIssue("training.dataset_path", problem, fix, value=path))
     return problems
@@ -123,7 +123,7 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
         value = getattr(data, name)
         if not is_used and value != type(data).model_fields[name].default:
             problem = f'is not used by "{entry.name}"'
-            fix = 'remove it; it is for training.dataset = "hf:owner/name"'
+            fix = 'remove it; it is for dataset = "hf:owner/name"'
             problems.append(ConfigIssue(f"data.{name}", problem, fix, value=value))
         elif value == "":
             fix = "name one, or remove it"
@@ -202,7 +202,7 @@ def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
     return [
         ConfigIssue(
             f"{place}.prefetch_factor",
-            "nothing is read ahead without reading processes",
+            "nothing is read ahead without worker processes",
             f"remove it, or set {place}.num_workers above 0",
             value=options.prefetch_factor,
             severity="warning",

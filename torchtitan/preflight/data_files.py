@@ -93,7 +93,7 @@ def probe_sources(
             found += error.problems
         except DataError as error:
             found.append(ConfigIssue(_key(own), str(error), "mend or replace the file"))
-        problems += [named.retold(problem) for problem in found]
+        problems += [named.under_own_key(problem) for problem in found]
     return problems
 
 
@@ -180,7 +180,7 @@ def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
     try:
         pickle.dumps(source)
     except Exception as error:
-        problem = f"the dataset cannot be sent to reading processes: {error}"
+        problem = f"the dataset cannot be sent to worker processes: {error}"
         fix = "make it picklable (no open files, lambdas or local classes), or set 0"
         key = "training.dataloader.num_workers"
         return [ConfigIssue(key, problem, fix, value=num_workers)]

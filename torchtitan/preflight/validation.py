@@ -28,7 +28,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         return []
     problems = [*_check_tables(section), *_check_numbers(section)]
     for named in validation_sets(context.config):
-        problems += [named.retold(problem) for problem in check_dataset(named)]
+        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
     if is_mesh(context):
         problems += [*_check_sequence(context), *_check_microbatches(context)]
     return problems

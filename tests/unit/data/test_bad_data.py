@@ -353,7 +353,7 @@ def test_files_that_change_during_a_run(tmp_path):
 def test_row_63_workers():
     workers = "training__dataloader"
     bad = facts_for(None, training__dataset="stdlib", **{f"{workers}__prefetch_factor": 2})
-    assert "without reading processes" in only(check_static(bad)).problem
+    assert "without worker processes" in only(check_static(bad)).problem
     odd = facts_for(None, training__dataset="stdlib", **{f"{workers}__num_workers": 3})
     problem = only(check_static(odd))
     assert problem.severity == "warning" and "4 data lanes of a rank" in problem.problem

@@ -384,7 +384,7 @@ def test_factories_that_make_nothing_to_read():
     unsendable = Stream(TEXTS)
     unsendable.note = lambda: None  # type: ignore[attr-defined]
     problem = problem_of(unsendable, **workers)
-    assert "num_workers" in problem and "cannot be sent to reading processes" in problem
+    assert "num_workers" in problem and "cannot be sent to worker processes" in problem
 
 
 def test_state_that_cannot_be_stored(monkeypatch):

@@ -22,7 +22,7 @@ BOS, EOS, EOT = LLAMA3
 
 
 def documents_of(folder, **data):
-    """The run's tokenizer, as a reading process would have it."""
+    """The run's tokenizer, as a worker process would have it."""
     config = JobConfig(data=data)
     tokenizer = document_tokenizer(build_tokenizer(str(folder)), config.data)
     return pickle.loads(pickle.dumps(tokenizer))  # noqa: S301

@@ -71,7 +71,7 @@ BAD = [
     (
         {"sets": [table("a", subset="en")]},
         'validation.sets[0].subset = "en": is not used by "json". Fix: remove it; it is for'
-        " validation.sets[0].dataset",
+        " dataset = ",
     ),
 ]
 
