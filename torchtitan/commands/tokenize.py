@@ -59,7 +59,7 @@ class _Options(NamedTuple):
 
 
 def run(argv: list[str]) -> int:
-    """Tokenise, or say what stands in the way. Exit status 0 when the folder is complete."""
+    """Tokenise. Returns exit status 0 when the folder is complete; raises ConfigError."""
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return DONE
@@ -120,7 +120,7 @@ def _prepare(
     data_path = Path(config.training.dataset_path or "").resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
         text = f"lies in the data that are read, {data_path}, and would be taken for data"
-        raise ConfigError(ConfigIssue("--output", text, "choose a folder beside them", str(folder)))
+        raise ConfigError(ConfigIssue("--output", text, "choose a folder outside it", str(folder)))
     source = build_source(config.training, config.data)
     if isinstance(source, TokenSource):
         problem = ConfigIssue(

@@ -163,7 +163,7 @@ def _members(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
                 if not rest:
                     raise EOFError("the file ends in the middle of the compressed data")
             yield decoder.decompress(rest, _OUTPUT_BYTES)
-            # zlib gives back what it has not used, the others keep it.
+            # zlib gives back what it has not used, other decoders keep it.
             rest = getattr(decoder, "unconsumed_tail", b"")
         rest = decoder.unused_data or file.read(_OUTPUT_BYTES)
         while rest and not rest.strip(b"\0"):  # padding, as tapes and `xz` make it

@@ -35,7 +35,7 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens that the files beside a tokenizer name, and when they are added."""
+    """The special tokens that the files next to a tokenizer name, and when they are added."""
 
     bos: str | None = None
     eos: str | None = None
@@ -98,7 +98,7 @@ UNNAMED = SpecialTokens()
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """Read tokenizer_config.json and special_tokens_map.json, as far as they are in `folder`.
+    """Read tokenizer_config.json and special_tokens_map.json, if they are in `folder`.
 
     The first is followed where both name a token. Raises ValueError for a damaged file.
     """

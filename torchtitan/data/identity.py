@@ -72,7 +72,7 @@ def differences(
 
     A checkpoint of an older version has no summary.
     """
-    if anew:  # all but the tokenizer may be others where the data begin anew
+    if anew:  # then all but the tokenizer may differ
         stored = {**now, "tokenizer": (stored or now).get("tokenizer")}
     if not stored:
         text = "the files, the tokenizer or how the data are cut; the checkpoint does not say which"
@@ -321,15 +321,16 @@ def describe_change(mixture: Mixture, states: Iterable[Mapping[str, Any]], anew:
         else:
             text = f"{where}: {_mixed_up(settings, done)}"
         parts.append(f"{name}: {text}" if len(mixture.sources) > 1 else text)
-    told = "; ".join(parts)
+    where = "; ".join(parts)
     if anew:
         epoch = 1 + max(place["epoch"] for places in all_places for place in places)
         return (
-            f"The data differ from the checkpoint's: epoch {epoch} begins them anew. It was {told}"
+            f"The data differ from the checkpoint's: epoch {epoch} starts over with them."
+            f" The checkpoint was {where}"
         )
     return (
-        f"The data are not the checkpoint's, which was {told}."
-        " data.restart = true would begin them anew, with the next epoch"
+        f"The data are not the checkpoint's, which was {where}."
+        " data.restart = true would start over with the next epoch"
     )
 
 

@@ -2,8 +2,8 @@
 
 In every epoch the shards are put into an order given by (seed, epoch), and lane v of L reads those
 at v, v + L, ... of that order; within a shard, documents are shuffled in blocks of bounded size.
-Nothing here knows of ranks or processes: whoever serves a lane gets the same samples from it, and
-whoever continues it needs only the `Position` that came with the last one.
+A lane does not depend on ranks or processes: whichever process serves it gets the same samples, and
+a resume needs only the `Position` that came with the last one.
 """
 
 import logging
@@ -156,9 +156,7 @@ class Lane:
             message = f"{settings.source.locate(shard, row)}: {error}"
         if settings.on_bad_row == "error":
             raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
-        if (
-            epoch > self._first_epoch
-        ):  # counted and told before: a few rows must not end a run by coming again
+        if epoch > self._first_epoch:  # already counted: a few rows must not end a run by repeating
             return None
         self._bad_rows += 1
         logger.warning("Left out a row: %s", message)

@@ -144,8 +144,8 @@ def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.s
     if not found:
         suffixes = [name for name, of in SUFFIXES.items() if kind in ("auto", of)]
         wanted = "files" if kind == "text" else f"{', '.join(suffixes)} files"
-        told = describe_left_out(left_out)
-        problem = f"the folder holds no {wanted}{f'; {told}' if told else ''}"
+        rest = describe_left_out(left_out)
+        problem = f"the folder holds no {wanted}{f'; {rest}' if rest else ''}"
         raise _error(path, problem, "name the files by a glob")
     return found
 
@@ -217,7 +217,7 @@ def _scan(path: str, folder: str) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links, told where its file is asked for
+    except OSError:  # a loop of links; reported when its file is opened
         return False
 
 
@@ -235,7 +235,7 @@ def _status(path: str, name: str) -> os.stat_result:
     try:
         return os.stat(name)
     except OSError as error:
-        raise _error(path, _reason(name, error), "mend or remove it") from None
+        raise _error(path, _reason(name, error), "correct or remove it") from None
 
 
 def _reason(name: str, error: OSError) -> str:

@@ -2,7 +2,7 @@
 
 A step takes `global_batch_size / num_lanes` consecutive samples of every lane. A data-parallel rank
 serves a consecutive part of the lanes, so the samples of a step are the same for every degree that
-divides the number of lanes. A checkpoint stores one small state a lane, whoever served it.
+divides the number of lanes. A checkpoint stores one small state per lane.
 """
 
 import logging

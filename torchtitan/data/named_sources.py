@@ -131,7 +131,7 @@ def check_sources(training: Training, data: Data) -> list[ConfigIssue]:
         if count > 1 or not name:
             index = [table.name for table in tables].index(name)
             problem = "is the name of several sources" if name else "is empty"
-            fix = "give each source a name of its own, or none"
+            fix = "give each source a different name, or none"
             problems.append(ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name))
     return problems
 
@@ -164,7 +164,7 @@ def _keys_beside(training: Training, data: Data) -> list[ConfigIssue]:
         problems.append(
             ConfigIssue(
                 "data.epochs",
-                "has no meaning for several sources, as each begins anew when it is through",
+                "has no meaning for several sources, because each starts over at its end",
                 "remove it; training.steps ends the run",
                 data.epochs,
             )
@@ -224,7 +224,7 @@ def _validation_set(config: JobConfig, table: ValidationSet, place: str) -> Name
     shared = ("training.dataloader", "data.lanes")
     keys = {key: f"{VALIDATION}.{key.partition('.')[2]}" for key in shared}
     keys |= keys_of_table(place if section.sets else f"{SETS}[0]", "dataset_path")
-    if not section.sets:  # what only tables have is told as that of one
+    if not section.sets:  # keys that only tables have are those of the first
         keys["training.dataset_path"] = f"{place}.dataset_path"
         keys["training.dataset"] = f"{place}.dataset"
         keys["data.text_column"] = f"{place}.column"

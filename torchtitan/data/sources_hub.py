@@ -192,7 +192,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    # The library raises some of them anew, as text.
+    # The library re-raises some of them as text.
     if has(hub.GatedRepoError) or "is a gated dataset" in text:
         problem = f"{path} is gated: its owner has to grant access"
         fix = "ask for access on its page, and set HF_TOKEN to a token of the account that has it"
@@ -226,7 +226,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
         problem = f"{path} holds no files of a known format"
         fix = f"give one with {_TITLES} files"
     else:
-        problem, fix = f"{path} cannot be read: {text}", "mend or replace the dataset"
+        problem, fix = f"{path} cannot be read: {text}", "correct or replace the dataset"
     return ConfigError(ConfigIssue(key, problem, fix, value=value, missing_asset=missing))
 
 

@@ -147,7 +147,7 @@ def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Ite
             yield Row(place, size, line)
         elif line is None:
             # At once: what follows may be gigabytes. So long a row fills a shuffle block in any
-            # case, so the order does not depend on the limit, which may be set anew.
+            # case, so the order does not depend on the limit, which may be changed.
             flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
             yield Row(place, size, None, flaw)
             while (part := stream.readline(_LINE_BYTES)) and not part.endswith(b"\n"):

@@ -1,7 +1,7 @@
 """Parquet: a row group is a shard, and a resume seeks to the row group it stopped in.
 
-Where there are far more files than lanes, whole files are the shards, so that nobody but the check
-before the start has to read every footer. Only the column of the text is read.
+Where there are far more files than lanes, whole files are the shards, so that only the check
+before the start reads every footer. Only the column of the text is read.
 """
 
 import itertools
@@ -35,7 +35,7 @@ class ParquetSource:
         self.column = data.text_column
         self.max_document_bytes = data.max_document_bytes
         self._num_groups: dict[int, int] = {}
-        """Row groups with rows, by file; as far as `shards` has looked."""
+        """Row groups with rows, by file; filled by `shards`."""
         sizes = [file.size for file in self.files]
         self.description: dict[str, Any] = {
             "kind": "parquet",
@@ -54,7 +54,7 @@ class ParquetSource:
                     num_rows += parquet.metadata.num_rows
                     num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
             except DataError as error:
-                problems.append(ConfigIssue(KEY, str(error), "mend or replace the file"))
+                problems.append(ConfigIssue(KEY, str(error), "correct or replace the file"))
                 continue
             if flaw:
                 fix = "set it to the column that holds the text"
@@ -195,8 +195,8 @@ def column_flaw(schema: Any, column: str) -> str:
         for field in schema
         if types.is_string(field.type) or types.is_large_string(field.type)
     ]
-    others = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
-    return f"column {column!r} holds {kind} where text is expected{others}"
+    hint = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
+    return f"column {column!r} holds {kind} where text is expected{hint}"
 
 
 def _contents(

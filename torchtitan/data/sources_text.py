@@ -33,7 +33,7 @@ class TextSource(FileSource):
     def __init__(self, files: Sequence[DataFile], data: Data):
         super().__init__(files, data)
         self._separator = (data.document_separator or "").encode("utf-8")
-        # Lanes have a place in pieces: with others it would be another one.
+        # A lane's position counts pieces, so it depends on their size.
         self.description |= {"kind": "text", "pieces": _PIECE_BYTES}
         if self._separator:
             self.description["separator"] = data.document_separator

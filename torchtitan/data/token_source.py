@@ -2,7 +2,7 @@
 
 A shard for a lane is a range of documents. With the number of lanes that the tokens were made for,
 those ranges are the pieces into which the text was cut, so a run reads the same samples as from the
-text, shuffled or not; with any other number, they are cut anew.
+text, shuffled or not; with any other number, they are cut differently.
 """
 
 import itertools
@@ -82,7 +82,7 @@ class TokenSource:
         tokens = documents.tokens[start:end].astype(np.int32)
         if len(tokens) != end - start or tokens.max(initial=0) >= self.index.vocab_size:
             name = self.folder / f"{self.index.shards[file].name}.bin"
-            raise DataError(f"{name} is damaged: document {number} holds what is no token")
+            raise DataError(f"{name} is damaged: document {number} holds an invalid token")
         return tokens
 
     def locate(self, shard: Shard, row: Row) -> str:
@@ -90,7 +90,7 @@ class TokenSource:
         return f"{self.folder / self.index.shards[shard.file].name}.bin (document {row.place})"
 
     def check_content(self, max_bytes: float) -> None:
-        """Compare digests, as far as `max_bytes` reach. Raises TokenFileError."""
+        """Compare digests of at most `max_bytes`. Raises TokenFileError."""
         check_digests(self.folder, self.index, max_bytes)
 
     def _documents(self, file: int) -> Documents:
@@ -112,8 +112,8 @@ def tokenizer_problem(
     if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
         return None
     if source.index.tokenizer.partition("+")[0] == tokenizer.tokenizer.fingerprint:
-        problem = "the documents of the tokens begin or end otherwise than the run's would, where"
-        problem += f" {tokenizer.describe()}; they are taken as they are"
+        problem = "the documents of the tokens have other start or end tokens than the run's, where"
+        problem += f" {tokenizer.describe()}; they are used unchanged"
         fix = "set data.add_bos and data.add_eos as they were, or tokenize the text again"
         return ConfigIssue("training.dataset_path", problem, fix, path, severity="warning")
     return ConfigIssue(

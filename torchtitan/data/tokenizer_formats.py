@@ -85,7 +85,7 @@ class ListTokenizer:
 
 
 class JsonTokenizer(ListTokenizer):
-    """A `tokenizer.json`, with the special tokens that the files beside it name.
+    """A `tokenizer.json`, with the special tokens that the files next to it name.
 
     Without such files the usual names of Llama 2, Llama 3 and GPT-2 are looked up. Truncation and
     padding stored in the file are switched off: they would silently shorten documents.

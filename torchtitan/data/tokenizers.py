@@ -83,7 +83,7 @@ class Tokenizer(Protocol):
 
 TokenizerFactory = Callable[[str], Tokenizer]
 """Builds the tokenizer of what follows `name:` in `model.tokenizer_path`, or of an empty text.
-Raises ConfigError for what the user can mend."""
+Raises ConfigError for errors that the user can correct."""
 
 
 def _factory(name: str, thing: Any) -> TokenizerFactory:
@@ -101,7 +101,7 @@ def register_tokenizer(name: str, factory: TokenizerFactory) -> None:
     Raises ValueError for a taken name, or one that could be a path.
     """
     if not name.isidentifier():
-        raise ValueError(f"{name!r} cannot be told from a path")
+        raise ValueError(f"{name!r} looks like a path")
     TOKENIZERS.register(name, factory, calling_module())
 
 
@@ -144,9 +144,7 @@ def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
             return kinds[0](content, special)
     except NoToken as error:
         problem = f"{file} has no {error.which}-of-text token ({error})"
-        fix = (
-            f'correct "{error.key}" in tokenizer_config.json, or special_tokens_map.json, beside it'
-        )
+        fix = f'correct "{error.key}" in tokenizer_config.json, or in special_tokens_map.json'
     except Exception as error:  # the library of tokenizer.json raises bare Exception
         problem = f"{file} is not a readable tokenizer: {error}"
         fix = "download the file again, or use another one"

@@ -1,7 +1,6 @@
 """Checks of the data and the tokenizer before a run starts."""
 
 import codecs
-import math
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
@@ -146,30 +145,26 @@ def _check_file_keys(data: Data) -> list[ConfigIssue]:
 
 
 def _is_text_codec(name: str) -> bool:
-    try:  # others change bytes into bytes, such as "zip" and "hex"
+    try:  # some codecs change bytes into bytes, such as "zip" and "hex"
         return isinstance(codecs.getincrementaldecoder(name)().decode(b"", True), str)
     except (LookupError, TypeError, ValueError):
         return False
 
 
 def _check_lanes(context: RunContext) -> list[ConfigIssue]:
-    """Whoever serves it, a lane gives every step the same number of sequences."""
+    """Check that every lane gives each step, and every rank serves, the same share."""
     lanes, dp, batch = context.num_lanes, context.dp_degree, context.global_batch_size
     problems = []
     if batch % lanes:
-        below = max(n for n in range(1, lanes + 1) if batch % n == 0)
         problem = f"does not divide the global batch of {batch} sequences"
-        problems.append(ConfigIssue("data.lanes", problem, f"set for example {below}", value=lanes))
+        problems.append(ConfigIssue("data.lanes", problem, f"set a divisor of {batch}", lanes))
     if lanes % dp:
-        valid = [n for n in _divisors(batch) if n % dp == 0]
-        fix = (
-            f"set data.lanes to {_nearest(lanes, valid)}, or another data-parallel degree"
-            if valid
-            else f"set training.global_batch_size to a multiple of {dp}"
-        )
+        fix = f"set data.lanes to a multiple of {dp} that divides the global batch of {batch}"
+        if batch % dp:
+            fix = f"set training.global_batch_size to a multiple of {dp}"
         origin = "" if context.config.data.lanes else " (chosen from training.global_batch_size)"
         problem = f"{plural(lanes, 'lane')}{origin} cannot be shared by {dp} data-parallel ranks"
-        problems.append(ConfigIssue("data.lanes", problem, fix, value=context.config.data.lanes))
+        problems.append(ConfigIssue("data.lanes", problem, fix, context.config.data.lanes))
     return problems
 
 
@@ -208,12 +203,3 @@ def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
             severity="warning",
         )
     ]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _nearest(number: int, candidates: list[int]) -> int:
-    return min(candidates, key=lambda candidate: abs(candidate - number))

@@ -46,7 +46,7 @@ _NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
 has many small files that are equal."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
-_ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
+_ROW_FIX = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
 _ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
 
 
@@ -87,12 +87,12 @@ def probe_sources(
             found += _probe_source(own, source)
             if files or len(sources) > 1:  # else there is none to share a file with
                 found += _probe_shared_files(named, source, files)
-            if named.training.dataset_path is not None:  # else nobody chose the files
+            if named.training.dataset_path is not None:  # else the user did not choose the files
                 found += _doubled_files(source)
         except ConfigError as error:
             found += error.problems
         except DataError as error:
-            found.append(ConfigIssue(_key(own), str(error), "mend or replace the file"))
+            found.append(ConfigIssue(_key(own), str(error), "correct or replace the file"))
         problems += [named.under_own_key(problem) for problem in found]
     return problems
 
@@ -114,7 +114,7 @@ def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
         try:
             source = build_source(named.training, named.data)
         except (ConfigError, DataError):
-            continue  # told by the probe of these sources
+            continue  # the check of these sources reports it
         for file in getattr(source, "files", ()):
             files.setdefault(os.path.realpath(file.path), named)
     return files
@@ -161,11 +161,11 @@ def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
     if isinstance(source, TokenSource):
         return _probe_tokens(context, source)
     problems = _probe_rows(context, source, shards)
-    is_refused = any(problem.severity == "error" for problem in problems)
-    if not is_refused and isinstance(source, FileSource):
+    is_rejected = any(problem.severity == "error" for problem in problems)
+    if not is_rejected and isinstance(source, FileSource):
         problems += _probe_amount(context, source)
         return problems + _probe_whole_files(context, source, shards)
-    if not is_refused:
+    if not is_rejected:
         problems += _probe_shared_rows(context, source, shards)
     return problems + _probe_revision(context, source)
 
@@ -188,14 +188,14 @@ def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
 
 
 def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """A dataset of the hub may change while a run is stopped, which a resume refuses."""
+    """A dataset of the hub may change while a run is stopped, and then a resume is rejected."""
     commit, revision = source.description.get("commit"), context.config.data.revision
     if commit is None or _COMMIT.fullmatch(revision or ""):
         return []
     return [
         ConfigIssue(
             "data.revision",
-            "the dataset may change; a resume with other training data is refused",
+            "the dataset may change; a resume with other training data is rejected",
             f'set "{commit}", the newest commit',
             value=revision,
             severity="warning",
@@ -217,7 +217,7 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
         source.check_content(_PROBED_TOKEN_BYTES)
     except TokenFileError as error:
         return [unusable(error, path or "")]
-    except ConfigError:  # of the tokenizer, and told with it
+    except ConfigError:  # reported by the check of the tokenizer
         return []
     problems = [problem] if problem is not None else []
     if problem is not None and problem.severity == "error":
@@ -234,7 +234,7 @@ def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") ->
     from torchtitan.data.sources import BadRow
     from torchtitan.data.sources_torch import StreamSource
 
-    # Each part of a stream may be a connection of its own.
+    # Each part of a stream may need a separate connection.
     num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
     num_usable = 0
     first: tuple[str, BadRow] | None = None

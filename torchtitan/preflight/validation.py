@@ -61,7 +61,7 @@ def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
         if count > 1:
             key = f"{SETS}[{names.index(name)}].name"
             yield ConfigIssue(
-                key, "is the name of several sets", "give each a name of its own", name
+                key, "is the name of several sets", "give each a different name", name
             )
 
 
@@ -73,7 +73,7 @@ def _check_numbers(section: Validation) -> Iterator[ConfigIssue]:
 
 
 def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
-    """A length of its own has to fit the model and be cut as that of training is."""
+    """Check that a different sequence length fits the model and the mesh."""
     config, seq_len = context.config, context.config.validation.seq_len
     if seq_len is None or seq_len == config.training.seq_len:
         return
