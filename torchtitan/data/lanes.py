@@ -6,7 +6,6 @@ A lane does not depend on ranks or processes: whichever process serves it gets t
 a resume needs only the `Position` that came with the last one.
 """
 
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,7 @@ from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.packing import Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, Source, row_tokens
-
-logger = logging.getLogger(__name__)
+from torchtitan.data.sources import BadRow, Row, SkippedRows, Source, row_tokens
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 2**20
@@ -54,7 +51,7 @@ class Lane:
         """The start of the next sample."""
         self._settings = settings
         self._index = index
-        self._bad_rows = position.bad_rows
+        self._skipped = SkippedRows(settings.on_bad_row, settings.max_bad_rows, position.bad_rows)
         self._first_epoch = position.first_epoch
         self._stream = self._documents(position)
         self._packer = Packer(self._stream, settings.seq_len)
@@ -89,7 +86,9 @@ class Lane:
             found = epoch == start.epoch and start != self._start_of(epoch)
             unfinished: Position | None = None
             for position, shard, row in self._rows(epoch, start):
-                here = position._replace(bad_rows=self._bad_rows, first_epoch=self._first_epoch)
+                here = position._replace(
+                    bad_rows=self._skipped.count, first_epoch=self._first_epoch
+                )
                 tokens = self._tokens(shard, row, epoch)
                 if tokens is None or not len(tokens):
                     continue
@@ -137,7 +136,7 @@ class Lane:
                     yield position, shard, rows[order[place]]
 
     def _start_of(self, epoch: int) -> Position:
-        return Position(epoch=epoch, bad_rows=self._bad_rows, first_epoch=self._first_epoch)
+        return Position(epoch=epoch, bad_rows=self._skipped.count, first_epoch=self._first_epoch)
 
     def _order(self, length: int, *key: int) -> np.ndarray:
         if not self._settings.shuffle:
@@ -153,18 +152,9 @@ class Lane:
         try:
             return row_tokens(settings.source, settings.tokenizer, row)
         except BadRow as error:
-            message = f"{settings.source.locate(shard, row)}: {error}"
-        if settings.on_bad_row == "error":
-            raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
-        if epoch > self._first_epoch:  # already counted: a few rows must not end a run by repeating
-            return None
-        self._bad_rows += 1
-        logger.warning("Left out a row: %s", message)
-        if self._bad_rows > settings.max_bad_rows:
-            raise DataError(
-                f"left out more rows than data.max_bad_rows = {settings.max_bad_rows};"
-                f" the last one: {message}"
-            )
+            # In a later epoch it was counted already: a few rows must not end a run by repeating.
+            if epoch == self._first_epoch or settings.on_bad_row == "error":
+                self._skipped.add(f"{settings.source.locate(shard, row)}: {error}")
         return None
 
 

@@ -7,15 +7,19 @@ stops the run or is skipped (`lanes.py`). The sources are in `sources_text.py`, 
 and Hugging Face's).
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from torchtitan.config import DataError
 from torchtitan.data.pieces import Shard
 
 if TYPE_CHECKING:
     from torchtitan.data.document_ends import DocumentTokenizer
+
+logger = logging.getLogger(__name__)
 
 _TOKEN_BYTES = 4
 
@@ -29,6 +33,26 @@ class BadRow(ValueError):
     def __init__(self, message: str, column: str | None = None):
         super().__init__(message)
         self.column = column
+
+
+class SkippedRows:
+    """The count of unusable rows that were left out, and the rule that allows it."""
+
+    def __init__(self, on_bad_row: str, max_bad_rows: int, count: int = 0):
+        self.count = count
+        self._may_skip = on_bad_row == "skip"
+        self._most = max_bad_rows
+
+    def add(self, message: str) -> None:
+        """Leave out a row; `message` says which and why. Raises DataError where rows may not be."""
+        if not self._may_skip:
+            raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
+        self.count += 1
+        logger.warning("Left out a row: %s", message)
+        if self.count > self._most:
+            raise DataError(
+                f"left out more rows than data.max_bad_rows = {self._most}; the last one: {message}"
+            )
 
 
 class Row(NamedTuple):

@@ -62,6 +62,18 @@ def test_a_run_says_it_too(folder, caplog):
     assert "each document is <start> TEXT <end>" in caplog.text
 
 
+def test_a_folder_is_listed_once_in_a_check(folder, monkeypatch):
+    scans = []
+    scan = listing._scan
+    monkeypatch.setattr(listing, "_scan", lambda *names: [scans.append(names), scan(*names)][1])
+    with listing.listed_once():
+        assert check_environment(facts_for(folder)) == []
+        described(folder)
+    assert len(scans) == 2  # the folder and the one in it
+    described(folder)
+    assert len(scans) == 4
+
+
 def test_documents_are_counted_where_that_is_cheap(tmp_path):
     import pyarrow
     from pyarrow import parquet
