@@ -218,7 +218,7 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
     return DocumentTokenizer(tokenizer, bos, eos, "; ".join(why))
 
 
-def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[ConfigIssue]:
+def check_ends(tokenizer: "Tokenizer", data: Data) -> list[ConfigIssue]:
     """Return what a user should know about the ends of documents before a run starts."""
     special: SpecialTokens = getattr(tokenizer, "special", UNNAMED)
     problems = [

@@ -9,7 +9,7 @@ from torchtitan.data.named_sources import NamedSource, check_sources, named_sour
 from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family
-from torchtitan.preflight.data_files import probe_data
+from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
 
@@ -38,22 +38,22 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
-    problems = probe_tokenizer(context)
-    return problems if check_data(context) else problems + probe_data(context)
+    problems = check_tokenizer(context)
+    return problems if check_data(context) else problems + check_data_files(context)
 
 
-def probe_tokenizer_files(context: RunContext) -> list[ConfigIssue]:
+def check_tokenizer_files(context: RunContext) -> list[ConfigIssue]:
     """Problems of the tokenizer alone, whatever the model."""
-    return _probe_tokenizer(context, with_model=False)
+    return _tokenizer_problems(context, with_model=False)
 
 
-def probe_tokenizer(context: RunContext) -> list[ConfigIssue]:
+def check_tokenizer(context: RunContext) -> list[ConfigIssue]:
     """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
-    return _probe_tokenizer(context, with_model=True)
+    return _tokenizer_problems(context, with_model=True)
 
 
-def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]:
-    from torchtitan.data.document_ends import probe_ends
+def _tokenizer_problems(context: RunContext, with_model: bool) -> list[ConfigIssue]:
+    from torchtitan.data.document_ends import check_ends
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
     path = context.config.model.tokenizer_path
@@ -62,7 +62,7 @@ def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]
     except ConfigError as error:
         return error.problems
     problems = _vocabulary_problems(context, tokenizer.vocab_size) if with_model else []
-    problems += probe_ends(tokenizer, context.config.data)
+    problems += check_ends(tokenizer, context.config.data)
     back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
     if back == _ROUND_TRIP:
         return problems

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from torchtitan.data.sources import Source
     from torchtitan.data.token_source import TokenSource
 
-_PROBED_SHARDS = 16
-_PROBED_ROWS = 8
-_PROBED_BYTES = 32 * 2**20
-_PROBED_ROW_BYTES = 256 * 2**20
+_SAMPLED_SHARDS = 16
+_SAMPLED_ROWS = 8
+_SAMPLED_BYTES = 32 * 2**20
+_SAMPLED_ROW_BYTES = 256 * 2**20
 """Content of compressed files that is read."""
-_PROBED_TOKEN_BYTES = 256 * 2**20
+_SAMPLED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
 if TYPE_CHECKING:
     from torchtitan.data.sources import Source
@@ -66,12 +66,14 @@ def describe_data(context: RunContext) -> list[str]:
     return lines
 
 
-def probe_data(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
-    return probe_sources(context, named_sources(context.config.training, context.config.data), {})
+def check_data_files(context: RunContext) -> list[ConfigIssue]:
+    """Problems of the data's files, of all sources. Fix the problems of `check_data` first."""
+    return check_source_files(
+        context, named_sources(context.config.training, context.config.data), {}
+    )
 
 
-def probe_sources(
+def check_source_files(
     context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
     """Problems of the files of `sources`. `files` are those that were seen before."""
@@ -84,9 +86,9 @@ def probe_sources(
         found: list[ConfigIssue] = []
         try:
             source = build_source(named.training, data)
-            found += _probe_source(own, source)
+            found += _source_problems(own, source)
             if files or len(sources) > 1:  # else there is none to share a file with
-                found += _probe_shared_files(named, source, files)
+                found += _check_shared_files(named, source, files)
             if named.training.dataset_path is not None:  # else the user did not choose the files
                 found += _doubled_files(source)
         except ConfigError as error:
@@ -120,7 +122,7 @@ def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
     return files
 
 
-def _probe_shared_files(
+def _check_shared_files(
     named: NamedSource, source: "Source", files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
     """A warning where a file is in an earlier source, too; `files` are those seen so far."""
@@ -144,13 +146,13 @@ def _probe_shared_files(
     ]
 
 
-def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
+def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """Problems of dealing the data out, of their first rows, and of files that are cut off."""
     from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.token_source import TokenSource
 
-    problems = [*getattr(source, "problems", list)(), *_probe_pickling(context, source)]
+    problems = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
     if problems:
         return problems
     shards = source.shards(context.num_lanes)
@@ -159,18 +161,18 @@ def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
     if len(shards) < context.num_lanes:
         return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
     if isinstance(source, TokenSource):
-        return _probe_tokens(context, source)
-    problems = _probe_rows(context, source, shards)
+        return _check_tokens(context, source)
+    problems = _check_rows(context, source, shards)
     is_rejected = any(problem.severity == "error" for problem in problems)
     if not is_rejected and isinstance(source, FileSource):
-        problems += _probe_amount(context, source)
-        return problems + _probe_whole_files(context, source, shards)
+        problems += _check_amount(context, source)
+        return problems + _check_whole_files(context, source, shards)
     if not is_rejected:
-        problems += _probe_shared_rows(context, source, shards)
-    return problems + _probe_revision(context, source)
+        problems += _check_shared_rows(context, source, shards)
+    return problems + _check_revision(context, source)
 
 
-def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
+def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """Check that worker processes can have a copy of a dataset from outside the library."""
     from torchtitan.data.files import FileSource
 
@@ -187,7 +189,7 @@ def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
     return []
 
 
-def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
+def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """A dataset of the hub may change while a run is stopped, and then a resume is rejected."""
     commit, revision = source.description.get("commit"), context.config.data.revision
     if commit is None or _COMMIT.fullmatch(revision or ""):
@@ -203,7 +205,7 @@ def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
     ]
 
 
-def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
+def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
     """Problems of tokens: of another tokenizer, damaged, too few for a step."""
     from torchtitan.data.document_ends import document_tokenizer
     from torchtitan.data.token_files import TokenFileError
@@ -214,7 +216,7 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
     try:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         problem = tokenizer_problem(source, document_tokenizer(tokenizer, config.data), path)
-        source.check_content(_PROBED_TOKEN_BYTES)
+        source.check_content(_SAMPLED_TOKEN_BYTES)
     except TokenFileError as error:
         return [unusable(error, path or "")]
     except ConfigError:  # reported by the check of the tokenizer
@@ -225,7 +227,7 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
     return problems + _amount_problems(context, source.index.num_tokens, "tokens")
 
 
-def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
+def _check_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
     """Check the first rows of some shards.
 
     The first unusable row is an error where the policy for rows makes it one. Rows without any
@@ -235,11 +237,11 @@ def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") ->
     from torchtitan.data.sources_torch import StreamSource
 
     # Each part of a stream may need a separate connection.
-    num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
+    num_sampled = 1 if isinstance(source, StreamSource) else _SAMPLED_SHARDS
     num_usable = 0
     first: tuple[str, BadRow] | None = None
-    for shard in shards[:: -(-len(shards) // num_probed)]:
-        for row in islice(source.rows(shard), _PROBED_ROWS):
+    for shard in shards[:: -(-len(shards) // num_sampled)]:
+        for row in islice(source.rows(shard), _SAMPLED_ROWS):
             try:
                 num_usable += len(source.text(row)) > 0
             except BadRow as error:
@@ -270,7 +272,7 @@ def _fix_of(flaw: str) -> str:
     return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
 
 
-def _probe_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
+def _check_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
     """Check that finite, uncompressed data can fill one step; a token is at least a byte."""
     if any(file.compression for file in source.files):
         return []
@@ -293,13 +295,13 @@ def _amount_problems(context: RunContext, amount: int, unit: str) -> list[Config
     ]
 
 
-def _probe_whole_files(
+def _check_whole_files(
     context: RunContext, source: "FileSource", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
     """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
     from torchtitan.data.pieces import Shard
 
-    budget, budget_of_rows = _PROBED_BYTES, _PROBED_ROW_BYTES
+    budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
     problems = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
     num_filled = sum(shard.end is not None for shard in shards)
@@ -327,12 +329,12 @@ def _probe_whole_files(
     return problems
 
 
-def _probe_shared_rows(
+def _check_shared_rows(
     context: RunContext, source: "Source", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
     """Check that data whose rows the lanes share by stride have a row for each lane."""
     strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
-    if max(strides.values()) == 1 or len(strides) > _PROBED_SHARDS:
+    if max(strides.values()) == 1 or len(strides) > _SAMPLED_SHARDS:
         return []
     num_filled = 0
     for whole, stride in strides.items():

@@ -15,7 +15,7 @@ from torchtitan.config.schema import Validation
 from torchtitan.data.named_sources import SETS, VALIDATION, named_sources, validation_sets
 from torchtitan.preflight import context_parallel, model, tensor_parallel
 from torchtitan.preflight.data import check_dataset, check_prefetching
-from torchtitan.preflight.data_files import files_of, probe_sources
+from torchtitan.preflight.data_files import check_source_files, files_of
 from torchtitan.preflight.mesh import is_mesh
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -39,7 +39,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     config = context.config
     sets = validation_sets(config)
     trained_on = files_of(named_sources(config.training, config.data)) if sets else {}
-    return probe_sources(context, sets, trained_on)
+    return check_source_files(context, sets, trained_on)
 
 
 def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
