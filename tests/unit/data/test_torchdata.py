@@ -117,6 +117,12 @@ def test_every_row_once_and_resumed_on_any_mesh(kind, small_blocks):
         again.close()
 
 
+@pytest.mark.parametrize("kind", ["pipeline", "stateful loader", "iterator"])
+def test_worker_processes_read_the_same(kind):
+    expected = all_steps(configure(KINDS[kind], epochs=1))
+    assert np.array_equal(all_steps(configure(KINDS[kind], num_workers=2, epochs=1), 2), expected)
+
+
 def test_a_resume_reads_nothing_twice(small_blocks):
     """But the block in which it was stopped."""
     read: list[str] = []
@@ -125,8 +131,7 @@ def test_a_resume_reads_nothing_twice(small_blocks):
         read.append(text)
         return text
 
-    made = lambda: nodes.Mapper(nodes.IterableWrapper(WithState()), noted)  # noqa: E731
-    config = configure(made, shuffle=False)
+    config = configure(lambda: nodes.Mapper(nodes.IterableWrapper(WithState()), noted))
     run = Run(config, num_lanes=1, global_batch=1)
     for _ in range(20):
         run.step()
