@@ -30,7 +30,7 @@ from torchtitan.data.token_files import (
 from torchtitan.data.token_source import TokenSource
 from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tokenize
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight.data import check_data, check_tokenizer_files
+from torchtitan.preflight.data import check_data, check_tokenizer
 from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.preflight import report
 
@@ -108,7 +108,7 @@ def _prepare(
     context: RunContext, named: NamedSource, folder: Path, shard_bytes: int
 ) -> TokenizeJob:
     """Return the job, after all checks. Raises ConfigError."""
-    problems = [*check_tokenizer_files(context), *check_data(context)]
+    problems = [*check_tokenizer(context, with_model=False), *check_data(context)]
     if not errors_of(problems):
         problems += check_data_files(context)
     problems = [named.under_own_key(problem) for problem in problems]

@@ -18,7 +18,7 @@ _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems that follow from the config and the number of processes; reads no files."""
+    """Check config and number of processes; reads no files."""
     problems = check_data(context)
     if is_mesh(context):  # else there are no data ranks to share anything
         problems += [*_check_lanes(context), *_check_workers(context)]
@@ -26,7 +26,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_data(context: RunContext) -> list[ConfigIssue]:
-    """Those of `check` that are about what is read."""
+    """Check the keys that say what is read."""
     config = context.config
     problems = check_sources(config.training, config.data)
     if problems:
@@ -37,22 +37,13 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
+    """Check the files of tokenizer and data: present, readable, enough, as expected."""
     problems = check_tokenizer(context)
     return problems if check_data(context) else problems + check_data_files(context)
 
 
-def check_tokenizer_files(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer alone, whatever the model."""
-    return _tokenizer_problems(context, with_model=False)
-
-
-def check_tokenizer(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
-    return _tokenizer_problems(context, with_model=True)
-
-
-def _tokenizer_problems(context: RunContext, with_model: bool) -> list[ConfigIssue]:
+def check_tokenizer(context: RunContext, with_model: bool = True) -> list[ConfigIssue]:
+    """Check the tokenizer, and whether the model fits it unless `with_model` is false."""
     from torchtitan.data.document_ends import check_ends
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
@@ -94,7 +85,7 @@ def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIss
 
 
 def check_dataset(named: NamedSource) -> list[ConfigIssue]:
-    """Problems of one dataset, by the keys of a single one."""
+    """Check one dataset; problems have the keys of a single dataset."""
     training = named.training
     entry = find_dataset(training.dataset)
     if entry is None:
@@ -114,7 +105,7 @@ def check_dataset(named: NamedSource) -> list[ConfigIssue]:
 
 
 def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
-    """Keys of `[data]` that say which part of a Hugging Face dataset to read."""
+    """Check the keys that select a part of a Hugging Face dataset."""
     used = {"split": entry.takes_split}
     used |= dict.fromkeys(("subset", "revision", "streaming"), entry.takes_hub_keys)
     problems = []
@@ -131,7 +122,7 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
 
 
 def _check_file_keys(data: Data) -> list[ConfigIssue]:
-    """Keys of `[data]` that say how text files are read."""
+    """Check the keys that say how text files are read."""
     problems = []
     separator = data.document_separator
     if separator is not None and not 0 < len(separator) <= _LONGEST_SEPARATOR:
@@ -191,7 +182,7 @@ def _check_workers(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
-    """The problem of reading ahead without anybody to do it, in the table at `place`."""
+    """Warn of prefetching without worker processes, in the table at `place`."""
     if options.num_workers or options.prefetch_factor is None:
         return []
     return [

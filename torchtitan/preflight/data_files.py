@@ -67,7 +67,7 @@ def describe_data(context: RunContext) -> list[str]:
 
 
 def check_data_files(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the data's files, of all sources. Fix the problems of `check_data` first."""
+    """Check the files of all sources; `check_data` must have found nothing."""
     return check_source_files(
         context, named_sources(context.config.training, context.config.data), {}
     )
@@ -76,7 +76,7 @@ def check_data_files(context: RunContext) -> list[ConfigIssue]:
 def check_source_files(
     context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
-    """Problems of the files of `sources`. `files` are those that were seen before."""
+    """Check the files of `sources`; `files` are those of earlier sources."""
     problems: list[ConfigIssue] = []
     sources = list(sources)
     for named in sources:
@@ -108,7 +108,7 @@ def _lightly(data: Data) -> Data:
 
 
 def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
-    """The files of those sources that are files, by their real paths."""
+    """Return the files of those sources that have files, by their real paths."""
     files: dict[str, NamedSource] = {}
     for named in sources:
         if named.training.dataset_path is None and named.training.dataset != "stdlib":
@@ -125,7 +125,7 @@ def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
 def _check_shared_files(
     named: NamedSource, source: "Source", files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
-    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    """Warn of a file that is in an earlier source, too; `files` are those seen so far."""
     paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
     shared = [path for path in paths if path in files]
     for path in paths:
@@ -147,7 +147,7 @@ def _check_shared_files(
 
 
 def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """Problems of dealing the data out, of their first rows, and of files that are cut off."""
+    """Check that there is data for all lanes, the first rows, and truncated files."""
     from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.token_source import TokenSource
@@ -190,7 +190,7 @@ def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
 
 
 def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """A dataset of the hub may change while a run is stopped, and then a resume is rejected."""
+    """Warn of a hub dataset that may change while a run is stopped: a resume is then rejected."""
     commit, revision = source.description.get("commit"), context.config.data.revision
     if commit is None or _COMMIT.fullmatch(revision or ""):
         return []
@@ -206,7 +206,7 @@ def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
 
 
 def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
-    """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+    """Check tokens: made by this tokenizer, undamaged, enough for a step."""
     from torchtitan.data.document_ends import document_tokenizer
     from torchtitan.data.token_files import TokenFileError
     from torchtitan.data.token_source import tokenizer_problem, unusable
@@ -298,7 +298,7 @@ def _amount_problems(context: RunContext, amount: int, unit: str) -> list[Config
 def _check_whole_files(
     context: RunContext, source: "FileSource", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
-    """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
+    """Read small files that are not cut into ranges to their end: enough rows, not truncated."""
     from torchtitan.data.pieces import Shard
 
     budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
@@ -361,7 +361,7 @@ def _key(context: RunContext) -> str:
 
 
 def _doubled_files(source: "Source") -> list[ConfigIssue]:
-    """A warning about files of a dataset that hold the same, with the pairs."""
+    """Warn of files of a dataset that hold the same documents, with the pairs."""
     listing = getattr(source, "listing", None)
     named = () if listing is None else listing.doubles
     pairs = dict.fromkeys((*named, *_same_contents(source)))
@@ -380,7 +380,7 @@ def _doubled_files(source: "Source") -> list[ConfigIssue]:
 
 
 def _same_contents(source: "Source") -> Iterator[tuple[str, str]]:
-    """Files of equal size and digest, but for small ones."""
+    """Yield pairs of files of equal size and digest, except small ones."""
     all_files = getattr(source, "files", ())
     least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in all_files))
     sizes: Mapping[int, list[Any]] = defaultdict(list)

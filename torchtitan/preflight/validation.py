@@ -1,4 +1,4 @@
-"""Problems of `[validation]`. No torch.
+"""Checks of `[validation]`. No torch.
 
 Each set is checked as the sections that would train on it alone; problems name the keys that the
 user wrote.
@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of `[validation]` that config and mesh can tell; reads no file."""
+    """Check `[validation]` by config and mesh; reads no files."""
     section = context.config.validation
     if not section.enable:
         return []
@@ -35,7 +35,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the sets' files, and files that are trained on, too."""
+    """Check the files of the sets, and warn of files that are also trained on."""
     config = context.config
     sets = validation_sets(config)
     trained_on = files_of(named_sources(config.training, config.data)) if sets else {}
@@ -86,7 +86,7 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
-    """A pipeline cuts a batch of validation into microbatches as it cuts one of training."""
+    """Check the batch: a pipeline cuts a batch of validation into microbatches as it cuts one of training."""
     batch = context.config.validation.local_batch_size
     mesh = context.config.parallelism
     size = mesh.pipeline_parallel_microbatch_size
