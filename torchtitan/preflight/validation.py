@@ -86,7 +86,7 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
-    """Check the batch: a pipeline cuts a batch of validation into microbatches as it cuts one of training."""
+    """Check that a pipeline can split a batch of validation into microbatches."""
     batch = context.config.validation.local_batch_size
     mesh = context.config.parallelism
     size = mesh.pipeline_parallel_microbatch_size
