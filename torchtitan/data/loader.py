@@ -173,7 +173,7 @@ class Loader:
         bad_rows = sum(position.bad_rows for position in self._positions.values())
         most = self._reader.mixture.sources[0].max_bad_rows
         if bad_rows > most:
-            raise DataError(f"skipped {bad_rows} rows, more than data.max_bad_rows = {most}")
+            raise DataError(f"left out {bad_rows} rows, more than data.max_bad_rows = {most}")
         ended = all(sample is None for sample in samples)
         source_tokens = self._reader.mixture.source_tokens(self._positions[plan.lanes[0]])
         return StepData(batches, states, ended, bad_rows, source_tokens)
