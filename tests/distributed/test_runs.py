@@ -100,7 +100,7 @@ def test_kill_and_same_command_is_one_run(uninterrupted: Path, tmp_path: Path) -
 
 
 def test_request_to_stop_saves_the_step_and_leaves(uninterrupted: Path, tmp_path: Path) -> None:
-    """With reading processes, which must not die of the signal before the run has saved."""
+    """With worker processes, which must not die of the signal before the run has saved."""
     folder = tmp_path / "run"
     long = "--training.steps=3000"
     workers = "--training.dataloader.num_workers=2"

@@ -30,8 +30,8 @@ from torchtitan.data.token_files import (
 from torchtitan.data.token_source import TokenSource
 from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tokenize
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight.data import check_data, probe_tokenizer_files
-from torchtitan.preflight.data_files import probe_data
+from torchtitan.preflight.data import check_data, check_tokenizer
+from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.preflight import report
 
 USAGE = """usage: torchtitan tokenize [FILE] --output DIR [--workers N] [--source NAME]
@@ -59,7 +59,7 @@ class _Options(NamedTuple):
 
 
 def run(argv: list[str]) -> int:
-    """Tokenise, or say what stands in the way. Exit status 0 when the folder is complete."""
+    """Tokenise. Returns exit status 0 when the folder is complete; raises ConfigError."""
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return DONE
@@ -107,11 +107,11 @@ def run(argv: list[str]) -> int:
 def _prepare(
     context: RunContext, named: NamedSource, folder: Path, shard_bytes: int
 ) -> TokenizeJob:
-    """What is to be done, after everything that can be known to be wrong. Raises ConfigError."""
-    problems = [*probe_tokenizer_files(context), *check_data(context)]
+    """Return the job, after all checks. Raises ConfigError."""
+    problems = [*check_tokenizer(context, with_model=False), *check_data(context)]
     if not errors_of(problems):
-        problems += probe_data(context)
-    problems = [named.retold(problem) for problem in problems]
+        problems += check_data_files(context)
+    problems = [named.under_own_key(problem) for problem in problems]
     errors = errors_of(problems)
     report(problem for problem in problems if problem not in errors)
     if errors:
@@ -120,7 +120,7 @@ def _prepare(
     data_path = Path(config.training.dataset_path or "").resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
         text = f"lies in the data that are read, {data_path}, and would be taken for data"
-        raise ConfigError(ConfigIssue("--output", text, "choose a folder beside them", str(folder)))
+        raise ConfigError(ConfigIssue("--output", text, "choose a folder outside it", str(folder)))
     source = build_source(config.training, config.data)
     if isinstance(source, TokenSource):
         problem = ConfigIssue(
@@ -129,7 +129,7 @@ def _prepare(
             "give text or JSON, or train on it as it is",
             config.training.dataset_path,
         )
-        raise ConfigError(named.retold(problem))
+        raise ConfigError(named.under_own_key(problem))
     return TokenizeJob(
         source=source,
         tokenizer=document_tokenizer(build_tokenizer(config.model.tokenizer_path), config.data),
@@ -153,8 +153,10 @@ def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
 
 
 def _finished(job: TokenizeJob) -> TokenIndex | None:
-    """The index, if the folder is complete and every file is whole. Raises ConfigError for a folder
-    with other tokens, or with files that nobody here has written."""
+    """Return the index if the folder is complete and every file is whole.
+
+    Raises ConfigError for a folder with other tokens, or with foreign files.
+    """
     folder = job.folder
     if (folder / INDEX_NAME).exists():
         try:

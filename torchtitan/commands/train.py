@@ -105,15 +105,18 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     What is not on this machine may be on the one that trains, so it is no error without `full`.
     But it was not looked at, so that is not "ok", nor the exit status 0.
     """
+    from torchtitan.data.listing import listed_once
+    from torchtitan.preflight.data_files import describe_data
+
     context = with_stored_batch(_facts_of_a_look(loaded, _read(env.read_world_size), full))
     quiet = env.is_quiet_rank()
-    warnings = preflight.require(context, quiet=quiet)
+    with listed_once():
+        warnings = preflight.require(context, quiet=quiet)
+        lines = [] if quiet else describe_data(context)
+    for line in lines:
+        print(line, file=sys.stderr)
     absent = list(dict.fromkeys(problem.key for problem in warnings if problem.missing_asset))
     if not quiet:
-        from torchtitan.data.reading import describe_data
-
-        for line in describe_data(context):
-            print(line, file=sys.stderr)
         verdict = (
             f"not checked, as it is not here: {', '.join(absent)}; else ok" if absent else "ok"
         )

@@ -152,7 +152,7 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "validation.dataloader.persistent_workers": (False, ""),
 }
 """Keys that change nothing here whatever their value: the default then, and a reason worth telling.
-Recomputation stops early in any case, reading processes live as long as the run, and those of a
+Recomputation stops early in any case, worker processes live as long as the run, and those of a
 validation as long as it takes."""
 
 

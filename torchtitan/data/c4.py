@@ -34,7 +34,7 @@ def c4_test(training: Training, data: Data) -> "Source":
     """The training split of the tiny set, or of the folder that `dataset_path` names."""
     if training.dataset_path is None and not TEST_FOLDER.is_dir():
         problem = f"this installation is without the repository's {TEST_FOLDER.name} folder"
-        fix = 'run from a clone, set training.dataset_path, or use training.dataset = "stdlib"'
+        fix = 'run from a clone, give the path of a folder, or set dataset = "stdlib"'
         raise ConfigError(
             ConfigIssue("training.dataset", problem, fix, training.dataset, missing_asset=True)
         )
@@ -51,13 +51,9 @@ def _split(split: str, training: Training, data: Data) -> "Source":
 
 
 def _from_files(path: str, split: str, data: Data) -> "Source":
-    from torchtitan.data.listing import list_files
-    from torchtitan.data.sources_json import JsonSource
+    from torchtitan.data.registry import file_source
 
-    found = list_files(_layout(path, split, data.subset or SUBSET), "json")
-    source = JsonSource(found.files, data)
-    source.left_out, source.doubles = found.left_out, found.doubles
-    return source
+    return file_source(_layout(path, split, data.subset or SUBSET), "json", data)
 
 
 def _layout(path: str, split: str, subset: str) -> str:

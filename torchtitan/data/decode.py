@@ -77,8 +77,8 @@ def encoding_of(start: bytes) -> str | None:
 def decompressed(file: BinaryIO, compression: str | None, max_window_bytes: int) -> BinaryIO:
     """Return the content of `file`, which is closed with it.
 
-    Reading raises what `corruption` explains, and DataError if zstd windows of more than 128 MiB
-    would take more than `max_window_bytes` in this process.
+    Reading raises the errors that `corruption` explains, and DataError if zstd windows above
+    128 MiB would take more than `max_window_bytes` in this process.
     """
     if compression is None:
         return file
@@ -93,8 +93,10 @@ def decompressed(file: BinaryIO, compression: str | None, max_window_bytes: int)
 
 
 def transcoded(stream: BinaryIO, encoding: str) -> BinaryIO:
-    """Return the text of `stream` as UTF-8 without a byte-order mark. Reading raises what
-    `corruption` explains."""
+    """Return the text of `stream` as UTF-8 without a byte-order mark.
+
+    Reading raises the errors that `corruption` explains.
+    """
     return _stream(_utf8(stream, encoding), stream)
 
 
@@ -147,8 +149,11 @@ def _stream(chunks: Iterator[bytes], file: BinaryIO) -> BinaryIO:
 
 
 def _members(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress one member after another. The standard library's readers drop what follows a
-    member and is not one, and with it the rest of a damaged file."""
+    """Decompress one member after another.
+
+    The standard library's readers drop anything after a member that is not one, and with it the
+    rest of a damaged file.
+    """
     rest = file.read(_OUTPUT_BYTES)
     while rest:
         decoder = new_decoder()
@@ -158,7 +163,7 @@ def _members(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
                 if not rest:
                     raise EOFError("the file ends in the middle of the compressed data")
             yield decoder.decompress(rest, _OUTPUT_BYTES)
-            # zlib gives back what it has not used, the others keep it.
+            # zlib gives back what it has not used, other decoders keep it.
             rest = getattr(decoder, "unconsumed_tail", b"")
         rest = decoder.unused_data or file.read(_OUTPUT_BYTES)
         while rest and not rest.strip(b"\0"):  # padding, as tapes and `xz` make it
@@ -167,14 +172,17 @@ def _members(file: BinaryIO, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def _zstd(file: BinaryIO, max_window_bytes: int) -> Iterator[bytes]:
-    """Decompress zstd frames. The library's own reader takes the end of the file for the end of the
-    data, and reads no window of more than 128 MiB."""
+    """Decompress zstd frames.
+
+    The library's own reader takes the end of the file for the end of the data, and reads no
+    window above 128 MiB.
+    """
     import zstandard
 
-    rest = b""
+    rest, padding = b"", b""
     while True:
         while len(rest) < _ZSTD_HEADER_BYTES and (part := file.read(_ZSTD_INPUT_BYTES)):
-            rest += part
+            rest = (rest + part).lstrip(padding)
         if not rest:
             return
         window = zstandard.get_frame_parameters(rest).window_size
@@ -187,7 +195,8 @@ def _zstd(file: BinaryIO, max_window_bytes: int) -> Iterator[bytes]:
                     raise EOFError("the file ends in the middle of a zstd frame")
                 rest = b""
                 yield decoder.decompress(part)
-            rest = decoder.unused_data
+            padding = b"\0"  # between frames and after them, as other formats have it
+            rest = decoder.unused_data.lstrip(padding)
 
 
 class _Windows:

@@ -25,17 +25,17 @@ MAP_NAME = "special_tokens_map.json"
 
 
 class Ends(NamedTuple):
-    """Which of its two tokens a tokenizer puts around a document."""
+    """The tokens that a tokenizer puts around a document."""
 
     bos: bool = True
     eos: bool = True
     why: str = ""
-    """The reason for what is left out, for messages."""
+    """Why a token is left out, for messages."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens that the files beside a tokenizer name, and when they are added."""
+    """The special tokens that the files next to a tokenizer name, and when they are added."""
 
     bos: str | None = None
     eos: str | None = None
@@ -48,8 +48,11 @@ class SpecialTokens:
     """Tokens about which the two files disagree, for a warning."""
 
     def ends(self, bos_id: int | None, template: Sequence[int] | None = None) -> Ends:
-        """The rule of these files. `template` holds the ids that a post-processor puts around an
-        empty text; None where there is no such rule."""
+        """Return the rule of these files.
+
+        `template` holds the ids that a post-processor puts around an empty text; None if
+        there is none.
+        """
         bos, eos, why = True, True, []
         if self.null_bos or self.add_bos is False:
             bos = False
@@ -64,8 +67,10 @@ class SpecialTokens:
         return Ends(bos and bos_id is not None, eos, "; ".join(why))
 
     def find(self, bos: int | None, eos: int, id_of: "IdOf") -> tuple[int | None, int]:
-        """The ids of the two tokens in a vocabulary whose own ones are `bos` and `eos`. Raises
-        NoToken for a name that is not in it."""
+        """Return the ids of the start and end token; `bos` and `eos` are the vocabulary's own.
+
+        Raises NoToken for a name that is not in the vocabulary.
+        """
         start = bos if self.bos is None else id_of(self.bos)
         if start is None and self.bos is not None and self.add_bos is not False:
             raise NoToken("start", self.bos)
@@ -89,11 +94,11 @@ class NoToken(ValueError):
 
 
 UNNAMED = SpecialTokens()
-"""Of a tokenizer without files beside it."""
+"""The special tokens of a tokenizer without files next to it."""
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """Read tokenizer_config.json and special_tokens_map.json, as far as they are in `folder`.
+    """Read tokenizer_config.json and special_tokens_map.json, if they are in `folder`.
 
     The first is followed where both name a token. Raises ValueError for a damaged file.
     """
@@ -141,8 +146,7 @@ def _flag(value: Any) -> bool | None:
 
 
 class DocumentTokenizer:
-    """A tokenizer with the tokens that a run's documents begin and end with. Made by
-    `document_tokenizer`, picklable."""
+    """A tokenizer with the start and end token of a run's documents. Picklable."""
 
     def __init__(self, tokenizer: "Tokenizer", bos: bool, eos: bool, why: str = ""):
         self.tokenizer = tokenizer
@@ -170,12 +174,15 @@ class DocumentTokenizer:
         return f"{self.tokenizer.fingerprint}+{'bos' * self.bos}{'eos' * self.eos}"
 
     def encode_document(self, text: str, begins: bool = True, ends: bool = True) -> np.ndarray:
-        """Return the ids of a document, or of a part that does not hold its beginning or end, with
-        the tokens around it: int32 `[num_tokens]`."""
+        """Return the ids of a document with the tokens around it: int32 `[num_tokens]`.
+
+        A part of a document gets a start token only if it `begins` it, an end token only if
+        it `ends` it.
+        """
         return self.tokenizer.encode_array(text, bos=self.bos and begins, eos=self.eos and ends)
 
     def describe(self) -> str:
-        """One line that says what each document is put between."""
+        """Describe in one line the tokens around each document."""
         parts = ["TEXT"]
         if self.bos and self.tokenizer.bos_id is not None:
             parts.insert(0, self._name(self.tokenizer.bos_id))
@@ -189,7 +196,10 @@ class DocumentTokenizer:
 
 
 def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
-    """The tokenizer of a run's documents. Raises ConfigError: `data.add_bos` without a token."""
+    """Return the tokenizer of a run's documents.
+
+    Raises ConfigError for `data.add_bos` without a start token.
+    """
     own: Ends = getattr(tokenizer, "ends", Ends(bos=tokenizer.bos_id is not None))
     if data.add_bos and tokenizer.bos_id is None:
         problem = "the tokenizer has no start token"
@@ -208,7 +218,7 @@ def document_tokenizer(tokenizer: "Tokenizer", data: Data) -> DocumentTokenizer:
     return DocumentTokenizer(tokenizer, bos, eos, "; ".join(why))
 
 
-def probe_ends(tokenizer: "Tokenizer", data: Data) -> list[ConfigIssue]:
+def check_ends(tokenizer: "Tokenizer", data: Data) -> list[ConfigIssue]:
     """Return what a user should know about the ends of documents before a run starts."""
     special: SpecialTokens = getattr(tokenizer, "special", UNNAMED)
     problems = [

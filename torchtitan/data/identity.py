@@ -1,14 +1,28 @@
-"""How the data of a run differ from those of a checkpoint. No torch.
+"""The identity of a run's data: a fingerprint, a summary, and what a change of them means.
 
-A checkpoint keeps a digest of everything that a place in the data depends on (`data_facts` in
-`loader.py`), to be compared, and a summary of it, to say what differs.
+A place in the data depends on the files, the tokenizer and how the data are cut (`data_facts`). A
+checkpoint keeps a digest of these facts to compare, and a summary to say what differs. Of file
+contents a digest is taken: small data are read whole, large data in blocks at even distances.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+from torchtitan.config import ConfigError, ConfigIssue, DataError
+from torchtitan.data.files import DataFile
+from torchtitan.data.lanes import LaneSettings
+from torchtitan.data.mixture import AnyPosition, MixedPosition, Mixture
+from torchtitan.data.packing import Position
+from torchtitan.data.token_source import TokenSource
+
+_FORMAT = 1
+"""Increased whenever the same files would give other samples."""
 _MAX_FILES = 200
 _MAX_CHARACTERS = 2000
 _MAX_LISTED = 4
@@ -22,24 +36,28 @@ _KEYS = {
     "seed": "debug.seed",
     "shuffle": "data.shuffle",
 }
-"""Fact -> the config key that decides it."""
+"""Fact -> the config key that sets it."""
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
-    """The digest of facts."""
+    """Return the digest of facts."""
     return _digest(facts)
 
 
 def names_data(stored: str | None, facts: Mapping[str, Any]) -> bool:
-    """Tell whether a stored fingerprint is that of `facts`, or none at all. One from before files
-    had digests is accepted where the rest is equal."""
+    """Tell whether a stored fingerprint is that of `facts`; None fits any.
+
+    One from before files had digests is accepted where the rest is equal.
+    """
     former = {**facts, "data": _without_digests(facts["data"])}
     return stored in (None, fingerprint_of(facts), fingerprint_of(former))
 
 
 def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts short enough for a manifest: long lists of files are counted, other long values
-    are replaced by their digest."""
+    """Return facts short enough for a manifest.
+
+    Long lists of files are counted, other long values are replaced by their digest.
+    """
     data = facts["data"]
     described = data if isinstance(data, list) else [{"data": data}]
     short = [{**one, "data": _short_description(one["data"])} for one in described]
@@ -50,9 +68,11 @@ def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
 def differences(
     stored: Mapping[str, Any] | None, now: Mapping[str, Any], anew: bool = False
 ) -> dict[str, str]:
-    """What differs between a stored summary and the one of today: config key -> how. A checkpoint
-    of an older version has no summary."""
-    if anew:  # all but the tokenizer may be others where the data begin anew
+    """Return the differences between two summaries: config key -> description.
+
+    A checkpoint of an older version has no summary.
+    """
+    if anew:  # then all but the tokenizer may differ
         stored = {**now, "tokenizer": (stored or now).get("tokenizer")}
     if not stored:
         text = "the files, the tokenizer or how the data are cut; the checkpoint does not say which"
@@ -118,7 +138,7 @@ def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """The fingerprint of a tokenizer without what documents are put between."""
+    """Return the fingerprint of a tokenizer without the ends of documents."""
     return str(tokenizer).partition("+")[0]
 
 
@@ -158,8 +178,10 @@ def _file_difference(before: Any, now: Any) -> str:
 
 
 def _same_content(old: list[Any], new: list[Any]) -> bool:
-    """Compare sizes, and digests where both were taken in the same way: an old checkpoint has none,
-    and with other files beside it a file is sampled at other places."""
+    """Compare sizes, and digests where both were taken in the same way.
+
+    An old checkpoint has none, and next to other files a file is sampled at other places.
+    """
     if old[0] != new[0] or len(old) < 2 or len(new) < 2:
         return bool(old[0] == new[0])
     return bool(old[1] == new[1]) or old[1].partition(":")[0] != new[1].partition(":")[0]
@@ -178,3 +200,164 @@ def _show(value: Any) -> str:
         return "unknown"
     text = str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def data_facts(mixture: Mixture) -> dict[str, Any]:
+    """Return everything that a place in the data depends on, as JSON. Raises DataError."""
+    settings = mixture.sources[0]
+    tokenizer = settings.tokenizer
+    # The ends of documents that are tokens already are in the tokens.
+    are_tokens = all(isinstance(of.source, TokenSource) for of in mixture.sources)
+    return {
+        "format": _FORMAT,
+        "data": mixture.description(with_digests),
+        "tokenizer": (tokenizer.tokenizer if are_tokens else tokenizer).fingerprint,
+        "num_lanes": settings.num_lanes,
+        "seq_len": settings.seq_len,
+        "seed": settings.seed,
+        "shuffle": settings.shuffle,
+    }
+
+
+_WHOLE_BYTES = 2**28
+"""All files together, up to which they are read whole."""
+_BLOCK_BYTES = 2**12
+_MOST_BLOCKS, _FEWEST_BLOCKS = 64, 4
+"""Blocks of one file."""
+_ALL_BLOCKS = 2**18
+_THREADS = 16
+"""Most of the time goes into waiting, on a file system of the network."""
+
+
+def content_digests(files: Sequence[DataFile]) -> list[str]:
+    """Return a digest of each file. Raises DataError for one that cannot be read.
+
+    What stands before the colon says how a file was sampled, which depends on the other files;
+    digests with different ones cannot be compared.
+    """
+    keys = []
+    for file in files:
+        try:
+            status = os.stat(file.path)
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read: {error.strerror}") from error
+        keys.append((file.path, status.st_size, status.st_mtime_ns))
+    return list(_digests(tuple(keys)))
+
+
+def with_digests(source: Any) -> dict[str, Any]:
+    """Return the description of a source, with a digest of each of its files."""
+    description: dict[str, Any] = source.description
+    files: Sequence[DataFile] = getattr(source, "files", ())
+    if not files or len(files) != len(description.get("files", ())):
+        return description
+    digests = content_digests(files)
+    named = [[*entry, digest] for entry, digest in zip(description["files"], digests)]
+    return {**description, "files": named}
+
+
+@lru_cache(maxsize=8)
+def _digests(files: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
+    total = sum(size for _, size, _ in files)
+    blocks = min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, _ALL_BLOCKS // max(1, len(files))))
+    largest = _WHOLE_BYTES if total <= _WHOLE_BYTES else blocks * _BLOCK_BYTES
+
+    def digest(file: tuple[str, int, int]) -> str:
+        path, size, _ = file
+        found = hashlib.blake2b(digest_size=8)
+        try:
+            with open(path, "rb", buffering=0) as stream:
+                if size <= largest:
+                    while part := stream.read(2**20):
+                        found.update(part)
+                else:
+                    for number in range(blocks):
+                        stream.seek((size - _BLOCK_BYTES) * number // (blocks - 1))
+                        found.update(stream.read(_BLOCK_BYTES))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        return f"{'all' if size <= largest else blocks}:{found.hexdigest()}"
+
+    if len(files) < _THREADS:
+        return tuple(map(digest, files))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return tuple(pool.map(digest, files))
+
+
+class Progress(NamedTuple):
+    """Progress of the lanes, on average."""
+
+    epoch: int
+    share: float
+    """Share of the epoch from 0 to 1, about: the rest of the current shards is not known."""
+
+
+def restart(mixture: Mixture, states: Iterable[Mapping[str, Any]]) -> AnyPosition:
+    """Return the position at which all lanes begin new data: the epoch after all stored ones.
+
+    Shares of several sources begin anew, too. Raises ConfigError if `data.epochs` are over by
+    then.
+    """
+    epoch = 1 + max(place["epoch"] for state in states for place in _places(state))
+    epochs = mixture.sources[0].epochs
+    if epochs is not None and epoch >= epochs:
+        problem = f"data.restart would begin epoch {epoch}, and epochs 0 to {epochs - 1} are read"
+        fix = f"set it to at least {epoch + 1}, or remove it"
+        raise ConfigError(ConfigIssue("data.epochs", problem, fix, epochs))
+    start = Position(epoch=epoch, first_epoch=epoch)
+    count = len(mixture.sources)
+    return MixedPosition(0, (0,) * count, (start,) * count) if count > 1 else start
+
+
+def describe_change(mixture: Mixture, states: Iterable[Mapping[str, Any]], anew: bool) -> str:
+    """Describe a resume with other data in numbers; `anew` with `data.restart`."""
+    all_places = list(zip(*(_places(state) for state in states)))
+    parts = []
+    for name, settings, places in zip(mixture.names, mixture.sources, all_places):
+        done = _progress(settings, places)
+        where = f"{done.share:.0%} through epoch {done.epoch}"
+        if anew:
+            text = f"{where}, the rest of which is not read"
+        else:
+            text = f"{where}: {_mixed_up(settings, done)}"
+        parts.append(f"{name}: {text}" if len(mixture.sources) > 1 else text)
+    where = "; ".join(parts)
+    if anew:
+        epoch = 1 + max(place["epoch"] for places in all_places for place in places)
+        return (
+            f"The data differ from the checkpoint's: epoch {epoch} starts over with them."
+            f" The checkpoint was {where}"
+        )
+    return (
+        f"The data are not the checkpoint's, which was {where}."
+        " data.restart = true would start over with the next epoch"
+    )
+
+
+def _mixed_up(settings: LaneSettings, done: Progress) -> str:
+    """Describe the rest of the epoch, at worst.
+
+    The true share depends on the two orders: if they have nothing in common, it is `share * (1
+    - share)`.
+    """
+    share = min(done.share, 1 - done.share)
+    total = sum(file.size for file in getattr(settings.source, "files", ()))
+    amount = f" ({share * total / 2**20:,.3g} of {total / 2**20:,.3g} MiB)" if total else ""
+    what = f"up to {share:.0%} of the data{amount}"
+    return f"{what} are read twice in this epoch, and as much not at all"
+
+
+def _progress(settings: LaneSettings, places: Iterable[Mapping[str, Any]]) -> Progress:
+    own = max(1.0, len(settings.shards) / settings.num_lanes)
+    amounts = []
+    for place in places:
+        inside = 0.5 if place["block"] or place["row"] or place["token"] else 0.0
+        amounts.append(place["epoch"] + min(1.0, (place["shard"] + inside) / own))
+    mean = sum(amounts) / len(amounts)
+    return Progress(math.floor(mean), mean - math.floor(mean))
+
+
+def _places(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the place of a lane in each source."""
+    places: list[Mapping[str, Any]] = state.get("sources", [state])
+    return places

@@ -2,11 +2,10 @@
 
 In every epoch the shards are put into an order given by (seed, epoch), and lane v of L reads those
 at v, v + L, ... of that order; within a shard, documents are shuffled in blocks of bounded size.
-Nothing here knows of ranks or processes: whoever serves a lane gets the same samples from it, and
-whoever continues it needs only the `Position` that came with the last one.
+A lane does not depend on ranks or processes: whichever process serves it gets the same samples, and
+a resume needs only the `Position` that came with the last one.
 """
 
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,7 @@ from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.packing import Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, Source, row_tokens
-
-logger = logging.getLogger(__name__)
+from torchtitan.data.sources import BadRow, Row, SkippedRows, Source, row_tokens
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 2**20
@@ -30,7 +27,7 @@ stop; so many mean that there is none for this lane."""
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """What all lanes of a run have in common."""
+    """The settings that all lanes of a run share."""
 
     source: Source
     shards: Sequence[Shard]
@@ -43,7 +40,7 @@ class LaneSettings:
     on_bad_row: str
     max_bad_rows: int
     may_be_empty: bool = False
-    """Whether a lane without documents is one that has ended rather than a mistake."""
+    """A lane without documents has ended; otherwise it is an error."""
 
 
 class Lane:
@@ -51,23 +48,26 @@ class Lane:
 
     def __init__(self, settings: LaneSettings, index: int, position: Position):
         self.position = position
-        """Where the next sample starts."""
+        """The start of the next sample."""
         self._settings = settings
         self._index = index
-        self._bad_rows = position.bad_rows
+        self._skipped = SkippedRows(settings.on_bad_row, settings.max_bad_rows, position.bad_rows)
         self._first_epoch = position.first_epoch
         self._stream = self._documents(position)
         self._packer = Packer(self._stream, settings.seq_len)
 
     def close(self) -> None:
-        """Close what is open for reading. Nobody else would: the stream and the lane hold each
-        other, and training runs without the garbage collector."""
+        """Close open files.
+
+        Nothing else would: the stream and the lane reference each other, and training runs
+        without the garbage collector.
+        """
         self._stream.close()
 
     def next_sample(self, length: int | None = None) -> Sample | None:
-        """The next sample, which advances by `length` tokens (None: `seq_len`).
+        """Return the next sample, which advances by `length` tokens (None: `seq_len`).
 
-        None, for ever, when `epochs` are over. Raises DataError.
+        Returns None, for ever, when `epochs` are over. Raises DataError.
         """
         item = self._packer.next_sample(length)
         if item is None:
@@ -86,7 +86,9 @@ class Lane:
             found = epoch == start.epoch and start != self._start_of(epoch)
             unfinished: Position | None = None
             for position, shard, row in self._rows(epoch, start):
-                here = position._replace(bad_rows=self._bad_rows, first_epoch=self._first_epoch)
+                here = position._replace(
+                    bad_rows=self._skipped.count, first_epoch=self._first_epoch
+                )
                 tokens = self._tokens(shard, row, epoch)
                 if tokens is None or not len(tokens):
                     continue
@@ -110,7 +112,7 @@ class Lane:
             epoch += 1
 
     def _rows(self, epoch: int, start: Position) -> Iterator[tuple[Position, Shard, Row]]:
-        """The rows of an epoch in order, from `start` on if that lies in this epoch."""
+        """Yield the rows of an epoch in order, from `start` on if that lies in this epoch."""
         settings = self._settings
         resumed = epoch == start.epoch
         own = self._order(len(settings.shards), epoch)[self._index :: settings.num_lanes]
@@ -134,7 +136,7 @@ class Lane:
                     yield position, shard, rows[order[place]]
 
     def _start_of(self, epoch: int) -> Position:
-        return Position(epoch=epoch, bad_rows=self._bad_rows, first_epoch=self._first_epoch)
+        return Position(epoch=epoch, bad_rows=self._skipped.count, first_epoch=self._first_epoch)
 
     def _order(self, length: int, *key: int) -> np.ndarray:
         if not self._settings.shuffle:
@@ -142,7 +144,7 @@ class Lane:
         return permutation(length, combine(self._settings.seed, *key))
 
     def _tokens(self, shard: Shard, row: Row, epoch: int) -> np.ndarray | None:
-        """The tokens of a row; None for one without text and for one that is left out.
+        """Return the tokens of a row; None for one without text and for one that is skipped.
 
         Raises DataError as configured.
         """
@@ -150,28 +152,18 @@ class Lane:
         try:
             return row_tokens(settings.source, settings.tokenizer, row)
         except BadRow as error:
-            message = f"{settings.source.locate(shard, row)}: {error}"
-        if settings.on_bad_row == "error":
-            raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
-        if (
-            epoch > self._first_epoch
-        ):  # counted and told before: a few rows must not end a run by coming again
-            return None
-        self._bad_rows += 1
-        logger.warning("Left out a row: %s", message)
-        if self._bad_rows > settings.max_bad_rows:
-            raise DataError(
-                f"left out more rows than data.max_bad_rows = {settings.max_bad_rows};"
-                f" the last one: {message}"
-            )
+            # In a later epoch it was counted already: a few rows must not end a run by repeating.
+            if epoch == self._first_epoch or settings.on_bad_row == "error":
+                self._skipped.add(f"{settings.source.locate(shard, row)}: {error}")
         return None
 
 
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
-    """Consecutive rows in groups that fit into memory many times over, from `cursor` on.
+    """Yield shuffle blocks: consecutive rows, few enough for memory, from `cursor` on.
 
-    Each comes with the cursor at which it begins; empty for the first and if there are none. Pieces
-    of a document keep their order: each is a group of its own, where all are of one shard.
+    Each comes with the cursor at which it begins; empty for the first and for sources without
+    cursors. Pieces of a document keep their order: each is a block of its own unless lanes
+    share the shard.
     """
     rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
     next_cursor = getattr(rows, "cursor", lambda: "")

@@ -12,8 +12,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.data.files import COMPRESSIONS, KEY, SUFFIXES, DataFile, Kind, suffix_kind
@@ -21,7 +21,7 @@ from torchtitan.utils.environment import is_quiet_rank
 
 _TITLES: dict[Kind, str] = {"json": "JSON", "text": "text", "parquet": "Parquet"}
 _POINTER = b"version https://git-lfs"
-"""How the file begins that stands for one which Git LFS has not fetched yet."""
+"""Start of a Git LFS pointer, which stands for a file that was not fetched yet."""
 _UNREADABLE = (".lz4", ".br", ".7z", ".zip", ".rar", ".lz", ".lzma", ".lzo", ".sz", ".z", ".tar")
 """Suffixes of what could hold a data file that is not read."""
 HIDDEN = 'whose name, or folder, begins with "." or "_"'
@@ -49,6 +49,7 @@ class LeftOut:
     """A few names, or suffixes."""
 
     def add(self, example: str, count: int = 1) -> None:
+        """Count some files."""
         self.count += count
         if count and example not in self.examples and len(self.examples) < 3:
             self.examples.append(example)
@@ -66,18 +67,34 @@ class Listing:
     """Pairs that seem to hold the same, by their names or as hard links."""
 
 
-def find_files(path: str, kind: Kind | Literal["auto"]) -> tuple[Kind, list[DataFile]]:
-    """The kind and the files of `list_files`."""
-    listing = list_files(path, kind)
-    return listing.kind, listing.files
+_known: dict[tuple[str, str], Listing] | None = None
 
 
-def list_files(path: str, kind: Kind | Literal["auto"]) -> Listing:
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """List each path only once while entered."""
+    global _known
+    _known = {}
+    try:
+        yield
+    finally:
+        _known = None
+
+
+def list_files(path: str, kind: str) -> Listing:
     """List what a path, folder or glob stands for, sorted, and tell its kind.
 
     Empty files are left out. Raises ConfigError: nothing there, nothing but empty files, one file
     under two names, or (with "auto") suffixes that do not tell the kind.
     """
+    if _known is None:
+        return _list_files(path, kind)
+    if (path, kind) not in _known:
+        _known[path, kind] = _list_files(path, kind)
+    return _known[path, kind]
+
+
+def _list_files(path: str, kind: str) -> Listing:
     left_out: dict[str, LeftOut] = defaultdict(LeftOut)
     found = _found(path, kind, left_out)
     _refuse_twice(path, found)
@@ -127,8 +144,8 @@ def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.s
     if not found:
         suffixes = [name for name, of in SUFFIXES.items() if kind in ("auto", of)]
         wanted = "files" if kind == "text" else f"{', '.join(suffixes)} files"
-        told = describe_left_out(left_out)
-        problem = f"the folder holds no {wanted}{f'; {told}' if told else ''}"
+        rest = describe_left_out(left_out)
+        problem = f"the folder holds no {wanted}{f'; {rest}' if rest else ''}"
         raise _error(path, problem, "name the files by a glob")
     return found
 
@@ -159,8 +176,10 @@ def _globbed(
 def _walk(
     path: str, folder: str, kind: str, left_out: dict[str, LeftOut]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """The regular files below a folder that fit, but for what programs keep there for themselves,
-    as in `.git` and `.cache`."""
+    """Yield the regular files below a folder that fit.
+
+    Hidden names, such as `.git` and `.cache`, are left out.
+    """
     folders = [folder]
     progress = _Progress(folder)
     while folders:
@@ -198,7 +217,7 @@ def _scan(path: str, folder: str) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links, told where its file is asked for
+    except OSError:  # a loop of links; reported when its file is opened
         return False
 
 
@@ -216,11 +235,11 @@ def _status(path: str, name: str) -> os.stat_result:
     try:
         return os.stat(name)
     except OSError as error:
-        raise _error(path, _reason(name, error), "mend or remove it") from None
+        raise _error(path, _reason(name, error), "correct or remove it") from None
 
 
 def _reason(name: str, error: OSError) -> str:
-    """Why `name` cannot be found or read."""
+    """Return why `name` cannot be found or read."""
     if error.errno == errno.ELOOP:
         return f"{name} is a link in a loop of links"
     if error.errno == errno.ENOENT and os.path.islink(name):
@@ -317,7 +336,7 @@ def _kind_of(path: str, paths: list[str]) -> Kind:
         if unclear is not None
         else f"holds both {' and '.join(sorted(_TITLES[kind] for kind in kinds if kind))} files"
     )
-    fix = 'set training.dataset to "json", "text" or "parquet", or narrow the path'
+    fix = 'set dataset to "json", "text" or "parquet", or narrow the path'
     raise _error(path, problem, fix)
 
 

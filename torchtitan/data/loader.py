@@ -2,11 +2,11 @@
 
 A step takes `global_batch_size / num_lanes` consecutive samples of every lane. A data-parallel rank
 serves a consecutive part of the lanes, so the samples of a step are the same for every degree that
-divides the number of lanes. A checkpoint stores one small state a lane, whoever served it.
+divides the number of lanes. A checkpoint stores one small state per lane.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,32 +14,38 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.schema import Data, Training
-from torchtitan.data.changed import describe_change, restart
-from torchtitan.data.contents import with_digests
 from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer
-from torchtitan.data.identity import fingerprint_of, names_data, summary_of
+from torchtitan.data.identity import (
+    data_facts,
+    describe_change,
+    fingerprint_of,
+    names_data,
+    restart,
+    summary_of,
+)
 from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, Mixture
-from torchtitan.data.named_sources import NamedSource, named_sources, require_sources
+from torchtitan.data.named_sources import (
+    NamedSource,
+    describe_source,
+    named_sources,
+    require_sources,
+)
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
-from torchtitan.data.reading import describe_source
 from torchtitan.data.registry import build_source
 from torchtitan.data.sources import Source
-from torchtitan.data.token_source import TokenSource, tokenizer_problem
+from torchtitan.data.token_source import tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
-from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
+from torchtitan.data.workers import Item, LaneDataset, SampleStream, workers_for
 from torchtitan.models.batch import Batch
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
-"""Raised whenever the same files would give other samples."""
-
 
 @dataclass(frozen=True)
 class LanePlan:
-    """Which lanes a data-parallel rank serves, and how much of them a step takes."""
+    """The lanes that a data-parallel rank serves, and how much of them a step takes."""
 
     num_lanes: int
     dp_degree: int
@@ -79,75 +85,97 @@ class LanePlan:
 
 @dataclass(frozen=True)
 class StepData:
-    """What a rank trains on in one step."""
+    """The batches of one rank for one step."""
 
     microbatches: list[Batch]
     lane_states: dict[int, dict[str, Any]]
-    """Of this rank's lanes after the step; JSON, some 100 bytes each, times the sources."""
+    """State of each of this rank's lanes after the step (JSON), some 100 bytes per source."""
     ended: bool
-    """All lanes of this rank had ended before the step: it holds padding only, no targets."""
+    """Set when all lanes of this rank had ended before the step: it holds padding only."""
     bad_rows: int
-    """Rows that this rank's lanes have left out since the start of the run."""
+    """Rows that this rank's lanes have skipped since the start of the run."""
     source_tokens: dict[str, int] = field(default_factory=dict)
-    """Where sources are mixed: tokens of each since the start of the run, over all ranks."""
+    """Tokens of each source since the start of the run, over all ranks; empty for one source."""
+
+
+class LaneReader:
+    """Samples of some lanes in rounds, and batches of them; training and validation read with it.
+
+    The samples are made ahead in worker processes, or in this process without any.
+    """
+
+    def __init__(self, mixture: Mixture, positions: dict[int, AnyPosition], training: Training):
+        options = training.dataloader
+        self.mixture = mixture
+        self.num_workers = workers_for(len(positions), options.num_workers)
+        dataset = LaneDataset(mixture, dict(positions))
+        self._stream = SampleStream(dataset, self.num_workers, options.prefetch_factor)
+        self._document_mask = training.document_mask
+        self._pin_memory = options.pin_memory and torch.cuda.is_available()
+
+    def __next__(self) -> Item:
+        """Return the next item. Raises DataError."""
+        return next(self._stream)
+
+    def batch(self, samples: Sequence[Sample | None]) -> Batch:
+        """Return the batch `[len(samples), seq_len]`; None becomes padding without targets."""
+        settings = self.mixture.sources[0]
+        pad_id = settings.tokenizer.pad_id
+        batch = make_batch(samples, settings.seq_len, self._document_mask, pad_id)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._stream.close()
 
 
 class Loader:
-    """Made by `build_loader`. Not thread-safe."""
+    """The steps of one rank. Made by `build_loader`; not thread-safe."""
 
     def __init__(
         self,
-        mixture: Mixture,
+        reader: LaneReader,
         plan: LanePlan,
-        stream: SampleStream,
         positions: dict[int, AnyPosition],
-        document_mask: bool,
-        pin_memory: bool,
         change: str = "",
     ):
         self.change = change
-        """What it means that the data are not those of the checkpoint; empty if they are."""
-        self.data_facts = data_facts(mixture)
-        """What a place in the data depends on."""
+        """Describes a change of the data since the checkpoint; empty without one."""
+        self.data_facts = data_facts(reader.mixture)
+        """Everything that a place in the data depends on."""
         self.fingerprint = fingerprint_of(self.data_facts)
-        """Names the data and how they are cut: a resume with another one would go astray."""
+        """The digest of `data_facts`."""
         self.data_summary = summary_of(self.data_facts)
-        """What the fingerprint is of, in short (JSON)."""
-        self._mixture = mixture
-        self._settings = mixture.sources[0]
+        """A short form of `data_facts` (JSON)."""
+        self._reader = reader
         self._plan = plan
-        self._stream = stream
         self._positions = positions
-        self._document_mask = document_mask
-        self._pin_memory = pin_memory
-        self._pad_id = self._settings.tokenizer.pad_id
 
     def next_step(self) -> StepData:
-        """The microbatches of the next step, each `[local_batch_size, seq_len]`.
+        """Return the microbatches of the next step, each `[local_batch_size, seq_len]`.
 
-        Raises DataError. Every rank of the same data-parallel rank must call it equally often.
+        Every rank of the same data-parallel rank must call it equally often. Raises
+        DataError.
         """
         plan = self._plan
         samples: list[Sample | None] = []
         for _ in range(plan.samples_per_lane):
             for lane in plan.lanes:
-                item = next(self._stream)
+                item = next(self._reader)
                 assert item.lane == lane
                 samples.append(item.sample)
                 self._positions[lane] = item.position
         batches = [
-            self._batch(samples[start : start + plan.local_batch_size])
+            self._reader.batch(samples[start : start + plan.local_batch_size])
             for start in range(0, len(samples), plan.local_batch_size)
         ]
         states = {lane: position.state() for lane, position in self._positions.items()}
         bad_rows = sum(position.bad_rows for position in self._positions.values())
-        if bad_rows > self._settings.max_bad_rows:
-            raise DataError(
-                f"left out {bad_rows} rows that cannot be read, more than"
-                f" data.max_bad_rows = {self._settings.max_bad_rows}"
-            )
+        most = self._reader.mixture.sources[0].max_bad_rows
+        if bad_rows > most:
+            raise DataError(f"left out {bad_rows} rows, more than data.max_bad_rows = {most}")
         ended = all(sample is None for sample in samples)
-        source_tokens = self._mixture.source_tokens(self._positions[plan.lanes[0]])
+        source_tokens = self._reader.mixture.source_tokens(self._positions[plan.lanes[0]])
         return StepData(batches, states, ended, bad_rows, source_tokens)
 
     def names_data(self, stored: str | None) -> bool:
@@ -155,13 +183,8 @@ class Loader:
         return names_data(stored, self.data_facts)
 
     def close(self) -> None:
-        """End the reading processes."""
-        self._stream.close()
-
-    def _batch(self, samples: list[Sample | None]) -> Batch:
-        seq_len = self._settings.seq_len
-        batch = make_batch(samples, seq_len, self._document_mask, self._pad_id)
-        return batch.pin_memory() if self._pin_memory else batch
+        """End the worker processes."""
+        self._reader.close()
 
 
 def build_loader(
@@ -173,10 +196,11 @@ def build_loader(
     lane_states: Mapping[int, dict[str, Any]] | Mapping[str, dict[str, Any]] | None = None,
     stored_fingerprint: str | None = None,
 ) -> Loader:
-    """The loader of one rank, continuing from `lane_states` (of all lanes, or at least its own).
+    """Return the loader of one rank, continuing from `lane_states` if given.
 
-    Their keys may be strings, as JSON makes them. `stored_fingerprint` is that of the data that
-    they are of: in other data a source's cursor has no meaning.
+    `lane_states` must hold this rank's lanes; its keys may be strings, as JSON makes them.
+    `stored_fingerprint` is that of the data that they are of: a cursor has no meaning in other
+    data.
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
@@ -197,26 +221,23 @@ def build_loader(
             positions = {lane: _position(mixture, lane, states) for lane in plan.lanes}
             if not same:
                 positions = {lane: place.without_cursor() for lane, place in positions.items()}
-    options = training.dataloader
-    num_workers = workers_for(len(plan.lanes), options.num_workers)
-    if num_workers < options.num_workers:
+    reader = LaneReader(mixture, positions, training)
+    wanted = training.dataloader.num_workers
+    if reader.num_workers < wanted:
         logger.info(
             "Reading with %d worker processes instead of %d: the number must divide this rank's"
             " %d data lanes",
-            num_workers,
-            options.num_workers,
+            reader.num_workers,
+            wanted,
             len(plan.lanes),
         )
-    dataset = LaneDataset(mixture, dict(positions))
-    stream = SampleStream(dataset, num_workers, options.prefetch_factor)
-    pin_memory = options.pin_memory and torch.cuda.is_available()
-    return Loader(mixture, plan, stream, positions, training.document_mask, pin_memory, change)
+    return Loader(reader, plan, positions, change)
 
 
 def build_mixture(
     training: Training, data: Data, seed: int, tokenizer: Tokenizer, num_lanes: int
 ) -> Mixture:
-    """The data of a run as all its lanes see them. Raises as `build_loader`."""
+    """Return the data of a run as all its lanes see them. Raises as `build_loader`."""
     named = require_sources(training, data)
     documents = document_tokenizer(tokenizer, data)
     return Mixture(
@@ -227,32 +248,39 @@ def build_mixture(
 
 
 def build_named(named: NamedSource, tokenizer: DocumentTokenizer) -> Source:
-    """The source. Raises ConfigError by the keys that name it."""
+    """Return the source. Raises ConfigError that names the keys of its table."""
     try:
         source = build_source(named.training, named.data)
         problem = tokenizer_problem(source, tokenizer, named.training.dataset_path)
         if problem is not None and problem.severity == "error":
             raise ConfigError(problem)
     except ConfigError as error:
-        raise ConfigError([named.retold(problem) for problem in error.problems]) from None
+        raise ConfigError([named.under_own_key(problem) for problem in error.problems]) from None
     return source
 
 
 def _settings(
     named: NamedSource, seed: int, tokenizer: DocumentTokenizer, num_lanes: int
 ) -> LaneSettings:
-    """One source as all lanes see it. Raises ConfigError by the keys that name it."""
-    training, data = named.training, named.data
     source = build_named(named, tokenizer)
-    shards = source.shards(num_lanes)
-    if len(shards) < num_lanes:
-        raise ConfigError(named.retold(too_few_shards(len(shards), num_lanes, data.lanes)))
+    settings = lane_settings(named, source, tokenizer, num_lanes, seed)
+    if len(settings.shards) < num_lanes:
+        problem = too_few_shards(len(settings.shards), num_lanes, named.data.lanes)
+        raise ConfigError(named.under_own_key(problem))
+    return settings
+
+
+def lane_settings(
+    named: NamedSource, source: Source, tokenizer: DocumentTokenizer, num_lanes: int, seed: int
+) -> LaneSettings:
+    """Return one dataset as all lanes see it."""
+    data = named.data
     return LaneSettings(
         source=source,
-        shards=shards,
+        shards=source.shards(num_lanes),
         tokenizer=tokenizer,
         num_lanes=num_lanes,
-        seq_len=training.seq_len,
+        seq_len=named.training.seq_len,
         seed=seed,
         shuffle=data.shuffle,
         epochs=data.epochs,
@@ -266,20 +294,3 @@ def _position(mixture: Mixture, lane: int, states: dict[int, dict[str, Any]]) ->
         return mixture.position(states[lane])
     except (KeyError, TypeError) as error:
         raise DataError(f"the stored state of data lane {lane} is not usable: {error!r}") from error
-
-
-def data_facts(mixture: Mixture) -> dict[str, Any]:
-    """Everything that a place in the data depends on, as JSON. Raises DataError."""
-    settings = mixture.sources[0]
-    tokenizer = settings.tokenizer
-    # The ends of documents that are tokens already are in the tokens.
-    are_tokens = all(isinstance(of.source, TokenSource) for of in mixture.sources)
-    return {
-        "format": _FORMAT,
-        "data": mixture.description(with_digests),
-        "tokenizer": (tokenizer.tokenizer if are_tokens else tokenizer).fingerprint,
-        "num_lanes": settings.num_lanes,
-        "seq_len": settings.seq_len,
-        "seed": settings.seed,
-        "shuffle": settings.shuffle,
-    }

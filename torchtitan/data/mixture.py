@@ -37,7 +37,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Shares:
-    """Which tokens of a round come from which source. Pure arithmetic on integers."""
+    """The split of a round's tokens over the sources. Pure arithmetic on integers."""
 
     def __init__(self, weights: Sequence[float], num_lanes: int, seq_len: int):
         # As they are written: 0.1 is a tenth here, not the nearest binary fraction.
@@ -49,10 +49,11 @@ class Shares:
         self._seq_len = seq_len
 
     def deal(self, taken: Sequence[int]) -> list[int]:
-        """Tokens of each source in the next round, after `taken` of each in all rounds before.
+        """Return the tokens of each source in the next round, after `taken` of each so far.
 
-        Everywhere, no source is ahead by more than a unit, and so none behind by more than a unit
-        for each other source: a token, or, when that many sequences are few enough, a sequence.
+        No source is ever ahead by more than a unit, and so none behind by more than a unit
+        for each other source: a token, or, when that many sequences are few enough, a
+        sequence.
         """
         before, others = sum(taken), max(1, len(taken) - 1)
         unit = self._seq_len if before >= EXACTNESS * others * self._seq_len else 1
@@ -73,7 +74,7 @@ class Shares:
         return [unit * count for count in units]
 
     def parts(self, dealt: Sequence[int], round_: int, lane: int) -> list[tuple[int, int]]:
-        """What a lane's sequence of a round is made of: (source, number of tokens)."""
+        """Return the parts of a lane's sequence of a round: (source, number of tokens)."""
         turned = ((round_ * _GOLDEN) % 2**64 * self._num_lanes) >> 64
         start = (lane + turned) % self._num_lanes * self._seq_len
         end = start + self._seq_len
@@ -87,14 +88,14 @@ class Shares:
 
 
 class MixedPosition(NamedTuple):
-    """Where a lane of several sources stands."""
+    """The position of a lane of several sources."""
 
     round: int
     """Sequences that it has given."""
     taken: tuple[int, ...]
     """Tokens that all lanes together have given in as many rounds, of each source."""
     sources: tuple[Position, ...]
-    """Where the next sequence, or part of one, of each source starts."""
+    """Start of the next sequence, or part of one, of each source."""
 
     @property
     def bad_rows(self) -> int:
@@ -102,12 +103,12 @@ class MixedPosition(NamedTuple):
         return sum(position.bad_rows for position in self.sources)
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the position as JSON values."""
         sources = [position.state() for position in self.sources]
         return {"round": self.round, "taken": list(self.taken), "sources": sources}
 
     def without_cursor(self) -> "MixedPosition":
-        """The same places, to be found by going through the rows."""
+        """Return the same places without cursors: they are found by reading rows again."""
         return self._replace(sources=tuple(place.without_cursor() for place in self.sources))
 
 
@@ -116,7 +117,7 @@ AnyPosition = Position | MixedPosition
 
 @dataclass(frozen=True)
 class Mixture:
-    """What all lanes of a run have in common: one source, or several with their shares."""
+    """The part that all lanes of a run share: one source, or several with their shares."""
 
     sources: tuple[LaneSettings, ...]
     names: tuple[str, ...]
@@ -124,17 +125,17 @@ class Mixture:
 
     @cached_property
     def shares(self) -> Shares:
-        """How a round is dealt."""
+        """The split of a round over the sources."""
         first = self.sources[0]
         return Shares(self.weights, first.num_lanes, first.seq_len)
 
     def start(self) -> AnyPosition:
-        """Where a lane starts."""
+        """Return the position at which a lane starts."""
         count = len(self.sources)
         return MixedPosition(0, (0,) * count, (Position(),) * count) if count > 1 else Position()
 
     def position(self, state: Mapping[str, Any]) -> AnyPosition:
-        """The position of a stored state. Raises TypeError or KeyError for one of other data."""
+        """Return the position of a stored state. Raises TypeError or KeyError for other data."""
         if len(self.sources) == 1:
             return Position(**state)
         sources = tuple(Position(**inner) for inner in state["sources"])
@@ -144,7 +145,7 @@ class Mixture:
         return MixedPosition(int(state["round"]), taken, sources)
 
     def lane(self, index: int, position: AnyPosition) -> "Lane | MixedLane":
-        """Lane `index` from `position` on."""
+        """Return lane `index` from `position` on."""
         if isinstance(position, Position):
             return Lane(self.sources[0], index, position)
         return MixedLane(self, index, position)
@@ -159,7 +160,7 @@ class Mixture:
         ]
 
     def source_tokens(self, position: AnyPosition) -> dict[str, int]:
-        """Tokens of each source so far, over all lanes; nothing where there is but one source."""
+        """Return the tokens of each source so far, over all lanes; empty for one source."""
         if isinstance(position, Position):
             return {}
         return dict(zip(self.names, position.taken))
@@ -170,7 +171,7 @@ class MixedLane:
 
     def __init__(self, mixture: Mixture, index: int, position: MixedPosition):
         self.position = position
-        """Where the next sequence starts."""
+        """The start of the next sequence."""
         self._shares = mixture.shares
         self._index = index
         self._lanes = [
@@ -179,12 +180,12 @@ class MixedLane:
         ]
 
     def close(self) -> None:
-        """Close what is open for reading."""
+        """Close open files."""
         for lane in self._lanes:
             lane.close()
 
     def next_sample(self) -> Sample:
-        """The next sequence, of one or several parts. Raises DataError."""
+        """Return the next sequence, of one or several parts. Raises DataError."""
         position = self.position
         dealt = self._shares.deal(position.taken)
         parts = []

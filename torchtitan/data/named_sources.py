@@ -1,8 +1,8 @@
-"""The datasets that a config names: that of `training.dataset_path`, or those of `data.sources`.
+"""The datasets of a config: `training.dataset_path`, `data.sources` or `validation.sets`.
 
-Everything that looks at a dataset (registry, checks, probes) knows the keys of a single one. Each
-of several is therefore given to it as the config that would read it alone, and what is found to be
-wrong with that is told by the keys that the user has written. No torch.
+Registry and checks know the keys of a single dataset. Each of several is given to them as the
+sections that would read it alone, and problems are reported under the keys that the user wrote. No
+torch.
 """
 
 import math
@@ -10,16 +10,29 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torchtitan.config import JobConfig
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.schema import Data, DataSource, Training
+from torchtitan.config.schema import Data, DataSource, Training, ValidationSet
+from torchtitan.data.registry import find_dataset
+
+if TYPE_CHECKING:
+    from torchtitan.data.sources import Source
 
 TABLES = "data.sources"
 HUB_KEYS = ("subset", "split", "revision", "streaming")
 """Say which part of a Hugging Face dataset to read; each table has its own."""
 FILE_KEYS = ("encoding", "document_separator")
 """Say how files are read; a table without them has those of `[data]`."""
+VALIDATION = "validation"
+SETS = "validation.sets"
+ONLY_NAME = "validation"
+"""Name of the set that the section's own keys describe."""
+_SPLIT = "validation"
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+_COUNTED_FILES = 256
+"""Parquet footers that are read to count documents."""
 
 
 @dataclass(frozen=True)
@@ -34,28 +47,26 @@ class NamedSource:
     place: str = ""
     """`data.sources[0]`; empty for `training.dataset_path`."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """What the keys of a single dataset are called where this one is configured."""
+    """The keys of a single dataset -> the keys of this one."""
 
-    def retold(self, problem: ConfigIssue) -> ConfigIssue:
-        """A problem of the single dataset, by the keys of this source's table."""
+    def under_own_key(self, problem: ConfigIssue) -> ConfigIssue:
+        """Return a problem of the single dataset under the keys of this source's table."""
         if not self.place:
             return problem
-        key, text, fix = (self._translated(t) for t in (problem.key, problem.problem, problem.fix))
-        if key == problem.key:  # one that all sources share
-            text = f"{self.place} ({self.name}): {text}"
-        return replace(problem, key=key, problem=text, fix=fix)
-
-    def _translated(self, text: str) -> str:
         for key, own in self.keys.items():
-            text = text.replace(key, own)
-        return text
+            if problem.key == key or problem.key.startswith(f"{key}."):
+                return replace(problem, key=own + problem.key[len(key) :])
+        # a key that all sources share
+        return replace(problem, problem=f"{self.place} ({self.name}): {problem.problem}")
 
 
 def keys_of_table(place: str, path: str) -> dict[str, str]:
-    """The keys of a single dataset as those of the table at `place`, in which `path` is the name of
-    the path."""
+    """Return the keys of a single dataset as those of the table at `place`.
+
+    `path` is the name of the path in that table.
+    """
     return {
-        "training.dataset_path": f"{place}.{path}",  # before the next one, which it begins with
+        "training.dataset_path": f"{place}.{path}",
         "training.dataset": f"{place}.dataset",
         "data.text_column": f"{place}.column",
         **{f"data.{name}": f"{place}.{name}" for name in (*HUB_KEYS, *FILE_KEYS)},
@@ -69,7 +80,7 @@ def file_keys(table: Any, data: Data) -> dict[str, str | None]:
 
 
 def named_sources(training: Training, data: Data) -> list[NamedSource]:
-    """The datasets of a run, in the order in which the config names them."""
+    """Return the datasets of a run, in the order of the config."""
     if not data.sources:
         return [NamedSource(training.dataset, 1.0, training, data)]
     names = _names(data.sources)
@@ -96,7 +107,7 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
 
 
 def check_sources(training: Training, data: Data) -> list[ConfigIssue]:
-    """Problems of `data.sources` as a whole: other keys beside it, weights, doubles."""
+    """Check `data.sources` as a whole: other keys next to it, weights, duplicates."""
     tables = data.sources
     if not tables:
         return []
@@ -120,13 +131,13 @@ def check_sources(training: Training, data: Data) -> list[ConfigIssue]:
         if count > 1 or not name:
             index = [table.name for table in tables].index(name)
             problem = "is the name of several sources" if name else "is empty"
-            fix = "give each source a name of its own, or none"
+            fix = "give each source a different name, or none"
             problems.append(ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name))
     return problems
 
 
 def require_sources(training: Training, data: Data) -> list[NamedSource]:
-    """`named_sources`, of a config that was not checked. Raises ConfigError."""
+    """Return `named_sources` of a config that was not checked. Raises ConfigError."""
     problems = check_sources(training, data)
     if problems:
         raise ConfigError(problems)
@@ -153,7 +164,7 @@ def _keys_beside(training: Training, data: Data) -> list[ConfigIssue]:
         problems.append(
             ConfigIssue(
                 "data.epochs",
-                "has no meaning for several sources, as each begins anew when it is through",
+                "has no meaning for several sources, because each starts over at its end",
                 "remove it; training.steps ends the run",
                 data.epochs,
             )
@@ -162,7 +173,7 @@ def _keys_beside(training: Training, data: Data) -> list[ConfigIssue]:
 
 
 def _names(tables: tuple[DataSource, ...]) -> list[str]:
-    """A name for each, the given ones first; numbers tell equal ones apart."""
+    """Return a name for each, given ones first; numbers keep equal ones apart."""
     taken = {table.name for table in tables if table.name}
     names = []
     for table in tables:
@@ -179,6 +190,121 @@ def _names(tables: tuple[DataSource, ...]) -> list[str]:
 
 
 def _own_name(table: DataSource) -> str:
-    """The last part of the path that is not a pattern, without suffixes."""
+    """Return the last part of the path that is not a pattern, without suffixes."""
     parts = [part for part in (table.path or "").split("/") if part and "*" not in part]
     return (parts[-1].split(".")[0] if parts else "") or table.dataset
+
+
+def validation_sets(config: JobConfig) -> list[NamedSource]:
+    """Return the sets in the order of the config; none while validation is off."""
+    section = config.validation
+    if not section.enable:
+        return []
+    if section.sets:
+        return [
+            _validation_set(config, table, f"{SETS}[{index}]")
+            for index, table in enumerate(section.sets)
+        ]
+    only = ValidationSet(
+        name=ONLY_NAME,
+        dataset=section.dataset,
+        dataset_path=section.dataset_path,
+        column=section.column,
+    )
+    return [_validation_set(config, only, VALIDATION)]
+
+
+def _validation_set(config: JobConfig, table: ValidationSet, place: str) -> NamedSource:
+    section, training = config.validation, config.training
+    entry = find_dataset(table.dataset)
+    default_split = Data.model_fields["split"].default
+    if entry is not None and entry.takes_split:
+        default_split = _SPLIT
+    hub = {key: getattr(table, key) for key in HUB_KEYS if key != "split"}
+    shared = ("training.dataloader", "data.lanes")
+    keys = {key: f"{VALIDATION}.{key.partition('.')[2]}" for key in shared}
+    keys |= keys_of_table(place if section.sets else f"{SETS}[0]", "dataset_path")
+    if not section.sets:  # keys that only tables have are those of the first
+        keys["training.dataset_path"] = f"{place}.dataset_path"
+        keys["training.dataset"] = f"{place}.dataset"
+        keys["data.text_column"] = f"{place}.column"
+    return NamedSource(
+        name=table.name,
+        weight=1.0,
+        training=training.model_copy(
+            update={
+                "dataset": table.dataset,
+                "dataset_path": table.dataset_path,
+                "seq_len": section.seq_len or training.seq_len,
+                "local_batch_size": section.local_batch_size or training.local_batch_size,
+                "dataloader": section.dataloader,
+            }
+        ),
+        data=config.data.model_copy(
+            update={
+                "sources": (),
+                # For checks and probes: any amount of data will do, as lanes may be empty.
+                "lanes": 1,
+                "epochs": None,
+                "shuffle": False,
+                "text_column": table.column or config.data.text_column,
+                "split": table.split or default_split,
+                **hub,
+                **file_keys(table, config.data),
+            }
+        ),
+        place=place,
+        keys=keys,
+    )
+
+
+def describe_source(named: NamedSource, source: "Source") -> str:
+    """Return what is read of one dataset, and what is left out and why."""
+    from torchtitan.data.files import FileSource
+    from torchtitan.data.listing import describe_left_out
+    from torchtitan.data.pieces import plural
+
+    training = named.training
+    place = named.place or "training data"
+    name = training.dataset if training.dataset_path is None else training.dataset_path
+    files: list[Any] = list(getattr(source, "files", ()))
+    parts = []
+    if files:
+        size = _bytes(sum(file.size for file in files))
+        parts.append(f"{plural(len(files), 'file')}, {size}")
+    count = _num_documents(source)
+    if count is not None:
+        parts.append(plural(count, "document"))
+    notes = [", ".join(parts) or "a stream, of unknown length"]
+    listing = getattr(source, "listing", None)
+    if listing is not None:
+        notes += [describe_left_out(listing.left_out)]
+    if isinstance(source, FileSource):
+        notes += [source.describe_encoding()]
+    return f"{place} ({name}): {'; '.join(filter(None, notes))}"
+
+
+def _num_documents(source: "Source") -> int | None:
+    """Return the number of documents if it is known without reading them."""
+    from torchtitan.data.sources_parquet import ParquetSource, open_parquet
+    from torchtitan.data.sources_torch import MapSource
+    from torchtitan.data.token_source import TokenSource
+
+    if isinstance(source, TokenSource):
+        return sum(shard.num_documents for shard in source.index.shards)
+    if isinstance(source, MapSource):
+        return len(source.dataset)
+    if isinstance(source, ParquetSource) and len(source.files) <= _COUNTED_FILES:
+        count = 0
+        for file in source.files:
+            with open_parquet(file) as parquet:
+                count += parquet.metadata.num_rows
+        return count
+    return None
+
+
+def _bytes(size: float) -> str:
+    unit = 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:,.0f} {_UNITS[unit]}" if unit == 0 else f"{size:,.2f} {_UNITS[unit]}"

@@ -36,14 +36,14 @@ class Position(NamedTuple):
     """Epoch with which the data were begun; above 0 after `data.restart`."""
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the position as JSON values."""
         state = self._asdict()
         if not self.first_epoch:
             del state["first_epoch"]  # an older release can read it
         return state
 
     def without_cursor(self) -> "Position":
-        """The same place, to be found by going through the rows."""
+        """Return the same place without a cursor: it is found by reading rows again."""
         return self._replace(cursor="")
 
 
@@ -53,13 +53,15 @@ class Sample(NamedTuple):
     tokens: np.ndarray
     """int32 `[num_tokens]`."""
     lengths: tuple[int, ...]
-    """How many of them belong to each document; sums to num_tokens."""
+    """Tokens of each document; sums to num_tokens."""
     parts: tuple[int, ...] = ()
-    """Of a sequence put together from several streams: how many of the tokens are of each, one more
-    than it contributes inputs; sums to num_tokens. Empty for one stream."""
+    """Tokens of each stream, one more than it contributes inputs; sums to num_tokens.
+
+    Empty for a sequence of one stream.
+    """
 
     def split(self) -> "Iterator[Sample]":
-        """The parts, each from one stream."""
+        """Yield the parts, each from one stream."""
         lengths = iter(self.lengths)
         start = 0
         for size in self.parts or (len(self.tokens),):
@@ -74,7 +76,7 @@ class Piece(NamedTuple):
     """A document in a lane's stream, or consecutive tokens of one."""
 
     position: Position
-    """Of its first token."""
+    """Position of its first token."""
     tokens: np.ndarray
     """int32 `[num_tokens]`."""
     continues: bool = False
@@ -91,10 +93,10 @@ class Packer:
         self._num_pending = 0
 
     def next_sample(self, length: int | None = None) -> tuple[Sample, Position] | None:
-        """A sample and where the next one starts; None when nothing is left to predict.
+        """Return a sample and the position of the next one; None when nothing is left to predict.
 
-        It advances by `length` tokens, `seq_len` when None. The last sample may be short; the
-        position after it is that of the last token.
+        The sample advances by `length` tokens, `seq_len` when None. The last sample may be
+        short; the position after it is that of the last token.
         """
         length = self._seq_len if length is None else length
         wanted = length + 1
@@ -140,11 +142,11 @@ class Packer:
 def make_batch(
     samples: Sequence[Sample | None], seq_len: int, document_mask: bool, pad_id: int
 ) -> Batch:
-    """The batch `[len(samples), seq_len]` of samples; None (no data left) is padding throughout.
+    """Return the batch `[len(samples), seq_len]`; None (no data left) becomes padding.
 
-    Padding is a document of its own without targets, and so is each part of a sample of several,
-    with targets. With `document_mask`, positions restart in every document, and the first token of
-    a document is not a target.
+    Padding is a document of its own without targets, and so is each part of a sample of several
+    parts, with targets. With `document_mask`, positions restart in every document, and the
+    first token of a document is not a target.
     """
     shape = (len(samples), seq_len)
     tokens = np.full(shape, pad_id, dtype=np.int64)

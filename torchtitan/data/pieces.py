@@ -9,13 +9,14 @@ the mesh.
 """
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from torchtitan.config import ConfigIssue
-from torchtitan.data.files import DataFile
+
+if TYPE_CHECKING:
+    from torchtitan.data.files import DataFile
 
 PIECES_PER_LANE = 16
 SMALLEST_PIECE = 4 * 1024
@@ -28,10 +29,10 @@ _NEAR, _WINDOW = 4 * 1024, 64 * 1024
 
 
 class Shard(NamedTuple):
-    """What one lane reads from front to back in an epoch.
+    """The part of the data that one lane reads from front to back in an epoch.
 
-    Either the bytes `[start, end)` of an uncompressed file, or (`end` is None) the rows `offset`,
-    `offset + stride`, ... of a whole file.
+    Either the bytes `[start, end)` of an uncompressed file, or (`end` is None) the rows
+    `offset`, `offset + stride`, ... of a whole file.
     """
 
     file: int
@@ -42,14 +43,14 @@ class Shard(NamedTuple):
     stride: int = 1
 
 
-def piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
-    """Bytes to aim at for a piece."""
+def piece_size(files: "Sequence[DataFile]", num_lanes: int) -> int:
+    """Return the bytes to aim at for a piece."""
     total = sum(file.size for file in files)
     return min(max(total // (PIECES_PER_LANE * num_lanes), SMALLEST_PIECE), LARGEST_PIECE)
 
 
-def text_piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
-    """Bytes to aim at for a piece of a text file, which is cut only as far as lanes must share."""
+def text_piece_size(files: "Sequence[DataFile]", num_lanes: int) -> int:
+    """Return the bytes to aim at for a piece of a text file; as few pieces as lanes need."""
     if num_lanes == 1:
         return LARGEST_TEXT_PIECE
     share = sum(file.size for file in files) // (_TEXT_PIECES_PER_LANE * num_lanes)
@@ -57,10 +58,10 @@ def text_piece_size(files: Sequence[DataFile], num_lanes: int) -> int:
 
 
 def whole_files(indices: Sequence[int], num_lanes: int) -> list[Shard]:
-    """Shards of files that can only be read from the front, by stride if there are too few files.
+    """Return shards of files that can only be read from the front.
 
-    The stride is the smallest that gives every lane the same number of shards, or so many that one
-    more or less hardly matters.
+    With too few files the lanes share them by stride: the smallest one that gives every lane
+    the same number of shards, or so many that one more or less hardly matters.
     """
     count = len(indices)
     if count == 0:
@@ -73,11 +74,11 @@ def whole_files(indices: Sequence[int], num_lanes: int) -> list[Shard]:
     return [Shard(index, offset=k, stride=stride) for index in indices for k in range(stride)]
 
 
-def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> list[Shard]:
-    """Byte ranges of files of lines, each with the lines that start in it.
+def cut_lines(files: "Sequence[DataFile]", indices: Sequence[int], size: int) -> list[Shard]:
+    """Split files of lines into byte ranges, each with the lines that start in it.
 
-    For all but huge datasets the ranges are moved to line starts here, which leaves no range
-    without a line; in huge ones a range is as large as can be and hardly ever empty.
+    For all but huge datasets the borders are moved to line starts here, so no range is without
+    a line; in huge ones a range is as large as can be and hardly ever empty.
     """
     eager = sum(_num_pieces(files[index].size, size) for index in indices) <= _EAGER_PIECES
     shards = []
@@ -91,10 +92,13 @@ def cut_lines(files: Sequence[DataFile], indices: Sequence[int], size: int) -> l
 
 
 def cut_text(
-    files: Sequence[DataFile], indices: Sequence[int], size: int, separator: bytes
+    files: "Sequence[DataFile]", indices: Sequence[int], size: int, separator: bytes
 ) -> list[Shard]:
-    """Byte ranges of text files, cut between documents where there is a separator of documents,
-    else at line ends, at blanks where there are none, or between characters."""
+    """Split text files into byte ranges, between documents where there is a separator.
+
+    Otherwise they are split at line ends, at blanks where there are none, or between
+    characters.
+    """
 
     def align(stream: BinaryIO, start: int) -> int:
         if separator:
@@ -112,7 +116,7 @@ def cut_text(
 
 
 def next_line(stream: BinaryIO, start: int) -> int:
-    """Where the first line that starts at byte `start` or later begins; leaves the stream there."""
+    """Find the first line that starts at byte `start` or later; leaves the stream there."""
     if start == 0:
         stream.seek(0)
         return 0
@@ -134,8 +138,10 @@ def _next_cut(stream: BinaryIO, start: int) -> int:
 
 
 def text_cut(window: bytes) -> int:
-    """Where in `window` text is cut: after its first line end, else its first blank, else before
-    its first character."""
+    """Return where to split text: after the first line end, else the first blank.
+
+    Without either it is split before the first character.
+    """
     for mark in (b"\n", b" "):
         if (found := window.find(mark)) >= 0:
             return found + 1
@@ -182,7 +188,7 @@ def _even_cuts(size: int, piece: int) -> list[int]:
 
 
 def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
-    """`cuts` with the inner ones aligned, without those that fall together."""
+    """Return `cuts` with the inner ones aligned, without duplicates."""
     size = cuts[-1]
     aligned = [0]
     for cut in cuts[1:-1]:
@@ -195,18 +201,16 @@ def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
     return [*aligned, size]
 
 
-def relative_names(files: Sequence[DataFile]) -> list[str]:
-    """The files' paths below their common folder: the same after the data have moved."""
-    paths = [os.path.abspath(file.path) for file in files]
-    folder = os.path.commonpath({os.path.dirname(path) for path in paths})
-    return [path[len(folder) :].lstrip("/") for path in paths]
+def plural(count: int, noun: str) -> str:
+    """Return "1 lane" or "2 lanes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> ConfigIssue:
-    """The problem of data that cannot be dealt out to all lanes."""
+    """Return the problem of data that cannot be dealt to all lanes."""
     return ConfigIssue(
         "data.lanes",
-        f"the data give {num_shards} parts, too few for {num_lanes} lanes",
+        f"the data give {plural(num_shards, 'part')}, too few for {plural(num_lanes, 'lane')}",
         f"set data.lanes to at most {num_shards}, or give more data",
         value=set_lanes,
     )

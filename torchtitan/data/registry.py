@@ -28,22 +28,24 @@ Factory = Callable[[Training, Data], Any]
 
 @dataclass(frozen=True)
 class DatasetEntry:
+    """A registered dataset."""
+
     name: str
     factory: Factory
     description: str
     """One line for `torchtitan list datasets`."""
     needs_path: bool = False
-    """Whether `training.dataset_path` must be set."""
+    """`training.dataset_path` must be set."""
     takes_path: bool = True
-    """Whether it may be set."""
+    """`training.dataset_path` may be set."""
     takes_hub_keys: bool = False
-    """Whether `data.subset`, `data.revision` and `data.streaming` mean something to it."""
+    """`data.subset`, `data.revision` and `data.streaming` apply."""
     takes_split: bool = False
-    """Whether `data.split` does."""
+    """`data.split` applies."""
 
 
 def _entry(name: str, thing: Any) -> DatasetEntry:
-    """What is registered under `name`, if it is one. Raises TypeError."""
+    """Return the entry of what is registered under `name`. Raises TypeError."""
     if isinstance(thing, DatasetEntry):
         if thing.name != name:
             raise TypeError(f"it calls itself {thing.name!r}, and its entry point {name!r}")
@@ -64,10 +66,11 @@ def register_dataset(
     needs_path: bool = False,
     takes_path: bool = True,
 ) -> None:
-    """Make `training.dataset = name` known; `factory(training, data)` builds it.
+    """Register the dataset `training.dataset = name`; `factory(training, data)` builds it.
 
-    It returns a `torch.utils.data.Dataset` or `IterableDataset`, or a Source. It raises ConfigError
-    for what the user can mend. Raises ValueError for a taken name.
+    The factory returns a torch `Dataset` or `IterableDataset`, a torchdata node or loader, an
+    object with `state_dict` and `load_state_dict` that yields rows, or a Source. It raises
+    ConfigError for what the user can correct. Raises ValueError for a taken name.
     """
     if name.startswith(HUB_PREFIX):
         raise ValueError(f"{name!r} names a dataset of the hub")
@@ -76,12 +79,12 @@ def register_dataset(
 
 
 def datasets() -> dict[str, DatasetEntry]:
-    """All datasets that can be imported, by name."""
+    """Return all datasets that can be imported, by name."""
     return DATASETS.entries()
 
 
 def find_dataset(name: str) -> DatasetEntry | None:
-    """The dataset of that name; any `hf:owner/name` is one."""
+    """Return the dataset of that name; any `hf:owner/name` is one."""
     if name.startswith(HUB_PREFIX) and _HUB_ID.fullmatch(name[len(HUB_PREFIX) :]):
         return DatasetEntry(
             name, _from_hub, "", takes_path=False, takes_hub_keys=True, takes_split=True
@@ -90,7 +93,7 @@ def find_dataset(name: str) -> DatasetEntry | None:
 
 
 def build_source(training: Training, data: Data) -> "Source":
-    """The dataset that the config names. Raises ConfigError."""
+    """Return the dataset that the config names. Raises ConfigError."""
     entry = find_dataset(training.dataset)
     if entry is None:
         raise ConfigError(unknown_dataset(training.dataset))
@@ -101,7 +104,7 @@ def build_source(training: Training, data: Data) -> "Source":
 
 
 def unknown_dataset(name: str) -> ConfigIssue:
-    """The problem of a name that is none."""
+    """Return the problem of an unknown name."""
     if name.startswith(HUB_PREFIX):
         fix = f'write "{HUB_PREFIX}owner/name"'
         return ConfigIssue("training.dataset", "is not the id of a dataset", fix, value=name)
@@ -112,31 +115,31 @@ def unknown_dataset(name: str) -> ConfigIssue:
 
 
 def _from_files(training: Training, data: Data) -> "Source":
+    from torchtitan.data.token_files import is_token_folder
+
+    path, wanted = training.dataset_path, training.dataset
+    if path is None:
+        raise ConfigError(missing_path(wanted))
+    if is_token_folder(path):
+        if wanted == "auto":
+            return _tokens(training, data)
+        problem, fix = "holds tokens", 'set dataset = "tokens", or "auto"'
+        raise ConfigError(ConfigIssue("training.dataset_path", problem, fix, path))
+    return file_source(path, wanted, data)
+
+
+def file_source(path: str, kind: str, data: Data) -> "Source":
+    """Return the files at `path` as a source; `kind` is a `Kind` or "auto". Raises ConfigError."""
     from torchtitan.data.listing import list_files
     from torchtitan.data.sources_json import JsonSource
     from torchtitan.data.sources_parquet import ParquetSource
     from torchtitan.data.sources_text import TextSource
-    from torchtitan.data.token_files import is_token_folder
 
-    if training.dataset_path is None:
-        raise ConfigError(missing_path(training.dataset))
-    if is_token_folder(training.dataset_path):
-        if training.dataset == "auto":
-            return _tokens(training, data)
-        problem, fix = "holds tokens", 'set training.dataset = "tokens", or "auto"'
-        raise ConfigError(ConfigIssue("training.dataset_path", problem, fix, training.dataset_path))
-    wanted = training.dataset
-    assert wanted in ("auto", "json", "text", "parquet")
-    found = list_files(training.dataset_path, wanted)  # type: ignore[arg-type]
-    source: TextSource | ParquetSource | JsonSource
-    if found.kind == "text":
-        source = TextSource(found.files, data)
-    elif found.kind == "parquet":
-        source = ParquetSource(found.files, data.max_document_bytes, data.text_column)
-    else:
-        source = JsonSource(found.files, data)
-    source.left_out, source.doubles = found.left_out, found.doubles
-    return source
+    listing = list_files(path, kind)
+    kinds = {"text": TextSource, "parquet": ParquetSource, "json": JsonSource}
+    source: Any = kinds[listing.kind](listing.files, data)
+    source.listing = listing
+    return source  # type: ignore[no-any-return]
 
 
 def _from_hub(training: Training, data: Data) -> "Source":
@@ -157,7 +160,7 @@ def _from_folder(training: Training, data: Data) -> "Source":
             ConfigIssue(
                 "training.dataset_path",
                 f"{os.path.abspath(folder)} is not a folder",
-                f'correct it; a dataset of the hub is training.dataset = "{HUB_PREFIX}owner/name"',
+                f'correct it; for a dataset of the hub set dataset = "{HUB_PREFIX}owner/name"',
                 value=training.dataset_path,
                 missing_asset=True,
             )
@@ -174,8 +177,8 @@ def _tokens(training: Training, data: Data) -> "Source":
 
 
 def missing_path(dataset: str) -> ConfigIssue:
-    """The problem of a dataset of files without files."""
-    fix = 'set it to a file, a folder or a glob, or set training.dataset = "stdlib"'
+    """Return the problem of a dataset of files without a path."""
+    fix = 'set it to a file, a folder or a glob, or set dataset = "stdlib"'
     return ConfigIssue("training.dataset_path", f'dataset "{dataset}" needs it', fix, value=None)
 
 
@@ -213,7 +216,7 @@ def _stdlib(training: Training, data: Data) -> "Source":
             ConfigIssue(
                 "training.dataset",
                 f"this Python has no sources of its standard library in {root}",
-                "set training.dataset_path to text or JSON files of your own",
+                "give the path of text or JSON files",
                 value=training.dataset,
                 missing_asset=True,
             )

@@ -1,21 +1,25 @@
-"""What a dataset is to a lane: shards, the rows of a shard in order, and the text of a row.
+"""The interface of a dataset to a lane: shards, the rows of a shard in order, a row's text.
 
-Rows are found first and parsed later, so that passing over rows after a resume costs no parsing. A
-row that cannot be used is not an exception while reading but a row with a flaw: whether it stops
-the run or is left out is decided in one place (`lanes.py`). The kinds of sources are in
-`sources_files.py` (text), `sources_json.py`, `sources_parquet.py` and `sources_torch.py` (any
-`Dataset` and `IterableDataset`, those of Hugging Face among them).
+Rows are found first and parsed later, so that skipping rows after a resume costs no parsing. An
+unusable row is not an exception while reading but a row with a flaw: one place decides whether it
+stops the run or is skipped (`lanes.py`). The sources are in `sources_text.py`, `sources_json.py`,
+`sources_parquet.py` and `sources_torch.py` (any `Dataset`, `IterableDataset` or torchdata pipeline,
+and Hugging Face's).
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from torchtitan.config import DataError
 from torchtitan.data.pieces import Shard
 
 if TYPE_CHECKING:
     from torchtitan.data.document_ends import DocumentTokenizer
+
+logger = logging.getLogger(__name__)
 
 _TOKEN_BYTES = 4
 
@@ -31,16 +35,36 @@ class BadRow(ValueError):
         self.column = column
 
 
+class SkippedRows:
+    """The count of unusable rows that were left out, and the rule that allows it."""
+
+    def __init__(self, on_bad_row: str, max_bad_rows: int, count: int = 0):
+        self.count = count
+        self._may_skip = on_bad_row == "skip"
+        self._most = max_bad_rows
+
+    def add(self, message: str) -> None:
+        """Leave out a row; `message` says which and why. Raises DataError where rows may not be."""
+        if not self._may_skip:
+            raise DataError(f'{message}. To leave such rows out, set data.on_bad_row = "skip"')
+        self.count += 1
+        logger.warning("Left out a row: %s", message)
+        if self.count > self._most:
+            raise DataError(
+                f"left out more rows than data.max_bad_rows = {self._most}; the last one: {message}"
+            )
+
+
 class Row(NamedTuple):
     """A document, or a piece of a long one, that has not been parsed yet."""
 
     place: int
-    """Where it is: its first byte (in the decompressed file), or its number."""
+    """Its first byte (in the decompressed file), or its number."""
     size: int
     """Bytes, about."""
     content: Any
     flaw: str = ""
-    """Why it cannot be read, if so."""
+    """The reason why it cannot be read; empty if it can."""
     begins: bool = True
     """Its first character is the first one of a document. Where it is not, and the row before it
     in a shard that is not shared by stride is not the end of one, it goes on with that."""
@@ -54,7 +78,7 @@ class Row(NamedTuple):
 
 
 class Source(Protocol):
-    """A dataset. Picklable, for reading processes.
+    """A dataset. Picklable, for worker processes.
 
     Two members are optional. `problems()` lists what is wrong with the data as a whole; it is asked
     once, before a run. And the iterator that `rows` returns may have a method `cursor()`: a text
@@ -63,31 +87,34 @@ class Source(Protocol):
     """
 
     description: dict[str, Any]
-    """What identifies the data (JSON): a resume refuses another one."""
+    """Identifies the data (JSON): a resume with another one is rejected."""
 
     def shards(self, num_lanes: int) -> list[Shard]:
-        """The shards of an epoch; a function of the data and `num_lanes` alone."""
+        """Return the shards of an epoch; a function of the data and `num_lanes` alone."""
         ...
 
     def rows(self, shard: Shard) -> Iterator[Row]:
-        """The rows of a shard, always the same. Raises DataError if the data cannot be read."""
+        """Yield the rows of a shard, always the same. Raises DataError if they cannot be read."""
         ...
 
     def text(self, row: Row) -> str | np.ndarray:
-        """The document of a row, or its tokens (int32), which are taken as they are.
+        """Return the document of a row, or its tokens (int32), which are taken as they are.
 
-        Empty ones are passed over. Raises BadRow.
+        Empty ones are skipped. Raises BadRow.
         """
         ...
 
     def locate(self, shard: Shard, row: Row) -> str:
-        """Where a row is, for a message: `file:line (byte n)`."""
+        """Return where a row is, for a message: `file:line (byte n)`."""
         ...
 
 
 def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.ndarray | None:
-    """A document, int32 `[num_tokens]`; None for an empty one. Text gets the run's start and end
-    token where the document begins and ends, tokens are taken as they are. Raises BadRow."""
+    """Return a document, int32 `[num_tokens]`; None for an empty one. Raises BadRow.
+
+    Text gets the run's start and end token where the document begins and ends; tokens are taken
+    as they are.
+    """
     document = source.text(row)
     if isinstance(document, str):
         return tokenizer.encode_document(document, row.begins, row.ends) if document else None
@@ -98,7 +125,7 @@ def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.n
 
 
 def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:
-    """The text or the tokens of an item: its `column`, if it has columns. Raises BadRow."""
+    """Return the text or the tokens of an item: its `column`, if it has columns. Raises BadRow."""
     name = None
     what = "the row"
     if isinstance(item, Mapping):
@@ -130,15 +157,17 @@ def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:
 
 
 def kind_of(item: Any) -> str:
-    """What an item is, as JSON calls it where it can."""
+    """Return the kind of an item, in JSON's terms where there is one."""
     names = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
     names |= {type(None): "null", int: "a number", float: "a number"}
     return names.get(type(item), f"a {type(item).__name__}")
 
 
 def _tokens(item: Any, what: str) -> np.ndarray | None:
-    """`item` as tokens if it is a list, an array or a tensor with integers in it; None for anything
-    else. Raises BadRow that names the first element that is no token."""
+    """Return `item` as tokens if it is a list, array or tensor with integers; None otherwise.
+
+    Raises BadRow that names the first element that is not a token.
+    """
     if item is None or isinstance(item, bool | int | float | Mapping):
         return None
     try:
@@ -147,8 +176,8 @@ def _tokens(item: Any, what: str) -> np.ndarray | None:
         return None
     if tokens.ndim != 1:
         return None
-    if tokens.dtype.kind not in "iu":
-        # numpy makes numbers of other kinds out of a list with one odd element.
+    if tokens.dtype.kind not in "iu" or (isinstance(item, list) and bool in set(map(type, item))):
+        # numpy makes numbers of one kind out of a list with one odd element.
         items = list(item)
         if not any(_is_integer(element) for element in items):
             return tokens.astype(np.int32) if not items else None

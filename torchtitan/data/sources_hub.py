@@ -4,26 +4,33 @@ A hub dataset is streamed, file by file, unless `data.streaming = false` has it 
 prepared first. Only formats that are data are read: neither scripts nor pickles.
 """
 
+import contextlib
 import os
 import re
-from contextlib import nullcontext
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.files import DataFile
-from torchtitan.data.hub_access import offline_if_unreachable
 from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource, in_short
 
 _FORMATS = ("arrow", "cache", "csv", "json", "parquet", "text")
 """Names of the library's readers; `cache` is what it has prepared before."""
 _TITLES = "Parquet, JSON, CSV, Arrow or text"
+_TRIES = 3
+_PAUSE_SECONDS = 1.0
+_ANSWER_SECONDS = 4.0
+_MOST_SECONDS = 8.0
+"""For all tries together; looking up a name may take longer, and no library bounds that."""
 
 
 class _Wanted(NamedTuple):
-    """Which rows of which dataset; the keys of `[data]` have the same names."""
+    """The part of a dataset to read; the keys of `[data]` have the same names."""
 
     path: str
     """`owner/name` on the hub, or a local folder."""
@@ -34,13 +41,13 @@ class _Wanted(NamedTuple):
     key: str
     """The key of the config that named the dataset, for messages."""
     value: str
-    """What it was set to."""
+    """The value of that key."""
 
 
 def hub_source(path: str, training: Training, data: Data, split: str, subset: str | None) -> Source:
-    """The dataset `owner/name` of the hub, or in the folder `path`, as a source.
+    """Return the dataset `owner/name` of the hub, or the one in the folder `path`, as a source.
 
-    Raises ConfigError for whatever stands in the way of reading it.
+    Raises ConfigError for whatever prevents reading it.
     """
     is_local = os.path.isdir(path)
     key = "training.dataset_path" if is_local else "training.dataset"
@@ -66,7 +73,7 @@ def hub_source(path: str, training: Training, data: Data, split: str, subset: st
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether `save_to_disk` wrote it."""
+    """Tell whether `save_to_disk` wrote the folder."""
     return any(
         os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")
     )
@@ -96,7 +103,7 @@ def _local_files(names: list[str]) -> list[DataFile]:
 
 
 def _sizes(folder: str, files: list[DataFile]) -> list[list[Any]]:
-    """What tells files from others: their names in the folder, which may move, and bytes."""
+    """Return the names of files in the folder, which may move, and their bytes."""
     return [
         [os.path.relpath(os.path.abspath(file.path), os.path.abspath(folder)), file.size]
         for file in files
@@ -109,7 +116,7 @@ def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None, list[str]]:
 
     options = {"name": wanted.subset, "revision": wanted.revision}
     try:
-        with nullcontext() if is_local else offline_if_unreachable():
+        with contextlib.nullcontext() if is_local else offline_if_unreachable():
             builder = datasets.load_dataset_builder(wanted.path, **options)
         format_name = type(builder).__module__.rpartition(".")[2]
         if format_name not in _FORMATS:
@@ -168,7 +175,7 @@ def _no_split(wanted: _Wanted, splits: list[Any]) -> ConfigError:
 
 
 def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
-    """What a failure of the library means to the user."""
+    """Translate a failure of the library for the user."""
     import huggingface_hub.errors as hub
     from datasets.config import HF_HUB_OFFLINE  # type: ignore[import-untyped]
     from datasets.exceptions import (  # type: ignore[import-untyped]
@@ -185,7 +192,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    # The library raises some of them anew, as text.
+    # The library re-raises some of them as text.
     if has(hub.GatedRepoError) or "is a gated dataset" in text:
         problem = f"{path} is gated: its owner has to grant access"
         fix = "ask for access on its page, and set HF_TOKEN to a token of the account that has it"
@@ -203,8 +210,8 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
             obstacle = "HF_HUB_OFFLINE forbids to ask the hub"
         problem = f"{path} is not on this machine, and {obstacle}"
         fix = (
-            "download it where there is a network, and set training.dataset_path to the folder"
-            ' (training.dataset = "hf"), or give this machine access'
+            "download it where there is a network, and read the folder with"
+            ' dataset = "hf", or give this machine access'
         )
     elif has(hub.HfHubHTTPError):
         problem, fix = f"the hub refused {path}: {text}", "try again later, or use a local copy"
@@ -219,7 +226,7 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
         problem = f"{path} holds no files of a known format"
         fix = f"give one with {_TITLES} files"
     else:
-        problem, fix = f"{path} cannot be read: {text}", "mend or replace the dataset"
+        problem, fix = f"{path} cannot be read: {text}", "correct or replace the dataset"
     return ConfigError(ConfigIssue(key, problem, fix, value=value, missing_asset=missing))
 
 
@@ -238,3 +245,37 @@ def _causes(error: BaseException) -> list[BaseException]:
         causes.append(link)
         link = link.__cause__ or link.__context__
     return causes
+
+
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """While entered, `datasets` uses what it has on the disk if the hub does not answer."""
+    from datasets import config  # type: ignore[import-untyped]
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not _answers(config.HF_ENDPOINT)
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _answers(endpoint: str) -> bool:
+    """Tell whether the hub answers at all; the library reports an error in the answer."""
+    from huggingface_hub.utils import get_session
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(_PAUSE_SECONDS)
+            with contextlib.suppress(Exception):
+                get_session().head(endpoint, timeout=_ANSWER_SECONDS)
+                answered.set()
+                return
+
+    asking = threading.Thread(target=ask, name="hub", daemon=True)
+    asking.start()
+    asking.join(_MOST_SECONDS)
+    return answered.is_set()

@@ -17,10 +17,9 @@ import numpy as np
 
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import corruption, encoding_of, guess_content, guess_format
-from torchtitan.data.files import BOM, DataFile
+from torchtitan.data.files import BOM, DataFile, FileSource
 from torchtitan.data.pieces import Shard, cut_lines, next_line, piece_size, whole_files
 from torchtitan.data.sources import BadRow, Row, kind_of, read_document
-from torchtitan.data.sources_files import FileSource
 
 _BLANK = b" \t\r\n"
 _GAP = re.compile("[\ufeff \t\r\n,\\[\\]]*")  # with the byte-order marks of files put together
@@ -43,6 +42,7 @@ class JsonSource(FileSource):
         self._of_lines: dict[int, bool] = {}
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         lines: list[int] = []
         whole: list[int] = []
         for index, file in enumerate(self.files):
@@ -95,6 +95,7 @@ class JsonSource(FileSource):
         return found
 
     def text(self, row: Row) -> str | np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         if row.flaw:
             raise BadRow(row.flaw)
         item = row.content if not isinstance(row.content, bytes) else _parse(row)
@@ -104,8 +105,10 @@ class JsonSource(FileSource):
 
 
 def _is_whole_line(line: bytes) -> bool | None:
-    """Whether the first line of a file says that it holds one value a line; None where that depends
-    on what follows."""
+    """Tell by the first line of a file whether it holds one value per line.
+
+    None where that depends on what follows.
+    """
     text = line.removeprefix(BOM).strip(_BLANK).decode("utf-8", "replace")
     if text.startswith("["):
         return False
@@ -132,8 +135,10 @@ def _read_line(stream: BinaryIO, limit: int) -> tuple[bytes | None, int]:
 
 
 def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Iterator[Row]:
-    """The rows of the non-blank lines that start at byte `place` or later and before `end`: one
-    each, or those of an array on it."""
+    """Yield the rows of the non-blank lines that start from byte `place` and before `end`.
+
+    Each line is a row, or holds an array of rows.
+    """
     while end is None or place < end:
         line, size = _read_line(stream, limit)
         if size == 0:
@@ -142,7 +147,7 @@ def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Ite
             yield Row(place, size, line)
         elif line is None:
             # At once: what follows may be gigabytes. So long a row fills a shuffle block in any
-            # case, so the order does not depend on the limit, which may be set anew.
+            # case, so the order does not depend on the limit, which may be changed.
             flaw = f"the row is longer than {limit} bytes (set by data.max_document_mib)"
             yield Row(place, size, None, flaw)
             while (part := stream.readline(_LINE_BYTES)) and not part.endswith(b"\n"):
@@ -157,9 +162,9 @@ def read_lines(stream: BinaryIO, limit: int, place: int, end: int | None) -> Ite
 
 
 def read_values(stream: BinaryIO, limit: int) -> Iterator[Row]:
-    """The values of JSON texts, one after another, those in arrays one by one, in bounded memory.
+    """Yield the values of JSON texts, those in arrays one by one, in bounded memory.
 
-    What is not JSON ends the file: nothing tells where the next value begins.
+    Invalid JSON ends the file: nothing tells where the next value begins.
     """
     buffer, at, place, depth, at_end = "", 0, 0, 0, False
     decoder = codecs.getincrementaldecoder("utf-8")()

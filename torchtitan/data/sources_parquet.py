@@ -1,20 +1,23 @@
 """Parquet: a row group is a shard, and a resume seeks to the row group it stopped in.
 
-Where there are far more files than lanes, whole files are the shards, so that nobody but the check
-before the start has to read every footer. Only the column of the text is read.
+Where there are far more files than lanes, whole files are the shards, so that only the check
+before the start reads every footer. Only the column of the text is read.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchtitan.config import ConfigIssue, DataError
-from torchtitan.data.files import KEY, DataFile
-from torchtitan.data.listing import LeftOut
-from torchtitan.data.pieces import PIECES_PER_LANE, Shard, relative_names, whole_files
+from torchtitan.config.schema import Data
+from torchtitan.data.files import KEY, DataFile, relative_names
+from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, read_document
+
+if TYPE_CHECKING:
+    from torchtitan.data.listing import Listing
 
 _BUFFER_BYTES = 2**20
 _BATCH_ROWS = 128
@@ -24,26 +27,24 @@ _BATCH_ROWS = 128
 class ParquetSource:
     """Columns of text, or of lists of integers, which are tokens."""
 
-    left_out: Mapping[str, LeftOut] = {}
-    """Files that were found and are not read, by reason."""
-    doubles: Sequence[tuple[str, str]] = ()
-    """Files that seem to hold the same."""
+    listing: "Listing | None" = None
+    """The result of the search for the files."""
 
-    def __init__(self, files: Sequence[DataFile], max_document_bytes: int, column: str):
+    def __init__(self, files: Sequence[DataFile], data: Data):
         self.files = list(files)
-        self.column = column
-        self.max_document_bytes = max_document_bytes
+        self.column = data.text_column
+        self.max_document_bytes = data.max_document_bytes
         self._num_groups: dict[int, int] = {}
-        """Row groups with rows, by file; as far as `shards` has looked."""
+        """Row groups with rows, by file; filled by `shards`."""
         sizes = [file.size for file in self.files]
         self.description: dict[str, Any] = {
             "kind": "parquet",
-            "column": column,
+            "column": self.column,
             "files": [list(item) for item in zip(relative_names(files), sizes, strict=True)],
         }
 
     def problems(self) -> list[ConfigIssue]:
-        """What is wrong with the footers: unreadable, without the column, or nothing but nulls."""
+        """Check the footers: unreadable, without the column, or nothing but nulls."""
         problems = []
         num_nulls = num_rows = 0
         for file in self.files:
@@ -53,7 +54,7 @@ class ParquetSource:
                     num_rows += parquet.metadata.num_rows
                     num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
             except DataError as error:
-                problems.append(ConfigIssue(KEY, str(error), "mend or replace the file"))
+                problems.append(ConfigIssue(KEY, str(error), "correct or replace the file"))
                 continue
             if flaw:
                 fix = "set it to the column that holds the text"
@@ -68,6 +69,7 @@ class ParquetSource:
         return problems
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         if len(self.files) >= PIECES_PER_LANE * num_lanes:
             return [Shard(index) for index in range(len(self.files))]
         groups = []
@@ -85,15 +87,19 @@ class ParquetSource:
         ]
 
     def num_bytes(self, shard: Shard) -> int:
-        """On the disk, of the row group or the file that a shard is of; about, as all columns count
-        and row groups are taken for equal."""
+        """Return about the bytes on disk of a shard.
+
+        All columns count, and row groups are taken for equal.
+        """
         parts = 1 if shard.end is None else self._num_groups[shard.file]
         return self.files[shard.file].size // parts
 
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
+        """Yield the rows of a shard."""
         return _ParquetRows(self.files[shard.file], self.column, shard, int(cursor or 0))
 
     def text(self, row: Row) -> str | np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         if row.flaw:
             raise BadRow(row.flaw)
         if row.content is None:
@@ -103,6 +109,7 @@ class ParquetSource:
         )
 
     def locate(self, shard: Shard, row: Row) -> str:
+        """Return where a row is, for a message."""
         return f"{self.files[shard.file].path} (row {row.place + 1})"
 
 
@@ -145,7 +152,7 @@ class _ParquetRows(Iterator[Row]):
 
 
 def open_parquet(file: DataFile) -> Any:
-    """The file as a ParquetFile, its footer read. Raises DataError."""
+    """Return the file as a ParquetFile, its footer read. Raises DataError."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     file.open().close()
@@ -158,7 +165,7 @@ def open_parquet(file: DataFile) -> Any:
 
 
 def column_flaw(schema: Any, column: str) -> str:
-    """Why the column is missing, or holds neither text nor tokens; empty if it is fine."""
+    """Return why the column is missing or holds neither text nor tokens; empty if it is fine."""
     import pyarrow
 
     places = schema.get_all_field_indices(column)
@@ -188,14 +195,14 @@ def column_flaw(schema: Any, column: str) -> str:
         for field in schema
         if types.is_string(field.type) or types.is_large_string(field.type)
     ]
-    others = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
-    return f"column {column!r} holds {kind} where text is expected{others}"
+    hint = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
+    return f"column {column!r} holds {kind} where text is expected{hint}"
 
 
 def _contents(
     file: DataFile, parquet: Any, group: int, column: str
 ) -> Iterator[bytes | list[int] | Row | None]:
-    """The values of a row group; a Row with a flaw where it is damaged, as its last."""
+    """Yield the values of a row group; where it is damaged, a Row with a flaw as the last one."""
     import pyarrow
 
     try:
@@ -222,7 +229,7 @@ def _group_sizes(metadata: Any) -> list[int]:
 
 
 def _count_nulls(metadata: Any, column: str) -> int:
-    """Rows of which the statistics, where there are any, say that the column is null."""
+    """Count the rows whose column is null according to the statistics, where there are any."""
     count = 0
     for group in range(metadata.num_row_groups):
         chunks = metadata.row_group(group)

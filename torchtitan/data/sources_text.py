@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import guess_content
-from torchtitan.data.files import BOM, DataFile
+from torchtitan.data.files import BOM, DataFile, FileSource
 from torchtitan.data.pieces import (
     SMALLEST_PIECE,
     Shard,
@@ -21,7 +21,6 @@ from torchtitan.data.pieces import (
     whole_files,
 )
 from torchtitan.data.sources import BadRow, Row
-from torchtitan.data.sources_files import FileSource
 
 _PIECE_BYTES = 2**17
 _LEAST_ZEROS = 1 / 64
@@ -34,12 +33,13 @@ class TextSource(FileSource):
     def __init__(self, files: Sequence[DataFile], data: Data):
         super().__init__(files, data)
         self._separator = (data.document_separator or "").encode("utf-8")
-        # Lanes have a place in pieces: with others it would be another one.
+        # A lane's position counts pieces, so it depends on their size.
         self.description |= {"kind": "text", "pieces": _PIECE_BYTES}
         if self._separator:
             self.description["separator"] = data.document_separator
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         plain = [index for index, file in enumerate(self.files) if self.can_seek(file)]
         front = [index for index, file in enumerate(self.files) if not self.can_seek(file)]
         size = text_piece_size(self.files, num_lanes)
@@ -60,6 +60,7 @@ class TextSource(FileSource):
         return read_text(stream, 0, None, size, self._separator)
 
     def text(self, row: Row) -> str:
+        """Return the text or the tokens of a row. Raises BadRow."""
         if row.flaw:
             raise BadRow(row.flaw)
         content: bytes = row.content
@@ -77,11 +78,11 @@ class TextSource(FileSource):
 def read_text(
     stream: BinaryIO, place: int, end: int | None, size: int, separator: bytes, ends: bool = True
 ) -> Iterator[Row]:
-    """The documents in the bytes from `place`, where `stream` is, to `end` (None: all that follow),
-    in pieces of about `size` bytes; `ends` says whether a document ends there.
+    """Yield the documents from byte `place`, where `stream` is, to `end`, in pieces.
 
-    A separator is any run of bytes that `separator` covers, so that it does not matter from where
-    one looks for it. Documents of nothing but blanks are left out.
+    `end` may be None for the end of the stream; `size` is about the bytes of a piece; `ends`
+    says whether a document ends there. A separator is any run of bytes that `separator` covers,
+    so it does not matter from where one looks for it. Blank documents are skipped.
     """
     buffer, at, at_end = b"", 0, False
     begins = place == 0 or bool(separator)

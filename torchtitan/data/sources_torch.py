@@ -1,15 +1,16 @@
-"""Any `torch.utils.data.Dataset` or `IterableDataset`, and those of Hugging Face, as sources.
+"""Datasets of torch, torchdata and Hugging Face as sources.
 
-A map-style dataset is read by index, so the order is ours and a resume goes straight to its place.
-An iterable one is read from its front: its own `state_dict` and `load_state_dict` are used where it
-has them, else a resume reads it again and passes over what was used. What gives equal rows on every
-pass is all that is asked of a dataset; it must not shuffle, or cut itself up by rank or worker.
+A map-style dataset is read by index in the lanes' order, and a resume goes straight to its place.
+Anything iterable is read from its front. A resume loads its state if it has `state_dict` and
+`load_state_dict` (or is a torchdata node); otherwise it reads again and skips the rows that were
+used. A dataset must give equal rows on every pass, and must not split itself by rank or worker.
 """
 
+import base64
 import copy
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -25,11 +26,11 @@ _MOST_RANGES = 2**16
 
 
 class _DatasetSource:
-    """What both kinds hold; `description` is what else a resume must find unchanged."""
+    """The part that both kinds share; a resume also compares `description`."""
 
     kind: str
     files: Sequence[DataFile] = ()
-    """Those on this machine, where they are known."""
+    """Files on this machine, where they are known."""
 
     def __init__(
         self, dataset: Any, name: str, column: str, max_document_bytes: int, **description: Any
@@ -47,7 +48,7 @@ class _DatasetSource:
 
 
 class MapSource(_DatasetSource):
-    """A dataset with `len` and `[index]`; ranges of consecutive indices are the shards."""
+    """A dataset with `len` and `[index]`; ranges of consecutive indices are its shards."""
 
     kind = "map"
 
@@ -55,6 +56,7 @@ class MapSource(_DatasetSource):
         super().__init__(dataset, *args, rows=len(dataset), **description)
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         num_rows = len(self.dataset)
         size = min(num_rows // (PIECES_PER_LANE * num_lanes), _RANGE_ROWS)
         size = max(size, num_rows // _MOST_RANGES, 1)
@@ -62,11 +64,13 @@ class MapSource(_DatasetSource):
         return [Shard(0, start, min(start + size, num_rows)) for start in starts]
 
     def rows(self, shard: Shard) -> Iterator[Row]:
+        """Yield the rows of a shard."""
         assert shard.end is not None
         for index in range(shard.start, shard.end):
             yield Row(index, 0, None)
 
     def text(self, row: Row) -> str | np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         try:
             item = self.dataset[row.place]
         except Exception as error:
@@ -74,6 +78,7 @@ class MapSource(_DatasetSource):
         return read_document(item, self.column, self.max_document_bytes)
 
     def locate(self, shard: Shard, row: Row) -> str:
+        """Return where a row is, for a message."""
         return f"{self.name}[{row.place}]"
 
 
@@ -89,25 +94,30 @@ class StreamSource(_DatasetSource):
     def __init__(self, dataset: Any, *args: Any, **description: Any):
         super().__init__(dataset, *args, **description)
         self._parted = dataset
-        """The dataset, cut up further where that was needed and can be done."""
+        """The dataset, split further where that was needed and possible."""
 
     def problems(self) -> list[ConfigIssue]:
-        """Try out on three rows that a second resume goes on where it was stopped, too."""
-        part = self._part(0)
-        if not _can_seek(part):
-            return []
-        flaw = _resume_flaw(lambda: self._part(0), self.name)
+        """Try a resume, and a resume of that, on the first three rows."""
+        try:
+            part = self._part(0)
+            flaw = _resume_flaw(lambda: self._part(0), self.name) if _can_seek(part) else ""
+        except DataError as error:
+            fix = "return a dataset that can be read and copied"
+            return [ConfigIssue("training.dataset", str(error), fix, self.name)]
         if not flaw:
             return []
-        fix = "mend its state_dict and load_state_dict, or remove both: a resume then reads again"
+        fix = (
+            "correct its state_dict and load_state_dict, or remove both: a resume then reads again"
+        )
+        if flaw == _SHUFFLES:
+            fix = "turn its shuffling off (lanes shuffle), or give it a seed"
         if type(part).__module__.partition(".")[0] == "datasets":
             version = importlib.metadata.version("datasets")
             fix = f"install another version of the library `datasets` than {version}"
-        return [
-            ConfigIssue("training.dataset", f"a resume would go astray: {flaw}", fix, self.name)
-        ]
+        return [ConfigIssue("training.dataset", f"a resume would go wrong: {flaw}", fix, self.name)]
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         self._parted = self.dataset
         if self._num_parts() < num_lanes and hasattr(self.dataset, "reshard"):
             self._parted = self.dataset.reshard()
@@ -115,12 +125,15 @@ class StreamSource(_DatasetSource):
         return whole_files(range(self._num_parts()), num_lanes)
 
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
+        """Yield the rows of a shard."""
         return _StreamRows(self._part(shard.file), self.name, shard, cursor)
 
     def text(self, row: Row) -> str | np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         return read_document(row.content, self.column, self.max_document_bytes)
 
     def locate(self, shard: Shard, row: Row) -> str:
+        """Return where a row is, for a message."""
         part = f", part {shard.file + 1} of {self._num_parts()}" if self._num_parts() > 1 else ""
         return f"{self.name}{part} (row {row.place + 1})"
 
@@ -130,8 +143,15 @@ class StreamSource(_DatasetSource):
     def _part(self, index: int) -> Any:
         if _has_parts(self._parted):
             return self._parted.shard(num_shards=self._num_parts(), index=index)
-        # Where a dataset has a state it is in the object, and every lane needs one of its own.
-        return copy.deepcopy(self._parted) if _has_state(self._parted) else self._parted
+        if not _has_state(self._parted):
+            return self._parted
+        try:  # the state is in the object, so every lane needs a copy
+            return copy.deepcopy(self._parted)
+        except Exception as error:
+            raise DataError(
+                f"{self.name}: every lane reads a copy of the dataset, and it cannot be copied"
+                f" ({in_short(error)}); open files and connections in its __iter__"
+            ) from error
 
 
 class _StreamRows(Iterator[Row]):
@@ -147,7 +167,7 @@ class _StreamRows(Iterator[Row]):
         if cursor:
             stored = json.loads(cursor)
             self._num_read = stored["rows"]
-            self._protect(dataset.load_state_dict, stored["state"])
+            self._protect(dataset.load_state_dict, _decoded(stored["state"]))
         self._items = self._protect(iter, dataset)
 
     def __next__(self) -> Row:
@@ -163,16 +183,12 @@ class _StreamRows(Iterator[Row]):
             return ""
         state = self._protect(self._dataset.state_dict)
         try:
-            text = json.dumps({"rows": self._num_read, "state": state})
-            kept = json.loads(text)["state"] == state
-        except (TypeError, ValueError):
-            kept = False
-        if not kept:
+            return json.dumps({"rows": self._num_read, "state": _encoded(state)})
+        except (TypeError, ValueError) as error:
             raise DataError(
-                f"{self._name}: its state_dict() is stored as JSON, so it may hold only texts,"
-                " numbers, True, False, None, lists, and dicts with texts as keys"
-            )
-        return text
+                f"{self._name}: its state_dict() cannot be stored ({error}); it may hold text,"
+                " bytes, numbers, booleans, None, lists, tuples, dicts, arrays and tensors"
+            ) from error
 
     def _protect(self, function: Any, *arguments: Any) -> Any:
         try:
@@ -184,17 +200,24 @@ class _StreamRows(Iterator[Row]):
             raise DataError(f"{message}: {in_short(error)}") from error
 
 
+_SHUFFLES = "two passes over it begin with different rows"
+
+
 def _resume_flaw(again: Callable[[], Any], name: str) -> str:
-    """What is wrong with the state of a dataset, of which `again` gives unread copies; empty for
-    nothing. Raises DataError for one that cannot be read."""
+    """Describe why a dataset cannot be resumed; empty if it can. `again` returns unread copies.
+
+    Raises DataError for one that cannot be read.
+    """
 
     def read(stream: _StreamRows, count: int) -> list[str]:
         return [str(row.content) for row in islice(stream, count)]
 
     whole = _StreamRows(again(), name, Shard(0), "")
-    read(whole, 1)
+    before = read(whole, 1)
     first = whole.cursor()
     expected = read(whole, 2)
+    if read(_StreamRows(again(), name, Shard(0), ""), 3) != before + expected:
+        return _SHUFFLES
     if len(expected) < 2:
         return ""
     resumed = _StreamRows(again(), name, Shard(0), first)
@@ -202,30 +225,122 @@ def _resume_flaw(again: Callable[[], Any], name: str) -> str:
         return "after load_state_dict it does not go on with the next row"
     second = resumed.cursor()
     if json.loads(second)["state"] == json.loads(first)["state"]:
-        return "after load_state_dict its state_dict stays the same while rows are read"
+        return "after load_state_dict its state_dict does not change as rows are read"
     if read(_StreamRows(again(), name, Shard(0), second), 1) != expected[1:]:
         return "the state_dict taken after a load_state_dict does not lead to the next row"
     return ""
 
 
+_TAG = "__type__"
+"""Key of a dict in a stored state that stands for a value that JSON does not have."""
+
+
+def _encoded(value: Any) -> Any:
+    """Return a dataset's state as JSON values. Raises TypeError."""
+    import torch
+
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and _TAG not in value:
+            return {key: _encoded(item) for key, item in value.items()}
+        return {_TAG: "dict", "items": [[_encoded(k), _encoded(v)] for k, v in value.items()]}
+    if type(value) is tuple:
+        return {_TAG: "tuple", "items": [_encoded(item) for item in value]}
+    if isinstance(value, bytes):
+        return {_TAG: "bytes", "data": base64.b64encode(value).decode()}
+    if isinstance(value, torch.Tensor):
+        return {**_encoded(value.detach().cpu().numpy()), _TAG: "tensor"}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        array = np.asarray(value, order="C")
+        data = base64.b64encode(array.tobytes()).decode()
+        return {_TAG: "array", "dtype": array.dtype.str, "shape": array.shape, "data": data}
+    raise TypeError(f"it holds a {type(value).__name__}")
+
+
+def _decoded(value: Any) -> Any:
+    """Return the state of which `_encoded` made `value`."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_TAG)
+    if kind == "dict":
+        return {_decoded(key): _decoded(item) for key, item in value["items"]}
+    if kind == "tuple":
+        return tuple(_decoded(item) for item in value["items"])
+    if kind == "bytes":
+        return base64.b64decode(value["data"])
+    if kind in ("array", "tensor"):
+        import torch
+
+        content = bytearray(base64.b64decode(value["data"]))
+        array = np.frombuffer(content, value["dtype"]).reshape(value["shape"])
+        return torch.from_numpy(array) if kind == "tensor" else array
+    return {key: _decoded(item) for key, item in value.items()}
+
+
+class _NodeDataset:
+    """A torchdata node, read from its front or from a loaded state."""
+
+    def __init__(self, node: Any):
+        self._node = node
+        self._start: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._node.reset(self._start)
+        self._start = None
+        return iter(self._node)
+
+    def state_dict(self) -> Any:
+        """Return the node's state."""
+        return self._node.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Begin the next pass at `state`."""
+        self._start = state
+
+
 def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> Source:
-    """What the factory of a registered dataset has made, as a source. Raises ConfigError."""
+    """Return what the factory of a registered dataset made, as a source. Raises ConfigError."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    def error(problem: str, fix: str) -> ConfigError:
+        return ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
+
     if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
         return dataset  # type: ignore[no-any-return]
-    from torch.utils.data import IterableDataset
-
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream and hasattr(dataset, "__getitem__"):
         if hasattr(dataset, "__len__"):
             return MapSource(dataset, name, column, max_document_bytes)
         problem = f"its dataset, a {type(dataset).__name__}, has no length"
-        fix = "give its class __len__, or derive it from IterableDataset"
-        raise ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
-    if is_stream or (hasattr(dataset, "__iter__") and not isinstance(dataset, Iterator)):
+        raise error(problem, "give its class __len__, or derive it from IterableDataset")
+    if isinstance(dataset, DataLoader):
+        if dataset.batch_size is not None or dataset.batch_sampler is not None:
+            raise error("its loader gives batches, and rows are needed", "set batch_size = None")
+        if dataset.num_workers:
+            problem = "its loader starts processes, and every lane has a copy of the loader"
+            fix = "give it num_workers = 0, and set training.dataloader.num_workers"
+            raise error(problem, fix)
+    if _is_node(dataset):
+        dataset = _NodeDataset(dataset)
+    # An iterator without a state can be read once only, and every epoch reads again.
+    can_begin_again = not isinstance(dataset, Iterator) or _has_state(dataset)
+    if is_stream or (hasattr(dataset, "__iter__") and can_begin_again):
         return StreamSource(dataset, name, column, max_document_bytes)
-    problem = f"its factory has made a {type(dataset).__name__}, which cannot be read again"
-    fix = "return a Dataset or IterableDataset of torch, or a Source"
-    raise ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
+    problem = f"its factory returned a {type(dataset).__name__}, which cannot be read again"
+    fix = "return a torch dataset, a torchdata node or loader, or a Source"
+    raise error(problem, fix)
+
+
+def _is_node(dataset: Any) -> bool:
+    """Tell a torchdata node by its methods, without torchdata."""
+    return isinstance(dataset, Iterator) and all(
+        hasattr(dataset, method) for method in ("reset", "get_state", "state_dict")
+    )
 
 
 def _has_parts(dataset: Any) -> bool:
@@ -241,7 +356,7 @@ def _can_seek(dataset: Any) -> bool:
 
 
 def _has_buffer(dataset: Any) -> bool:
-    """Whether it is a Hugging Face stream with a shuffle buffer, which its state leaves out."""
+    """Tell whether it is a Hugging Face stream with a shuffle buffer, which its state omits."""
     parts = [getattr(dataset, "_ex_iterable", None)]
     for part in parts:
         if type(part).__name__ == "BufferShuffledExamplesIterable":
@@ -252,13 +367,13 @@ def _has_buffer(dataset: Any) -> bool:
 
 
 def _size(item: Any, depth: int) -> int:
-    """Bytes of an item, about; a function of its content alone, as it decides on the order."""
+    """Return about the bytes of an item; by its content alone, as it decides on the order."""
     if isinstance(item, dict) and depth == 0:
         return sum(_size(value, 1) for value in item.values())
     return len(item) if hasattr(item, "__len__") else 8
 
 
 def in_short(error: Exception) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """Return the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.data.document_ends import UNNAMED, SpecialTokens
-from torchtitan.data.surrogates import without_surrogates
+from torchtitan.data.tokenizer_formats import without_surrogates
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
 PATTERN = (
@@ -53,7 +53,7 @@ _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_
 
 
 def special_tokens() -> list[str]:
-    """Llama 3's special tokens in the order of their ids, which follow the ranks."""
+    """Return Llama 3's special tokens in the order of their ids, which follow the ranks."""
     rest = range(3, _NUM_SPECIAL - len(_NAMED) + 3)
     return [f"<|{name}|>" for name in (*_NAMED, *(f"reserved_special_token_{n}" for n in rest))]
 
@@ -83,13 +83,15 @@ class TiktokenTokenizer:
 
     @staticmethod
     def recognises(content: bytes) -> bool:
-        """Whether a file with this content is one of tiktoken's, be it damaged further on."""
+        """Tell whether the file is one of tiktoken's, even if damaged further on."""
         return _LINE.match(content) is not None
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        """Return the ids of `text`."""
         return self.encode_array(text, bos, eos).tolist()
 
     def encode_array(self, text: str, bos: bool, eos: bool) -> np.ndarray:
+        """Return the ids of `text`: int32 `[num_tokens]`."""
         ids = [[self.bos_id]] * bos
         ids += [self._encode_part(part) for part in parts_of(without_surrogates(text))]
         ids += [[self.eos_id]] * eos
@@ -100,10 +102,11 @@ class TiktokenTokenizer:
         return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of `ids`."""
         return self._encoding.decode([i for i in ids if 0 <= i < self._num_ranks])
 
     def token_name(self, token: int) -> str:
-        """The text of a special token."""
+        """Return the text of a special token."""
         return special_tokens()[token - self._num_ranks]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,7 +114,7 @@ class TiktokenTokenizer:
 
 
 def parts_of(text: str) -> Iterator[str]:
-    """`text` in parts that can be encoded quickly, cut as in Meta's code."""
+    """Yield `text` in parts that can be encoded quickly, split as in Meta's code."""
     for start in range(0, len(text), _MOST_CHARACTERS):
         part = text[start : start + _MOST_CHARACTERS]
         cuts = [0]
@@ -122,7 +125,7 @@ def parts_of(text: str) -> Iterator[str]:
 
 
 def _parse(content: bytes) -> dict[bytes, int]:
-    """The rank of every token: 0, 1, 2, ..., one each, and one for every byte."""
+    """Return the rank of every token: 0, 1, 2, ..., with one for every byte."""
     ranks: dict[bytes, int] = {}
     taken: set[int] = set()
     for number, line in enumerate(content.splitlines(), start=1):

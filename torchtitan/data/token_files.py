@@ -45,14 +45,14 @@ class NoTokens(TokenFileError):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the index says of a shard."""
+    """The entry of a shard in the index."""
 
     name: str
     num_documents: int
-    """With those that are empty."""
+    """Empty documents included."""
     num_tokens: int
     bad_rows: int
-    """Rows that were left out, each of which is an empty document."""
+    """Skipped rows; each is an empty document."""
     bin_sha256: str
     idx_sha256: str
     idx_bytes: int
@@ -75,23 +75,27 @@ class TokenIndex:
     job: str
     """Names what was made of what, so that the same is not begun again."""
     source: Any
-    """What identifies the data that were read."""
+    """Description of the source that was read."""
     shards: tuple[ShardInfo, ...]
 
     @property
     def token_bytes(self) -> int:
+        """Bytes of a stored token."""
         return np.dtype(self.dtype).itemsize
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def num_documents(self) -> int:
+        """Documents of all shards, empty ones included."""
         return sum(shard.num_documents for shard in self.shards)
 
     @property
     def bad_rows(self) -> int:
+        """Rows that were left out."""
         return sum(shard.bad_rows for shard in self.shards)
 
     @property
@@ -101,6 +105,7 @@ class TokenIndex:
         return hashlib.sha256(json.dumps([self.dtype, self.num_lanes, facts]).encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Return the content of `index.json`."""
         counts = {
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
@@ -111,12 +116,12 @@ class TokenIndex:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest type that holds all ids."""
+    """Return the smallest type that holds all ids."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def is_token_folder(path: str) -> bool:
-    """Whether `path` is a folder of tokens, finished or not, or the index of one."""
+    """Tell whether `path` is a folder of tokens, finished or not, or the index of one."""
     folder = token_folder(path)
     for name in (INDEX_NAME, JOB_NAME):
         try:
@@ -130,13 +135,13 @@ def is_token_folder(path: str) -> bool:
 
 
 def token_folder(path: str) -> Path:
-    """The folder that a path to it, or to its index, means."""
+    """Return the folder that a path to it, or to its index, means."""
     given = Path(os.path.expanduser(path))
     return given.parent if given.name == INDEX_NAME else given
 
 
 def read_index(folder: Path) -> TokenIndex:
-    """The index of a folder. Raises TokenFileError: absent, broken, of another version."""
+    """Return the index of a folder. Raises TokenFileError."""
     file = folder / INDEX_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -174,7 +179,7 @@ def read_index(folder: Path) -> TokenIndex:
 
 
 def check_sizes(folder: Path, index: TokenIndex) -> None:
-    """That every file has the size that the index says. Raises TokenFileError."""
+    """Compare the sizes of all files with the index. Raises TokenFileError."""
     for shard in index.shards:
         for file, wanted in (
             (folder / f"{shard.name}.bin", shard.num_tokens * index.token_bytes),
@@ -190,8 +195,10 @@ def check_sizes(folder: Path, index: TokenIndex) -> None:
 
 
 def check_digests(folder: Path, index: TokenIndex, max_bytes: float) -> None:
-    """That files have the content that the index says, the smallest ones first, as far as
-    `max_bytes` reach. Raises TokenFileError."""
+    """Compare the digests of files with the index, the smallest files first.
+
+    Reads at most `max_bytes`. Raises TokenFileError.
+    """
     files = [
         item
         for shard in index.shards
@@ -232,7 +239,7 @@ class Documents:
 
 
 def open_documents(folder: Path, index: TokenIndex, shard: ShardInfo) -> Documents:
-    """Maps a shard. Raises TokenFileError for one that is not what the index says."""
+    """Map a shard into memory. Raises TokenFileError if it does not fit the index."""
     file = folder / f"{shard.name}.idx"
     try:
         with safe_open(file, framework="numpy") as stored:
@@ -254,24 +261,24 @@ def open_documents(folder: Path, index: TokenIndex, shard: ShardInfo) -> Documen
 
 
 class Document(NamedTuple):
-    """What is written of a row."""
+    """A row as it is written."""
 
     tokens: np.ndarray
     """int32 `[num_tokens]`; none of a row without text."""
     size: int
     """Bytes of the row."""
     bad: bool = False
-    """Whether the row was left out."""
+    """The row was skipped."""
     begins: bool = True
-    """As of a `Row`."""
+    """See `Row`."""
     ends: bool = True
-    """As of a `Row`."""
+    """See `Row`."""
 
 
 def write_shard(
     folder: Path, name: str, dtype: str, pieces: Iterable[Iterable[Document]], job: str
 ) -> None:
-    """Write the documents of some pieces of the source; `finished_shard` tells what is there."""
+    """Write the documents of some pieces of the source."""
     stored_type = np.dtype(dtype).newbyteorder("<")
     digest = hashlib.sha256()
     ends, sizes, starts_of_pieces, bad_rows = [0], [], [0], 0
@@ -306,7 +313,7 @@ def write_shard(
 
 
 def finished_shard(folder: Path, name: str, dtype: str, job: str) -> ShardInfo | None:
-    """What `write_shard` has finished for this job; None for anything else."""
+    """Return what `write_shard` finished for this job; None for anything else."""
     bin_file, idx_file = folder / f"{name}.bin", folder / f"{name}.idx"
     try:
         with safe_open(idx_file, framework="numpy") as stored:

@@ -2,7 +2,7 @@
 
 A shard for a lane is a range of documents. With the number of lanes that the tokens were made for,
 those ranges are the pieces into which the text was cut, so a run reads the same samples as from the
-text, shuffled or not; with any other number, they are cut anew.
+text, shuffled or not; with any other number, they are cut differently.
 """
 
 import itertools
@@ -48,6 +48,7 @@ class TokenSource:
         return {**self.__dict__, "_opened": {}}  # each process maps files for itself
 
     def shards(self, num_lanes: int) -> list[Shard]:
+        """Cut the data into shards for `num_lanes` lanes."""
         shards = self.index.shards
         if num_lanes == self.index.num_lanes:
             borders = [list(shard.pieces) for shard in shards]
@@ -63,6 +64,7 @@ class TokenSource:
         ]
 
     def rows(self, shard: Shard) -> Iterator[Row]:
+        """Yield the rows of a shard."""
         documents = self._documents(shard.file)
         sizes = documents.sizes[shard.start : shard.end].tolist()
         borders = [3] * len(sizes)
@@ -73,20 +75,22 @@ class TokenSource:
             yield Row(number, size, (shard.file, number), begins=begins, ends=ends)
 
     def text(self, row: Row) -> np.ndarray:
+        """Return the text or the tokens of a row. Raises BadRow."""
         file, number = row.content
         documents = self._documents(file)
         start, end = documents.offsets[number : number + 2].tolist()
         tokens = documents.tokens[start:end].astype(np.int32)
         if len(tokens) != end - start or tokens.max(initial=0) >= self.index.vocab_size:
             name = self.folder / f"{self.index.shards[file].name}.bin"
-            raise DataError(f"{name} is damaged: document {number} holds what is no token")
+            raise DataError(f"{name} is damaged: document {number} holds an invalid token")
         return tokens
 
     def locate(self, shard: Shard, row: Row) -> str:
+        """Return where a row is, for a message."""
         return f"{self.folder / self.index.shards[shard.file].name}.bin (document {row.place})"
 
     def check_content(self, max_bytes: float) -> None:
-        """Compare digests, as far as `max_bytes` reach. Raises TokenFileError."""
+        """Compare digests of at most `max_bytes`. Raises TokenFileError."""
         check_digests(self.folder, self.index, max_bytes)
 
     def _documents(self, file: int) -> Documents:
@@ -104,12 +108,12 @@ class TokenSource:
 def tokenizer_problem(
     source: Any, tokenizer: DocumentTokenizer, path: str | None
 ) -> ConfigIssue | None:
-    """The problem of tokens that another tokenizer has made than the run's, if that is so."""
+    """Return the problem of tokens that another tokenizer than the run's has made."""
     if not isinstance(source, TokenSource) or source.index.tokenizer == tokenizer.fingerprint:
         return None
     if source.index.tokenizer.partition("+")[0] == tokenizer.tokenizer.fingerprint:
-        problem = "the documents of the tokens begin or end otherwise than the run's would, where"
-        problem += f" {tokenizer.describe()}; they are taken as they are"
+        problem = "the documents of the tokens have other start or end tokens than the run's, where"
+        problem += f" {tokenizer.describe()}; they are used unchanged"
         fix = "set data.add_bos and data.add_eos as they were, or tokenize the text again"
         return ConfigIssue("training.dataset_path", problem, fix, path, severity="warning")
     return ConfigIssue(
@@ -122,11 +126,10 @@ def tokenizer_problem(
 
 
 def unusable(error: TokenFileError, path: str, missing: bool = False) -> ConfigIssue:
-    """The problem of a folder of tokens that cannot be used."""
+    """Return the problem of a folder of tokens that cannot be used."""
     fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
     if isinstance(error, NoTokens):
-        fix = "correct the path, or make the folder with `torchtitan tokenize`; other data are not"
-        fix += ' training.dataset = "tokens"'
+        fix = 'correct the path, write it with `torchtitan tokenize`, or set dataset = "auto"'
     if "not finished" in str(error):
         fix = "let `torchtitan tokenize` come to its end"
     return ConfigIssue("training.dataset_path", str(error), fix, path, missing_asset=missing)
@@ -137,6 +140,6 @@ def _short(fingerprint: str) -> str:
 
 
 def _even(num_documents: int, num_pieces: float) -> list[int]:
-    """Borders of about so many equal ranges of documents."""
+    """Return borders of about so many equal ranges of documents."""
     count = max(1, min(num_documents, round(num_pieces)))
     return [num_documents * k // count for k in range(count + 1)]

@@ -8,7 +8,6 @@ so when the work is interrupted. No torch.
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,9 @@ import numpy as np
 
 from torchtitan.config import DataError
 from torchtitan.data.document_ends import DocumentTokenizer
+from torchtitan.data.files import FileSource
 from torchtitan.data.pieces import Shard
-from torchtitan.data.sources import BadRow, Source, row_tokens
-from torchtitan.data.sources_files import FileSource
+from torchtitan.data.sources import BadRow, SkippedRows, Source, row_tokens
 from torchtitan.data.sources_parquet import ParquetSource
 from torchtitan.data.token_files import (
     FORMAT,
@@ -40,19 +39,17 @@ from torchtitan.data.token_files import (
 )
 from torchtitan.utils.children import end_with_parent
 
-logger = logging.getLogger(__name__)
-
 _MIN_SHARDS = 64
 """Data are cut into at least so many shards, down to `_SMALLEST_BYTES`, for processes to share."""
 _SMALLEST_BYTES = 2**18
 _GUESSED_ROW_BYTES = 2**10
 _GUESSED_PART_BYTES = 2**28
-"""Of a stream: each is a shard, as one may be as large as a file of C4."""
+"""Guessed size of a part of a stream; it may be as large as a file of C4."""
 
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What is made of what. Picklable, for the processes."""
+    """The work to do. Picklable, for the processes."""
 
     source: Source
     tokenizer: DocumentTokenizer
@@ -79,6 +76,7 @@ class TokenizeJob:
 
     @property
     def dtype(self) -> str:
+        """Type of the stored tokens."""
         return token_dtype(self.tokenizer.vocab_size)
 
 
@@ -113,8 +111,11 @@ def piece_bytes(source: Source, piece: Shard) -> int:
 def tokenize(
     job: TokenizeJob, num_workers: int, on_finished: Callable[[int, ShardInfo], None]
 ) -> TokenIndex:
-    """Write what is not there yet, and then the index. `on_finished(number, shard)` is called for
-    each shard, those from before first. Raises DataError; what is finished then stays."""
+    """Write the shards that are missing, and then the index.
+
+    Calls `on_finished(number, shard)` for each shard, finished ones first. Raises DataError;
+    shards that are finished by then stay.
+    """
     write_text(job.folder / JOB_NAME, json.dumps({"format": FORMAT, "job": job.id}) + "\n")
     found: dict[int, ShardInfo] = {}
 
@@ -185,31 +186,21 @@ def _made(
 
 
 def _make(job: TokenizeJob, number: int) -> ShardInfo:
-    bad_rows = 0
+    skipped = SkippedRows(job.on_bad_row, job.max_bad_rows)
 
     def documents(piece: Shard) -> Iterator[Document]:
-        nonlocal bad_rows
         for row in job.source.rows(piece):
+            tokens, before = None, skipped.count
             try:
                 tokens = row_tokens(job.source, job.tokenizer, row)
             except BadRow as error:
-                message = f"{job.source.locate(piece, row)}: {error}"
-                if job.on_bad_row == "error":
-                    fix = 'To leave such rows out, set data.on_bad_row = "skip"'
-                    raise DataError(f"{message}. {fix}") from None
-                bad_rows += 1
-                logger.warning("Left out a row: %s", message)
-                if bad_rows > job.max_bad_rows:
-                    limit = f"data.max_bad_rows = {job.max_bad_rows}"
-                    raise DataError(f"left out more rows than {limit}: {message}") from None
-                tokens, bad = None, True
-            else:
-                bad = False
+                skipped.add(f"{job.source.locate(piece, row)}: {error}")
             # A row without text is kept as an empty document: the order counts it.
             content = np.empty(0, np.int32) if tokens is None else tokens
             # Pieces that lanes share by stride do not follow each other, so nothing joins them.
             apart = piece.stride > 1
-            yield Document(content, row.size, bad, row.begins or apart, row.ends or apart)
+            is_bad = skipped.count > before
+            yield Document(content, row.size, is_bad, row.begins or apart, row.ends or apart)
 
     name = _name(number)
     try:
@@ -223,7 +214,7 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
 
 
 _job: TokenizeJob | None = None
-"""In a worker: what it works at, which is sent to it once."""
+"""The job of a worker process, sent to it once."""
 
 
 def _prepare_worker(job: TokenizeJob) -> None:

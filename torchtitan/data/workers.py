@@ -1,8 +1,8 @@
-"""Reading processes: lanes served by plain `DataLoader` workers, states travelling with samples.
+"""Worker processes: lanes served by plain `DataLoader` workers, with states next to samples.
 
-Every sample comes with the next state of its lane, so what a worker has read ahead does not matter:
-the training process knows where each lane stands after the samples it has used. `torchdata`'s
-StatefulDataLoader keeps state per worker instead, which ties a checkpoint to their number.
+Every sample comes with the next state of its lane, so read-ahead does no harm: the training process
+knows the state of each lane after the samples that it used. See `scripts/bench_loader.py` for the
+comparison with torchdata.
 """
 
 import atexit
@@ -25,18 +25,18 @@ from torchtitan.utils.torch_compat import hide_worker_info
 
 
 class Item(NamedTuple):
-    """One sample of one lane, or what went wrong instead."""
+    """One sample of one lane, or the error that it met instead."""
 
     lane: int
     sample: Sample | None
     """None when the lane has ended."""
     position: AnyPosition
-    """Where the lane's next sample starts."""
+    """The start of the lane's next sample."""
     error: str = ""
 
 
 class LaneDataset(IterableDataset[Item]):
-    """Samples of the given lanes in rounds, for ever; worker w of W serves every W-th of them."""
+    """Samples of the given lanes in rounds, for ever; worker w of W serves every W-th lane."""
 
     def __init__(self, mixture: Mixture, positions: dict[int, AnyPosition]):
         self._mixture = mixture
@@ -64,7 +64,7 @@ class LaneDataset(IterableDataset[Item]):
 
 
 class SampleStream:
-    """Iterates over a LaneDataset, in this process or through `num_workers` others.
+    """Iterate over a LaneDataset, in this process or through `num_workers` worker processes.
 
     `num_workers` must divide the number of lanes, so that round-robin over the workers is
     round-robin over the lanes.
@@ -86,7 +86,7 @@ class SampleStream:
         self._processes: list[Any] = []
 
     def __next__(self) -> Item:
-        """The next item. Raises DataError, also for a worker that has died."""
+        """Return the next item. Raises DataError, also for a worker that has died."""
         if self._iterator is None:
             self._iterator = self._start()
         try:
@@ -94,7 +94,7 @@ class SampleStream:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"a reading process died: {error}") from error
+            raise DataError(f"a worker process died: {error}") from error
         if item.error:
             raise DataError(item.error)
         return item
@@ -117,7 +117,7 @@ class SampleStream:
             if "too many fds" not in str(error):
                 raise
             raise DataError(
-                "the dataset holds too many tensors to be sent to reading processes; hold them as"
+                "the dataset holds too many tensors to be sent to worker processes; hold them as"
                 " one tensor or as arrays, or set training.dataloader.num_workers = 0"
             ) from error
         finally:
@@ -128,7 +128,7 @@ class SampleStream:
         return iterator
 
     def close(self) -> None:
-        """End the reading processes."""
+        """End the worker processes."""
         self._iterator = None  # DataLoader asks its workers to leave when the iterator goes
         self._loader = None
         for process in self._processes:
@@ -139,7 +139,7 @@ class SampleStream:
 
 
 def workers_for(num_lanes: int, num_workers: int) -> int:
-    """The largest number of workers up to `num_workers` that share `num_lanes` evenly."""
+    """Return the largest number of workers up to `num_workers` that divides `num_lanes`."""
     return next((n for n in range(min(num_workers, num_lanes), 0, -1) if num_lanes % n == 0), 0)
 
 

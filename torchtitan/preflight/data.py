@@ -1,15 +1,15 @@
-"""What can be known to be wrong with the data before a run starts."""
+"""Checks of the data and the tokenizer before a run starts."""
 
 import codecs
-import math
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
+from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family
-from torchtitan.preflight.data_files import probe_data
+from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
 
@@ -18,7 +18,7 @@ _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems that follow from the config and the number of processes; reads no files."""
+    """Check config and number of processes; reads no files."""
     problems = check_data(context)
     if is_mesh(context):  # else there are no data ranks to share anything
         problems += [*_check_lanes(context), *_check_workers(context)]
@@ -26,34 +26,25 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_data(context: RunContext) -> list[ConfigIssue]:
-    """Those of `check` that are about what is read."""
+    """Check the keys that say what is read."""
     config = context.config
     problems = check_sources(config.training, config.data)
     if problems:
         return problems
     for named in named_sources(config.training, config.data):
-        problems += [named.retold(problem) for problem in check_dataset(named)]
+        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
     return problems
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer's and the data's files: present, readable, enough, as expected."""
-    problems = probe_tokenizer(context)
-    return problems if check_data(context) else problems + probe_data(context)
+    """Check the files of tokenizer and data: present, readable, enough, as expected."""
+    problems = check_tokenizer(context)
+    return problems if check_data(context) else problems + check_data_files(context)
 
 
-def probe_tokenizer_files(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer alone, whatever the model."""
-    return _probe_tokenizer(context, with_model=False)
-
-
-def probe_tokenizer(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the tokenizer at `model.tokenizer_path`, and of a model that it does not fit."""
-    return _probe_tokenizer(context, with_model=True)
-
-
-def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]:
-    from torchtitan.data.document_ends import probe_ends
+def check_tokenizer(context: RunContext, with_model: bool = True) -> list[ConfigIssue]:
+    """Check the tokenizer, and whether the model fits it unless `with_model` is false."""
+    from torchtitan.data.document_ends import check_ends
     from torchtitan.data.tokenizers import KEY, build_tokenizer
 
     path = context.config.model.tokenizer_path
@@ -62,7 +53,7 @@ def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]
     except ConfigError as error:
         return error.problems
     problems = _vocabulary_problems(context, tokenizer.vocab_size) if with_model else []
-    problems += probe_ends(tokenizer, context.config.data)
+    problems += check_ends(tokenizer, context.config.data)
     back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
     if back == _ROUND_TRIP:
         return problems
@@ -79,7 +70,7 @@ def _probe_tokenizer(context: RunContext, with_model: bool) -> list[ConfigIssue]
 
 
 def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIssue]:
-    """What the tokenizer adds to the problems that the model's own check finds."""
+    """Return problems of the model that come with the tokenizer's vocabulary."""
     model = context.config.model
     try:
         family = get_family(model.name)
@@ -94,7 +85,7 @@ def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIss
 
 
 def check_dataset(named: NamedSource) -> list[ConfigIssue]:
-    """Problems of one dataset, by the keys of a single one."""
+    """Check one dataset; problems have the keys of a single dataset."""
     training = named.training
     entry = find_dataset(training.dataset)
     if entry is None:
@@ -107,14 +98,14 @@ def check_dataset(named: NamedSource) -> list[ConfigIssue]:
         fix = "give a file, a folder or a glob"
         problems.append(ConfigIssue("training.dataset_path", "is not a path", fix, value=path))
     elif not entry.takes_path:
-        fix = 'remove it, or set training.dataset to "auto", "json", "text" or "parquet"'
+        fix = 'remove it, or set dataset to "auto", "json", "text" or "parquet"'
         problem = f'is not used by "{training.dataset}"'
         problems.append(ConfigIssue("training.dataset_path", problem, fix, value=path))
     return problems
 
 
 def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
-    """Keys of `[data]` that say which part of a Hugging Face dataset to read."""
+    """Check the keys that select a part of a Hugging Face dataset."""
     used = {"split": entry.takes_split}
     used |= dict.fromkeys(("subset", "revision", "streaming"), entry.takes_hub_keys)
     problems = []
@@ -122,7 +113,7 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
         value = getattr(data, name)
         if not is_used and value != type(data).model_fields[name].default:
             problem = f'is not used by "{entry.name}"'
-            fix = 'remove it; it is for training.dataset = "hf:owner/name"'
+            fix = 'remove it; it is for dataset = "hf:owner/name"'
             problems.append(ConfigIssue(f"data.{name}", problem, fix, value=value))
         elif value == "":
             fix = "name one, or remove it"
@@ -131,7 +122,7 @@ def _check_hub_keys(data: Data, entry: DatasetEntry) -> list[ConfigIssue]:
 
 
 def _check_file_keys(data: Data) -> list[ConfigIssue]:
-    """Keys of `[data]` that say how text files are read."""
+    """Check the keys that say how text files are read."""
     problems = []
     separator = data.document_separator
     if separator is not None and not 0 < len(separator) <= _LONGEST_SEPARATOR:
@@ -145,30 +136,26 @@ def _check_file_keys(data: Data) -> list[ConfigIssue]:
 
 
 def _is_text_codec(name: str) -> bool:
-    try:  # others change bytes into bytes, such as "zip" and "hex"
+    try:  # some codecs change bytes into bytes, such as "zip" and "hex"
         return isinstance(codecs.getincrementaldecoder(name)().decode(b"", True), str)
     except (LookupError, TypeError, ValueError):
         return False
 
 
 def _check_lanes(context: RunContext) -> list[ConfigIssue]:
-    """Whoever serves it, a lane gives every step the same number of sequences."""
+    """Check that every lane gives each step, and every rank serves, the same share."""
     lanes, dp, batch = context.num_lanes, context.dp_degree, context.global_batch_size
     problems = []
     if batch % lanes:
-        below = max(n for n in range(1, lanes + 1) if batch % n == 0)
         problem = f"does not divide the global batch of {batch} sequences"
-        problems.append(ConfigIssue("data.lanes", problem, f"set for example {below}", value=lanes))
+        problems.append(ConfigIssue("data.lanes", problem, f"set a divisor of {batch}", lanes))
     if lanes % dp:
-        valid = [n for n in _divisors(batch) if n % dp == 0]
-        fix = (
-            f"set data.lanes to {_nearest(lanes, valid)}, or another data-parallel degree"
-            if valid
-            else f"set training.global_batch_size to a multiple of {dp}"
-        )
+        fix = f"set data.lanes to a multiple of {dp} that divides the global batch of {batch}"
+        if batch % dp:
+            fix = f"set training.global_batch_size to a multiple of {dp}"
         origin = "" if context.config.data.lanes else " (chosen from training.global_batch_size)"
-        problem = f"{lanes} lanes{origin} cannot be shared by {dp} data-parallel ranks"
-        problems.append(ConfigIssue("data.lanes", problem, fix, value=context.config.data.lanes))
+        problem = f"{plural(lanes, 'lane')}{origin} cannot be shared by {dp} data-parallel ranks"
+        problems.append(ConfigIssue("data.lanes", problem, fix, context.config.data.lanes))
     return problems
 
 
@@ -195,24 +182,15 @@ def _check_workers(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
-    """The problem of reading ahead without anybody to do it, in the table at `place`."""
+    """Warn of prefetching without worker processes, in the table at `place`."""
     if options.num_workers or options.prefetch_factor is None:
         return []
     return [
         ConfigIssue(
             f"{place}.prefetch_factor",
-            "nothing is read ahead without reading processes",
+            "nothing is read ahead without worker processes",
             f"remove it, or set {place}.num_workers above 0",
             value=options.prefetch_factor,
             severity="warning",
         )
     ]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _nearest(number: int, candidates: list[int]) -> int:
-    return min(candidates, key=lambda candidate: abs(candidate - number))

@@ -1,49 +1,82 @@
-"""What can be known to be wrong with the data by looking at their files, before a run starts."""
+"""Checks of the data's files before a run starts."""
 
+import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import DAMAGED_FILE
-from torchtitan.data.doubles import doubled_files
-from torchtitan.data.named_sources import NamedSource, named_sources
+from torchtitan.data.named_sources import (
+    NamedSource,
+    describe_source,
+    named_sources,
+    validation_sets,
+)
+from torchtitan.data.pieces import plural
 from torchtitan.data.registry import build_source
 
 if TYPE_CHECKING:
+    from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import Shard
     from torchtitan.data.sources import Source
-    from torchtitan.data.sources_files import FileSource
     from torchtitan.data.token_source import TokenSource
 
-_PROBED_SHARDS = 16
-_PROBED_ROWS = 8
-_PROBED_BYTES = 32 * 2**20
-_PROBED_ROW_BYTES = 256 * 2**20
-"""Of the content of compressed files."""
-_PROBED_TOKEN_BYTES = 256 * 2**20
+_SAMPLED_SHARDS = 16
+_SAMPLED_ROWS = 8
+_SAMPLED_BYTES = 32 * 2**20
+_SAMPLED_ROW_BYTES = 256 * 2**20
+"""Content of compressed files that is read."""
+_SAMPLED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
+if TYPE_CHECKING:
+    from torchtitan.data.sources import Source
+
+_COMPARED_FILES = 20_000
+_SHOWN_PAIRS = 3
+_NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
+"""A file of this size, or this share of the data, is worth a warning: source code, for example,
+has many small files that are equal."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
-_ROW_FIX = 'mend the row, or set data.on_bad_row = "skip" to leave such rows out'
+_ROW_FIX = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
 _ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
 
 
-def probe_data(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the data's files, of all sources. What `check_data` finds must be mended."""
-    return probe_sources(context, named_sources(context.config.training, context.config.data), {})
+def describe_data(context: RunContext) -> list[str]:
+    """Return a line about each dataset that can be read, for `--check`."""
+    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config = context.config
+    lines = []
+    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
+        with contextlib.suppress(ConfigError, DataError):
+            lines.append(describe_source(named, build_source(named.training, named.data)))
+    with contextlib.suppress(ConfigError):
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        lines.append(document_tokenizer(tokenizer, config.data).describe())
+    return lines
 
 
-def probe_sources(
+def check_data_files(context: RunContext) -> list[ConfigIssue]:
+    """Check the files of all sources; `check_data` must have found nothing."""
+    return check_source_files(
+        context, named_sources(context.config.training, context.config.data), {}
+    )
+
+
+def check_source_files(
     context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
-    """Problems of the files of `sources`. `files` are those that were seen before."""
+    """Check the files of `sources`; `files` are those of earlier sources."""
     problems: list[ConfigIssue] = []
     sources = list(sources)
     for named in sources:
@@ -53,27 +86,29 @@ def probe_sources(
         found: list[ConfigIssue] = []
         try:
             source = build_source(named.training, data)
-            found += _probe_source(own, source)
+            found += _source_problems(own, source)
             if files or len(sources) > 1:  # else there is none to share a file with
-                found += _probe_shared_files(named, source, files)
-            if named.training.dataset_path is not None:  # else nobody chose the files
-                found += doubled_files(source)
+                found += _check_shared_files(named, source, files)
+            if named.training.dataset_path is not None:  # else the user did not choose the files
+                found += _doubled_files(source)
         except ConfigError as error:
             found += error.problems
         except DataError as error:
-            found.append(ConfigIssue(_key(own), str(error), "mend or replace the file"))
-        problems += [named.retold(problem) for problem in found]
+            found.append(ConfigIssue(_key(own), str(error), "correct or replace the file"))
+        problems += [named.under_own_key(problem) for problem in found]
     return problems
 
 
 def _lightly(data: Data) -> Data:
-    """Settings that read a few rows of a dataset of the hub, for a machine that will not train: a
-    check must not download all of it. A part of a split, "train[:10%]", is not known then."""
+    """Return settings that read a few rows of a hub dataset, for a machine that will not train.
+
+    A check must not download all of it. Part of a split, "train[:10%]", cannot be checked then.
+    """
     return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
 
 
 def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
-    """The files of those sources that are files, by their real paths."""
+    """Return the files of those sources that have files, by their real paths."""
     files: dict[str, NamedSource] = {}
     for named in sources:
         if named.training.dataset_path is None and named.training.dataset != "stdlib":
@@ -81,16 +116,16 @@ def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
         try:
             source = build_source(named.training, named.data)
         except (ConfigError, DataError):
-            continue  # told by the probe of these sources
+            continue  # the check of these sources reports it
         for file in getattr(source, "files", ()):
             files.setdefault(os.path.realpath(file.path), named)
     return files
 
 
-def _probe_shared_files(
+def _check_shared_files(
     named: NamedSource, source: "Source", files: dict[str, NamedSource]
 ) -> list[ConfigIssue]:
-    """A warning where a file is in an earlier source, too; `files` are those seen so far."""
+    """Warn of a file that is in an earlier source, too; `files` are those seen so far."""
     paths = [os.path.realpath(file.path) for file in getattr(source, "files", ())]
     shared = [path for path in paths if path in files]
     for path in paths:
@@ -111,13 +146,13 @@ def _probe_shared_files(
     ]
 
 
-def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """Problems of dealing the data out, of their first rows, and of files that are cut off."""
+def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """Check that there is data for all lanes, the first rows, and truncated files."""
+    from torchtitan.data.files import FileSource
     from torchtitan.data.pieces import too_few_shards
-    from torchtitan.data.sources_files import FileSource
     from torchtitan.data.token_source import TokenSource
 
-    problems = [*getattr(source, "problems", list)(), *_probe_pickling(context, source)]
+    problems = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
     if problems:
         return problems
     shards = source.shards(context.num_lanes)
@@ -126,20 +161,20 @@ def _probe_source(context: RunContext, source: "Source") -> list[ConfigIssue]:
     if len(shards) < context.num_lanes:
         return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
     if isinstance(source, TokenSource):
-        return _probe_tokens(context, source)
-    problems = _probe_rows(context, source, shards)
-    is_refused = any(problem.severity == "error" for problem in problems)
-    if not is_refused and isinstance(source, FileSource):
-        problems += _probe_amount(context, source)
-        return problems + _probe_whole_files(context, source, shards)
-    if not is_refused:
-        problems += _probe_shared_rows(context, source, shards)
-    return problems + _probe_revision(context, source)
+        return _check_tokens(context, source)
+    problems = _check_rows(context, source, shards)
+    is_rejected = any(problem.severity == "error" for problem in problems)
+    if not is_rejected and isinstance(source, FileSource):
+        problems += _check_amount(context, source)
+        return problems + _check_whole_files(context, source, shards)
+    if not is_rejected:
+        problems += _check_shared_rows(context, source, shards)
+    return problems + _check_revision(context, source)
 
 
-def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """Whether reading processes can have a copy of a dataset that is not the library's own."""
-    from torchtitan.data.sources_files import FileSource
+def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """Check that worker processes can have a copy of a dataset from outside the library."""
+    from torchtitan.data.files import FileSource
 
     num_workers = context.config.training.dataloader.num_workers
     if num_workers == 0 or isinstance(source, FileSource):
@@ -147,22 +182,22 @@ def _probe_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
     try:
         pickle.dumps(source)
     except Exception as error:
-        problem = f"the dataset cannot be sent to reading processes: {error}"
+        problem = f"the dataset cannot be sent to worker processes: {error}"
         fix = "make it picklable (no open files, lambdas or local classes), or set 0"
         key = "training.dataloader.num_workers"
         return [ConfigIssue(key, problem, fix, value=num_workers)]
     return []
 
 
-def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
-    """A dataset of the hub may change while a run is stopped, which a resume refuses."""
+def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
+    """Warn of a hub dataset that may change while a run is stopped: a resume is then rejected."""
     commit, revision = source.description.get("commit"), context.config.data.revision
     if commit is None or _COMMIT.fullmatch(revision or ""):
         return []
     return [
         ConfigIssue(
             "data.revision",
-            "the dataset may change; a resume with other training data is refused",
+            "the dataset may change; a resume with other training data is rejected",
             f'set "{commit}", the newest commit',
             value=revision,
             severity="warning",
@@ -170,8 +205,8 @@ def _probe_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
     ]
 
 
-def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
-    """Problems of tokens: of another tokenizer, damaged, too few for a step."""
+def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
+    """Check tokens: made by this tokenizer, undamaged, enough for a step."""
     from torchtitan.data.document_ends import document_tokenizer
     from torchtitan.data.token_files import TokenFileError
     from torchtitan.data.token_source import tokenizer_problem, unusable
@@ -181,10 +216,10 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
     try:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         problem = tokenizer_problem(source, document_tokenizer(tokenizer, config.data), path)
-        source.check_content(_PROBED_TOKEN_BYTES)
+        source.check_content(_SAMPLED_TOKEN_BYTES)
     except TokenFileError as error:
         return [unusable(error, path or "")]
-    except ConfigError:  # of the tokenizer, and told with it
+    except ConfigError:  # reported by the check of the tokenizer
         return []
     problems = [problem] if problem is not None else []
     if problem is not None and problem.severity == "error":
@@ -192,18 +227,21 @@ def _probe_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
     return problems + _amount_problems(context, source.index.num_tokens, "tokens")
 
 
-def _probe_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
-    """The first unusable row among the first rows of some shards, as an error where the policy for
-    rows makes it one; a warning where no row of these holds text."""
+def _check_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
+    """Check the first rows of some shards.
+
+    The first unusable row is an error where the policy for rows makes it one. Rows without any
+    text get a warning.
+    """
     from torchtitan.data.sources import BadRow
     from torchtitan.data.sources_torch import StreamSource
 
-    # Each part of a stream may be a connection of its own.
-    num_probed = 1 if isinstance(source, StreamSource) else _PROBED_SHARDS
+    # Each part of a stream may need a separate connection.
+    num_sampled = 1 if isinstance(source, StreamSource) else _SAMPLED_SHARDS
     num_usable = 0
     first: tuple[str, BadRow] | None = None
-    for shard in shards[:: -(-len(shards) // num_probed)]:
-        for row in islice(source.rows(shard), _PROBED_ROWS):
+    for shard in shards[:: -(-len(shards) // num_sampled)]:
+        for row in islice(source.rows(shard), _SAMPLED_ROWS):
             try:
                 num_usable += len(source.text(row)) > 0
             except BadRow as error:
@@ -234,8 +272,8 @@ def _fix_of(flaw: str) -> str:
     return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
 
 
-def _probe_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
-    """Whether finite, uncompressed data can fill one step; a token is at least a byte."""
+def _check_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
+    """Check that finite, uncompressed data can fill one step; a token is at least a byte."""
     if any(file.compression for file in source.files):
         return []
     return _amount_problems(context, sum(file.size for file in source.files), "bytes")
@@ -257,13 +295,13 @@ def _amount_problems(context: RunContext, amount: int, unit: str) -> list[Config
     ]
 
 
-def _probe_whole_files(
+def _check_whole_files(
     context: RunContext, source: "FileSource", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
-    """Reads small files that are not cut into ranges to their end: enough rows, not truncated."""
+    """Read small files that are not cut into ranges to their end: enough rows, not truncated."""
     from torchtitan.data.pieces import Shard
 
-    budget, budget_of_rows = _PROBED_BYTES, _PROBED_ROW_BYTES
+    budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
     problems = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
     num_filled = sum(shard.end is not None for shard in shards)
@@ -291,13 +329,12 @@ def _probe_whole_files(
     return problems
 
 
-def _probe_shared_rows(
+def _check_shared_rows(
     context: RunContext, source: "Source", shards: "list[Shard]"
 ) -> list[ConfigIssue]:
-    """Whether a few row groups or parts of a stream, whose rows the lanes share out by stride, have
-    a row for each lane."""
+    """Check that data whose rows the lanes share by stride have a row for each lane."""
     strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
-    if max(strides.values()) == 1 or len(strides) > _PROBED_SHARDS:
+    if max(strides.values()) == 1 or len(strides) > _SAMPLED_SHARDS:
         return []
     num_filled = 0
     for whole, stride in strides.items():
@@ -308,10 +345,11 @@ def _probe_shared_rows(
 
 
 def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
-    """The problem of a lane that would have nothing to read."""
+    """Return the problem of a lane that would have nothing to read."""
+    lanes = plural(context.num_lanes, "lane")
     return ConfigIssue(
         "data.lanes",
-        f"the data hold {count} documents, too few for {context.num_lanes} lanes",
+        f"the data hold {plural(count, 'document')}, too few for {lanes}",
         f"set data.lanes to at most {count}, or give more data",
         value=context.config.data.lanes,
     )
@@ -320,3 +358,42 @@ def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
 def _key(context: RunContext) -> str:
     named = context.config.training.dataset_path is None
     return "training.dataset" if named else "training.dataset_path"
+
+
+def _doubled_files(source: "Source") -> list[ConfigIssue]:
+    """Warn of files of a dataset that hold the same documents, with the pairs."""
+    listing = getattr(source, "listing", None)
+    named = () if listing is None else listing.doubles
+    pairs = dict.fromkeys((*named, *_same_contents(source)))
+    if not pairs:
+        return []
+    shown = "; ".join(f"{first} and {second}" for first, second in list(pairs)[:_SHOWN_PAIRS])
+    more = f"; and {len(pairs) - _SHOWN_PAIRS:,} more pairs" if len(pairs) > _SHOWN_PAIRS else ""
+    return [
+        ConfigIssue(
+            "training.dataset_path",
+            f"seems to hold the same documents twice: {shown}{more}",
+            "leave out one of each pair, unless that is meant",
+            severity="warning",
+        )
+    ]
+
+
+def _same_contents(source: "Source") -> Iterator[tuple[str, str]]:
+    """Yield pairs of files of equal size and digest, except small ones."""
+    all_files = getattr(source, "files", ())
+    least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in all_files))
+    sizes: Mapping[int, list[Any]] = defaultdict(list)
+    for file in all_files:
+        if file.size >= least:
+            sizes[file.size].append(file)
+    from torchtitan.data.identity import content_digests
+
+    suspects = [file for files in sizes.values() if len(files) > 1 for file in files]
+    if len(suspects) > _COMPARED_FILES:
+        return
+    seen: dict[tuple[int, str], str] = {}
+    for file, digest in zip(suspects, content_digests(suspects)):
+        first = seen.setdefault((file.size, digest), file.path)
+        if first != file.path:
+            yield first, file.path

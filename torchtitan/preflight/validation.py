@@ -1,4 +1,4 @@
-"""Problems of `[validation]`. No torch.
+"""Checks of `[validation]`. No torch.
 
 Each set is checked as the sections that would train on it alone; problems name the keys that the
 user wrote.
@@ -12,35 +12,34 @@ from dataclasses import replace
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Validation
-from torchtitan.data.named_sources import named_sources
-from torchtitan.data.validation_sets import SECTION, TABLES, validation_sets
+from torchtitan.data.named_sources import SETS, VALIDATION, named_sources, validation_sets
 from torchtitan.preflight import context_parallel, model, tensor_parallel
 from torchtitan.preflight.data import check_dataset, check_prefetching
-from torchtitan.preflight.data_files import files_of, probe_sources
+from torchtitan.preflight.data_files import check_source_files, files_of
 from torchtitan.preflight.mesh import is_mesh
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of `[validation]` that config and mesh can tell; reads no file."""
+    """Check `[validation]` by config and mesh; reads no files."""
     section = context.config.validation
     if not section.enable:
         return []
     problems = [*_check_tables(section), *_check_numbers(section)]
     for named in validation_sets(context.config):
-        problems += [named.retold(problem) for problem in check_dataset(named)]
+        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
     if is_mesh(context):
         problems += [*_check_sequence(context), *_check_microbatches(context)]
     return problems
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of the sets' files, and files that are trained on, too."""
+    """Check the files of the sets, and warn of files that are also trained on."""
     config = context.config
     sets = validation_sets(config)
     trained_on = files_of(named_sources(config.training, config.data)) if sets else {}
-    return probe_sources(context, sets, trained_on)
+    return check_source_files(context, sets, trained_on)
 
 
 def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
@@ -49,32 +48,32 @@ def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
     for key in ("dataset", "dataset_path", "column"):
         value = getattr(section, key)
         if value != Validation.model_fields[key].default:
-            problem = f"and [[{TABLES}]] both say what to read"
+            problem = f"and [[{SETS}]] both say what to read"
             fix = "leave one of both out; this set can be another table"
-            yield ConfigIssue(f"{SECTION}.{key}", problem, fix, value)
+            yield ConfigIssue(f"{VALIDATION}.{key}", problem, fix, value)
     names = [table.name for table in section.sets]
     for index, name in enumerate(names):
         if not _NAME.fullmatch(name):
             fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
             problem = "cannot be a part of a metric's name"
-            yield ConfigIssue(f"{TABLES}[{index}].name", problem, fix, name)
+            yield ConfigIssue(f"{SETS}[{index}].name", problem, fix, name)
     for name, count in Counter(names).items():
         if count > 1:
-            key = f"{TABLES}[{names.index(name)}].name"
+            key = f"{SETS}[{names.index(name)}].name"
             yield ConfigIssue(
-                key, "is the name of several sets", "give each a name of its own", name
+                key, "is the name of several sets", "give each a different name", name
             )
 
 
 def _check_numbers(section: Validation) -> Iterator[ConfigIssue]:
     if section.steps == 0:
         fix = "set -1 for whole sets, or enable = false"
-        yield ConfigIssue(f"{SECTION}.steps", "must be at least 1, or -1", fix, 0)
-    yield from check_prefetching(section.dataloader, f"{SECTION}.dataloader")
+        yield ConfigIssue(f"{VALIDATION}.steps", "must be at least 1, or -1", fix, 0)
+    yield from check_prefetching(section.dataloader, f"{VALIDATION}.dataloader")
 
 
 def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
-    """A length of its own has to fit the model and be cut as that of training is."""
+    """Check that a different sequence length fits the model and the mesh."""
     config, seq_len = context.config, context.config.validation.seq_len
     if seq_len is None or seq_len == config.training.seq_len:
         return
@@ -83,11 +82,11 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
     for feature in (model, tensor_parallel, context_parallel):
         for problem in feature.check_static(changed):
             if problem.key == "training.seq_len":
-                yield replace(problem, key=f"{SECTION}.seq_len")
+                yield replace(problem, key=f"{VALIDATION}.seq_len")
 
 
 def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
-    """A pipeline cuts a batch of validation into microbatches as it cuts one of training."""
+    """Check that a pipeline can split a batch of validation into microbatches."""
     batch = context.config.validation.local_batch_size
     mesh = context.config.parallelism
     size = mesh.pipeline_parallel_microbatch_size
@@ -95,4 +94,4 @@ def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
         return
     problem = f"is not a multiple of parallelism.pipeline_parallel_microbatch_size = {size}"
     fix = f"set it to {-(-batch // size) * size}, or leave it unset"
-    yield ConfigIssue(f"{SECTION}.local_batch_size", problem, fix, batch)
+    yield ConfigIssue(f"{VALIDATION}.local_batch_size", problem, fix, batch)

@@ -22,9 +22,9 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.data import loader as data_loader
 from torchtitan.data.identity import differences
 from torchtitan.data.loader import LanePlan, Loader
+from torchtitan.data.named_sources import validation_sets
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
-from torchtitan.data.validation_sets import validation_sets
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.parallel_dims import ParallelDims

@@ -45,7 +45,7 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
 
 
 def hide_worker_info() -> None:
-    """Have `get_worker_info` say from now on that this process is no reading process."""
+    """Have `get_worker_info` say from now on that this process is no worker process."""
     import torch.utils.data._utils.worker as worker
 
     worker._worker_info = None

@@ -353,7 +353,7 @@ def test_files_that_change_during_a_run(tmp_path):
 def test_row_63_workers():
     workers = "training__dataloader"
     bad = facts_for(None, training__dataset="stdlib", **{f"{workers}__prefetch_factor": 2})
-    assert "without reading processes" in only(check_static(bad)).problem
+    assert "without worker processes" in only(check_static(bad)).problem
     odd = facts_for(None, training__dataset="stdlib", **{f"{workers}__num_workers": 3})
     problem = only(check_static(odd))
     assert problem.severity == "warning" and "4 data lanes of a rank" in problem.problem
@@ -368,7 +368,7 @@ def test_lanes_that_do_not_fit():
     assert "global batch of 4" in problem.problem and "example 2" in problem.fix
     options = {**stdlib, "training__global_batch_size": 8}
     problem = only(check_static(facts_for(None, dp=4, lanes=2, **options)))
-    assert "2 lanes cannot be shared by 4" in problem.problem and "data.lanes to 4" in problem.fix
+    assert "2 lanes cannot be shared by 4" in problem.problem and "a multiple of 4" in problem.fix
     # 67 is prime: no number of lanes up to 64 but 1 divides it.
     problem = only(
         check_static(facts_for(None, dp=4, **{**stdlib, "training__global_batch_size": 67}))

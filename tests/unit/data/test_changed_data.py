@@ -76,7 +76,7 @@ def test_a_restart_reads_all_of_the_new_data_in_the_next_epoch(folder):
         run.step()
     write(folder, "new.jsonl", NEW)
     anew = resumed(run, folder, restart=True, dp=2)
-    assert "epoch 1 begins them anew" in anew.loaders[0].change
+    assert "epoch 1 starts over with them" in anew.loaders[0].change
     steps = [anew.step()]
     state = json.loads(json.dumps(anew.lane_states))
     assert {place["epoch"] for place in state.values()} == {1}

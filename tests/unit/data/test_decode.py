@@ -18,6 +18,7 @@ from torchtitan.config import DataError
 from torchtitan.data import decode
 from torchtitan.data.registry import build_source
 from torchtitan.preflight.data import check_environment, check_static
+from torchtitan.preflight.data_files import describe_data
 
 DOCUMENTS = make_documents(60)
 LINES = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS)
@@ -76,10 +77,11 @@ def test_what_other_programs_put_between_the_data(tmp_path):
     skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"index"
     packed = {
         "gz": b"".join(gzip.compress(content[n : n + 99]) for n in range(0, len(content), 99)),
-        "zst": skipped + frame(content[:50]) + skipped + frame(b"") + frame(content[50:]) + skipped,
+        "zst": skipped + frame(content[:50]) + skipped + frame(b"") + bytes(700),
         "xz": lzma.compress(content[:50]) + bytes(8) + lzma.compress(content[50:]) + bytes(4),
     }
     packed["gz"] += gzip.compress(b"") + bytes(512)
+    packed["zst"] += frame(content[50:]) + skipped + bytes(5)
     for form, content in packed.items():
         (tmp_path / f"a.jsonl.{form}").write_bytes(content)
         assert read_documents(tmp_path / f"a.jsonl.{form}") == DOCUMENTS
@@ -156,15 +158,15 @@ def test_a_small_file_of_one_huge_row_is_judged_while_it_is_decompressed(tmp_pat
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json.gz"])
-def test_byte_order_marks(tmp_path, encoding, name, caplog):
-    caplog.set_level("INFO")
+def test_byte_order_marks(tmp_path, encoding, name):
     text = "\n".join(DOCUMENTS) if name == "a.txt" else LINES
     content = text.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert check_environment(facts_for(tmp_path / name, lanes=1)) == []
     expected = [text] if name == "a.txt" else DOCUMENTS
     assert read_documents(tmp_path / name) == expected
-    assert (f"decoded from {encoding.upper()}" in caplog.text) == (encoding != "utf-8-sig")
+    line = describe_data(facts_for(tmp_path / name))[0]
+    assert (f"{name} is decoded from {encoding.upper()}" in line) == (encoding != "utf-8-sig")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])

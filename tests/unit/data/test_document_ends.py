@@ -16,13 +16,13 @@ from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.identity import differences
 from torchtitan.data.loader import LanePlan, build_loader
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight.data import probe_tokenizer_files
+from torchtitan.preflight.data import check_tokenizer
 
 BOS, EOS, EOT = LLAMA3
 
 
 def documents_of(folder, **data):
-    """The run's tokenizer, as a reading process would have it."""
+    """The run's tokenizer, as a worker process would have it."""
     config = JobConfig(data=data)
     tokenizer = document_tokenizer(build_tokenizer(str(folder)), config.data)
     return pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
@@ -129,7 +129,7 @@ def test_a_start_token_that_does_not_exist(tmp_path):
 
 def problems_of(folder, **data):
     config = JobConfig(model={"tokenizer_path": str(folder)}, data=data)
-    return probe_tokenizer_files(RunContext(config, 1, "cpu"))
+    return check_tokenizer(RunContext(config, 1, "cpu"), with_model=False)
 
 
 def test_a_missing_end_is_told(tmp_path):

@@ -54,6 +54,8 @@ def test_a_null_in_the_first_rows(tmp_path, form):
         ([2**31, 2], f"element 0 is {2**31}"),
         ([1, 2**70], f"element 1 is {2**70}"),
         ([1, 2.5], "element 1 is 2.5"),
+        ([1, True], "element 1 is True"),
+        ([False, 2], "element 0 is False"),
         ([1, "a"], "element 1 is a"),
         ([1, 264], "element 1: token 264 is not one of the tokenizer's 264"),
         (["a", "b"], "an array where text is expected"),

@@ -9,13 +9,12 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, write_rows
 
 from torchtitan.config import ConfigError
-from torchtitan.data import contents, identity, listing
-from torchtitan.data.contents import content_digests
+from torchtitan.data import identity, listing
 from torchtitan.data.files import DataFile
-from torchtitan.data.identity import differences, fingerprint_of
+from torchtitan.data.identity import content_digests, differences, fingerprint_of
 from torchtitan.data.listing import list_files
-from torchtitan.data.reading import describe_data
 from torchtitan.preflight.data import check_environment
+from torchtitan.preflight.data_files import describe_data
 
 
 @pytest.fixture
@@ -61,6 +60,18 @@ def test_a_run_says_it_too(folder, caplog):
     assert f"Reads training data ({folder}): 2 files" in caplog.text
     assert "left out: 1 of another kind (.md)" in caplog.text
     assert "each document is <start> TEXT <end>" in caplog.text
+
+
+def test_a_folder_is_listed_once_in_a_check(folder, monkeypatch):
+    scans = []
+    scan = listing._scan
+    monkeypatch.setattr(listing, "_scan", lambda *names: [scans.append(names), scan(*names)][1])
+    with listing.listed_once():
+        assert check_environment(facts_for(folder)) == []
+        described(folder)
+    assert len(scans) == 2  # the folder and the one in it
+    described(folder)
+    assert len(scans) == 4
 
 
 def test_documents_are_counted_where_that_is_cheap(tmp_path):
@@ -156,9 +167,9 @@ def test_other_content_of_the_same_size_is_other_data(folder):
 
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(identity, "_WHOLE_BYTES", 10)
     file = tmp_path / "a.bin"
-    size = 4 * contents._MOST_BLOCKS * contents._BLOCK_BYTES
+    size = 4 * identity._MOST_BLOCKS * identity._BLOCK_BYTES
     file.write_bytes(bytes(size))
     digests = [content_digests([DataFile(str(file), size)])]
     for at in (0, size - 1, (size - 4096) * 20 // 63 + 7):
@@ -172,8 +183,8 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
 def test_files_are_not_called_changed_because_they_are_sampled_otherwise(folder, monkeypatch):
     """What a file is sampled by depends on the others."""
     before = Run(make_config(str(folder))).loaders[0].data_summary
-    monkeypatch.setattr(contents, "_WHOLE_BYTES", 10)
-    monkeypatch.setattr(contents, "_BLOCK_BYTES", 8)
+    monkeypatch.setattr(identity, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(identity, "_BLOCK_BYTES", 8)
     write_rows(folder / "new.jsonl")
     after = Run(make_config(str(folder))).loaders[0].data_summary
     assert differences(before, after) == {"training.dataset_path": "new.jsonl is new"}

@@ -10,7 +10,7 @@ from data_runs import Run, make_config
 from test_bad_data import facts_for
 
 from torchtitan.data.lanes import _blocks
-from torchtitan.data.listing import find_files
+from torchtitan.data.listing import list_files
 from torchtitan.data.pieces import cut_text
 from torchtitan.data.registry import build_source
 from torchtitan.preflight.data import check_environment
@@ -20,11 +20,11 @@ def test_folders_of_other_programs_are_not_read(tmp_path):
     for name in ("a.txt", "in/b", ".git/c", "in/.cache/d.txt", "_tmp/e.txt", ".f.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("words")
-    _, files = find_files(str(tmp_path), "text")
+    files = list_files(str(tmp_path), "text").files
     assert [Path(file.path).name for file in files] == ["a.txt", "b"]
-    _, files = find_files(str(tmp_path), "auto")
+    files = list_files(str(tmp_path), "auto").files
     assert [Path(file.path).name for file in files] == ["a.txt"]
-    _, files = find_files(str(tmp_path / "in" / ".cache"), "auto")  # asked for by name
+    files = list_files(str(tmp_path / "in" / ".cache"), "auto").files  # asked for by name
     assert [Path(file.path).name for file in files] == ["d.txt"]
 
 
@@ -55,7 +55,7 @@ def test_text_is_cut_where_it_hurts_least(tmp_path, line, ends):
     """At a line end within 64 KiB, else at a blank, else anywhere."""
     content = line * (4_000_000 // len(line))
     (tmp_path / "a.txt").write_text(content)
-    _, files = find_files(str(tmp_path), "text")
+    files = list_files(str(tmp_path), "text").files
     shards = cut_text(files, [0], files[0].size // 16, b"")
     assert len(shards) == 16 and shards[-1].end == len(content)
     assert {content[shard.end - 1] for shard in shards[:-1]} == {*ends}

@@ -5,9 +5,9 @@ import torch
 from data_runs import Run, make_config, make_documents, write_jsonl
 
 from torchtitan.config import JobConfig
+from torchtitan.data.named_sources import validation_sets
 from torchtitan.data.tokenizers import ByteTokenizer
 from torchtitan.data.validation_reader import build_reader
-from torchtitan.data.validation_sets import validation_sets
 from torchtitan.models.batch import Batch
 
 

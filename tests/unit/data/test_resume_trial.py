@@ -50,7 +50,7 @@ class Deaf(Counting):
 @pytest.mark.parametrize(
     ("made", "text"),
     [
-        (Stuck, "stays the same while rows are read"),
+        (Stuck, "does not change as rows are read"),
         (Forgetful, "taken after a load_state_dict does not lead to the next row"),
         (Deaf, "does not go on with the next row"),
         (Counting, ""),
@@ -65,5 +65,5 @@ def test_a_second_resume_is_tried_out(made, text):
         assert problems == []
         return
     problem = only(problems)
-    assert text in problem.problem and "a resume would go astray" in problem.problem
-    assert "mend its state_dict" in problem.fix and problem.severity == "error"
+    assert text in problem.problem and "a resume would go wrong" in problem.problem
+    assert "correct its state_dict" in problem.fix and problem.severity == "error"

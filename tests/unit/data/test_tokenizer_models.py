@@ -63,7 +63,7 @@ def llama2_file() -> bytes:
 
 @pytest.fixture(params=["bytes", "json", "tiktoken", "sentencepiece"])
 def tokenizer(request, tmp_path, ranks, llama2_file):
-    """One of each kind, and a copy as a reading process would have it."""
+    """One of each kind, and a copy as a worker process would have it."""
     paths = {"bytes": "bytes", "json": ASSETS / "tokenizer"}
     contents = {"tiktoken": tiktoken_file(ranks), "sentencepiece": llama2_file}
     if request.param in contents:

@@ -12,10 +12,10 @@ from torch.utils.data import IterableDataset
 
 from torchtitan.config import DataError, JobConfig
 from torchtitan.data import registry
+from torchtitan.data.named_sources import validation_sets
 from torchtitan.data.registry import register_dataset
 from torchtitan.data.tokenizers import ByteTokenizer
 from torchtitan.data.validation_reader import SetReader, build_reader
-from torchtitan.data.validation_sets import validation_sets
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
 

@@ -11,7 +11,7 @@ from data_runs import make_documents, write_jsonl
 from torchtitan.config import JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.data.validation_sets import validation_sets
+from torchtitan.data.named_sources import validation_sets
 from torchtitan.preflight.preflight import ARITHMETIC, FILES, errors_of, preflight
 from torchtitan.preflight.validation import check_environment, check_static
 
@@ -71,7 +71,7 @@ BAD = [
     (
         {"sets": [table("a", subset="en")]},
         'validation.sets[0].subset = "en": is not used by "json". Fix: remove it; it is for'
-        " validation.sets[0].dataset",
+        " dataset = ",
     ),
 ]
 

@@ -64,7 +64,7 @@ def test_signals_of_the_launcher_do_not_reach_them(path):
 def test_a_dead_one_is_reported(path):
     run, pids = start(path)
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(DataError, match="a reading process died"):
+    with pytest.raises(DataError, match="a worker process died"):
         for _ in range(200):
             run.step()
     run.close()
