@@ -36,6 +36,7 @@ from torchtitan.utils.environment import (
 )
 from torchtitan.utils.launchers import is_torchrun_s
 from torchtitan.utils.redaction import redact
+from torchtitan.utils.signals import StopRequested
 
 _PATIENCE_SECONDS = 60.0
 """How long a failing rank waits for rank 0, which may look at many files before it answers."""
@@ -73,7 +74,7 @@ def _run(argv: list[str]) -> int:
     except (DataError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, StopRequested) as error:
         return exit_code_of(error)
 
 

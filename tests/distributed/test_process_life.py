@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
-from tests.forked import CONTEXT, serve
+from tests.forked import CONTEXT, execute, serve
 
 LONG = ("--training.steps=100000", "--checkpoint.interval=100000")
 
@@ -96,3 +96,38 @@ def test_signals_that_save_and_leave(number: int, readers: int, tmp_path: Path) 
     with Started(tmp_path / "run", f"--training.dataloader.num_workers={readers}") as run:
         os.killpg(run.launcher.pid, number)
         assert_saved(run)
+
+
+_STOPPED = """
+import os, signal
+from torchtitan.training import builder
+
+build = builder.build_optimizers
+
+
+def stop_first(*arguments):
+    if os.environ.get("RANK", "0") == os.environ["STOPPED_RANK"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return build(*arguments)
+
+
+builder.build_optimizers = stop_first
+"""
+
+
+@pytest.mark.parametrize(("processes", "stopped"), [(1, 0), (2, 1)])
+def test_a_stop_before_the_first_step(processes: int, stopped: int, tmp_path: Path) -> None:
+    """All ranks end as preempted, also those that got no signal, and the run can start again."""
+    folder = tmp_path / "run"
+    (tmp_path / "stopping.py").write_text(_STOPPED)
+    env = runs.environment() | {"STOPPED_RANK": str(stopped)}
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    words = runs.command(folder, "--job.custom_import=stopping", processes=processes)
+    done = execute(words, env=env)
+    assert done.returncode == (7 if processes == 1 else 1), done.stdout + done.stderr
+    status = runs.status(folder)
+    assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 0, 7)
+    assert "Asked to stop before the first step" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    runs.run(folder, "--training.steps=2", "--lr_scheduler.warmup_steps=1")
+    assert runs.status(folder)["status"] == "completed"

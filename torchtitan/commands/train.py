@@ -22,6 +22,7 @@ from torchtitan.utils.allocator import tune_cpu_allocator
 from torchtitan.utils.children import end_with_launcher
 from torchtitan.utils.launchers import adopt_place
 from torchtitan.utils.logging import init_logging
+from torchtitan.utils.signals import StopRequest
 from torchtitan.utils.threads import spin_briefly
 
 T = TypeVar("T")
@@ -39,6 +40,11 @@ def run(options: argparse.Namespace) -> int:
         return _check(loaded, full=options.check == "full")
     if loaded.config.comm.mode == "fake_backend":
         return _dry_run(loaded)
+    with StopRequest(at_once=True) as stop:
+        return _train(loaded, stop)
+
+
+def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     place = _read(env.read_environment)
     end_with_launcher()
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
@@ -74,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         preflight.require(replace(context, config=resolved), [preflight.ARITHMETIC], quiet=True)
         preflight.require_same_data(context)
 
-    return run_training(loaded.config, place, check_environment, check_resolved)
+    return run_training(loaded.config, place, check_environment, check_resolved, stop)
 
 
 def _help(options: argparse.Namespace) -> int:
