@@ -251,7 +251,7 @@ def build_saver(
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    return CheckpointManager(config.checkpoint, store, world)
+    return CheckpointManager(config.checkpoint, store, world, folder.decision.replaces_run)
 
 
 def build_metrics(

@@ -52,8 +52,8 @@ class Progress:
     """The step that this process starts after."""
     saved_step: int = 0
     status: Status = "running"
-    is_shared: bool = False
-    """This rank knows rank 0's decision about the start."""
+    may_write: bool = False
+    """This rank knows rank 0's decision, and the folder holds no other run: it may write."""
     stop: StopRequest = field(default_factory=StopRequest)
 
 
@@ -89,7 +89,7 @@ def after_error(
         code = HANG
     own = reason = Ending(rank, code, _summary(error, code), lost)
     # A rejected start keeps the status of the stored run.
-    writes = progress.is_shared if rank else not folder.keeps_status(error)
+    writes = progress.may_write if rank else not folder.keeps_status(error)
     if rank == 0 and writes:  # at once: the launcher may not leave time for more
         set_status(folder, _status_of(code), progress.step, code)
     if world is not None and world.roll_call is not None and code != INTERRUPTED:

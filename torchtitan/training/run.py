@@ -103,6 +103,7 @@ def train(
 
         progress.stop.at_once = False  # from here on the loop stops
         begin(world, folder, saver)
+        progress.may_write = True
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(saver.state.step, saver.state.num_tokens_seen)
         metrics.start_step()
@@ -232,7 +233,7 @@ def run(
         patience = config.comm.init_timeout_seconds
         with open_context(context.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
-            progress.is_shared = True
+            progress.may_write = not decision.replaces_run
             for notice in decision.notices:
                 logger.info(notice)
             if decision.action == "finished":
