@@ -1,14 +1,23 @@
-"""The command `torchtitan WORD ...`. Words import what they need when they run, and no sooner."""
+"""The command line `torchtitan COMMAND ...`: a table of commands, read by argparse.
 
+A command's function is `run` in `commands/COMMAND.py`, which is imported when the command runs.
+What argparse does not know is left to `config/cli_args.py` for commands that take settings
+(`--section.key value`), and rejected for all others. None of this imports torch.
+"""
+
+import argparse
 import codecs
+import importlib
+import inspect
 import io
 import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-import torchtitan.utils.uptime  # noqa: F401  its clock starts
+import torchtitan.utils.uptime  # noqa: F401  starts the clock
 from torchtitan import __version__
 from torchtitan.config.errors import (
     CheckpointError,
@@ -26,26 +35,329 @@ from torchtitan.utils.environment import (
     read_environment,
 )
 from torchtitan.utils.launchers import is_torchrun_s
+from torchtitan.utils.redaction import redact
+from torchtitan.utils.signals import StopRequested
 
 _PATIENCE_SECONDS = 60.0
-"""How long a rank that refuses waits for rank 0, which may look at many files before it answers."""
+"""How long a failing rank waits for rank 0, which may look at many files before it answers."""
 _TO_PRINT_SECONDS = 5.0
-"""How long rank 0 may take to print what all ranks know."""
+"""How long other ranks leave rank 0 to print a problem that all have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ESCAPES)
     status = DONE
     try:
-        status = _run(argv)
+        status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
         if not _give_up_stdout():
             raise
     return status
+
+
+def _run(argv: list[str]) -> int:
+    options = None
+    try:
+        options = parse(argv)
+        if options is None:
+            return DONE
+        command = importlib.import_module(f"torchtitan.commands.{options.command}")
+        return command.run(options)
+    except ConfigError as error:
+        starts = options is not None and options.command == "train" and not options.check
+        _print_problems(error, at_start=starts and not error.known_to_all)
+        return CONFIG
+    except (DataError, CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    except (KeyboardInterrupt, StopRequested) as error:
+        return exit_code_of(error)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace | None:
+    """Read a command line; None after printing a help text or the version.
+
+    `settings` of the result holds the config file and the flags of settings, unread. Raises
+    ConfigError.
+    """
+    parser = _Parser(prog="torchtitan", description="Train language models from a TOML file.")
+    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
+    parser.add_commands(_COMMANDS, dest="command")
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except SystemExit:
+        return None
+    if "settings" in options:
+        options.settings += rest
+        return options
+    if rest:
+        flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+        known = f"does not know {', '.join(flags)}" if flags else "takes no more arguments"
+        options.parser.error(known)  # without values: one may be a token
+    if options.is_group:
+        options.parser.print_help()
+        return None
+    return options
+
+
+def _no_arguments(parser: "_Parser") -> None: ...
+
+
+class _Command(NamedTuple):
+    """A command: its line in the help, and what adds its arguments (and describes it at length)."""
+
+    summary: str
+    add_arguments: "Callable[[_Parser], None]" = _no_arguments
+    takes_settings: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as ConfigError, with the usage as the fix."""
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+        self.set_defaults(parser=self, is_group=False)
+        self._commands: Mapping[str, Any] = {}
+
+    def add_commands(self, commands: "Mapping[str, _Command]", dest: str) -> None:
+        """Add a parser for each command."""
+        self.set_defaults(is_group=True)
+        action = self.add_subparsers(dest=dest, metavar="COMMAND", title="commands")
+        self._commands = action.choices
+        for name, command in commands.items():
+            text = inspect.cleandoc(command.add_arguments.__doc__ or command.summary)
+            parser = action.add_parser(
+                name, help=command.summary, description=text, add_help=name != "train"
+            )
+            command.add_arguments(parser)
+            if command.takes_settings:
+                parser.set_defaults(settings=[])
+                parser.usage = f"{parser.usage_text()} [FILE] [--section.key value ...]"
+
+    def usage_text(self) -> str:
+        """Return the usage in one line."""
+        return " ".join(word for word in self.format_usage().split()[1:] if word != "[-h]")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Suggest a command for one that is misspelt; else as argparse does."""
+        word = next(iter(args or ()), "")
+        if self._commands and word and not word.startswith("-") and word not in self._commands:
+            key = f"{self.prog} {word}".removeprefix("torchtitan ")
+            fix = did_you_mean(word, self._commands)
+            raise ConfigError(ConfigIssue(key, "is not a command", fix))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        name = self.prog.removeprefix("torchtitan ")
+        raise ConfigError(ConfigIssue(name, redact(message), f"write `{self.usage_text()}`"))
+
+
+def _train(parser: _Parser) -> None:
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--check", nargs="?", action=_Check, default="")
+
+
+class _Check(argparse.Action):
+    """`--check` or `--check full`; any other word after it is the config file."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Set `check` to "plain" or "full"."""
+        namespace.check = "full" if values == "full" else "plain"
+        if values not in (None, "full"):
+            namespace.settings = [values]
+
+
+def _tokenize(parser: _Parser) -> None:
+    """Tokenise the dataset of a config once.
+
+    A run reads the folder as training.dataset_path, and with the same data.lanes it sees the same
+    samples as in the text. After a kill the same command continues; a finished folder is verified.
+
+    These settings count: training.dataset_path, training.dataset, model.tokenizer_path,
+    data.text_column, data.encoding, data.document_separator, data.add_bos, data.add_eos,
+    data.lanes, data.max_document_mib, data.on_bad_row, data.max_bad_rows.
+    """
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write to")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_count,
+        help="processes; the output is the same for every number (default: one a core)",
+    )
+    parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
+    parser.add_argument(
+        *("--shard-mib", "--shard_mib"),
+        metavar="N",
+        type=_count,
+        default=256,
+        help="MiB of text in each pair of files (default: 256)",
+    )
+
+
+def _config(parser: _Parser) -> None:
+    parser.add_commands(_CONFIG_COMMANDS, dest="action")
+
+
+def _config_copy(parser: _Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="one of `torchtitan list configs`")
+    parser.add_argument("file", metavar="FILE", help="a new file, or a folder")
+
+
+def _config_convert(parser: _Parser) -> None:
+    parser.add_argument("old", metavar="OLD.toml")
+    parser.add_argument("new", metavar="NEW.toml", nargs="?", help="default: stdout")
+
+
+def _convert(parser: _Parser) -> None:
+    parser.add_commands(_CONVERT_COMMANDS, dest="kind")
+
+
+def _dcp_to_torch(parser: _Parser) -> None:
+    """Write the weights of a checkpoint as one file of torch.save.
+
+    The checkpoint is one of this program (.../checkpoint/step-N) or any other that
+    torch.distributed.checkpoint has saved. torch.load(FILE, weights_only=True, mmap=True) and
+    torchtune read the file. Needs as much memory as the file is large.
+    """
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("file", metavar="FILE", help="a new file")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert to this type (default: keep the types)",
+    )
+
+
+def _list(parser: _Parser) -> None:
+    """Print the names that a config may use, with the package or module that adds a name.
+
+    Without NAME, all of these:
+
+      configs      shipped TOMLs, for `torchtitan config copy`
+      models       model.name, with the choices of model.flavor
+      datasets     training.dataset
+      tokenizers   model.tokenizer_path
+      losses       loss.name, with the settings of [loss.args]
+      optimizers   optimizer.name, with the keys of [optimizer] and of [optimizer.args]
+      schedules    lr_scheduler.name, with the keys of [lr_scheduler]
+      sinks        metrics.sinks, and the switches of the built-in ones
+      handlers     model.handlers, with the settings of [handlers.NAME]
+      masks        handlers.flex_attention.masks
+    """
+    parser.add_argument("names", metavar="NAME", nargs="*")
+    parser.add_argument(
+        *("--job.custom_import", "--job.custom-import"),
+        dest="modules",
+        metavar="MODULE",
+        nargs="+",
+        default=[],
+        help="modules that register more names",
+    )
+
+
+def _download(parser: _Parser) -> None:
+    """Download a model's tokenizer, or other files of it, from the Hugging Face hub.
+
+    Gated models need a token: set HF_TOKEN, or run `hf auth login`.
+    """
+    parser.add_argument("--repo_id", required=True, help="OWNER/NAME of the model on the hub")
+    parser.add_argument("--tokenizer_path", default="", help="folder or file in the repository")
+    parser.add_argument(
+        "--assets",
+        nargs="+",
+        choices=("tokenizer", "config", "index", "safetensors"),
+        help="kinds of files, instead of the tokenizer only",
+    )
+    parser.add_argument(
+        "--local_dir",
+        help="folder to write to (default: torchtitan/datasets/tokenizer/; with --assets"
+        " assets/hf/NAME)",
+    )
+    parser.add_argument("--revision", default="main", help="branch, tag or commit")
+    parser.add_argument(
+        "--hf_token", help="visible to other users of this machine: set HF_TOKEN or log in instead"
+    )
+
+
+def _doctor(parser: _Parser) -> None:
+    """Report what is installed, what a run would use and what is wrong, one line each.
+
+    Lines begin with `ok`, `WRONG` (with a fix), `look` (perhaps intended) or `-` (information). The
+    exit status is 1 if anything is WRONG. With a config, doctor checks what that needs; under
+    torchrun (`torchrun --nproc_per_node N -m torchtitan doctor`) it measures each axis of the mesh.
+    """
+
+
+def _count(text: str) -> int:
+    """Return a positive integer. Raises ArgumentTypeError."""
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999999999")
+    return int(text)
+
+
+_COMMANDS = {
+    "train": _Command(
+        "train from a TOML file; --check only checks that it could start", _train, True
+    ),
+    "tokenize": _Command("tokenise a dataset into files to train on", _tokenize, True),
+    "config": _Command("show, copy or convert a config; schema; docs", _config),
+    "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
+    "list": _Command("list configs, models, datasets, optimizers and more", _list),
+    "download": _Command("download a model's tokenizer or other files from the hub", _download),
+    "doctor": _Command("check the installation, the machine and a config", _doctor, True),
+}
+_CONFIG_COMMANDS = {
+    "show": _Command("print the resolved values, each with its origin", takes_settings=True),
+    "copy": _Command("copy a shipped config to a file", _config_copy),
+    "convert": _Command("write a TOML of an older TorchTitan with today's keys", _config_convert),
+    "schema": _Command("print the JSON schema of the TOML file, for editors"),
+    "docs": _Command("print the reference page, in Markdown"),
+}
+_CONVERT_COMMANDS = {
+    "dcp-to-torch": _Command("write the weights of a checkpoint for torch.load", _dcp_to_torch),
+}
+
+
+def _print_problems(error: ConfigError, at_start: bool) -> None:
+    """Print the problems; at the start of a run, make all ranks end.
+
+    torchrun mixes the output of all ranks and kills all when one ends. So rank 0 prints problems
+    that all ranks have; the others wait for it, and print only what is theirs alone.
+    """
+    leaves_to_rank_0 = is_quiet_rank() and is_torchrun_s()
+    problems = [problem for problem in error.problems if problem.local or not leaves_to_rank_0]
+    _print(problems)
+    if at_start and (place := _place()) is not None:
+        from torchtitan.distributed.context import share_refusal
+
+        if not share_refusal(place, error.problems, _PATIENCE_SECONDS):
+            _print([problem for problem in error.problems if problem not in problems])
+    elif leaves_to_rank_0:
+        time.sleep(_TO_PRINT_SECONDS)
+
+
+def _place() -> ProcessEnvironment | None:
+    """Return this process's place among several; None if it is alone or cannot know."""
+    try:
+        place = read_environment()
+    except EnvironmentFaults:
+        return None
+    return place if place.world_size > 1 else None
+
+
+def _print(problems: Sequence[ConfigIssue]) -> None:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr, flush=True)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
@@ -60,7 +372,7 @@ codecs.register_error(_ESCAPES, _escaped)
 
 
 def _give_up_stdout() -> bool:
-    """Whether the reader of stdout (`head`, for example) has gone; then nothing more is sent."""
+    """Return True, and send nothing more, if the reader of stdout (say `head`) has gone."""
     reader = select.poll()
     reader.register(sys.stdout.fileno(), select.POLLERR)
     if not reader.poll(0):
@@ -68,126 +380,6 @@ def _give_up_stdout() -> bool:
     with open(os.devnull, "w") as nowhere:  # Python flushes once more when it ends
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return True
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return DONE
-    if arguments[0] in ("--version", "version"):
-        print(f"torchtitan {__version__}")
-        return DONE
-    word, *rest = arguments
-    try:
-        if word not in _WORDS:
-            raise ConfigError(ConfigIssue(word, "is not a command", did_you_mean(word, _WORDS)))
-        return _WORDS[word][0](rest)
-    except ConfigError as error:
-        is_run = word == "train" and not any(text.startswith("--check") for text in rest)
-        _print_problems(error, others_wait=is_run and not error.known_to_all)
-        return CONFIG
-    except (DataError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code_of(error)
-    except KeyboardInterrupt as error:
-        return exit_code_of(error)
-
-
-def train(argv: list[str]) -> int:
-    """Train, or with `--check` only look whether training could start."""
-    from torchtitan.commands import train as train_word
-
-    return train_word.run(argv)
-
-
-def _config(argv: list[str]) -> int:
-    from torchtitan.commands import config as config_words
-
-    return config_words.run(argv)
-
-
-def _tokenize(argv: list[str]) -> int:
-    from torchtitan.commands import tokenize as tokenize_word
-
-    return tokenize_word.run(argv)
-
-
-def _convert(argv: list[str]) -> int:
-    from torchtitan.commands import convert as convert_words
-
-    return convert_words.run(argv)
-
-
-def _list(argv: list[str]) -> int:
-    from torchtitan.commands import list_names as list_words
-
-    return list_words.run(argv)
-
-
-def _download(argv: list[str]) -> int:
-    from torchtitan.commands import download
-
-    return download.run(argv)
-
-
-def _doctor(argv: list[str]) -> int:
-    from torchtitan.commands.doctor import doctor
-
-    return doctor.run(argv)
-
-
-_WORDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "train": (train, "train from a TOML file; --check only looks whether it could start"),
-    "tokenize": (_tokenize, "make files of tokens from a dataset, to train on without tokenising"),
-    "config": (_config, "show, copy or convert a config; schema; docs"),
-    "convert": (_convert, "a checkpoint into a file of torch.save"),
-    "list": (_list, "configs, models, datasets, optimizers and more that are there"),
-    "download": (_download, "a model's tokenizer, or other files of it, from the hub"),
-    "doctor": (_doctor, "what is here, what a run would use, what is wrong"),
-}
-
-
-def _overview() -> str:
-    lines = ["usage: torchtitan WORD ...", ""]
-    lines += [f"  {word:<8} {text}" for word, (_, text) in _WORDS.items()]
-    lines += ["", "torchtitan train --help lists every setting; torchtitan --version."]
-    return "\n".join(lines)
-
-
-def _print_problems(error: ConfigError, others_wait: bool) -> None:
-    """Print the problems. At the start `others_wait`: then see to it that all ranks end.
-
-    Under torchrun, which mixes the output of all ranks and ends all when one does, rank 0 prints
-    what all find alike. The others do not end before that, and print only what is theirs alone.
-    """
-    hears_rank_0 = is_quiet_rank() and is_torchrun_s()
-    problems = [problem for problem in error.problems if problem.local or not hears_rank_0]
-    _print(problems)
-    if others_wait and (place := _place()) is not None:
-        from torchtitan.distributed.context import share_refusal
-
-        if not share_refusal(place, error.problems, _PATIENCE_SECONDS):
-            _print([problem for problem in error.problems if problem not in problems])
-    elif hears_rank_0:
-        time.sleep(_TO_PRINT_SECONDS)
-
-
-def _place() -> ProcessEnvironment | None:
-    """This process's place among several; None if it is alone, or does not know."""
-    try:
-        place = read_environment()
-    except EnvironmentFaults:
-        return None
-    return place if place.world_size > 1 else None
-
-
-def _print(problems: Sequence[ConfigIssue]) -> None:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        noun = "problem" if len(problems) == 1 else "problems"
-        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
-from tests.forked import CONTEXT, serve
+from tests.forked import CONTEXT, execute, serve
 
 LONG = ("--training.steps=100000", "--checkpoint.interval=100000")
 
@@ -96,3 +96,53 @@ def test_signals_that_save_and_leave(number: int, readers: int, tmp_path: Path) 
     with Started(tmp_path / "run", f"--training.dataloader.num_workers={readers}") as run:
         os.killpg(run.launcher.pid, number)
         assert_saved(run)
+
+
+_STOPPED = """
+import os, signal
+from torchtitan.training import builder
+
+build = builder.build_optimizers
+
+
+def stop_first(*arguments):
+    if os.environ.get("RANK", "0") == os.environ["STOPPED_RANK"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return build(*arguments)
+
+
+builder.build_optimizers = stop_first
+"""
+
+
+def stop_at_start(folder: Path, *arguments: str, processes: int = 1, stopped: int = 0) -> Any:
+    (folder.parent / "stopping.py").write_text(_STOPPED)
+    env = runs.environment() | {"STOPPED_RANK": str(stopped)}
+    env["PYTHONPATH"] = f"{folder.parent}:{env['PYTHONPATH']}"
+    words = ["--job.custom_import=stopping", *arguments]
+    return execute(runs.command(folder, *words, processes=processes), env=env)
+
+
+@pytest.mark.parametrize(("processes", "stopped"), [(1, 0), (2, 1)])
+def test_a_stop_before_the_first_step(processes: int, stopped: int, tmp_path: Path) -> None:
+    """All ranks end as preempted, also those that got no signal."""
+    done = stop_at_start(tmp_path / "run", processes=processes, stopped=stopped)
+    assert done.returncode == (7 if processes == 1 else 1), done.stdout + done.stderr
+    status = runs.status(tmp_path / "run")
+    assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 0, 7)
+    assert "Asked to stop before the first step" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
+    """A start that does not come to its first step leaves the old run in its place."""
+    folder, short = tmp_path / "run", ("--training.steps=2", "--lr_scheduler.warmup_steps=1")
+    runs.run(folder, *short)
+    old = runs.status(folder)
+    assert stop_at_start(folder, *short, "--job.new_run").returncode == 7
+    assert runs.status(folder) == old and not (folder / "previous-1").exists()
+    runs.run(folder, *short, "--job.new_run")
+    assert runs.status(folder)["run_id"] != old["run_id"]
+    for place in (folder, folder / "previous-1"):
+        assert len(runs.records(place)) == 2
+        assert (place / "checkpoint" / "step-2").is_dir()

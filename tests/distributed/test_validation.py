@@ -94,9 +94,9 @@ def validate(
     stop = StopRequest()
     stop.requested = world.rank == stopping_rank
     validator = builder.build_validator(
-        context, dims, world, tokenizer, runner, records, stop, GarbageCollection(50)
+        context, dims, world, tokenizer, runner, stop, GarbageCollection(50)
     )
-    validator.run(7)
+    validator.run(7, records)
     return records.of_sets
 
 

@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.cli import _WORDS
-from torchtitan.commands import config as config_words
-from torchtitan.commands import convert as convert_words
-from torchtitan.commands import list_names as list_words
-from torchtitan.commands import tokenize as tokenize_word
-from torchtitan.commands.download import parse_arguments
+from torchtitan.cli import parse
+from torchtitan.commands.list import lists
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
+from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import shipped_configs
 
 ROOT = Path(__file__).parents[2]
@@ -97,9 +94,9 @@ def problem_of(command: str) -> str | None:
     if program in ("srun", "mpirun"):
         return problem_of(shlex.join(rest[rest.index("torchtitan") :]))
     if program == "torchtitan":
-        return _problem_of_word(*rest)
+        return _problem_of_command(*rest)
     if program == "python" and rest[0].startswith("scripts/download_"):
-        return _missing(rest[0]) or _problem_of_word("download", *rest[1:])
+        return _missing(rest[0]) or _problem_of_command("download", *rest[1:])
     if program == "./run_llama_train.sh":
         return _of_train(["--job.config_file", config, *rest])
     if program == "sbatch":
@@ -114,52 +111,32 @@ def problem_of(command: str) -> str | None:
     return _problem_of_outputs(rest) if program in FOREIGN else f"unknown program {program}"
 
 
-def _problem_of_word(word: str, *rest: str) -> str | None:
-    """Of `torchtitan WORD ...`, by the functions that read its arguments."""
-    if word in ("--version", "--help") or "--help" in rest:
-        return None
-    if word not in _WORDS:
-        return "no such word"
-    reader = _READERS[word]
+def _problem_of_command(*words: str) -> str | None:
+    """Of `torchtitan COMMAND ...`, by the parser of the command line."""
     try:
-        return reader(list(rest))
+        options = parse(words)
+        if options is None or vars(options).get("help"):
+            return None
+        if "settings" in options:
+            config = load_config(options.settings).config
+            return _problem_of_data(config) if options.command == "train" else None
     except ValueError as error:
         return str(error)
+    if options.command == "list" and (unknown := set(options.names) - set(lists())):
+        return f"no such list: {unknown}"
+    if words[:2] == ("config", "copy") and options.name not in shipped_configs():
+        return f"no such config: {options.name}"
+    return _problem_of_outputs([options.folder]) if options.command == "convert" else None
 
 
-def _of_list(rest: list[str]) -> str | None:
-    wanted, _ = list_words._split(rest)
-    unknown = set(wanted) - set(list_words._LISTS)
-    return f"no such list: {unknown}" if unknown else None
+def _problem_of_data(config: JobConfig) -> str | None:
+    """A run, and a check of one, need data to train on."""
+    data = config.training.dataset != "auto" or config.training.dataset_path or config.data.sources
+    return None if data else "names no data to train on"
 
 
-def _of_config(rest: list[str]) -> str | None:
-    word, *arguments = rest
-    if word == "show":
-        return _problem_of_arguments(arguments)
-    if len(arguments) not in config_words._NUMBERS[word]:
-        return f"{len(arguments)} arguments"
-    if word == "copy" and arguments[0] not in shipped_configs():
-        return f"no such config: {arguments[0]}"
-    return None
-
-
-def _of_tokenize(rest: list[str]) -> str | None:
-    options, arguments = tokenize_word._split(rest)
-    return _problem_of_arguments(arguments) if options.output else "no output"
-
-
-def _of_convert(rest: list[str]) -> str | None:
-    kind, *arguments = rest
-    places, _ = convert_words._split_dtype(arguments)
-    if kind not in convert_words._KINDS or len(places) != 2:
-        return "not a kind and two places"
-    return _problem_of_outputs(places)
-
-
-def _of_download(rest: list[str]) -> str | None:
-    parse_arguments(rest)
-    return None
+def _of_train(arguments: list[str]) -> str | None:
+    return _problem_of_command("train", *arguments)
 
 
 def _problem_of_options(script: Path, words: list[str]) -> str | None:
@@ -186,42 +163,9 @@ def _problem_of_outputs(words: list[str]) -> str | None:
     return None
 
 
-def _problem_of_arguments(arguments: list[str]) -> str | None:
-    if "--help" in arguments:
-        return None
-    if "--check" in arguments:
-        arguments = [word for word in arguments if word not in ("--check", "full")]
-    try:
-        load_config(arguments)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _of_train(arguments: list[str]) -> str | None:
-    """A run, and a check of one, also need data to train on."""
-    problem = _problem_of_arguments(arguments)
-    if problem or "--help" in arguments:
-        return problem
-    words = [word for word in arguments if word not in ("--check", "full")]
-    config = load_config(words).config
-    data = config.training.dataset != "auto" or config.training.dataset_path or config.data.sources
-    return None if data else "names no data to train on"
-
-
 def _missing(name: str) -> str | None:
     return None if (ROOT / name.partition("::")[0]).exists() else f"{name} does not exist"
 
-
-_READERS = {
-    "train": _of_train,
-    "doctor": _problem_of_arguments,
-    "tokenize": _of_tokenize,
-    "config": _of_config,
-    "convert": _of_convert,
-    "list": _of_list,
-    "download": _of_download,
-}
 
 ALL_COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
 COMMENTED = [
@@ -258,10 +202,6 @@ def test_commands_are_found_and_can_be_wrong(monkeypatch: pytest.MonkeyPatch):
     assert problem_of("torchtitan convert dcp-to-torch a b --dtype float8")
     assert problem_of("pip install wandb && torchtitan tarin")
     assert problem_of("tensorboard --logdir=./outputs/tensorboard")
-
-
-def test_every_word_is_read():
-    assert set(_READERS) == set(_WORDS)
 
 
 @pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.name)

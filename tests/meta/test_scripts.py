@@ -233,7 +233,7 @@ def test_a_path_that_starts_in_the_clone_is_named(clone: Path, programs: Path):
     result = run(clone, programs, script, "--check", *data)
     assert result.returncode == 9
     assert f"did you mean {clone}/torchtitan/data?" in result.stderr
-    assert "not checked, as it is not here: training.dataset_path; else ok: " in result.stdout
+    assert "not found here, so not checked: training.dataset_path; else ok: " in result.stdout
 
 
 def test_standing_in_another_clone_is_refused(clone: Path, programs: Path):

@@ -119,7 +119,7 @@ KEYS = [
     Bad("bad-literal", ["is not TOML"], arguments=["--optimizer.param_groups", "[{"]),
     Bad(
         "two-files",
-        ["b.toml: is a second config file beside a.toml", "leave one out"],
+        ["b.toml: is a second config file besides a.toml", "leave one out"],
         arguments=["a.toml", "b.toml"],
     ),
     Bad("word-and-file", ["foo: is a second", "`--check full`"], arguments=["a.toml", "foo"]),

@@ -53,6 +53,8 @@ class Decision:
     """The run had ended before this start, which may continue it."""
     warmup_steps: int | None = None
     """Warmup of the built-in schedule; None for other schedules."""
+    replaces_run: bool = False
+    """`job.new_run`: `RunFolder.begin` moves the run in the folder aside."""
     notices: tuple[str, ...] = ()
 
 
@@ -70,7 +72,8 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
-        return _new(context, secrets.token_hex(6), _load_problems_of_a_new_run(config.checkpoint))
+        problems = _load_problems_of_a_new_run(config.checkpoint)
+        return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
     if not stored.is_run:
         _refuse_foreign_config(path)
         return _new(context, secrets.token_hex(6), step_problems(config.checkpoint, folder))

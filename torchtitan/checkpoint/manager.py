@@ -56,11 +56,16 @@ class CheckpointManager:
     """Saves at intervals and at the end, and loads what a run starts from.
 
     All ranks call every method. Leaving it as a context waits for the save under way. Constructing
-    it chooses the step to continue from: `checkpoint.load_step`, or the newest good one.
+    it chooses the step to continue from: `checkpoint.load_step`, or the newest good one; none if
+    the run `replaces_run`, because the steps in the folder are those of the old run.
     """
 
     def __init__(
-        self, section: Checkpoint, store: CheckpointStore | None, world: DistributedContext
+        self,
+        section: Checkpoint,
+        store: CheckpointStore | None,
+        world: DistributedContext,
+        replaces_run: bool = False,
     ):
         self._section = section
         self._store = store
@@ -72,7 +77,7 @@ class CheckpointManager:
         self._initial: InitialLoad | None = None
         if store is None:
             return
-        self.found = self._find(store)
+        self.found = None if replaces_run else self._find(store)
         if self.found is not None:
             self._last_saved = store.saved_step = store.protected_step = self.found.step
         elif section.initial_load_path is not None:

@@ -22,9 +22,7 @@ from torchtitan.checkpoint.decision import (
     LOAD_STEP_NAME,
     Decision,
     decide,
-    is_movable,
     resolved_config,
-    starts_anew,
 )
 from torchtitan.checkpoint.files import (
     PRIVATE_TO_WRITE,
@@ -76,8 +74,7 @@ class RunFolder:
 
         Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
         resolved config of a run that will be trained, and may reject it. Nothing is written before
-        `begin`, except that `job.new_run` moves the old run aside here. Raises `ConfigError`, with
-        the folder unchanged.
+        `begin`. Raises `ConfigError`.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
@@ -89,8 +86,6 @@ class RunFolder:
             folder = cls(path, resolved, decision, lock)
             if decision.action != "finished":
                 check(folder.config)
-                if starts_anew(config) and is_movable(path, config):
-                    _move_run_aside(path, config)
                 lock.name_run(decision.run_id)
         except OSError as error:
             lock.release()
@@ -119,12 +114,18 @@ class RunFolder:
         return self._decision
 
     def begin(self) -> None:
-        """Write status and config. Rank 0 only.
+        """Write status and config, after moving away a run that this one replaces. Rank 0 only.
 
         Called when nothing can refuse the start any more: a refused start must not change what the
         next one is compared with.
         """
         self._has_begun = True
+        if self.decision.replaces_run:
+            _move_run_aside(self.path, self.config)
+            if self.config.checkpoint.enable:  # this start has opened the folder already
+                self.checkpoint_folder.mkdir(mode=PRIVATE_TO_WRITE, exist_ok=True)
+            if self.config.comm.trace_buf_size > 0:
+                (self.path / self.config.comm.save_traces_folder).mkdir(exist_ok=True)
         # The status comes first because it marks the folder as a run's.
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
@@ -134,8 +135,10 @@ class RunFolder:
 
         It does if it was refused, or if the run had ended before, and nothing was written yet.
         """
-        if self._has_begun or self.decision.action == "new":
+        if self._has_begun:
             return False
+        if self.decision.action == "new":
+            return self.decision.replaces_run
         return self.decision.had_ended or isinstance(
             error, CheckpointError | ConfigError | DataError
         )

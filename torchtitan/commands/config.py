@@ -1,74 +1,124 @@
 """`torchtitan config show | copy | convert | schema | docs`."""
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+import tomli_w
 from pydantic import PydanticUserError
 
-from torchtitan.commands import config_files
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.load import load_config
+from torchtitan.config.fields import known_sections
+from torchtitan.config.load import LoadedConfig, load_config
+from torchtitan.config.paths import expand_path
 from torchtitan.config.reference import reference_page
 from torchtitan.config.schema import JobConfig, Section
+from torchtitan.config.shipped import CLONE, FOLDER, shipped_configs
 from torchtitan.config.show import show_config
 from torchtitan.config.suggest import did_you_mean
 
-USAGE = """usage: torchtitan config show FILE [--section.key value ...]
-           resolved values, each with its origin
-       torchtitan config copy NAME FILE
-           a shipped config (`torchtitan list configs`) as a file of your own
-       torchtitan config convert OLD.toml [NEW.toml]
-           a TOML of an older TorchTitan with today's keys, without its comments
-       torchtitan config schema
-           JSON schema of the TOML file, for editors
-       torchtitan config docs
-           the reference page, in Markdown"""
 
-
-def run(argv: list[str]) -> int:
-    """Print what the first argument names; exit status 0."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
-    word, *rest = argv
-    if word not in _NUMBERS:
-        fix = did_you_mean(word, _NUMBERS)
-        raise ConfigError(ConfigIssue(f"config {word}", "is not a command", fix))
-    numbers = _NUMBERS[word]
-    if numbers and len(rest) not in numbers:
-        usage = next(line for line in USAGE.splitlines() if f" config {word}" in line)
-        fix = f"write `{usage[usage.index('torchtitan') :]}`"
-        problem = "takes no arguments" if numbers == (0,) else "has not the arguments that it needs"
-        raise ConfigError(ConfigIssue(f"config {word}", problem, fix, " ".join(rest)))
-    if word == "show":
-        loaded = load_config(rest)
-        for notice in loaded.notices:
-            print(f"notice: {notice}", file=sys.stderr)
+def run(options: argparse.Namespace) -> int:
+    """Do what `options.action` names; exit status 0."""
+    if options.action == "show":
+        loaded = load_config(options.settings)
+        print_notices(loaded)
         print(show_config(loaded))
-    elif word == "copy":
-        return config_files.copy(*rest)
-    elif word == "convert":
-        return config_files.convert(rest[0], rest[1] if len(rest) > 1 else None)
-    elif word == "schema":
+    elif options.action == "copy":
+        _copy(options.name, options.file)
+    elif options.action == "convert":
+        _convert(options.old, options.new)
+    elif options.action == "schema":
         print(json.dumps(json_schema(), indent=2))
     else:
         print(reference(), end="")
     return 0
 
 
-_NUMBERS: dict[str, tuple[int, ...]] = {
-    "show": (),
-    "copy": (2,),
-    "convert": (1, 2),
-    "schema": (0,),
-    "docs": (0,),
-}
-"""How many arguments a word takes; any for ()."""
+def print_notices(loaded: LoadedConfig) -> None:
+    """Print, to stderr, what was read differently from how it is written."""
+    for notice in loaded.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+
+
+def description(path: Path) -> str:
+    """Return what a shipped TOML is for, from its first comment."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# for "):
+            return line.removeprefix("# ")
+    return ""
+
+
+def _copy(name: str, file: str) -> None:
+    """Write a copy of the shipped TOML `name` to `file`, which must not exist."""
+    known = shipped_configs()
+    if not known:
+        problem = f"{CLONE / FOLDER} does not exist, and the installation lists no configs"
+        raise ConfigError(
+            ConfigIssue("config copy", problem, "install from a clone: pip install .")
+        )
+    stem = name.removesuffix(".toml")
+    if stem not in known:
+        fix = did_you_mean(stem, known)
+        raise ConfigError(ConfigIssue(f"config copy {name}", "is not a shipped config", fix))
+    target = Path(expand_path(file))
+    target = target / f"{stem}.toml" if target.is_dir() else target
+    text = known[stem].read_text(encoding="utf-8")
+    # The comments say how to start it, with the name of the file.
+    _write(target, text.replace(f"{FOLDER}/{stem}.toml", str(target)))
+    start = f"torchtitan train {target}"
+    if (CLONE / "run_llama_train.sh").is_file():
+        start = f"CONFIG_FILE={target} ./run_llama_train.sh"
+    print(f"wrote {target}; start it with\n  {start}")
+
+
+def _convert(old: str, new: str | None) -> None:
+    """Write the TOML `old`, of any release, with today's keys: to the file `new`, or to stdout."""
+    loaded = load_config(["--job.config_file", old])
+    print_notices(loaded)
+    text = _today(loaded, old)
+    if new is None:
+        print(text, end="")
+    else:
+        target = Path(expand_path(new))
+        target = target / Path(old).name if target.is_dir() else target
+        _write(target, text)
+        print(f"wrote {target}; comments were not carried over")
+
+
+def _today(loaded: LoadedConfig, old: str) -> str:
+    """What the file sets, and no more, in the order of the sections."""
+    given = {name: table for name, table in loaded.given.items() if table}
+    job = {key: value for key, value in given.get("job", {}).items() if key != "config_file"}
+    given["job"] = job
+    ordered = {name: given[name] for name in known_sections() if given.get(name)}
+    comment = (
+        f"# {Path(old).name} with today's keys, by `torchtitan config convert`; its comments are"
+    )
+    return f"{comment}\n# not carried over\n\n{tomli_w.dumps(ordered)}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that must not exist yet."""
+    file = None
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        fix = "choose another name, or remove that file first"
+        raise ConfigError(ConfigIssue(str(path), "exists already", fix)) from None
+    except OSError as error:
+        if file is not None:  # leave no partial file
+            path.unlink(missing_ok=True)
+        fix = "write to a folder that exists and is writable"
+        problem = f"cannot be written: {error.strerror}"
+        raise ConfigError(ConfigIssue(str(path), problem, fix)) from None
 
 
 def reference() -> str:
-    """The text of docs/config.md."""
+    """Return the text of docs/config.md."""
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.loss.registry import LOSSES
     from torchtitan.models.registry import families
@@ -80,7 +130,7 @@ def reference() -> str:
             "model.args": _own({name: family.args_type for name, family in families().items()}),
             "handlers": _own({name: entry.settings for name, entry in HANDLERS.entries().items()}),
             "loss.args": _own({name: entry.settings for name, entry in LOSSES.entries().items()}),
-            # What has no settings of its own needs no table.
+            # An optimizer without settings needs no table.
             "optimizer.args": {name: s for name, s in optimizers.items() if s.model_fields},
             "lr_scheduler.args": {},  # the library's schedule has none
             "sinks": {},  # nor has it sinks that are named
@@ -89,14 +139,14 @@ def reference() -> str:
 
 
 def _own(models: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
-    """Without what installed packages of others add: the page is this library's."""
+    """Drop what installed packages add: the page is about this library."""
     return {
         name: model for name, model in models.items() if model.__module__.startswith("torchtitan.")
     }
 
 
 def json_schema() -> dict[str, object]:
-    """A JSON schema of the TOML file, as editors with TOML support read it."""
+    """Return the JSON schema of the TOML file, which editors with TOML support read."""
     schema = JobConfig.model_json_schema(mode="validation")
     for table, models in named_tables().items():
         settings = {}
@@ -112,19 +162,19 @@ def json_schema() -> dict[str, object]:
 
 
 def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], dict[str, object]]:
-    """The schema of a table, and what it refers to by names that begin with `prefix`: others'
-    settings may have classes of the same name."""
+    """Return the schema of a table, and its definitions under names that begin with `prefix`:
+    two settings may have inner classes of the same name."""
     template = f"#/$defs/{prefix}.{{model}}"
     try:
         schema = model.model_json_schema(mode="validation", ref_template=template)
     except PydanticUserError:
-        return {"type": "object"}, {}  # somebody's own, of a type that JSON has no word for
+        return {"type": "object"}, {}  # a custom type that JSON cannot describe
     inner = {f"{prefix}.{name}": value for name, value in schema.pop("$defs", {}).items()}
     return schema, inner
 
 
 def named_tables() -> dict[str, dict[str, type[Section]]]:
-    """What `[handlers.NAME]` and `[sinks.NAME]` may hold, by name, of all that is there."""
+    """Return the settings of `[handlers.NAME]` and `[sinks.NAME]` by table and name."""
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.metrics.sink_registry import SINKS
 

@@ -1,7 +1,7 @@
 """`torchtitan download`: a model's tokenizer, or other files of it, from the Hugging Face hub.
 
-The names of the repository's files are asked for first: so a repository without a tokenizer is told
-from one that has it elsewhere, and only files of known names are written.
+The repository's file names are listed first: so the error can say where in the repository the
+tokenizer is, and only files with known names are written.
 """
 
 import argparse
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from torchtitan.commands.hub_errors import hub_problem
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.utils.redaction import HIDDEN, redact
 
 T = TypeVar("T")
 _LOCAL_DIR = "torchtitan/datasets/tokenizer/"
@@ -28,21 +28,21 @@ ASSETS = {
     "index": ("*.safetensors.index.json",),
     "safetensors": ("*.safetensors",),
 }
-"""What `--assets` may name, and the files that are meant by it."""
-_DESCRIPTION = (
-    "A model's tokenizer, or other files of it, from the Hugging Face hub. Gated models need a"
-    " token: set HF_TOKEN, or run `hf auth login`."
-)
+"""File patterns of the kinds that `--assets` takes."""
+_NETWORKS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages whose errors mean that no answer came."""
+_LOG_IN = "set HF_TOKEN, or run `hf auth login`"
 
 
-def run(argv: list[str]) -> int:
-    """Download as the arguments say; a ConfigError says what is in the way."""
-    options = parse_arguments(argv)
+def run(options: argparse.Namespace) -> int:
+    """Download, and print what was written. Raises ConfigError."""
+    if options.assets and options.tokenizer_path:
+        options.parser.error("takes --assets or --tokenizer_path, not both")
     if options.hf_token:
         print(
-            "warning: others on this machine can see --hf_token in the list of processes, and the"
-            " shell remembers it; set HF_TOKEN or run `hf auth login` instead. It is used this"
-            " once, and stored nowhere.",
+            "warning: other users of this machine can see --hf_token in the list of processes, and"
+            " the shell remembers it; set HF_TOKEN or run `hf auth login` instead. It is not"
+            " stored.",
             file=sys.stderr,
         )
     names = _ask(options, _list_files)
@@ -61,42 +61,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in the words of this program, without values: one may be a token."""
-
-    def error(self, message: str) -> NoReturn:
-        problem = message.partition(": '")[0].partition(" (choose")[0]
-        raise ConfigError(ConfigIssue("download", problem, "see `torchtitan download --help`"))
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """What the command line says. Raises ConfigError for one that cannot be meant."""
-    parser = _Parser(prog="torchtitan download", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--repo_id", required=True, help="OWNER/NAME of the model on the hub")
-    parser.add_argument("--tokenizer_path", default="", help="folder or file in the repository")
-    parser.add_argument(
-        "--assets", nargs="+", choices=ASSETS, help="kinds of files, instead of the tokenizer only"
-    )
-    parser.add_argument(
-        "--local_dir", help=f"folder to write to; {_LOCAL_DIR}, or with --assets {_ASSETS_DIR}NAME"
-    )
-    parser.add_argument("--revision", default="main", help="branch, tag or commit")
-    parser.add_argument(
-        "--hf_token", help="visible to others on this machine; better set HF_TOKEN, or log in"
-    )
-    options, unknown = parser.parse_known_args(argv)
-    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-    if unknown:
-        parser.error(f"does not know {', '.join(flags) if flags else 'one of the values'}")
-    if options.assets and options.tokenizer_path:
-        parser.error("takes --assets or --tokenizer_path, not both")
-    return options
-
-
 def _list_files(where: dict[str, Any]) -> list[str]:
     from huggingface_hub import model_info
 
-    # Unlike the list of files proper, this is asked for once: who is offline is told at once.
+    # Unlike list_repo_files, this does not retry: without a network it fails at once.
     return [file.rfilename for file in model_info(**where, timeout=30).siblings or []]
 
 
@@ -107,24 +75,24 @@ def _download_file(name: str, folder: Path, where: dict[str, Any]) -> None:
 
 
 def _ask(options: argparse.Namespace, question: Callable[[dict[str, Any]], T]) -> T:
-    """The hub's answer. Raises ConfigError for whatever it, or the way to it, refuses."""
+    """Return the hub's answer. Raises ConfigError if it refuses or cannot be reached."""
     import huggingface_hub
 
-    # Without a token given, the library takes that of HF_TOKEN or of a login.
+    # With None, the library uses HF_TOKEN or the login.
     where = {"repo_id": options.repo_id, "revision": options.revision}
     where["token"] = options.hf_token or None
     try:
         return question(where)
     except Exception as error:
         token = options.hf_token or huggingface_hub.get_token()
-        problem = hub_problem(error, options.repo_id, options.revision, token)
+        problem = _hub_problem(error, options.repo_id, options.revision, token)
         if problem is None:
             raise
     raise ConfigError(problem)
 
 
 def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
-    """The tokenizer's files in the folder that is asked for."""
+    """Choose the tokenizer's files in the folder of `--tokenizer_path`."""
     inside = options.tokenizer_path.strip("/")
     if inside in names:
         return [inside]
@@ -148,7 +116,7 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def _chosen_assets(names: list[str], options: argparse.Namespace) -> list[str]:
-    """The files of each kind, all from the top of the repository."""
+    """Choose the files of each kind, all at the top of the repository."""
     wanted: list[str] = []
     for kind in options.assets:
         patterns = ASSETS[kind]
@@ -159,3 +127,66 @@ def _chosen_assets(names: list[str], options: argparse.Namespace) -> list[str]:
             raise ConfigError(ConfigIssue("--repo_id", problem, fix, options.repo_id))
         wanted += found
     return list(dict.fromkeys(wanted))
+
+
+def _hub_problem(
+    error: Exception, repo_id: str, revision: str, token: str | None
+) -> ConfigIssue | None:
+    """Return the problem behind an error of `huggingface_hub`; None for a bug.
+
+    `token` is what was sent, if anything; it is kept out of the text.
+    """
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    if isinstance(error, errors.HFValidationError):
+        return ConfigIssue("--repo_id", "is not a repository name", "write OWNER/NAME", repo_id)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        fix = "unset it, or copy the files from a machine that is connected"
+        return ConfigIssue("HF_HUB_OFFLINE", "is set, which forbids downloads", fix)
+    if isinstance(error, errors.GatedRepoError):
+        if token is None:
+            problem, fix = "is gated, and there is no token", f"ask for access on {page}; {_LOG_IN}"
+        else:
+            problem = "is gated, and the token's owner has no access to it"
+            fix = f"ask for access on {page}, and wait until it is granted"
+        return ConfigIssue("--repo_id", problem, fix, repo_id)
+    if isinstance(error, errors.RevisionNotFoundError):
+        problem = f"{repo_id} has no branch, tag or commit of this name"
+        return ConfigIssue("--revision", problem, "leave it out for `main`", revision)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        fix = "check the spelling"
+        if token is None:
+            fix += f"; if it is private, {_LOG_IN}"
+        return ConfigIssue("--repo_id", "does not exist, or is private", fix, repo_id)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _answered(error, repo_id)
+    if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
+        # The message about a token that no header can hold contains the token.
+        text = redact(str(error.__cause__ or error)).partition("Bearer")[0]
+        text = text.replace(token, HIDDEN) if token else text
+        fix = "check the network, its proxy (HTTPS_PROXY), and HF_ENDPOINT if it is set"
+        return ConfigIssue("download", f"{constants.ENDPOINT} cannot be reached: {text}", fix)
+    if isinstance(error, OSError):
+        problem = f"cannot be written: {error.strerror or error}"
+        return ConfigIssue("--local_dir", problem, "use another folder")
+    return None
+
+
+def _answered(error: Exception, repo_id: str) -> ConfigIssue:
+    """Return the problem behind an HTTP status."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status == 401:
+        fix = f"{_LOG_IN} with a token that is valid"
+        return ConfigIssue("--repo_id", "the hub does not accept the token", fix, repo_id)
+    if status == 403:
+        fix = "give it the right to read this repository (or gated ones), on the hub's page"
+        return ConfigIssue("--repo_id", "the token does not grant access", fix, repo_id)
+    return ConfigIssue("--repo_id", f"the hub answered with status {status}", "try later", repo_id)
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return type(error).__module__.partition(".")[0] in _NETWORKS

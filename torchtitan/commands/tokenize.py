@@ -1,10 +1,10 @@
 """`torchtitan tokenize`: a dataset as files of tokens, which runs read without tokenising."""
 
+import argparse
 import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.config.custom_import import import_custom_modules
@@ -34,54 +34,21 @@ from torchtitan.preflight.data import check_data, check_tokenizer
 from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.preflight import report
 
-USAGE = """usage: torchtitan tokenize [FILE] --output DIR [--workers N] [--source NAME]
-                           [--shard-mib N] [--section.key value ...]
 
-Tokenise the dataset of a config once. A run reads the folder as training.dataset_path, and with the
-same data.lanes it sees the samples that it would see in the text. Killed, the same command goes on;
-finished, it checks every file.
-
-  --output DIR     folder to write to
-  --workers N      processes; the output is the same for every number (default: one a core)
-  --source NAME    which of [[data.sources]], where there are several
-  --shard-mib N    text for one pair of files, in MiB (default: 256)
-
-The settings that count: training.dataset_path, training.dataset, model.tokenizer_path,
-data.text_column, data.encoding, data.document_separator, data.add_bos, data.add_eos, data.lanes,
-data.max_document_mib, data.on_bad_row, data.max_bad_rows."""
-
-
-class _Options(NamedTuple):
-    output: str | None
-    workers: str | None
-    source: str | None
-    shard_mib: str | None
-
-
-def run(argv: list[str]) -> int:
-    """Tokenise. Returns exit status 0 when the folder is complete; raises ConfigError."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return DONE
-    options, rest = _split(argv)
-    config = load_config(rest).config
-    problems = import_custom_modules(config)
-    cores = os.cpu_count() or 1
-    num_workers = _number("--workers", options.workers, cores, problems)
-    shard_mib = _number("--shard-mib", options.shard_mib, 256, problems)
-    if not options.output:
-        fix = "add `--output DIR`, a folder for the tokens"
-        problems.append(ConfigIssue("--output", "is missing", fix))
-    if problems:
+def run(options: argparse.Namespace) -> int:
+    """Tokenise; exit status 0 when the folder is complete. Raises ConfigError."""
+    config = load_config(options.settings).config
+    if problems := import_custom_modules(config):
         raise ConfigError(problems)
+    num_workers = options.workers or os.cpu_count() or 1
     context = RunContext(config, 1, "cpu")
     named = _choose(context, options.source)
-    data = named.data.model_copy(update={"epochs": None})  # how often it is read is for the run
+    data = named.data.model_copy(update={"epochs": None})  # epochs are up to the run
     context = replace(
         context, config=config.model_copy(update={"training": named.training, "data": data})
     )
-    folder = Path(expand_path(options.output or "")).absolute()
-    job = _prepare(context, named, folder, shard_mib * 2**20)
+    folder = Path(expand_path(options.output)).absolute()
+    job = _prepare(context, named, folder, options.shard_mib * 2**20)
     if min(num_workers, len(job.groups)) > 1:
         _require_picklable(job, num_workers)
     try:
@@ -107,7 +74,7 @@ def run(argv: list[str]) -> int:
 def _prepare(
     context: RunContext, named: NamedSource, folder: Path, shard_bytes: int
 ) -> TokenizeJob:
-    """Return the job, after all checks. Raises ConfigError."""
+    """Check the config and the data, and describe the work. Raises ConfigError."""
     problems = [*check_tokenizer(context, with_model=False), *check_data(context)]
     if not errors_of(problems):
         problems += check_data_files(context)
@@ -119,8 +86,8 @@ def _prepare(
     config = context.config
     data_path = Path(config.training.dataset_path or "").resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
-        text = f"lies in the data that are read, {data_path}, and would be taken for data"
-        raise ConfigError(ConfigIssue("--output", text, "choose a folder outside it", str(folder)))
+        text = f"lies in the data, {data_path}, and would be read as data"
+        raise ConfigError(ConfigIssue("--output", text, "choose a folder outside", str(folder)))
     source = build_source(config.training, config.data)
     if isinstance(source, TokenSource):
         problem = ConfigIssue(
@@ -143,7 +110,7 @@ def _prepare(
 
 
 def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
-    """Raises ConfigError for a dataset of which processes cannot have a copy."""
+    """Raise ConfigError if the dataset cannot be copied to processes."""
     try:
         pickle.dumps(job)
     except Exception as error:
@@ -153,10 +120,8 @@ def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
 
 
 def _finished(job: TokenizeJob) -> TokenIndex | None:
-    """Return the index if the folder is complete and every file is whole.
-
-    Raises ConfigError for a folder with other tokens, or with foreign files.
-    """
+    """Return the index if the folder is complete and every file intact. Raises ConfigError for a
+    folder with other tokens, or with files of another origin."""
     folder = job.folder
     if (folder / INDEX_NAME).exists():
         try:
@@ -181,7 +146,7 @@ def _finished(job: TokenizeJob) -> TokenIndex | None:
 
 
 def _with_progress(job: TokenizeJob, num_workers: int) -> TokenIndex:
-    """`tokenize` with a progress bar on a terminal."""
+    """Tokenise with a progress bar on a terminal."""
     from rich import progress as rich
     from rich.console import Console
 
@@ -208,7 +173,7 @@ def _with_progress(job: TokenizeJob, num_workers: int) -> TokenIndex:
 def _summary(job: TokenizeJob, index: TokenIndex, checked: bool) -> str:
     gib = index.num_tokens * index.token_bytes / 2**30
     skipped = f", {index.bad_rows} rows left out" if index.bad_rows else ""
-    state = "complete already, and every file is whole" if checked else "complete"
+    state = "complete already, and every file is intact" if checked else "complete"
     return (
         f"{job.folder} is {state}: {index.num_tokens:,} tokens of {index.num_documents:,} documents"
         f"{skipped}, {len(index.shards)} shards of {index.dtype}, {gib:.3g} GiB, for"
@@ -219,7 +184,7 @@ def _summary(job: TokenizeJob, index: TokenIndex, checked: bool) -> str:
 
 
 def _choose(context: RunContext, name: str | None) -> NamedSource:
-    """The source to tokenise. Raises ConfigError."""
+    """Return the source to tokenise. Raises ConfigError."""
     sources = named_sources(context.config.training, context.config.data)
     names = [source.name for source in sources]
     if name is not None and (name not in names or not context.config.data.sources):
@@ -229,34 +194,3 @@ def _choose(context: RunContext, name: str | None) -> NamedSource:
         fix = f"add `--source NAME`, one of {', '.join(names)}"
         raise ConfigError(ConfigIssue("--source", "is missing: there are several sources", fix))
     return sources[0 if name is None else names.index(name)]
-
-
-def _split(argv: list[str]) -> tuple[_Options, list[str]]:
-    """The options of this word, and the rest, which is the config's. Raises ConfigError."""
-    found: dict[str, str] = {}
-    rest: list[str] = []
-    arguments = list(argv)
-    while arguments:
-        argument = arguments.pop(0)
-        flag, equals, value = argument.partition("=")
-        key = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or key not in _Options._fields:
-            rest.append(argument)
-            continue
-        if not equals:
-            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else ""
-        if not value or found.get(key, value) != value:
-            problem = "is given twice" if value else "has no value"
-            raise ConfigError(ConfigIssue(flag, problem, f"write `{flag} VALUE` once"))
-        found[key] = value
-    return _Options(**{name: found.get(name) for name in _Options._fields}), rest
-
-
-def _number(flag: str, text: str | None, default: int, problems: list[ConfigIssue]) -> int:
-    if text is None:
-        return default
-    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
-        problem = "is not a whole number from 1 to 999999999"
-        problems.append(ConfigIssue(flag, problem, f"write `{flag} 4`", text))
-        return default
-    return int(text)

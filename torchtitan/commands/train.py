@@ -1,11 +1,14 @@
-"""The word `train`: from a command line to a run, or to the list of what stands in its way."""
+"""`torchtitan train`: from the settings to a run, a check, or a dry run."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
 from torchtitan.checkpoint.decision import with_stored_batch
+from torchtitan.commands import config as config_command
 from torchtitan.config import JobConfig
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.errors import ConfigError, ConfigIssue
@@ -19,24 +22,29 @@ from torchtitan.utils.allocator import tune_cpu_allocator
 from torchtitan.utils.children import end_with_launcher
 from torchtitan.utils.launchers import adopt_place
 from torchtitan.utils.logging import init_logging
+from torchtitan.utils.signals import StopRequest
 from torchtitan.utils.threads import spin_briefly
 
 T = TypeVar("T")
 
 
-def run(argv: list[str]) -> int:
-    """Check, then train. Problems that need no torch are told before it is imported."""
-    if "--help" in argv or "-h" in argv:
-        return _help([word for word in argv if word not in ("--help", "-h")])
+def run(options: argparse.Namespace) -> int:
+    """Check, then train. Problems that need no torch are reported before it is imported."""
+    if options.help:
+        return _help(options)
     _read(adopt_place)
-    arguments, check = _split_check(argv)
-    loaded = load_config(arguments)
+    loaded = load_config(options.settings)
     if not env.is_quiet_rank():
-        tell_notices(loaded)
-    if check:
-        return _check(loaded, full=check == "full")
+        print_notices(loaded)
+    if options.check:
+        return _check(loaded, full=options.check == "full")
     if loaded.config.comm.mode == "fake_backend":
         return _dry_run(loaded)
+    with StopRequest(at_once=True) as stop:
+        return _train(loaded, stop)
+
+
+def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     place = _read(env.read_environment)
     end_with_launcher()
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
@@ -67,32 +75,27 @@ def run(argv: list[str]) -> int:
         preflight.require(with_stored_batch(context), phases)
 
     def check_resolved(context: RunContext, resolved: JobConfig) -> None:
-        """Batch size and lanes may be those stored with the run, and the mesh be new to them."""
+        """Check again: batch size and lanes may be those of the stored run, on another mesh."""
         # The warnings are printed above.
         preflight.require(replace(context, config=resolved), [preflight.ARITHMETIC], quiet=True)
         preflight.require_same_data(context)
 
-    return run_training(loaded.config, place, check_environment, check_resolved)
+    return run_training(loaded.config, place, check_environment, check_resolved, stop)
 
 
-def _help(argv: list[str]) -> int:
-    """All settings, with those of what the config's own modules register."""
-    from torchtitan.commands.config import named_tables
+def _help(options: argparse.Namespace) -> int:
+    """Print all settings, with those that the config's `job.custom_import` adds."""
     from torchtitan.config.help_text import print_help
 
-    try:
-        arguments, _ = _split_check(argv)
-        import_custom_modules(load_config(arguments).config, quiet=True)
-    except ConfigError:
-        pass  # told when it is to be run
-    print_help(named_tables())
+    with suppress(ConfigError):  # a run reports it
+        import_custom_modules(load_config(options.settings).config, quiet=True)
+    print_help(config_command.named_tables())
     return DONE
 
 
-def tell_notices(loaded: LoadedConfig) -> None:
-    """Say what the keys of an older release are today."""
-    for notice in loaded.notices:
-        print(f"notice: {notice}", file=sys.stderr)
+def print_notices(loaded: LoadedConfig) -> None:
+    """Print what was read differently from how it is written, and how to update the file."""
+    config_command.print_notices(loaded)
     file = loaded.config.job.config_file
     if file and not all(notice.startswith("--") for notice in loaded.notices):
         hint = f"`torchtitan config convert {file}` writes the file with today's keys"
@@ -100,15 +103,15 @@ def tell_notices(loaded: LoadedConfig) -> None:
 
 
 def _check(loaded: LoadedConfig, full: bool) -> int:
-    """All phases for the world size in the environment; prints one line when nothing is wrong.
+    """Check everything for the world size in the environment; print one line if nothing is wrong.
 
-    What is not on this machine may be on the one that trains, so it is no error without `full`.
-    But it was not looked at, so that is not "ok", nor the exit status 0.
+    Without `full`, a file that is absent here may exist where the run trains, so it is a warning;
+    it was not checked, so the exit status is not 0.
     """
     from torchtitan.data.listing import listed_once
     from torchtitan.preflight.data_files import describe_data
 
-    context = with_stored_batch(_facts_of_a_look(loaded, _read(env.read_world_size), full))
+    context = with_stored_batch(_context_of_check(loaded, _read(env.read_world_size), full))
     quiet = env.is_quiet_rank()
     with listed_once():
         warnings = preflight.require(context, quiet=quiet)
@@ -118,7 +121,7 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     absent = list(dict.fromkeys(problem.key for problem in warnings if problem.missing_asset))
     if not quiet:
         verdict = (
-            f"not checked, as it is not here: {', '.join(absent)}; else ok" if absent else "ok"
+            f"not found here, so not checked: {', '.join(absent)}; else ok" if absent else "ok"
         )
         print(f"{verdict}: {summary(context)}")
     return NOT_FOUND if absent else DONE
@@ -127,7 +130,7 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
 def _dry_run(loaded: LoadedConfig) -> int:
     """Run one step as one rank of WORLD_SIZE, in this process alone, and print a report."""
     config, place = loaded.config, _read(env.read_place)
-    context = _facts_of_a_look(loaded, place.world_size, full=False)
+    context = _context_of_check(loaded, place.world_size, full=False)
     # A dry run leaves the run folder alone.
     preflight.require(context, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
 
@@ -140,13 +143,13 @@ def _dry_run(loaded: LoadedConfig) -> int:
     return DONE
 
 
-def _facts_of_a_look(loaded: LoadedConfig, world_size: int, full: bool) -> RunContext:
-    """For looking at a config from outside of its run."""
+def _context_of_check(loaded: LoadedConfig, world_size: int, full: bool) -> RunContext:
+    """Return the context of a config that is checked outside of its run."""
     problems = import_custom_modules(loaded.config)
     if problems:
         raise ConfigError(problems)
     device: str = loaded.config.job.device
-    if device == "auto":  # without looking at this machine, a run is meant for GPUs
+    if device == "auto":  # without `full`, assume GPUs
         device = env.guess_device_type() if full else "cuda"
     return RunContext(loaded.config, world_size, device, full=full)
 
@@ -167,38 +170,10 @@ def summary(context: RunContext) -> str:
 
 
 def _read(read: Callable[[], T]) -> T:
-    """What `read` finds in the environment."""
+    """Read the environment. Raises ConfigError."""
     try:
         return read()
     except env.EnvironmentFaults as faults:
-        raise _config_error(faults) from None
-
-
-def _config_error(error: env.EnvironmentFaults) -> ConfigError:
-    problems = []
-    for fault in error.faults:
-        key = fault.variable if fault.value is None else f"{fault.variable} = {fault.value}"
-        problems.append(ConfigIssue(key, fault.problem, fault.fix, local=True))
-    return ConfigError(problems)
-
-
-def _split_check(argv: list[str]) -> tuple[list[str], str]:
-    """argv without `--check`, and "", "check" or "full"."""
-    arguments: list[str] = []
-    check = ""
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        flag, _, value = argument.partition("=")
-        if flag != "--check":
-            arguments.append(argument)
-            continue
-        if not value and rest and rest[0] == "full":
-            value = rest.pop(0)
-        if value not in ("", "full"):
-            problem = ConfigIssue(
-                "--check", "is not a kind of check", "write --check or --check full"
-            )
-            raise ConfigError(problem)
-        check = value or check or "check"
-    return arguments, check
+        raise ConfigError(
+            [ConfigIssue(f.name, f.problem, f.fix, local=True) for f in faults.faults]
+        ) from None

@@ -1,8 +1,8 @@
 """The command line as config values: `--section.key value` in every spelling people use.
 
-tyro renders the help, but its parser takes neither `--x true` nor lists with commas, and stops at
-the first error. This pass reads all of argv against the table of keys, collects every problem, and
-leaves checking of values to the sections.
+argparse reads the options of a command; it cannot read settings, because it stops at the first
+error and takes neither `--x true` nor lists with commas. This pass reads all of them against the
+table of keys and collects every problem. The sections check the values.
 """
 
 import re
@@ -21,15 +21,17 @@ from torchtitan.utils.redaction import holds_a_secret, is_secret
 
 _BOOLEANS = {"true": True, "false": False}
 _NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "none")
-"""Never meant as the next argument after a switch: taken as its value, and refused."""
+"""After a switch, these are its (invalid) value rather than the next argument."""
 _INTEGER = re.compile(r"[+-]?\d(_?\d)*")
 _HELP = "`torchtitan train --help` lists all flags"
 
 
 @dataclass
 class CommandLine:
-    """Values by dotted key (`model.args.n_layers`) in the order given, and what could not be
-    understood. Of a key that was given twice the last value counts, with a notice."""
+    """Values by dotted key (`model.args.n_layers`), in order, and what could not be read.
+
+    The last value of a repeated key counts, with a notice.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[ConfigIssue] = field(default_factory=list)
@@ -37,7 +39,7 @@ class CommandLine:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read argv, without the program's name and word. A bare argument is the config file."""
+    """Read the settings of a command line. A bare argument is the config file."""
     parsed = CommandLine()
     rest = list(argv)
     while rest:
@@ -58,9 +60,9 @@ def _take_file(argument: str, parsed: CommandLine) -> None:
         _set(parsed, "job.config_file", argument, argument)
         return
     fix = "leave one out; single settings follow as `--section.key value`"
-    if "." not in argument or "." not in first:  # hardly a file: meant for the flag before it?
-        fix += ", and checks are `--check` or `--check full`"
-    problem = f"is a second config file beside {first}, and a run has one"
+    if "." not in argument or "." not in first:  # perhaps the value of a flag
+        fix += "; checks are `--check` or `--check full`"
+    problem = f"is a second config file besides {first}"
     parsed.problems.append(ConfigIssue(argument, problem, fix))
 
 
@@ -119,7 +121,7 @@ def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str)
 
 
 def _scalar(key: Key, text: str) -> Any:
-    """The typed value; text that does not fit stays text, which the section then refuses."""
+    """Return the typed value; text of the wrong type stays text, which the section rejects."""
     if key.optional and text == "None":
         return None
     if key.kind == "bool":
@@ -128,14 +130,14 @@ def _scalar(key: Key, text: str) -> Any:
         if key.kind == "int" and _INTEGER.fullmatch(text):
             return int(text)
         return float(text) if key.kind == "float" else text
-    except ValueError:  # no number, or one of thousands of digits, which Python refuses
+    except ValueError:  # not a number, or one too long for Python
         return text
 
 
 def _take_free(
     flag: str, name: str, has_inline: bool, inline: str, rest: list[str], parsed: CommandLine
 ) -> None:
-    """A key below `model.args` or `handlers`, of unknown type: a TOML value or text."""
+    """Take a key of unknown type, below `model.args` or `handlers`: a TOML value or text."""
     texts = [inline] if has_inline else _values_ahead(rest, many=False)
     if not texts or texts == [""]:
         fix = f"write `{flag} VALUE`, with a TOML value such as 4, true or [1, 2]"
@@ -143,7 +145,7 @@ def _take_free(
         return
     value = _free_value(texts[0])
     if value == texts[0] and value.startswith("[") and not holds_a_secret(value):
-        # The shell took the quotes.
+        # The shell removed the quotes.
         fix = f"""write it as in TOML and quote it for the shell: `{flag} '["a", "b"]'`"""
         parsed.problems.append(ConfigIssue(flag, "is not TOML", fix, value))
         return
@@ -151,7 +153,7 @@ def _take_free(
 
 
 def _free_value(text: str) -> Any:
-    """The TOML value that `text` is, else the text."""
+    """Read TOML; text that is not TOML stays text."""
     try:
         return toml_file.parse_value(text)
     except ValueError:
@@ -159,7 +161,7 @@ def _free_value(text: str) -> Any:
 
 
 def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
-    """Record a value. A table is recorded key by key, so that it adds to what else is given."""
+    """Record a value. A table is recorded key by key, so that it adds to other flags."""
     is_free = free_table_of(f"{name}.") is not None
     if is_free and isinstance(value, dict) and value and not any("." in key for key in value):
         for key, inner in value.items():
@@ -168,7 +170,7 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
     if is_secret(name, value):
         parsed.problems.append(secret_problem(flag))
         return
-    before = parsed.values.pop(name, value)  # taken out, so that the order is that of what counts
+    before = parsed.values.pop(name, value)  # the order is that of the last occurrences
     if before != value:
         given = f"{toml_value(before)} and {toml_value(value)}"
         parsed.notices.append(f"--{name} is given twice ({given}): the last one counts")
@@ -176,7 +178,7 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
 
 
 def _find(name: str) -> Key | None:
-    """The key of this name, today's or an older release's."""
+    """Return the key of this name, today's or an older release's."""
     return known_keys().get(name) or old_key(name)
 
 
@@ -185,7 +187,7 @@ def _normalise(flag: str) -> str:
 
 
 def _negated(name: str) -> Key | None:
-    """The boolean key that `--no-section.key` or `--section.no-key` switches off."""
+    """Return the boolean key that `--no-section.key` or `--section.no-key` switches off."""
     section, _, last = name.rpartition(".")
     for positive in (
         name.removeprefix("no_"),
@@ -205,7 +207,7 @@ def _values_ahead(rest: list[str], many: bool) -> list[str]:
 
 
 def _skip_values(rest: list[str]) -> None:
-    """Drop what was meant as the value of an unknown flag, so that one typo is one problem."""
+    """Drop the value of an unknown flag, so that one typo is one problem."""
     if rest and not rest[0].startswith("--"):
         rest.pop(0)
 

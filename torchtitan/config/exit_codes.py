@@ -10,6 +10,7 @@ from torchtitan.config.errors import (
     HangError,
     NonFiniteError,
 )
+from torchtitan.utils.signals import StopRequested
 
 DONE = 0
 FAILED = 1
@@ -30,6 +31,7 @@ _BY_ERROR: dict[type[BaseException], int] = {
     CheckpointError: CHECKPOINT,
     NonFiniteError: NON_FINITE,
     HangError: HANG,
+    StopRequested: PREEMPTED,
     KeyboardInterrupt: INTERRUPTED,
 }
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.data.files import COMPRESSIONS, KEY, SUFFIXES, DataFile, Kind, suffix_kind
@@ -98,8 +99,7 @@ def _list_files(path: str, kind: str) -> Listing:
     left_out: dict[str, LeftOut] = defaultdict(LeftOut)
     found = _found(path, kind, left_out)
     _refuse_twice(path, found)
-    if kind == "auto":
-        kind = _kind_of(path, list(found))
+    known = _kind_of(path, list(found)) if kind == "auto" else cast(Kind, kind)
     files = []
     for name, status in found.items():
         if not os.access(name, os.R_OK):
@@ -113,7 +113,7 @@ def _list_files(path: str, kind: str) -> Listing:
             raise _error(path, problem, "run `git lfs pull` in the folder of the data")
     if not files:
         raise _error(path, f"all {len(found)} files are empty", "give files with content")
-    return Listing(kind, files, dict(left_out), [*_by_name(files), *_hard_links(found)])
+    return Listing(known, files, dict(left_out), [*_by_name(files), *_hard_links(found)])
 
 
 def describe_left_out(left_out: Mapping[str, LeftOut]) -> str:

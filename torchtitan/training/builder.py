@@ -1,8 +1,6 @@
-"""The composition root: the only place that takes a `JobConfig` apart.
+"""The composition root: builds each object of a run from its section and the objects it uses.
 
-Everything below gets its own section and the objects it works with. The training loop and every
-tool build what they need from here, so that a model that is evaluated is built as one that is
-trained.
+Below this module, only handlers see a whole `JobConfig`.
 """
 
 import logging
@@ -58,14 +56,14 @@ logger = logging.getLogger(__name__)
 def build_optimizers(
     config: JobConfig, model: BuiltModel, device: torch.device
 ) -> list[torch.optim.Optimizer]:
-    """One for each part of the model, or for each parameter."""
+    """Build an optimizer for each part of the model, or for each parameter."""
     return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
 
 
 def load(
     manager: CheckpointManager, model: BuiltModel, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Load what there is to start from; handlers see the weights before they get their state."""
+    """Load the start of the run; handlers see the weights before they get their state."""
     manager.load(model.parts, optimizers, model.handlers)
     call_after_load(model)
     manager.load_handlers(model.handlers, model.parts, optimizers)
@@ -78,7 +76,7 @@ def build_update(
     dims: ParallelDims,
     manager: CheckpointManager | None = None,
 ) -> Update:
-    """Return what steps the parameters, after copies that `manager` may be making of them."""
+    """Build what steps the parameters. `manager` may still be copying them before a step."""
     if config.optimizer.early_step_in_backward:
         wait_for_staging = manager.wait_for_staging if manager is not None else lambda: None
         return OptimizerInBackward(
@@ -94,7 +92,7 @@ def build_nonfinite_guard(
     optimizers: Sequence[torch.optim.Optimizer],
     manager: CheckpointManager,
 ) -> NonFiniteGuard:
-    """Return what ends the run at a step that is not finite, and says what is left of it."""
+    """Build the guard that ends a run at a step that is not finite."""
 
     def find_non_finite() -> str:
         tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
@@ -111,9 +109,9 @@ def build_nonfinite_guard(
 def build_runner(
     config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims, device: torch.device
 ) -> Runner:
-    """What computes losses and gradients of a step."""
+    """Build what computes the losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    vocabulary = _cut_vocabulary(config, model, mesh, dims)
+    vocabulary = _vocab_parallel(config, model, mesh, dims)
     loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
     is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
@@ -157,7 +155,7 @@ def build_runner(
     )
 
 
-def _cut_vocabulary(
+def _vocab_parallel(
     config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
 ) -> VocabParallelCrossEntropy | None:
     if dims.tp == 1:
@@ -174,7 +172,7 @@ def build_loader(
     tokenizer: Tokenizer,
     manager: CheckpointManager,
 ) -> Loader:
-    """This rank's share of the data, from where the checkpoint stands."""
+    """Build this rank's share of the data, at the position of the checkpoint."""
     config = context.config
     plan = LanePlan(
         num_lanes=context.num_lanes,
@@ -213,11 +211,10 @@ def build_validator(
     world: DistributedContext,
     tokenizer: Tokenizer,
     runner: Runner,
-    metrics: MetricsLogger,
     stop: StopRequest,
     garbage: GarbageCollection,
 ) -> Validator:
-    """What evaluates the model while it is trained; without a set it never is due."""
+    """Build the validation; without a set it is never due."""
     config, section = context.config, context.config.validation
     readers = [
         build_reader(
@@ -237,13 +234,13 @@ def build_validator(
     def fetch_ahead(steps: Pass) -> Prefetch:
         return Prefetch(steps, runner.evaluation_loss, world, stop, is_data_leader)
 
-    return Validator(section, config.comm, readers, fetch_ahead, runner, metrics, world, garbage)
+    return Validator(section, config.comm, readers, fetch_ahead, runner, world, garbage)
 
 
 def build_checkpoint_manager(
     config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
 ) -> CheckpointManager:
-    """Checkpointing, or its absence."""
+    """Build checkpointing; without `checkpoint.enable` it does nothing."""
     store = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
@@ -254,13 +251,13 @@ def build_checkpoint_manager(
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    return CheckpointManager(config.checkpoint, store, world)
+    return CheckpointManager(config.checkpoint, store, world, folder.decision.replaces_run)
 
 
 def build_metrics(
     config: JobConfig, folder: RunFolder, world: DistributedContext, model: BuiltModel
 ) -> MetricsLogger:
-    """Metrics of the run; `resume` comes before the first step."""
+    """Open the metrics of the run; call `resume` before the first step."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
     rank = world.rank if config.metrics.save_for_all_ranks else None
     if config.metrics.enable_wandb:
@@ -292,7 +289,7 @@ def build_metrics(
 def build_profiler(
     config: JobConfig, folder: RunFolder, world: DistributedContext, step: int
 ) -> Profiler:
-    """The profiler of a run that goes on after `step`."""
+    """Build the profiler of a run that continues after `step`."""
     return Profiler(
         config.profiling, folder.path, rank=world.rank, device=world.device, start_step=step
     )
@@ -301,7 +298,7 @@ def build_profiler(
 def describe(
     context: RunContext, dims: ParallelDims, world: DistributedContext, model: BuiltModel
 ) -> str:
-    """What is about to be trained, in a line for the log."""
+    """Describe the run in a line for the log."""
     config = context.config
     training = config.training
     pipeline = ""

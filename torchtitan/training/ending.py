@@ -1,4 +1,4 @@
-"""How a run ends: its status, what it logs last, and whose fault it was."""
+"""The end of a run: its status, its last log lines, and which rank failed first."""
 
 import logging
 import os
@@ -33,39 +33,39 @@ from torchtitan.utils.torch_compat import lost_contact
 
 logger = logging.getLogger(__name__)
 
-_SAYS_ITSELF_WHAT_IT_IS = (ConfigError, CheckpointError, DataError, NonFiniteError, HangError)
+_EXPLAIN_THEMSELVES = (ConfigError, CheckpointError, DataError, NonFiniteError, HangError)
 _LESS_MEMORY = (
     "Fix: a smaller training.local_batch_size or more ranks; docs/memory.md lists what else saves"
 )
 _GRACE_SECONDS = 2.0
-"""How long a rank that fails waits for what the others say: they lose contact when it leaves."""
+"""How long a failing rank waits for the other ranks' reasons: they lose contact when it leaves."""
 _GRACE_AFTER_TIMEOUT_SECONDS = 5.0
-"""The same where a collective has timed out, which it does not do on all ranks at once."""
+"""The same after a timeout of a collective, which ranks do not notice at the same time."""
 
 
 @dataclass
 class Progress:
-    """How far the run is, for whoever has to say so when it ends."""
+    """How far the run is, for its status."""
 
     step: int = 0
     first_step: int = 0
-    """That this process began after."""
+    """The step that this process starts after."""
     saved_step: int = 0
     status: Status = "running"
-    is_shared: bool = False
-    """This rank knows what rank 0 has decided about the start."""
+    may_write: bool = False
+    """This rank knows rank 0's decision, and the folder holds no other run: it may write."""
     stop: StopRequest = field(default_factory=StopRequest)
 
 
 def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress: Progress) -> int:
-    """Write into the status how the run ended, and log what it leaves; the exit status."""
+    """Write the final status, log where the results are, and return the exit status."""
     assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
         set_status(folder, progress.status, progress.step, code)
     if progress.status == "preempted":
-        logger.info(stopping_words(progress))
-    logger.info(closing_words(config, folder))
+        logger.info(_describe_stop(progress))
+    logger.info(describe_folder(config, folder))
     return code
 
 
@@ -77,10 +77,10 @@ def after_error(
     progress: Progress,
     timeout_seconds: int,
 ) -> int | None:
-    """Write into the status that the run failed, and log why, which another rank may know; the exit
-    status, or None if the command line is to print the error.
+    """Write the status of a run that failed, or was stopped before its first step, and log why.
 
-    `world`: None if the ranks have not met. `timeout_seconds`: of their collectives.
+    Another rank may know the reason. Return the exit status; None if the command line has to print
+    the error. `world` is None if the ranks have not met; `timeout_seconds` is that of collectives.
     """
     lost = lost_contact(error)
     code = INTERRUPTED if progress.stop.interrupted else exit_code_of(error)
@@ -88,27 +88,31 @@ def after_error(
     if lost == "timeout" and code in (FAILED, CHECKPOINT):
         code = HANG
     own = reason = Ending(rank, code, _summary(error, code), lost)
-    # A start that is refused leaves the status of the stored run alone.
-    writes = progress.is_shared if rank else not folder.keeps_status(error)
+    # A rejected start keeps the status of the stored run.
+    writes = progress.may_write if rank else not folder.keeps_status(error)
     if rank == 0 and writes:  # at once: the launcher may not leave time for more
-        set_status(folder, "failed", progress.step, code)
+        set_status(folder, _status_of(code), progress.step, code)
     if world is not None and world.roll_call is not None and code != INTERRUPTED:
         seconds = _GRACE_SECONDS
         if lost == "timeout":
             seconds = min(_GRACE_AFTER_TIMEOUT_SECONDS, timeout_seconds / 2)
         endings = world.roll_call.end(own, seconds)
         reason = explain(own, endings, world.world_size)
-        # Rank 0, or the next one where that stands still or is gone.
+        # Rank 0, or the next one if rank 0 hangs or is gone.
         speaker = rank if endings is None else min(ending.rank for ending in endings)
         if rank == speaker and writes:
-            set_status(folder, "failed", progress.step, reason.code)
+            set_status(folder, _status_of(reason.code), progress.step, reason.code)
     if isinstance(error, ConfigError) and progress.step == progress.first_step:
-        # Its words are that nothing was started.
+        # Printed with "nothing was started".
         error.known_to_all = True
         return None
     if not isinstance(error, KeyboardInterrupt):
         _log(error, own, reason, progress)
     return reason.code
+
+
+def _status_of(code: int) -> Status:
+    return "preempted" if code == PREEMPTED else "failed"
 
 
 def leave_now(code: int) -> NoReturn:
@@ -126,14 +130,16 @@ def leave_now(code: int) -> NoReturn:
 def _log(error: BaseException, own: Ending, reason: Ending, progress: Progress) -> None:
     if own.code == INTERRUPTED:
         return
-    if reason is not own:
+    if reason.code == PREEMPTED:
+        logger.info("Asked to stop before the first step; the same command starts again.")
+    elif reason is not own:
         if reason.lost == "timeout":
             logger.error("This rank waited here:", exc_info=error)
         logger.error("After step %d: %s", progress.step, reason.text)
     elif own.code == OUT_OF_MEMORY:
         logger.error("After step %d: %s", progress.step, own.text)
     else:
-        expected = isinstance(error, _SAYS_ITSELF_WHAT_IT_IS)
+        expected = isinstance(error, _EXPLAIN_THEMSELVES)
         logger.error("%s", error, exc_info=None if expected else error)
 
 
@@ -144,34 +150,32 @@ def _summary(error: BaseException, code: int) -> str:
         return f"out of memory ({lines[0]}). {_LESS_MEMORY}"
     if lost_contact(error):
         return re.sub(r"^\[\S+\] ", "", lines[0])  # where in gloo's source
-    if isinstance(error, _SAYS_ITSELF_WHAT_IT_IS):
+    if isinstance(error, _EXPLAIN_THEMSELVES):
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}"
 
 
 def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:
-    """Say how the run stands, if that can be written: a full disk must not hide the first error."""
+    """Write the status; a failure to write is a warning, so that it hides no other error."""
     try:
         folder.set_status(status, step, code)
     except OSError as error:
         logger.warning("run_status.json could not be written: %s", error)
 
 
-def stopping_words(progress: Progress) -> str:
-    """Return what a run that was asked to stop has kept."""
-    words = f"Asked to stop after step {progress.step}."
+def _describe_stop(progress: Progress) -> str:
+    """Describe what a run that was asked to stop has saved."""
+    text = f"Asked to stop after step {progress.step}."
     if progress.saved_step == progress.step:
-        return f"{words} It is saved; the same command goes on from it."
+        return f"{text} It is saved; the same command goes on from it."
     if progress.saved_step:
-        return f"{words} The last saved step is {progress.saved_step}."
-    return (
-        f"{words} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
-    )
+        return f"{text} The last saved step is {progress.saved_step}."
+    return f"{text} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
 
 
-def closing_words(config: JobConfig, folder: RunFolder) -> str:
+def describe_folder(config: JobConfig, folder: RunFolder) -> str:
     """Return where the run folder is, and how to look at it."""
-    words = f"Run folder: {folder.path}"
+    text = f"Run folder: {folder.path}"
     if config.metrics.enable_tensorboard:
-        words += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
-    return words
+        text += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
+    return text

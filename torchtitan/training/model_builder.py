@@ -1,7 +1,6 @@
 """Build the model: meta device, handlers, stages, parallelism, memory, initial weights.
 
-The one subtle order of a start lives here, so that a model that is evaluated is built exactly as
-one that is trained.
+The order matters, so every model of this library, trained or evaluated, is built here.
 """
 
 import logging
@@ -35,27 +34,27 @@ class BuiltModel:
     args: ModelArgs
     """The hyper-parameters, resolved."""
     parts: list[nn.Module]
-    """What this rank holds of the model; one part, where it is not cut into stages."""
+    """The modules on this rank: the model, or its pipeline stages."""
     plan: PipelinePlan | None
-    """How the model is cut into stages, of which this rank holds the `parts`."""
+    """The pipeline stages; None without a pipeline."""
     handlers: list[NamedHandler]
     parameter_names: tuple[str, ...]
-    """Of the whole model, also of what other ranks hold."""
+    """Names of the whole model, including the parameters of other ranks."""
     num_parameters: int
-    """Of the whole model, before handlers changed it."""
+    """Elements of the whole model, before handlers change it."""
     flops_per_token: float
-    """By TorchTitan's formula, which counts attention to all positions."""
+    """TorchTitan's formula, which counts attention to all positions."""
     flops_per_token_causal: float
     """The same, counting attention to earlier positions only."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters of this rank."""
+        """The parameters of this rank."""
         return [parameter for part in self.parts for parameter in part.parameters()]
 
     @property
     def part_or_parts(self) -> nn.Module | list[nn.Module]:
-        """The argument of handlers' hooks: the model, or its parts where it is cut into stages."""
+        """The argument of handlers' hooks: the model, or the list of its stages on this rank."""
         return self.parts[0] if len(self.parts) == 1 else self.parts
 
 
@@ -67,10 +66,10 @@ def build_model(
     device: torch.device,
     initialise: bool = True,
 ) -> BuiltModel:
-    """The model on `device`, parallelised over `mesh`, with its initial weights.
+    """Build the model on `device`, parallelised over `mesh`, with its initial weights.
 
-    `vocab_size` is the tokenizer's. Without `initialise` the weights, but for those that handlers
-    add, are whatever was in memory, for a caller who loads them next. All ranks must call it.
+    `vocab_size` is the tokenizer's. Without `initialise`, weights that no handler added are left
+    uninitialised, for a caller that loads them next. All ranks must call it.
     """
     family = get_family(config.model.name)
     args = family.resolve(config.model, vocab_size)
@@ -83,7 +82,7 @@ def build_model(
     handlers = build_handlers(config, dims)
     rules = convert_model(model, handlers, dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        problem = "nothing is left to train after them"
+        problem = "leave no parameter to train"
         raise ConfigError(
             ConfigIssue("model.handlers", problem, "freeze less", config.model.handlers)
         )
@@ -95,7 +94,7 @@ def build_model(
         if torn := torn_parameters(plan, model, dims.pp):
             raise ConfigError(torn)
         stages = plan.held_by(mesh.get_local_rank("pp"))
-        parts = [_cut_out(model, plan.stages[stage]) for stage in stages]
+        parts = [_stage_of(model, plan.stages[stage]) for stage in stages]
     built = BuiltModel(
         args=args,
         parts=parts,
@@ -114,18 +113,18 @@ def build_model(
 
 
 def call_after_load(model: BuiltModel) -> None:
-    """Tell the handlers that want to know that the weights are there, initial or loaded ones."""
+    """Call the handlers' `after_load`: the weights are initialised or loaded."""
     for handler in model.handlers:
         handler.after_load(model.part_or_parts)
 
 
 def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
-    """The handlers of `model.handlers`, in that order."""
+    """Build the handlers of `model.handlers`, in order."""
     return [NamedHandler(name, config, dims) for name in config.model.handlers]
 
 
-def _cut_out(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of `model` (on the meta device) with these top-level modules only."""
+def _stage_of(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Copy `model` (on the meta device) with these top-level modules only."""
     stage = deepcopy(model)
     assert isinstance(stage, LanguageModel)
     stage.keep_modules(names)
@@ -133,8 +132,8 @@ def _cut_out(model: nn.Module, names: Collection[str]) -> nn.Module:
 
 
 def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:
-    """Memory for what is on the meta device. FSDP moves parameters that are on the host to the
-    device when they are needed, but buffers have to be there."""
+    """Allocate what is on the meta device. FSDP moves parameters from the host to the device when
+    it needs them; buffers must be on the device."""
     part.to_empty(device=torch.device("cpu") if parameters_on_host else device)
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -143,9 +142,8 @@ def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -
 
 
 def _initialize(model: nn.Module, rules: StartRules, seed: int, with_own: bool) -> None:
-    """Fill the family's own parameters if `with_own`; what handlers add in any case, since the
-    weights that a run starts from may lack it; and the buffers, which come out of allocation with
-    arbitrary content."""
+    """Initialise buffers, what handlers add (stored weights may lack it), and, if `with_own`, the
+    parameters of the family."""
     names = [name for name, _ in model.named_buffers() if name not in rules.added]
     if names and not hasattr(model, "init_buffers"):
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")

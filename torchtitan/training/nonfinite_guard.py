@@ -1,10 +1,10 @@
-"""Noticing that a step was not finite, without making the host wait for every step.
+"""Detecting a step that is not finite, without making the host wait for every step.
 
-The optimizer leaves such a step out on the device, so nothing is spoilt when the host learns of it
-late: on a GPU one step later, when that answer no longer stops the device from being fed. (Steps in
-the backward cannot be left out. Then the weights are lost, but nothing is saved before the host has
-learnt of it.) An update that is left out says nothing of the ones before it: the loss may be NaN
-because an earlier update has spoilt the weights. So what the run ends with is looked at.
+The device skips the update of such a step, so the host may learn of it late: on a GPU one step
+later, when reading the flag no longer stalls the device. (A step in the backward cannot be skipped:
+the weights are lost, but nothing is saved before the host knows.) A skipped update does not mean
+that the weights are good, because an earlier one may have spoilt them; so the error reports which
+are not finite.
 """
 
 from collections import deque
@@ -29,9 +29,9 @@ class NonFiniteGuard:
         find_non_finite: Callable[[], str] = lambda: "",
         describe_newest: Callable[[], str] = lambda: "",
     ):
-        """`left_out`: whether the updates of such steps are not made. For the error, on all ranks:
-        `find_non_finite` looks for weights and optimizer state that are not finite, and names them;
-        `describe_newest` says what the run can go on from."""
+        """`left_out`: such steps are skipped. For the error, on all ranks: `find_non_finite` names
+        weights and optimizer state that are not finite; `describe_newest` names the checkpoint to
+        continue from."""
         self._lag = lag
         self._left_out = left_out
         self._find_non_finite = find_non_finite
@@ -39,7 +39,7 @@ class NonFiniteGuard:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def record(self, step: int, is_finite: Tensor) -> None:
-        """`is_finite`: bool scalar on the device, known once the step is done there."""
+        """Take a step's `is_finite`, a bool scalar on the device."""
         flag = is_finite.to("cpu", non_blocking=True)
         ready = None
         if is_finite.is_cuda:
@@ -50,7 +50,7 @@ class NonFiniteGuard:
             self._check()
 
     def flush(self) -> None:
-        """Wait for all steps so far; call before their result is kept."""
+        """Wait for all steps so far; call before saving their result."""
         while self._pending:
             self._check()
 
@@ -66,7 +66,7 @@ class NonFiniteGuard:
             )
 
     def _state(self) -> str:
-        """Return what has become of the weights."""
+        """Describe the weights."""
         names = self._find_non_finite()
         if not self._left_out:
             lost = f" These hold NaN or infinity: {names}." if names else ""

@@ -1,4 +1,4 @@
-"""Fetching a step's data ahead, while the ranks agree whether that step will be trained."""
+"""Prefetching of a step's data, while the ranks agree whether to train that step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ _MAX_EMPTY_STEPS = 1000
 
 
 class Steps(Protocol):
-    """Where the data come from: the loader, or a pass over a validation set."""
+    """A source of steps: the loader, or a pass over a validation set."""
 
     def next_step(self) -> StepData:
-        """The data of the next step, for ever. May raise."""
+        """Return the data of the next step. May raise."""
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """This rank's data of the step to come, and the exchange about it."""
+    """This rank's data of the next step, and the exchange about it."""
 
     data: StepData | None
     error: Exception | None
@@ -31,7 +31,7 @@ class _Fetched:
 
 
 class Prefetch:
-    """Reads one step ahead. All ranks call every method, in the same order."""
+    """Reader of one step ahead. All ranks call every method, in the same order."""
 
     def __init__(
         self,
@@ -43,24 +43,24 @@ class Prefetch:
         save_failed: Callable[[], bool] = lambda: False,
         max_bad_rows: int | None = None,
     ):
-        """`save_failed` is asked, once a step, whether a checkpoint could not be written.
+        """`save_failed` returns True if a checkpoint could not be written.
 
-        `max_bad_rows`: how many rows all ranks together may have left out. Counted here and not by
-        rank, so that the mesh has no say in where a run stops.
+        `max_bad_rows`: how many rows all ranks together may skip. They are counted together so that
+        every mesh stops at the same step.
         """
         self._loader = loader
         self._loss = loss
         self._world = world
         self._stop = stop
-        self._counts_data = is_data_leader
+        self._is_data_leader = is_data_leader
         self._save_failed = save_failed
         self._max_bad_rows = max_bad_rows
         self._fetched: _Fetched | None = None
 
     def start(self) -> None:
-        """Read the next step's microbatches, and tell the other ranks about them.
+        """Read the next step's microbatches, and start the exchange about them.
 
-        A rank that cannot read says so before it fails, so that no other waits for it in vain.
+        A rank that cannot read reports it before it fails, so that the others do not wait for it.
         """
         data, error, num_targets, num_tokens = None, None, 0, 0
         try:
@@ -76,18 +76,18 @@ class Prefetch:
             ended=data is not None and data.ended,
             stop=self._stop.requested,
             failed=error is not None,
-            is_data_leader=self._counts_data,
+            is_data_leader=self._is_data_leader,
             save_failed=self._save_failed(),
             bad_rows=0 if data is None else data.bad_rows,
         )
         self._fetched = _Fetched(data, error, pending)
 
     def wait(self) -> tuple[StepData, StepInfo]:
-        """The data that were started, and what all ranks know about them.
+        """Return the data of the started step, and what all ranks know about it.
 
-        A step in which no rank has a target (all its documents are one token long, say) is left
-        out. Raises DataError on all ranks when any could not read its data, or when they have left
-        out too many rows.
+        A step in which no rank has a target (its documents are one token long, say) is skipped.
+        Raises DataError on all ranks if any could not read its data, or if they skipped too many
+        rows.
         """
         for _ in range(_MAX_EMPTY_STEPS):
             data, agreed = self._wait_once()
@@ -95,8 +95,8 @@ class Prefetch:
                 return data, agreed
             self.start()
         raise DataError(
-            f"{_MAX_EMPTY_STEPS} steps in a row hold no target: nothing in the data can be"
-            " predicted, as with documents of one token under training.document_mask"
+            f"{_MAX_EMPTY_STEPS} steps in a row have no targets: the data have nothing to predict,"
+            " for example documents of one token under training.document_mask"
         )
 
     def _wait_once(self) -> tuple[StepData, StepInfo]:

@@ -1,4 +1,4 @@
-"""The training run: `train` is the loop, `run` one process of a run from config to exit status."""
+"""The training run: `train` is the loop, `run` the life of one process."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.optim.lr_scheduler import set_learning_rates
 from torchtitan.optim.schedules import Schedule
 from torchtitan.parallel.grad_clip import clip_gradients
@@ -27,7 +26,7 @@ from torchtitan.training.ending import (
     Progress,
     after_error,
     after_success,
-    closing_words,
+    describe_folder,
     leave_now,
     set_status,
 )
@@ -37,6 +36,7 @@ from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.process import set_up_process, use_deterministic_algorithms
+from torchtitan.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def train(
 ) -> None:
     """Train to the end of the steps or of the data, or until asked to stop. All ranks call it.
 
-    `progress` tells how far it came, also when an exception ends it.
+    `progress` is kept up to date, also for when an exception ends the run.
     """
     config, training = context.config, context.config.training
     dims = ParallelDims.from_context(context)
@@ -64,24 +64,22 @@ def train(
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
-        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         step = first_step = progress.step = manager.state.step
         progress.saved_step = manager.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
-        stop = stack.enter_context(progress.stop)
         nonfinite_guard = builder.build_nonfinite_guard(config, world, model, optimizers, manager)
         ahead = Prefetch(
             loader,
             runner.loss,
             world,
-            stop,
+            progress.stop,
             dims.is_data_leader(world.rank),
             manager.save_failed,
             config.data.max_bad_rows,
         )
         validator = builder.build_validator(
-            context, dims, world, tokenizer, runner, metrics, stop, garbage
+            context, dims, world, tokenizer, runner, progress.stop, garbage
         )
         logger.info(builder.describe(context, dims, world, model))
 
@@ -103,7 +101,11 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, manager, metrics)
+        progress.stop.at_once = False  # from here on the loop stops
+        begin(world, folder, manager)
+        progress.may_write = True
+        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
+        metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
         with metrics.timing("data"):
             ahead.start()
@@ -125,7 +127,7 @@ def train(
             manager.wait_for_staging()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
-            # Beside the parameters; where these are on the host, this waits for the loss.
+            # On the device of the parameters; on the host, this waits for the loss.
             is_finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
             update.step(is_finite)
             for handler in model.handlers:
@@ -152,7 +154,7 @@ def train(
                 set_timeout(world, config.comm.train_timeout_seconds)
             if validator.is_due(step, last=step == training.steps):
                 nonfinite_guard.flush()
-                validator.run(step)
+                validator.run(step, metrics)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -163,7 +165,7 @@ def train(
         nonfinite_guard.flush()
         ended_early = progress.status == "data_exhausted" and step > first_step
         if ended_early and validator.is_due(step, last=True):
-            validator.run(step)
+            validator.run(step, metrics)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
@@ -174,13 +176,10 @@ def train(
         tell_saved()
 
 
-def begin(
-    world: DistributedContext, folder: RunFolder, manager: CheckpointManager, metrics: MetricsLogger
-) -> None:
-    """Change the run folder, now that nothing can refuse the start any more. All ranks call it."""
+def begin(world: DistributedContext, folder: RunFolder, manager: CheckpointManager) -> None:
+    """Change the run folder, now that nothing can prevent the start. All ranks call it."""
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
     manager.begin()
-    metrics.resume(manager.state.step, manager.state.num_tokens_seen)
 
 
 def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder) -> None:
@@ -196,12 +195,12 @@ def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder
 
 
 def set_up_process_of(config: JobConfig, environment: ProcessEnvironment) -> RunContext:
-    """Prepare this process for training; return the context on the device that it will use."""
+    """Set up threads, seeds and logging; return the context with the device to use."""
     init_logging(environment.rank)
     set_up_process(config.debug.threads, environment, config.debug.seed)
     if config.debug.deterministic:
         use_deterministic_algorithms(config.debug.deterministic_warn_only)
-    # "cuda" without a GPU is left to the check of the hardware.
+    # The check of the hardware reports "cuda" without a GPU.
     kind = "cuda" if config.job.device == "cuda" else device_type(config.job.device)
     return RunContext(config, environment.world_size, kind)
 
@@ -211,12 +210,13 @@ def run(
     environment: ProcessEnvironment,
     check_environment: Callable[[RunContext], None],
     check_resolved: Callable[[RunContext, JobConfig], None],
+    stop: StopRequest,
 ) -> int:
-    """Train as one process of the run that the launcher's variables describe; the exit status.
+    """Train as one process of a run, write `run_status.json`, and return the exit status.
 
-    `check_environment` looks at the devices and the model; `check_resolved` at the config with the
-    batch size and lanes of the stored run. Both raise ConfigError, before anything is written. How
-    the run ended is in `run_status.json`.
+    `check_environment` checks devices and model; `check_resolved` the config with the batch size
+    and lanes of the stored run. Both raise ConfigError before anything is written. `stop` is
+    entered.
     """
     is_main = environment.rank == 0
     context = set_up_process_of(config, environment)
@@ -226,18 +226,18 @@ def run(
         check_resolved(context, resolved)
 
     folder = RunFolder.open(config, context, is_main, check)
-    progress = Progress()
+    progress = Progress(stop=stop)
     world: DistributedContext | None = None
     try:
         recorder = FlightRecorder(config.comm, folder.path, environment.rank, context.device_type)
         patience = config.comm.init_timeout_seconds
         with open_context(context.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
-            progress.is_shared = True
+            progress.may_write = not decision.replaces_run
             for notice in decision.notices:
                 logger.info(notice)
             if decision.action == "finished":
-                logger.info(closing_words(config, folder))
+                logger.info(describe_folder(config, folder))
                 return DONE
             progress.step = progress.first_step = decision.step
             context = replace(context, config=folder.config)

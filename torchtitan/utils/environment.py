@@ -24,6 +24,11 @@ class EnvironmentFault:
     problem: str
     fix: str = _HINT
 
+    @property
+    def name(self) -> str:
+        """The variable with its value, if it is set."""
+        return self.variable if self.value is None else f"{self.variable} = {self.value}"
+
 
 class EnvironmentFaults(ValueError):
     """The launcher's variables contradict each other."""

@@ -341,11 +341,25 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
     assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint"} | seen
     now = {path.name for path in tmp_path.iterdir()}
-    assert now == {".lock", "config.toml", "run_status.json", "notes.txt", "previous-1"}
+    ours = {".lock", "config.toml", "run_status.json", "checkpoint"}
+    assert now == {*ours, "notes.txt", "previous-1"}
+    assert list((tmp_path / "checkpoint").iterdir()) == []
     # The stored config does not move the run aside when it is trained from.
     assert not load_config([str(tmp_path / "config.toml")]).config.job.new_run
     open_folder(tmp_path, job={"new_run": True})
     assert (tmp_path / "previous-2" / "run_status.json").exists()
+
+
+def test_a_new_run_that_does_not_begin_leaves_the_old_one(tmp_path: Path) -> None:
+    """What keeps it from its first step may be anything: its data, memory, a signal."""
+    stopped_run(tmp_path, 5)
+    before = snapshot(tmp_path)
+    config = make_config(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
+    opened = RunFolder.open(config, RunContext(config, 1, "cpu"))
+    assert opened.decision.replaces_run and opened.keeps_status(MemoryError())
+    opened.close()
+    assert snapshot(tmp_path) == before
+    assert open_folder(tmp_path).decision.action == "resume"
 
 
 def test_new_run_in_a_folder_without_a_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`torchtitan config copy | convert` and `torchtitan list configs`."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -10,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.commands import config as config_words
-from torchtitan.commands import config_files
-from torchtitan.commands import list_names as list_words
+from torchtitan.cli import main
+from torchtitan.commands import config as config_command
 from torchtitan.config import shipped
-from torchtitan.config.errors import ConfigError
 from torchtitan.config.load import load_config
 from torchtitan.config.shipped import shipped_configs
 from torchtitan.optim.registry import OPTIMIZERS
@@ -22,15 +21,20 @@ from torchtitan.optim.registry import OPTIMIZERS
 ROOT = Path(__file__).parents[3]
 
 
-def problem_of(*arguments: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        config_words.run(list(arguments))
-    return str(caught.value)
+@pytest.fixture
+def problem_of(capsys):
+    """What is printed about a bad `torchtitan config` command."""
+
+    def run(*arguments: str) -> str:
+        assert main(["config", *arguments]) == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 def test_a_copy_is_the_shipped_file(tmp_path: Path, capsys):
     path = tmp_path / "mine.toml"
-    assert config_words.run(["copy", "llama3_8b", str(path)]) == 0
+    assert main(["config", "copy", "llama3_8b", str(path)]) == 0
     text = shipped_configs()["llama3_8b"].read_text()
     assert path.read_text() == text.replace("train_configs/llama3_8b.toml", str(path))
     assert path.read_text().startswith(f"# CONFIG_FILE={path} ./run_llama_train.sh")
@@ -38,11 +42,11 @@ def test_a_copy_is_the_shipped_file(tmp_path: Path, capsys):
 
 
 def test_a_copy_in_a_folder_keeps_the_name(tmp_path: Path):
-    config_words.run(["copy", "debug_model.toml", str(tmp_path)])
+    main(["config", "copy", "debug_model.toml", str(tmp_path)])
     assert load_config([str(tmp_path / "debug_model.toml")]).config.training.steps == 200
 
 
-def test_nothing_is_overwritten(tmp_path: Path):
+def test_nothing_is_overwritten(tmp_path: Path, problem_of):
     path = tmp_path / "mine.toml"
     path.write_text("[training]\nbatch_size = 3\n")
     assert "exists already" in problem_of("copy", "llama3_8b", str(path))
@@ -50,12 +54,12 @@ def test_nothing_is_overwritten(tmp_path: Path):
     assert path.read_text() == "[training]\nbatch_size = 3\n"
 
 
-def test_what_cannot_be_written_is_told(tmp_path: Path):
+def test_what_cannot_be_written_is_told(tmp_path: Path, problem_of):
     path = str(tmp_path / "no" / "mine.toml")
     assert "cannot be written: No such file" in problem_of("copy", "llama3_8b", path)
 
 
-def test_a_full_disk_leaves_no_part_of_a_config(tmp_path: Path):
+def test_a_full_disk_leaves_no_part_of_a_config(tmp_path: Path, problem_of):
     path = tmp_path / "mine.toml"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -66,15 +70,15 @@ def test_a_full_disk_leaves_no_part_of_a_config(tmp_path: Path):
     assert "cannot be written: File too large" in problem and not path.exists()
 
 
-def test_a_wrong_name_is_told():
+def test_a_wrong_name_is_told(problem_of):
     assert 'did you mean "llama3_70b"?' in problem_of("copy", "lama3_70b", "x.toml")
     assert "write `torchtitan config copy NAME FILE`" in problem_of("copy", "llama3_8b")
     assert "write `torchtitan config convert OLD.toml [NEW.toml]`" in problem_of("convert")
 
 
-def test_a_package_without_configs_says_so(monkeypatch, tmp_path: Path):
+def test_a_package_without_configs_says_so(monkeypatch, tmp_path: Path, problem_of):
     monkeypatch.setattr(shipped, "CLONE", tmp_path)
-    monkeypatch.setattr(config_files, "CLONE", tmp_path)
+    monkeypatch.setattr(config_command, "CLONE", tmp_path)
     monkeypatch.setattr(shipped.metadata, "files", lambda name: None)
     assert "lists no configs" in problem_of("copy", "llama3_8b", str(tmp_path / "x.toml"))
 
@@ -128,7 +132,7 @@ def test_a_conversion_holds_what_the_file_says_and_no_more(tmp_path: Path, capsy
         "pipeline_parallel_degree = 2\n[fault_tolerance]\nenable = false\n"
         "[model.args]\nn_layers = 2\n"
     )
-    assert config_words.run(["convert", str(old)]) == 0
+    assert main(["config", "convert", str(old)]) == 0
     printed = capsys.readouterr()
     assert printed.out.split("\n\n", 1)[1] == (
         '[model]\nhandlers = [\n    "compile",\n]\n\n[model.args]\nn_layers = 2\n\n'
@@ -138,7 +142,7 @@ def test_a_conversion_holds_what_the_file_says_and_no_more(tmp_path: Path, capsy
     assert "notice: training.batch_size is training.local_batch_size today" in printed.err
 
 
-def test_what_is_refused_is_not_converted(tmp_path: Path):
+def test_what_is_refused_is_not_converted(tmp_path: Path, problem_of):
     old, new = tmp_path / "old.toml", tmp_path / "new.toml"
     old.write_text("[fault_tolerance]\nenable = true\n")
     assert "does not have fault tolerance" in problem_of("convert", str(old), str(new))
@@ -148,26 +152,27 @@ def test_what_is_refused_is_not_converted(tmp_path: Path):
 def test_lists(capsys):
     for name, expected in (
         ("configs", "for 8 GPUs of 80 GB"),
-        ("optimizers", "uses beta1, beta2, eps, implementation; args: patterns"),
+        ("optimizers", "uses beta1, beta2, eps, implementation; settings: patterns"),
         ("tokenizers", "bytes"),
     ):
-        assert list_words.run([name]) == 0
+        assert main(["list", name]) == 0
         assert expected in capsys.readouterr().out
-    list_words.run(["optimizers"])
+    main(["list", "optimizers"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(OPTIMIZERS)
 
 
 def test_the_help_has_every_list(capsys):
-    assert list_words.run(["--help"]) == 0
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
-    list_words.run([])
+    assert main(["list", "--help"]) == 0
+    rows = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) > 5
+    main(["list"])
     lists = [line for line in capsys.readouterr().out.splitlines() if line[:1] != " "]
     assert lists == [f"{name}:" for name in rows]
 
 
 def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):
-    list_words.run(["configs"])
+    main(["list", "configs"])
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [name for name, _ in rows] == list(shipped_configs())
     assert all(text.startswith("for ") for _, text in rows)

@@ -10,10 +10,15 @@ import pytest
 
 from tests.distributed import runs
 from tests.pool import GlooPool
-from torchtitan.commands.doctor import doctor
-from torchtitan.commands.doctor.bandwidth import MIB, AxisSpeed, GroupSpeed, measure_axis
+from torchtitan.cli import main
 from torchtitan.commands.doctor.findings import Finding, of_problem
-from torchtitan.commands.doctor.processes import axis_finding
+from torchtitan.commands.doctor.processes import (
+    MIB,
+    AxisSpeed,
+    GroupSpeed,
+    axis_finding,
+    measure_axis,
+)
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.distributed.context import DistributedContext
 
@@ -34,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def examine(*arguments: str, capsys: Any) -> tuple[int, dict[str, str]]:
     """The exit status, and the lines by subject."""
-    status = doctor.run(list(arguments))
+    status = main(["doctor", *arguments])
     return status, by_subject(capsys.readouterr().out)
 
 

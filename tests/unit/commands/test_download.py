@@ -130,14 +130,14 @@ REFUSED = {
     "no-repository": (
         ["--repo_id=mine/absent"],
         {},
-        ["there is none, or it is private", "check the spelling; if it is private, set HF_TOKEN"],
+        ["does not exist, or is private", "check the spelling; if it is private, set HF_TOKEN"],
     ),
     "no-repository-with-token": (
         ["--repo_id=mine/absent"],
         {"HF_TOKEN": READER},
-        ["there is none, or it is private", "check the spelling."],
+        ["does not exist, or is private", "check the spelling."],
     ),
-    "no-name": (["--repo_id=a/b/c"], {}, ["is no name of a repository", "OWNER/NAME"]),
+    "no-name": (["--repo_id=a/b/c"], {}, ["is not a repository name", "OWNER/NAME"]),
     "revision": (
         ["--repo_id=mine/open", "--revision=v9"],
         {},
@@ -206,7 +206,7 @@ def test_without_a_network(tmp_path: Path):
     assert "http://127.0.0.1:9 cannot be reached: " in nowhere.stderr
     offline = program(*arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert offline.returncode == 2
-    assert "HF_HUB_OFFLINE: is set, so that nothing is downloaded" in offline.stderr
+    assert "HF_HUB_OFFLINE: is set, which forbids downloads" in offline.stderr
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_the_scripts_and_a_token_on_the_command_line(hub: Hub, tmp_path: Path, s
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "torchtitan" / "datasets" / "tokenizer"
     assert (folder / "original" / "tokenizer.model").read_bytes() == TIKTOKEN
-    assert "others on this machine can see --hf_token" in result.stderr
+    assert "other users of this machine can see --hf_token" in result.stderr
     assert READER not in result.stdout + result.stderr
     kept = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(READER.encode() in file.read_bytes() for file in kept)

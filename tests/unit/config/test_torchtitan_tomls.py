@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from old_keys import COLUMNS, TOMLS
 
-from torchtitan.commands import config as config_words
-from torchtitan.commands import train as train_word
+from torchtitan.cli import main
 from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import load_config, load_toml
 from torchtitan.config.toml_file import read_toml
@@ -45,7 +44,7 @@ def test_it_passes_the_check_at_its_world_size(path: Path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZES[path.stem]))
     # Of what the larger ones read nothing is in the clone.
     expected = DONE if path.stem == "debug_model" else NOT_FOUND
-    assert train_word.run([str(path), "--check"]) == expected
+    assert main(["train", str(path), "--check"]) == expected
     printed = capsys.readouterr()
     assert "ok: llama3 " in printed.out
     assert "is not a" not in printed.err
@@ -61,16 +60,16 @@ def test_only_rank_0_tells_what_keys_are_today(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    train_word.run(arguments)
+    main(["train", *arguments])
     assert "notice: " not in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
-    train_word.run(arguments)
+    main(["train", *arguments])
     assert "notice: training.seed is debug.seed today\n" in capsys.readouterr().err
 
 
 def test_shown_with_today_s_keys(capsys):
     path = TOMLS / "early_2025" / "llama3_8b.toml"
-    assert config_words.run(["show", str(path), "--training.batch_size", "4"]) == 0
+    assert main(["config", "show", str(path), "--training.batch_size", "4"]) == 0
     printed = capsys.readouterr()
     shown = {line.split(" ")[0]: line for line in printed.out.splitlines()}
     assert shown["local_batch_size"].startswith("local_batch_size = 4")
@@ -98,12 +97,12 @@ def test_the_same_run_in_three_releases_is_the_same_config():
 @files
 def test_it_converts_to_today_s_keys(path: Path, tmp_path: Path, capsys):
     new = tmp_path / "new.toml"
-    assert config_words.run(["convert", str(path), str(new)]) == 0
+    assert main(["config", "convert", str(path), str(new)]) == 0
     assert "comments were not carried over" in capsys.readouterr().out
     assert load_toml(new) == load_toml(path)
     assert load_config([str(new)]).notices == ()
     assert len(leaves(read_toml(new))) <= len(leaves(read_toml(path))) + 1  # model.handlers
-    assert config_words.run(["convert", str(path)]) == 0
+    assert main(["config", "convert", str(path)]) == 0
     assert capsys.readouterr().out == new.read_text()
 
 

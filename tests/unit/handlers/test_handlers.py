@@ -349,7 +349,7 @@ def test_handlers_have_to_leave_something_to_train() -> None:
     dims = ParallelDims()
     with fake_world(0, 1):
         mesh = dims.build_mesh("cpu")
-        with pytest.raises(ConfigError, match="nothing is left to train after them"):
+        with pytest.raises(ConfigError, match="leave no parameter to train"):
             model_builder.build_model(
                 config, 64, mesh, dims, torch.device("meta"), initialise=False
             )

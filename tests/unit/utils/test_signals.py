@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from torchtitan.utils.signals import STOP_SIGNALS, StopRequest
+from torchtitan.utils.signals import STOP_SIGNALS, StopRequest, StopRequested
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -41,3 +41,13 @@ def test_what_nohup_ignores_stays_ignored() -> None:
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_before_the_loop_a_signal_ends_the_process() -> None:
+    with StopRequest(at_once=True) as stop:
+        with pytest.raises(StopRequested):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and not stop.interrupted
+    with StopRequest(at_once=True) as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.interrupted

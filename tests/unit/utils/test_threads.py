@@ -33,10 +33,11 @@ def test_choice_of_the_environment_stands(
     ("setting", "expected"), [("tuned", "spin allocator train"), ("system", "spin train")]
 )
 def test_process_is_set_up_before_torch_is_imported(setting: str, expected: str) -> None:
-    """The word `train`, with everything replaced that would take time."""
+    """The command `train` without what would take time."""
     script = f"""
 import sys, types
-from torchtitan.commands import train as train_word
+from torchtitan.cli import main
+from torchtitan.commands import train
 
 calls = []
 def note(name):
@@ -46,10 +47,10 @@ def note(name):
         return 0
     return call
 
-train_word.spin_briefly = note("spin")
-train_word.tune_cpu_allocator = note("allocator")
+train.spin_briefly = note("spin")
+train.tune_cpu_allocator = note("allocator")
 sys.modules["torchtitan.training.run"] = types.SimpleNamespace(run=note("train"))
-train_word.run(["--job.device=cpu", "--debug.cpu_allocator={setting}",
+main(["train", "--job.device=cpu", "--debug.cpu_allocator={setting}",
     "--job.dump_folder=/nonexistent/never", "--training.dataset=stdlib"])
 print(*calls)
 """

@@ -1,4 +1,4 @@
-"""What the doctor says about a process of a run on this machine: device, kernels, threads."""
+"""Findings about a process of a run on this machine: device, kernels, threads."""
 
 from collections.abc import Iterator
 
@@ -16,22 +16,22 @@ from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.process import set_up_process
 
 
-def facts_of_machine(config: JobConfig, place: ProcessEnvironment) -> RunContext:
-    """The config on what this process would train on."""
+def context_of_machine(config: JobConfig, place: ProcessEnvironment) -> RunContext:
+    """Return the context with the device that this process would train on."""
     try:
         kind = device_type(config.job.device)
-    except RuntimeError:  # the check of the hardware tells
+    except RuntimeError:  # the check of the hardware reports it
         kind = "cuda"
     return RunContext(config, place.world_size, kind)
 
 
 def machine_findings(context: RunContext, place: ProcessEnvironment) -> Iterator[Finding]:
-    """One after the other. Sets up threads and allocator, as a run does."""
+    """Yield the findings. Sets up threads and allocator as a run does."""
     problems = checks.check_environment(context)
     yield from (of_problem(problem) for problem in problems)
-    yield Finding(dist.is_available() and dist.is_gloo_available(), "gloo", "talks between CPUs")
+    yield Finding(dist.is_available() and dist.is_gloo_available(), "gloo", "for CPUs")
     if torch.cuda.is_available():
-        yield Finding(dist.is_nccl_available(), "nccl", "talks between GPUs")
+        yield Finding(dist.is_nccl_available(), "nccl", "for GPUs")
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / GIB
             text = f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
@@ -60,7 +60,7 @@ def _device(context: RunContext, place: ProcessEnvironment) -> str:
 
 
 def _attention(context: RunContext) -> str:
-    """Which kernel `models/attend.py` and `parallel/context/attention_kernels.py` come to."""
+    """Name the kernel that attention uses."""
     config = context.config
     if config.parallelism.context_parallel_degree > 1:
         method = config.parallelism.context_parallel_method
@@ -85,7 +85,7 @@ def _cpu_kernels() -> str:
 
 def _allocator(config: JobConfig) -> str:
     if config.debug.cpu_allocator == "system":
-        return "the system's, as it is (debug.cpu_allocator)"
+        return "the system's, untuned (debug.cpu_allocator)"
     if tune_cpu_allocator():
-        return "glibc's, told to keep its memory (debug.cpu_allocator)"
-    return "the system's, which is not glibc's and takes no advice"
+        return "glibc's, tuned to keep its memory (debug.cpu_allocator)"
+    return "the system's, which is not glibc's and cannot be tuned"
