@@ -82,9 +82,14 @@ def build_update(
     if config.optimizer.early_step_in_backward:
         wait_for_staging = saver.wait_for_staging if saver is not None else lambda: None
         return OptimizerInBackward(
-            optimizers, dims.ranks_per_stage, wait_for_staging, model.parameters[0]
+            optimizers,
+            dims.ranks_per_stage,
+            wait_for_staging,
+            model.parameters[0],
+            late=[copy for weight in model.tied for copy in weight.parameters],
+            uncounted=model.uncounted,
         )
-    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
+    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
 
 
 def build_nonfinite_guard(
@@ -154,6 +159,7 @@ def build_runner(
         cut=cut,
         is_loss_leader=is_loss_leader,
         streams=streams,
+        tied=model.tied,
     )
 
 

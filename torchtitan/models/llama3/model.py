@@ -161,8 +161,8 @@ class Llama(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
         """Moving the model from the meta device makes new parameters: keep the tied ones one."""
         super()._apply(fn, recurse)
-        if self.args.tied_embeddings:
-            assert self.output is not None and self.tok_embeddings is not None
+        if self.args.tied_embeddings and self.output is not None:
+            assert self.tok_embeddings is not None  # the last stage of a pipeline has it, too
             self.output.weight = self.tok_embeddings.weight
         return self
 

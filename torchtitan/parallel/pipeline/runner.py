@@ -18,6 +18,7 @@ from torchtitan.models.batch import Batch
 from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.parallel.pipeline.schedules import forward_ticks
 from torchtitan.parallel.pipeline.stages import PipelinePlan
+from torchtitan.parallel.pipeline.tied_weights import TiedWeight, sum_tied_gradients
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Loss, add_over_ranks, over_ranks, terms_of
 from torchtitan.utils.dtypes import at_least_float32
@@ -50,12 +51,13 @@ class PipelineRunner:
         cut: Callable[[Batch], Batch] | None = None,
         is_loss_leader: bool = True,
         streams: RandomStreams | None = None,
+        tied: Sequence[TiedWeight] = (),
     ):
         """`parts` are the stages that `plan` gives this rank of `group` (the ranks along the
         pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
         `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
         hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `cut`, `is_loss_leader`
-        and `streams` are those of `SPMDRunner`."""
+        and `streams` are those of `SPMDRunner`. `tied`: this rank's copies of tied weights."""
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}
@@ -75,6 +77,7 @@ class PipelineRunner:
         self.streams = RandomStreams(0, device) if streams is None else streams
         for part in parts:
             self.streams.attach(part)
+        self._tied = tuple(tied)
         self._pieces: list[Batch] = []
         self._num_targets = 0
         self._connected = False
@@ -95,6 +98,7 @@ class PipelineRunner:
         # microbatch's number, the loss finds all the rest.
         target = torch.arange(len(self._pieces))
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
+        sum_tied_gradients(self._tied, self._group, self._device)
         self.streams.end_microbatches()
         total = self._zero()
         for microbatch_loss in losses:
