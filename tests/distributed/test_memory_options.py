@@ -26,7 +26,6 @@ from tests.parity.table import (
 )
 from tests.pool import GlooPool
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.optim.lr_scheduler import set_learning_rates
@@ -63,7 +62,7 @@ class Trained(NamedTuple):
 def train(world: DistributedContext, case: Case) -> Trained:
     torch._dynamo.reset()
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     with (
         mock.patch.object(data_parallel, "fully_shard", wraps=fully_shard) as sharding,

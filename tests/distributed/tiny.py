@@ -161,7 +161,7 @@ def train(world: DistributedContext, case: Case) -> Result:
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)

@@ -20,8 +20,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.parallel import data_parallel, runner
-from torchtitan.parallel.context import ring_attention as spread_attention
-from torchtitan.parallel.context.context_parallel import ContextParallel, SpreadMasks
+from torchtitan.parallel.context import ring_attention
+from torchtitan.parallel.context.context_parallel import ContextParallel, ContextParallelMaskBuilder
 from torchtitan.parallel.context.sequence_layout import Block, Call, SequenceLayout
 from torchtitan.parallel.runner import SPMDRunner
 from torchtitan.parallel.tensor_parallel import ParallelStyle, TensorStyles
@@ -183,7 +183,7 @@ def positions_are_not_permuted(patches: Patches) -> None:
         share["positions"] = batch["positions"].chunk(self.layout.degree, 1)[self.rank]
         return share
 
-    patches.put(ContextParallel, "cut", in_order)
+    patches.put(ContextParallel, "shard_batch", in_order)
 
 
 @shows_on(row(RING, cp=2))
@@ -205,7 +205,7 @@ def mask_is_for_a_sequence_in_order(patches: Patches) -> None:
 @shows_on(row(RING, cp=2, **PACKED))
 def documents_are_ignored(patches: Patches) -> None:
     """Attention over several ranks is plainly causal."""
-    patches.put(SpreadMasks, "forward", lambda original, self, *batch: None)
+    patches.put(ContextParallelMaskBuilder, "forward", lambda original, self, *batch: None)
 
 
 @shows_on(row(RING, cp=2, **PACKED))
@@ -215,7 +215,7 @@ def documents_are_counted_in_each_share(patches: Patches) -> None:
     def from_zero(original, queries, keys, call):
         return original(queries - queries[:, :1], keys - keys[:, :1], call)
 
-    patches.put(spread_attention, "_same_document", from_zero)
+    patches.put(ring_attention, "_same_document", from_zero)
 
 
 @shows_on(row(RING, cp=2, **PACKED))
@@ -230,7 +230,7 @@ def queries_that_see_nothing_count(patches: Patches) -> None:
         kernel = original(part)
         return kernel._replace(forward=forward)
 
-    patches.put(spread_attention, "choose_kernel", believed)
+    patches.put(ring_attention, "choose_kernel", believed)
 
 
 @shows_on(row(RING, cp=2))
@@ -244,7 +244,7 @@ def backward_normalises_by_one_share(patches: Patches) -> None:
         kernel = original(part)
         return kernel._replace(backward=backward)
 
-    patches.put(spread_attention, "choose_kernel", of_share)
+    patches.put(ring_attention, "choose_kernel", of_share)
 
 
 @shows_on(row(RING, cp=2))
@@ -258,7 +258,7 @@ def labels_are_shifted_in_each_share(patches: Patches) -> None:
         share["labels"] = labels.masked_fill(share["labels"] == IGNORE_INDEX, IGNORE_INDEX)
         return share
 
-    patches.put(ContextParallel, "cut", shift)
+    patches.put(ContextParallel, "shard_batch", shift)
 
 
 @shows_on(row(ALLGATHER, cp=2, **TIED))

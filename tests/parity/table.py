@@ -12,7 +12,6 @@ from typing import Any
 from tests.distributed.tiny import Case
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.registry import loss_settings
 
@@ -310,7 +309,7 @@ TABLE += [*OWN_MODELS, *TIED_PIPELINES]
 
 def dims_of(case: Case) -> ParallelDims:
     """The degrees of a row."""
-    return ParallelDims.from_context(RunContext(case.config(), case.world_size, "cpu"))
+    return ParallelDims.from_section(case.config().parallelism, case.world_size)
 
 
 def kinds_of(case: Case) -> frozenset[str]:

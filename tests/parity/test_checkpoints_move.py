@@ -89,7 +89,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     """From what the folder holds, or the start, to step `last`."""
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     device_mesh = dims.build_mesh("cpu")
     saver = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
     loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), saver)

@@ -65,14 +65,10 @@ class ModelArgs(Section):
 
 @dataclass(frozen=True)
 class WrapUnit:
-    """Modules whose parameters are gathered, used and freed together.
-
-    `mesh` is the *meaning* of the mesh to shard over: "dense" is every data rank.
-    """
+    """Modules whose parameters are gathered, used and freed together."""
 
     name: str
     modules: tuple[nn.Module, ...]
-    mesh: str = "dense"
 
 
 @dataclass(frozen=True)

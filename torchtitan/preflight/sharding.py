@@ -48,7 +48,10 @@ def _problems(context: RunContext) -> list[ConfigIssue]:
     from torchtitan.preflight.tensor_parallel import DEGREE_KEY
     from torchtitan.utils.dtypes import default_dtype, torch_dtype
 
-    config, dims = context.config, ParallelDims.from_context(context)
+    config, dims = (
+        context.config,
+        ParallelDims.from_section(context.config.parallelism, context.world_size),
+    )
     try:
         family = get_family(config.model.name)
         args = family.resolve(config.model)

@@ -122,7 +122,9 @@ def build_runner(
     loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
     is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
-    cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
+    shard_batch = None
+    if dims.cp > 1:
+        shard_batch = ContextParallel.from_section(section, mesh["cp"]).shard_batch
     streams = RandomStreams(
         config.debug.seed,
         device,
@@ -138,7 +140,7 @@ def build_runner(
             device,
             names,
             evaluation_loss=evaluation_loss,
-            cut=cut,
+            shard_batch=shard_batch,
             is_loss_leader=is_loss_leader,
             streams=streams,
         )
@@ -156,7 +158,7 @@ def build_runner(
         hidden_dtype=torch_dtype(config.training.mixed_precision_param),
         tensor_parallel_degree=dims.tp,
         evaluation_loss=evaluation_loss,
-        cut=cut,
+        shard_batch=shard_batch,
         is_loss_leader=is_loss_leader,
         streams=streams,
         tied=model.tied,

@@ -36,7 +36,7 @@ class PipelinePlan:
 
     stages: tuple[tuple[str, ...], ...]
     """The names of each stage's modules."""
-    holders: tuple[int, ...]
+    stage_to_rank: tuple[int, ...]
     """The rank along the pipeline that holds each stage."""
     tied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By first name, the weights that two stages share (`find_tied_weights`), with these stages."""
@@ -48,7 +48,7 @@ class PipelinePlan:
 
     def held_by(self, rank: int) -> list[int]:
         """The stages of a rank, in order."""
-        return [stage for stage, holder in enumerate(self.holders) if holder == rank]
+        return [stage for stage, holder in enumerate(self.stage_to_rank) if holder == rank]
 
     def stages_with(self, name: str) -> list[int]:
         """Return the stages that hold a parameter of this full name: all, if in none's modules."""
@@ -85,16 +85,16 @@ def plan_pipeline(context: RunContext, modules: Mapping[str, int]) -> PipelinePl
         raise ConfigError(ConfigIssue(DEGREE_KEY, problem, "set it to 1", degree))
     path = section.pipeline_parallel_schedule_csv
     if path:
-        holders = read_schedule(path, degree, context.pipeline_microbatches).holders
+        stage_to_rank = read_schedule(path, degree, context.pipeline_microbatches).stage_to_rank
     else:
-        holders = _holders(section, len(blocks))
+        stage_to_rank = _holders(section, len(blocks))
     if section.module_fqns_per_model_part:
-        stages = _named_stages(section, modules, len(holders))
+        stages = _named_stages(section, modules, len(stage_to_rank))
     elif section.pipeline_parallel_split_points:
-        stages = _split_stages(section, modules, len(holders))
+        stages = _split_stages(section, modules, len(stage_to_rank))
     else:
-        stages = _balanced_stages(section, modules, blocks, len(holders))
-    return PipelinePlan(tuple(map(tuple, stages)), holders)
+        stages = _balanced_stages(section, modules, blocks, len(stage_to_rank))
+    return PipelinePlan(tuple(map(tuple, stages)), stage_to_rank)
 
 
 def find_tied_weights(

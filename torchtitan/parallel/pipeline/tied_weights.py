@@ -61,7 +61,7 @@ def tied_weights_of(
     found = []
     for name, stages in plan.tied.items():
         copies = [dict(held[stage].named_parameters())[name] for stage in stages if stage in held]
-        peers = [plan.holders[stage] for stage in stages if stage not in held]
+        peers = [plan.stage_to_rank[stage] for stage in stages if stage not in held]
         if copies:
             peer = peers[0] if peers else None
             found.append(TiedWeight(tuple(copies), peer, is_counted=stages[0] in held))
