@@ -64,7 +64,6 @@ def measure(flavor: str, ranks: int, threads: int) -> dict[str, float]:
     from torch.distributed.tensor import DTensor
 
     from torchtitan.config import JobConfig
-    from torchtitan.config.run_context import RunContext
     from torchtitan.distributed.context import fake_world
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.parallel.initialize import initialize_parameters
@@ -72,7 +71,7 @@ def measure(flavor: str, ranks: int, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     config = JobConfig.model_validate({"model": {"flavor": flavor}})
-    dims = ParallelDims.from_context(RunContext(config, ranks, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, ranks)
     with fake_world(0, ranks):
         mesh = dims.build_mesh("cpu")
         device = torch.device("cpu")

@@ -15,7 +15,6 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import find, make_store
 from tests.parity.table import row
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, plain_tensor
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.batch import Batch
@@ -102,7 +101,7 @@ def train(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     optimizers = build_optimizers(

@@ -64,7 +64,7 @@ class ScaledAttention(Attention):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         q, k = apply_rope(q, rotations), apply_rope(k, rotations)
-        out, _ = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 

@@ -18,7 +18,6 @@ from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -90,7 +89,7 @@ def built(case: Case, handlers: list[str], device: str = "cpu", initialise: bool
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"handlers": tuple(handlers)})}
     )
-    dims = ParallelDims.from_context(RunContext(config, case.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, case.world_size)
     return model_builder.build_model(
         config, tiny.VOCAB_SIZE, dims.build_mesh("cpu"), dims, torch.device(device), initialise
     )

@@ -83,7 +83,7 @@ def cut(world: DistributedContext, method: str) -> Batch:
     context = ContextParallel(method, layout, world.control_group)
     values = torch.arange(16).view(2, 8)
     batch = Batch(dict.fromkeys(("tokens", "labels", "positions", "document_ids", "new"), values))
-    return context.cut(Batch({**batch, "other": torch.arange(8)}))
+    return context.shard_batch(Batch({**batch, "other": torch.arange(8)}))
 
 
 @pytest.mark.parametrize(

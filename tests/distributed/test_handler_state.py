@@ -20,7 +20,6 @@ from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.config import CheckpointError
-from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -75,7 +74,7 @@ def _go_on(
     world: DistributedContext, case: Case, folder: str, section: dict[str, Any]
 ) -> dict[str, Any]:
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     manager = CheckpointManager(
         Checkpoint(enable=True, **section), make_store(world, folder, **section), world

@@ -14,7 +14,6 @@ from tests.distributed.tiny import Case
 from tests.parity.table import row
 from tests.pool import GlooPool
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -87,7 +86,7 @@ def step_with_nan(world: DistributedContext, case: Case) -> tuple[bool, bool, in
     """One gradient element of the last rank's is not a number: what this rank makes of it, whether
     its weights stay, and how many moments are other than zero."""
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)

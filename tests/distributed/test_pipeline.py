@@ -122,7 +122,7 @@ def build(
     world: DistributedContext, case: Case
 ) -> tuple[model_builder.BuiltModel, PipelineRunner, list[Batch]]:
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
@@ -201,7 +201,12 @@ def test_each_tensor_is_on_one_stage(gloo_pool: GlooPool) -> None:
 def _described(world: DistributedContext, case: Case) -> str:
     model, _, _ = build(world, case)
     context = RunContext(case.config(), world.world_size, "cpu")
-    return builder.describe(context, ParallelDims.from_context(context), world, model)
+    return builder.describe(
+        context,
+        ParallelDims.from_section(context.config.parallelism, context.world_size),
+        world,
+        model,
+    )
 
 
 def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:

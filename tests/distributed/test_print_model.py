@@ -8,7 +8,6 @@ from torch import nn
 
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.registry import HANDLERS, register_handler
@@ -36,7 +35,7 @@ def log_of_building(world: DistributedContext, case: Case) -> str:
     if "marks" not in HANDLERS:  # in a rank's process only, where no other test looks
         register_handler("marks")(Marks)
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     with contextlib.redirect_stderr(io.StringIO()) as log:
         init_logging(world.rank)
         model_builder.build_model(config, VOCAB_SIZE, dims.build_mesh("cpu"), dims, world.device)

@@ -15,7 +15,7 @@ from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
 from torchtitan.parallel.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.parallel.context import ring_attention as spread_attention
+from torchtitan.parallel.context import ring_attention
 from torchtitan.parallel.context.context_parallel import ContextParallel, apply_context_parallel
 from torchtitan.parallel.context.sequence_layout import SequenceLayout
 
@@ -98,7 +98,7 @@ def differences(world: DistributedContext, setting: Setting) -> list[float]:
     ]
     model = Model(setting.window)
     apply_context_parallel(model, context)
-    out, _ = model(*own, ids)
+    out = model(*own, ids)
     found = torch.autograd.grad(out, own, share(whole[3]), retain_graph=True)
     again = torch.autograd.grad(out, own, share(whole[3]))
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
@@ -146,7 +146,7 @@ def test_windows(
 
 def calls_of_kernels(world: DistributedContext, setting: Setting) -> tuple[int, int]:
     """Forwards of kernels on this rank, and of these how many with a mask."""
-    context, seen, choose = setting.context(world), [], spread_attention.choose_kernel
+    context, seen, choose = setting.context(world), [], ring_attention.choose_kernel
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
     model = Model(setting.window)
     apply_context_parallel(model, context)
@@ -156,7 +156,7 @@ def calls_of_kernels(world: DistributedContext, setting: Setting) -> tuple[int, 
         return choose(part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spread_attention, "choose_kernel", watched)
+        patch.setattr(ring_attention, "choose_kernel", watched)
         model(*(share(x) for x in setting.inputs()[:3]), None)
     return sum(size for size, _ in seen), sum(masked for _, masked in seen)
 
@@ -189,7 +189,7 @@ def merged_types(world: DistributedContext, setting: Setting) -> set[torch.dtype
     """What the results of calls are merged into."""
     context = setting.context(world)
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
-    model, seen, merge = Model(), set(), spread_attention.merge
+    model, seen, merge = Model(), set(), ring_attention.merge
     apply_context_parallel(model, context)
 
     def watched(out: Tensor, lse: Tensor, *part: Tensor) -> None:
@@ -197,7 +197,7 @@ def merged_types(world: DistributedContext, setting: Setting) -> set[torch.dtype
         merge(out, lse, *part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spread_attention, "merge", watched)
+        patch.setattr(ring_attention, "merge", watched)
         model(*(share(x) for x in setting.inputs()[:3]), None)
     return seen
 
@@ -216,9 +216,9 @@ def log_sum_exp(world: DistributedContext, setting: Setting) -> tuple[Tensor, Te
         ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril(), -torch.inf
     )
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
-    model = Model()
-    apply_context_parallel(model, context)
-    _, lse = model(share(q).requires_grad_(), share(k), share(v), None)
+    place = context.method, context.layout.balanced, context.group.group_name
+    own = share(q).requires_grad_(), share(k), share(v)
+    _, lse = ring_attention.context_parallel_attention(*own, None, None, None, *place)
     assert not lse.requires_grad
     return lse, share(scores.logsumexp(-1))
 
@@ -233,12 +233,10 @@ def check_operator(world: DistributedContext, setting: Setting) -> None:
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)
     own = [share(x).requires_grad_() for x in setting.inputs()[:3]]
     levels = (
-        None
-        if ids is None
-        else spread_attention.visibility_levels(ids, context.layout, context.rank)
+        None if ids is None else ring_attention.visibility_levels(ids, context.layout, context.rank)
     )
     place = (setting.window, setting.method, setting.balanced, context.group.group_name)
-    library.opcheck(spread_attention.spread_attention, (*own, ids, levels, *place))
+    library.opcheck(ring_attention.context_parallel_attention, (*own, ids, levels, *place))
 
 
 @pytest.mark.parametrize(("documents", "window"), [("none", None), ("long", None), ("long", 7)])
@@ -256,7 +254,7 @@ class Count(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += func is torch.ops.torchtitan.spread_attention.default
+        self.calls += func is torch.ops.torchtitan.context_parallel_attention.default
         return func(*args, **(kwargs or {}))
 
 
@@ -266,7 +264,7 @@ def forwards_in_backward(world: DistributedContext, option: str) -> int:
     section = ActivationCheckpoint(mode="selective", selective_ac_option=option)
     apply_activation_checkpoint({"layers.0": model}, section)
     q = torch.randn(1, 2, 8, 8, requires_grad=True)
-    out, _ = model(q, q, q, None)
+    out = model(q, q, q, None)
     with Count() as count:
         out.sum().backward()
     return count.calls

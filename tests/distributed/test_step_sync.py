@@ -11,7 +11,7 @@ from tests.pool import GlooPool, RankFailure
 from torchtitan.config import DataError, NonFiniteError
 from torchtitan.distributed.context import DistributedContext, set_timeout
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.step_sync import StepInfo, start_exchange
+from torchtitan.distributed.step_sync import StepInfo, start_step_sync
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 
@@ -26,7 +26,7 @@ QUIET: dict[str, Any] = {
 
 
 def _exchange(world: DistributedContext, by_rank: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    pending = start_exchange(world, **{**QUIET, **by_rank.get(world.rank, {})})
+    pending = start_step_sync(world, **{**QUIET, **by_rank.get(world.rank, {})})
     return dataclasses.asdict(pending.wait())
 
 

@@ -19,7 +19,6 @@ from tests.distributed import tiny
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCTOR, parallelism, row
 from tests.pool import GlooPool
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model import Llama
@@ -33,7 +32,7 @@ LAYERS = 2
 
 def build(world: DistributedContext, case: Case) -> tuple[model_builder.BuiltModel, Any]:
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     return model, builder.build_runner(config, model, mesh, dims, world.device)

@@ -85,7 +85,7 @@ def validate(
     section = {"enable": True, "sets": sets, "local_batch_size": 2}
     config = replace(case, settings={**case.settings, "validation": section}).config()
     context = RunContext(config, world.world_size, "cpu")
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
     model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
@@ -106,7 +106,7 @@ def count_plainly(
     """The same from one sequence at a time and the formula, without runner and validator."""
     section = {"enable": True, "sets": sets, "local_batch_size": 1}
     config = replace(case, settings={"validation": section}).config()
-    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, 1)
     mesh = dims.build_mesh("cpu")
     tokenizer = build_tokenizer("bytes")
     model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)

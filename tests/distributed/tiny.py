@@ -161,7 +161,7 @@ def train(world: DistributedContext, case: Case) -> Result:
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
@@ -174,7 +174,7 @@ def train(world: DistributedContext, case: Case) -> Result:
     for step in range(1, NUM_STEPS + 1):
         runner.streams.step = step
         loss = runner.forward_backward(batches, num_targets)
-        norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+        norm = gradient_norm(model.parameters, dims.ranks_per_stage, model.uncounted)
         clip_gradients(model.parameters, norm, MAX_NORM)
         for optimizer in optimizers:
             optimizer.step()
@@ -194,6 +194,8 @@ def collect(
     states = {key: state for optimizer in optimizers for key, state in optimizer.state.items()}
     for part in parts:
         for name, parameter in part.named_parameters():
+            if name in result.parameters:  # both copies of a tied weight are on this rank
+                assert np.array_equal(result.parameters[name].values, _part_of(parameter).values)
             result.parameters[name] = _part_of(parameter)
             for kind, value in states.get(parameter, {}).items():
                 if value.dim():  # not the count of steps

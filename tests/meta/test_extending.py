@@ -72,4 +72,3 @@ def test_what_is_refused_is_told() -> None:
     assert has("`float8`, sent in float8", "DDP")
     assert has("`mxfp8`, on CPUs", "all", "Blackwell")
     assert has("`compile`", "has to come after", "`float8`")
-    assert has("llama3 1B", "pipeline", "tied_embeddings")

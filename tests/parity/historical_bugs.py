@@ -5,74 +5,27 @@ training has ended, and the row of the parity table that has to notice it: the s
 can. None of them crashes; that is why they lived long elsewhere.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import Partial, Replicate
 
 from tests.distributed import tiny
-from tests.distributed.tiny import Case, Result
-from tests.parity.table import ALLGATHER, FULL, PACKED, REGULARISED, RING, TIED, row
+from tests.distributed.tiny import Result
+from tests.parity import pipeline_bugs  # noqa: F401 (adds its mistakes to BUGS)
+from tests.parity.bugs import BUGS, Patches, shows_on, square_sum
+from tests.parity.table import ALLGATHER, PACKED, REGULARISED, RING, TIED, row
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
-from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.parallel import data_parallel, runner
-from torchtitan.parallel.context import ring_attention as spread_attention
-from torchtitan.parallel.context.context_parallel import ContextParallel, SpreadMasks
+from torchtitan.parallel.context import ring_attention
+from torchtitan.parallel.context.context_parallel import ContextParallel, ContextParallelMaskBuilder
 from torchtitan.parallel.context.sequence_layout import Block, Call, SequenceLayout
-from torchtitan.parallel.pipeline import runner as pipeline_runner
-from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.parallel.runner import SPMDRunner
 from torchtitan.parallel.tensor_parallel import ParallelStyle, TensorStyles
 from torchtitan.training import model_builder
-
-
-class Patches(ExitStack):
-    """Replaced functions, which are put back at the end."""
-
-    calls = 0
-    """Of all that was put in place of something."""
-
-    def put(self, owner: Any, name: str, mistake: Callable[..., Any]) -> None:
-        """Call `mistake(original, *args)` instead of the function, method or property `name`."""
-        original = vars(owner)[name]
-        function = original.fget if isinstance(original, property) else original
-
-        @wraps(function)
-        def wrong(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return mistake(function, *args, **kwargs)
-
-        setattr(owner, name, property(wrong) if isinstance(original, property) else wrong)
-        self.callback(setattr, owner, name, original)
-
-
-@dataclass(frozen=True)
-class Bug:
-    """A mistake, and where it shows."""
-
-    put_back: Callable[[Patches], None]
-    case: Case
-
-
-BUGS: dict[str, Bug] = {}
-
-
-def shows_on(case: Case) -> Callable[[Callable[[Patches], None]], Callable[[Patches], None]]:
-    """Register a mistake with a row of the table."""
-
-    def register(put_back: Callable[[Patches], None]) -> Callable[[Patches], None]:
-        BUGS[put_back.__name__] = Bug(put_back, case)
-        return put_back
-
-    return register
 
 
 def train_wrongly(world: DistributedContext, name: str) -> tuple[Result, int]:
@@ -131,7 +84,7 @@ def only_the_first_microbatch_is_reduced(patches: Patches) -> None:
 @shows_on(row(shard=2))
 def norm_of_the_own_shard(patches: Patches) -> None:
     """Every rank clips by the norm of what it holds."""
-    patches.put(tiny, "gradient_norm", lambda original, *args: _square_sum(*args).sqrt())
+    patches.put(tiny, "gradient_norm", lambda original, *args: square_sum(*args).sqrt())
 
 
 @shows_on(row(replicate=2))
@@ -230,7 +183,7 @@ def positions_are_not_permuted(patches: Patches) -> None:
         share["positions"] = batch["positions"].chunk(self.layout.degree, 1)[self.rank]
         return share
 
-    patches.put(ContextParallel, "cut", in_order)
+    patches.put(ContextParallel, "shard_batch", in_order)
 
 
 @shows_on(row(RING, cp=2))
@@ -252,7 +205,7 @@ def mask_is_for_a_sequence_in_order(patches: Patches) -> None:
 @shows_on(row(RING, cp=2, **PACKED))
 def documents_are_ignored(patches: Patches) -> None:
     """Attention over several ranks is plainly causal."""
-    patches.put(SpreadMasks, "forward", lambda original, self, *batch: None)
+    patches.put(ContextParallelMaskBuilder, "forward", lambda original, self, *batch: None)
 
 
 @shows_on(row(RING, cp=2, **PACKED))
@@ -262,7 +215,7 @@ def documents_are_counted_in_each_share(patches: Patches) -> None:
     def from_zero(original, queries, keys, call):
         return original(queries - queries[:, :1], keys - keys[:, :1], call)
 
-    patches.put(spread_attention, "_same_document", from_zero)
+    patches.put(ring_attention, "_same_document", from_zero)
 
 
 @shows_on(row(RING, cp=2, **PACKED))
@@ -277,7 +230,7 @@ def queries_that_see_nothing_count(patches: Patches) -> None:
         kernel = original(part)
         return kernel._replace(forward=forward)
 
-    patches.put(spread_attention, "choose_kernel", believed)
+    patches.put(ring_attention, "choose_kernel", believed)
 
 
 @shows_on(row(RING, cp=2))
@@ -291,7 +244,7 @@ def backward_normalises_by_one_share(patches: Patches) -> None:
         kernel = original(part)
         return kernel._replace(backward=backward)
 
-    patches.put(spread_attention, "choose_kernel", of_share)
+    patches.put(ring_attention, "choose_kernel", of_share)
 
 
 @shows_on(row(RING, cp=2))
@@ -305,7 +258,7 @@ def labels_are_shifted_in_each_share(patches: Patches) -> None:
         share["labels"] = labels.masked_fill(share["labels"] == IGNORE_INDEX, IGNORE_INDEX)
         return share
 
-    patches.put(ContextParallel, "cut", shift)
+    patches.put(ContextParallel, "shard_batch", shift)
 
 
 @shows_on(row(ALLGATHER, cp=2, **TIED))
@@ -314,87 +267,7 @@ def gradients_stay_apart_along_the_sequence(patches: Patches) -> None:
     patches.put(ParallelDims, "shard_mesh", lambda original, self, mesh: mesh["dp_shard"])
 
 
-@shows_on(row(pp=2, schedule="GPipe"))
-def pipeline_averages_over_microbatches(patches: Patches) -> None:
-    """The default of torch's schedules."""
-
-    def scaled(original, *args):
-        schedule = original(*args)
-        schedule.scale_grads = True
-        return schedule
-
-    patches.put(pipeline_runner, "build_pipeline_schedule", scaled)
-
-
-@shows_on(row(pp=2, schedule="GPipe"))
-def pipeline_divides_after_the_backward(patches: Patches) -> None:
-    """The reported loss is a mean, the gradients are those of the sum."""
-
-    def undivided(original, self, hidden, index):
-        return original(self, hidden, index) * self._num_targets
-
-    def divide(original, self, batches, num_targets):
-        return original(self, batches, num_targets) / num_targets
-
-    patches.put(PipelineRunner, "_loss_of_step", undivided)
-    patches.put(PipelineRunner, "forward_backward", divide)
-
-
-@shows_on(row(pp=2, schedule="GPipe"))
-def norm_of_the_own_stage(patches: Patches) -> None:
-    """Every stage clips by its own norm."""
-    patches.put(tiny, "gradient_norm", lambda original, *args: _square_sum(*args).sqrt())
-
-
-@shows_on(row(FULL, pp=2, schedule="1F1B", microbatches=2, **PACKED))
-def pipeline_forgets_accumulated_gradients(patches: Patches) -> None:
-    """Setting up the stages for the next batch clears them."""
-
-    def one_by_one(original, self, batches, num_targets):
-        total = torch.zeros(())
-        for batch in batches:
-            for part in self._stages.values():
-                part.zero_grad()
-            total = total + original(self, [batch], num_targets)
-        return total
-
-    patches.put(PipelineRunner, "forward_backward", one_by_one)
-
-
-@shows_on(row(FULL, pp=2, schedule="1F1B", microbatches=2, **PACKED))
-def pipeline_reuses_the_first_documents(patches: Patches) -> None:
-    """What is not handed from stage to stage is that of the first microbatch."""
-
-    def of_first(original, self, batches):
-        pieces = original(self, batches)
-        return [Batch(piece, document_ids=pieces[0]["document_ids"]) for piece in pieces]
-
-    patches.put(PipelineRunner, "_split", of_first)
-
-
-@shows_on(row(pp=2, schedule="GPipe"))
-def depth_is_counted_in_each_stage(patches: Patches) -> None:
-    """Initial weights that depend on the depth take every stage for the first."""
-
-    def from_zero(original, named, rule, seed):
-        first = min(int(name.split(".")[1]) for name, _ in named if name.startswith("layers."))
-
-        def rule_of_stage(name):
-            kind, depth, *rest = name.split(".")
-            return rule(".".join([kind, str(int(depth) - first), *rest]) if rest else name)
-
-        original(named, rule_of_stage, seed)
-
-    patches.put(model_builder, "initialize_tensors", from_zero)
-
-
-def _square_sum(parameters, *_) -> torch.Tensor:
-    """Of the gradients that this rank holds."""
-    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-    return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-
-
 def _norm_of_all_ranks(_original, parameters, *_) -> torch.Tensor:
-    total = _square_sum(parameters)
+    total = square_sum(parameters)
     dist.all_reduce(total)
     return total.sqrt()

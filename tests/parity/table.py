@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.distributed.tiny import Case
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
-from torchtitan.config.run_context import RunContext
+from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.registry import loss_settings
 
@@ -304,12 +304,12 @@ WINDOWED = [
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
-TABLE += OWN_MODELS
+TABLE += [*OWN_MODELS, *TIED_PIPELINES]
 
 
 def dims_of(case: Case) -> ParallelDims:
     """The degrees of a row."""
-    return ParallelDims.from_context(RunContext(case.config(), case.world_size, "cpu"))
+    return ParallelDims.from_section(case.config().parallelism, case.world_size)
 
 
 def kinds_of(case: Case) -> frozenset[str]:
@@ -321,12 +321,8 @@ def kinds_of(case: Case) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def special_of(case: Case) -> list[str]:
+def special_of(case: Case) -> Iterator[str]:
     """What the row has beside its mesh, in words."""
-    return list(_special(case))
-
-
-def _special(case: Case) -> Iterator[str]:
     config = case.config()
     mesh, recompute = config.parallelism, config.activation_checkpoint
     if case.family != Case.family:

@@ -61,6 +61,9 @@ MOVES = [
     (mesh(shard=2, cp=2, tp=2, pp=2, **LOOP), mesh()),
     (row(shard=2, tp=2, **TIED), row(replicate=2, cp=2, **TIED)),
     (row(replicate=2, cp=2, **TIED), row(tp=4, **TIED)),
+    (mesh(**TIED), mesh(pp=2, **V, **TIED)),
+    (mesh(pp=2, **V, **TIED), mesh(shard=2, tp=2, pp=2, **LOOP, **TIED)),
+    (mesh(shard=2, tp=2, pp=2, **LOOP, **TIED), mesh(**TIED)),
     (mesh(shard=2, **SHARED), mesh(tp=2, pp=2, **ONE_EACH, **SHARED)),
     (mesh(tp=2, **ADAPTED), mesh(shard=2, **ADAPTED)),
 ]
@@ -86,7 +89,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     """From what the folder holds, or the start, to step `last`."""
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     device_mesh = dims.build_mesh("cpu")
     manager = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
     loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), manager)
@@ -111,7 +114,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
         read = (batch["tokens"] for batch in data.microbatches)
         leg.samples[step] = [digest(sequence) for tokens in read for sequence in tokens]
         leg.losses[step] = runner.forward_backward(batches, num_targets).item()
-        norm = gradient_norm(model.parameters, dims.ranks_per_stage)
+        norm = gradient_norm(model.parameters, dims.ranks_per_stage, model.uncounted)
         clip_gradients(model.parameters, norm, tiny.MAX_NORM)
         leg.norms[step] = norm.item()
         for optimizer in optimizers:

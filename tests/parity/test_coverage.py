@@ -70,8 +70,7 @@ def test_every_way_to_spread_a_sequence() -> None:
 @pytest.mark.parametrize("kind", [*DATA, *OTHERS])
 def test_each_kind_meets_every_variant(kind: str) -> None:
     special = {s for case, kinds in zip(TABLE, KINDS) if kind in kinds for s in special_of(case)}
-    wanted = {"packed", "accumulates 2", "checkpointing full", "checkpointing op"}
-    wanted |= {"tied"} if kind != "pp" else set()  # a pipeline refuses tied embeddings
+    wanted = {"tied", "packed", "accumulates 2", "checkpointing full", "checkpointing op"}
     assert wanted <= special
     assert any(words.startswith("compiled") for words in special)
 

@@ -15,7 +15,6 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.faults.saving import digest
 from tests.parity.table import TIED, name_of, row
 from tests.pool import GlooPool
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.registry import get_family
@@ -55,7 +54,7 @@ def build(
     world: DistributedContext, case: Case, vocab_size: int = VOCAB_SIZE, initialise: bool = True
 ) -> model_builder.BuiltModel:
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     return model_builder.build_model(config, vocab_size, mesh, dims, world.device, initialise)
 

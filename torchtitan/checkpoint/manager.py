@@ -19,6 +19,7 @@ from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
 from torchtitan.checkpoint.manifest import HANDLERS_STATE, InvalidCheckpoint, select_tensors
 from torchtitan.checkpoint.state import (
     exported_tensors,
+    fill_copies,
     model_tensors,
     non_finite_tensors,
     optimizer_tensors,
@@ -186,6 +187,7 @@ class CheckpointManager:
             self._store.require_space(model | optimizer)
         if self._initial is not None:
             self._initial.load(model, optimizer, handlers)
+            fill_copies(model_parts, optimizers)
             self._require_finite_start(
                 self._section.initial_load_path, model | optimizer, model_parts
             )
@@ -195,6 +197,7 @@ class CheckpointManager:
         is_seed = manifest.model_only and self.found.step == 0
         found = replace(self.found, manifest=select_tensors(manifest, of_handlers=False))
         self._store.load(found, model if is_seed else model | optimizer)
+        fill_copies(model_parts, optimizers)
         self._require_finite_start(self.found.path, model | optimizer, model_parts)
         logger.info("Resumed from step %d (%s).", self.found.step, self.found.path)
 

@@ -6,6 +6,7 @@ from the config.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,26 @@ def optimizer_tensors(
                         name = f"{OPTIMIZER_PREFIX}{names[id(parameter)]}.{key}"
                         tensors[name] = _require_tensor(optimizer, name, value)
     return tensors
+
+
+@torch.no_grad()
+def fill_copies(
+    model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Copy what was loaded into a weight, and its optimizer state, to this rank's second copy of
+    it: in a V-shaped pipeline one rank holds both copies of a tied weight."""
+    names = Counter(name for part in model_parts for name, _ in part.named_parameters())
+    if max(names.values(), default=1) == 1:
+        return
+    loaded = model_tensors(model_parts) | optimizer_tensors(model_parts, optimizers)
+    for part in model_parts:
+        for name, tensor in model_tensors([part]).items():
+            if names[name] > 1:
+                tensor.copy_(loaded[name])
+    for optimizer in optimizers:
+        for name, tensor in optimizer_tensors(model_parts, [optimizer]).items():
+            if names[name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]] > 1:
+                tensor.copy_(loaded[name])
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -78,7 +78,10 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
     """
     start = time.perf_counter()
     context = replace(context, config=_without_kernels(context.config))
-    config, dims = context.config, ParallelDims.from_context(context)
+    config, dims = (
+        context.config,
+        ParallelDims.from_section(context.config.parallelism, context.world_size),
+    )
     vocab_size, batches = _vocab_size(config), _microbatches(context)
     with fake_world(rank, context.world_size):
         mesh = dims.build_mesh(_DEVICE.type)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Parallelism
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -26,17 +26,21 @@ class ParallelDims:
     tp: int = 1
 
     @classmethod
-    def from_context(cls, context: RunContext) -> "ParallelDims":
-        """The degrees that a checked config means for its number of processes."""
-        mesh = context.config.parallelism
-        dims = cls(
-            pp=mesh.pipeline_parallel_degree,
-            dp_replicate=mesh.data_parallel_replicate_degree,
-            dp_shard=context.shard_degree,
-            cp=mesh.context_parallel_degree,
-            tp=mesh.tensor_parallel_degree,
+    def from_section(cls, section: Parallelism, world_size: int) -> "ParallelDims":
+        """Return the degrees that a checked section means for this number of processes."""
+        pp, cp, tp = (
+            section.pipeline_parallel_degree,
+            section.context_parallel_degree,
+            section.tensor_parallel_degree,
         )
-        assert dims.world_size == context.world_size, "the mesh was not checked"
+        replicate, shard = (
+            section.data_parallel_replicate_degree,
+            section.data_parallel_shard_degree,
+        )
+        if shard < 0:
+            shard = world_size // (pp * replicate * cp * tp)
+        dims = cls(pp, replicate, shard, cp, tp)
+        assert dims.world_size == world_size, "the mesh was not checked"
         return dims
 
     @property

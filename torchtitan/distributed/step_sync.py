@@ -34,7 +34,7 @@ class StepInfo:
     """Rows that all lanes have left out since the start of the run."""
 
 
-class PendingAgreement:
+class PendingStepInfo:
     """A control exchange under way."""
 
     def __init__(self, values: torch.Tensor, work: dist.Work):
@@ -59,7 +59,7 @@ class PendingAgreement:
         )
 
 
-def start_exchange(
+def start_step_sync(
     world: DistributedContext,
     *,
     num_targets: int,
@@ -70,7 +70,7 @@ def start_exchange(
     is_data_leader: bool,
     save_failed: bool = False,
     bad_rows: int = 0,
-) -> PendingAgreement:
+) -> PendingStepInfo:
     """Speak for this rank; every rank does once a step.
 
     `is_data_leader`: whether this rank's data are counted; of the ranks that work on the same data
@@ -90,4 +90,4 @@ def start_exchange(
     )
     work = dist.all_reduce(values, group=world.control_group, async_op=True)
     assert work is not None
-    return PendingAgreement(values, work)
+    return PendingStepInfo(values, work)

@@ -63,18 +63,16 @@ class AttentionMaskBuilder(nn.Module):
 class InnerAttention(nn.Module):
     """Causal attention of `q` over `k` and `v`, whose heads may be fewer (grouped queries)."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
-        """`q` `[B, H, T, hd]`, `k` and `v` `[B, Hkv, T, hd]`; returns `[B, H, T, hd]`, and the
-        log-sum-exp of the scores `[B, H, T]` where the kernel gives it (here: None)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Return `[B, H, T, hd]` for `q` `[B, H, T, hd]`, `k` and `v` `[B, Hkv, T, hd]`."""
         grouped = False
         if q.size(1) != k.size(1):  # a branch: under compile, a comparison may stay a symbol
             grouped = True
         if mask is None or isinstance(mask, Tensor):
-            out = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
             )
-            return out, None
-        return _compile_once("flex_attention")(q, k, v, block_mask=mask, enable_gqa=grouped), None
+        return _compile_once("flex_attention")(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
 def limit(window: int | None, seq_len: int) -> int | None:

@@ -62,22 +62,13 @@ class ModelArgs(Section):
         problem = "this model cannot be cut within its matrices"
         return [ConfigIssue("parallelism.tensor_parallel_degree", problem, "set it to 1", degree)]
 
-    def pipeline_parallel_problems(self, degree: int) -> list[ConfigIssue]:
-        """What keeps the model from being cut into stages over `degree` ranks, beside having too
-        few `modules`."""
-        return []
-
 
 @dataclass(frozen=True)
 class WrapUnit:
-    """Modules whose parameters are gathered, used and freed together.
-
-    `mesh` is the *meaning* of the mesh to shard over: "dense" is every data rank.
-    """
+    """Modules whose parameters are gathered, used and freed together."""
 
     name: str
     modules: tuple[nn.Module, ...]
-    mesh: str = "dense"
 
 
 @dataclass(frozen=True)

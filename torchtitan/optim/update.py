@@ -11,7 +11,7 @@ such a step, before anything is saved.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -41,15 +41,17 @@ class AfterBackward:
         parameters: Sequence[nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         ranks_per_stage: int,
+        uncounted: Collection[nn.Parameter] = (),
     ):
-        """`ranks_per_stage`: see `gradient_norm`."""
+        """`ranks_per_stage`, `uncounted`: see `gradient_norm`."""
         self._parameters = parameters
         self._optimizers = optimizers
         self._ranks_per_stage = ranks_per_stage
+        self._uncounted = uncounted
 
     def gradient_norm(self) -> Tensor:
         """See `Update`."""
-        return gradient_norm(self._parameters, self._ranks_per_stage)
+        return gradient_norm(self._parameters, self._ranks_per_stage, self._uncounted)
 
     def step(self, is_finite: Tensor) -> None:
         """See `Update`."""
@@ -66,30 +68,42 @@ class OptimizerInBackward:
         ranks_per_stage: int,
         wait_for_staging: Callable[[], None],
         any_parameter: nn.Parameter,
+        late: Collection[nn.Parameter] = (),
+        uncounted: Collection[nn.Parameter] = (),
     ):
         """`optimizers` of one parameter each, none if all that this rank has is frozen;
-        `any_parameter` of this rank's. `wait_for_staging` is called before one changes."""
+        `any_parameter` of this rank's. `wait_for_staging` is called before one changes. `late`:
+        parameters whose gradient is complete after the backward only, such as tied weights of a
+        pipeline; `uncounted`: see `gradient_norm`."""
         parameters = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
         self._norm = StreamingGradNorm(ranks_per_stage, any_parameter.device, any_parameter.dtype)
         self._before_change = wait_for_staging
         self._optimizers = optimizers
         # Python's collector does not see hooks of parameters: what they held would never be freed.
         alive = weakref.ref(self)
+        self._late: list[tuple[int, nn.Parameter]] = []
+        self._uncounted = set(uncounted)
         for index, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(partial(_step, alive, index))
+            if parameter in set(late):
+                self._late.append((index, parameter))
+            else:
+                parameter.register_post_accumulate_grad_hook(partial(_step, alive, index))
 
     def gradient_norm(self) -> Tensor:
         """See `Update`."""
+        for index, parameter in self._late:
+            self.step_one(index, parameter)
         return self._norm.take()
 
     def step(self, is_finite: Tensor) -> None:
         """Nothing is left to do."""
 
     def step_one(self, index: int, parameter: nn.Parameter) -> None:
-        """In the backward, on CUDA on the stream that has reduced the gradient."""
+        """Step one parameter, in the backward on the CUDA stream that has reduced its gradient."""
         assert parameter.grad is not None
         _await_offloaded(parameter.grad)
-        self._norm.add(index, parameter.grad)
+        if parameter not in self._uncounted:
+            self._norm.add(index, parameter.grad)
         self._before_change()
         self._optimizers[index].step()
         parameter.grad = None

@@ -6,7 +6,7 @@ whatever the number of parameters and meshes.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,17 +17,22 @@ from torchtitan.utils.dtypes import at_least_float32
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter], ranks_per_stage: int) -> Tensor:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter],
+    ranks_per_stage: int,
+    uncounted: Collection[nn.Parameter] = (),
+) -> Tensor:
     """2-norm of all gradients of the model, a scalar of at least float32, the same on all ranks.
 
-    `ranks_per_stage` is the number of ranks that hold (parts or copies of) the same parameters. All
-    ranks must call it.
+    `ranks_per_stage` is the number of ranks that hold (parts or copies of) the same parameters;
+    `uncounted` are copies of tied weights, which another stage counts. All ranks must call it.
     """
+    left_out = set(uncounted)
     by_copies: dict[int, list[Tensor]] = {}
     device, dtype = None, torch.float32
     for parameter in parameters:
         device, dtype = parameter.device, at_least_float32(parameter.dtype)
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter not in left_out:
             copies, gradient = _held(parameter.grad, ranks_per_stage)
             by_copies.setdefault(copies, []).append(gradient)
     norms = {copies: _norms(gradients) for copies, gradients in by_copies.items()}

@@ -38,7 +38,7 @@ def parallelize(
         overlap = config.parallelism.enable_async_tensor_parallel
         apply_tensor_parallel(model, mesh["tp"], overlap=overlap, extensions=plan_extensions)
     if dims.cp > 1:
-        apply_context_parallel(model, ContextParallel.of(config.parallelism, mesh["cp"]))
+        apply_context_parallel(model, ContextParallel.from_section(config.parallelism, mesh["cp"]))
     # One that has several names is changed once.
     names = {block: name for name, block in reversed(model.blocks().items())}
     blocks = {name: block for block, name in reversed(names.items())}

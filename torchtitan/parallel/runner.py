@@ -62,12 +62,12 @@ class SPMDRunner:
         input_names: Sequence[str],
         *,
         evaluation_loss: Loss | None = None,
-        cut: Callable[[Batch], Batch] | None = None,
+        shard_batch: Callable[[Batch], Batch] | None = None,
         is_loss_leader: bool = True,
         streams: RandomStreams | None = None,
     ):
         """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
-        `loss`, unless given. `cut` takes this rank's part of a batch whose sequences are spread
+        `loss`, unless given. `shard_batch` takes this rank's part of a batch whose sequences are spread
         over ranks. `is_loss_leader` is False where another rank computes, and adds, the same loss.
         `streams`: those of one rank and seed 0, unless given."""
         self.model = model
@@ -76,7 +76,7 @@ class SPMDRunner:
         self.terms: Mapping[str, Tensor] = {}
         self.device = device
         self.input_names = tuple(input_names)
-        self.cut = cut
+        self.shard_batch = shard_batch
         self.is_loss_leader = is_loss_leader
         self.streams = RandomStreams(0, device) if streams is None else streams
         self.streams.attach(model)
@@ -111,8 +111,8 @@ class SPMDRunner:
 
     def _sum(self, loss: Loss, batch: Batch) -> Tensor:
         batch = batch.to(self.device, non_blocking=True)
-        if self.cut is not None:
-            batch = self.cut(batch)
+        if self.shard_batch is not None:
+            batch = self.shard_batch(batch)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
 

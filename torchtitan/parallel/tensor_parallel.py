@@ -106,7 +106,7 @@ class _ScatterOutput(CutModule):
         return reduce_scatter_sequence(super().forward(*args, **kwargs), self.group)
 
 
-class _VocabParallelEmbedding(CutModule):
+class VocabParallelEmbedding(CutModule):
     """An embedding that holds some rows; tokens of other rows are another rank's term."""
 
     weight: Tensor
@@ -183,7 +183,7 @@ class TensorStyles:
         self.degree = degree
 
     def embedding(self) -> ParallelStyle:
-        return ParallelStyle(Shard(0), Shard(0), _VocabParallelEmbedding)
+        return ParallelStyle(Shard(0), Shard(0), VocabParallelEmbedding)
 
     def norm(self) -> ParallelStyle:
         # Every rank sees a part of the sequence only.

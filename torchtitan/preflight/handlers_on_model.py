@@ -34,7 +34,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
         args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
     with torch.device("meta"):
         model = family.build(args)
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     problems: list[ConfigIssue] = []
     for name in config.model.handlers:
         problems += NamedHandler(name, config, dims).check(model)

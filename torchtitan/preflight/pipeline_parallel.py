@@ -25,7 +25,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     args = _model_args(context)
     if section.pipeline_parallel_degree == 1 or args is None:
         return []
-    problems = args.pipeline_parallel_problems(section.pipeline_parallel_degree)
+    problems: list[ConfigIssue] = []
     if section.module_fqns_per_model_part and section.pipeline_parallel_split_points:
         problem = f"{NAMES_KEY} says the same in another way"
         problems.append(ConfigIssue(SPLIT_KEY, problem, "keep one of the two"))

@@ -43,12 +43,15 @@ def _problems(context: RunContext) -> list[ConfigIssue]:
     from torchtitan.handlers.conversion import convert_model
     from torchtitan.handlers.named import NamedHandler
     from torchtitan.models.spec import require_language_model
-    from torchtitan.parallel.pipeline.stages import plan_pipeline, torn_parameters
+    from torchtitan.parallel.pipeline.stages import find_tied_weights, plan_pipeline
     from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
     from torchtitan.preflight.tensor_parallel import DEGREE_KEY
     from torchtitan.utils.dtypes import default_dtype, torch_dtype
 
-    config, dims = context.config, ParallelDims.from_context(context)
+    config, dims = (
+        context.config,
+        ParallelDims.from_section(context.config.parallelism, context.world_size),
+    )
     try:
         family = get_family(config.model.name)
         args = family.resolve(config.model)
@@ -71,7 +74,10 @@ def _problems(context: RunContext) -> list[ConfigIssue]:
     key = "model.handlers" if handlers else "model.name"
     problems = [*_scalars(model, key), *_odd_types(model, key)]
     if pipeline is not None:
-        problems += torn_parameters(pipeline, model, dims.pp)
+        try:
+            find_tied_weights(pipeline, model, dims.pp)
+        except ConfigError as error:
+            problems += error.problems
     if dims.tp > 1:
         plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
         fix = "mend tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"

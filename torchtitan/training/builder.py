@@ -80,9 +80,14 @@ def build_update(
     if config.optimizer.early_step_in_backward:
         wait_for_staging = manager.wait_for_staging if manager is not None else lambda: None
         return OptimizerInBackward(
-            optimizers, dims.ranks_per_stage, wait_for_staging, model.parameters[0]
+            optimizers,
+            dims.ranks_per_stage,
+            wait_for_staging,
+            model.parameters[0],
+            late=[copy for weight in model.tied for copy in weight.parameters],
+            uncounted=model.uncounted,
         )
-    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage)
+    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
 
 
 def build_nonfinite_guard(
@@ -115,7 +120,9 @@ def build_runner(
     loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
     is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
-    cut = ContextParallel.of(section, mesh["cp"]).cut if dims.cp > 1 else None
+    shard_batch = None
+    if dims.cp > 1:
+        shard_batch = ContextParallel.from_section(section, mesh["cp"]).shard_batch
     streams = RandomStreams(
         config.debug.seed,
         device,
@@ -131,7 +138,7 @@ def build_runner(
             device,
             names,
             evaluation_loss=evaluation_loss,
-            cut=cut,
+            shard_batch=shard_batch,
             is_loss_leader=is_loss_leader,
             streams=streams,
         )
@@ -149,9 +156,10 @@ def build_runner(
         hidden_dtype=torch_dtype(config.training.mixed_precision_param),
         tensor_parallel_degree=dims.tp,
         evaluation_loss=evaluation_loss,
-        cut=cut,
+        shard_batch=shard_batch,
         is_loss_leader=is_loss_leader,
         streams=streams,
+        tied=model.tied,
     )
 
 

@@ -4,9 +4,7 @@ The order matters, so every model of this library, trained or evaluated, is buil
 """
 
 import logging
-from collections.abc import Collection
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,10 +16,11 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import StartRules, convert_model
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import LanguageModel, ModelArgs, require_language_model
+from torchtitan.models.spec import ModelArgs, require_language_model
 from torchtitan.parallel.initialize import initialize_tensors
 from torchtitan.parallel.parallelize import parallelize
-from torchtitan.parallel.pipeline.stages import PipelinePlan, plan_pipeline, torn_parameters
+from torchtitan.parallel.pipeline.stages import PipelinePlan, find_tied_weights, plan_pipeline
+from torchtitan.parallel.pipeline.tied_weights import TiedWeight, build_stage, tied_weights_of
 from torchtitan.utils.dtypes import default_dtype, torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -46,11 +45,18 @@ class BuiltModel:
     """TorchTitan's formula, which counts attention to all positions."""
     flops_per_token_causal: float
     """The same, counting attention to earlier positions only."""
+    tied: tuple[TiedWeight, ...] = ()
+    """This rank's copies of weights that two stages of a pipeline share."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of this rank."""
         return [parameter for part in self.parts for parameter in part.parameters()]
+
+    @property
+    def uncounted(self) -> list[nn.Parameter]:
+        """The parameters that the gradient norm leaves out, since another stage counts a copy."""
+        return [parameter for weight in self.tied for parameter in weight.uncounted]
 
     @property
     def part_or_parts(self) -> nn.Module | list[nn.Module]:
@@ -91,10 +97,10 @@ def build_model(
     plan, parts = None, [model]
     if dims.pp > 1:
         plan = plan_pipeline(RunContext(config, dims.world_size, device.type), args.modules())
-        if torn := torn_parameters(plan, model, dims.pp):
-            raise ConfigError(torn)
-        stages = plan.held_by(mesh.get_local_rank("pp"))
-        parts = [_stage_of(model, plan.stages[stage]) for stage in stages]
+        plan = replace(plan, tied=find_tied_weights(plan, model, dims.pp))
+        parts = [
+            build_stage(model, plan, stage) for stage in plan.held_by(mesh.get_local_rank("pp"))
+        ]
     built = BuiltModel(
         args=args,
         parts=parts,
@@ -109,7 +115,9 @@ def build_model(
         parallelize(part, config, mesh, dims, [handler.extend_tp_plan for handler in handlers])
         _allocate(part, device, parameters_on_host=config.training.enable_cpu_offload)
         _initialize(part, rules, config.debug.seed, with_own=initialise)
-    return built
+    if plan is None:
+        return built
+    return replace(built, tied=tied_weights_of(plan, mesh.get_local_rank("pp"), parts))
 
 
 def call_after_load(model: BuiltModel) -> None:
@@ -121,14 +129,6 @@ def call_after_load(model: BuiltModel) -> None:
 def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
     """Build the handlers of `model.handlers`, in order."""
     return [NamedHandler(name, config, dims) for name in config.model.handlers]
-
-
-def _stage_of(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Copy `model` (on the meta device) with these top-level modules only."""
-    stage = deepcopy(model)
-    assert isinstance(stage, LanguageModel)
-    stage.keep_modules(names)
-    return stage
 
 
 def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from torchtitan.config import DataError
 from torchtitan.data.loader import StepData
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.step_sync import PendingAgreement, StepInfo, start_exchange
+from torchtitan.distributed.step_sync import PendingStepInfo, StepInfo, start_step_sync
 from torchtitan.parallel.runner import Loss
 from torchtitan.utils.signals import StopRequest
 
@@ -27,7 +27,7 @@ class _Fetched:
 
     data: StepData | None
     error: Exception | None
-    pending: PendingAgreement
+    pending: PendingStepInfo
 
 
 class Prefetch:
@@ -69,7 +69,7 @@ class Prefetch:
             num_tokens = sum(batch.num_tokens for batch in data.microbatches)
         except Exception as failure:
             error = failure
-        pending = start_exchange(
+        pending = start_step_sync(
             self._world,
             num_targets=num_targets,
             num_tokens=num_tokens,

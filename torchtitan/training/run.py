@@ -49,7 +49,7 @@ def train(
     `progress` is kept up to date, also for when an exception ends the run.
     """
     config, training = context.config, context.config.training
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
@@ -185,7 +185,7 @@ def begin(world: DistributedContext, folder: RunFolder, manager: CheckpointManag
 def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder) -> None:
     """Save the initial weights as step 0, for a run on any mesh to start from."""
     config = context.config
-    dims = ParallelDims.from_context(context)
+    dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh(world.device.type)
     vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
     manager = builder.build_checkpoint_manager(config, world, folder, dims)

@@ -17,7 +17,7 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.models.llama3.flavors import LlamaArgs
 from torchtitan.models.registry import get_family
 from torchtitan.parallel import tensor_parallel
-from torchtitan.parallel.context import ring_attention as spread_attention
+from torchtitan.parallel.context import ring_attention
 
 F64 = 8  # bytes
 
@@ -172,7 +172,7 @@ def test_traffic_of_context_parallelism(method: str, expected: dict[str, int], h
 def test_exchanges_that_depend_on_documents_are_named():
     traffic = run(Case(world_size=4, cp=2, document_mask=True)).traffic
     assert not [axis for axis, _ in traffic.calls if axis == "cp"]
-    assert "torchtitan::spread_attention" in traffic.unknown
+    assert "torchtitan::context_parallel_attention" in traffic.unknown
 
 
 def not_scattered(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -190,7 +190,7 @@ MISTAKES = {
     ),
     "gradients of keys are not cut": (
         Case(world_size=2, cp=2),
-        (spread_attention._AllGather, "_sum", lambda self, whole: whole),
+        (ring_attention._AllGather, "_sum", lambda self, whole: whole),
     ),
 }
 

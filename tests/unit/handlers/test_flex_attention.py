@@ -180,7 +180,7 @@ def masks_of(config: JobConfig) -> FlexMasks:
     family = registry.get_family("llama3")
     with torch.device("meta"):
         model = family.build(family.resolve(config.model))
-    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, 1)
     FlexAttentionHandler(config, dims).convert(model)
     assert isinstance(model.masks, FlexMasks)
     assert model.flops_per_token(64, True) <= model.flops_per_token(64, False)  # type: ignore[operator]
@@ -218,7 +218,7 @@ def test_the_cost_of_a_token_is_that_of_the_window() -> None:
     for config in (config_of(window=4), config_of(of_model=4), config_of()):
         with torch.device("meta"):
             model = family.build(family.resolve(config.model))
-        dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
+        dims = ParallelDims.from_section(config.parallelism, 1)
         FlexAttentionHandler(config, dims).convert(model)
         counted.append(model.flops_per_token(64, causal=True))  # type: ignore[operator]
     assert counted[0] == counted[1] < counted[2]
@@ -273,14 +273,14 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     names = ("even_keys", "sliding_window", *["document"] * (ids is not None))
     masks = masks_of(config_of(names, window=5, documents=ids is not None))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
-    expected, _ = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
+    expected = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
     as_blocks: Callable[..., Any] = attend.block_mask
     with pytest.MonkeyPatch.context() as patch:
         module = "torchtitan.handlers.flex_attention.dense"
         patch.setattr(module, as_blocks)
         mask = masks.build(ids, 8, CPU)
     assert isinstance(mask, flex_attention.BlockMask)
-    out, _ = InnerAttention()(q, k, v, mask)
+    out = InnerAttention()(q, k, v, mask)
     torch.testing.assert_close(out, expected)
 
 

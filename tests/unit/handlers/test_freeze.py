@@ -38,7 +38,7 @@ def frozen(config: JobConfig) -> set[str]:
     family = get_family("llama3")
     with torch.device("meta"):
         model = family.build(family.resolve(config.model))
-    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, 1)
     FreezeHandler(config, dims).convert(model)
     return {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
 
@@ -106,7 +106,7 @@ def test_patterns_of_groups_may_name_what_is_frozen() -> None:
 def step_once(world: DistributedContext, case: Case) -> dict[str, tuple[bool, bool, bool]]:
     """Of each parameter of this rank: has it a gradient, state, and another value afterwards?"""
     config = case.config()
-    dims = ParallelDims.from_context(RunContext(config, world.world_size, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, world.world_size)
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)

@@ -189,7 +189,6 @@ def test_wrap_units_hold_what_serves_once_in_a_forward(args):
     assert left_over == {"norm.weight"} | tied
     ends = ([], []) if args.tied_embeddings else (["embeddings"], ["head"])
     assert [unit.name for unit in units] == [*ends[0], "layers.0", "layers.1", *ends[1]]
-    assert all(unit.mesh == "dense" for unit in units)
 
 
 def has(unit: WrapUnit, parameter: torch.nn.Parameter) -> bool:

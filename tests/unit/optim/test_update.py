@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from torchtitan.config import JobConfig
-from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.optim.optimizer import build_optimizers
@@ -58,7 +57,7 @@ def test_who_copies_is_told_before_anything_changes() -> None:
 def test_in_a_run_it_is_the_saver_that_copies() -> None:
     model, manager = build(), mock.Mock()
     config = JobConfig.model_validate({"optimizer": {"early_step_in_backward": True, **SECTION}})
-    dims = ParallelDims.from_context(RunContext(config, 1, "cpu"))
+    dims = ParallelDims.from_section(config.parallelism, 1)
     optimizers = build_optimizers(config.optimizer, [model], CPU)
     built = mock.Mock(parameters=list(model.parameters()))
     update = builder.build_update(config, built, optimizers, dims, manager)

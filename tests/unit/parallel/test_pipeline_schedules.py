@@ -37,9 +37,9 @@ def test_torchs_schedules_are_read(name: str, degree: int, tmp_path: Path) -> No
     made = schedules.get_schedule_class(name)(stages, 2 * degree, loss_fn=lambda *_: None)
     path = tmp_path / "schedule.csv"
     made._dump_csv(str(path), format="compute_only")
-    holders = tuple(made.stage_index_to_group_rank[stage] for stage in range(2 * degree))
+    stage_to_rank = tuple(made.stage_index_to_group_rank[stage] for stage in range(2 * degree))
     assert read_schedule(str(path), degree, 2 * degree) == FileSchedule(
-        holders, kind.splits_backward
+        stage_to_rank, kind.splits_backward
     )
 
 
@@ -98,23 +98,24 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize(
-    "holders", [(0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0), (0, 0, 1), (1, 0, 0, 1)]
+    "stage_to_rank",
+    [(0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0), (0, 0, 1), (1, 0, 0, 1)],
 )
-def test_forward_ticks(holders: tuple[int, ...], count: int) -> None:
-    ticks = forward_ticks(holders, count)
+def test_forward_ticks(stage_to_rank: tuple[int, ...], count: int) -> None:
+    ticks = forward_ticks(stage_to_rank, count)
     when = {}
     for time, tick in enumerate(ticks):
         for rank, (stage, kind, microbatch) in tick.items():
-            assert (rank, kind) == (holders[stage], "F")
+            assert (rank, kind) == (stage_to_rank[stage], "F")
             assert (stage, microbatch) not in when
             when[stage, microbatch] = time
-    assert len(when) == len(holders) * count
+    assert len(when) == len(stage_to_rank) * count
     for (stage, microbatch), time in when.items():
         assert stage == 0 or when[stage - 1, microbatch] < time
-    per_rank = max(map(holders.count, holders))
-    assert len(ticks) <= per_rank * count + len(holders) - 1, "ranks are idle without need"
-    last = len(holders) - 1
+    per_rank = max(map(stage_to_rank.count, stage_to_rank))
+    assert len(ticks) <= per_rank * count + len(stage_to_rank) - 1, "ranks are idle without need"
+    last = len(stage_to_rank) - 1
     under_way = [
         sum(when[0, n] <= time <= when[last, n] for n in range(count)) for time in range(len(ticks))
     ]
-    assert max(under_way) <= len(holders)
+    assert max(under_way) <= len(stage_to_rank)

@@ -86,7 +86,7 @@ def test_layers_per_stage_are_counted_as_in_torchtitan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "holders"),
+    ("schedule", "stage_to_rank"),
     [
         ("1F1B", [0, 1, 2]),
         ("GPipe", [0, 1, 2]),
@@ -97,11 +97,11 @@ def test_layers_per_stage_are_counted_as_in_torchtitan() -> None:
         ("DualPipeV", [0, 1, 2, 2, 1, 0]),
     ],
 )
-def test_holders(schedule: str, holders: list[int]) -> None:
+def test_holders(schedule: str, stage_to_rank: list[int]) -> None:
     made = plan(model(6), 3, schedule)
-    assert list(made.holders) == holders
+    assert list(made.stage_to_rank) == stage_to_rank
     assert [stage for rank in range(3) for stage in made.held_by(rank)] == sorted(
-        range(len(holders)), key=lambda stage: (holders[stage], stage)
+        range(len(stage_to_rank)), key=lambda stage: (stage_to_rank[stage], stage)
     )
 
 
@@ -142,4 +142,4 @@ def test_stages_begin_at_the_split_points() -> None:
         ["layers.3"],
         ["norm", "output"],
     ]
-    assert cut.holders == (0, 1, 0, 1)
+    assert cut.stage_to_rank == (0, 1, 0, 1)

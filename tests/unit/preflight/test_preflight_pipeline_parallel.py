@@ -147,11 +147,6 @@ def test_a_huge_batch_is_judged_at_once() -> None:
     assert "of equal size. Fix: set it to 7999999999999992 or 8000000000000016" in message
 
 
-def test_tied_embeddings_are_refused() -> None:
-    message = errors(2, {"model": {"args": {"n_layers": 4, "tied_embeddings": True}}})
-    assert "one matrix at both ends of the pipeline. Fix: " in message
-
-
 def test_few_microbatches_are_worth_a_warning() -> None:
     for keys in (
         {"schedule": "GPipe", "microbatch_size": 8},

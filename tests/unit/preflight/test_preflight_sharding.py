@@ -79,12 +79,18 @@ def problems(
     return preflight(RunContext(config, tp * pp, "cpu"), [MODEL])
 
 
-def test_a_parameter_of_two_stages_is_named() -> None:
+def test_both_ends_may_share_a_matrix() -> None:
+    for degrees in ({"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}):
+        assert problems("tied naively", **degrees) == []
+
+
+def test_an_embedding_with_more_than_the_shared_matrix_is_named() -> None:
+    """The last stage would train a copy of the rest."""
+    add("tok_embeddings.gain", (4,))
     [problem] = problems("tied naively", pp=2)
     assert problem.key == "parallelism.pipeline_parallel_degree"
     assert "tok_embeddings.weight, output.weight are one parameter, and" in problem.problem
     assert "stages 0, 1 would each train a copy" in problem.problem
-    assert problems("tied naively", tp=2) == []
 
 
 def test_what_a_handler_shares_is_named_too() -> None:
@@ -104,10 +110,12 @@ def test_a_parameter_of_no_stage_is_named() -> None:
 
 def test_a_start_refuses_it_on_every_rank() -> None:
     """Only the first one checks beforehand."""
-    config, dims = Case(2, pp=2, family="tied naively").config(), ParallelDims(pp=2)
+    config, dims = Case(2, pp=2, family="shared by blocks").config(), ParallelDims(pp=2)
     with fake_world(rank=1, world_size=2):
         mesh = dims.build_mesh("cpu")
-        with pytest.raises(ConfigError, match=r"tok_embeddings\.weight, output\.weight are one"):
+        with pytest.raises(
+            ConfigError, match=r"layers\.0\.attention\.wo\.weight, layers\.1\..* are one"
+        ):
             model_builder.build_model(
                 config, 131, mesh, dims, torch.device("meta"), initialise=False
             )
@@ -174,7 +182,7 @@ def test_a_warning_about_settings_hides_nothing() -> None:
     warning = ConfigIssue("handlers.warns", "is unusual", "", severity="warning")
     entry = HandlerEntry(Section, lambda: Change, check=lambda *_: [warning])
     HANDLERS.register("warns", entry, __name__)
-    [problem] = problems("tied naively", pp=2, handlers=["warns", "change"])
+    [problem] = problems("shared by blocks", pp=2, handlers=["warns", "change"])
     assert "are one parameter" in problem.problem
 
 

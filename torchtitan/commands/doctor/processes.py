@@ -94,7 +94,7 @@ def processes_findings(context: RunContext, place: ProcessEnvironment) -> Iterat
                 text = "not measured: [parallelism] does not fit the number of processes"
                 yield Finding(False, "mesh", text, "see the config's problem above, or --check")
                 return
-            dims = ParallelDims.from_context(context)
+            dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
             mesh = dims.build_mesh(world.device.type)
             if world.world_size == 1:
                 yield Finding(None, "mesh", "one process, nothing to measure")

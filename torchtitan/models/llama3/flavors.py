@@ -133,15 +133,6 @@ class LlamaArgs(ModelArgs):
             if (degree - 1) * rows >= self.vocab_size:
                 yield f"leaves a rank without any of the vocabulary's {self.vocab_size} tokens"
 
-    def pipeline_parallel_problems(self, degree: int) -> list[ConfigIssue]:
-        """See `ModelArgs`: tied embeddings would live in the first stage and in the last."""
-        if not self.tied_embeddings:
-            return []
-        key = "parallelism.pipeline_parallel_degree"
-        problem = "model.args.tied_embeddings puts one matrix at both ends of the pipeline"
-        fix = "set it to 1 and cut the model in other ways, or set tied_embeddings to false"
-        return [ConfigIssue(key, problem, fix, degree)]
-
     def problems(self) -> list[ConfigIssue]:
         """Heads that do not divide the width or each other, impossible RoPE bands."""
         found = []

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [B, T, G, hd]
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, G, hd]
         q, k = apply_rope(q, rotations), apply_rope(k, rotations)
-        out, _ = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(out.transpose(1, 2).flatten(-2))  # [B, H, T, hd] -> [B, T, D]
 
 
@@ -161,8 +161,8 @@ class Llama(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
         """Moving the model from the meta device makes new parameters: keep the tied ones one."""
         super()._apply(fn, recurse)
-        if self.args.tied_embeddings:
-            assert self.output is not None and self.tok_embeddings is not None
+        if self.args.tied_embeddings and self.output is not None:
+            assert self.tok_embeddings is not None  # the last stage of a pipeline has it, too
             self.output.weight = self.tok_embeddings.weight
         return self
 

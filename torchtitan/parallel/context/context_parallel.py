@@ -1,13 +1,14 @@
-"""Context parallelism: every rank holds a share of each sequence, and attention sees all of it.
+"""Context parallelism: each rank holds a share of each sequence, and attention sees all of it.
 
-Only attention looks beyond its own position, so all else runs on the share as it is: tokens, labels
-and positions are cut by the runner, RoPE takes the positions. The model's `InnerAttention`
-modules are replaced, by one of three methods. `allgather` and `ring` bring all keys and values to a
-rank's queries (`spread_attention`). `ulysses` exchanges shares of the sequence for shares of the
-heads, runs the model's own `InnerAttention` on whole sequences, and exchanges back.
+Only attention looks beyond its own position, so all other modules run on the share as it is: the
+runner shards tokens, labels and positions, and RoPE takes the positions. Two modules of the model
+are replaced, `InnerAttention` and `AttentionMaskBuilder`. With `allgather` and `ring` all keys and
+values come to a rank's queries (`context_parallel_attention`). With `ulysses` ranks exchange shares
+of the sequence for shares of the heads, run the model's own `InnerAttention` on whole sequences,
+and exchange back.
 
-Document ids are not cut: every rank of a sequence reads the same data, so each can tell what any
-query sees. Causality and windows go by index in the sequence, whatever the positions are.
+Document ids are not sharded: every rank of a sequence reads the same data, so each can tell what
+any query sees. Causality and windows go by index in the sequence, not by position.
 """
 
 from dataclasses import dataclass
@@ -20,60 +21,57 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config.schema import Parallelism
 from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, Mask, limit
 from torchtitan.models.batch import Batch
-from torchtitan.parallel.context.ring_attention import spread_attention, visibility_levels
+from torchtitan.parallel.context.ring_attention import context_parallel_attention, visibility_levels
 from torchtitan.parallel.context.sequence_layout import SequenceLayout
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How this rank's sequences are spread over `group`."""
+    """The layout of this rank's sequences over `group`."""
 
     method: str
     layout: SequenceLayout
     group: dist.ProcessGroup
 
     @classmethod
-    def of(cls, section: Parallelism, mesh: DeviceMesh) -> "ContextParallel":
-        """As the config says, over the ranks of the one-dimensional `mesh`."""
+    def from_section(cls, section: Parallelism, mesh: DeviceMesh) -> "ContextParallel":
+        """Return the configured layout over the ranks of the one-dimensional `mesh`."""
         method = section.context_parallel_method
         balanced = section.context_parallel_load_balancer == "headtail" and method != "ulysses"
         return cls(method, SequenceLayout(mesh.size(), balanced), mesh.get_group())
 
     @property
     def rank(self) -> int:
-        """This process, among those that share its sequences."""
+        """This process among those that share its sequences."""
         return self.group.rank()
 
-    def cut(self, batch: Batch) -> Batch:
-        """This rank's share of every tensor with a value per position, `[B, T]` to `[B, T/n]`; but
-        document ids stay whole."""
+    def shard_batch(self, batch: Batch) -> Batch:
+        """Return this rank's share, `[B, T/n]`, of every tensor `[B, T]` but the document ids."""
         shape, chunks = batch["tokens"].shape, self.layout.chunks(self.rank)
-        return Batch(
-            {
-                name: self.layout.select(tensor, chunks)
-                if tensor.shape == shape and name != "document_ids"
-                else tensor
-                for name, tensor in batch.items()
-            }
-        )
+        sharded = {
+            name: self.layout.select(tensor, chunks)
+            for name, tensor in batch.items()
+            if tensor.shape == shape and name != "document_ids"
+        }
+        return Batch({**batch, **sharded})
 
 
 def apply_context_parallel(model: nn.Module, context: ContextParallel) -> None:
-    """Replace how `model` attends, and what it makes of document ids, in place."""
+    """Replace the model's attention and mask builders in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, InnerAttention) and context.method == "ulysses":
                 setattr(module, name, UlyssesAttention(child, context))
             elif isinstance(child, InnerAttention):
-                setattr(module, name, SpreadAttend(context))
+                setattr(module, name, ContextParallelAttention(context))
             elif isinstance(child, AttentionMaskBuilder) and context.method == "ulysses":
-                setattr(module, name, ExchangedMasks(child, context))
+                setattr(module, name, UlyssesMaskBuilder(child, context))
             elif isinstance(child, AttentionMaskBuilder):
-                setattr(module, name, SpreadMasks(context, child.window))
+                setattr(module, name, ContextParallelMaskBuilder(context, child.window))
 
 
-class SpreadMasks(nn.Module):
-    """Replaces `AttentionMaskBuilder`: the documents and the window that `SpreadAttend` needs."""
+class ContextParallelMaskBuilder(nn.Module):
+    """The documents and the window that `ContextParallelAttention` needs, in place of a mask."""
 
     def __init__(self, context: ContextParallel, window: int | None = None):
         super().__init__()
@@ -81,7 +79,7 @@ class SpreadMasks(nn.Module):
         self._window = window
 
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
-        """`document_ids` is the whole `[B, T]`, `positions` are this rank's."""
+        """Take the whole `document_ids` `[B, T]` and this rank's `positions`."""
         context = self._context
         window = limit(self._window, positions.size(1) * context.layout.degree)
         if document_ids is None:
@@ -89,22 +87,21 @@ class SpreadMasks(nn.Module):
         return document_ids, visibility_levels(document_ids, context.layout, context.rank), window
 
 
-class SpreadAttend(nn.Module):
-    """Replaces `InnerAttention` for `allgather` and `ring`: keys and values come to the queries."""
+class ContextParallelAttention(nn.Module):
+    """`InnerAttention` for `allgather` and `ring`: keys and values come to the queries."""
 
     def __init__(self, context: ContextParallel):
         super().__init__()
         self._settings = (context.method, context.layout.balanced, context.group.group_name)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """See `InnerAttention`, for this rank's share of the sequence."""
-        document_ids, levels, window = (None, None, None) if mask is None else mask
-        out, lse = spread_attention(q, k, v, document_ids, levels, window, *self._settings)
-        return out, lse
+        place = (None, None, None) if mask is None else mask
+        return context_parallel_attention(q, k, v, *place, *self._settings)[0]
 
 
-class ExchangedMasks(nn.Module):
-    """Replaces `AttentionMaskBuilder`, for `ulysses`: the mask of whole sequences for `attend`."""
+class UlyssesMaskBuilder(nn.Module):
+    """The masks of whole sequences, which `UlyssesAttention` hands to the model's attention."""
 
     def __init__(self, masks: AttentionMaskBuilder, context: ContextParallel):
         super().__init__()
@@ -112,12 +109,12 @@ class ExchangedMasks(nn.Module):
         self._ranks = context.layout.degree
 
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
-        """`document_ids` is the whole `[B, T]`, `positions` are this rank's."""
+        """Take the whole `document_ids` `[B, T]` and this rank's `positions`."""
         return self._masks.build(document_ids, positions.size(1) * self._ranks, positions.device)
 
 
 class UlyssesAttention(nn.Module):
-    """Replaces `InnerAttention` for `ulysses`: `attend` sees whole sequences, some of the heads."""
+    """The model's attention on whole sequences and a share of the heads."""
 
     def __init__(self, attend: InnerAttention, context: ContextParallel):
         super().__init__()
@@ -125,13 +122,13 @@ class UlyssesAttention(nn.Module):
         self._group = context.group
         self._ranks = context.layout.degree
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
-        """See `InnerAttention`; for this rank's share of the sequence. Ranks share heads of keys
-        and values where these are fewer; the log-sum-exp stays unknown."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """See `InnerAttention`, for this rank's share of the sequence. Where there are fewer heads
+        of keys and values than ranks, ranks share one."""
         copies = max(1, self._ranks // k.size(1))
         k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
-        out, _ = self._attend(self._to_heads(q), self._to_heads(k), self._to_heads(v), mask)
-        return self._to_sequence(out), None
+        out = self._attend(self._to_heads(q), self._to_heads(k), self._to_heads(v), mask)
+        return self._to_sequence(out)
 
     def _to_heads(self, x: Tensor) -> Tensor:
         """`[B, H, T/n, hd]` -> `[B, H/n, T, hd]`."""

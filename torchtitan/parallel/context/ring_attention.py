@@ -54,11 +54,11 @@ def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -
 
 
 @library.custom_op(
-    "torchtitan::spread_attention",
+    "torchtitan::context_parallel_attention",
     mutates_args=(),
     schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
 )
-def spread_attention(
+def context_parallel_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,11 +86,11 @@ def spread_attention(
 
 
 @library.custom_op(
-    "torchtitan::spread_attention_backward",
+    "torchtitan::context_parallel_attention_backward",
     mutates_args=(),
     schema=f"({_RESULTS}, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
-def _spread_attention_backward(
+def _context_parallel_attention_backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -121,13 +121,13 @@ def _spread_attention_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@spread_attention.register_fake
+@context_parallel_attention.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     return out, q.new_empty(q.shape[:-1], dtype=at_least_float32(q.dtype))
 
 
-@_spread_attention_backward.register_fake
+@_context_parallel_attention_backward.register_fake
 def _(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> Gradients:
     q, k, v = (x.new_empty(x.shape) for x in inputs[:3])
     return q, k, v
@@ -141,12 +141,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _spread_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    gradients = _context_parallel_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return *gradients, *[None] * 6
 
 
-spread_attention.register_autograd(_backward, setup_context=_save)
-keep_in_checkpoints(torch.ops.torchtitan.spread_attention.default)
+context_parallel_attention.register_autograd(_backward, setup_context=_save)
+keep_in_checkpoints(torch.ops.torchtitan.context_parallel_attention.default)
 
 
 class _Exchange(Protocol):

@@ -18,6 +18,7 @@ from torchtitan.models.batch import Batch
 from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.parallel.pipeline.schedules import forward_ticks
 from torchtitan.parallel.pipeline.stages import PipelinePlan
+from torchtitan.parallel.pipeline.tied_weights import TiedWeight, sum_tied_gradients
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Loss, add_over_ranks, over_ranks, terms_of
 from torchtitan.utils.dtypes import at_least_float32
@@ -47,15 +48,16 @@ class PipelineRunner:
         hidden_dtype: torch.dtype,
         tensor_parallel_degree: int = 1,
         evaluation_loss: Loss | None = None,
-        cut: Callable[[Batch], Batch] | None = None,
+        shard_batch: Callable[[Batch], Batch] | None = None,
         is_loss_leader: bool = True,
         streams: RandomStreams | None = None,
+        tied: Sequence[TiedWeight] = (),
     ):
         """`parts` are the stages that `plan` gives this rank of `group` (the ranks along the
         pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
         `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
-        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `cut`, `is_loss_leader`
-        and `streams` are those of `SPMDRunner`."""
+        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `shard_batch`, `is_loss_leader`
+        and `streams` are those of `SPMDRunner`. `tied`: this rank's copies of tied weights."""
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}
@@ -70,11 +72,12 @@ class PipelineRunner:
         self._microbatch_size = microbatch_size
         self._hidden_size, self._hidden_dtype = hidden_size, hidden_dtype
         self._tensor_parallel_degree = tensor_parallel_degree
-        self._cut = cut
+        self._shard_batch = shard_batch
         self._counts_loss = is_loss_leader
         self.streams = RandomStreams(0, device) if streams is None else streams
         for part in parts:
             self.streams.attach(part)
+        self._tied = tuple(tied)
         self._pieces: list[Batch] = []
         self._num_targets = 0
         self._connected = False
@@ -95,6 +98,7 @@ class PipelineRunner:
         # microbatch's number, the loss finds all the rest.
         target = torch.arange(len(self._pieces))
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
+        sum_tied_gradients(self._tied, self._group, self._device)
         self.streams.end_microbatches()
         total = self._zero()
         for microbatch_loss in losses:
@@ -110,23 +114,23 @@ class PipelineRunner:
         for part in self._stages.values():
             part.eval()
         pieces = self._split(microbatches)
-        holders = self._plan.holders
+        stage_to_rank = self._plan.stage_to_rank
         hidden: dict[tuple[int, int], Tensor] = {}  # by the stage that needs it, and microbatch
         # Wide, as `SPMDRunner` has it: there may be any number of microbatches.
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for tick in forward_ticks(holders, len(pieces)):
+        for tick in forward_ticks(stage_to_rank, len(pieces)):
             transfers = []
             for rank, (stage, _, index) in tick.items():
                 if rank == self._rank:
                     out = self._forward(stage, pieces[index], hidden.pop((stage, index), None))
                     if stage == self._last:
                         total += self._loss(self.evaluation_loss, out, pieces[index])
-                    elif holders[stage + 1] == rank:
+                    elif stage_to_rank[stage + 1] == rank:
                         hidden[stage + 1, index] = out
                     else:
-                        peer = holders[stage + 1]
+                        peer = stage_to_rank[stage + 1]
                         transfers.append(self._transfer(dist.isend, out.contiguous(), peer))
-                elif stage < self._last and holders[stage + 1] == self._rank:
+                elif stage < self._last and stage_to_rank[stage + 1] == self._rank:
                     hidden[stage + 1, index] = self._empty_hidden(pieces[index], self._device)
                     transfers.append(self._transfer(dist.irecv, hidden[stage + 1, index], rank))
             for work in dist.batch_isend_irecv(transfers) if transfers else []:
@@ -164,8 +168,8 @@ class PipelineRunner:
         pieces = []
         for batch in microbatches:
             batch = batch.to(self._device, non_blocking=True)
-            if self._cut is not None:
-                batch = self._cut(batch)
+            if self._shard_batch is not None:
+                batch = self._shard_batch(batch)
             parts = {name: tensor.split(self._microbatch_size) for name, tensor in batch.items()}
             for index in range(len(parts[self._tokens])):
                 pieces.append(Batch({name: part[index] for name, part in parts.items()}))

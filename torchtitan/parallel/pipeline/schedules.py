@@ -61,7 +61,7 @@ class Action(NamedTuple):
 class FileSchedule:
     """A schedule from a file, checked."""
 
-    holders: tuple[int, ...]
+    stage_to_rank: tuple[int, ...]
     """The rank along the pipeline of each stage."""
     splits_backward: bool
 
@@ -85,13 +85,13 @@ def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule
             raise ValueError(
                 f"has {len(ranks)} lines for parallelism.pipeline_parallel_degree = {degree}"
             )
-        holders = _holders(ranks)
-        _check_complete(ranks, len(holders), num_microbatches)
-        _play(ranks, len(holders))
+        stage_to_rank = _holders(ranks)
+        _check_complete(ranks, len(stage_to_rank), num_microbatches)
+        _play(ranks, len(stage_to_rank))
     except ValueError as error:
         raise ConfigError(ConfigIssue(CSV_KEY, str(error), "mend the file", path)) from None
     kinds = {action.kind for rank in ranks for group in rank for action in group}
-    return FileSchedule(holders, splits_backward="W" in kinds)
+    return FileSchedule(stage_to_rank, splits_backward="W" in kinds)
 
 
 def _parse_line(rank: int, cells: list[str]) -> list[tuple[Action, ...]]:
@@ -205,21 +205,21 @@ def _name(action: Action) -> str:
     return f"{action.stage}{action.kind}{action.microbatch}"
 
 
-def forward_ticks(holders: Sequence[int], num_microbatches: int) -> list[dict[int, Action]]:
+def forward_ticks(stage_to_rank: Sequence[int], num_microbatches: int) -> list[dict[int, Action]]:
     """An order of forwards alone: for each tick, what each rank that is not idle works on.
 
     What a tick computes is passed on at its end. Of what a rank could do it does the latest stage,
     so that few microbatches are under way at a time.
     """
-    next_microbatch = [0] * len(holders)  # of each stage
+    next_microbatch = [0] * len(stage_to_rank)  # of each stage
     ticks = []
     while next_microbatch[-1] < num_microbatches:
         tick: dict[int, Action] = {}
-        for stage in reversed(range(len(holders))):
+        for stage in reversed(range(len(stage_to_rank))):
             microbatch = next_microbatch[stage]
             arrived = num_microbatches if stage == 0 else next_microbatch[stage - 1]
-            if microbatch < arrived and holders[stage] not in tick:
-                tick[holders[stage]] = Action(stage, "F", microbatch)
+            if microbatch < arrived and stage_to_rank[stage] not in tick:
+                tick[stage_to_rank[stage]] = Action(stage, "F", microbatch)
         for action in tick.values():
             next_microbatch[action.stage] += 1
         ticks.append(tick)

@@ -9,7 +9,7 @@ the time in which ranks have nothing to do: either in loops (of 2 ranks the firs
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
@@ -36,8 +36,10 @@ class PipelinePlan:
 
     stages: tuple[tuple[str, ...], ...]
     """The names of each stage's modules."""
-    holders: tuple[int, ...]
+    stage_to_rank: tuple[int, ...]
     """The rank along the pipeline that holds each stage."""
+    tied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By first name, the weights that two stages share (`find_tied_weights`), with these stages."""
 
     @property
     def layers(self) -> list[int]:
@@ -46,7 +48,7 @@ class PipelinePlan:
 
     def held_by(self, rank: int) -> list[int]:
         """The stages of a rank, in order."""
-        return [stage for stage, holder in enumerate(self.holders) if holder == rank]
+        return [stage for stage, holder in enumerate(self.stage_to_rank) if holder == rank]
 
     def stages_with(self, name: str) -> list[int]:
         """Return the stages that hold a parameter of this full name: all, if in none's modules."""
@@ -56,6 +58,17 @@ class PipelinePlan:
             if any(name == module or name.startswith(f"{module}.") for module in modules)
         ]
         return holding or list(range(len(self.stages)))
+
+    def tied_modules(self, stage: int) -> list[str]:
+        """Return the modules of other stages that hold a weight which `stage` shares."""
+        names = [name for name, stages in self.tied.items() if stage in stages]
+        modules = dict.fromkeys(map(self.module_of, names))
+        return [module for module in modules if module not in self.stages[stage]]
+
+    def module_of(self, name: str) -> str:
+        """Return the module that a parameter of this full name is in; "" for none."""
+        modules = (module for stage in self.stages for module in stage)
+        return next((module for module in modules if name.startswith(f"{module}.")), "")
 
 
 def plan_pipeline(context: RunContext, modules: Mapping[str, int]) -> PipelinePlan:
@@ -72,35 +85,51 @@ def plan_pipeline(context: RunContext, modules: Mapping[str, int]) -> PipelinePl
         raise ConfigError(ConfigIssue(DEGREE_KEY, problem, "set it to 1", degree))
     path = section.pipeline_parallel_schedule_csv
     if path:
-        holders = read_schedule(path, degree, context.pipeline_microbatches).holders
+        stage_to_rank = read_schedule(path, degree, context.pipeline_microbatches).stage_to_rank
     else:
-        holders = _holders(section, len(blocks))
+        stage_to_rank = _holders(section, len(blocks))
     if section.module_fqns_per_model_part:
-        stages = _named_stages(section, modules, len(holders))
+        stages = _named_stages(section, modules, len(stage_to_rank))
     elif section.pipeline_parallel_split_points:
-        stages = _split_stages(section, modules, len(holders))
+        stages = _split_stages(section, modules, len(stage_to_rank))
     else:
-        stages = _balanced_stages(section, modules, blocks, len(holders))
-    return PipelinePlan(tuple(map(tuple, stages)), holders)
+        stages = _balanced_stages(section, modules, blocks, len(stage_to_rank))
+    return PipelinePlan(tuple(map(tuple, stages)), stage_to_rank)
 
 
-def torn_parameters(plan: PipelinePlan, model: "nn.Module", degree: int) -> list[ConfigIssue]:
-    """Return a problem for parameters that several stages would each train a copy of.
+def find_tied_weights(
+    plan: PipelinePlan, model: "nn.Module", degree: int
+) -> dict[str, tuple[int, int]]:
+    """Return the weights that two stages share, by their first name, with these stages.
 
-    `model` is whole. Its shared parameters may be a family's or a handler's doing.
+    `model` is whole. Raises `ConfigError` for parameters that several stages would each train a
+    copy of: a second stage can keep a copy of a module such as the embedding, of which it shares
+    every parameter, and not of a whole block.
     """
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)
-    torn = []
+    spread: dict[str, list[int]] = {}
     for names in names_of.values():
         stages = sorted({stage for name in names for stage in plan.stages_with(name)})
         if len(stages) > 1:
-            torn.append((names, stages))
-    if not torn:
-        return []
-    names, stages = torn[0]
-    more = f" (and {len(torn) - 1} more)" if len(torn) > 1 else ""
+            spread[names[0]] = stages
+    tied, torn = {}, []
+    for name, stages in spread.items():
+        module = plan.module_of(name)
+        inside = [names[0] for names in names_of.values() if names[0].startswith(f"{module}.")]
+        if module and len(stages) == 2 and all(spread.get(other) == stages for other in inside):
+            tied[name] = (stages[0], stages[1])
+        else:
+            torn.append(name)
+    if torn:
+        names = next(names for names in names_of.values() if names[0] == torn[0])
+        raise ConfigError(_torn(names, spread[torn[0]], len(torn) - 1, degree))
+    return tied
+
+
+def _torn(names: list[str], stages: list[int], num_more: int, degree: int) -> ConfigIssue:
+    more = f" (and {num_more} more)" if num_more else ""
     copies = f"stages {_some([str(stage) for stage in stages])} would each train a copy"
     if len(names) == 1:
         problem = f"{names[0]}{more} is in no module of ModelArgs.modules(), so {copies}"
@@ -108,7 +137,7 @@ def torn_parameters(plan: PipelinePlan, model: "nn.Module", degree: int) -> list
     else:
         problem = f"{_some(names)} are one parameter{more}, and {copies}"
         fix = f"set it to 1, or keep what is shared in one stage ({NAMES_KEY})"
-    return [ConfigIssue(DEGREE_KEY, problem, fix, degree)]
+    return ConfigIssue(DEGREE_KEY, problem, fix, degree)
 
 
 def number_of_stages(section: Parallelism, num_layers: int) -> int:
