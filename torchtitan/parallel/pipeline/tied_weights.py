@@ -45,7 +45,7 @@ def build_stage(model: nn.Module, plan: PipelinePlan, stage: int) -> nn.Module:
     kept_for_weights = plan.tied_modules(stage)
     part.keep_modules((*plan.stages[stage], *kept_for_weights))
     for name in kept_for_weights:
-        part.get_submodule(name).forward = _return_input  # type: ignore[method-assign]
+        part.get_submodule(name).forward = _return_input  # type: ignore[attr-defined, method-assign]
     return part
 
 
