@@ -14,8 +14,8 @@ from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.registry import MODELS
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 from torchtitan.preflight.handlers import check_static as check_handlers
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "refusals.md"
 DEGREES = (2, 4, 8, 16, 32)

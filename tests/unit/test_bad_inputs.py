@@ -13,7 +13,7 @@ import pytest
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
 OWN = "; for one of your own, name its module in job.custom_import"
 

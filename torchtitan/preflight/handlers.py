@@ -1,19 +1,24 @@
-"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch, but in `probe`."""
+"""Checks of `model.handlers` and `[handlers.NAME]`."""
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.errors import errors_of
+from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Names, order, combinations, settings."""
+    """Check names, order, combinations and settings."""
     known = HANDLERS
     chosen = context.config.model.handlers
     problems = []
@@ -93,7 +98,7 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Whether this machine's devices can do what the handlers ask of them."""
+    """Ask each handler whether this machine's devices can do what it needs."""
     config = context.config
     return [
         problem
@@ -102,3 +107,23 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
             name, "probe", partial(HANDLERS[name].probe, context, handler_settings(config, name))
         )
     ]
+
+
+def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
+    """Ask each handler that has a `check(model)`; imports torch.
+
+    Handlers after a registered one, which may add modules and parameters, judge at the start.
+    """
+    config = context.config
+    if not config.model.handlers:
+        return []
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.handlers.named import NamedHandler
+
+    dims = ParallelDims.from_section(config.parallelism, context.world_size)
+    issues: list[ConfigIssue] = []
+    for name in config.model.handlers:
+        issues += NamedHandler(name, config, dims).check(model)
+        if HANDLERS.origin(name) != BUILT_IN:
+            break
+    return issues

@@ -9,8 +9,8 @@ from torchtitan.config.fields import Key, keys_of, known_keys
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.shipped import CLONE, found_elsewhere
+from torchtitan.preflight import FILES, preflight
 from torchtitan.preflight.mesh import check_static, paths_of
-from torchtitan.preflight.preflight import FILES, preflight
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
 

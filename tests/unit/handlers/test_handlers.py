@@ -23,8 +23,8 @@ from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import registry
 from torchtitan.handlers.named import HandlerError, NamedHandler
+from torchtitan.preflight import MODEL, preflight
 from torchtitan.preflight.handlers import check_environment, check_static
-from torchtitan.preflight.preflight import MODEL, preflight
 from torchtitan.training import model_builder
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 from torchtitan.preflight.mesh import check_static
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 
 def problems(world_size: int, *arguments: str) -> list[str]:
