@@ -16,7 +16,7 @@ WITHOUT_TORCH = [
     "torchtitan.models.llama3.flavors",
     "torchtitan.data.registry",
     "torchtitan.handlers",
-    "torchtitan.utils.allocator",
+    "torchtitan.utils.host",
 ]
 
 

@@ -1,6 +1,8 @@
 """Reading a TOML file, with errors that say where."""
 
 import codecs
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.shipped import found_elsewhere, shipped_configs
 from torchtitan.config.suggest import nearest
-from torchtitan.utils.files import NotARegularFileError, read_regular_file
 from torchtitan.utils.redaction import redact
 
 if sys.version_info >= (3, 11):
@@ -120,3 +121,20 @@ def _syntax_hint(message: str) -> str:
     if "overwrite" in message or "declare" in message.lower() or "duplicate" in message.lower():
         return "keep one of the two"
     return "correct the line; strings need quotes, booleans are true and false"
+
+
+class NotARegularFileError(OSError):
+    """A pipe, a device or a socket: reading it may take for ever, and works once."""
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Return at most the first `max_bytes` of a file. Raises OSError; IsADirectoryError for a
+    folder, NotARegularFileError for what is no file in another way, without opening it for long."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(f"{path} is a folder")
+        if not stat.S_ISREG(kind):
+            raise NotARegularFileError(f"{path} is not a regular file")
+        return file.read(max_bytes)

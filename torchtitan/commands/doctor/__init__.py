@@ -22,7 +22,7 @@ from torchtitan.config.exit_codes import DONE, FAILED
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.utils import environment as env
-from torchtitan.utils.launchers import adopt_place
+from torchtitan.utils.environment import adopt_place
 
 _NEEDED = (
     "torch",
