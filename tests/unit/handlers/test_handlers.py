@@ -151,7 +151,7 @@ def test_settings_of_a_registered_handler() -> None:
     ("amount", "expected"),
     [
         ("two", "needs an integer, and this is text. Fix: write an integer, for example 1."),
-        ("2", "needs an integer, and this is text. Fix: write 2, without quotes."),
+        ("2", "needs an integer, and this is text. Fix: write an integer, for example 1, without"),
         (True, "needs an integer, and this is a boolean."),
     ],
 )

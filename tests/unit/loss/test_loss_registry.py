@@ -64,7 +64,7 @@ def test_what_fits(loss: dict[str, Any]) -> None:
         ),
         ({"args": {"z_loss_weight": -1.0}}, "loss.args.z_loss_weight = -1.0: must be at least 0"),
         ({"args": {"label_smoothing": 1.0}}, "loss.args.label_smoothing = 1.0: must be less than"),
-        ({"args": {"label_smoothing": "0.1"}}, "write 0.1, without quotes"),
+        ({"args": {"label_smoothing": "0.1"}}, "write a number, for example 0.0, without quotes"),
     ],
 )
 def test_mistakes_are_named(loss: dict[str, Any], expected: str) -> None:
