@@ -87,7 +87,7 @@ KEYS = [
     Bad("quoted", ["did you mean unquoted `training.steps`?"], '"training.steps" = 1\n'),
     Bad(
         "quoted-in-its-section",
-        ['"training.steps": is one quoted', "write `steps`, since this is in [training] already"],
+        ['"training.steps": is one quoted', "write `steps` in [training]"],
         section("training", '"training.steps" = 1'),
     ),
     Bad(
@@ -208,9 +208,7 @@ def value(where: str, literal: str, *expected: str) -> Bad:
 
 
 VALUES = [
-    integer(
-        '"8"', '"8"', "needs an integer, and this is text", "for example 10000, without quotes"
-    ),
+    integer('"8"', '"8"', "needs an integer, and this is text", "10000, without quotes"),
     integer("8.0", "8.0", "this is a decimal number", "write an integer"),
     integer("1e3", "1000.0", "write an integer"),
     integer("8.5", "8.5", "write an integer"),
@@ -229,7 +227,7 @@ VALUES = [
         "training.max_norm",
         "0.0",
         "more than 0",
-        "choose a number > 0, or `inf`; the default is 1.0",
+        "> 0, or `inf`; the default is 1.0",
     ),
     value("training.max_norm", "nan", "training.max_norm = nan"),
     value("training.dtype", '"float16"', "is not a choice", "bfloat16"),
@@ -267,7 +265,7 @@ VALUES = [
         "job.custom_import",
         '"a.b"',
         "needs a list",
-        'write a list of texts, for example ["a", "b"]',
+        'for example ["a", "b"]',
     ),
     value("model.handlers", '["a", 1]', "model.handlers[1] = 1"),
     value("model.args", "5", "is a section"),
@@ -291,7 +289,7 @@ VALUES = [
     ),
     Bad(
         "flag-whole",
-        ["needs an integer. Fix: write an integer, for example 10000."],
+        ["needs an integer. Fix: write an integer"],
         arguments=["--training.steps=1e3"],
     ),
     Bad("flag-not-whole", ["Fix: write an integer"], arguments=["--training.steps=8.5"]),
@@ -355,7 +353,7 @@ ARITHMETIC_CASES = [
     Bad("flavor", ["model.flavor", "8B"], None, ["model.flavor=9B"], 1),
     Bad("family", ['did you mean "llama3"?'], None, ["model.name=lama"], 1),
     Bad("optimizer", ['did you mean "AdamW"?'], None, ["optimizer.name=adamw"], 1),
-    Bad("schedule", ['"warmup_stable_decay"'], None, ["lr_scheduler.name=warmup"], 1),
+    Bad("schedule", ["warmup_stable_decay"], None, ["lr_scheduler.name=warmup"], 1),
     Bad("sink", ["is not a sink", OWN], None, ["metrics.sinks=mine"], 1),
     Bad("own-handler", ["is not a handler", OWN], None, ["model.handlers=mine"], 1),
     Bad("own-handler-table", ["handlers.mine", OWN], None, ["handlers.mine.size=1"], 1),

@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from torchtitan.config import legacy
 from torchtitan.config.cli_args import CommandLine, parse_command_line
+from torchtitan.config.compat import translate as compat
+from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.keys_check import split_known
-from torchtitan.config.legacy import is_old
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_file import read_toml
@@ -58,7 +58,7 @@ def load_toml(path: Path) -> JobConfig:
 def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     problems = list(command_line.problems)
     table: dict[str, Any] = {}
-    file = legacy.Translated()
+    file = compat.Translated()
     if path is not None:
         try:
             table, file = _read(path)
@@ -66,11 +66,11 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
             problems += error.problems
     old = {name: value for name, value in command_line.values.items() if is_old(name, value)}
     today = {name: value for name, value in command_line.values.items() if name not in old}
-    flags = legacy.translate(old, today, "--")
+    flags = compat.translate(old, today, "--")
     flag_values = {**today, **flags.values}
 
     values = _merge(table, flag_values)
-    settled = legacy.settle(values, file, flags, today)
+    settled = compat.settle(values, file, flags, today)
     config, value_problems = _validate(values, list(flag_values))
     written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
     problems += [*file.problems, *flags.problems, *settled.problems]
@@ -86,11 +86,11 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     return LoadedConfig(config, origins, notices, values)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], legacy.Translated]:
+def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
     """A file's values by today's keys, and what became of older ones."""
-    rest, old = legacy.take_old(read_toml(path))
+    rest, old = compat.take_old(read_toml(path))
     table, problems = split_known(rest)
-    file = legacy.translate(old, _leaves(rest))
+    file = compat.translate(old, _leaves(rest))
     _, secrets = split_known(_merge({}, file.values))
     file.problems += [*problems, *secrets]
     return _merge(table, file.values), file

@@ -152,6 +152,6 @@ def _shown(value: Any) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """Return `("optimizer", "param_groups", 0, "pattern")` as `optimizer.param_groups[0].pattern`."""
+    """Return `("data", "sources", 0, "weight")` as `data.sources[0].weight`."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
     return "".join(parts).lstrip(".")

@@ -2,7 +2,7 @@
 
 A key is looked up here only if no section has it. So whoever builds one of the features of
 `NOT_BUILT` adds the field to its section and takes the entry out; a test fails while it is in both.
-`legacy.py` does with the tables what they say.
+`translate.py` does with the tables what they say.
 """
 
 from collections.abc import Mapping

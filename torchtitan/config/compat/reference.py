@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
-from torchtitan.config import legacy
-from torchtitan.config import legacy_keys as tables
+from torchtitan.config.compat import keys as tables
+from torchtitan.config.compat import translate as compat
 from torchtitan.config.fields import free_table_of, known_keys
 from torchtitan.config.toml_text import toml_value
 
@@ -22,8 +22,8 @@ def _keys() -> Iterator[str]:
     """A row for every old key that has another name today."""
     yield "| older | today |"
     yield "|---|---|"
-    for name in sorted(legacy.old_defaults()):
-        target = legacy.today_name(name)
+    for name in sorted(compat.old_defaults()):
+        target = compat.today_name(name)
         if name in tables.HANDLER_SWITCHES:
             yield f'| `{name}` | `model.handlers` with `"{tables.HANDLER_SWITCHES[name]}"` |'
         elif target != name:
