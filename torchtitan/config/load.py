@@ -1,4 +1,4 @@
-"""Loading a config: defaults, then the TOML file, then the command line.
+"""Load a config: defaults, then the TOML file, then the command line.
 
 Everything wrong in the file and on the command line is reported at once. The values are validated
 once, after merging, so a wrong value in the file does not matter if the command line replaces it.
@@ -28,8 +28,10 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config and, for every dotted key, where its value came from: "default", the file's name or
-    "command line"."""
+    """A config and the origin of each value.
+
+    `origins`: by dotted key, "default", the file's name or "command line".
+    """
 
     config: JobConfig
     origins: dict[str, str]
@@ -41,7 +43,11 @@ class LoadedConfig:
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:
-    """The config that a command line describes; raises `ConfigError` with every problem found."""
+    """Return the config of a command line.
+
+    Raises:
+        ConfigError: with every issue found.
+    """
     command_line = parse_command_line(argv)
     file_name = command_line.values.get("job.config_file")
     path = None if file_name is None else config_path(str(file_name))
@@ -51,7 +57,7 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
 
 
 def load_toml(path: Path) -> JobConfig:
-    """The config in one file, such as a run folder's `config.toml`, exactly as it was written."""
+    """Return the config in one file, such as a run folder's `config.toml`, exactly as written."""
     return _load(path, CommandLine()).config
 
 
@@ -87,7 +93,7 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
-    """A file's values by today's keys, and what became of older ones."""
+    """Return a file's values by today's keys, and the translation of older ones."""
     rest, old = compat.take_old(read_toml(path))
     table, problems = split_known(rest)
     file = compat.translate(old, _leaves(rest))
@@ -97,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
 
 
 def _by_written_name(problem: ConfigIssue, written: dict[str, str]) -> ConfigIssue:
-    """Of a wrong value, under the name that the user knows."""
+    """Return the issue under the name that the user wrote."""
     return replace(problem, key=written.get(problem.key, problem.key))
 
 
@@ -111,8 +117,10 @@ def _validate(
 
 
 def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the dotted keys set in it; `base` stays as it is. An empty table adds nothing to
-    one that is there."""
+    """Return a copy of `base` with the dotted keys set in it.
+
+    An empty table adds nothing to one that is there.
+    """
     merged = _copied(base)
     for name, value in dotted.items():
         *tables, last = name.split(".")

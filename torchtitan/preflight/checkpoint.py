@@ -227,7 +227,7 @@ def _protection_problems(folder: Path) -> list[ConfigIssue]:
 
 
 def _space_problems(folder: Path, section: Checkpoint) -> list[ConfigIssue]:
-    """A resumed run knows how large its checkpoints are."""
+    """Check the disk space of a resumed run, whose checkpoints have a known size."""
     manifests = [c.manifest for c in inspect_steps(folder) if c.manifest]
     if not manifests:
         return []
@@ -236,7 +236,7 @@ def _space_problems(folder: Path, section: Checkpoint) -> list[ConfigIssue]:
 
 
 def _on_memory(folder: Path) -> bool:
-    """Whether a path lies on a file system in memory, as far as the kernel tells."""
+    """Return whether a path lies on a file system in memory, as far as the kernel tells."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:

@@ -54,7 +54,7 @@ def _settings_problems(context: RunContext, name: str) -> list[ConfigIssue]:
 
 
 def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> list[ConfigIssue]:
-    """What a handler finds; for what it raises, whose fault that is, with its own traceback."""
+    """Return what a handler finds; if it raises, an issue with its own traceback."""
     try:
         return list(ask())
     except ConfigError as error:
@@ -66,7 +66,7 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
 
 
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
-    """Looks for the packages, without importing them."""
+    """Check that the packages exist, without importing them."""
     for name, entry in chosen.items():
         if entry.package and not _is_installed(entry.package):
             problem = f"it needs {entry.package}, which is not installed"

@@ -94,8 +94,10 @@ def _schedule(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Iterator[ConfigIssue]:
-    """Settings that are not used, in the order of the section. They may stand in a file whose
-    optimizer or schedule the command line replaces."""
+    """Yield a warning for each setting that `name` does not use.
+
+    It may stand in a file whose optimizer or schedule the command line replaces.
+    """
     keys = set(keys)
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)

@@ -50,7 +50,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
 
 
 def _wandb(context: RunContext) -> list[ConfigIssue]:
-    """Without its package nothing would be logged, so that is an error; a login may still come."""
+    """Check wandb: without its package nothing would be logged; a login may still come."""
     if importlib.util.find_spec("wandb") is None:
         return [_missing_package("metrics.enable_wandb", "wandb")]
     problems, environment = _unwritable(context, "metrics.enable_wandb", "wandb"), read_wandb()
@@ -67,7 +67,7 @@ def _wandb(context: RunContext) -> list[ConfigIssue]:
 
 
 def _missing_package(key: str, package: str) -> ConfigIssue:
-    """The problem of a switch whose package is not there; the machine that trains may have it."""
+    """Return the issue of a switch whose package is missing; the training machine may have it."""
     problem = f"the package {package} is not installed"
     fix = f"run `pip install {package}`, or set it to false"
     return ConfigIssue(key, problem, fix, value=True, missing_asset=True)
@@ -155,7 +155,7 @@ def _folders(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _unwritable(context: RunContext, key: str, name: str) -> list[ConfigIssue]:
-    """Whether the folder is writable or could be made; creates nothing."""
+    """Check that the folder can be written or made; create nothing."""
     dump_folder = Path(context.config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine

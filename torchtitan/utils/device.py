@@ -1,4 +1,4 @@
-"""The device of this process: kind, memory, peak FLOP/s; threads, seed and determinism."""
+"""Describe the device of this process, and set up threads, seed and determinism."""
 
 import os
 import re
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def device_type(setting: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The kind of device that `job.device` means on this machine.
+    """Return the kind of device that `job.device` means on this machine.
 
     Raises:
         RuntimeError: `cuda` is asked for and this process sees no GPU.
@@ -30,19 +30,19 @@ def device_type(setting: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of the device; `cpu` for the CPU."""
+    """Return the maker's name of the device; `cpu` for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given. Does nothing on the CPU."""
+    """Wait until the device has finished its work. Does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """Highest memory use, in GiB. What a device does not know is None.
+    """The highest memory use, in GiB; None where a device does not know it.
 
     `reserved_gib`: on CUDA what the allocator took from the device since `reset_memory_peak`, on
     the CPU the resident memory of this process since it started. `active_gib`: the part of that
@@ -57,7 +57,7 @@ class MemoryPeak:
 
 
 def memory_peak(device: torch.device) -> MemoryPeak:
-    """The memory peak of this process. Does not wait for the device."""
+    """Return the memory peak of this process. Does not wait for the device."""
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         return MemoryPeak(
@@ -74,7 +74,7 @@ def memory_peak(device: torch.device) -> MemoryPeak:
 
 
 def reset_memory_peak(device: torch.device) -> None:
-    """Start the peaks anew, except on the CPU: the system keeps one for a process's life."""
+    """Reset the peaks, except on the CPU, where the system keeps one for a process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -113,7 +113,7 @@ def _num_cores() -> int:
 
 
 def use_deterministic_algorithms(warn_only: bool) -> None:
-    """Refuse (or warn of) operators whose result depends on timing."""
+    """Reject (or warn of) operators whose result depends on timing."""
     # cuBLAS reads it when it is loaded; its default workspace is not deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=warn_only)

@@ -1,7 +1,7 @@
-"""What the environment says about this process: the launcher's variables, read once. No torch.
+"""Read the launcher's variables of this process, once. No torch.
 
-`torchrun` starts one process per device and tells each its place in `RANK`, `WORLD_SIZE`,
-`LOCAL_RANK` and friends. Half-set variables make processes wait for each other forever, so they are
+`torchrun` starts one process per device and gives each its place in `RANK`, `WORLD_SIZE`,
+`LOCAL_RANK` and others. Half-set variables make processes wait for each other forever, so they are
 checked together before anything is joined.
 """
 
@@ -27,12 +27,12 @@ class EnvironmentFault:
 
     @property
     def name(self) -> str:
-        """The variable with its value, if it is set."""
+        """Return the variable with its value, if it is set."""
         return self.variable if self.value is None else f"{self.variable} = {self.value}"
 
 
 class EnvironmentFaults(ValueError):
-    """The launcher's variables contradict each other."""
+    """Variables of the launcher that contradict each other."""
 
     def __init__(self, faults: list[EnvironmentFault]):
         self.faults = faults
@@ -41,7 +41,7 @@ class EnvironmentFaults(ValueError):
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
-    """This process's place in the run, as the launcher put it."""
+    """Return the place of this process; raise `EnvironmentFaults` with everything wrong."""
 
     rank: int = 0
     world_size: int = 1
@@ -68,7 +68,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> ProcessEnviron
 
 
 def read_world_size(environ: Mapping[str, str] | None = None) -> int:
-    """`WORLD_SIZE` alone, for looking at a config from outside a run; 1 when unset."""
+    """Return `WORLD_SIZE`, for looking at a config from outside a run; 1 when unset."""
     environ = os.environ if environ is None else environ
     faults: list[EnvironmentFault] = []
     world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
@@ -78,9 +78,10 @@ def read_world_size(environ: Mapping[str, str] | None = None) -> int:
 
 
 def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
-    """`RANK` (0 when unset) of `WORLD_SIZE` alone, for being one rank of a run that is not there.
+    """Return `RANK` (0 when unset) of `WORLD_SIZE`, for a dry run as one rank.
 
-    Raises `EnvironmentFaults`.
+    Raises:
+        EnvironmentFaults: the rank is not below the world size.
     """
     environ = os.environ if environ is None else environ
     faults: list[EnvironmentFault] = []
@@ -94,16 +95,14 @@ def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
 
 
 def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether another process reports problems that all processes see alike: without a
-    `MASTER_ADDR` there is none."""
+    """Return whether rank 0 reports issues for this process; False without `MASTER_ADDR`."""
     environ = os.environ if environ is None else environ
     launched = bool(environ.get("MASTER_ADDR", "").strip())
     return launched and environ.get("RANK", "0").strip() not in ("", "0")
 
 
 def is_restart(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the launcher has run this very command before: Slurm requeued the job, or torchrun
-    started its processes again."""
+    """Return whether this is a restart: a job that Slurm requeued, or processes of torchrun."""
     environ = os.environ if environ is None else environ
     counts = (environ.get(name, "").strip() for name in _RESTART_COUNTS)
     return any(re.fullmatch(r"[0-9]+", count) and int(count) > 0 for count in counts)
@@ -111,7 +110,7 @@ def is_restart(environ: Mapping[str, str] | None = None) -> bool:
 
 @dataclass(frozen=True)
 class WandbEnvironment:
-    """What users of wandb set by variables; None and "" where nothing is set."""
+    """Variables of wandb; None and "" where nothing is set."""
 
     mode: str | None = None
     project: str | None = None
@@ -125,7 +124,7 @@ class WandbEnvironment:
 
 
 def read_wandb(environ: Mapping[str, str] | None = None) -> WandbEnvironment:
-    """wandb's variables, by TorchTitan's names for them and by wandb's own."""
+    """Return wandb's variables, by TorchTitan's names for them and by wandb's own."""
     environ = os.environ if environ is None else environ
 
     def first(*names: str) -> str | None:
@@ -245,11 +244,13 @@ _LAUNCHERS = (
 
 
 def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
-    """Set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`
-    from the variables of srun or mpirun.
+    """Set the variables of torchrun from those of srun or mpirun.
 
-    Does nothing where `RANK` or `WORLD_SIZE` is set already. Raises `EnvironmentFaults` where a
-    launcher has started several processes, but does not tell enough to join them.
+    Does nothing where `RANK` or `WORLD_SIZE` is set already.
+
+    Raises:
+        EnvironmentFaults: a launcher has started several processes, but does not say enough to join
+            them.
     """
     environ = os.environ if environ is None else environ
     if any(environ.get(name, "").strip() for name in _DECIDED_BY_USER):
@@ -277,7 +278,7 @@ def is_torchrun_s(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def _place(environ: Mapping[str, str], launcher: _Launcher) -> dict[str, str | int] | None:
-    """The variables of torchrun; None if the launcher's are not complete."""
+    """Return the variables of torchrun; None if the launcher's are not complete."""
     size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)
     local_rank = _number(environ, launcher.local_rank)
     if launcher.name == "Slurm":  # lists the ranks of this machine
@@ -317,7 +318,7 @@ def _first_machine(environ: Mapping[str, str], launcher: _Launcher, only_one: bo
 
 
 def first_host(machines: str) -> str:
-    """The first name of a Slurm list such as `node[03-07,9],login1`."""
+    """Return the first name of a Slurm list such as `node[03-07,9],login1`."""
     first = re.split(r",(?![^\[]*\])", machines)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 

@@ -1,10 +1,10 @@
-"""The CPU host of this process: glibc's allocator, waiting threads, free memory, age. No torch.
+"""Set up the CPU host of this process: allocator, waiting threads, free memory. No torch.
 
 By default glibc takes every large block from the kernel by mmap, gives it back when it is freed,
 and trims the heap when its end is free. A training step allocates and frees the same large tensors
 again and again, so the kernel zeroes the same pages in every step: a quarter to a half of the time
-on small models. Told to keep what it has, the allocator reaches a steady state in which a step
-causes no page fault, at the price that memory once used stays with the process until it ends.
+on small models. With the settings below the allocator keeps what it has and reaches a steady state
+without page faults; memory once used stays with the process until it ends.
 """
 
 import ctypes
@@ -64,7 +64,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int | None:
-    """Bytes that programs could still take, within a container's limit; None when unknown."""
+    """Return the bytes that programs can still take, within a container's limit, or None."""
     amounts = []
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -80,7 +80,7 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROU
 
 
 def _reclaimable(cgroup: Path) -> int:
-    """Bytes of files that the container holds in memory, and would give up."""
+    """Return the bytes of cached files that the container would give up."""
     for line in (cgroup / "memory.stat").read_text().splitlines():
         name, _, amount = line.partition(" ")
         if name == "inactive_file":

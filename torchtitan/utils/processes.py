@@ -1,4 +1,4 @@
-"""Processes that are asked to stop, and that end with the process that started them. No torch."""
+"""Stop with a signal, or with the process that started this one. No torch."""
 
 import logging
 import multiprocessing
@@ -20,7 +20,7 @@ terminal sends SIGHUP, and Ctrl-C SIGINT."""
 
 
 class StopRequested(BaseException):
-    """The process was asked to stop before its first step. Exit status 7."""
+    """A request to stop before the first step. Exit status 7."""
 
 
 class StopRequest:
@@ -65,9 +65,8 @@ _GRACE_SECONDS = 300
 def end_with_parent() -> None:
     """End this child of `multiprocessing` when its parent does, even a killed one.
 
-    Without this a reader outlives a killed run for ever. By process id its parent is the fork
-    server, which stays while one of its children does; the kernel's parent-death signal and
-    DataLoader's own watchdog look at that one only.
+    By process id its parent is the fork server, which lives longer; the kernel's parent-death
+    signal and DataLoader's watchdog look at that one only.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
@@ -82,11 +81,8 @@ def _wait_for_parent() -> None:
 def end_with_launcher() -> None:
     """Send this process SIGTERM when the torchrun or mpirun that started it is gone.
 
-    A launcher that is killed, or that dies of a signal which it does not know (torchrun of
-    SIGUSR1), tells its ranks nothing: they would train on, and hold the run folder's lock. A rank
-    that has not ended some time after that is killed.
-
-    Does nothing for a process that no launcher started, which may well outlive its shell.
+    Ranks of a killed launcher would train on, and hold the run folder's lock. A rank that has not
+    ended some time after that is killed. Does nothing for a process that no launcher started.
     """
     launcher = _launcher()
     if launcher is not None:
@@ -94,8 +90,10 @@ def end_with_launcher() -> None:
 
 
 def _launcher() -> int | None:
-    """The launcher's process id: of the nearest ancestor without the variables that it sets. Its
-    child may be a script of the user's, which does not end with it."""
+    """Return the launcher's process id: the nearest ancestor without the variables that it sets.
+
+    Its child may be a script of the user's, which does not end with it.
+    """
     names = [name for name in _LAUNCHER_MARKS if name in os.environ]
     if not names:
         return None

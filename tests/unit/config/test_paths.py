@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from torchtitan.cli import main
-from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.fields import Key, keys_of, known_keys, paths_of
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.shipped import CLONE, found_elsewhere
 from torchtitan.preflight import FILES, preflight
-from torchtitan.preflight.mesh import check_static, paths_of
+from torchtitan.preflight.mesh import check_static
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
 
