@@ -305,13 +305,13 @@ class _NodeDataset:
 
 def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> Source:
     """Return what the factory of a registered dataset made, as a source. Raises ConfigError."""
+    if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
+        return dataset  # type: ignore[no-any-return]
     from torch.utils.data import DataLoader, IterableDataset
 
     def error(problem: str, fix: str) -> ConfigError:
         return ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
 
-    if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
-        return dataset  # type: ignore[no-any-return]
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream and hasattr(dataset, "__getitem__"):
         if hasattr(dataset, "__len__"):

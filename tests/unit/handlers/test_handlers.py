@@ -150,7 +150,7 @@ def test_settings_of_a_registered_handler() -> None:
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
-        ("two", "needs an integer, and this is text. Fix: write an integer, for example 1."),
+        ("two", "needs an integer, and this is text. Fix: write an integer, for example 1"),
         ("2", "needs an integer, and this is text. Fix: write an integer, for example 1, without"),
         (True, "needs an integer, and this is a boolean."),
     ],
