@@ -142,7 +142,7 @@ def _handlers() -> Rows:
 
 
 def _masks() -> Rows:
-    from torchtitan.handlers.mask_registry import MASKS
+    from torchtitan.handlers.masks import MASKS
 
     return rows_of(MASKS, lambda entry: entry.description)
 
