@@ -11,8 +11,8 @@ from torchtitan.config.registry import BUILT_IN, Registry
 from torchtitan.config.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from torchtitan.optim.lr_scheduler import ScheduleEntry
     from torchtitan.optim.registry import OptimizerEntry
-    from torchtitan.optim.schedules import ScheduleEntry
 
 Rows = list[tuple[str, str]]
 _FLAG = f"--{CUSTOM_IMPORT}"
@@ -85,7 +85,7 @@ def _optimizers() -> Rows:
 
 def _schedules() -> Rows:
     """Those of others have their settings in [lr_scheduler.args]."""
-    from torchtitan.optim.schedules import SCHEDULES
+    from torchtitan.optim.lr_scheduler import SCHEDULES
 
     def describe(entry: "ScheduleEntry") -> str:
         keys = [key for key in entry.settings.model_fields if key not in ("name", "args")]

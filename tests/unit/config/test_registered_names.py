@@ -22,8 +22,8 @@ from torchtitan.handlers.masks import register_mask
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.loss.registry import register_loss
 from torchtitan.metrics.sink_registry import SINKS, SinkEntry, register_sink
+from torchtitan.optim.lr_scheduler import register_schedule
 from torchtitan.optim.registry import register_optimizer
-from torchtitan.optim.schedules import register_schedule
 
 GROUP = "torchtitan.tests"
 
