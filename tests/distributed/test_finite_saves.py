@@ -15,25 +15,17 @@ SPOILER = """
 import torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.config.schema import Section
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 @register_handler("spoiler")
-class Spoiler:
+class Spoiler(ModelHandler):
     class Settings(Section):
         at_step: int = 8
         value: float = 0.0
 
     def __init__(self, job_config, parallel_dims):
         self.settings, self.step = handler_settings(job_config, "spoiler"), 0
-
-    def convert(self, model):
-        pass
-
-    def after_load(self, model):
-        pass
-
-    def pre_optimizer_hook(self, model):
-        pass
 
     @torch.no_grad()
     def post_optimizer_hook(self, model):

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.settings import AdafactorSettings
-from torchtitan.optim.torch_optimizers import Groups
+from torchtitan.optim.registry import AdafactorSettings, Groups
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.optimizer_state import State, zeros
+from torchtitan.utils.torch_compat import local_tensor
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -69,7 +69,7 @@ class Adafactor(torch.optim.Optimizer):
     def _squares(self, parameter: Tensor) -> Tensor:
         """The share of this rank in the sums of squares: of the gradient's rows, of its columns, of
         all weights. `[rows + columns + 1]`; of a vector `[1]`."""
-        weights = _square_sum(_local(parameter)).reshape(1)
+        weights = _square_sum(local_tensor(parameter)).reshape(1)
         if parameter.dim() != 2:
             return weights
         gradient = _local_gradient(parameter)
@@ -85,9 +85,9 @@ class Adafactor(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] += 1
         newest = state["step"].double() ** self._settings.beta2_decay
-        _local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+        local_tensor(parameter).mul_(1 - group["lr"] * group["weight_decay"])
         if parameter.dim() != 2:
-            variance = _local(state["variance"])
+            variance = local_tensor(state["variance"])
             variance.add_((_local_gradient(parameter).square() - variance) * newest)
             return
         rows, columns = parameter.shape
@@ -102,7 +102,7 @@ class Adafactor(torch.optim.Optimizer):
         state, eps = self.state[parameter], self._settings.eps1
         eps = torch.finfo(parameter.dtype).eps if eps is None else eps
         if parameter.dim() != 2:
-            variance = _local(state["variance"])
+            variance = local_tensor(state["variance"])
         else:
             rows, columns = self._held_of(parameter)
             row_var, col_var = state["row_var"], state["col_var"]
@@ -117,7 +117,7 @@ class Adafactor(torch.optim.Optimizer):
         rate = (step**-0.5).clamp(max=group["lr"])
         size = (weights / parameter.numel()).sqrt().clamp(min=settings.eps2)
         too_large = ((update / parameter.numel()).sqrt() / settings.d).clamp(min=1.0)
-        _local(parameter).sub_(self._update(parameter) * (size * rate / too_large))
+        local_tensor(parameter).sub_(self._update(parameter) * (size * rate / too_large))
 
     def _held_of(self, parameter: Tensor) -> list[Tensor]:
         if parameter not in self._held:
@@ -159,11 +159,7 @@ def _square_sum(tensor: Tensor) -> Tensor:
 
 def _local_gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
-    return _local(parameter.grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local_tensor(parameter.grad)
 
 
 def build(

@@ -23,12 +23,11 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.settings import AdamW8bitSettings
-from torchtitan.optim.torch_optimizers import Groups
+from torchtitan.optim.registry import AdamW8bitSettings, Groups
 from torchtitan.parallel.initialize import hashed_bits, local_indices
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.optimizer_state import State, zeros
-from torchtitan.utils.torch_compat import with_local
+from torchtitan.utils.torch_compat import local_tensor, with_local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SMALLEST_QUANTISED = 4096
@@ -58,20 +57,20 @@ class AdamWBF16(torch.optim.Optimizer):
 
     def _read(self, parameter: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         for key in _MOMENTS:
-            yield _local(self.state[parameter][key]).to(dtype)
+            yield local_tensor(self.state[parameter][key]).to(dtype)
 
     def _write(self, parameter: Tensor, moments: tuple[Tensor, Tensor], bits: Tensor) -> None:
         for place, (key, moment) in enumerate(zip(_MOMENTS, moments, strict=True)):
             rounded = stochastic_round(moment, bits >> (16 * place))
-            _local(self.state[parameter][key]).copy_(rounded)
+            local_tensor(self.state[parameter][key]).copy_(rounded)
 
     def _step(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         section, state = self._section, self.state[parameter]
         assert parameter.grad is not None
         if not state:
             state.update(self.initial_state(parameter, group))
-        local, dtype = _local(parameter), at_least_float32(parameter.dtype)
-        gradient = _local(parameter.grad).to(dtype)
+        local, dtype = local_tensor(parameter), at_least_float32(parameter.dtype)
+        gradient = local_tensor(parameter.grad).to(dtype)
         first, second = self._read(parameter, dtype)
         first = first.lerp(gradient, 1 - section.beta1)
         second = second.lerp(gradient.square(), 1 - section.beta2)
@@ -113,7 +112,7 @@ class AdamW8bit(AdamWBF16):
                 continue
             codes = zeros(parameter, torch.uint8)
             # The index of 0, as if nothing had been averaged.
-            _local(codes).fill_(levels(_is_signed(key)).index(0.0))
+            local_tensor(codes).fill_(levels(_is_signed(key)).index(0.0))
             state[f"{key}_codes"] = codes
             state[f"{key}_scale"] = _zeros_by_block(parameter, self._block_size)
         return state
@@ -137,9 +136,9 @@ class AdamW8bit(AdamWBF16):
         state = self.state[parameter]
         for key in _MOMENTS:
             if key in state:
-                yield _local(state[key]).to(dtype)
+                yield local_tensor(state[key]).to(dtype)
                 continue
-            codes, scale = _local(state[f"{key}_codes"]), _local(state[f"{key}_scale"])
+            codes, scale = local_tensor(state[f"{key}_codes"]), local_tensor(state[f"{key}_scale"])
             values = self._levels(codes.device, key)[codes.int()]
             yield (_blocks(values, self._block_size) * scale.unsqueeze(-1)).view_as(codes).to(dtype)
 
@@ -147,7 +146,7 @@ class AdamW8bit(AdamWBF16):
         state = self.state[parameter]
         for key, moment in zip(_MOMENTS, moments, strict=True):
             if key in state:
-                _local(state[key]).copy_(moment)
+                local_tensor(state[key]).copy_(moment)
                 continue
             blocks = _blocks(moment.float(), self._block_size)
             scale = blocks.abs().amax(-1).clamp(min=1e-12)
@@ -156,8 +155,8 @@ class AdamW8bit(AdamWBF16):
             if not _is_signed(key):
                 between[0] = 0  # else what is tiny beside its block is 0, which a step divides by
             codes = torch.bucketize(blocks / scale.unsqueeze(-1), between, out_int32=True)
-            _local(state[f"{key}_codes"]).copy_(codes.view_as(moment))
-            _local(state[f"{key}_scale"]).copy_(scale)
+            local_tensor(state[f"{key}_codes"]).copy_(codes.view_as(moment))
+            local_tensor(state[f"{key}_scale"]).copy_(scale)
 
 
 def stochastic_round(value: Tensor, bits: Tensor) -> Tensor:
@@ -232,10 +231,6 @@ def _fix_of_cut_rows(row: int, parts: int, size: int) -> str:
         return "choose another optimizer, or cut rows over fewer ranks"
     best = max((block for block in fitting if block < size), default=fitting[0])
     return f"set it to {best}, which divides the {row // parts} of a part"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build_bf16(

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.settings import MuonSettings, is_muons
-from torchtitan.optim.torch_optimizers import Groups, adam_options
+from torchtitan.optim.optimizer import adam_options
+from torchtitan.optim.registry import Groups, MuonSettings, is_orthogonalised
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.utils.optimizer_state import State, adam_state, zeros
-from torchtitan.utils.torch_compat import with_local
+from torchtitan.utils.torch_compat import local_tensor, with_local
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that is iterated: they push small singular values up fastest."""
@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         assert parameter.grad is not None
         if not state:
             state.update(self.initial_state(parameter, group))
-        gradient, average = _local(parameter.grad), _local(state["momentum_buffer"])
+        gradient, average = local_tensor(parameter.grad), local_tensor(state["momentum_buffer"])
         average.lerp_(gradient, 1 - settings.momentum)
         direction = gradient.lerp(average, settings.momentum) if settings.nesterov else average
         # In float64 only for what is compared in float64.
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         update = with_local(parameter, direction if wide else direction.bfloat16())
         orthogonal = orthogonalise(whole(update), settings.ns_steps)
         mine = held_part(orthogonal, parameter)
-        local, lr = _local(parameter), group["lr"]
+        local, lr = local_tensor(parameter), group["lr"]
         local.mul_(1 - lr * group["weight_decay"])
         local.add_(mine, alpha=-lr * _shape_factor(settings, parameter))
 
@@ -118,10 +118,6 @@ def held_part(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.device)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _shape_factor(settings: MuonSettings, parameter: Tensor) -> float:
     rows, columns = parameter.shape
     if settings.adjust_lr_fn == "original":
@@ -139,7 +135,7 @@ def build(
             pairs = [
                 (name, parameter)
                 for name, parameter in zip(group["names"], group["params"], strict=True)
-                if is_muons(settings, name, parameter.dim()) == orthogonal
+                if is_orthogonalised(settings, name, parameter.dim()) == orthogonal
             ]
             factor = group["lr_factor"] * (settings.lr_factor if orthogonal else 1.0)
             if pairs:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.optim.schedules import BUILT_IN_NAME
+from torchtitan.optim.lr_scheduler import BUILT_IN_NAME
 from torchtitan.preflight.registered_names import check_named, probe_schedule
 from torchtitan.utils.environment import read_wandb
 

@@ -39,7 +39,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     for name, entry in entries.items():
         if not errors_of(problems):
             settings = handler_settings(context.config, name)
-            problems += _asked(name, "check", partial(entry.check, context, settings))
+            problems += _asked(name, "check_static", partial(entry.check_static, context, settings))
     return problems
 
 
@@ -95,10 +95,8 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Whether this machine's devices can do what the handlers ask of them."""
     config = context.config
-    return [
-        problem
-        for name in config.model.handlers
-        for problem in _asked(
-            name, "probe", partial(HANDLERS[name].probe, context, handler_settings(config, name))
-        )
-    ]
+    problems = []
+    for name in config.model.handlers:
+        ask = partial(HANDLERS[name].check_environment, context, handler_settings(config, name))
+        problems += _asked(name, "check_environment", ask)
+    return problems

@@ -18,7 +18,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     except ConfigError as error:
         return error.problems
     degree = context.config.parallelism.tensor_parallel_degree
-    if degree > 1 and not entry.takes_cut_vocabulary:
+    if degree > 1 and not entry.supports_vocab_parallel:
         problem = (
             f"this loss needs the logits of all tokens, and a rank has those of a part of the"
             f" vocabulary with parallelism.tensor_parallel_degree = {degree}"

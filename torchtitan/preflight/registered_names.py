@@ -8,16 +8,16 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.metrics.sink_registry import SINKS, sink_settings
-from torchtitan.optim.registry import (
-    OPTIMIZERS,
-    OPTIONAL_KEYS,
-    optimizer_settings,
-)
-from torchtitan.optim.schedules import (
+from torchtitan.optim.lr_scheduler import (
     BUILT_IN_NAME,
     SCHEDULES,
     Schedule,
     schedule_settings,
+)
+from torchtitan.optim.registry import (
+    OPTIMIZERS,
+    OPTIONAL_KEYS,
+    optimizer_settings,
 )
 
 _SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]

@@ -27,7 +27,7 @@ from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
-from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.metrics.profiler import Profiler
 from torchtitan.metrics.sink_registry import SinkRun, sink_opener
@@ -116,8 +116,8 @@ def build_runner(
 ) -> Runner:
     """Build what computes the losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    vocabulary = _vocab_parallel(config, model, mesh, dims)
-    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
+    shard = _vocab_shard(config, model, mesh, dims)
+    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, shard)
     is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
     shard_batch = None
@@ -163,14 +163,14 @@ def build_runner(
     )
 
 
-def _vocab_parallel(
+def _vocab_shard(
     config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
-) -> VocabParallelCrossEntropy | None:
+) -> VocabShard | None:
     if dims.tp == 1:
         return None
     total, group = model.args.vocab_size, mesh["tp"].get_group()
     assert total is not None
-    return VocabParallelCrossEntropy(total, group, config.parallelism.disable_loss_parallel)
+    return VocabShard(total, group, config.parallelism.disable_loss_parallel)
 
 
 def build_loader(

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.conversion import StartRules, convert_model
+from torchtitan.handlers.conversion import InitRules, convert_model
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs, require_language_model
@@ -141,9 +141,10 @@ def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -
                 setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def _initialize(model: nn.Module, rules: StartRules, seed: int, with_own: bool) -> None:
-    """Initialise buffers, what handlers add (stored weights may lack it), and, if `with_own`, the
-    parameters of the family."""
+def _initialize(model: nn.Module, rules: InitRules, seed: int, with_own: bool) -> None:
+    """Fill the family's own parameters if `with_own`; what handlers add in any case, since the
+    weights that a run starts from may lack it; and the buffers, which come out of allocation with
+    arbitrary content."""
     names = [name for name, _ in model.named_buffers() if name not in rules.added]
     if names and not hasattr(model, "init_buffers"):
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")

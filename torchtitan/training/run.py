@@ -18,8 +18,7 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.optim.lr_scheduler import set_learning_rates
-from torchtitan.optim.schedules import Schedule
+from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.training import builder, model_builder
 from torchtitan.training.ending import (

@@ -20,9 +20,9 @@ from torchtitan.cli import main
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers import flex_attention_settings, mask_registry
+from torchtitan.handlers import settings as handler_settings
 from torchtitan.handlers.flex_attention import FlexAttentionHandler, FlexMasks
-from torchtitan.handlers.mask_registry import MASKS, entry_of, register_mask
+from torchtitan.handlers.masks import MASKS, MaskEntry, entry_of, register_mask
 from torchtitan.models import attend, registry
 from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.masks import MaskFunction, MaskInputs
@@ -86,9 +86,9 @@ def test_what_fits(settings: dict[str, Any]) -> None:
     [
         ({"masks": ("sliding_windw",)}, 'is not a mask. Fix: did you mean "sliding_window"?'),
         ({"masks": ("causal", "causal")}, "is listed twice"),
-        ({"masks": ("document",)}, "training.document_mask = false"),
+        ({"masks": ("document",)}, "needs training.document_mask = true"),
         ({"masks": ("causal",), "documents": True}, "asks for document, which is not listed"),
-        ({"masks": ("sliding_window",)}, "of how many tokens?"),
+        ({"masks": ("sliding_window",)}, "the size of the window is not set"),
         (
             {"masks": ("causal",), "window": 16},
             "flex_attention.window = 16 asks for sliding_window",
@@ -109,7 +109,7 @@ def test_what_does_not_fit(settings: dict[str, Any], expected: str) -> None:
 
 def test_on_cpus_the_reason_and_the_way_out() -> None:
     [text] = problems("cpu")
-    assert text.startswith('model.handlers = "flex_attention": FlexAttention is trained on CUDA')
+    assert text.startswith('model.handlers = "flex_attention": FlexAttention trains on CUDA')
     assert "no backward of it for CPUs, and this run is on cpu. Fix: leave it out" in text
     assert "model.args.sliding_window" in text
 
@@ -137,9 +137,9 @@ def test_heads_that_are_too_small_for_the_kernel() -> None:
 
 
 def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex_attention_settings, "needs_capability", lambda *_: ())
+    monkeypatch.setattr(handler_settings, "_needs_capability", lambda *_: ())
     for found, count in (("a spec", 0), (None, 1)):
-        monkeypatch.setattr(flex_attention_settings, "find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(handler_settings, "find_spec", lambda _, found=found: found)
         told = checks.check_environment(RunContext(config_of(), 1, "cuda"))
         assert [problem.value for problem in told] == ["flex_attention"] * count
 
@@ -153,7 +153,7 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
         {"model": {"name": "own", "flavor": "small", "handlers": ["flex_attention"]}}
     )
     [problem] = model_checks.check_environment(RunContext(config, 1, "cuda"))
-    assert "does not attend by way of torchtitan.models.attend" in str(problem)
+    assert "does not use the attention of torchtitan.models.attend" in str(problem)
     assert model_checks.check_environment(RunContext(config_of(), 1, "cuda")) == []
 
 
@@ -169,7 +169,7 @@ def test_nothing_of_it_needs_torch_to_be_refused() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "FlexAttention is trained on CUDA only" in done.stderr
+    assert "FlexAttention trains on CUDA only" in done.stderr
 
 
 # the masks
@@ -256,7 +256,7 @@ def test_what_is_no_mask(thing: Any) -> None:
         entry_of("odd", thing)
     with pytest.raises(ValueError, match="registered already, by built in"):
         register_mask("causal")(even_keys)
-    entry = mask_registry.MaskEntry(lambda: even_keys)
+    entry = MaskEntry(lambda: even_keys)
     assert entry_of("other", entry) is entry
 
 

@@ -16,10 +16,10 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.metrics import sink_registry
 from torchtitan.metrics.sink_registry import SINKS
+from torchtitan.optim import lr_scheduler as schedule_registry
 from torchtitan.optim import registry as optimizer_registry
-from torchtitan.optim import schedules as schedule_registry
+from torchtitan.optim.lr_scheduler import SCHEDULES, Schedule, register_schedule
 from torchtitan.optim.registry import OPTIMIZERS, OptimizerEntry
-from torchtitan.optim.schedules import SCHEDULES, Schedule, register_schedule
 from torchtitan.preflight.components import check_environment, check_static
 from torchtitan.preflight.preflight import MODEL, preflight
 
@@ -209,7 +209,7 @@ MODULE = '''
 import torch
 
 from torchtitan.optim.registry import register_optimizer
-from torchtitan.optim.schedules import register_schedule
+from torchtitan.optim.lr_scheduler import register_schedule
 from torchtitan.metrics.sink_registry import register_sink
 from torchtitan.config.schema import Section
 
