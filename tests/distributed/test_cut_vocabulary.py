@@ -16,7 +16,7 @@ from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.loss.registry import CrossEntropySettings
 from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head
+from torchtitan.models.decoder.model import Head
 
 PLAIN = CrossEntropySettings()
 

@@ -40,7 +40,7 @@ def test_config_checks_at_its_world_size(path: Path):
     result = check(path, world_size[1])
     # Of what the larger ones read nothing is in the clone.
     assert result.returncode == (9 if "not checked" in result.stdout else 0), result.stderr
-    assert "ok: llama3 " in result.stdout
+    assert "ok: " in result.stdout
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.masks import MASKS
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.handlers.settings import FlexAttentionSettings
-from torchtitan.models.attend import AttentionMaskBuilder, Mask, block_mask
+from torchtitan.models.attention import AttentionMaskBuilder, Mask, block_mask
 from torchtitan.models.masks import MaskFunction, MaskInputs, all_of, dense
 
 
@@ -53,7 +53,7 @@ class FlexAttentionHandler(ModelHandler):
         """Find models with an attention of their own."""
         if any(isinstance(module, AttentionMaskBuilder) for module in model.modules()):
             return []
-        problem = "the model does not use the attention of torchtitan.models.attend"
+        problem = "the model does not use the attention of torchtitan.models.attention"
         return [ConfigIssue("model.handlers", problem, "leave it out", "flex_attention")]
 
     def convert(self, model: nn.Module) -> None:

@@ -237,8 +237,8 @@ def check_flex_attention(
     if args is None:
         return
     heads = args.heads()
-    if heads is not None and args.hidden_size() // heads[0] < _SMALLEST_HEAD:
-        size = args.hidden_size() // heads[0]
+    if heads is not None and args.head_size() < _SMALLEST_HEAD:
+        size = args.head_size()
         problem = f"its kernel needs heads of at least {_SMALLEST_HEAD} channels, not {size}"
         fix = "leave it out, or choose fewer heads"
         yield ConfigIssue("model.handlers", problem, fix, "flex_attention")

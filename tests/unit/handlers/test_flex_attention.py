@@ -23,8 +23,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import settings as handler_settings
 from torchtitan.handlers.flex_attention import FlexAttentionHandler, FlexMasks
 from torchtitan.handlers.masks import MASKS, MaskEntry, entry_of, register_mask
-from torchtitan.models import attend, registry
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
+from torchtitan.models import attention, registry
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.masks import MaskFunction, MaskInputs
 from torchtitan.models.spec import ModelArgs, ModelFamily
 from torchtitan.preflight import handlers as checks
@@ -153,7 +153,7 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
         {"model": {"name": "own", "flavor": "small", "handlers": ["flex_attention"]}}
     )
     [problem] = model_checks.check_environment(RunContext(config, 1, "cuda"))
-    assert "does not use the attention of torchtitan.models.attend" in str(problem)
+    assert "does not use the attention of torchtitan.models.attention" in str(problem)
     assert model_checks.check_environment(RunContext(config_of(), 1, "cuda")) == []
 
 
@@ -268,7 +268,7 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     """FlexAttention uncompiled, which runs anywhere, against the mask as a tensor."""
     from torch.nn.attention import flex_attention
 
-    monkeypatch.setattr(attend, "_compile_once", lambda name: getattr(flex_attention, name))
+    monkeypatch.setattr(attention, "_compile_once", lambda name: getattr(flex_attention, name))
     register_mask("even_keys")(even_keys)
     names = ("even_keys", "sliding_window", *["document"] * (ids is not None))
     masks = masks_of(config_of(names, window=5, documents=ids is not None))

@@ -15,7 +15,7 @@ from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.cross_entropy import CrossEntropyLoss, build_losses
 from torchtitan.loss.registry import LOSSES, CrossEntropySettings, register_loss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head
+from torchtitan.models.decoder.model import Head
 
 SETTINGS = [
     {"z_loss_weight": 0.3},
