@@ -274,7 +274,7 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     masks = masks_of(config_of(names, window=5, documents=ids is not None))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
     expected = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
-    as_blocks: Callable[..., Any] = attend.block_mask
+    as_blocks: Callable[..., Any] = attention.block_mask
     with pytest.MonkeyPatch.context() as patch:
         module = "torchtitan.handlers.flex_attention.dense"
         patch.setattr(module, as_blocks)
