@@ -303,18 +303,33 @@ def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
 
 
 def with_stored_batch(context: RunContext) -> RunContext:
-    """Return `context` with open batch size, lanes and warmup as the run will have them.
+    """Return `context` with open batch size, lanes and warmup as stored with the run.
 
-    For checks before the start: derived from another mesh or more steps they would differ from
-    those stored with the run. Refuses nothing.
+    They come from the run in the folder, or from the checkpoint that a new run starts from. For
+    checks before `decide`: derived from another mesh or more steps they would differ. Refuses
+    nothing, and reads only status, config and names, because every rank calls it.
     """
-    config = context.config
+    config, warmup = context.config, None
     try:
-        decision = decide(config, context, Path(config.job.dump_folder).resolve())
+        path = Path(config.job.dump_folder).resolve()
+        stored = StoredRun(path, config.checkpoint.folder)
+        if stored.trained and not starts_anew(config):
+            known = {} if stored.is_seed or stored.config is None else stored.config
+            batch, lanes, warmup, _ = _open_values(context, known)
+        else:
+            start = initial_start(context)
+            batch, lanes = start.global_batch_size, start.num_lanes
     except (ConfigError, OSError, ValueError):
         return context
-    resolved = resolved_config(config, decision)
-    sections = {name: getattr(resolved, name) for name in ("training", "data", "lr_scheduler")}
+    training, data = config.training, config.data
+    if training.global_batch_size < 0:
+        training = training.model_copy(update={"global_batch_size": batch})
+    if data.lanes is None:
+        data = data.model_copy(update={"lanes": lanes})
+    schedule = config.lr_scheduler
+    if schedule.warmup_steps is None and warmup is not None:
+        schedule = schedule.model_copy(update={"warmup_steps": warmup})
+    sections = {"training": training, "data": data, "lr_scheduler": schedule}
     return replace(context, config=config.model_copy(update=sections))
 
 
