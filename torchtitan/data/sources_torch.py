@@ -6,11 +6,10 @@ Anything iterable is read from its front. A resume loads its state if it has `st
 used. A dataset must give equal rows on every pass, and must not split itself by rank or worker.
 """
 
-import base64
 import copy
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from torchtitan.config import ConfigError, ConfigIssue, DataError
 from torchtitan.data.files import DataFile
+from torchtitan.data.json_state import decode_state, encode_state
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, Source, read_document
 
@@ -175,7 +175,7 @@ class _StreamRows(Iterator[Row]):
         if cursor:
             stored = json.loads(cursor)
             self._num_read = stored["rows"]
-            self._protect(dataset.load_state_dict, _decoded(stored["state"]))
+            self._protect(dataset.load_state_dict, decode_state(stored["state"]))
         self._items = self._protect(iter, dataset)
 
     def __next__(self) -> Row:
@@ -191,7 +191,7 @@ class _StreamRows(Iterator[Row]):
             return ""
         state = self._protect(self._dataset.state_dict)
         try:
-            return json.dumps({"rows": self._num_read, "state": _encoded(state)})
+            return json.dumps({"rows": self._num_read, "state": encode_state(state)})
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{self._name}: its state_dict() cannot be stored ({error}); it may hold text,"
@@ -235,57 +235,6 @@ def _resume_flaw(again: Callable[[], Any], name: str) -> str:
     if read(_StreamRows(again(), name, Shard(0), second), 1) != expected[1:]:
         return "the state_dict taken after a load_state_dict does not lead to the next row"
     return ""
-
-
-_TAG = "__type__"
-"""Key of a dict in a stored state that stands for a value that JSON does not have."""
-
-
-def _encoded(value: Any) -> Any:
-    """Return a dataset's state as JSON values. Raises TypeError."""
-    import torch
-
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, list):
-        return [_encoded(item) for item in value]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value) and _TAG not in value:
-            return {key: _encoded(item) for key, item in value.items()}
-        return {_TAG: "dict", "items": [[_encoded(k), _encoded(v)] for k, v in value.items()]}
-    if type(value) is tuple:
-        return {_TAG: "tuple", "items": [_encoded(item) for item in value]}
-    if isinstance(value, bytes):
-        return {_TAG: "bytes", "data": base64.b64encode(value).decode()}
-    if isinstance(value, torch.Tensor):
-        return {**_encoded(value.detach().cpu().numpy()), _TAG: "tensor"}
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        array = np.asarray(value, order="C")
-        data = base64.b64encode(array.tobytes()).decode()
-        return {_TAG: "array", "dtype": array.dtype.str, "shape": array.shape, "data": data}
-    raise TypeError(f"it holds a {type(value).__name__}")
-
-
-def _decoded(value: Any) -> Any:
-    """Return the state of which `_encoded` made `value`."""
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(_TAG)
-    if kind == "dict":
-        return {_decoded(key): _decoded(item) for key, item in value["items"]}
-    if kind == "tuple":
-        return tuple(_decoded(item) for item in value["items"])
-    if kind == "bytes":
-        return base64.b64decode(value["data"])
-    if kind in ("array", "tensor"):
-        import torch
-
-        content = bytearray(base64.b64decode(value["data"]))
-        array = np.frombuffer(content, value["dtype"]).reshape(value["shape"])
-        return torch.from_numpy(array) if kind == "tensor" else array
-    return {key: _decoded(item) for key, item in value.items()}
 
 
 class _NodeDataset:
