@@ -14,8 +14,8 @@ from tests.forked import execute
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
-from torchtitan.metrics import sink_registry
-from torchtitan.metrics.sink_registry import SINKS
+from torchtitan.metrics import sinks as sink_registry
+from torchtitan.metrics.sinks import SINKS
 from torchtitan.optim import lr_scheduler as schedule_registry
 from torchtitan.optim import registry as optimizer_registry
 from torchtitan.optim.lr_scheduler import SCHEDULES, Schedule, register_schedule
@@ -210,7 +210,7 @@ import torch
 
 from torchtitan.optim.registry import register_optimizer
 from torchtitan.optim.lr_scheduler import register_schedule
-from torchtitan.metrics.sink_registry import register_sink
+from torchtitan.metrics.sinks import register_sink
 from torchtitan.config.schema import Section
 
 
