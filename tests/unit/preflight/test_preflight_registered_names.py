@@ -60,7 +60,7 @@ def test_every_optimizer_passes_by_itself(name: str) -> None:
         ({"name": "Adafactor", "args": {"d": 0.5}}, ["optimizer.args.d = 0.5", "at least 1"]),
         (
             {"name": "Muon", "early_step_in_backward": True},
-            ["optimizer.early_step_in_backward = true: Muon cannot: its step adds up over ranks"],
+            ["optimizer.early_step_in_backward = true: Muon cannot: its step communicates"],
         ),
     ],
 )
