@@ -39,6 +39,7 @@ class ConsoleSink:
         self._bar = _ProgressBar(steps) if bar else None
 
     def resume(self, step: int) -> None:
+        """Move the bar to `step`."""
         self.advance(step)
 
     def advance(self, step: int) -> None:
@@ -47,6 +48,7 @@ class ConsoleSink:
             self._bar.advance(step)
 
     def write(self, record: Record) -> None:
+        """Log the record as a line, and show its loss and speed beside the bar."""
         width = len(str(self._steps))
         if "loss" not in record:
             logger.info(format_validation(record, width, self._color))
@@ -56,9 +58,10 @@ class ConsoleSink:
             self._bar.show(f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s")
 
     def flush(self) -> None:
-        pass
+        """Do nothing: lines are written at once."""
 
     def close(self, failed: bool = False) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -171,6 +171,7 @@ class JsonLinesSink:
         self._open()
 
     def resume(self, step: int) -> None:
+        """Remove records of later steps, and damaged lines, from the file."""
         content = self._path.read_bytes()
         lines = content.splitlines(True)
         steps = [_step_of(line) for line in lines]
@@ -196,6 +197,7 @@ class JsonLinesSink:
         self._open()
 
     def write(self, record: Record) -> None:
+        """Append the record as a line."""
         values = {key: _finite_or_none(value) for key, value in record.items()}
         line = (json.dumps(values, allow_nan=False) + "\n").encode()
         try:
@@ -207,9 +209,11 @@ class JsonLinesSink:
         self._length += len(line)
 
     def flush(self) -> None:
+        """Sync the file to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
+        """Close the file."""
         self._file.close()
 
     def _keep_aside(self, damaged: list[int]) -> None:
@@ -254,9 +258,11 @@ class TensorBoardSink:
         self._writer: Any = None
 
     def resume(self, step: int) -> None:
+        """Hide events of steps after `step`."""
         self._purge_step = step + 1
 
     def write(self, record: Record) -> None:
+        """Add the values of the record as scalars."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -267,10 +273,12 @@ class TensorBoardSink:
             self._writer.add_scalar(tag, value, record["step"])
 
     def flush(self) -> None:
+        """Write pending events."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self, failed: bool = False) -> None:
+        """Write pending events and close the file."""
         if self._writer is not None:
             self._writer.close()
 

@@ -78,6 +78,7 @@ class WandbSink:
         """Keep what is there: wandb cannot remove records."""
 
     def write(self, record: Record) -> None:
+        """Send the record to `wandb-core`."""
         with _answers_within(_ANSWER_TIMEOUT_SECONDS):
             self._run.log({"step": record["step"], **tagged(record)})
 
@@ -85,6 +86,7 @@ class WandbSink:
         """Do nothing: `wandb-core` writes what it has received, also if this process dies."""
 
     def close(self, failed: bool = False) -> None:
+        """Finish the wandb run and end its process."""
         with _answers_within(_FINISH_TIMEOUT_SECONDS + _ANSWER_TIMEOUT_SECONDS):
             try:
                 self._run.finish(exit_code=1 if failed else 0)
