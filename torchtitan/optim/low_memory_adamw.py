@@ -100,7 +100,7 @@ class AdamW8bit(AdamWBF16):
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if self._is_quantised(parameter):
-                    _refuse_cut_blocks(name, parameter, self._block_size)
+                    _require_whole_blocks(name, parameter, self._block_size)
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """Return the state before the first step; see `torchtitan.utils.optimizer_state`."""
@@ -208,7 +208,8 @@ def _zeros_by_block(parameter: Tensor, size: int) -> Tensor:
     return with_local(cut, torch.zeros(shape, device=parameter.device))
 
 
-def _refuse_cut_blocks(name: str, parameter: Tensor, size: int) -> None:
+def _require_whole_blocks(name: str, parameter: Tensor, size: int) -> None:
+    """Raise ConfigError if a shard of a row is not a multiple of the block size."""
     if not isinstance(parameter, DTensor):
         return
     mesh, parts = parameter.device_mesh, 1
@@ -217,20 +218,11 @@ def _refuse_cut_blocks(name: str, parameter: Tensor, size: int) -> None:
             parts *= mesh.size(axis)
     if parameter.size(1) % (parts * size):
         problem = (
-            f"the rows of {name}, {parameter.size(1)} wide, are cut over {parts} ranks, and blocks"
-            " with them"
+            f"the rows of {name}, {parameter.size(1)} wide, are sharded over {parts} ranks, and a"
+            " block does not fit"
         )
-        fix = _fix_of_cut_rows(parameter.size(1), parts, size)
+        fix = f"set it to a divisor of {parameter.size(1) // parts}, or shard rows over fewer ranks"
         raise ConfigError(ConfigIssue("optimizer.args.block_size", problem, fix, value=size))
-
-
-def _fix_of_cut_rows(row: int, parts: int, size: int) -> str:
-    """Suggest the largest block below `size` that divides a shard of a row, else the smallest."""
-    fitting = [block for block in range(16, 4097) if row % (parts * block) == 0]
-    if not fitting:
-        return "choose another optimizer, or cut rows over fewer ranks"
-    best = max((block for block in fitting if block < size), default=fitting[0])
-    return f"set it to {best}, which divides the {row // parts} of a part"
 
 
 def build_bf16(

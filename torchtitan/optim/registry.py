@@ -254,15 +254,7 @@ def check_patterns(section: OptimizerSection, names: Sequence[str]) -> list[Conf
             continue
         else:
             problem = "it matches no parameter of the model"
-            fix = f"use a glob over full names such as {_examples(names)}, or remove this group"
+            fix = f"use a glob over full names such as {names[0]}, or remove this group"
         key = f"optimizer.param_groups[{index}].pattern"
         problems.append(ConfigIssue(key, problem, fix, value=group.pattern))
     return problems
-
-
-def _examples(names: Sequence[str]) -> str:
-    """Return a few names of different kinds; the last two parts of a name are its kind."""
-    kinds: dict[str, str] = {}
-    for name in names:
-        kinds.setdefault(".".join(name.split(".")[-2:]), name)
-    return ", ".join(list(kinds.values())[:4])
