@@ -176,7 +176,7 @@ def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], di
 def named_tables() -> dict[str, dict[str, type[Section]]]:
     """Return the settings of `[handlers.NAME]` and `[sinks.NAME]` by table and name."""
     from torchtitan.handlers.registry import HANDLERS
-    from torchtitan.metrics.sink_registry import SINKS
+    from torchtitan.metrics.sinks import SINKS
 
     return {
         "handlers": {name: entry.settings for name, entry in HANDLERS.entries().items()},

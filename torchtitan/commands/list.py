@@ -53,7 +53,7 @@ def lists() -> dict[str, Registry[Any] | None]:
     from torchtitan.handlers.masks import MASKS
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.loss.registry import LOSSES
-    from torchtitan.metrics.sink_registry import SINKS
+    from torchtitan.metrics.sinks import SINKS
     from torchtitan.models.registry import MODELS
     from torchtitan.optim.lr_scheduler import SCHEDULES
     from torchtitan.optim.registry import OPTIMIZERS

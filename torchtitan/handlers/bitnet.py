@@ -1,6 +1,6 @@
-"""The handler `bitnet`: weights of -1, 0 and 1 with a scale, inputs of 8 bits (BitNet b1.58,
-https://arxiv.org/abs/2402.17764).
+"""The handler `bitnet`: weights of -1, 0 and 1 with a scale, inputs of 8 bits.
 
+BitNet b1.58, https://arxiv.org/abs/2402.17764.
 The trained weights have full precision; each forward rounds them by the mean of their magnitudes,
 and the gradient passes through the rounding. torchao does the arithmetic (a prototype there). Its
 own weight class lets FSDP exchange 2 bits, but averages the scale over all ranks of the job,

@@ -108,7 +108,7 @@ class Float8Handler(LinearHandler):
                 precompute_float8_dynamic_scale_for_fsdp(part)
 
     def _require_even_shards(self, name: str, rows: int) -> None:
-        """torchao sends no padding, and finds no scale for an empty shard."""
+        """Refuse uneven shards: torchao sends no padding, and finds no scale for an empty one."""
         if rows % self.dims.shards:
             problem = (
                 f"FSDP sends equal parts only, and the {rows} rows of {name} cannot be shared out"

@@ -16,7 +16,7 @@ from torchtitan.utils.torch_compat import all_gather_single
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows of a head that is sharded along the vocabulary.
+    """One rank's rows of a head that is sharded along the vocabulary.
 
     Shards have equal sizes except the last ones, which may be smaller.
     """
@@ -35,7 +35,7 @@ class VocabShard:
 
     @property
     def first(self) -> int:
-        """This rank's first row."""
+        """The rank's first row."""
         return self.group.rank() * self.size
 
     def gather_logits(self, logits: Tensor) -> Tensor:

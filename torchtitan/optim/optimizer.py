@@ -11,18 +11,23 @@ implementation can, so that the host need not wait.
 """
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.registry import OPTIMIZERS, Groups, SgdSettings, optimizer_settings
+from torchtitan.optim.registry import (
+    OPTIMIZERS,
+    Groups,
+    SgdSettings,
+    check_patterns,
+    group_index,
+    optimizer_settings,
+)
 
 FUSED_DEVICES = ("cpu", "cuda")
-_DEFAULT_GROUPS = OptimizerSection.model_fields["param_groups"].default
 
 
 def build_optimizers(
@@ -101,46 +106,6 @@ def _build_optimizer(
 
     build = OPTIMIZERS[section.name].load()
     return build(groups, section, optimizer_settings(section), device)
-
-
-def group_index(section: OptimizerSection, name: str) -> int:
-    """Return the index of the first group that matches the parameter; their number if none does."""
-    for index, group in enumerate(section.param_groups):
-        if fnmatchcase(name, group.pattern):
-            return index
-    return len(section.param_groups)
-
-
-def check_patterns(section: OptimizerSection, names: Sequence[str]) -> list[ConfigIssue]:
-    """Find groups of `optimizer.param_groups` that no parameter of the model falls into.
-
-    Those of the default may be empty: not every model has norms with weights.
-    """
-    used = {group_index(section, name) for name in names}
-    problems = []
-    for index, group in enumerate(section.param_groups):
-        if index in used:
-            continue
-        matches = [name for name in names if fnmatchcase(name, group.pattern)]
-        if matches:
-            problem = f"earlier patterns already take all it matches, such as {matches[0]}"
-            fix = "list the narrower pattern first, or remove this group"
-        elif group in _DEFAULT_GROUPS:
-            continue
-        else:
-            problem = "it matches no parameter of the model"
-            fix = f"use a glob over full names such as {_examples(names)}, or remove this group"
-        key = f"optimizer.param_groups[{index}].pattern"
-        problems.append(ConfigIssue(key, problem, fix, value=group.pattern))
-    return problems
-
-
-def _examples(names: Sequence[str]) -> str:
-    """Return a few names of different kinds; the last two parts of a name are its kind."""
-    kinds: dict[str, str] = {}
-    for name in names:
-        kinds.setdefault(".".join(name.split(".")[-2:]), name)
-    return ", ".join(list(kinds.values())[:4])
 
 
 def build_adam(

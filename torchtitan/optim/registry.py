@@ -1,4 +1,6 @@
-"""Optimizers by name, and the settings of the built-in ones. No torch: code is imported when used.
+"""Optimizers by name, settings of the built-in ones, parameter groups. No torch.
+
+The code of an optimizer is imported when it is used.
 
 A third party adds one by the decorator `register_optimizer`, in a module that `job.custom_import`
 names, or by an entry point of the group `torchtitan.optimizers`. Either gives an optimizer class
@@ -19,7 +21,7 @@ that decides on the device, by `found_inf` like torch's fused ones, declares it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -43,6 +45,7 @@ Build = Callable[[Groups, OptimizerSection, Any, "torch.device"], "torch.optim.O
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of all parameters of the model, by name."""
 
+_DEFAULT_GROUPS = OptimizerSection.model_fields["param_groups"].default
 ADAM_KEYS = ("beta1", "beta2", "eps")
 OPTIONAL_KEYS = (*ADAM_KEYS, "implementation")
 """Keys of `[optimizer]` that not every optimizer uses."""
@@ -223,3 +226,35 @@ def optimizer_settings(section: OptimizerSection) -> Any:
     """
     settings = OPTIMIZERS[section.name].settings
     return validated(settings, section.args, "optimizer.args")
+
+
+def group_index(section: OptimizerSection, name: str) -> int:
+    """Return the index of the first group that matches the parameter; their number if none does."""
+    for index, group in enumerate(section.param_groups):
+        if fnmatchcase(name, group.pattern):
+            return index
+    return len(section.param_groups)
+
+
+def check_patterns(section: OptimizerSection, names: Sequence[str]) -> list[ConfigIssue]:
+    """Find groups of `optimizer.param_groups` that no parameter of the model falls into.
+
+    Those of the default may be empty: not every model has norms with weights.
+    """
+    used = {group_index(section, name) for name in names}
+    problems = []
+    for index, group in enumerate(section.param_groups):
+        if index in used:
+            continue
+        matches = [name for name in names if fnmatchcase(name, group.pattern)]
+        if matches:
+            problem = f"earlier patterns already take all it matches, such as {matches[0]}"
+            fix = "list the narrower pattern first, or remove this group"
+        elif group in _DEFAULT_GROUPS:
+            continue
+        else:
+            problem = "it matches no parameter of the model"
+            fix = f"use a glob over full names such as {names[0]}, or remove this group"
+        key = f"optimizer.param_groups[{index}].pattern"
+        problems.append(ConfigIssue(key, problem, fix, value=group.pattern))
+    return problems

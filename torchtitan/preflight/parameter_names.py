@@ -3,8 +3,7 @@
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
-from torchtitan.optim.optimizer import check_patterns
-from torchtitan.optim.registry import OPTIMIZERS, optimizer_settings
+from torchtitan.optim.registry import OPTIMIZERS, check_patterns, optimizer_settings
 
 _STAND_IN_VOCAB_SIZE = 256
 

@@ -7,7 +7,7 @@ from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.metrics.sink_registry import SINKS, sink_settings
+from torchtitan.metrics.sinks import SINKS, sink_settings
 from torchtitan.optim.lr_scheduler import (
     BUILT_IN_NAME,
     SCHEDULES,
@@ -105,6 +105,6 @@ def _sinks(context: RunContext) -> Iterator[ConfigIssue]:
     for name in dict.fromkeys([*chosen, *config.sinks]):
         try:
             if name in SINKS:
-                sink_settings(config, name)
+                sink_settings(config.sinks, name)
         except ConfigError as error:
             yield from error.problems

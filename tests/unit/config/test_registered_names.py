@@ -21,7 +21,7 @@ from torchtitan.config.schema import Section
 from torchtitan.handlers.masks import register_mask
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.loss.registry import register_loss
-from torchtitan.metrics.sink_registry import SINKS, SinkEntry, register_sink
+from torchtitan.metrics.sinks import SINKS, SinkEntry, register_sink
 from torchtitan.optim.lr_scheduler import register_schedule
 from torchtitan.optim.registry import register_optimizer
 

@@ -10,7 +10,8 @@ from torchtitan.config.schema import Model, NormType, Optimizer
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.norms import build_norm
 from torchtitan.models.spec import ModelArgs, ModelFamily
-from torchtitan.optim.optimizer import build_optimizers, check_patterns
+from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.optim.registry import check_patterns
 from torchtitan.parallel.initialize import initialize_parameters
 
 KINDS = get_args(NormType)
