@@ -6,8 +6,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed import own_models
+from tests.forked import keep_preloaded
 from tests.pool import GlooPool
 from torchtitan.models.registry import MODELS
+
+keep_preloaded()
 
 PARTS = {
     "tests/parity/test_table.py": 8,

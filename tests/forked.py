@@ -15,28 +15,39 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "torch.distributed.pipelining",
-        "torch.distributed.tensor.parallel",
-        "torchtitan.train",
-        "torchtitan.training.builder",
-        "torchtitan.training.run",
-        "tests.pool",
-        "tests.forked",
-        "tests.distributed.tiny",
-    ]
-)
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "torchtitan.train",
+    "torchtitan.training.builder",
+    "torchtitan.training.run",
+    "tests.pool",
+    "tests.forked",
+    "tests.distributed.tiny",
+]
+CONTEXT.set_forkserver_preload(_PRELOADED)
+
+
+def keep_preloaded() -> None:
+    """Let nothing else choose what the fork server of this process imports.
+
+    There is one server a process, started by whatever needs it first. Reading processes of a
+    dataset want it without torch, and every rank would import torch again.
+    """
+    forkserver.set_forkserver_preload = lambda modules: None
+
+
 _GRACE_SECONDS = 30
 """How long ranks may go on after one of them failed: torchrun's."""
 
