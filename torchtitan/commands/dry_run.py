@@ -48,7 +48,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank of the real run holds and exchanges. Sizes are those of this rank."""
+    """The result: what one rank of the real run holds and exchanges. Sizes are of this rank."""
 
     rank: int
     dims: ParallelDims
