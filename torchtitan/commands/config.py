@@ -162,8 +162,10 @@ def json_schema() -> dict[str, object]:
 
 
 def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], dict[str, object]]:
-    """Return the schema of a table, and its definitions under names that begin with `prefix`:
-    two settings may have inner classes of the same name."""
+    """Return the schema of a table and its definitions, whose names begin with `prefix`.
+
+    Two settings may have inner classes of the same name.
+    """
     template = f"#/$defs/{prefix}.{{model}}"
     try:
         schema = model.model_json_schema(mode="validation", ref_template=template)

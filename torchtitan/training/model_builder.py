@@ -132,8 +132,10 @@ def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
 
 
 def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:
-    """Allocate what is on the meta device. FSDP moves parameters from the host to the device when
-    it needs them; buffers must be on the device."""
+    """Allocate what is on the meta device.
+
+    FSDP moves parameters from the host to the device when it needs them; buffers must be there.
+    """
     part.to_empty(device=torch.device("cpu") if parameters_on_host else device)
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -142,9 +144,10 @@ def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -
 
 
 def _initialize(model: nn.Module, rules: InitRules, seed: int, with_own: bool) -> None:
-    """Fill the family's own parameters if `with_own`; what handlers add in any case, since the
-    weights that a run starts from may lack it; and the buffers, which come out of allocation with
-    arbitrary content."""
+    """Initialise buffers, what handlers add, and, if `with_own`, the family's parameters.
+
+    Weights that are loaded later may lack what handlers add.
+    """
     names = [name for name, _ in model.named_buffers() if name not in rules.added]
     if names and not hasattr(model, "init_buffers"):
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")

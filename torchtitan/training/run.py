@@ -94,7 +94,7 @@ def train(
                 parts, handlers = model.parts, model.handlers
                 manager.save(state, lanes, parts, optimizers, finished, last, handlers)
 
-        def tell_saved() -> None:
+        def report_saved() -> None:
             if progress.saved_step != manager.saved_step:
                 progress.saved_step = manager.saved_step
                 if world.is_main:
@@ -157,7 +157,7 @@ def train(
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
-            tell_saved()
+            report_saved()
             profiler.step()
             garbage.step(step)
 
@@ -172,7 +172,7 @@ def train(
                 save(finished=progress.status == "data_exhausted", last=True)
         with metrics.timing("checkpoint"):
             manager.wait()
-        tell_saved()
+        report_saved()
 
 
 def begin(world: DistributedContext, folder: RunFolder, manager: CheckpointManager) -> None:
