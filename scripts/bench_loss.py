@@ -64,9 +64,9 @@ def measure(arguments: argparse.Namespace, name: str, chunks: int) -> tuple[floa
 
     from torchtitan.loss.chunked import ChunkedLoss
     from torchtitan.loss.cross_entropy import CrossEntropyLoss
-    from torchtitan.loss.settings import CrossEntropySettings
+    from torchtitan.loss.registry import CrossEntropySettings
     from torchtitan.models.batch import Batch
-    from torchtitan.models.llama3.model import Head
+    from torchtitan.models.decoder.model import Head
 
     class ByAutograd(ChunkedLoss):
         def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

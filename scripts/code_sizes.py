@@ -38,10 +38,7 @@ SUBJECTS = {
         1_200,
         [
             "models/decoder/**/*.py",
-            "models/decoder*.py",
-            "models/llama3/model.py",
-            "models/llama3/flavors.py",
-            "models/attend.py",
+            "models/llama3.py",
             "models/attention.py",
             "models/batch.py",
             "models/embedding.py",

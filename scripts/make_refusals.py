@@ -5,6 +5,7 @@ python scripts/make_refusals.py"""
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.registry import MODELS
 from torchtitan.preflight import ARITHMETIC, errors_of, preflight
-from torchtitan.preflight.handlers import check_static as check_handlers
+from torchtitan.preflight import handlers as handlers_check
+
+# The page does not depend on the packages that are installed here.
+handlers_check.find_spec = lambda package: ModuleSpec(package, None)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "refusals.md"
 DEGREES = (2, 4, 8, 16, 32)
@@ -130,11 +134,7 @@ def refusals(variant: Variant, family: str, flavor: str, mesh: Mesh) -> list[Con
         }
     )
     context = RunContext(config, mesh.world_size, variant.device, full=False)
-    problems = errors_of(preflight(context, [ARITHMETIC]))
-    for problem in problems:
-        if "not installed" in problem.problem:
-            raise SystemExit(f"{problem} The page is made with all packages there.")
-    return problems
+    return errors_of(preflight(context, [ARITHMETIC]))
 
 
 def collect(variant: Variant) -> dict[tuple[str, str], Where]:
@@ -205,7 +205,7 @@ def pairs() -> list[tuple[str, str]]:
             }
             values = {"model": {"handlers": [first, second]}, "handlers": settings}
             context = RunContext(JobConfig.model_validate(values), 1, "cuda", full=False)
-            for problem in errors_of(check_handlers(context)):
+            for problem in errors_of(handlers_check.check_static(context)):
                 if problem.key == "model.handlers" and problem.value in (first, second):
                     other = second if problem.value == first else first
                     rule = problem.problem.removesuffix(f" {other}")

@@ -14,22 +14,40 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint",
-        "torchtitan.train",
-        "tests.pool",
-        "tests.forked",
-    ]
-)
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "torchtitan.train",
+    "torchtitan.training.builder",
+    "torchtitan.training.run",
+    "tests.pool",
+    "tests.forked",
+    "tests.distributed.tiny",
+]
+CONTEXT.set_forkserver_preload(_PRELOADED)
+
+
+def keep_preloaded() -> None:
+    """Let nothing else choose what the fork server of this process imports.
+
+    There is one server a process, started by whatever needs it first. Reading processes of a
+    dataset want it without torch, and every rank would import torch again.
+    """
+    forkserver.set_forkserver_preload = lambda modules: None
+
+
 _GRACE_SECONDS = 30
 """How long ranks may go on after one of them failed: torchrun's."""
 
@@ -45,38 +63,62 @@ def launcher_variables(world_size: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
+class ForkedRun:
+    """A command line that runs, as `subprocess.Popen` has it; its ranks, under a launcher."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], cwd: Path | None = None):
+        self.words = words
+        self._launched, rest = _split_launcher(words)
+        variables = [{}] if self._launched is None else launcher_variables(self._launched)
+        self._folder = tempfile.TemporaryDirectory(prefix="forked-")
+        self._outputs = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
+        arguments = [(rest, dict(env) | own, str(cwd or ""), self._outputs) for own in variables]
+        self._ranks = [CONTEXT.Process(target=serve, args=given) for given in arguments]
+        for rank in self._ranks:
+            rank.start()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to each process."""
+        for rank in self._ranks:
+            os.kill(rank.pid, number)
+
+    def poll(self) -> int | None:
+        """Return the exit status of the first rank; None while it runs."""
+        return self._ranks[0].exitcode
+
+    def wait(self, timeout: float) -> CompletedProcess[str]:
+        """Return what the processes printed, and torchrun's status: 1 whatever the ranks' are.
+
+        Raises TimeoutExpired.
+        """
+        try:
+            statuses = _join(self._ranks, time.monotonic() + timeout)
+        except TimeoutError:
+            raise TimeoutExpired(self.words, timeout, *map(_text, self._outputs)) from None
+        status = statuses[0] if self._launched is None else int(any(statuses))
+        return CompletedProcess(self.words, status, *map(_text, self._outputs))
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.join()
+            rank.close()
+        self._folder.cleanup()
+
+
 def execute(
     words: Sequence[str],
     env: Mapping[str, str],
     cwd: Path | None = None,
     timeout: float = 240,
 ) -> CompletedProcess[str]:
-    """Run `python [-m torch.distributed.run ...] -m torchtitan.train ...` or `python -c CODE ...`.
+    """Run `python [-m torch.distributed.run ...] -m torchtitan ...` or `python -c CODE ...`.
 
-    Like `subprocess.run` with captured text, and with torchrun's exit status, which is 1 whatever
-    the ranks' are. Raises TimeoutExpired.
+    Like `subprocess.run` with captured text.
     """
-    processes, rest = _split_launcher(words)
-    variables = [{}] if processes is None else launcher_variables(processes)
-    with tempfile.TemporaryDirectory(prefix="forked-") as folder:
-        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        ranks = [
-            CONTEXT.Process(target=serve, args=(rest, dict(env) | own, str(cwd or ""), outputs))
-            for own in variables
-        ]
-        for rank in ranks:
-            rank.start()
-        try:
-            statuses = _join(ranks, time.monotonic() + timeout)
-        except TimeoutError:
-            raise TimeoutExpired(words, timeout, *map(_text, outputs)) from None
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-                rank.close()
-        status = statuses[0] if processes is None else int(any(statuses))
-        return CompletedProcess(words, status, *map(_text, outputs))
+    with closing(ForkedRun(words, env, cwd)) as run:
+        return run.wait(timeout)
 
 
 def _text(path: str) -> str:
@@ -129,8 +171,8 @@ def serve(words: list[str], env: dict[str, str], cwd: str, outputs: Sequence[str
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
         return
-    assert words[:2] == ["-m", "torchtitan.train"], words
+    assert words[0] == "-m" and words[1] in ("torchtitan", "torchtitan.train"), words
     from torchtitan.cli import main
 
-    sys.argv = ["torchtitan.train", *words[2:]]
-    sys.exit(main(["train", *words[2:]]))
+    sys.argv = words[1:]
+    sys.exit(main(["train", *words[2:]] if words[1] == "torchtitan.train" else words[2:]))

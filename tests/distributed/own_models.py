@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.attend import Mask
-from torchtitan.models.llama3.flavors import FLAVORS, LlamaArgs
-from torchtitan.models.llama3.model import Attention, Llama, apply_rope
+from torchtitan.models.decoder.model import Attention, Block, Decoder
+from torchtitan.models.llama3 import FLAVORS, LlamaArgs
 from torchtitan.models.registry import register_family
 from torchtitan.models.spec import InitRule, ModelFamily
 
 
-class TiedLlama(Llama):
+class TiedLlama(Decoder):
     """Its ends are one matrix, and nothing that it declares knows of it."""
 
     def __init__(self, args: LlamaArgs):
@@ -27,7 +26,7 @@ class TiedLlama(Llama):
         self.output.weight = self.tok_embeddings.weight
 
 
-class SharingLlama(Llama):
+class SharingLlama(Decoder):
     """Two blocks share a feed-forward, a module, and a matrix of their attention, a parameter."""
 
     def __init__(self, args: LlamaArgs):
@@ -42,7 +41,7 @@ def share(model: nn.Module) -> None:
     second.attention.wo.weight = first.attention.wo.weight  # type: ignore[union-attr]
 
 
-class RepeatedLlama(Llama):
+class RepeatedLlama(Decoder):
     """All blocks are one."""
 
     def __init__(self, args: LlamaArgs):
@@ -57,24 +56,25 @@ class ScaledAttention(Attention):
 
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
-        self.scale = nn.Parameter(torch.empty(args.head_dim))
+        self.scale = nn.Parameter(torch.empty(args.head_size()))
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim)) * self.scale
-        k = self.wk(x).unflatten(-1, (-1, self.head_dim))
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
-        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
-        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.wo(out.transpose(1, 2).flatten(-2))
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        return q * self.scale, k, v
 
 
-class BiasedLlama(Llama):
+class ScaledBlock(Block):
+    attention_type = ScaledAttention
+
+
+class BiasedLlama(Decoder):
     """Every linear of a block has a bias, as GPT-2's, and its attention a parameter of its own."""
+
+    block_type = ScaledBlock
 
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
         for block in self.layers.values():
-            block.attention = ScaledAttention(args)
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     module.bias = nn.Parameter(torch.empty(module.out_features))
@@ -115,7 +115,7 @@ def keep_low_rank_whole(plan: dict[str, Any]) -> None:
 LOW_RANK_RULE = InitRule("normal", std=0.1)
 
 
-class LowRankLlama(Llama):
+class LowRankLlama(Decoder):
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
         add_low_rank(self)
@@ -157,13 +157,13 @@ def _drop(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return F.dropout(out, P, module.training)
 
 
-class DroppingLlama(Llama):
+class DroppingLlama(Decoder):
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
         add_dropout(self)
 
 
-def _family(name: str, model: type[Llama]) -> ModelFamily:
+def _family(name: str, model: type[Decoder]) -> ModelFamily:
     def build(args: LlamaArgs) -> nn.Module:
         return model(args)
 

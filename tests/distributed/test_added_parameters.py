@@ -17,10 +17,11 @@ from tests.pool import GlooPool
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.checkpoint.store import CheckpointStore
-from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config import ConfigError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.named import HandlerError
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.norms import RMSNorm
@@ -53,10 +54,8 @@ class AffineNorm(RMSNorm):
         return x * self.gain + self.shift + self.twice * self.mix * x.tanh()
 
 
-class Affine:
+class Affine(ModelHandler):
     """Makes its tensors as anybody would: without a device, and without a type."""
-
-    def __init__(self, job_config: JobConfig, parallel_dims: Any): ...
 
     def convert(self, model: Any) -> None:
         for block in model.blocks().values():
@@ -70,10 +69,6 @@ class Affine:
             assert {(t.device.type, t.dtype) for t in (*norm.parameters(), *norm.buffers())} == {
                 ("meta", block.attention_norm.weight.dtype)
             }
-
-    def pre_optimizer_hook(self, model: Any) -> None: ...
-
-    post_optimizer_hook = pre_optimizer_hook
 
     def init_rule(self, name: str) -> InitRule | None:
         return RULES.get(name.rpartition(".")[2])
@@ -192,7 +187,7 @@ def test_values_that_convert_would_lose(change: Any, expected: str | None) -> No
 @pytest.mark.parametrize("rule", ["ones", InitRule("constant", value=3.0), None])
 def test_a_rule_may_be_for_any_parameter(rule: object) -> None:
     class Overriding(Affine):
-        convert = Affine.pre_optimizer_hook
+        convert = ModelHandler.convert
 
         def init_rule(self, name: str) -> Any:
             return rule if name == "norm.weight" else None

@@ -13,10 +13,10 @@ from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.cross_entropy import CrossEntropyLoss
-from torchtitan.loss.settings import CrossEntropySettings
-from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.loss.registry import CrossEntropySettings
+from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head
+from torchtitan.models.decoder.model import Head
 
 PLAIN = CrossEntropySettings()
 
@@ -41,12 +41,12 @@ def cut_loss(
     """The loss's type; loss, gradient for the hidden states, and for the whole weight; the terms
     of the loss."""
     hidden, weight, labels = loss_problem(vocab_size, dtype, scale)
-    vocabulary = VocabParallelCrossEntropy(vocab_size, dist.group.WORLD, gather)
+    shard = VocabShard(vocab_size, dist.group.WORLD, gather)
     mine = weight.chunk(world.world_size)[world.rank]
     head = Head(8, len(mine), bias=False).to(dtype)
     head.weight = nn.Parameter(mine.clone())
     hidden.requires_grad_()
-    objective = kind(settings, num_chunks, vocabulary)
+    objective = kind(settings, num_chunks, shard)
     loss = objective.sum(hidden, head, Batch(labels=labels))
     (loss / 4).backward()
     assert hidden.grad is not None and head.weight.grad is not None

@@ -15,25 +15,17 @@ SPOILER = """
 import torch, torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.config.schema import Section
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 @register_handler("spoiler")
-class Spoiler:
+class Spoiler(ModelHandler):
     class Settings(Section):
         at_step: int = 8
         value: float = 0.0
 
     def __init__(self, job_config, parallel_dims):
         self.settings, self.step = handler_settings(job_config, "spoiler"), 0
-
-    def convert(self, model):
-        pass
-
-    def after_load(self, model):
-        pass
-
-    def pre_optimizer_hook(self, model):
-        pass
 
     @torch.no_grad()
     def post_optimizer_hook(self, model):
@@ -133,8 +125,8 @@ def test_an_export_that_overflows_is_saved_in_its_own_type(tmp_path: Path) -> No
 def test_initial_weights_that_are_not_finite_are_no_seed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code = (
-        "from torchtitan.models.llama3.model import InitRule, Llama\n"
-        f"Llama.init_rule = lambda self, name: InitRule('constant', value={torch.inf!r})"
+        "from torchtitan.models.decoder.model import InitRule, Llama\n"
+        f"Decoder.init_rule = lambda self, name: InitRule('constant', value={torch.inf!r})"
     )
     code = code.replace("inf)", "float('inf'))")
     done = run(folder, "--checkpoint.create_seed_checkpoint", code=code)

@@ -19,6 +19,7 @@ from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.training.run import Progress, train
 
@@ -42,7 +43,7 @@ class Call:
 CALLS: list[Call] = []
 
 
-class Counting:
+class Counting(ModelHandler):
     """Notes each call."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: Any):
@@ -159,6 +160,7 @@ import torch
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Section
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 ERRORS = {
@@ -170,7 +172,7 @@ ERRORS["late"] = ERRORS["user"]
 
 
 @register_handler("failing")
-class Failing:
+class Failing(ModelHandler):
     class Settings(Section):
         hook: str = ""
         error: str = "own"

@@ -213,7 +213,9 @@ def test_what_is_missing_is_said(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert f"The handler average begins anew: {tmp_path}/step-2 holds no state of it" in late["log"]
     assert late["start"]["steps"] == 0
     [gone] = gloo_pool.run(1, go_on, Case(), str(tmp_path), [])
-    assert f"{tmp_path}/step-4 holds state of the handler average, which nothing" in gone["log"]
+    assert (
+        f"{tmp_path}/step-4 holds state of the handler average, which this run lacks" in gone["log"]
+    )
     manifest = read_manifest(tmp_path / "step-6")
     assert not [name for name in manifest.tensors if "average" in name]
 

@@ -10,13 +10,12 @@ from tests.distributed.tiny import Case
 from tests.parity.table import COMPILED, FULL, TOLERANCE, row
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.models.spec import InitRule
 
 
-class LowRank:
-    def __init__(self, *_: object) -> None: ...
-
+class LowRank(ModelHandler):
     def convert(self, model: Any) -> None:
         add_low_rank(model)
 
@@ -25,10 +24,6 @@ class LowRank:
 
     def extend_tp_plan(self, plan: dict[str, Any]) -> None:
         keep_low_rank_whole(plan)
-
-    def pre_optimizer_hook(self, model: object) -> None: ...
-
-    post_optimizer_hook = pre_optimizer_hook
 
 
 def train(world: DistributedContext, case: Case) -> tiny.Result:

@@ -12,7 +12,7 @@ from tests.distributed import runs
 from tests.forked import execute
 
 PAGE = (runs.ROOT / "docs" / "losses.md").read_text("utf-8")
-SECTION = PAGE.partition("## A loss of one's own")[2]
+SECTION = PAGE.partition("## A custom loss")[2]
 STEPS = 4
 VALIDATED = (
     f"--training.steps={STEPS}",

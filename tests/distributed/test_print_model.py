@@ -10,6 +10,7 @@ from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import HANDLERS, register_handler
 from torchtitan.training import model_builder
 from torchtitan.utils.logging import init_logging
@@ -19,16 +20,9 @@ class Renamed(nn.SiLU):
     """Shows that a handler was here."""
 
 
-class Marks:
-    def __init__(self, *_: object) -> None:
-        pass
-
+class Marks(ModelHandler):
     def convert(self, model: nn.Module) -> None:
         model.mark = Renamed()
-
-    def pre_optimizer_hook(self, model: object) -> None: ...
-
-    post_optimizer_hook = pre_optimizer_hook
 
 
 def log_of_building(world: DistributedContext, case: Case) -> str:

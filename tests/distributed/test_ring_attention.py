@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.pool import GlooPool
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 from torchtitan.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.parallel.context import ring_attention
 from torchtitan.parallel.context.context_parallel import ContextParallel, apply_context_parallel

@@ -3,11 +3,13 @@
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import runs
+from tests.forked import ForkedRun
 
 
 @pytest.fixture(scope="module")
@@ -17,28 +19,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start_and_signal(folder: Path, number: int, *arguments: str, processes: int = 1) -> str:
+def start_and_signal(folder: Path, number: int, *arguments: str) -> str:
     """Start a run, send it a signal once step 5 is logged, return what it said."""
-    process = subprocess.Popen(
-        runs.command(folder, *arguments, processes=processes),
-        env=runs.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for_step(folder, 5, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    return output
+    with closing(ForkedRun(runs.command(folder, *arguments), runs.environment())) as process:
+        wait_for_step(folder, 5, process)
+        process.send_signal(number)
+        done = process.wait(60)
+    return done.stdout + done.stderr
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: ForkedRun | subprocess.Popen[str]) -> None:
     """Until so many steps are logged."""
     deadline = time.monotonic() + 120
     metrics = folder / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, "the run has ended"
         assert time.monotonic() < deadline, f"the run did not get to step {step}"
         time.sleep(0.005)
 
@@ -185,7 +180,17 @@ def test_a_mistake_is_told_though_other_ranks_find_it_first(tmp_path: Path) -> N
 
 def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    output = start_and_signal(folder, signal.SIGTERM, "--training.steps=3000", processes=2)
+    process = subprocess.Popen(
+        runs.command(folder, "--training.steps=3000", processes=2),
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(folder, 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
     status = runs.status(folder)
     assert status["status"] == "preempted", output
     assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()

@@ -25,16 +25,11 @@ WATCHED = [
 ]
 LEAKY = """
 import torch
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import register_handler
 
 @register_handler("leaky")
-class Leaky:
-    def __init__(self, job_config, parallel_dims):
-        pass
-
-    def convert(self, model):
-        pass
-
+class Leaky(ModelHandler):
     def pre_optimizer_hook(self, model):
         self.circle = [torch.zeros(2**18)]
         self.circle.append(self.circle)

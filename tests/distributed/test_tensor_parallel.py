@@ -21,7 +21,7 @@ from tests.parity.table import BY_OPERATOR, COMPILED, EVERY_SECOND, FULL, INDUCT
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.models.llama3.model import Llama
+from torchtitan.models.decoder.model import Decoder
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import LanguageModel
 from torchtitan.parallel.tensor_parallel import apply_tensor_parallel
@@ -130,8 +130,8 @@ def bare_model(**args: Any) -> tuple[nn.Module, DeviceMesh]:
 
 
 def forget_a_norm(world: DistributedContext) -> str:
-    plan = Llama.tensor_parallel_plan
-    Llama.tensor_parallel_plan = lambda self, styles: {  # type: ignore[method-assign]
+    plan = Decoder.tensor_parallel_plan
+    Decoder.tensor_parallel_plan = lambda self, styles: {  # type: ignore[method-assign]
         name: style for name, style in plan(self, styles).items() if name != "layers.1.ffn_norm"
     }
     try:
@@ -140,7 +140,7 @@ def forget_a_norm(world: DistributedContext) -> str:
             apply_tensor_parallel(model, mesh)
         return str(caught.value)
     finally:
-        Llama.tensor_parallel_plan = plan  # type: ignore[method-assign]
+        Decoder.tensor_parallel_plan = plan  # type: ignore[method-assign]
 
 
 def test_no_parameter_may_be_left_out(gloo_pool: GlooPool) -> None:

@@ -20,21 +20,18 @@ from torchtitan.config import JobConfig
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS, register_handler
 
 STATE = {"step": 1, "num_tokens_seen": 0, "lane_states": None, "data_fingerprint": None}
 
 
-class Halving:
+class Halving(ModelHandler):
     """Keeps biases as they are."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: Any):
         self.seen: dict[str, list[int]] = {}
-
-    def convert(self, model: object) -> None: ...
-
-    pre_optimizer_hook = post_optimizer_hook = convert
 
     def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
         self.seen[name] = list(tensor.shape)
@@ -126,16 +123,14 @@ def test_another_shape_is_refused(gloo_pool: GlooPool, tmp_path: Path) -> None:
 MODULE = """
 import torch
 
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import register_handler
 
 
 @register_handler("negating")
-class Negating:
+class Negating(ModelHandler):
     def __init__(self, job_config, parallel_dims):
         self.calls = 0
-
-    def convert(self, model):
-        pass
 
     def transform_loaded(self, name, tensor):
         self.calls += 1
@@ -145,8 +140,6 @@ class Negating:
         mean = model.get_parameter("norm.weight").full_tensor().mean().item()
         rank = torch.distributed.get_rank()
         print(f"LOADED {rank} {self.calls} {mean:.3f}", flush=True)
-
-    pre_optimizer_hook = post_optimizer_hook = convert
 """
 
 

@@ -1,4 +1,4 @@
-"""A tiny Llama trained for a few steps on some mesh, for comparison with one process.
+"""A tiny model trained for a few steps on some mesh, for comparison with one process.
 
 Everything is float64, so that what is left of a difference is a mistake. Little divides anything:
 the vocabulary is a prime, and targets are spread unevenly, so that a mean per rank, instead of one
@@ -21,6 +21,7 @@ from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
+from torchtitan.models.registry import MODELS
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.parallel.initialize import local_indices
@@ -47,7 +48,9 @@ class Case:
     microbatches: int = 1
     """Batches of a rank and step, whose gradients accumulate."""
     family: str = "llama3"
-    """Or one of `own_models`."""
+    """One of the registry, or of `own_models`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters in addition to those of the fields below."""
     layers: int = 2
     heads: int = 8
     kv_heads: int = 4
@@ -61,7 +64,7 @@ class Case:
     """Further sections of the config."""
 
     def config(self) -> JobConfig:
-        if self.family != "llama3":
+        if self.family not in MODELS:
             own_models.register()
         float64 = dict.fromkeys(
             ("dtype", "mixed_precision_param", "mixed_precision_reduce"), "float64"
@@ -74,6 +77,7 @@ class Case:
             "n_kv_heads": self.kv_heads,
             "tied_embeddings": self.tied,
             "sliding_window": self.window,
+            **self.args,
         }
         sections: dict[str, dict[str, Any]] = {
             "model": {"name": self.family, "args": args, "norm_type": self.norm},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import runs
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +85,7 @@ def test_kernel_under_masks(packed: bool, window: int | None) -> None:
     for device in (torch.device("cpu"), torch.device("cuda")):
         ids = None if document_ids is None else document_ids.to(device)
         own = [x.to(device).requires_grad_() for x in (q, k, v)]
-        out, _ = InnerAttention()(*own, AttentionMaskBuilder(window).build(ids, 256, device))
+        out = InnerAttention()(*own, AttentionMaskBuilder(window).build(ids, 256, device))
         found.append([out, *torch.autograd.grad(out, own, upstream.to(device))])
     for ours, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours.cpu(), expected, rtol=2e-3, atol=2e-3)

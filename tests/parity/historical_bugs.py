@@ -17,7 +17,8 @@ from tests.parity.bugs import BUGS, Patches, shows_on, square_sum
 from tests.parity.table import ALLGATHER, PACKED, REGULARISED, RING, TIED, row
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.loss import cross_entropy
+from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.parallel import data_parallel, runner
 from torchtitan.parallel.context import ring_attention
@@ -113,7 +114,7 @@ def seeds_differ_between_ranks(patches: Patches) -> None:
 def vocabulary_is_cut_evenly(patches: Patches) -> None:
     """The remainder of the division is forgotten where labels are looked up."""
     patches.put(
-        VocabParallelCrossEntropy,
+        VocabShard,
         "first",
         lambda original, self: self.group.rank() * (self.total // self.group.size()),
     )
@@ -123,24 +124,26 @@ def vocabulary_is_cut_evenly(patches: Patches) -> None:
 def padding_of_the_vocabulary_takes_part(patches: Patches) -> None:
     """The last rank's missing rows are logits of zero in the softmax."""
 
-    def padded(original, self, logits, labels, settings):
+    def padded(original, logits, labels, settings, shard):
         rows = logits.size(1)
-        *losses, grad = original(self, F.pad(logits, (0, self.most - rows)), labels, settings)
+        logits = F.pad(logits, (0, shard.size - rows))
+        *losses, grad = original(logits, labels, settings, shard)
         return *losses, grad[:, :rows]
 
-    patches.put(VocabParallelCrossEntropy, "cross_entropy", padded)
+    patches.put(cross_entropy, "cross_entropy", padded)
 
 
 @shows_on(row(REGULARISED, tp=2))
 def z_loss_is_of_the_own_rows(patches: Patches) -> None:
     """Each rank squares the log-sum-exp of its part of the vocabulary."""
 
-    def own(original, self, logits, labels, settings):
+    def own(original, logits, labels, settings, shard):
         z, log_z = settings.z_loss_weight, logits.logsumexp(-1, keepdim=True)
-        losses, plain, grad = original(self, logits, labels, type(settings)(label_smoothing=0.1))
+        plain_settings = type(settings)(label_smoothing=0.1)
+        losses, plain, grad = original(logits, labels, plain_settings, shard)
         return losses + z * log_z[:, 0] ** 2, plain, grad + 2 * z * log_z * logits.softmax(-1)
 
-    patches.put(VocabParallelCrossEntropy, "cross_entropy", own)
+    patches.put(cross_entropy, "cross_entropy", own)
 
 
 @shows_on(row(tp=2))

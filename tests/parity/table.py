@@ -386,7 +386,7 @@ def name_of(case: Case) -> str:
 
 def reference_of(case: Case) -> Case:
     """One process with the same model and optimizer; the fused norm has to equal the usual one."""
-    model = ("family", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
+    model = ("family", "args", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
     frozen = case.settings.get("handlers", {}).get("freeze")

@@ -4,7 +4,9 @@ Losses, gradient norms and the evaluated loss, every parameter and what the opti
 after the last step, all in float64, on every rank.
 """
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from torch import nn
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.own_models import DRAWS
-from tests.parity.table import TABLE, TOLERANCE, name_of, reference_of
+from tests.parity.table import TABLE, TOLERANCE, dims_of, name_of, reference_of
 from tests.pool import GlooPool
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
+from torchtitan.distributed.parallel_dims import AXES
 from torchtitan.loss.registry import loss_settings
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.models.registry import get_family
@@ -27,6 +30,17 @@ from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 REFERENCES = list({name_of(reference_of(case)): reference_of(case) for case in TABLE}.values())
 COMPACT = ("AdamWBF16", "AdamW8bit")
 """Optimizers that torch does not have; tests/unit/optim/test_optimizer_kinds.py has more."""
+
+
+def rows() -> Iterator[Any]:
+    """Yield the rows; a compiled one on the axes of an earlier compiled one is for the night."""
+    compiled = set()
+    for case in TABLE:
+        axes = tuple(name for name in AXES if getattr(dims_of(case), name) > 1)
+        again = "compile" in case.config().handlers and axes in compiled
+        if "compile" in case.config().handlers:
+            compiled.add(axes)
+        yield pytest.param(case, marks=[pytest.mark.nightly] * again, id=name_of(case))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +57,7 @@ def reference(gloo_pool: GlooPool):
     return train
 
 
-@pytest.mark.parametrize("case", TABLE, ids=name_of)
+@pytest.mark.parametrize("case", rows())
 def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, reference) -> None:
     results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120)
     difference = tiny.compare(results, reference(reference_of(case)))

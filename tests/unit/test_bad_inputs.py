@@ -123,7 +123,7 @@ KEYS = [
         arguments=["a.toml", "b.toml"],
     ),
     Bad("word-and-file", ["foo: is a second", "`--check full`"], arguments=["a.toml", "foo"]),
-    Bad("file-and-word", ["beside foo", "`--check full`"], arguments=["foo", "a.toml"]),
+    Bad("file-and-word", ["besides foo", "`--check full`"], arguments=["foo", "a.toml"]),
     Bad("section-as-flag", ["is a section", "keys: allow_"], arguments=["--checkpoint"]),
     Bad("word", ["foo: does not exist", "bare word", "`--check full`"], arguments=["foo"]),
     Bad("special-flag", ["--chek: is unknown", "mean `--check`?"], arguments=["--chek", "a.toml"]),

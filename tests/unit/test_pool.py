@@ -2,6 +2,7 @@
 
 import os
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from tests.forked import CONTEXT
 from tests.pool import GlooPool, RankFailure
 from torchtitan.distributed.context import DistributedContext
 
@@ -55,3 +57,16 @@ def test_nothing_is_left_of_the_groups_of_earlier_tests(gloo_pool: GlooPool) -> 
     for size in (4, 6, 8):  # DTensor's caches keep what is new to them
         gloo_pool.run(2, use_a_mesh, size)
     assert gloo_pool.run(2, count_threads) == before
+
+
+def preload_something_else(world: DistributedContext) -> list[str]:
+    """As in a run: what the program asks for counts."""
+    CONTEXT.set_forkserver_preload(["json"])
+    return forkserver._forkserver._preload_modules
+
+
+def test_reading_processes_do_not_take_torch_from_the_ranks(gloo_pool: GlooPool) -> None:
+    """They share a fork server, and were often the first to start it."""
+    CONTEXT.set_forkserver_preload(["json"])
+    assert "torch" in forkserver._forkserver._preload_modules
+    assert gloo_pool.run(1, preload_something_else) == [["json"]]

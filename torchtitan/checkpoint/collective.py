@@ -1,12 +1,14 @@
-"""One outcome for all ranks: the same result, or the same error with the rank that failed first."""
+"""Collective calls with one outcome: all ranks get the result, or the error of one of them."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.dcp_io import describe_tensor
+from torchtitan.checkpoint.dcp_io import SafeReader, describe_tensor
 from torchtitan.checkpoint.manifest import InvalidCheckpoint
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
@@ -55,6 +57,18 @@ def describe_on_all_ranks(
     return world.gather_distinct_json(
         {name: describe_tensor(tensor) for name, tensor in tensors.items()}
     )
+
+
+def read_tensors(
+    world: DistributedContext, path: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill `tensors` in place from the verified checkpoint in `path`; all ranks call it."""
+
+    def read() -> None:
+        reader, group = SafeReader(path), world.control_group
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+
+    run_on_all_ranks(world, f"{path} could not be loaded", read)
 
 
 def _describe(failure: BaseException, rank: int) -> str:

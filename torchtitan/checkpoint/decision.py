@@ -306,8 +306,8 @@ def with_stored_batch(context: RunContext) -> RunContext:
     """Return `context` with open batch size, lanes and warmup as stored with the run.
 
     They come from the run in the folder, or from the checkpoint that a new run starts from. For
-    checks before `decide`: derived from another mesh or more steps they would differ. Reads status,
-    config and names; refuses nothing.
+    checks before `decide`: derived from another mesh or more steps they would differ. Refuses
+    nothing, and reads only status, config and names, because every rank calls it.
     """
     config, warmup = context.config, None
     try:

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks
-from torchtitan.checkpoint.dcp_io import SafeReader
+from torchtitan.checkpoint.collective import describe_on_all_ranks, read_tensors
 from torchtitan.checkpoint.manifest import (
     HANDLER_PREFIX,
     HANDLERS_STATE,
@@ -125,13 +123,8 @@ def load_handler_state(
     differences = tensor_differences(stored, describe_on_all_ranks(world, wanted))
     if differences:
         raise CheckpointError(f"{path} does not fit the handlers: {differences}")
-
-    def read() -> None:
-        group = world.control_group
-        dcp.load(dict(wanted), storage_reader=SafeReader(path), process_group=group)
-
     if stored:
-        run_on_all_ranks(world, f"{path} could not be loaded", read)
+        read_tensors(world, path, wanted)
     for handler in handlers:
         if handler.name in found:
             kept = state.kept[handler.name].items()

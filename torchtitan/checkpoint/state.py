@@ -84,8 +84,10 @@ def optimizer_tensors(
 def fill_copies(
     model_parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Copy what was loaded into a weight, and its optimizer state, to this rank's second copy of
-    it: in a V-shaped pipeline one rank holds both copies of a tied weight."""
+    """Copy loaded weights and their optimizer state to second copies on the same rank.
+
+    In a V-shaped pipeline one rank holds both copies of a tied weight.
+    """
     names = Counter(name for part in model_parts for name, _ in part.named_parameters())
     if max(names.values(), default=1) == 1:
         return

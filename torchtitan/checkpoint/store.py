@@ -25,10 +25,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.async_save import SaveThread, Staging, local_part
-from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks, run_on_rank0
+from torchtitan.checkpoint.collective import (
+    describe_on_all_ranks,
+    read_tensors,
+    run_on_all_ranks,
+    run_on_rank0,
+)
 from torchtitan.checkpoint.dcp_io import (
     METADATA_NAME,
-    SafeReader,
     StepWriter,
     check_metadata,
     quiet_dcp,
@@ -310,13 +314,7 @@ class CheckpointStore:
         differences = manifest_differences(found.manifest, ranks)
         if differences:
             raise CheckpointError(f"{found.path} does not fit the run: {differences}")
-
-        def read() -> None:
-            reader = SafeReader(found.path)
-            group = self.world.control_group
-            dcp.load(dict(tensors), storage_reader=reader, process_group=group)
-
-        run_on_all_ranks(self.world, f"{found.path} could not be loaded", read)
+        read_tensors(self.world, found.path, tensors)
         return found.manifest.state
 
     def _inspect(self, step: int) -> dict[str, Any]:

@@ -164,8 +164,10 @@ def json_schema() -> dict[str, object]:
 
 
 def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], dict[str, object]]:
-    """Return the schema of a table, and its definitions under names that begin with `prefix`:
-    two settings may have inner classes of the same name."""
+    """Return the schema of a table and its definitions, whose names begin with `prefix`.
+
+    Two settings may have inner classes of the same name.
+    """
     template = f"#/$defs/{prefix}.{{model}}"
     try:
         schema = model.model_json_schema(mode="validation", ref_template=template)
@@ -178,7 +180,7 @@ def _schema_of(model: type[Section], prefix: str) -> tuple[dict[str, object], di
 def named_tables() -> dict[str, dict[str, type[Section]]]:
     """Return the settings of `[handlers.NAME]` and `[sinks.NAME]` by table and name."""
     from torchtitan.handlers.registry import HANDLERS
-    from torchtitan.metrics.sink_registry import SINKS
+    from torchtitan.metrics.sinks import SINKS
 
     return {
         "handlers": {name: entry.settings for name, entry in HANDLERS.entries().items()},

@@ -48,7 +48,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank of the real run holds and exchanges. Sizes are those of this rank."""
+    """The result: what one rank of the real run holds and exchanges. Sizes are of this rank."""
 
     rank: int
     dims: ParallelDims
@@ -184,8 +184,10 @@ def _without_kernels(config: JobConfig) -> JobConfig:
 
 
 def _microbatches(context: RunContext) -> list[Batch]:
-    """Return one batch that accumulates gradients and one that reduces them; one for a pipeline,
-    whose schedule decides which is which."""
+    """Return one batch that accumulates gradients and one that reduces them.
+
+    One is enough for a pipeline, whose schedule does both.
+    """
     training = context.config.training
     pipeline = context.config.parallelism.pipeline_parallel_degree > 1
     count = 1 if pipeline else min(2, context.accumulation_steps)

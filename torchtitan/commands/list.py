@@ -50,13 +50,13 @@ def lists() -> dict[str, Registry[Any] | None]:
     """Return the registries by the names of their lists; None for the shipped configs."""
     from torchtitan.data.registry import DATASETS
     from torchtitan.data.tokenizers import TOKENIZERS
-    from torchtitan.handlers.mask_registry import MASKS
+    from torchtitan.handlers.masks import MASKS
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.loss.registry import LOSSES
-    from torchtitan.metrics.sink_registry import SINKS
+    from torchtitan.metrics.sinks import SINKS
     from torchtitan.models.registry import MODELS
+    from torchtitan.optim.lr_scheduler import SCHEDULES
     from torchtitan.optim.registry import OPTIMIZERS
-    from torchtitan.optim.schedules import SCHEDULES
 
     return {
         "configs": None,

@@ -120,8 +120,10 @@ def _require_picklable(job: TokenizeJob, num_workers: int) -> None:
 
 
 def _finished(job: TokenizeJob) -> TokenIndex | None:
-    """Return the index if the folder is complete and every file intact. Raises ConfigError for a
-    folder with other tokens, or with files of another origin."""
+    """Return the index if the folder is complete and every file intact.
+
+    Raises ConfigError for a folder with other tokens, or with files of another origin.
+    """
     folder = job.folder
     if (folder / INDEX_NAME).exists():
         try:

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     _read(adopt_place)
     loaded = load_config(options.settings)
     if not env.is_quiet_rank():
-        print_notices(loaded)
+        _print_notices(loaded)
     if options.check:
         return _check(loaded, full=options.check == "full")
     if loaded.config.comm.mode == "fake_backend":
@@ -91,7 +91,7 @@ def _help(options: argparse.Namespace) -> int:
     return DONE
 
 
-def print_notices(loaded: LoadedConfig) -> None:
+def _print_notices(loaded: LoadedConfig) -> None:
     """Print what was read differently from how it is written, and how to update the file."""
     config_command.print_notices(loaded)
     file = loaded.config.job.config_file

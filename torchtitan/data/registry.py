@@ -9,6 +9,7 @@ import re
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigError, ConfigIssue
@@ -97,10 +98,10 @@ def build_source(training: Training, data: Data) -> "Source":
     entry = find_dataset(training.dataset)
     if entry is None:
         raise ConfigError(unknown_dataset(training.dataset))
-    built = entry.factory(training, data)
     from torchtitan.data.sources_torch import as_source
 
-    return as_source(built, training.dataset, data.text_column, data.max_document_bytes)
+    make = partial(entry.factory, training, data)
+    return as_source(make, training.dataset, data.text_column, data.max_document_bytes)
 
 
 def unknown_dataset(name: str) -> ConfigIssue:

@@ -6,11 +6,10 @@ Anything iterable is read from its front. A resume loads its state if it has `st
 used. A dataset must give equal rows on every pass, and must not split itself by rank or worker.
 """
 
-import base64
 import copy
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from torchtitan.config import ConfigError, ConfigIssue, DataError
 from torchtitan.data.files import DataFile
+from torchtitan.data.json_state import decode_state, encode_state
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, Source, read_document
 
@@ -90,17 +90,23 @@ class StreamSource(_DatasetSource):
     """
 
     kind = "stream"
+    make: Callable[[], Any] | None = None
+    """Makes the dataset anew, where that is cheap."""
 
     def __init__(self, dataset: Any, *args: Any, **description: Any):
         super().__init__(dataset, *args, **description)
         self._parted = dataset
         """The dataset, split further where that was needed and possible."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "make": None}  # worker processes do not need it
+
     def problems(self) -> list[ConfigIssue]:
         """Try a resume, and a resume of that, on the first three rows."""
         try:
             part = self._part(0)
             flaw = _resume_flaw(lambda: self._part(0), self.name) if _can_seek(part) else ""
+            flaw = flaw or self._shuffle_flaw()
         except DataError as error:
             fix = "return a dataset that can be read and copied"
             return [ConfigIssue("training.dataset", str(error), fix, self.name)]
@@ -115,6 +121,16 @@ class StreamSource(_DatasetSource):
             version = importlib.metadata.version("datasets")
             fix = f"install another version of the library `datasets` than {version}"
         return [ConfigIssue("training.dataset", f"a resume would go wrong: {flaw}", fix, self.name)]
+
+    def _shuffle_flaw(self) -> str:
+        """Compare the first rows with those of a dataset made anew, as a resume would make it."""
+        if self.make is None or isinstance(self.dataset, _NodeDataset):
+            return ""
+        first, again = (
+            [str(row.content) for row in islice(_StreamRows(of, self.name, Shard(0), ""), 3)]
+            for of in (self._part(0), _copied(self.make(), self.name))
+        )
+        return "" if first == again else _SHUFFLES
 
     def shards(self, num_lanes: int) -> list[Shard]:
         """Cut the data into shards for `num_lanes` lanes."""
@@ -143,15 +159,7 @@ class StreamSource(_DatasetSource):
     def _part(self, index: int) -> Any:
         if _has_parts(self._parted):
             return self._parted.shard(num_shards=self._num_parts(), index=index)
-        if not _has_state(self._parted):
-            return self._parted
-        try:  # the state is in the object, so every lane needs a copy
-            return copy.deepcopy(self._parted)
-        except Exception as error:
-            raise DataError(
-                f"{self.name}: every lane reads a copy of the dataset, and it cannot be copied"
-                f" ({in_short(error)}); open files and connections in its __iter__"
-            ) from error
+        return _copied(self._parted, self.name)
 
 
 class _StreamRows(Iterator[Row]):
@@ -167,7 +175,7 @@ class _StreamRows(Iterator[Row]):
         if cursor:
             stored = json.loads(cursor)
             self._num_read = stored["rows"]
-            self._protect(dataset.load_state_dict, _decoded(stored["state"]))
+            self._protect(dataset.load_state_dict, decode_state(stored["state"]))
         self._items = self._protect(iter, dataset)
 
     def __next__(self) -> Row:
@@ -183,7 +191,7 @@ class _StreamRows(Iterator[Row]):
             return ""
         state = self._protect(self._dataset.state_dict)
         try:
-            return json.dumps({"rows": self._num_read, "state": _encoded(state)})
+            return json.dumps({"rows": self._num_read, "state": encode_state(state)})
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{self._name}: its state_dict() cannot be stored ({error}); it may hold text,"
@@ -213,11 +221,9 @@ def _resume_flaw(again: Callable[[], Any], name: str) -> str:
         return [str(row.content) for row in islice(stream, count)]
 
     whole = _StreamRows(again(), name, Shard(0), "")
-    before = read(whole, 1)
+    read(whole, 1)
     first = whole.cursor()
     expected = read(whole, 2)
-    if read(_StreamRows(again(), name, Shard(0), ""), 3) != before + expected:
-        return _SHUFFLES
     if len(expected) < 2:
         return ""
     resumed = _StreamRows(again(), name, Shard(0), first)
@@ -231,65 +237,16 @@ def _resume_flaw(again: Callable[[], Any], name: str) -> str:
     return ""
 
 
-_TAG = "__type__"
-"""Key of a dict in a stored state that stands for a value that JSON does not have."""
-
-
-def _encoded(value: Any) -> Any:
-    """Return a dataset's state as JSON values. Raises TypeError."""
-    import torch
-
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, list):
-        return [_encoded(item) for item in value]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value) and _TAG not in value:
-            return {key: _encoded(item) for key, item in value.items()}
-        return {_TAG: "dict", "items": [[_encoded(k), _encoded(v)] for k, v in value.items()]}
-    if type(value) is tuple:
-        return {_TAG: "tuple", "items": [_encoded(item) for item in value]}
-    if isinstance(value, bytes):
-        return {_TAG: "bytes", "data": base64.b64encode(value).decode()}
-    if isinstance(value, torch.Tensor):
-        return {**_encoded(value.detach().cpu().numpy()), _TAG: "tensor"}
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        array = np.asarray(value, order="C")
-        data = base64.b64encode(array.tobytes()).decode()
-        return {_TAG: "array", "dtype": array.dtype.str, "shape": array.shape, "data": data}
-    raise TypeError(f"it holds a {type(value).__name__}")
-
-
-def _decoded(value: Any) -> Any:
-    """Return the state of which `_encoded` made `value`."""
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(_TAG)
-    if kind == "dict":
-        return {_decoded(key): _decoded(item) for key, item in value["items"]}
-    if kind == "tuple":
-        return tuple(_decoded(item) for item in value["items"])
-    if kind == "bytes":
-        return base64.b64decode(value["data"])
-    if kind in ("array", "tensor"):
-        import torch
-
-        content = bytearray(base64.b64decode(value["data"]))
-        array = np.frombuffer(content, value["dtype"]).reshape(value["shape"])
-        return torch.from_numpy(array) if kind == "tensor" else array
-    return {key: _decoded(item) for key, item in value.items()}
-
-
 class _NodeDataset:
-    """A torchdata node, read from its front or from a loaded state."""
+    """A torchdata node. Nodes cannot be copied, so each reader has the factory make one."""
 
-    def __init__(self, node: Any):
-        self._node = node
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+        self._node: Any = None
         self._start: Any = None
 
     def __iter__(self) -> Iterator[Any]:
+        self._node = self._make()
         self._node.reset(self._start)
         self._start = None
         return iter(self._node)
@@ -303,8 +260,12 @@ class _NodeDataset:
         self._start = state
 
 
-def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> Source:
-    """Return what the factory of a registered dataset made, as a source. Raises ConfigError."""
+def as_source(make: Callable[[], Any], name: str, column: str, max_document_bytes: int) -> Source:
+    """Return the dataset that `make` makes as a source. Raises ConfigError.
+
+    `make` calls the factory of the dataset. It is called again for each lane's torchdata node.
+    """
+    dataset = make()
     if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
         return dataset  # type: ignore[no-any-return]
     from torch.utils.data import DataLoader, IterableDataset
@@ -326,11 +287,13 @@ def as_source(dataset: Any, name: str, column: str, max_document_bytes: int) -> 
             fix = "give it num_workers = 0, and set training.dataloader.num_workers"
             raise error(problem, fix)
     if _is_node(dataset):
-        dataset = _NodeDataset(dataset)
+        dataset = _NodeDataset(make)
     # An iterator without a state can be read once only, and every epoch reads again.
     can_begin_again = not isinstance(dataset, Iterator) or _has_state(dataset)
     if is_stream or (hasattr(dataset, "__iter__") and can_begin_again):
-        return StreamSource(dataset, name, column, max_document_bytes)
+        stream = StreamSource(dataset, name, column, max_document_bytes)
+        stream.make = make
+        return stream
     problem = f"its factory returned a {type(dataset).__name__}, which cannot be read again"
     fix = "return a torch dataset, a torchdata node or loader, or a Source"
     raise error(problem, fix)
@@ -341,6 +304,19 @@ def _is_node(dataset: Any) -> bool:
     return isinstance(dataset, Iterator) and all(
         hasattr(dataset, method) for method in ("reset", "get_state", "state_dict")
     )
+
+
+def _copied(dataset: Any, name: str) -> Any:
+    """Return a copy of a dataset whose state is in the object. Raises DataError."""
+    if not _has_state(dataset):
+        return dataset
+    try:
+        return copy.deepcopy(dataset)
+    except Exception as error:
+        raise DataError(
+            f"{name}: every lane reads a copy of the dataset, and it cannot be copied"
+            f" ({in_short(error)}); open files and connections in its __iter__"
+        ) from error
 
 
 def _has_parts(dataset: Any) -> bool:

@@ -82,7 +82,8 @@ class Pass:
         return StepData([batch], {}, ended=not samples, bad_rows=0)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes; batches that are still asked for are empty."""
+        self._samples.close()
         self._reader.close()
 
     def _read(self) -> Generator[Sample, None, None]:

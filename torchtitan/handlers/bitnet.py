@@ -1,12 +1,11 @@
-"""The handler `bitnet`: weights of -1, 0 and 1 with a scale, inputs of 8 bits (BitNet b1.58,
-https://arxiv.org/abs/2402.17764).
+"""The handler `bitnet`: weights of -1, 0 and 1 with a scale, inputs of 8 bits.
 
-The weights that are trained have full precision; each forward rounds them by the mean of their
-magnitudes, and the gradient passes through the rounding. torchao does the arithmetic (a prototype
-there). Its own weights are tensors of a class that FSDP exchanges in 2 bits, with a scale averaged
-over all ranks of the job, whatever they hold; here FSDP gathers usual weights, and with tensor
-parallelism the ranks that hold the parts of a matrix average over them: the scale is that of the
-whole matrix on every mesh.
+BitNet b1.58, https://arxiv.org/abs/2402.17764.
+The trained weights have full precision; each forward rounds them by the mean of their magnitudes,
+and the gradient passes through the rounding. torchao does the arithmetic (a prototype there). Its
+own weight class lets FSDP exchange 2 bits, but averages the scale over all ranks of the job,
+whatever they hold. Here FSDP gathers plain weights, and tensor-parallel ranks average the scale
+over the shards of a matrix, so it is that of the whole matrix on every mesh.
 """
 
 from typing import Any
@@ -32,7 +31,7 @@ class _TernaryProduct(torch.autograd.Function):
         flat, row_scale = quantize_int8_rowwise(x.reshape(-1, x.size(-1)), eps=1e-5)
         mean = get_bitnet_scale(weight)
         if size > 1:
-            # Parts are of one size, and each is on as many ranks: the mean of means is the whole's.
+            # Shards have equal sizes, so the mean of their means is the mean of the matrix.
             mean = _C10D.wait_tensor(_C10D.all_reduce(mean, "sum", name)) / size
         ternary = quantize_bitnet_weight(weight, mean)
         scale = mean.to(weight.dtype)
@@ -53,10 +52,10 @@ class BitNetLinear(nn.Linear):
     """A linear whose weight is rounded to three values."""
 
     group: TensorGroup | None = None
-    """The ranks that hold the parts of the weight, once tensor parallelism has cut it."""
+    """The ranks that hold the shards of the weight, with tensor parallelism."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`."""
+        """Map `[..., inputs]` to `[..., outputs]`."""
         name, size = ("", 1) if self.group is None else (self.group.name, self.group.size)
         out = _TernaryProduct.apply(input, self.weight, name, size)
         return out if self.bias is None else out + self.bias
@@ -69,6 +68,6 @@ class BitNetHandler(LinearHandler):
     multiple = 16
 
     def swap(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """The same module with another class."""
+        """Return the same module with another class."""
         linear.__class__ = BitNetLinear
         return linear

@@ -1,16 +1,17 @@
-"""The handler `compile`: marks every block, for the compile pass to find."""
+"""The handler `compile`: mark every block for compilation."""
 
 from torch import nn
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.compile_settings import CompileSettings
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings
+from torchtitan.handlers.settings import CompileSettings
 from torchtitan.models.spec import LanguageModel
 from torchtitan.parallel.compile import CompileOptions, mark_for_compile
 
 
-class CompileHandler:
+class CompileHandler(ModelHandler):
     """Compiles each block as one graph."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
@@ -18,13 +19,7 @@ class CompileHandler:
         self.options = CompileOptions(backend=settings.backend)
 
     def convert(self, model: nn.Module) -> None:
-        """Mark the blocks; the pass compiles them once everything inside them is settled."""
+        """Mark the blocks; they are compiled once parallelism has changed what is inside them."""
         assert isinstance(model, LanguageModel)
         for block in model.blocks().values():
             mark_for_compile(block, self.options)
-
-    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""

@@ -1,7 +1,7 @@
-"""Apply the handlers to a model on the meta device, and find how each parameter starts.
+"""Apply the handlers to a model on the meta device, and find how each parameter is initialised.
 
 A family's `init_rule` knows the family's own parameters. It is never asked about one that a handler
-adds: it could only guess, and a guess trains.
+adds: it could only guess, and a wrong guess trains silently.
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,26 @@ _MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
-class StartRules:
-    """How the parameters of a converted model start, and the buffers that handlers add."""
+class InitRules:
+    """The init rules of a converted model's parameters, and of the buffers that handlers add."""
 
     model: LanguageModel
     handlers: Sequence[NamedHandler]
     added: dict[str, NamedHandler]
-    """Parameters and buffers that the family's model does not have, and the handler of each."""
+    """Parameters and buffers that the family's model lacks, with the handler that added each."""
 
     def __call__(self, name: str) -> InitRule:
-        """Return the rule of the handler that is listed last among those that give one, else the
-        model's. Raises ConfigError for an added name without a rule."""
+        """Return the rule of the last listed handler that gives one, else the model's.
+
+        Raises ConfigError for an added name without a rule.
+        """
         rule = self._of_handlers(name)
         if rule is None and name in self.added:
             raise ConfigError(self._problem([name]))
         return self.model.init_rule(name) if rule is None else rule
 
     def require(self) -> None:
-        """Raise ConfigError, with the names, if anything that a handler adds has no rule."""
+        """Raise ConfigError, with the names, if anything that a handler added has no rule."""
         missing = [name for name in self.added if self._of_handlers(name) is None]
         if missing:
             raise ConfigError(self._problem(missing))
@@ -48,19 +50,22 @@ class StartRules:
     def _problem(self, names: list[str]) -> ConfigIssue:
         shown = ", ".join(names[:_MAX_LISTED])
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-        problem = f"it adds {shown}{more} to the model, and no handler says how that starts"
+        problem = f"it adds {shown}{more} to the model, and no handler gives an init rule for it"
         fix = "give the handler an init_rule(name) that returns an InitRule (docs/handlers.md)"
         return ConfigIssue("model.handlers", problem, fix, value=self.added[names[0]].name)
 
 
 def convert_model(
     model: LanguageModel, handlers: Sequence[NamedHandler], dtype: torch.dtype
-) -> StartRules:
-    """Let the handlers change `model` in place, in order. What they make is on the meta device and,
-    unless they say otherwise, of type `dtype`.
+) -> InitRules:
+    """Let the handlers change `model` in place, in order, and return the init rules.
 
-    Raises HandlerError for a tensor that a handler keeps as a plain attribute of a module: nothing
-    would ever give it values. Raises ConfigError for what has no rule, see `StartRules`.
+    What handlers create is on the meta device and by default of type `dtype`.
+
+    Raises:
+        HandlerError: a handler keeps a tensor as a plain attribute of a module; nothing would ever
+            give it values.
+        ConfigError: an added parameter or buffer has no init rule.
     """
     assert isinstance(model, nn.Module)
     own = _names(model)
@@ -80,7 +85,7 @@ def convert_model(
     added = {name: origins[name] for name in _names(model) if name not in own}
     for handler in handlers:
         handler.added = frozenset(name for name, origin in added.items() if origin is handler)
-    rules = StartRules(model, handlers, added)
+    rules = InitRules(model, handlers, added)
     rules.require()
     return rules
 
@@ -90,7 +95,7 @@ def _names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _unregistered(model: nn.Module) -> list[str]:
-    """Tensors on the meta device that are neither parameters nor buffers of their modules."""
+    """Return tensors on the meta device that are neither parameters nor buffers."""
     return [
         f"{name}.{key}".lstrip(".")
         for name, module in model.named_modules()

@@ -1,8 +1,8 @@
-"""The handler `flex_attention`: attention by FlexAttention, under masks that are chosen by name.
+"""The handler `flex_attention`: FlexAttention under masks chosen by name.
 
-The masks of a batch are made of functions of pairs of tokens; the kernel skips what no query of a
-block sees. Without the handler that is done on CUDA for documents and windows only, and plainly
-causal attention is left to scaled_dot_product_attention.
+A mask is a function of token pairs; the kernel skips blocks that no query sees. Without the handler
+FlexAttention serves documents and windows on CUDA only, and plain causal attention uses
+scaled_dot_product_attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.flex_attention_settings import (
-    NAME,
-    Settings,
-    chosen_masks,
-    chosen_window,
-)
-from torchtitan.handlers.mask_registry import MASKS
+from torchtitan.handlers.base import ModelHandler
+from torchtitan.handlers.masks import MASKS
 from torchtitan.handlers.registry import handler_settings
-from torchtitan.models.attend import AttentionMaskBuilder, Mask, block_mask
+from torchtitan.handlers.settings import FlexAttentionSettings
+from torchtitan.models.attention import AttentionMaskBuilder, Mask, block_mask
 from torchtitan.models.masks import MaskFunction, MaskInputs, all_of, dense
 
 
 class FlexMasks(AttentionMaskBuilder):
-    """Instead of `AttentionMaskBuilder`: of other masks, too, and for plain causality as well."""
+    """Builds masks of any registered kind, for plain causal attention as well."""
 
     def __init__(
         self, window: int | None, makers: Sequence[Callable[[MaskInputs], MaskFunction]]
@@ -34,8 +30,7 @@ class FlexMasks(AttentionMaskBuilder):
         self._makers = tuple(makers)
 
     def build(self, document_ids: Tensor | None, seq_len: int, device: torch.device) -> Mask:
-        """See `AttentionMaskBuilder`. A token always sees itself, whatever the masks say, because
-        attention to nothing is NaN."""
+        """Return the mask. A token always sees itself, because attention to nothing is NaN."""
         inputs = MaskInputs(seq_len, document_ids, self.window)
         visible = _or_itself(all_of([make(inputs) for make in self._makers]))
         if device.type == "cuda":
@@ -47,34 +42,28 @@ def _or_itself(function: MaskFunction) -> MaskFunction:
     return lambda batch, query, key: function(batch, query, key) | (query == key)
 
 
-class FlexAttentionHandler:
-    """Replaces what makes the masks; `InnerAttention` takes the kernel that fits them."""
+class FlexAttentionHandler(ModelHandler):
+    """Replaces the mask builder; `InnerAttention` chooses the kernel that fits the masks."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
-        self._settings: Settings = handler_settings(job_config, NAME)
+        self._settings: FlexAttentionSettings = handler_settings(job_config, "flex_attention")
         self._document_mask = job_config.training.document_mask
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """Models that attend in a way of their own."""
+        """Find models with an attention of their own."""
         if any(isinstance(module, AttentionMaskBuilder) for module in model.modules()):
             return []
-        problem = "the model does not attend by way of torchtitan.models.attend"
-        return [ConfigIssue("model.handlers", problem, "leave it out", NAME)]
+        problem = "the model does not use the attention of torchtitan.models.attention"
+        return [ConfigIssue("model.handlers", problem, "leave it out", "flex_attention")]
 
     def convert(self, model: nn.Module) -> None:
-        """In place."""
+        """Replace the mask builders in place."""
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, AttentionMaskBuilder):
                     setattr(module, name, self._masks_instead_of(child))
 
     def _masks_instead_of(self, masks: AttentionMaskBuilder) -> FlexMasks:
-        window = chosen_window(self._settings, masks.window)
-        names = chosen_masks(self._settings, self._document_mask, window)
+        window = self._settings.chosen_window(masks.window)
+        names = self._settings.chosen_masks(self._document_mask, window)
         return FlexMasks(window, [MASKS[name].load() for name in names])
-
-    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""

@@ -1,8 +1,7 @@
-"""The handler `freeze`: parameters that are not trained.
+"""The handler `freeze`: exclude parameters from training.
 
-A frozen parameter has no gradient, and no optimizer state, so it costs what its values take. It
-stays in checkpoints under its name. What is frozen is decided on the whole model, before it is cut,
-and every parallelism keeps it.
+A frozen parameter has no gradient and no optimizer state. It stays in checkpoints under its name.
+The globs are matched on the whole model, before it is parallelised.
 """
 
 from collections.abc import Sequence
@@ -13,18 +12,19 @@ from torch import nn
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.suggest import fix_of_glob
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.freeze_settings import FreezeSettings
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings
+from torchtitan.handlers.settings import FreezeSettings
 
 
-class FreezeHandler:
-    """Freezes by name. A tied parameter has several names: one that matches is enough."""
+class FreezeHandler(ModelHandler):
+    """Freezes by name. A tied parameter has several names; one match is enough."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self._settings: FreezeSettings = handler_settings(job_config, "freeze")
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """Globs that match nothing; a model of which nothing is left to train."""
+        """Find globs that match nothing, and a model with nothing left to train."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         settings = self._settings
         problems = []
@@ -35,23 +35,17 @@ class FreezeHandler:
                     key_of_glob = f"handlers.freeze.{key}[{index}]"
                     problems.append(ConfigIssue(key_of_glob, problem, fix, value=glob))
         if not problems and len(self._frozen(model)) == len(list(model.parameters())):
-            problem, fix = "everything is frozen, and nothing would be learnt", "freeze less"
+            problem, fix = "it freezes every parameter, so nothing is trained", "freeze less"
             problems.append(ConfigIssue("handlers.freeze.patterns", problem, fix))
         return problems
 
     def convert(self, model: nn.Module) -> None:
-        """Switch gradients off. Raises ConfigError for what `check` finds."""
+        """Switch gradients off. Raises ConfigError for the problems of `check`."""
         problems = self.check(model)
         if problems:
             raise ConfigError(problems)
         for parameter in self._frozen(model):
             parameter.requires_grad_(False)
-
-    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
 
     def _frozen(self, model: nn.Module) -> list[nn.Parameter]:
         settings = self._settings

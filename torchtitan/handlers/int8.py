@@ -1,8 +1,8 @@
-"""The handler `int8`: linears whose products are of 8-bit integers, weights staying as they are.
+"""The handler `int8`: linears that multiply 8-bit integers; weights stay in high precision.
 
 torchao's mixed-precision training (a prototype there): each row of one factor and each column of
-the other is rounded to integers by its largest magnitude, and the sums are scaled back. torchao
-does the arithmetic; its own linear is one that the compiler cannot look into.
+the other is rounded to integers by its largest magnitude, and the sums are scaled back. Only the
+arithmetic is torchao's, because its own linear does not compile.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm
 
-from torchtitan.handlers.int8_settings import MULTIPLE
 from torchtitan.handlers.linears import LinearHandler
+from torchtitan.handlers.settings import INT8_MULTIPLE
 
 
 class _IntegerProduct(torch.autograd.Function):
@@ -31,18 +31,18 @@ class _IntegerProduct(torch.autograd.Function):
         return grad_input, _product(inputs.T, rows, for_weight).T, None
 
 
-def _product(a: Tensor, b: Tensor, of_integers: bool) -> Tensor:
-    return _dynamic_int8_mm(a, b) if of_integers else a @ b
+def _product(a: Tensor, b: Tensor, in_int8: bool) -> Tensor:
+    return _dynamic_int8_mm(a, b) if in_int8 else a @ b
 
 
 class Int8Linear(nn.Linear):
-    """A linear, some of whose products are of integers."""
+    """A linear with some of its products in int8."""
 
     rounded: tuple[bool, bool, bool]
-    """Whether the output, the gradients of the input and of the weight are."""
+    """True where the output, the gradient of the input, the gradient of the weight are in int8."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`."""
+        """Map `[..., inputs]` to `[..., outputs]`."""
         out = _IntegerProduct.apply(input, self.weight, self.rounded)
         return out if self.bias is None else out + self.bias
 
@@ -51,10 +51,10 @@ class Int8Handler(LinearHandler):
     """Swaps linears for `Int8Linear`."""
 
     name = "int8"
-    multiple = MULTIPLE
+    multiple = INT8_MULTIPLE
 
     def swap(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """The same module with another class."""
+        """Return the same module with another class."""
         chosen = self.settings
         linear.__class__ = Int8Linear
         rounded = chosen.output, chosen.grad_input, chosen.grad_weight

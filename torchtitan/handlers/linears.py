@@ -1,8 +1,8 @@
-"""The linears of a model, swapped for others that compute in another format.
+"""Base of the handlers that replace a model's linears by low-precision ones.
 
-Names and shapes of parameters stay, so that initial weights, checkpoints and the optimizer do not
-know of it. Only modules whose class is `nn.Linear` itself are swapped: one of a class of its own,
-as the head, computes something of its own.
+Names and shapes of parameters stay, so initial weights, checkpoints and the optimizer are not
+affected. Only modules whose class is `nn.Linear` itself are swapped, not subclasses such as the
+head.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch import nn
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.parallel.tensor_parallel import ParallelStyle
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 def linears_of(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Those that may be swapped, by name; a tied one once."""
+    """Return the linears that may be swapped, with their names; a tied one once."""
     return [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
@@ -31,7 +32,7 @@ def swap_linears(
     swap: Callable[[str, nn.Linear], nn.Linear],
     is_wanted: Callable[[str, nn.Linear], bool],
 ) -> list[str]:
-    """Replace each wanted linear by `swap(name, linear)`, in place; their names in order.
+    """Replace each wanted linear by `swap(name, linear)`, in place; return their names in order.
 
     A linear, or a weight, that has several names stays one. An error in `swap` is raised as
     RuntimeError that names the linear.
@@ -64,32 +65,31 @@ def _names_by_object(named: Iterable[tuple[str, T]]) -> dict[T, list[str]]:
     return names
 
 
-class LinearHandler:
-    """A handler that swaps linears; a subclass says for what, in `swap`."""
+class LinearHandler(ModelHandler):
+    """A handler that swaps linears; subclasses define `swap`."""
 
     name: str
     multiple: int
-    """What both dimensions of a matrix have to be a multiple of."""
-    marks: tuple[str, ...] = ()
-    """What may stand in `filter_fqns` and is no part of a name."""
+    """Both dimensions of a matrix must be multiples of this."""
+    keywords: tuple[str, ...] = ()
+    """Entries of `filter_fqns` that are not parts of names."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.settings = handler_settings(job_config, self.name)
         self.dims = parallel_dims
         self.swapped: dict[str, tuple[int, int]] = {}
-        """Shapes, outputs first, of the linears that were swapped, by name."""
+        """Shapes `(outputs, inputs)` of the swapped linears, by name."""
 
     def swap(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """The module in the linear's place; it may be the same one, changed."""
+        """Return the module in the linear's place; may be the same one, changed."""
         raise NotImplementedError
 
     def leaves_out(self, name: str, linear: nn.Linear) -> bool:
-        """Whether there is a reason of the subclass's own to leave a linear as it is."""
+        """Return True for a linear that the subclass wants to leave as it is."""
         return False
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """Filters that leave out nothing, which are misspelled; and a model without any linear to
-        swap."""
+        """Find filters that match nothing, and a model without any linear to swap."""
         names = [name for name, _ in model.named_modules()]
         problems = []
         for text in self._filters():
@@ -103,29 +103,28 @@ class LinearHandler:
         return problems
 
     def convert(self, model: nn.Module) -> None:
-        """Swap the linears; tell once how many, and which do not fit."""
+        """Swap the linears, and log how many are swapped and which do not fit."""
         problems = self.check(model)
         if problems:
             raise ConfigError(problems)
         self.swapped, filtered, unfit = self._sorted(model)
         swap_linears(model, self.swap, lambda name, _: name in self.swapped)
-        words = [f"{self.name}: {len(self.swapped)} linears"]
-        words += [f"{filtered} left as they are by filter_fqns"] * bool(filtered)
+        summary = [f"{self.name}: {len(self.swapped)} linears"]
+        summary += [f"{filtered} skipped by filter_fqns"] * bool(filtered)
         if unfit:
             shown = ", ".join(unfit[:3]) + ", ..." * (len(unfit) > 3)
-            words.append(
-                f"{len(unfit)} left as they are, since a dimension is no multiple of"
+            summary.append(
+                f"{len(unfit)} skipped because a dimension is not a multiple of"
                 f" {self.multiple} ({shown})"
             )
-        logger.info("; ".join(words))
+        logger.info("; ".join(summary))
 
     def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
-        """Refuse parts of matrices that do not fit; which linears are swapped must not depend on
-        the mesh."""
+        """Refuse shards of matrices that do not fit: the mesh must not change what is swapped."""
         degree = self.dims.tp
         for name, (outputs, inputs) in self.swapped.items():
             if name not in plan:
-                continue  # of another stage
+                continue  # on another stage
             part = plan[name].part_of(outputs, inputs, degree)
             if any(size % self.multiple for size in part):
                 table = f"handlers.{self.name}.filter_fqns"
@@ -138,14 +137,8 @@ class LinearHandler:
                     ConfigIssue("parallelism.tensor_parallel_degree", problem, fix, degree)
                 )
 
-    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
     def _filters(self) -> list[str]:
-        return [text for text in self.settings.filter_fqns if text not in self.marks]
+        return [text for text in self.settings.filter_fqns if text not in self.keywords]
 
     def _sorted(self, model: nn.Module) -> tuple[dict[str, tuple[int, int]], int, list[str]]:
         """Shapes of the linears to swap, by name; how many are left out; which do not fit."""
@@ -163,8 +156,8 @@ class LinearHandler:
 
     def _nothing_left(self, filtered: int, unfit: Sequence[str]) -> ConfigIssue:
         problem = (
-            f"it finds no linear: {filtered} are left out by filter_fqns, and {len(unfit)} have a"
-            f" dimension that is no multiple of {self.multiple}"
+            f"it finds no linear to convert: filter_fqns skips {filtered}, and {len(unfit)} have a"
+            f" dimension that is not a multiple of {self.multiple}"
         )
         fix = "leave it out, or change the model or the filter"
         return ConfigIssue("model.handlers", problem, fix, self.name)

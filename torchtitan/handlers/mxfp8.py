@@ -1,4 +1,4 @@
-"""The handler `mxfp8`: linears in float8 whose scales, powers of two, are shared by 32 numbers.
+"""The handler `mxfp8`: float8 linears where 32 numbers share a scale, a power of two.
 
 The OCP's microscaling format, which Blackwell GPUs multiply. torchao does the arithmetic (a
 prototype there).
@@ -14,17 +14,17 @@ from torchao.prototype.mx_formats.config import (
 from torchao.quantization.quantize_.common import KernelPreference
 
 from torchtitan.handlers.linears import LinearHandler
-from torchtitan.handlers.mxfp8_settings import BLOCK, EMULATED
+from torchtitan.handlers.settings import EMULATED, MXFP8_BLOCK
 
 
 class Mxfp8Linear(nn.Linear):
-    """A linear whose three products are of MXFP8."""
+    """A linear that computes its three products in MXFP8."""
 
     emulated: bool
     kernel: str
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`."""
+        """Map `[..., inputs]` to `[..., outputs]`."""
         across, along = MXFP8Dim0CastKernelChoice.TRITON, MXFP8Dim1CastKernelChoice(self.kernel)
         if self.emulated:
             across, along = MXFP8Dim0CastKernelChoice.TORCH, MXFP8Dim1CastKernelChoice.TORCH
@@ -34,7 +34,7 @@ class Mxfp8Linear(nn.Linear):
             float8_e4m3fn,
             float8_e4m3fn,
             float8_e4m3fn,
-            BLOCK,
+            MXFP8_BLOCK,
             KernelPreference.EMULATED if self.emulated else KernelPreference.AUTO,
             across,
             along,
@@ -48,10 +48,10 @@ class Mxfp8Handler(LinearHandler):
     """Swaps linears for `Mxfp8Linear`."""
 
     name = "mxfp8"
-    multiple = BLOCK
+    multiple = MXFP8_BLOCK
 
     def swap(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """The same module with another class."""
+        """Return the same module with another class."""
         linear.__class__ = Mxfp8Linear
         linear.emulated = self.settings.recipe_name == EMULATED  # type: ignore[assignment]
         linear.kernel = self.settings.mxfp8_dim1_cast_kernel_choice  # type: ignore[assignment]

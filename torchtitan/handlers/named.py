@@ -1,4 +1,4 @@
-"""A handler with its name, so that an error inside it says whose it is."""
+"""A handler with its name, so that errors inside it say which handler they come from."""
 
 import re
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.protocol import ModelHandler
-from torchtitan.handlers.registry import HANDLERS
+from torchtitan.handlers.base import ModelHandler
+from torchtitan.handlers.registry import HANDLERS, require_handler
 from torchtitan.models.spec import InitRule
 from torchtitan.parallel.tensor_parallel import ParallelStyle
 
@@ -21,107 +21,103 @@ _NO_VALUES = (
 
 
 class HandlerError(RuntimeError):
-    """A handler raised; the cause is what."""
+    """An error inside a handler; the original error is its cause."""
 
 
 class NamedHandler:
-    """Calls a handler's hooks, and raises `HandlerError` for what they raise, but for ConfigError,
-    which says itself what to mend."""
+    """Calls a handler's hooks, checks what they return, and raises `HandlerError` for their errors.
+
+    ConfigError passes through: it says itself what to fix. The methods are those of `ModelHandler`.
+    """
 
     def __init__(self, name: str, job_config: JobConfig, parallel_dims: ParallelDims):
         self.name = name
         self.added: frozenset[str] = frozenset()
-        """Parameters and buffers that `convert` has added to the family's model."""
-        with self._naming("__init__"):
-            self.handler: ModelHandler = HANDLERS[name].load()(job_config, parallel_dims)
-            have = [hasattr(self.handler, hook) for hook in ("state_dict", "load_state_dict")]
-            if any(have) and not all(have):
+        """Parameters and buffers that `convert` added to the model."""
+        self.kind: type[ModelHandler] | None = None
+        with self._errors_of("__init__"):
+            self.kind = HANDLERS[name].load()
+            require_handler(name, self.kind)
+            self._has_state = self.kind.state_dict is not ModelHandler.state_dict
+            if self._has_state == (self.kind.load_state_dict is ModelHandler.load_state_dict):
                 raise TypeError("it has only one of state_dict and load_state_dict")
+            self.handler = self.kind(job_config, parallel_dims)
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
-        found: list[ConfigIssue] = []
-        if hasattr(self.handler, "check"):
-            with self._naming("check"):
-                found = list(self.handler.check(model))
-                strange = [item for item in found if not isinstance(item, ConfigIssue)]
-                if strange:
-                    raise TypeError(f"{strange[0]!r} is no ConfigIssue")
+        """Return the problems that only the model shows."""
+        with self._errors_of("check"):
+            found = list(self.handler.check(model))
+            for item in found:
+                if not isinstance(item, ConfigIssue):
+                    raise TypeError(f"{item!r} is not a ConfigIssue")
         return found
 
     def convert(self, model: nn.Module) -> None:
-        """See `ModelHandler`."""
-        with self._naming("convert"):
+        """Change the model in place."""
+        with self._errors_of("convert"):
             returned: Any = self.handler.convert(model)  # type: ignore[func-returns-value]
             if isinstance(returned, nn.Module) and returned is not model:
-                raise TypeError("it returns another model: what it is given has to be changed")
+                raise TypeError("it returns another model; it must change the given one in place")
 
     def init_rule(self, name: str) -> InitRule | None:
-        """See `torchtitan.handlers.protocol`; None where the handler gives none."""
-        if not hasattr(self.handler, "init_rule"):
-            return None
-        with self._naming("init_rule"):
-            rule: InitRule | None = self.handler.init_rule(name)
+        """Return the handler's rule for a parameter or buffer, None to leave it to the model."""
+        with self._errors_of("init_rule"):
+            rule = self.handler.init_rule(name)
             if not isinstance(rule, InitRule | None):
-                raise TypeError(f"it returns {rule!r} for {name}: it has to be an InitRule or None")
+                raise TypeError(f"it returns {rule!r} for {name}, not an InitRule or None")
         return rule
 
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
+        """Change the tensor-parallel styles in place."""
+        with self._errors_of("extend_tp_plan"):
+            self.handler.extend_tp_plan(plan)
+
+    def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the values to use in place of a loaded `tensor`, of the same shape."""
+        with self._errors_of("transform_loaded"):
+            changed = self.handler.transform_loaded(name, tensor)
+            if changed.shape != tensor.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
+        return changed
+
+    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
+        """Tell the handler that the weights are in place."""
+        with self._errors_of("after_load"):
+            self.handler.after_load(model)
+
     def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """See `ModelHandler`."""
-        with self._naming("pre_optimizer_hook"):
+        """Run the hook before the optimizer step."""
+        with self._errors_of("pre_optimizer_hook"):
             self.handler.pre_optimizer_hook(model)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """See `ModelHandler`."""
-        with self._naming("post_optimizer_hook"):
+        """Run the hook after the optimizer step."""
+        with self._errors_of("post_optimizer_hook"):
             self.handler.post_optimizer_hook(model)
 
-    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
-        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
-        if hasattr(self.handler, "after_load"):
-            with self._naming("after_load"):
-                self.handler.after_load(model)
-
     def state_dict(self) -> dict[str, Any] | None:
-        """See `torchtitan.handlers.protocol`; None where the handler keeps no state."""
-        if not hasattr(self.handler, "state_dict"):
+        """Return the state by name, None for a handler without state."""
+        if not self._has_state:
             return None
-        with self._naming("state_dict"):
-            state: dict[str, Any] = self.handler.state_dict()
+        with self._errors_of("state_dict"):
+            state = self.handler.state_dict()
             if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
                 raise TypeError("it has to return a dict with names as keys")
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `torchtitan.handlers.protocol`."""
-        with self._naming("load_state_dict"):
-            self.handler.load_state_dict(state)  # type: ignore[attr-defined]
-
-    def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
-        """See `torchtitan.handlers.protocol`; `tensor` itself where the handler has none."""
-        if not hasattr(self.handler, "transform_loaded"):
-            return tensor
-        with self._naming("transform_loaded"):
-            changed: Tensor = self.handler.transform_loaded(name, tensor)
-            if changed.shape != tensor.shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
-        return changed
-
-    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
-        """See `torchtitan.handlers.protocol`; nothing where the handler has none."""
-        if hasattr(self.handler, "extend_tp_plan"):
-            with self._naming("extend_tp_plan"):
-                self.handler.extend_tp_plan(plan)
+        """Give the handler its stored state."""
+        with self._errors_of("load_state_dict"):
+            self.handler.load_state_dict(state)
 
     @contextmanager
-    def _naming(self, hook: str) -> Iterator[None]:
+    def _errors_of(self, hook: str) -> Iterator[None]:
         try:
             yield
         except (ConfigError, HandlerError):
             raise
         except Exception as error:
-            handler = getattr(self, "handler", None)
-            module = HANDLERS.origin(self.name) if handler is None else type(handler).__module__
+            module = HANDLERS.origin(self.name) if self.kind is None else self.kind.__module__
             where = f"the handler {self.name} ({module}), in {hook}"
             hint = _NO_VALUES if re.search(r"\bmeta\b", str(error)) else ""
             raise HandlerError(f"{where}: {type(error).__name__}: {error}{hint}") from error

@@ -7,134 +7,138 @@ checking a config imports no torch) a `HandlerEntry` that imports the class when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torchtitan.config import JobConfig
+from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.registry import Registry, lazily, require_word
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Section
 from torchtitan.config.value_errors import validated
-from torchtitan.handlers import (
-    bitnet_settings,
-    flex_attention_settings,
-    float8_settings,
-    int8_settings,
-    mxfp8_settings,
-)
-from torchtitan.handlers.compile_settings import CompileSettings
-from torchtitan.handlers.freeze_settings import FreezeSettings
-from torchtitan.handlers.protocol import Check, ModelHandler, no_problems
+from torchtitan.handlers import settings
+from torchtitan.handlers.base import ModelHandler
 
 H = TypeVar("H", bound=type)
-_REQUIRED = ("convert", "pre_optimizer_hook", "post_optimizer_hook")
+Check = Callable[[RunContext, Any], Iterable[ConfigIssue]]
+"""Yields the problems of a handler's settings."""
+
+
+def no_problems(context: RunContext, settings: Any) -> Iterable[ConfigIssue]:
+    """Find nothing."""
+    return ()
 
 
 @dataclass(frozen=True)
 class HandlerEntry:
-    """A handler: its settings' model, and a function that imports and returns its class."""
+    """A handler: its settings model, and a function that imports and returns its class."""
 
     settings: type[Section]
     load: Callable[[], type[ModelHandler]]
     after: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     package: str = ""
-    """What has to be installed beside this library."""
+    """A package that must be installed."""
     extra: str = ""
-    """The extra of this library that installs it, if one does."""
-    check: Check = no_problems
-    """Of the settings with the rest of the config; without torch, and reads no file."""
-    probe: Check = no_problems
-    """Of this machine's devices. May import torch."""
+    """The extra of this library that installs it, if any."""
+    check_static: Check = no_problems
+    """Checks the settings against the rest of the config; imports no torch, reads no file."""
+    check_environment: Check = no_problems
+    """Checks the devices of this machine. May import torch."""
     dry_run_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that a dry run uses instead: the kernels need real numbers on real GPUs."""
+    """Settings that a dry run uses instead, where the kernels need real numbers on real GPUs."""
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
-    """What is registered under `name`, if it is one. Raises TypeError."""
+    """Return the entry of what is registered under `name`. Raises TypeError if it is no handler."""
     require_word(name)
     for rule in ("after", "excludes"):
         if isinstance(getattr(thing, rule, ()), str):  # its letters would be taken for names
             raise TypeError(f"{rule} of the handler {name} has to be a tuple of names")
     if isinstance(thing, HandlerEntry):
         return thing
-    if not isinstance(thing, type):
-        raise TypeError(f"the handler {name} is neither a class nor a HandlerEntry")
-    missing = [method for method in _REQUIRED if not callable(getattr(thing, method, None))]
-    if missing:
-        raise TypeError(f"the handler {name} lacks {', '.join(missing)}")
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
+    require_handler(name, thing)
+    if not (isinstance(thing.Settings, type) and issubclass(thing.Settings, Section)):
         raise TypeError(f"Settings of the handler {name} is not a Section")
-    after, excludes = getattr(thing, "after", ()), getattr(thing, "excludes", ())
-    return HandlerEntry(settings, lambda: thing, tuple(after), tuple(excludes))
+    return HandlerEntry(thing.Settings, lambda: thing, tuple(thing.after), tuple(thing.excludes))
+
+
+def require_handler(name: str, thing: Any) -> None:
+    """Raise TypeError unless `thing` is a subclass of `ModelHandler`."""
+    if not (isinstance(thing, type) and issubclass(thing, ModelHandler)):
+        raise TypeError(
+            f"the handler {name} is not a subclass of ModelHandler: inherit from"
+            " torchtitan.handlers.base.ModelHandler, whose hooks do nothing by default"
+        )
 
 
 HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
 LOW_PRECISION = ("float8", "mxfp8", "int8", "bitnet")
-"""Each makes linears compute in another format: a model has one of them."""
-HANDLERS.add_built_in(
-    "compile",
-    HandlerEntry(
-        CompileSettings,
+"""Handlers that make linears compute in another format: a model has one of them."""
+
+
+def _low_precision(name: str, path: str, settings: type[Section], **more: Any) -> HandlerEntry:
+    excludes = tuple(other for other in LOW_PRECISION if other != name)
+    load = lazily(f"torchtitan.handlers.{path}")
+    return HandlerEntry(settings, load, (), excludes, package="torchao", extra="quant", **more)
+
+
+for _name, _entry in {
+    "compile": HandlerEntry(
+        settings.CompileSettings,
         lazily("torchtitan.handlers.compile:CompileHandler"),
         after=LOW_PRECISION,
         dry_run_settings={"backend": "aot_eager"},
     ),
-)
-HANDLERS.add_built_in(
-    "freeze", HandlerEntry(FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler"))
-)
-HANDLERS.add_built_in(
-    flex_attention_settings.NAME,
-    HandlerEntry(
-        flex_attention_settings.Settings,
-        lazily("torchtitan.handlers.flex_attention:FlexAttentionHandler"),
-        check=flex_attention_settings.check,
-        probe=flex_attention_settings.probe,
+    "freeze": HandlerEntry(
+        settings.FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler")
     ),
-)
-
-
-def _add_low_precision(name: str, path: str, module: Any, **dry_run_settings: Any) -> None:
-    HANDLERS.add_built_in(
-        name,
-        HandlerEntry(
-            module.Settings,
-            lazily(path),
-            excludes=tuple(other for other in LOW_PRECISION if other != name),
-            package="torchao",
-            extra="quant",
-            check=module.check,
-            probe=module.probe,
-            dry_run_settings=dry_run_settings,
-        ),
-    )
-
-
-_add_low_precision("float8", "torchtitan.handlers.float8:Float8Handler", float8_settings)
-_add_low_precision(
-    "mxfp8",
-    "torchtitan.handlers.mxfp8:Mxfp8Handler",
-    mxfp8_settings,
-    recipe_name=mxfp8_settings.EMULATED,
-)
-_add_low_precision("int8", "torchtitan.handlers.int8:Int8Handler", int8_settings)
-_add_low_precision("bitnet", "torchtitan.handlers.bitnet:BitNetHandler", bitnet_settings)
+    "flex_attention": HandlerEntry(
+        settings.FlexAttentionSettings,
+        lazily("torchtitan.handlers.flex_attention:FlexAttentionHandler"),
+        check_static=settings.check_flex_attention,
+        check_environment=settings.check_flex_attention_gpu,
+    ),
+    "float8": _low_precision(
+        "float8",
+        "float8:Float8Handler",
+        settings.Float8Settings,
+        check_static=settings.check_float8,
+        check_environment=settings.check_float8_gpu,
+    ),
+    "mxfp8": _low_precision(
+        "mxfp8",
+        "mxfp8:Mxfp8Handler",
+        settings.Mxfp8Settings,
+        check_static=settings.check_mxfp8,
+        check_environment=settings.check_mxfp8_gpu,
+        dry_run_settings={"recipe_name": settings.EMULATED},
+    ),
+    "int8": _low_precision(
+        "int8", "int8:Int8Handler", settings.Int8Settings, check_static=settings.check_int8
+    ),
+    "bitnet": _low_precision(
+        "bitnet",
+        "bitnet:BitNetHandler",
+        settings.BitNetSettings,
+        check_static=settings.check_bitnet,
+    ),
+}.items():
+    HANDLERS.add_built_in(_name, _entry)
 
 
 def register_handler(name: str) -> Callable[[H], H]:
-    """Class decorator: make a handler available as `name`. Its settings are its `Settings`.
+    """Decorate a subclass of `ModelHandler` to make it available as `name`.
 
-    Raises ValueError for a taken name, TypeError for a class that is no handler.
+    Raises ValueError for a taken name, TypeError for a class that is not a handler.
     """
     return HANDLERS.decorator(name)
 
 
 def handler_settings(config: JobConfig, name: str) -> Any:
-    """The settings in `[handlers.NAME]`, checked; defaults without that table.
+    """Return the checked settings of `[handlers.NAME]`; the defaults without that table.
 
-    Raises ConfigError naming each setting that is unknown or unfit.
+    Raises ConfigError naming each unknown or invalid setting.
     """
     settings = HANDLERS[name].settings
     return validated(settings, config.handlers.get(name, {}), f"handlers.{name}")

@@ -1,10 +1,10 @@
-"""Losses of the logits of each token, computed on a part of the tokens at a time.
+"""Token losses computed on one chunk of the tokens at a time.
 
-The logits of a microbatch, `[B * T, V]`, are often the largest tensor of all. In chunks of the
-tokens only a part of them exists at a time: each chunk's gradient is computed along with its loss,
-in the forward, after which its logits are gone. On a CPU this is faster too: it touches less fresh
-memory, which costs page faults, and the backward does not pass over all logits again. Each chunk
-adds to the gradient of the whole matrix, though, which costs time where chunks are small.
+The logits of a microbatch, `[B * T, V]`, are often the largest tensor of all. In chunks only a part
+of them exists at a time: the forward computes each chunk's loss and gradient, and frees its logits.
+On CPUs this is also faster, because less fresh memory is touched (page faults) and the backward
+does not read all logits again. Small chunks cost time, because each adds to the gradient of the
+whole head matrix.
 """
 
 from typing import Any
@@ -14,60 +14,62 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchtitan.config.schema import Section
-from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
+from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.utils.dtypes import at_least_float32
 
 _MOST_CHUNKS, _LEAST_TOKENS = 8, 512
-"""Unless the number of chunks is given. From `scripts/bench_loss.py`: as fast as one chunk."""
+"""Defaults where the number of chunks is not given: as fast as one (`scripts/bench_loss.py`)."""
 
 
 class ChunkedLoss:
-    """A sum over all targets; labels of `IGNORE_INDEX` are no targets.
+    """A loss that is a sum over all targets; labels of `IGNORE_INDEX` are not targets.
 
-    A loss of one's own derives from it and defines `token_losses`. How the loss is cut into chunks,
-    its gradient, and a vocabulary that is cut over ranks are taken care of here.
+    Subclasses define `token_losses`. Chunks, gradients and vocabulary parallelism are handled here.
     """
 
     Settings: type[Section] = Section
     """The model of `[loss.args]`."""
 
-    takes_cut_vocabulary = True
+    supports_vocab_parallel = True
 
     terms: tuple[str, ...] = ()
-    """What is logged beside the loss; see `distributed.runner.Loss`."""
+    """Names of the sums that are logged beside the loss; see `parallel.runner.Loss`."""
 
     def __init__(
         self,
         settings: Any,
         num_chunks: int | None = 1,
-        vocabulary: VocabParallelCrossEntropy | None = None,
+        shard: VocabShard | None = None,
     ):
-        """`settings` is a `Settings`. `num_chunks` is the number of parts that the tokens of a
-        microbatch are worked on in, None as many as cost no time. `vocabulary` tells which of the
-        head's rows this rank has, where not all."""
+        """Create the loss.
+
+        Args:
+            settings: a `Settings`.
+            num_chunks: chunks of a microbatch's tokens; None for as many as cost no time.
+            shard: this rank's part of the vocabulary; None for the whole.
+        """
         self.settings = settings
         self.num_chunks = num_chunks
-        self.vocabulary = vocabulary
+        self.shard = shard
         self._sums: dict[str, Tensor] = {}
         self._trains = False
         self._no_target: Tensor | None = None  # bool [n], of the tokens that token_losses is given
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The losses `[n]` of a chunk of tokens, by operations that autograd knows.
+        """Return the losses `[n]` of a chunk of tokens, differentiable by autograd.
 
-        `logits` is `[n, V]`, float32 (float64 for a float64 model); `labels` is `[n]`, of tokens:
-        those that are no targets have label 0, and what is returned, or reported, for them is left
-        out.
+        `logits` is `[n, V]`, float32 (float64 for a float64 model). `labels` is `[n]`; tokens that
+        are not targets have label 0, and values returned or reported for them are ignored.
         """
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor:
-        """Number of targets, int64 scalar."""
+        """Return the number of targets, an int64 scalar."""
         return (batch["labels"] != IGNORE_INDEX).sum()
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
-        """Sum over the targets, a scalar of float32 (of float64 for a float64 model).
+        """Return the sum over the targets, a float32 scalar (float64 for a float64 model).
 
         `hidden` is `[B, T, D]`; `head(hidden, consume)` calls `consume(hidden, weight)`.
         """
@@ -80,24 +82,24 @@ class ChunkedLoss:
         return head(hidden, consume)
 
     def chunk_size(self, num_tokens: int) -> int:
-        """How many of a microbatch's tokens are worked on at a time."""
+        """Return the number of tokens in a chunk of a microbatch."""
         chunks = self.num_chunks or max(1, min(_MOST_CHUNKS, num_tokens // _LEAST_TOKENS))
         return -(-num_tokens // chunks)
 
     def chunk(self, logits: Tensor, labels: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
-        """Sum over the targets among `labels` `[n]`, computed wide, and its gradient for this
-        rank's `logits` `[n, rows]`, which may be None unless this is to `train`.
+        """Return the sum over the targets of a chunk, and its gradient for the `logits`.
 
-        The gradient's rows without a target need not be zero.
+        `logits` `[n, rows]` are this rank's, `labels` is `[n]`. The sum is computed in at least
+        float32. The gradient is None unless `train`; its rows without a target need not be zero.
         """
-        whole = logits if self.vocabulary is None else self.vocabulary.whole(logits)
+        whole = logits if self.shard is None else self.shard.gather_logits(logits)
         wide = whole.detach().to(at_least_float32(logits.dtype)).requires_grad_(train)
         no_target = labels == IGNORE_INDEX
         with torch.set_grad_enabled(train):
             self._no_target = no_target
             losses = self.token_losses(wide, labels.clamp_min(0))
             self._no_target = None
-            if losses.shape != labels.shape:  # a mean would be spread over the tokens, unnoticed
+            if losses.shape != labels.shape:  # a mean would be broadcast silently
                 given, name = list(losses.shape), type(self).__name__
                 raise ValueError(
                     f"{name}.token_losses gives {given} for {len(labels)} tokens, not one loss each"
@@ -106,15 +108,15 @@ class ChunkedLoss:
         if not train:
             return loss, None
         (grad,) = torch.autograd.grad(loss, wide)
-        if self.vocabulary is not None:
-            grad = grad.narrow(1, self.vocabulary.first, logits.size(1))
+        if self.shard is not None:
+            grad = grad.narrow(1, self.shard.first, logits.size(1))
         return loss.detach(), grad
 
     def report(self, name: str, value: Tensor) -> None:
         """Add to a term, in training.
 
-        `value` is `[n]` in `token_losses`, one number for each token, of which those of targets are
-        added up; elsewhere a scalar, the sum over the targets of a chunk or of a microbatch.
+        `value` is `[n]` in `token_losses`, one number a token, of which those of targets are
+        summed; elsewhere a scalar, the sum over the targets of a chunk or microbatch.
         Raises ValueError for another shape, and for a name that is not in `terms`.
         """
         if name not in self.terms:
@@ -122,7 +124,7 @@ class ChunkedLoss:
             raise ValueError(f"{type(self).__name__} reports {name}; its `terms` are: {declared}")
         mask = self._no_target
         shape = torch.Size() if mask is None else mask.shape
-        if value.shape != shape:  # a sum would count tokens that are no targets
+        if value.shape != shape:  # a sum would count tokens that are not targets
             kind = "a scalar, a sum over targets" if mask is None else f"{list(shape)}, one a token"
             found = list(value.shape)
             raise ValueError(f"{type(self).__name__}.report({name!r}): {found} instead of {kind}")
@@ -134,7 +136,7 @@ class ChunkedLoss:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take_terms(self) -> dict[str, Tensor]:
-        """What was reported since the last call."""
+        """Return and forget what was reported since the last call."""
         sums, self._sums = self._sums, {}
         return sums
 
@@ -142,7 +144,7 @@ class ChunkedLoss:
 class _InChunks(torch.autograd.Function):
     """The `loss` of `hidden` `[N, D]` @ `weight` `[V, D]`^T against `labels` `[N]`.
 
-    The gradients are those of the sum; the backward only scales them.
+    The forward computes the gradients of the sum; the backward only scales them.
     """
 
     @staticmethod

@@ -7,30 +7,51 @@ config imports no torch) a `LossEntry` that imports the class when it is used.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from torchtitan.config.registry import Registry, lazily
-from torchtitan.config.schema import Loss, Section
+from torchtitan.config.schema import Loss, NonNegativeFloat, Section
 from torchtitan.config.value_errors import validated
-from torchtitan.loss.settings import CrossEntropySettings
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")
 
 
+class CrossEntropySettings(Section):
+    """Settings of `cross_entropy`."""
+
+    z_loss_weight: NonNegativeFloat = 0.0
+    """Adds this times the mean of log(Z)^2 over the targets, where Z is the sum of the
+    exponentials of a token's logits: it keeps logits from drifting. PaLM's is 1e-4; 0 is off."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """This much of a target's probability is spread evenly over the whole vocabulary, as in
+    `torch.nn.functional.cross_entropy`; 0 is off."""
+
+    @property
+    def plain(self) -> bool:
+        """True for the cross entropy without further terms."""
+        return not self.z_loss_weight and not self.label_smoothing
+
+
 @dataclass(frozen=True)
 class LossEntry:
-    """A loss: its settings' model, and a function that imports and returns its class, which is
-    called with the settings, the number of chunks, and the part of the vocabulary; both or None."""
+    """A loss: its settings model, and a function that imports and returns its class.
+
+    The class is called with the settings, the number of chunks or None, and the `VocabShard` or
+    None.
+    """
 
     settings: type[Section]
     load: Callable[[], Callable[..., Any]]
-    takes_cut_vocabulary: bool = False
-    """Whether it is right where each rank has the logits of a part of the vocabulary only."""
+    supports_vocab_parallel: bool = False
+    """True if it is correct where a rank has the logits of a part of the vocabulary only."""
 
 
 def entry_of(name: str, thing: Any) -> LossEntry:
-    """What is registered under `name`, if it is one. Raises TypeError."""
+    """Return the entry of what is registered under `name`. Raises TypeError if it is no loss."""
     if isinstance(thing, LossEntry):
         return thing
     if not isinstance(thing, type):
@@ -41,7 +62,9 @@ def entry_of(name: str, thing: Any) -> LossEntry:
     settings = getattr(thing, "Settings", Section)
     if not (isinstance(settings, type) and issubclass(settings, Section)):
         raise TypeError(f"Settings of the loss {name} is not a Section")
-    return LossEntry(settings, lambda: thing, bool(getattr(thing, "takes_cut_vocabulary", False)))
+    return LossEntry(
+        settings, lambda: thing, bool(getattr(thing, "supports_vocab_parallel", False))
+    )
 
 
 LOSSES: Registry[LossEntry] = Registry("loss.name", "torchtitan.losses", entry_of)
@@ -52,17 +75,17 @@ LOSSES.add_built_in(
 
 
 def register_loss(name: str) -> Callable[[L], L]:
-    """Class decorator: make a loss available as `name`. Its settings are its `Settings`.
+    """Decorate a class to make it available as the loss `name`.
 
-    Raises ValueError for a taken name, TypeError for a class that is no loss.
+    Raises ValueError for a taken name, TypeError for a class that is not a loss.
     """
     return LOSSES.decorator(name)
 
 
 def loss_settings(section: Loss) -> Any:
-    """The settings in `[loss.args]`, checked by the model of the loss that `section` names.
+    """Return the settings in `[loss.args]`, checked by the loss that `section` names.
 
-    Raises ConfigError naming each setting that is unknown or unfit.
+    Raises ConfigError naming each unknown or invalid setting.
     """
     settings = LOSSES[section.name].settings
     return validated(settings, section.args, "loss.args")

@@ -1,7 +1,7 @@
-"""The console: a line a record, and on a terminal a progress bar below the lines.
+"""The console: one line per record, and a progress bar below the lines on a terminal.
 
-Lines go through the logger, which knows the ranks to show. The bar is drawn by the training loop
-itself, at most a few times a second, rather than by a thread that would compete with it.
+Lines go through the logger, which knows the ranks to show. The training loop draws the bar itself,
+at most a few times a second, because a thread would compete with it.
 """
 
 import logging
@@ -24,11 +24,11 @@ _COLORS = {
     "mfu": 35,
     "perplexity": 33,
 }
-"""ANSI colour of each figure."""
+"""ANSI colours by figure."""
 
 
 class ConsoleSink:
-    """Lines by the logger; `bar` adds the progress bar over `steps` steps; `color` colours both."""
+    """Logs lines; `bar` adds a progress bar over `steps` steps; `color` colours both."""
 
     name = "the console"
     keeps_trying = False
@@ -39,14 +39,16 @@ class ConsoleSink:
         self._bar = _ProgressBar(steps) if bar else None
 
     def resume(self, step: int) -> None:
+        """Move the bar to `step`."""
         self.advance(step)
 
     def advance(self, step: int) -> None:
-        """Step `step` is done. Cheap: it is called at every step."""
+        """Move the bar to `step`. Cheap, because it is called at every step."""
         if self._bar is not None:
             self._bar.advance(step)
 
     def write(self, record: Record) -> None:
+        """Log the record as a line, and show its loss and speed beside the bar."""
         width = len(str(self._steps))
         if "loss" not in record:
             logger.info(format_validation(record, width, self._color))
@@ -56,20 +58,21 @@ class ConsoleSink:
             self._bar.show(f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s")
 
     def flush(self) -> None:
-        pass
+        """Do nothing: lines are written at once."""
 
     def close(self, failed: bool = False) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def is_terminal() -> bool:
-    """Whether someone watches: stderr, where the log goes, is a terminal that can redraw."""
+    """Return True if stderr, where the log goes, is a terminal."""
     return sys.stderr.isatty()
 
 
 def format_line(record: Record, step_width: int = 1, color: bool = False) -> str:
-    """The figures of a record for people: rounded, with units."""
+    """Return the figures of a record as a line, rounded and with units."""
     memory = f"{record['memory_peak_gib']:.2f}GiB"
     if record.get("memory_peak_fraction") is not None:
         memory += f"({100 * record['memory_peak_fraction']:.1f}%)"
@@ -87,24 +90,23 @@ def format_line(record: Record, step_width: int = 1, color: bool = False) -> str
 
 
 def format_validation(record: Record, step_width: int = 1, color: bool = False) -> str:
-    """Loss and perplexity of a validation set for people, under the names of the metrics."""
-    words = {"step": f"step: {record['step']:{step_width}d}"}
+    """Return loss and perplexity of a validation set as a line, under their metric names."""
+    parts = {"step": f"step: {record['step']:{step_width}d}"}
     for key, value in record.items():
         figure = key.rpartition("/")[2]
         if figure in ("loss", "perplexity"):
-            words[figure] = f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
-    return _line(words, color)
+            parts[figure] = f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+    return _line(parts, color)
 
 
-def _line(words: dict[str, str], color: bool) -> str:
-    """The words in a row, each in the colour of its figure."""
+def _line(parts: dict[str, str], color: bool) -> str:
     if not color:
-        return "  ".join(words.values())
-    return "  ".join(f"\x1b[{_COLORS[name]}m{word}\x1b[0m" for name, word in words.items())
+        return "  ".join(parts.values())
+    return "  ".join(f"\x1b[{_COLORS[name]}m{part}\x1b[0m" for name, part in parts.items())
 
 
 class _ProgressBar:
-    """rich's bar on stderr. While it lives, other writes to the terminal appear above it."""
+    """rich's bar on stderr. Other writes to the terminal appear above it."""
 
     def __init__(self, steps: int):
         from rich.console import Console

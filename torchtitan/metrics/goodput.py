@@ -1,12 +1,11 @@
 """Goodput: where the wall time of a run goes.
 
-Every moment is booked on exactly one activity, so the shares of all add up to 1: `startup` until
-the first step waits for its data, `compute` in the loop, and within it whatever is timed under a
-name of its own (`data`, `checkpoint`, ...). Time is the host's: on a GPU that is still at work
-while the host waits for data, the device has lost nothing.
+Every moment is booked on exactly one activity, so the shares add up to 1: `startup` until the first
+step waits for its data, `compute` in the loop, and within it whatever is timed under another name
+(`data`, `checkpoint`, ...). Time is the host's: a GPU may still work while the host waits for data.
 
-A run may take several starts. Each goes on from the totals of the ones before it, as their records
-have them; what was trained after the step that is resumed from was for nothing, and becomes `lost`.
+A run may take several starts. Each continues from the totals of the earlier ones, read from their
+records; time spent on steps after the resumed one is `lost`.
 """
 
 import json
@@ -22,24 +21,24 @@ SHARE_PREFIX = "time_share/"
 
 
 class TimeSplit:
-    """Books time on activities. `clock` gives seconds; `seconds_before` have passed already."""
+    """Books time on activities. `clock` returns seconds; `seconds_before` have passed already."""
 
     def __init__(self, clock: Callable[[], float], seconds_before: float = 0.0):
         self._clock = clock
         self._booked_until = clock()
         self._activities = [STARTUP]
         self._seconds: dict[str, float] = defaultdict(float)
-        # Shown in every record, also while they take nothing.
+        # In every record, even at 0.
         self._seconds |= {STARTUP: seconds_before, DATA: 0.0, COMPUTE: 0.0, CHECKPOINT: 0.0}
 
     def start_training(self) -> None:
-        """The first step begins: what follows is `compute` unless it is `spent` otherwise."""
+        """Book what follows as `compute` unless it is `spent` otherwise."""
         self._book()
         self._activities = [COMPUTE]
 
     @contextmanager
     def spent(self, activity: str) -> Iterator[None]:
-        """Book the time within on `activity`, except what is spent on another one in it."""
+        """Book the time within on `activity`, except time spent on a nested one."""
         self._book()
         self._activities.append(activity)
         try:
@@ -49,19 +48,19 @@ class TimeSplit:
             self._activities.pop()
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what earlier starts of the run have spent."""
+        """Add the seconds of earlier starts of the run."""
         for activity, part in seconds.items():
             self._seconds[activity] += part
 
     def record(self) -> dict[str, float]:
-        """The seconds of the run so far over all its starts, and the share of each activity."""
+        """Return the seconds of the run over all its starts, and the share of each activity."""
         self._book()
         total = sum(self._seconds.values())
         shares = {SHARE_PREFIX + name: part / total for name, part in self._seconds.items()}
         return {TOTAL_KEY: total, **shares}
 
     def describe(self) -> str:
-        """The same in a line: the largest share first, without what took nothing."""
+        """Return the same as a line: the largest share first, without empty ones."""
         self._book()
         total = sum(self._seconds.values())
         parts = [
@@ -78,8 +77,10 @@ class TimeSplit:
 
 
 def earlier_seconds(path: Path, step: int) -> dict[str, float]:
-    """The seconds of each activity in the starts before this one, which goes on after `step`, from
-    the records in `path`; what the records of later steps have more is `lost`."""
+    """Return the seconds of each activity in earlier starts, from the records in `path`.
+
+    This start continues after `step`; time in the records of later steps is `lost`.
+    """
     kept: dict[str, float] = {}
     latest: dict[str, float] = {}
     for record in _records(path):
@@ -91,7 +92,7 @@ def earlier_seconds(path: Path, step: int) -> dict[str, float]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Those that are whole; a process may have died while it wrote the last one."""
+    """Yield complete records; a process may have died while it wrote the last one."""
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)

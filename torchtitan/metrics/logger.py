@@ -1,6 +1,6 @@
-"""Metrics: one record a logged step, the same numbers in the file, the console and all else.
+"""Metrics: one record per logged step, with the same numbers in every sink.
 
-The clock runs from before the first wait for data and is read once at each logged step, so that an
+The clock runs from before the first wait for data and is read once per logged step, so that an
 interval misses nothing: waiting, evaluating, saving and logging all count in `step_seconds`. Loss
 and gradient norm stay on the device until a step is logged, since reading them makes the host wait.
 """
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,61 +31,64 @@ RANKS_FOLDER = "metrics"
 """Below the run folder, with `save_for_all_ranks`: the metrics of ranks other than 0."""
 
 
+@dataclass(frozen=True)
+class MeasuredRun:
+    """The run that is measured, as seen by this rank."""
+
+    folder: Path
+    rank: int
+    world_size: int
+    device: torch.device
+    steps: int
+    """Steps of the whole run."""
+    flops_per_token: float
+    """By TorchTitan's formula, which counts attention to all positions."""
+    flops_per_token_causal: float
+    """The same, counting attention to earlier positions only."""
+    seconds_before: float = 0.0
+    """Age of the process when the metrics are created."""
+
+
 class MetricsLogger:
     """Collects the figures of steps and writes records of them.
 
     Rank 0 writes files and draws the progress bar (with `save_for_all_ranks` every rank writes);
-    ranks whose INFO messages are shown print lines. All ranks may call everything; on the others it
-    does nothing. `flops_per_token` is by TorchTitan's formula, `flops_per_token_causal` counts only
-    the attention that a causal mask leaves. `steps` is the number of steps of the whole run.
-    `more_sinks` are opened, under their names, on ranks that write. `clock` gives seconds, of which
-    the process has spent `seconds_before`.
+    ranks that show INFO messages print lines. All ranks may call every method. `more_sinks` are
+    opened, under their names, on ranks that write.
     """
 
     def __init__(
         self,
         section: Metrics,
-        folder: Path,
-        *,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        flops_per_token: float,
-        flops_per_token_causal: float,
-        steps: int,
+        run: MeasuredRun,
         more_sinks: Mapping[str, Callable[[], Sink]] | None = None,
-        seconds_before: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.num_tokens_seen = 0
         """Tokens of all steps of the run so far, over all ranks."""
 
         self._log_freq = section.log_freq
-        self._steps = steps
-        self._world_size = world_size
-        self._device = device
-        self._flops_per_token = flops_per_token
-        self._flops_per_token_causal = flops_per_token_causal
-        self._peak_flops = _peak_flops(section, device)
+        self._run = run
+        self._peak_flops = _peak_flops(section, run.device)
         self._clock = clock
         self._started: float | None = None
         self._interval_steps = 0
         self._interval_tokens = 0
         self._spans: dict[str, float] = {"data": 0.0}
-        self._split = TimeSplit(clock, seconds_before)
+        self._split = TimeSplit(clock, run.seconds_before)
         self._console: ConsoleSink | None = None
         self._sinks: list[Sink] = []
         self._warned: set[str] = set()
-        self._file = metrics_file(folder, rank)
-        self._writes = rank == 0 or section.save_for_all_ranks
-        self._open_sinks(section, folder, rank, more_sinks or {})
-        reset_memory_peak(device)
+        self._file = metrics_file(run.folder, run.rank)
+        self._writes = run.rank == 0 or section.save_for_all_ranks
+        self._open_sinks(section, more_sinks or {})
+        reset_memory_peak(run.device)
 
     def resume(self, step: int, num_tokens_seen: int = 0) -> None:
-        """Before the first step: the run goes on after `step`; 0 is a fresh start.
+        """Continue the run after `step`, 0 for a fresh start. Call before the first step.
 
-        What was logged for later steps is dropped, so that the run has one curve.
-        `num_tokens_seen`: that of the checkpoint.
+        Drops what was logged for later steps, so that the run has one curve. `num_tokens_seen` is
+        that of the checkpoint.
         """
         self.num_tokens_seen = num_tokens_seen
         if self._writes and self._file.is_file():
@@ -95,19 +99,18 @@ class MetricsLogger:
         self._each_sink(lambda sink: sink.resume(step))
 
     def is_logged(self, step: int) -> bool:
-        """Whether the step makes a record: the first, the last and each `log_freq`-th do."""
-        return step == 1 or step == self._steps or step % self._log_freq == 0
+        """Return True for steps that make a record: the first, the last and each `log_freq`-th."""
+        return step == 1 or step == self._run.steps or step % self._log_freq == 0
 
     def start_step(self) -> None:
-        """Call before waiting for the step's data."""
+        """Start the clock. Call before waiting for the data of a step."""
         if self._started is None:
             self._split.start_training()
             self._started = self._clock()
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Count the time within as `<name>_seconds`, the mean per step of the interval, and in the
-        split of the run's time as the share of `name`."""
+        """Count the time within as `<name>_seconds`, a mean per step, and as a share of the run."""
         start = self._clock()
         try:
             with self._split.spent(name):
@@ -128,12 +131,20 @@ class MetricsLogger:
         source_tokens: Mapping[str, int] | None = None,
         bad_rows: int = 0,
     ) -> None:
-        """A step is done. Waits for the device only if the step is logged, on ranks that show it.
+        """Count a finished step, and log it if it is due.
 
-        `loss`: the step's mean over its targets on all ranks, `[]`; `grad_norm`: before clipping,
-        `[]`; `num_targets`, `num_tokens`: of the step, over all ranks; `loss_terms`: what the loss
-        has to say beside, as `loss`; `source_tokens`: of each source of a mixture, of all steps so
-        far; `bad_rows`: left out so far, by all lanes.
+        Waits for the device only if the step is logged, on ranks that show it.
+
+        Args:
+            step: the number of the step.
+            loss: mean over the step's targets on all ranks, `[]`.
+            grad_norm: norm before clipping, `[]`.
+            lr: learning rate of the step.
+            num_targets: targets of the step on all ranks.
+            num_tokens: tokens of the step on all ranks.
+            loss_terms: further means reported by the loss, by name.
+            source_tokens: tokens of each source of a mixture so far.
+            bad_rows: rows skipped by all lanes so far.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -157,9 +168,10 @@ class MetricsLogger:
             self._start_interval(self._clock())
 
     def log_validation(self, step: int, name: str, loss: Tensor | float, num_targets: int) -> None:
-        """The set `name` was evaluated after `step`. Waits for the device on ranks that show it.
+        """Log the evaluation of the set `name` after `step`.
 
-        `loss`: mean over the set's `num_targets` targets on all ranks, `[]`.
+        Waits for the device on ranks that show it. `loss` is the mean over the set's `num_targets`
+        targets on all ranks, `[]`.
         """
         if not self._sinks:
             return
@@ -173,12 +185,11 @@ class MetricsLogger:
         self._each_sink(lambda sink: sink.write(record))
 
     def flush(self) -> None:
-        """Return when every record so far is on the disk; call before a checkpoint commits."""
+        """Return when every record is on the disk. Call before a checkpoint commits."""
         self._each_sink(lambda sink: sink.flush())
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left, end the progress bar, and say where the time went. `failed`: an
-        error ends the run."""
+        """Close the sinks, and log where the time went. `failed`: an error ends the run."""
         sinks, self._sinks, self._console = self._sinks, [], None
         for sink in sinks:
             self._guarded(sink, lambda sink: sink.close(failed))
@@ -197,24 +208,24 @@ class MetricsLogger:
         self.close(failed=kind is not None)
 
     def _record(self, step: int, values: Record, num_targets: int) -> Record:
-        """The record of the interval that ends now, the device having been waited for."""
+        """Return the record of the interval that ends now. The device has finished."""
         now = self._clock()
         assert self._started is not None
         seconds = now - self._started
-        tokens_per_second = self._interval_tokens / seconds / self._world_size
+        tokens_per_second = self._interval_tokens / seconds / self._run.world_size
         spans = {
             f"{name}_seconds": span / self._interval_steps for name, span in self._spans.items()
         }
-        memory = memory_peak(self._device)
+        memory = memory_peak(self._run.device)
         record: Record = {
             "step": step,
             **values,
             "num_targets": num_targets,
             "num_tokens_seen": self.num_tokens_seen,
             "tokens_per_second": tokens_per_second,
-            "tflops": self._flops_per_token * tokens_per_second / 1e12,
-            "mfu": self._utilisation(self._flops_per_token * tokens_per_second),
-            "mfu_causal": self._utilisation(self._flops_per_token_causal * tokens_per_second),
+            "tflops": self._run.flops_per_token * tokens_per_second / 1e12,
+            "mfu": self._utilisation(self._run.flops_per_token * tokens_per_second),
+            "mfu_causal": self._utilisation(self._run.flops_per_token_causal * tokens_per_second),
             "step_seconds": seconds / self._interval_steps,
             **spans,
             "data_fraction": self._spans["data"] / seconds,
@@ -235,23 +246,18 @@ class MetricsLogger:
         self._interval_steps = 0
         self._interval_tokens = 0
         self._spans = {"data": 0.0}
-        reset_memory_peak(self._device)
+        reset_memory_peak(self._run.device)
 
     def _utilisation(self, flops_per_second: float) -> float | None:
         return None if self._peak_flops is None else flops_per_second / self._peak_flops
 
-    def _open_sinks(
-        self,
-        section: Metrics,
-        folder: Path,
-        rank: int,
-        more_sinks: Mapping[str, Callable[[], Sink]],
-    ) -> None:
+    def _open_sinks(self, section: Metrics, more_sinks: Mapping[str, Callable[[], Sink]]) -> None:
+        rank = self._run.rank
         openers: list[tuple[str, Callable[[], Sink]]] = []
         if self._writes:
             openers.append(("metrics.jsonl", lambda: JsonLinesSink(self._file)))
         if self._writes and section.enable_tensorboard:
-            tb_folder = folder / section.save_tb_folder
+            tb_folder = self._run.folder / section.save_tb_folder
             if section.save_for_all_ranks:
                 tb_folder /= f"rank_{rank}"
             openers.append(("TensorBoard", lambda: TensorBoardSink(tb_folder)))
@@ -267,7 +273,7 @@ class MetricsLogger:
                 self._warn(name, error)
 
     def _open_console(self, color: bool, bar: bool) -> ConsoleSink:
-        self._console = ConsoleSink(self._steps, color=color, bar=bar)
+        self._console = ConsoleSink(self._run.steps, color=color, bar=bar)
         return self._console
 
     def _advance(self, step: int) -> None:
@@ -279,7 +285,7 @@ class MetricsLogger:
             self._guarded(sink, action)
 
     def _guarded(self, sink: Sink, action: Callable[[Any], None]) -> None:
-        """Metrics never stop a run: a failure is reported once for each sink."""
+        """Metrics never stop a run: a failure is reported once per sink."""
         try:
             action(sink)
         except Exception as error:
@@ -291,7 +297,7 @@ class MetricsLogger:
         self._sinks.remove(sink)
         if sink is self._console:
             self._console = None
-        with suppress(Exception):  # whatever it holds: a process, a thread, the terminal
+        with suppress(Exception):  # it may hold a process, a thread, the terminal
             sink.close(failed=True)
 
     def _warn(self, name: str, error: Exception, what: str = "written") -> None:
@@ -301,7 +307,7 @@ class MetricsLogger:
 
 
 def _peak_flops(section: Metrics, device: torch.device) -> float | None:
-    """FLOP/s of the device at its best; None, with a line in the log, when nobody knows them."""
+    """Return the peak FLOP/s of the device; None, with a log line, if unknown."""
     if section.peak_tflops is not None:
         return section.peak_tflops * 1e12
     name = device_name(device)
@@ -322,5 +328,5 @@ def _perplexity(loss: float) -> float:
 
 
 def metrics_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes its records, below the run folder."""
+    """Return the file that a rank writes its records to."""
     return folder / RANKS_FOLDER / f"rank_{rank}.jsonl" if rank else folder / METRICS_FILE

@@ -1,9 +1,13 @@
-"""Profiler: Chrome (Perfetto) traces of a few steps out of every `profile_freq`.
+"""Chrome (Perfetto) traces of a few steps out of every `profile_freq`, and GPU memory snapshots.
 
-The profiler waits, then runs `profiler_warmup` steps without recording (its start distorts them),
-then records `profiler_active` steps. Traces lie in `<save_traces_folder>/iteration_N/`, one file a
-rank, N being the last step in it. The steps are the run's: a resumed run traces the same ones.
-Memory snapshots keep the same rhythm; see `memory_snapshot.py`.
+The profiler waits, runs `profiler_warmup` steps without recording (its start distorts them), then
+records `profiler_active` steps. Traces are in `<save_traces_folder>/iteration_N/`, one file a rank;
+N is the last step in them. A resumed run traces the same steps.
+
+Memory snapshots, of CUDA only, show which blocks the allocator holds and which Python lines made
+them. They are written every `profile_freq` steps to `iteration_N/rankR_memory_snapshot.pickle` in
+`<save_memory_snapshot_folder>`, and to `iteration_N_exit` when memory runs out. Drop a file on
+https://docs.pytorch.org/memory_viz to see it.
 """
 
 import logging
@@ -14,16 +18,17 @@ from typing import Any
 import torch
 
 from torchtitan.config.schema import Profiling
-from torchtitan.metrics.memory_snapshot import MemorySnapshots
 
 logger = logging.getLogger(__name__)
 
+_MAX_ENTRIES = 100_000
+"""Allocations to remember, as in TorchTitan: a few hundred MiB of host memory."""
+
 
 class Profiler:
-    """A context around the loop; `step()` ends each step. Does nothing unless profiling or memory
-    snapshots are enabled; these need CUDA.
+    """A context around the loop; `step()` ends each step. Does nothing unless enabled.
 
-    `folder`: the run folder. `start_step`: steps trained before this process started.
+    `folder` is the run folder; `start_step` steps were trained before this process started.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Profiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        # One trace at a time is what we want, and what this warns of.
+        # It warns of keeping one trace at a time, which is intended.
         warnings.filterwarnings("ignore", message=".*Profiler clears events")
         self._profile = torch.profiler.profile(
             activities=activities,
@@ -71,7 +76,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """A step is done."""
+        """Count a finished step."""
         self._step += 1
         if self._profile is not None:
             self._profile.step()
@@ -97,3 +102,34 @@ class Profiler:
             logger.warning("the trace %s cannot be written, training goes on: %r", path, error)
             return
         logger.info("Wrote the profiler trace %s", path)
+
+
+class MemorySnapshots:
+    """Records from its creation until `close`. Steps are counted from the start of the run."""
+
+    def __init__(self, folder: Path, freq: int, rank: int):
+        self._folder = folder
+        self._freq = freq
+        self._rank = rank
+        torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
+
+    def step(self, step: int) -> None:
+        """Write a snapshot if one is due after `step`."""
+        if step % self._freq == 0:
+            self._write(f"iteration_{step}")
+
+    def close(self, step: int, error: BaseException | None = None) -> None:
+        """Stop recording after `step` steps; write a snapshot first if memory ran out."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._write(f"iteration_{step}_exit")
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, name: str) -> None:
+        path = self._folder / name / f"rank{self._rank}_memory_snapshot.pickle"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(path))
+        except Exception as error:  # a snapshot is never worth a run
+            logger.warning("the snapshot %s cannot be written, training goes on: %r", path, error)
+            return
+        logger.info("Wrote the memory snapshot %s", path)

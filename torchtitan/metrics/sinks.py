@@ -1,8 +1,12 @@
-"""Where records of metrics go: a file of JSON lines, TensorBoard (wandb has a module of its own).
+"""Sinks of metric records: JSON lines, TensorBoard, and those registered by name. No torch.
 
-A sink takes records, one a logged step and one a validation set, and may fail at any of them (disk
-full, folder gone): it raises, and `MetricsLogger` decides what that means. Another place to log to
-is another class with these methods.
+A sink takes one record per logged step and per validation set. It may raise at any of them (disk
+full, folder gone); `MetricsLogger` decides what happens then. wandb has a module of its own.
+
+A third party adds one by the decorator `register_sink`, in a module that `job.custom_import` names,
+or by an entry point of the group `torchtitan.sinks`. Either gives a class that is made by
+`(settings, run)`, a `SinkRun`, and is a `Sink`; its `Settings`, a `Section`, is the model of
+`[sinks.NAME]`. It is opened on the ranks that write.
 """
 
 import json
@@ -10,13 +14,20 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from torchtitan.config.registry import Registry, require_word
+from torchtitan.config.schema import Section
+from torchtitan.config.value_errors import validated
 from torchtitan.metrics.goodput import SHARE_PREFIX
 
 logger = logging.getLogger(__name__)
 
+C = TypeVar("C", bound=type)
+_REQUIRED = ("resume", "write", "flush", "close")
 _MAX_LISTED = 5
 Record = dict[str, Any]
 
@@ -41,12 +52,12 @@ TENSORBOARD_TAGS = {
     "num_alloc_retries": "memory/num_alloc_retries",
     "num_ooms": "memory/num_ooms",
 }
-"""Record key -> TorchTitan's tag. Tags in % show the record's fraction times 100. Other keys keep
-their name, but for the shares of time, which get a % too."""
+"""TorchTitan's tags by record key. Tags in % show the record's fraction times 100. Other keys keep
+their name, and shares of time also get a %."""
 
 
 def tagged(record: Record) -> dict[str, Any]:
-    """The values of a record as TensorBoard and wandb show them, by tag; unknown ones left out."""
+    """Return the known values of a record as TensorBoard and wandb show them, by tag."""
     values = {}
     for key, value in record.items():
         if key == "step" or value is None:
@@ -60,31 +71,95 @@ class Sink(Protocol):
     """A place for records. Every method may raise."""
 
     name: str
-    """As a warning about it names it."""
+    """The name in warnings."""
 
     keeps_trying: bool
-    """After a failure: go on writing (True), or give it up for this run, and close it."""
+    """After a failure: True to go on writing, False to close it for the rest of the run."""
 
     def resume(self, step: int) -> None:
-        """Before the first write: forget what was written for steps after `step`."""
+        """Forget what was written for steps after `step`. Called before the first write."""
 
     def write(self, record: Record) -> None:
-        """Take a record; `record["step"]` never falls. That of a validation has no `loss`, but
-        `validation/NAME/loss` and others of that name."""
+        """Take a record; `record["step"]` never falls.
+
+        A validation record has no `loss`, but `validation/NAME/loss` and more under that name.
+        """
 
     def flush(self) -> None:
-        """Return when what was written survives the machine's failure."""
+        """Return when everything written survives a failure of the machine."""
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left; `failed`: an error ends the run, or the sink. Nothing is called
-        afterwards."""
+        """Write what is left. `failed`: an error ended the run or the sink. The last call."""
+
+
+@dataclass(frozen=True)
+class SinkRun:
+    """The run that a sink is opened for."""
+
+    folder: Path
+    """The run folder."""
+    run_id: str
+    """The same after a resume."""
+    config: Mapping[str, Any]
+    """All settings, by section."""
+    rank: int | None
+    """None unless every rank writes."""
+
+
+@dataclass(frozen=True)
+class SinkEntry:
+    """A sink: its settings model, and a function that imports and returns its class."""
+
+    settings: type[Section]
+    load: Callable[[], Callable[[Any, SinkRun], Sink]]
+
+
+def entry_of(name: str, thing: Any) -> SinkEntry:
+    """Return the entry of what is registered under `name`. Raises TypeError if it is no sink."""
+    require_word(name)
+    if isinstance(thing, SinkEntry):
+        return thing
+    if not isinstance(thing, type):
+        raise TypeError(f"the sink {name} is neither a class nor a SinkEntry")
+    missing = [method for method in _REQUIRED if not callable(getattr(thing, method, None))]
+    missing += [key for key in ("name", "keeps_trying") if not hasattr(thing, key)]
+    if missing:
+        raise TypeError(f"the sink {name} lacks {', '.join(missing)}")
+    settings = getattr(thing, "Settings", Section)
+    if not (isinstance(settings, type) and issubclass(settings, Section)):
+        raise TypeError(f"Settings of the sink {name} is not a Section")
+    return SinkEntry(settings, lambda: thing)
+
+
+SINKS: Registry[SinkEntry] = Registry("metrics.sinks", "torchtitan.sinks", entry_of)
+
+
+def register_sink(name: str) -> Callable[[C], C]:
+    """Decorate a class to make it available as the sink `name`.
+
+    Raises ValueError for a taken name, TypeError for a class that is not a sink.
+    """
+    return SINKS.decorator(name)
+
+
+def sink_settings(tables: Mapping[str, Any], name: str) -> Any:
+    """Return the checked settings of the sink `name`, given the `[sinks]` tables.
+
+    Raises ConfigError naming each unknown or invalid setting.
+    """
+    return validated(SINKS[name].settings, tables.get(name, {}), f"sinks.{name}")
+
+
+def sink_opener(tables: Mapping[str, Any], name: str, run: SinkRun) -> Callable[[], Sink]:
+    """Return a function that imports and opens the sink."""
+    return lambda: SINKS[name].load()(sink_settings(tables, name), run)
 
 
 class JsonLinesSink:
-    """`metrics.jsonl`, the ground truth: an object a line, floats in full, what is not finite null.
+    """`metrics.jsonl`, the ground truth: one object a line, floats in full, non-finite ones null.
 
     Each record is one unbuffered write, so lines are whole whenever the process dies; a line that
-    the disk took only in part is cut off again.
+    reached the disk only in part is removed again.
     """
 
     name = "metrics.jsonl"
@@ -96,6 +171,7 @@ class JsonLinesSink:
         self._open()
 
     def resume(self, step: int) -> None:
+        """Remove records of later steps, and damaged lines, from the file."""
         content = self._path.read_bytes()
         lines = content.splitlines(True)
         steps = [_step_of(line) for line in lines]
@@ -121,6 +197,7 @@ class JsonLinesSink:
         self._open()
 
     def write(self, record: Record) -> None:
+        """Append the record as a line."""
         values = {key: _finite_or_none(value) for key, value in record.items()}
         line = (json.dumps(values, allow_nan=False) + "\n").encode()
         try:
@@ -132,20 +209,22 @@ class JsonLinesSink:
         self._length += len(line)
 
     def flush(self) -> None:
+        """Sync the file to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
+        """Close the file."""
         self._file.close()
 
     def _keep_aside(self, damaged: list[int]) -> None:
-        """Copy the file before damaged lines, by their numbers, are left out of it."""
+        """Copy the file before damaged lines, given by their numbers, are removed from it."""
         number = 1
         while (aside := Path(f"{self._path}.damaged-{number}")).exists():
             number += 1
         shutil.copyfile(self._path, aside)
         shown = ", ".join(map(str, damaged[:_MAX_LISTED])) + ", ..." * (len(damaged) > _MAX_LISTED)
         logger.warning(
-            "%s: line %s cannot be read and is left out, so the curve may have a gap; the old file"
+            "%s: line %s cannot be read and is removed, so the curve may have a gap; the old file"
             " is kept as %s",
             self._path,
             shown,
@@ -166,8 +245,8 @@ class JsonLinesSink:
 class TensorBoardSink:
     """TensorBoard event files under TorchTitan's tag names.
 
-    One folder for the whole run: after a resume TensorBoard itself hides the steps that are trained
-    anew, as the first event of the new file tells it from which step on.
+    The whole run shares one folder: after a resume the first event of the new file tells
+    TensorBoard from which step on to hide older events.
     """
 
     name = "TensorBoard"
@@ -179,9 +258,11 @@ class TensorBoardSink:
         self._writer: Any = None
 
     def resume(self, step: int) -> None:
+        """Hide events of steps after `step`."""
         self._purge_step = step + 1
 
     def write(self, record: Record) -> None:
+        """Add the values of the record as scalars."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -192,16 +273,18 @@ class TensorBoardSink:
             self._writer.add_scalar(tag, value, record["step"])
 
     def flush(self) -> None:
+        """Write pending events."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self, failed: bool = False) -> None:
+        """Write pending events and close the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a whole record; None for anything else."""
+    """Return the step of a complete record; None for anything else."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError, RecursionError):

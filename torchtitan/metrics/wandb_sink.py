@@ -1,23 +1,25 @@
-"""Weights & Biases: the records of a run as one run there, under the tags that TensorBoard has.
+"""Weights & Biases: the records of a run as one wandb run, under TensorBoard's tags.
 
-wandb is used as its users know it: its variables, its login, its offline mode. What it cannot do
-never stops a run. Without a login or a network, records are kept in the run folder in wandb's own
-format, and `wandb sync` uploads them later. The id of the run there is that of the run folder, so a
-resume goes on with it.
+wandb's environment variables, login and offline mode work as usual. A failure of wandb never stops
+training: without a login or a network, records are kept in the run folder in wandb's own format,
+and `wandb sync` uploads them later. The wandb run has the id of the run folder, so a resume
+continues it.
 
-Records pass through a process of wandb's own, and wandb waits for its answers without a limit. So a
-process that does not answer in time is killed here, and every wait for it ends with an error.
+wandb passes records through a child process, `wandb-core`, and waits for it without a limit, also
+when Python exits; no setting of wandb changes that. So a child that does not answer in time is
+killed, which ends every wait with an error.
 
-The x-axis is the step of each record (`step`), not wandb's count of calls: that one cannot go back,
-and a resume does. Steps that are trained again after a resume appear there twice.
+The x-axis is the `step` of each record instead of wandb's own count of calls, which cannot go back
+after a resume. Steps that are trained again appear twice.
 """
 
 import logging
+import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 from torchtitan.metrics.sinks import Record, tagged
@@ -30,14 +32,16 @@ DEFAULT_PROJECT = "torchtitan"
 _MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 _INIT_TIMEOUT_SECONDS = 60.0
 _FINISH_TIMEOUT_SECONDS = 20.0
-"""For uploads at the end; a launcher that was told to stop kills the run after 30."""
+"""For uploads at the end. A launcher that stops the run kills it after 30."""
 _ANSWER_TIMEOUT_SECONDS = 30.0
-"""Beyond what wandb may take; other ranks wait meanwhile, by default for 100."""
+"""For any other answer. Other ranks wait meanwhile, by default for 100."""
 
 
 class WandbSink:
-    """A run of wandb's, started at once. `folder`: the run folder; `run_id`: its id; `config` is
-    uploaded without secrets. `rank` is None unless every rank has a run: then they form a group."""
+    """A wandb run, started on creation; `config` is uploaded without secrets.
+
+    `rank` is None unless every rank has its own wandb run; these form a group.
+    """
 
     name = "Weights & Biases"
     keeps_trying = False
@@ -71,28 +75,29 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def resume(self, step: int) -> None:
-        """What is there stays: wandb does not forget."""
+        """Keep what is there: wandb cannot remove records."""
 
     def write(self, record: Record) -> None:
+        """Send the record to `wandb-core`."""
         with _answers_within(_ANSWER_TIMEOUT_SECONDS):
             self._run.log({"step": record["step"], **tagged(record)})
 
     def flush(self) -> None:
-        """Nothing to do: a process of wandb's writes what it was sent, also if this one dies."""
+        """Do nothing: `wandb-core` writes what it has received, also if this process dies."""
 
     def close(self, failed: bool = False) -> None:
+        """Finish the wandb run and end its process."""
         with _answers_within(_FINISH_TIMEOUT_SECONDS + _ANSWER_TIMEOUT_SECONDS):
             try:
                 self._run.finish(exit_code=1 if failed else 0)
-            finally:  # now, and not when Python ends, when nobody looks at the time
-                _end_process()
+            finally:  # not left to the end of Python, which would wait without a limit
+                _end_service()
 
 
 @contextmanager
 def _answers_within(seconds: float) -> Iterator[None]:
-    """While entered, wandb's process is killed if it takes longer. Whoever waits for it fails."""
-    process = _process()
-    timer = threading.Timer(seconds, _kill, [process, seconds])
+    """Kill wandb's child process if the body takes longer, which makes waiting calls fail."""
+    timer = threading.Timer(seconds, _kill_service, [seconds])
     timer.daemon = True
     timer.start()
     try:
@@ -101,24 +106,19 @@ def _answers_within(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _process() -> "Popen[bytes] | None":
-    """wandb's process; None without one, or if another program has started it."""
-    from wandb.sdk import wandb_setup
-
-    # Its names for this are private; a test that stops the process tells when they change.
-    connection = getattr(wandb_setup.singleton(), "_connection", None)
-    return getattr(getattr(connection, "_proc", None), "_process", None)
-
-
-def _kill(process: "Popen[bytes] | None", seconds: float) -> None:
-    if process is not None:
-        logger.warning("Weights & Biases did not answer for %.0f s: its process is ended", seconds)
-        process.kill()
+def _kill_service(seconds: float) -> None:
+    """Kill the children of this process that are wandb's (Linux)."""
+    with suppress(OSError):  # a process is gone
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in children.read_text().split():
+                if Path(f"/proc/{pid}/comm").read_text().startswith("wandb"):
+                    text = "Weights & Biases did not answer for %.0f s: its process is killed"
+                    logger.warning(text, seconds)
+                    os.kill(int(pid), signal.SIGKILL)
 
 
-def _end_process() -> None:
-    """Let wandb's process end. That it fails is no news, and no reason to end this one: with the
-    status of its process, wandb would."""
+def _end_service() -> None:
+    """End wandb's child process. wandb would end this process, too, if the child failed."""
     import wandb
 
     with suppress(Exception, SystemExit):
@@ -126,10 +126,10 @@ def _end_process() -> None:
 
 
 def _start(mode: Any, **arguments: Any) -> Any:
-    """A run in `mode`, one of wandb's or None; offline where that cannot be had."""
+    """Start a wandb run in `mode` (None: wandb's default), or offline where that fails."""
     import wandb
 
-    # Not the console: it is in the run's log, and wandb would put itself between it and stderr.
+    # The console is in the run's log already, and wandb would redirect stderr.
     settings = wandb.Settings(
         console="off",
         save_code=False,
@@ -139,7 +139,7 @@ def _start(mode: Any, **arguments: Any) -> Any:
     if mode in _MODES_WITHOUT_LOGIN:
         return wandb.init(settings=settings, mode=mode, **arguments)
     try:
-        # Asked here, since wandb.init would ask whoever sits at the terminal, and wait.
+        # Without this wandb.init would prompt on the terminal and wait.
         if not wandb.login(prompt=False, verify=False):
             raise RuntimeError("nobody is logged in")
         return wandb.init(settings=settings, mode=mode, **arguments)
@@ -152,5 +152,5 @@ def _start(mode: Any, **arguments: Any) -> Any:
             Path(arguments["dir"]) / "wandb",
         )
         with _answers_within(_ANSWER_TIMEOUT_SECONDS):
-            _end_process()  # the attempt has taken the id, and would not give it again
+            _end_service()  # the failed attempt still holds the id
         return wandb.init(settings=settings, mode="offline", **arguments)

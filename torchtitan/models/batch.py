@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 IGNORE_INDEX = -100
-"""Label of a position that is not a target."""
+"""Label of a position without a target."""
 
 
 class Batch(dict[str, torch.Tensor]):
@@ -17,13 +17,13 @@ class Batch(dict[str, torch.Tensor]):
     """
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """A copy on `device`; asynchronous from page-locked memory if `non_blocking`."""
+        """Copy to `device`; asynchronously from page-locked memory if `non_blocking`."""
         return Batch(
             {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()}
         )
 
     def pin_memory(self, *args: Any) -> "Batch":
-        """A copy in page-locked host memory."""
+        """Copy to page-locked host memory."""
         return Batch({name: tensor.pin_memory(*args) for name, tensor in self.items()})
 
     @property

@@ -1,9 +1,9 @@
 """An embedding whose gradient is summed in float32 or wider.
 
-A row's gradient is a sum over all places where its token occurs, thousands for the commonest one.
-PyTorch's kernel for CPUs adds them up in the type of the weight: in bfloat16 a sum of equal terms
-stops growing after 256 of them. So it would depend on how many tokens a microbatch has, which is to
-say, on the mesh. The price is a gradient `[V, D]` in float32 for as long as it takes to round it.
+A row's gradient is a sum over all occurrences of its token, thousands for the most frequent one.
+PyTorch's CPU kernel adds them in the weight's type, and in bfloat16 a sum of equal terms stops
+growing after 256 of them, so the result would depend on the tokens per microbatch, that is, on the
+mesh. The price is a temporary float32 gradient `[V, D]`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class Embedding(nn.Embedding):
     """`nn.Embedding`, without its options."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 `[B, T]` -> `[B, T, D]`."""
+        """Look up int64 tokens `[B, T]`: `[B, T, D]`."""
         if self.weight.dtype == at_least_float32(self.weight.dtype):
             return super().forward(tokens)
         return _WideGradient.apply(self.weight, tokens)

@@ -1,8 +1,8 @@
-"""Which keys a query sees, as functions of their places in the sequence.
+"""Masks: which keys a query sees, as functions of indices in the sequence.
 
-FlexAttention makes its block masks of such functions; evaluated for all pairs they give a mask as a
-tensor. A mask here is a function that takes what is known of a batch and returns the function of
-pairs. That knows nothing of heads, since each rank may have other ones.
+FlexAttention builds block masks from such functions; `dense` evaluates one for all pairs. A mask is
+a function that takes `MaskInputs` and returns a `MaskFunction`. Heads are not among the arguments,
+because tensor and context parallelism give each rank different ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 MaskFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`visible(batch, query, key)`: whether the token at index `query` of a sequence may see the one at
-`key`. The arguments are integer tensors, the result is boolean; it is compiled."""
+"""`visible(batch, query, key)` is true where a sequence's token at index `query` may see the one at
+`key`. Arguments are integer tensors, the result is boolean; it is compiled."""
 
 
 @dataclass(frozen=True)
 class MaskInputs:
-    """What a mask can be made of."""
+    """The facts about a batch that a mask may use."""
 
     seq_len: int
     document_ids: Tensor | None
@@ -30,26 +30,26 @@ class MaskInputs:
 
 
 def causal(inputs: MaskInputs) -> MaskFunction:
-    """What comes before, and itself."""
+    """Let a token see itself and all before it."""
     return lambda batch, query, key: query >= key
 
 
 def document(inputs: MaskInputs) -> MaskFunction:
-    """What is in the same document."""
+    """Let a token see its own document."""
     ids = inputs.document_ids
     assert ids is not None
     return lambda batch, query, key: ids[batch, query] == ids[batch, key]
 
 
 def sliding_window(inputs: MaskInputs) -> MaskFunction:
-    """The last `window` tokens, itself among them."""
+    """Let a token see the last `window` tokens, itself included."""
     window = inputs.window
     assert window is not None
     return lambda batch, query, key: query - key < window
 
 
 def all_of(functions: Sequence[MaskFunction]) -> MaskFunction:
-    """What all of them let be seen."""
+    """Let a token see what all functions let it see."""
 
     def visible(batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = functions[0](batch, query, key)
@@ -60,8 +60,8 @@ def all_of(functions: Sequence[MaskFunction]) -> MaskFunction:
     return visible
 
 
-def usual(inputs: MaskInputs) -> MaskFunction:
-    """What a model's attention has without being told: of documents and window what there is."""
+def default_mask(inputs: MaskInputs) -> MaskFunction:
+    """Return the mask of models: causal, within documents and the window if there are any."""
     functions = [causal(inputs)]
     if inputs.document_ids is not None:
         functions.append(document(inputs))
@@ -71,7 +71,7 @@ def usual(inputs: MaskInputs) -> MaskFunction:
 
 
 def dense(visible: MaskFunction, inputs: MaskInputs, device: torch.device) -> Tensor:
-    """Bool `[B, 1, T, T]`, or `[1, 1, T, T]` without documents."""
+    """Return the mask as a bool tensor `[B, 1, T, T]`, or `[1, 1, T, T]` without documents."""
     places = torch.arange(inputs.seq_len, device=device)
     num_sequences = 1 if inputs.document_ids is None else inputs.document_ids.size(0)
     batch = torch.arange(num_sequences, device=device).view(-1, 1, 1, 1)

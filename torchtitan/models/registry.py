@@ -1,7 +1,7 @@
-"""The model families by name. No torch.
+"""Model families by name. No torch.
 
-Others join with `register_family`, from a module that `job.custom_import` names, or by an entry
-point of the group `torchtitan.models` that gives a `ModelFamily` of the same name.
+More are added with `register_family`, from a module in `job.custom_import`, or by an entry point of
+the group `torchtitan.models` whose value is a `ModelFamily` of the same name.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torchtitan.config.schema import Model
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.models.llama2 import FAMILY as LLAMA2
 from torchtitan.models.llama3 import FAMILY as LLAMA3
+from torchtitan.models.qwen3 import FAMILY as QWEN3
 from torchtitan.models.spec import ModelArgs, ModelFamily
 
 _ALIASES = {"llama": "llama3"}
@@ -20,24 +21,24 @@ _ALIASES = {"llama": "llama3"}
 
 def _family(name: str, thing: Any) -> ModelFamily:
     if not isinstance(thing, ModelFamily):
-        raise TypeError("it is no ModelFamily")
+        raise TypeError("it is not a ModelFamily")
     if thing.name != name:
-        raise TypeError(f"the family calls itself {thing.name!r}, and its entry point {name!r}")
+        raise TypeError(f"the family is named {thing.name!r}, but its entry point {name!r}")
     return thing
 
 
 MODELS: Registry[ModelFamily] = Registry("model.name", "torchtitan.models", _family)
-for _built_in in (LLAMA3, LLAMA2):
+for _built_in in (LLAMA3, LLAMA2, QWEN3):
     MODELS.add_built_in(_built_in.name, _built_in)
 
 
 def families() -> dict[str, ModelFamily]:
-    """All families that can be imported, by name, the built-in ones first."""
+    """Return all families that can be imported, by name, the built-in ones first."""
     return MODELS.entries()
 
 
 def get_family(name: str) -> ModelFamily:
-    """The family of this name; `ConfigError` with the nearest name when there is none."""
+    """Return the family; raise `ConfigError` with the nearest name if there is none."""
     name = name if name in MODELS else _ALIASES.get(name, name)
     family = MODELS.get(name)
     if family is None:
@@ -55,5 +56,5 @@ def model_args(section: Model) -> ModelArgs | None:
 
 
 def register_family(family: ModelFamily) -> None:
-    """Add a family. Raises `ValueError` when another one has its name."""
+    """Add a family. Raises `ValueError` if another one has its name."""
     MODELS.register(family.name, family, calling_module())

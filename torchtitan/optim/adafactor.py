@@ -1,11 +1,9 @@
-"""Adafactor (https://arxiv.org/abs/1804.04235): the second moments of a matrix as a row and a
-column of numbers, and no first moment.
+"""Adafactor: the second moments of a matrix as one row and one column, and no first moment.
 
-Equal to `torch.optim.Adafactor` on one process. That one takes means over rows, columns and whole
-parameters, which a rank that holds a shard has no part of. Here the sums over a rank's shard are
-added up over the ranks, for all parameters at once: a step has two small all-reduces, of the sums
-of squares of gradients and weights, and then of the updates. The row and the column are kept whole
-on every rank, which costs next to nothing.
+https://arxiv.org/abs/1804.04235. Equal to `torch.optim.Adafactor` on one process, which takes means
+over rows, columns and whole parameters, and so cannot work on shards. Here the sums over the shards
+are all-reduced for all parameters at once, twice a step: the squares of gradients and weights, then
+those of the updates. Row and column are kept whole on every rank; they are small.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +15,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.settings import AdafactorSettings
-from torchtitan.optim.torch_optimizers import Groups
+from torchtitan.optim.registry import AdafactorSettings, Groups
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.optimizer_state import State, zeros
+from torchtitan.utils.torch_compat import local_tensor
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Of matrices and vectors; what has more dimensions is taken as a vector."""
+    """Steps matrices and vectors; tensors with more dimensions are treated as vectors."""
 
     def __init__(self, groups: Groups, lr: float, settings: AdafactorSettings):
         super().__init__(groups, {"lr": lr})
@@ -34,7 +32,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """All ranks that hold parts of the parameters must call it."""
+        """Step all parameters. Collective over the ranks that hold their shards."""
         assert closure is None, "the loss is computed elsewhere"
         stepped = list(self._stepped())
         parameters = [parameter for parameter, _ in stepped]
@@ -47,7 +45,7 @@ class Adafactor(torch.optim.Optimizer):
             self._apply(parameter, group, found[-1], norm[0])
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
-        """See `torchtitan.utils.optimizer_state`."""
+        """Return the state before the first step; see `torchtitan.utils.optimizer_state`."""
         state = {"step": torch.zeros((), dtype=torch.float32)}
         if parameter.dim() != 2:
             return state | {"variance": zeros(parameter)}
@@ -67,9 +65,11 @@ class Adafactor(torch.optim.Optimizer):
                     yield parameter, group
 
     def _squares(self, parameter: Tensor) -> Tensor:
-        """The share of this rank in the sums of squares: of the gradient's rows, of its columns, of
-        all weights. `[rows + columns + 1]`; of a vector `[1]`."""
-        weights = _square_sum(_local(parameter)).reshape(1)
+        """Return the shard's sums of squares: the gradient's rows and columns, all weights.
+
+        `[rows + columns + 1]`, for a vector `[1]`.
+        """
+        weights = _square_sum(local_tensor(parameter)).reshape(1)
         if parameter.dim() != 2:
             return weights
         gradient = _local_gradient(parameter)
@@ -81,13 +81,13 @@ class Adafactor(torch.optim.Optimizer):
         return torch.cat([rows, columns, weights])
 
     def _average(self, parameter: Tensor, group: dict[str, Any], sums: Tensor) -> None:
-        """Weight decay, and the newest squares into the averages."""
+        """Apply weight decay, and add the newest squares to the averages."""
         state = self.state[parameter]
         state["step"] += 1
         newest = state["step"].double() ** self._settings.beta2_decay
-        _local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+        local_tensor(parameter).mul_(1 - group["lr"] * group["weight_decay"])
         if parameter.dim() != 2:
-            variance = _local(state["variance"])
+            variance = local_tensor(state["variance"])
             variance.add_((_local_gradient(parameter).square() - variance) * newest)
             return
         rows, columns = parameter.shape
@@ -97,12 +97,14 @@ class Adafactor(torch.optim.Optimizer):
         col_var.add_((of_columns / rows - col_var) * newest)
 
     def _update(self, parameter: Tensor) -> Tensor:
-        """This rank's part of the update, not scaled. Computed twice rather than kept: what it
-        takes is memory that this optimizer is chosen to save."""
+        """Return the shard of the unscaled update.
+
+        Computed twice instead of kept, because the optimizer exists to save memory.
+        """
         state, eps = self.state[parameter], self._settings.eps1
         eps = torch.finfo(parameter.dtype).eps if eps is None else eps
         if parameter.dim() != 2:
-            variance = _local(state["variance"])
+            variance = local_tensor(state["variance"])
         else:
             rows, columns = self._held_of(parameter)
             row_var, col_var = state["row_var"], state["col_var"]
@@ -112,12 +114,12 @@ class Adafactor(torch.optim.Optimizer):
     def _apply(
         self, parameter: Tensor, group: dict[str, Any], weights: Tensor, update: Tensor
     ) -> None:
-        """`weights` and `update`: the sums of their squares."""
+        """Scale and apply the update, given the sums of squares of the weights and the update."""
         settings, step = self._settings, self.state[parameter]["step"].double()
         rate = (step**-0.5).clamp(max=group["lr"])
         size = (weights / parameter.numel()).sqrt().clamp(min=settings.eps2)
         too_large = ((update / parameter.numel()).sqrt() / settings.d).clamp(min=1.0)
-        _local(parameter).sub_(self._update(parameter) * (size * rate / too_large))
+        local_tensor(parameter).sub_(self._update(parameter) * (size * rate / too_large))
 
     def _held_of(self, parameter: Tensor) -> list[Tensor]:
         if parameter not in self._held:
@@ -126,9 +128,9 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def sum_over_shards(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Each of `values` (vectors) added up over the ranks that hold other parts of its parameter.
+    """Sum each vector of `values` over the ranks that hold the shards of its parameter.
 
-    Ranks that hold copies have the same value already. Collective over the mesh.
+    Ranks with copies have the same value already. Collective over the mesh.
     """
     sums = list(values)
     members: dict[tuple[object, ...], list[int]] = {}
@@ -159,15 +161,11 @@ def _square_sum(tensor: Tensor) -> Tensor:
 
 def _local_gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
-    return _local(parameter.grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local_tensor(parameter.grad)
 
 
 def build(
     groups: Groups, section: OptimizerSection, settings: AdafactorSettings, device: torch.device
 ) -> torch.optim.Optimizer:
-    """See the registry."""
+    """Build Adafactor."""
     return Adafactor(groups, section.lr, settings)

@@ -1,15 +1,32 @@
-"""The learning rate as a function of the step: warmup, stable, decay.
+"""Learning-rate schedules by name, and the built-in one: warmup, stable, decay. No torch.
 
-A pure function rather than an object with state: a resumed run asks for the rate of its step, and
-there is nothing to save. The rule is TorchTitan 0.2.2's; `docs/optimizers.md` has it as a formula.
+A schedule is a pure function `(step, training_steps, settings) -> factor`: the share of
+`optimizer.lr` that step `step` (the first is 1) trains with. It has no state, so a resumed run asks
+for the factor of its step. The built-in rule is TorchTitan 0.2.2's; `docs/optimizers.md` has the
+formula. A third party adds one by the decorator `register_schedule`, in a module that
+`job.custom_import` names, or by an entry point of the group `torchtitan.schedules`, with a
+`Section` for `[lr_scheduler.args]`.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.registry import Registry, require_text
+from torchtitan.config.schema import LRScheduler, Section
+from torchtitan.config.value_errors import validated
 
-from torchtitan.config.schema import LRScheduler
+if TYPE_CHECKING:
+    import torch
+
+Function = Callable[[int, int, Any], float]
+BUILT_IN_NAME: str = LRScheduler.model_fields["name"].default
+_TRIED_STEPS = 100
 
 
 def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:
@@ -37,7 +54,97 @@ def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:
 
 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
-    """Give every parameter group `lr` times its own `lr_factor`."""
+    """Set the rate of every parameter group to `lr` times its `lr_factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """A schedule: its settings model, and a function that imports and returns its function."""
+
+    settings: type[Section]
+    """`LRScheduler` where the settings are the keys of `[lr_scheduler]` itself."""
+    load: Callable[[], Function]
+
+
+def entry_of(name: str, thing: Any) -> ScheduleEntry:
+    """Return the entry of what is registered under `name`. Raises TypeError if it is no schedule.
+
+    A function may have its settings model as an attribute `Settings`.
+    """
+    if isinstance(thing, ScheduleEntry):
+        return thing
+    if not callable(thing):
+        raise TypeError(f"the schedule {name} is neither a function nor a ScheduleEntry")
+    settings = getattr(thing, "Settings", Section)
+    if not (isinstance(settings, type) and issubclass(settings, Section)):
+        raise TypeError(f"Settings of the schedule {name} is not a Section")
+    return ScheduleEntry(settings, lambda: thing)
+
+
+SCHEDULES: Registry[ScheduleEntry] = Registry("lr_scheduler.name", "torchtitan.schedules", entry_of)
+SCHEDULES.add_built_in(BUILT_IN_NAME, ScheduleEntry(LRScheduler, lambda: lr_factor))
+
+
+def register_schedule(
+    name: str, settings: type[Section] = Section
+) -> Callable[[Function], Function]:
+    """Decorate a function to make it available as the schedule `name` with these settings.
+
+    Raises ValueError for a taken name, TypeError for what is not a schedule.
+    """
+    require_text(name)
+
+    def register(function: Function) -> Function:
+        entry = ScheduleEntry(settings, lambda: function)
+        SCHEDULES.register(name, entry, function.__module__)
+        return function
+
+    return register
+
+
+def schedule_settings(section: LRScheduler) -> Any:
+    """Return the checked settings that the schedule is called with.
+
+    Raises ConfigError naming each unknown or invalid setting.
+    """
+    settings = SCHEDULES[section.name].settings
+    if settings is LRScheduler:
+        return section
+    return validated(settings, section.args, "lr_scheduler.args")
+
+
+class Schedule:
+    """The factor of the learning rate by step."""
+
+    def __init__(self, section: LRScheduler, training_steps: int):
+        self._name = section.name
+        self._training_steps = training_steps
+        self._settings = schedule_settings(section)
+        self._function = SCHEDULES[section.name].load()
+
+    def __call__(self, step: int) -> float:
+        """Return the factor of a step. Raises ConfigError for an invalid one, and for any error."""
+        try:
+            given = self._function(step, self._training_steps, self._settings)
+            if isinstance(given, str):
+                raise TypeError(f"a number is needed, not the text {given!r}")
+            factor = float(given)
+        except Exception as error:
+            lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
+            raise self._error(f"fails at step {step}:\n    {lines}") from error
+        if not (math.isfinite(factor) and factor >= 0):
+            raise self._error(f"gives {factor} for step {step}, which is not a finite factor >= 0")
+        return factor
+
+    def try_some(self) -> None:
+        """Call the schedule for the first step, the last and some between; raise as a call does."""
+        last = self._training_steps
+        for step in sorted({1 + (last - 1) * n // _TRIED_STEPS for n in range(_TRIED_STEPS + 1)}):
+            self(step)
+
+    def _error(self, problem: str) -> ConfigError:
+        fix = "correct the schedule, or its settings in [lr_scheduler.args]"
+        return ConfigError(ConfigIssue("lr_scheduler.name", problem, fix, value=self._name))

@@ -1,14 +1,13 @@
-"""Optimizers: parameter groups by name, and a step that a non-finite gradient cannot poison.
+"""Parameter groups by name, torch's own optimizers, and a step that skips non-finite gradients.
 
-There is one optimizer for each model part of this rank, or for each parameter, where they step in
+There is one optimizer for each model part of this rank, or for each parameter where they step in
 the backward. Groups come from `optimizer.param_groups`: globs over full parameter names, of which
-the first that matches wins; what none matches forms the last group. Every group carries
+the first match wins; parameters without a match form the last group. Every group carries
 `lr_factor`, by which the schedule's learning rate is multiplied.
 
 One NaN in a gradient would stay in the moments for good, and scaling the update by zero does not
-help, since `0 * nan` is `nan`. So a step that is not finite has to be left out altogether.
-`step_optimizers` does that on the device where the implementation can, so that the host need not
-wait to learn whether the step was finite.
+help, since `0 * nan` is `nan`. So a non-finite step is skipped altogether, on the device where the
+implementation can, so that the host need not wait.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,16 @@ from torch import Tensor, nn
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.schema import Optimizer as OptimizerSection
-from torchtitan.optim.param_groups import check_patterns, group_index
-from torchtitan.optim.registry import OPTIMIZERS, optimizer_settings
+from torchtitan.optim.registry import (
+    OPTIMIZERS,
+    Groups,
+    SgdSettings,
+    check_patterns,
+    group_index,
+    optimizer_settings,
+)
+
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizers(
@@ -29,11 +36,11 @@ def build_optimizers(
     device: torch.device,
     all_names: Iterable[str] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer per model part, over its parameters that require gradients, none where none
-    does; with `early_step_in_backward` one per parameter.
+    """Build one optimizer per model part; with `early_step_in_backward` one per parameter.
 
-    A tied parameter counts once, under its first name. `all_names` are the parameter names of the
-    whole model, needed where this rank holds only a part of it: a pattern must match one of them.
+    Only parameters that require gradients take part; a part without any gets no optimizer. A tied
+    parameter counts once, under its first name. `all_names` are the parameter names of the whole
+    model, needed where this rank holds only a part of it: a pattern must match one of them.
 
     Raises:
         ConfigError: a pattern of `optimizer.param_groups` is never the first to match a parameter.
@@ -50,14 +57,13 @@ def build_optimizers(
 
 
 def step_optimizers(optimizers: Sequence[torch.optim.Optimizer], is_finite: Tensor) -> None:
-    """Step every optimizer; if `is_finite` is False, leave everything as it is, bit for bit.
+    """Step every optimizer; if `is_finite` is False, change no parameter, moment or step count.
 
-    `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Everything means
-    parameters, moments and step counters. Fused implementations decide on the device; others make
-    the host wait for `is_finite`.
+    `is_finite` is a bool scalar on the parameters' device, the same on all ranks. Fused
+    implementations decide on the device; others make the host wait for `is_finite`.
     """
     for optimizer in optimizers:
-        # torch's own mark of those that ask for `found_inf`: its fused ones.
+        # torch sets this on optimizers that read `found_inf`: its fused ones.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # The fused kernels return at once when this is 1, weight decay and step count included.
             optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
@@ -100,3 +106,45 @@ def _build_optimizer(
 
     build = OPTIMIZERS[section.name].load()
     return build(groups, section, optimizer_settings(section), device)
+
+
+def build_adam(
+    groups: Groups, section: OptimizerSection, settings: object, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build Adam, whose weight decay is added to the gradient."""
+    return torch.optim.Adam(groups, **adam_options(section, device))
+
+
+def build_adamw(
+    groups: Groups, section: OptimizerSection, settings: object, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build AdamW (https://arxiv.org/abs/1711.05101)."""
+    return torch.optim.AdamW(groups, **adam_options(section, device))
+
+
+def adam_options(section: OptimizerSection, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of torch's Adam and AdamW other than the groups."""
+    fused = section.implementation == "fused" and device.type in FUSED_DEVICES
+    return {
+        "lr": section.lr,
+        "betas": (section.beta1, section.beta2),
+        "eps": section.eps,
+        "fused": fused,
+        "foreach": not fused and section.implementation != "for-loop",
+    }
+
+
+def build_sgd(
+    groups: Groups, section: OptimizerSection, settings: SgdSettings, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build SGD, whose weight decay is added to the gradient.
+
+    Never fused: torch has no fused step for sharded parameters.
+    """
+    return torch.optim.SGD(
+        groups,
+        lr=section.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        foreach=section.implementation != "for-loop",
+    )

@@ -1,13 +1,12 @@
-"""When the optimizer's step is made: after the backward, or in it.
+"""The optimizer step, after the backward or in it.
 
-The loop asks the same two things of both: the norm of the step's gradients, and the step. A step in
-the backward has been made by then. Each parameter is stepped by an optimizer of its own, as soon as
-its gradient is reduced, and the gradient is freed: FSDP calls the parameter's hook once for each
-unit's reduction, so the gradients of one unit exist at a time, instead of those of the model.
+The loop asks both kinds for the gradient norm and for the step. In the backward, each parameter has
+an optimizer of its own that steps as soon as the gradient is reduced, and the gradient is freed:
+only the gradients of one FSDP unit exist at a time.
 
-What that gives up: nobody knows the norm of all gradients before the first parameter changes. They
-cannot be clipped by it, and a step that is not finite cannot be left out. The run still ends at
-such a step, before anything is saved.
+The price: the norm of all gradients is not known before the first parameter changes. Gradients
+cannot be clipped, and a non-finite step cannot be skipped. The run still ends at such a step,
+before anything is saved.
 """
 
 import weakref
@@ -23,18 +22,20 @@ from torchtitan.parallel.grad_clip import StreamingGradNorm, gradient_norm
 
 
 class Update(Protocol):
-    """What the loop needs, after each backward."""
+    """The optimizer step as the training loop uses it after each backward."""
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of the step's gradients, a scalar beside the parameters, the same on all ranks.
-        All ranks must call it."""
+        """Return the 2-norm of the step's gradients, a scalar that is the same on all ranks.
+
+        Collective. The scalar is on the parameters' device.
+        """
 
     def step(self, is_finite: Tensor) -> None:
-        """Let every parameter have had its step; without clipping if it was made already."""
+        """Step every parameter that has not been stepped in the backward."""
 
 
 class AfterBackward:
-    """One step of all parameters, which is left out if it is not finite."""
+    """Steps all parameters at once; skips a step that is not finite."""
 
     def __init__(
         self,
@@ -50,17 +51,16 @@ class AfterBackward:
         self._uncounted = uncounted
 
     def gradient_norm(self) -> Tensor:
-        """See `Update`."""
+        """Return the norm; see `Update`."""
         return gradient_norm(self._parameters, self._ranks_per_stage, self._uncounted)
 
     def step(self, is_finite: Tensor) -> None:
-        """See `Update`."""
+        """Step all parameters if `is_finite`."""
         step_optimizers(self._optimizers, is_finite)
 
 
 class OptimizerInBackward:
-    """A step of each parameter when its gradient is there. Learning rates have to be set before the
-    backward."""
+    """Steps each parameter when its gradient is ready. Set learning rates before the backward."""
 
     def __init__(
         self,
@@ -71,15 +71,22 @@ class OptimizerInBackward:
         late: Collection[nn.Parameter] = (),
         uncounted: Collection[nn.Parameter] = (),
     ):
-        """`optimizers` of one parameter each, none if all that this rank has is frozen;
-        `any_parameter` of this rank's. `wait_for_staging` is called before one changes. `late`:
-        parameters whose gradient is complete after the backward only, such as tied weights of a
-        pipeline; `uncounted`: see `gradient_norm`."""
+        """Register the hooks of the parameters.
+
+        Args:
+            optimizers: one for each trained parameter of this rank; may be empty.
+            ranks_per_stage: see `parallel.grad_clip.gradient_norm`.
+            wait_for_staging: called before a parameter changes.
+            any_parameter: any parameter of this rank.
+            late: parameters whose gradient is complete only after the backward, such as tied
+                weights of a pipeline.
+            uncounted: see `parallel.grad_clip.gradient_norm`.
+        """
         parameters = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
         self._norm = StreamingGradNorm(ranks_per_stage, any_parameter.device, any_parameter.dtype)
         self._before_change = wait_for_staging
         self._optimizers = optimizers
-        # Python's collector does not see hooks of parameters: what they held would never be freed.
+        # The garbage collector does not see hooks of parameters: a strong reference would leak.
         alive = weakref.ref(self)
         self._late: list[tuple[int, nn.Parameter]] = []
         self._uncounted = set(uncounted)
@@ -90,13 +97,13 @@ class OptimizerInBackward:
                 parameter.register_post_accumulate_grad_hook(partial(_step, alive, index))
 
     def gradient_norm(self) -> Tensor:
-        """See `Update`."""
+        """Step the late parameters and return the norm; see `Update`."""
         for index, parameter in self._late:
             self.step_one(index, parameter)
         return self._norm.take()
 
     def step(self, is_finite: Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the parameters have been stepped."""
 
     def step_one(self, index: int, parameter: nn.Parameter) -> None:
         """Step one parameter, in the backward on the CUDA stream that has reduced its gradient."""
@@ -111,12 +118,14 @@ class OptimizerInBackward:
 
 def _step(alive: "weakref.ref[OptimizerInBackward]", index: int, parameter: nn.Parameter) -> None:
     update = alive()
-    assert update is not None, "nobody holds what steps the parameters"
+    assert update is not None, "the update was freed while its hooks are registered"
     update.step_one(index, parameter)
 
 
 def _await_offloaded(gradient: Tensor) -> None:
-    """Wait for a gradient that is on its way to host memory: some versions of FSDP call hooks
-    before it has arrived. CUDA only, not run by any test here."""
+    """Wait for a gradient on its way to host memory. CUDA only, not run by any test here.
+
+    Some versions of FSDP call hooks before it has arrived.
+    """
     if not gradient.is_cuda and torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()

@@ -68,8 +68,8 @@ class SPMDRunner:
     ):
         """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
         `loss`, unless given. `shard_batch` takes this rank's part of a batch whose sequences are
-        spread over ranks. `is_loss_leader` is False where another rank computes, and adds, the same loss.
-        `streams`: those of one rank and seed 0, unless given."""
+        spread over ranks. `is_loss_leader` is False where another rank computes, and adds, the
+        same loss. `streams`: those of one rank and seed 0, unless given."""
         self.model = model
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss

@@ -13,11 +13,11 @@ from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import Checkpoint
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
 
 if TYPE_CHECKING:
     from torch import nn
-from torchtitan.config.schema import Checkpoint
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(
@@ -26,7 +26,7 @@ _TAKEN = re.compile(
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
 _HARMLESS_HANDLERS = {"compile"}
-"""Handlers that leave parameters as they are; others may add some."""
+"""Handlers that add no parameters."""
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
@@ -54,8 +54,12 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         problems.append(
             ConfigIssue("checkpoint.keep_latest_k", text, "use 2 or more, or 0 for all", 1)
         )
-    problems += setting_problems(section) + _save_problems(context)
-    return problems + _switch_problems(context)
+    if section.export_dtype != "float32" and not section.last_save_model_only:
+        text = "only applies to a last checkpoint without optimizer state, which is not set"
+        fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
+        problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
+    problems += setting_problems(section) + _seed_problems(context)
+    return problems + _enable_problems(section, config.training.steps)
 
 
 def _path_problems(key: str, path: str) -> list[ConfigIssue]:
@@ -86,15 +90,16 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     if not section.enable or starts_anew(config):
         return problems
     folder = dump_folder.resolve() / section.folder
-    if _on_memory(folder):
+    if _is_in_memory(folder):
         text = "is in memory (tmpfs): checkpoints there are lost when the machine stops"
-        fix = "put job.dump_folder on a disk"
-        problems.append(
-            ConfigIssue("job.dump_folder", text, fix, str(dump_folder), severity="warning")
-        )
+        problems.append(_warning("job.dump_folder", text, "use a disk", str(dump_folder)))
     if not section.trust_path:
         problems += _protection_problems(folder)
-    return problems + _space_problems(folder, section)
+    sizes = [c.manifest for c in inspect_steps(folder) if c.manifest]
+    if sizes:  # a resumed run knows how large its checkpoints are
+        num_bytes, num_files = sizes[-1].num_bytes, len(sizes[-1].files)
+        problems += space_problems(folder, section, num_bytes, num_files, free_space(folder))
+    return problems
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
@@ -141,109 +146,86 @@ def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[s
     return {"dtype": stored["dtype"], "shape": shape}
 
 
-def _switch_problems(context: RunContext) -> list[ConfigIssue]:
-    section, steps = context.config.checkpoint, context.config.training.steps
+def _enable_problems(section: Checkpoint, steps: int) -> list[ConfigIssue]:
     if section.enable:
         if section.interval <= steps or steps <= _LONG_RUN_STEPS:
             return []
         text = f"is more than training.steps = {steps}: only the last step will be saved"
         fix = "set it to less, so that a stopped run can be resumed"
-        return [ConfigIssue("checkpoint.interval", text, fix, section.interval, severity="warning")]
+        return [_warning("checkpoint.interval", text, fix, section.interval)]
     asked = {
         "load_step": section.load_step >= 0,
         "initial_load_path": section.initial_load_path is not None,
         "load_only": section.load_only,
         "create_seed_checkpoint": section.create_seed_checkpoint,
     }
-    if any(asked.values()):
-        text = "has no effect, because checkpoint.enable is false"
-        return [
-            ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
-            for key, is_set in asked.items()
-            if is_set
-        ]
-    if steps > _LONG_RUN_STEPS:
+    text = "has no effect, because checkpoint.enable is false"
+    problems = [
+        ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
+        for key, is_set in asked.items()
+        if is_set
+    ]
+    if not problems and steps > _LONG_RUN_STEPS:
         text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
-        fix = "set it to true"
-        return [ConfigIssue("checkpoint.enable", text, fix, False, severity="warning")]
-    return []
+        return [_warning("checkpoint.enable", text, "set it to true", False)]
+    return problems
 
 
-def _save_problems(context: RunContext) -> list[ConfigIssue]:
-    """Return contradictions between settings on what is saved."""
-    section, problems = context.config.checkpoint, []
-    if section.export_dtype != "float32" and not section.last_save_model_only:
-        text = "only applies to a last checkpoint without optimizer state, which is not set"
-        fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
-        problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
+def _seed_problems(context: RunContext) -> list[ConfigIssue]:
+    section, key = context.config.checkpoint, "checkpoint.create_seed_checkpoint"
     if not section.create_seed_checkpoint:
-        return problems
-    key = "checkpoint.create_seed_checkpoint"
+        return []
+    problems = []
     if context.world_size > 1:
-        text = f"is done by one process, and there are {context.world_size}"
+        text = f"needs a single process, and there are {context.world_size}"
         fix = "start one (NGPU=1), with all degrees of [parallelism] 1"
         problems.append(ConfigIssue(key, text, fix, True))
-    for other, value in (
-        ("load_only", section.load_only),
-        ("initial_load_path", section.initial_load_path),
-    ):
-        if value:
-            text = f"saves initial weights, and checkpoint.{other} is set, which contradicts it"
+    for name in ("load_only", "initial_load_path"):
+        if getattr(section, name):
+            text = f"saves initial weights, which contradicts checkpoint.{name}"
             problems.append(ConfigIssue(key, text, "leave out one of the two", True))
     return problems
 
 
-def _folder_problems(dump_folder: Path) -> list[ConfigIssue]:
-    existing = dump_folder.absolute()
+def _folder_problems(folder: Path) -> list[ConfigIssue]:
+    key, whole = "job.dump_folder", folder.absolute()
     try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        existing = next(path for path in (whole, *whole.parents) if path.exists())
     except OSError as error:
         text = f"cannot be used: {error.strerror or error}"
-        return [ConfigIssue("job.dump_folder", text, "choose another path", str(dump_folder))]
+        return [ConfigIssue(key, text, "choose another path", str(folder))]
     fix = "choose a folder that this user may write to"
     if not existing.is_dir():
-        text = f"{existing} is a file" if existing != dump_folder.absolute() else "is a file"
-        return [ConfigIssue("job.dump_folder", text, fix, str(dump_folder))]
+        text = f"{existing} is a file" if existing != whole else "is a file"
+        return [ConfigIssue(key, text, fix, str(folder))]
     if not os.access(existing, os.W_OK | os.X_OK):
         text = f"cannot be written: no permission for {existing}"
-        return [ConfigIssue("job.dump_folder", text, fix, str(dump_folder), missing_asset=True)]
+        return [ConfigIssue(key, text, fix, str(folder), missing_asset=True)]
     return []
 
 
 def _protection_problems(folder: Path) -> list[ConfigIssue]:
     text = "is writable by all users of this machine, who could plant a checkpoint"
-    problems = [
-        ConfigIssue("checkpoint.folder", text, TRUST_FIX, str(part))
-        for part in unprotected_parts(folder)
-    ]
+    parts = unprotected_parts(folder)
+    if parts:
+        return [ConfigIssue("checkpoint.folder", text, TRUST_FIX, str(part)) for part in parts]
     parent = unprotected_parent(folder.parent)
-    if parent is not None and not problems:
-        text = f"lies below {parent}, where all users of this machine may replace it"
-        fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
-        where = str(folder.parent)
-        problems.append(ConfigIssue("job.dump_folder", text, fix, where, severity="warning"))
-    return problems
-
-
-def _space_problems(folder: Path, section: Checkpoint) -> list[ConfigIssue]:
-    """Check the disk space of a resumed run, whose checkpoints have a known size."""
-    manifests = [c.manifest for c in inspect_steps(folder) if c.manifest]
-    if not manifests:
+    if parent is None:
         return []
-    last = manifests[-1]
-    return space_problems(folder, section, last.num_bytes, len(last.files), free_space(folder))
+    text = f"lies below {parent}, where all users of this machine may replace it"
+    fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
+    return [_warning("job.dump_folder", text, fix, str(folder.parent))]
 
 
-def _on_memory(folder: Path) -> bool:
-    """Return whether a path lies on a file system in memory, as far as the kernel tells."""
+def _is_in_memory(folder: Path) -> bool:
     try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        lines = Path("/proc/mounts").read_text().splitlines()
     except OSError:
         return False
-    text, best = str(folder), ("", "")
-    for _, point, kind, *_ in mounts:
-        inside = text == point or text.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1] in ("tmpfs", "ramfs")
+    mounts = {point: kind for _, point, kind, *_ in map(str.split, lines)}
+    points = (point for point in map(str, (folder, *folder.parents)) if point in mounts)
+    return mounts.get(next(points, "")) in ("tmpfs", "ramfs")
+
+
+def _warning(key: str, text: str, fix: str, value: object) -> ConfigIssue:
+    return ConfigIssue(key, text, fix, value, severity="warning")

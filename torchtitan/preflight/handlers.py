@@ -44,7 +44,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     for name, entry in entries.items():
         if not errors_of(problems):
             settings = handler_settings(context.config, name)
-            problems += _asked(name, "check", partial(entry.check, context, settings))
+            problems += _asked(name, "check_static", partial(entry.check_static, context, settings))
     return problems
 
 
@@ -100,13 +100,11 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Ask each handler whether this machine's devices can do what it needs."""
     config = context.config
-    return [
-        problem
-        for name in config.model.handlers
-        for problem in _asked(
-            name, "probe", partial(HANDLERS[name].probe, context, handler_settings(config, name))
-        )
-    ]
+    problems = []
+    for name in config.model.handlers:
+        ask = partial(HANDLERS[name].check_environment, context, handler_settings(config, name))
+        problems += _asked(name, "check_environment", ask)
+    return problems
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:

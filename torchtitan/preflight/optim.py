@@ -8,9 +8,13 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.loss.registry import LOSSES, loss_settings
-from torchtitan.optim.param_groups import check_patterns
-from torchtitan.optim.registry import OPTIMIZERS, OPTIONAL_KEYS, optimizer_settings
-from torchtitan.optim.schedules import BUILT_IN_NAME, SCHEDULES, Schedule, schedule_settings
+from torchtitan.optim.lr_scheduler import BUILT_IN_NAME, SCHEDULES, Schedule, schedule_settings
+from torchtitan.optim.registry import (
+    OPTIMIZERS,
+    OPTIONAL_KEYS,
+    check_patterns,
+    optimizer_settings,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,7 +160,7 @@ def _loss(context: RunContext) -> list[ConfigIssue]:
     except ConfigError as error:
         return error.problems
     degree = context.config.parallelism.tensor_parallel_degree
-    if degree > 1 and not entry.takes_cut_vocabulary:
+    if degree > 1 and not entry.supports_vocab_parallel:
         problem = (
             f"this loss needs the logits of all tokens, and a rank has those of a part of the"
             f" vocabulary with parallelism.tensor_parallel_degree = {degree}"

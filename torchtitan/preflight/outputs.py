@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.metrics.sink_registry import SINKS, sink_settings
+from torchtitan.metrics.sinks import SINKS, sink_settings
 from torchtitan.utils.environment import read_wandb
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -88,7 +88,7 @@ def _sinks(context: RunContext) -> Iterator[ConfigIssue]:
     for name in dict.fromkeys([*chosen, *config.sinks]):
         try:
             if name in SINKS:
-                sink_settings(config, name)
+                sink_settings(config.sinks, name)
         except ConfigError as error:
             yield from error.problems
 

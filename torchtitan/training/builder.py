@@ -27,11 +27,10 @@ from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
-from torchtitan.loss.vocab_parallel import VocabParallelCrossEntropy
-from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.loss.vocab_parallel import VocabShard
+from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
 from torchtitan.metrics.profiler import Profiler
-from torchtitan.metrics.sink_registry import SinkRun, sink_opener
-from torchtitan.metrics.sinks import Sink
+from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
 from torchtitan.optim import optimizer
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
@@ -116,8 +115,8 @@ def build_runner(
 ) -> Runner:
     """Build what computes the losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    vocabulary = _vocab_parallel(config, model, mesh, dims)
-    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, vocabulary)
+    shard = _vocab_shard(config, model, mesh, dims)
+    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, shard)
     is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
     shard_batch = None
@@ -163,14 +162,14 @@ def build_runner(
     )
 
 
-def _vocab_parallel(
+def _vocab_shard(
     config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
-) -> VocabParallelCrossEntropy | None:
+) -> VocabShard | None:
     if dims.tp == 1:
         return None
     total, group = model.args.vocab_size, mesh["tp"].get_group()
     assert total is not None
-    return VocabParallelCrossEntropy(total, group, config.parallelism.disable_loss_parallel)
+    return VocabShard(total, group, config.parallelism.disable_loss_parallel)
 
 
 def build_loader(
@@ -279,19 +278,18 @@ def build_metrics(
         )
     run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
     for name in config.metrics.sinks:
-        more_sinks[name] = sink_opener(config, name, run)
-    return MetricsLogger(
-        config.metrics,
+        more_sinks[name] = sink_opener(config.sinks, name, run)
+    measured = MeasuredRun(
         folder.path,
-        rank=world.rank,
-        world_size=world.world_size,
-        device=world.device,
-        flops_per_token=model.flops_per_token,
-        flops_per_token_causal=model.flops_per_token_causal,
-        steps=config.training.steps,
-        more_sinks=more_sinks,
+        world.rank,
+        world.world_size,
+        world.device,
+        config.training.steps,
+        model.flops_per_token,
+        model.flops_per_token_causal,
         seconds_before=seconds_since_start(),
     )
+    return MetricsLogger(config.metrics, measured, more_sinks)
 
 
 def build_profiler(

@@ -45,7 +45,7 @@ _GRACE_AFTER_TIMEOUT_SECONDS = 5.0
 
 @dataclass
 class Progress:
-    """How far the run is, for its status."""
+    """The progress of a run, for its status."""
 
     step: int = 0
     first_step: int = 0

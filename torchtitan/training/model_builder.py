@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers.conversion import StartRules, convert_model
+from torchtitan.handlers.conversion import InitRules, convert_model
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs, require_language_model
@@ -132,8 +132,10 @@ def build_handlers(config: JobConfig, dims: ParallelDims) -> list[NamedHandler]:
 
 
 def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -> None:
-    """Allocate what is on the meta device. FSDP moves parameters from the host to the device when
-    it needs them; buffers must be on the device."""
+    """Allocate what is on the meta device.
+
+    FSDP moves parameters from the host to the device when it needs them; buffers must be there.
+    """
     part.to_empty(device=torch.device("cpu") if parameters_on_host else device)
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -141,9 +143,11 @@ def _allocate(part: nn.Module, device: torch.device, parameters_on_host: bool) -
                 setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def _initialize(model: nn.Module, rules: StartRules, seed: int, with_own: bool) -> None:
-    """Initialise buffers, what handlers add (stored weights may lack it), and, if `with_own`, the
-    parameters of the family."""
+def _initialize(model: nn.Module, rules: InitRules, seed: int, with_own: bool) -> None:
+    """Initialise buffers, what handlers add, and, if `with_own`, the family's parameters.
+
+    Weights that are loaded later may lack what handlers add.
+    """
     names = [name for name, _ in model.named_buffers() if name not in rules.added]
     if names and not hasattr(model, "init_buffers"):
         raise ValueError(f"the model has buffers ({', '.join(names[:3])}) but no init_buffers()")

@@ -29,9 +29,11 @@ class NonFiniteGuard:
         find_non_finite: Callable[[], str] = lambda: "",
         describe_newest: Callable[[], str] = lambda: "",
     ):
-        """`left_out`: such steps are skipped. For the error, on all ranks: `find_non_finite` names
-        weights and optimizer state that are not finite; `describe_newest` names the checkpoint to
-        continue from."""
+        """Create the guard; `left_out`: the optimizer skips steps that are not finite.
+
+        For the error, on all ranks: `find_non_finite` names weights and optimizer state that are
+        not finite; `describe_newest` names the checkpoint to continue from.
+        """
         self._lag = lag
         self._left_out = left_out
         self._find_non_finite = find_non_finite

@@ -23,7 +23,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class _Fetched:
-    """This rank's data of the next step, and the exchange about it."""
+    """A rank's data of the next step, and the exchange about it."""
 
     data: StepData | None
     error: Exception | None

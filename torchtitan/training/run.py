@@ -18,8 +18,7 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.optim.lr_scheduler import set_learning_rates
-from torchtitan.optim.schedules import Schedule
+from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.training import builder, model_builder
 from torchtitan.training.ending import (
@@ -94,7 +93,7 @@ def train(
                 parts, handlers = model.parts, model.handlers
                 manager.save(state, lanes, parts, optimizers, finished, last, handlers)
 
-        def tell_saved() -> None:
+        def report_saved() -> None:
             if progress.saved_step != manager.saved_step:
                 progress.saved_step = manager.saved_step
                 if world.is_main:
@@ -157,7 +156,7 @@ def train(
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
-            tell_saved()
+            report_saved()
             profiler.step()
             garbage.step(step)
 
@@ -172,7 +171,7 @@ def train(
                 save(finished=progress.status == "data_exhausted", last=True)
         with metrics.timing("checkpoint"):
             manager.wait()
-        tell_saved()
+        report_saved()
 
 
 def begin(world: DistributedContext, folder: RunFolder, manager: CheckpointManager) -> None:

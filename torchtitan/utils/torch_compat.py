@@ -77,6 +77,11 @@ def set_group_timeouts(timeout: timedelta) -> None:
             module._set_pg_timeout(timeout, group)
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:
     """Return a tensor like `tensor`, a DTensor perhaps, whose data on this rank are `local`.
 

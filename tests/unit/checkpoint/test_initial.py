@@ -93,9 +93,9 @@ def test_seed_is_not_written_into_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "world_size", "text"),
     [
-        ({}, 2, "one process, and there are 2"),
-        ({"load_only": True}, 1, "load_only is set"),
-        ({"initial_load_path": "/x"}, 1, "initial_load_path is set"),
+        ({}, 2, "needs a single process, and there are 2"),
+        ({"load_only": True}, 1, "contradicts checkpoint.load_only"),
+        ({"initial_load_path": "/x"}, 1, "contradicts checkpoint.initial_load_path"),
         ({"enable": False}, 1, "checkpoint.enable is false"),
     ],
 )

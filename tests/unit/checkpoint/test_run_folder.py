@@ -341,7 +341,7 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
     assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint"} | seen
     now = {path.name for path in tmp_path.iterdir()}
-    ours = {".lock", "config.toml", "run_status.json", "checkpoint"}
+    ours = {".lock", "config.toml", "run_status.json", "checkpoint", "comm_traces"}
     assert now == {*ours, "notes.txt", "previous-1"}
     assert list((tmp_path / "checkpoint").iterdir()) == []
     # The stored config does not move the run aside when it is trained from.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
+from tests.forked import execute
 from tests.pool import GlooPool
 from torchtitan.cli import main
 from torchtitan.commands.doctor.findings import Finding, of_problem
@@ -159,14 +160,8 @@ def test_under_torchrun(tmp_path: Path) -> None:
     config = write_config(tmp_path, "[parallelism]\ntensor_parallel_degree = 2\n")
     command = ["-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "-m", "torchtitan", "doctor"]
-    done = subprocess.run(
-        [sys.executable, *command, "--job.config_file", config, "--job.device=cpu"],
-        env=runs.environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command += ["--job.config_file", config, "--job.device=cpu"]
+    done = execute([sys.executable, *command], env=runs.environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = by_subject(done.stdout)  # of rank 0 alone, or a subject would come twice
     assert len(lines) == len(done.stdout.splitlines())

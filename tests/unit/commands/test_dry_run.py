@@ -14,7 +14,7 @@ from torchtitan.cli import main
 from torchtitan.commands import dry_run as module
 from torchtitan.commands.dry_run import DryRun, dry_run, report
 from torchtitan.config.run_context import RunContext
-from torchtitan.models.llama3.flavors import LlamaArgs
+from torchtitan.models.llama3 import LlamaArgs
 from torchtitan.models.registry import get_family
 from torchtitan.parallel import tensor_parallel
 from torchtitan.parallel.context import ring_attention

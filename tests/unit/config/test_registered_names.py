@@ -18,12 +18,12 @@ from torchtitan.config import ConfigError
 from torchtitan.config.custom_import import import_modules
 from torchtitan.config.registry import BUILT_IN, Registry
 from torchtitan.config.schema import Section
-from torchtitan.handlers.mask_registry import register_mask
+from torchtitan.handlers.masks import register_mask
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.loss.registry import register_loss
-from torchtitan.metrics.sink_registry import SINKS, SinkEntry, register_sink
+from torchtitan.metrics.sinks import SINKS, SinkEntry, register_sink
+from torchtitan.optim.lr_scheduler import register_schedule
 from torchtitan.optim.registry import register_optimizer
-from torchtitan.optim.schedules import register_schedule
 
 GROUP = "torchtitan.tests"
 

@@ -1,13 +1,14 @@
 """TOMLs as users of TorchTitan's three releases have them: checked, run and converted unchanged."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from old_keys import COLUMNS, TOMLS
 
+from tests.distributed import runs
+from tests.forked import execute
 from torchtitan.cli import main
 from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import load_config, load_toml
@@ -113,17 +114,15 @@ def test_the_debug_run_runs(release: str, tmp_path: Path):
     The early one is profiled, here too late: a warning, told once.
     """
     folder = tmp_path / "run"
-    run = subprocess.run(
+    run = execute(
         [
             *(sys.executable, "-m", "torchtitan.train"),
             *("--job.config_file", str(TOMLS / release / "debug_model.toml")),
             *("--job.dump_folder", str(folder), "--training.seq_len", "64", "--job.device", "cpu"),
             *("--profiling.profile_freq", "11"),
         ],
+        env=runs.environment(),
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("warning: profiling.profile_freq") == (release == "early_2025")

@@ -344,7 +344,8 @@ def test_files_that_change_during_a_run(tmp_path):
             run.step()
     file.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read: No such file"):
-        run.loaders[0]._settings.source.rows(run.loaders[0]._settings.shards[0]).__next__()
+        settings = run.loaders[0]._reader.mixture.sources[0]
+        next(settings.source.rows(settings.shards[0]))
 
 
 # Workers, lanes, fingerprints ------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_row_63_workers():
 def test_lanes_that_do_not_fit():
     stdlib = {"training__dataset": "stdlib"}
     problem = only(check_static(facts_for(None, lanes=3, **stdlib)))
-    assert "global batch of 4" in problem.problem and "example 2" in problem.fix
+    assert "global batch of 4" in problem.problem and "a divisor of 4" in problem.fix
     options = {**stdlib, "training__global_batch_size": 8}
     problem = only(check_static(facts_for(None, dp=4, lanes=2, **options)))
     assert "2 lanes cannot be shared by 4" in problem.problem and "a multiple of 4" in problem.fix

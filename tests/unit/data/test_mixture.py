@@ -331,7 +331,7 @@ def test_problems_name_the_table(tmp_path):
     problem = only(check_static(mixed_facts(a, {**b, "dataset": "jsn"})))
     assert problem.key == "data.sources[1].dataset" and '"json"' in problem.fix
     problem = only(check_static(mixed_facts(a, {"weight": 1})))
-    assert problem.key == "data.sources[1].path" and "set dataset to" in problem.fix
+    assert problem.key == "data.sources[1].path" and "set dataset = " in problem.fix
     gone = {**b, "path": str(tmp_path / "gone.jsonl")}
     problem = only(check_environment(mixed_facts(a, gone, c)))
     assert problem.key == "data.sources[1].path" and problem.missing_asset

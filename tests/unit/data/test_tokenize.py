@@ -13,8 +13,8 @@ import pytest
 from data_runs import NUM_LANES, Run, make_config, make_documents, write_jsonl
 from test_bad_data import facts_for, only
 from test_data_order import all_steps, lane_documents
-from test_reading_processes import folders, wait_until_gone
 from test_tokenizers import write_tokenizer
+from test_worker_processes import folders, wait_until_gone
 
 from torchtitan import cli
 from torchtitan.config import ConfigError, DataError

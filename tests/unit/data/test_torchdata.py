@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from torchtitan.config import DataError
 from torchtitan.data import lanes, registry
+from torchtitan.data.json_state import decode_state, encode_state
 from torchtitan.data.registry import register_dataset
-from torchtitan.data.sources_torch import _decoded, _encoded
 from torchtitan.preflight.data import check_environment
 
 nodes = pytest.importorskip("torchdata.nodes")
@@ -61,8 +61,8 @@ def as_row(text: str) -> dict[str, str]:
     return {"text": text}
 
 
-def pipeline() -> Any:
-    """A chain with threads that read ahead, as the pages of torchdata build it."""
+def pipeline(training: Any = None, data: Any = None) -> Any:
+    """A chain with threads that read ahead. Worker processes call this factory by its name."""
     mapped = nodes.ParallelMapper(nodes.IterableWrapper(DOCUMENTS), as_row, num_workers=1)
     return nodes.Prefetcher(mapped, prefetch_factor=3)
 
@@ -90,7 +90,7 @@ def small_blocks(monkeypatch):
 
 def configure(made: Any, **options: Any) -> Any:
     registry.DATASETS._registered.pop("mine", None)
-    register_dataset("mine", lambda training, data: made())
+    register_dataset("mine", made if made is pipeline else lambda training, data: made())
     return make_config(None, dataset="mine", **options)
 
 
@@ -201,8 +201,8 @@ def test_stored_states_come_back_as_they_were(tmp_path: Path):
         "bytes": b"\0\xff",
         "tagged": {"__type__": "tuple", "items": [1]},
     }
-    assert _decoded(_encoded(state)) == state
-    tensor = _decoded(_encoded(torch.arange(6).reshape(2, 3)))
+    assert decode_state(encode_state(state)) == state
+    tensor = decode_state(encode_state(torch.arange(6).reshape(2, 3)))
     assert torch.equal(tensor, torch.arange(6).reshape(2, 3))
-    array = _decoded(_encoded(np.linspace(0, 1, 3)))
+    array = decode_state(encode_state(np.linspace(0, 1, 3)))
     assert np.array_equal(array, np.linspace(0, 1, 3)) and array.flags.writeable

@@ -87,7 +87,7 @@ def folders() -> list[str]:
 PARENT = """
 import os, signal, sys
 sys.path[:0] = {folders!r}
-from test_reading_processes import start
+from test_worker_processes import start
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     run, pids = start({path!r})

@@ -20,11 +20,11 @@ from torchtitan.cli import main
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.handlers import flex_attention_settings, mask_registry
+from torchtitan.handlers import settings as handler_settings
 from torchtitan.handlers.flex_attention import FlexAttentionHandler, FlexMasks
-from torchtitan.handlers.mask_registry import MASKS, entry_of, register_mask
-from torchtitan.models import attend, registry
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention
+from torchtitan.handlers.masks import MASKS, MaskEntry, entry_of, register_mask
+from torchtitan.models import attention, registry
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.masks import MaskFunction, MaskInputs
 from torchtitan.models.spec import ModelArgs, ModelFamily
 from torchtitan.preflight import handlers as checks
@@ -86,9 +86,9 @@ def test_what_fits(settings: dict[str, Any]) -> None:
     [
         ({"masks": ("sliding_windw",)}, 'is not a mask. Fix: did you mean "sliding_window"?'),
         ({"masks": ("causal", "causal")}, "is listed twice"),
-        ({"masks": ("document",)}, "training.document_mask = false"),
+        ({"masks": ("document",)}, "needs training.document_mask = true"),
         ({"masks": ("causal",), "documents": True}, "asks for document, which is not listed"),
-        ({"masks": ("sliding_window",)}, "of how many tokens?"),
+        ({"masks": ("sliding_window",)}, "the size of the window is not set"),
         (
             {"masks": ("causal",), "window": 16},
             "flex_attention.window = 16 asks for sliding_window",
@@ -109,7 +109,7 @@ def test_what_does_not_fit(settings: dict[str, Any], expected: str) -> None:
 
 def test_on_cpus_the_reason_and_the_way_out() -> None:
     [text] = problems("cpu")
-    assert text.startswith('model.handlers = "flex_attention": FlexAttention is trained on CUDA')
+    assert text.startswith('model.handlers = "flex_attention": FlexAttention trains on CUDA')
     assert "no backward of it for CPUs, and this run is on cpu. Fix: leave it out" in text
     assert "model.args.sliding_window" in text
 
@@ -137,9 +137,9 @@ def test_heads_that_are_too_small_for_the_kernel() -> None:
 
 
 def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex_attention_settings, "needs_capability", lambda *_: ())
+    monkeypatch.setattr(handler_settings, "_needs_capability", lambda *_: ())
     for found, count in (("a spec", 0), (None, 1)):
-        monkeypatch.setattr(flex_attention_settings, "find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(handler_settings, "find_spec", lambda _, found=found: found)
         told = checks.check_environment(RunContext(config_of(), 1, "cuda"))
         assert [problem.value for problem in told] == ["flex_attention"] * count
 
@@ -154,7 +154,7 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
     )
     context = RunContext(config, 1, "cuda")
     [problem] = checks.check_model(context, build_on_meta(context))
-    assert "does not attend by way of torchtitan.models.attend" in str(problem)
+    assert "does not use the attention of torchtitan.models.attention" in str(problem)
     context = RunContext(config_of(), 1, "cuda")
     assert checks.check_model(context, build_on_meta(context)) == []
 
@@ -171,7 +171,7 @@ def test_nothing_of_it_needs_torch_to_be_refused() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "FlexAttention is trained on CUDA only" in done.stderr
+    assert "FlexAttention trains on CUDA only" in done.stderr
 
 
 # the masks
@@ -258,7 +258,7 @@ def test_what_is_no_mask(thing: Any) -> None:
         entry_of("odd", thing)
     with pytest.raises(ValueError, match="registered already, by built in"):
         register_mask("causal")(even_keys)
-    entry = mask_registry.MaskEntry(lambda: even_keys)
+    entry = MaskEntry(lambda: even_keys)
     assert entry_of("other", entry) is entry
 
 
@@ -270,13 +270,13 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     """FlexAttention uncompiled, which runs anywhere, against the mask as a tensor."""
     from torch.nn.attention import flex_attention
 
-    monkeypatch.setattr(attend, "_compile_once", lambda name: getattr(flex_attention, name))
+    monkeypatch.setattr(attention, "_compile_once", lambda name: getattr(flex_attention, name))
     register_mask("even_keys")(even_keys)
     names = ("even_keys", "sliding_window", *["document"] * (ids is not None))
     masks = masks_of(config_of(names, window=5, documents=ids is not None))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, 2, 2))
     expected = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
-    as_blocks: Callable[..., Any] = attend.block_mask
+    as_blocks: Callable[..., Any] = attention.block_mask
     with pytest.MonkeyPatch.context() as patch:
         module = "torchtitan.handlers.flex_attention.dense"
         patch.setattr(module, as_blocks)

@@ -66,7 +66,7 @@ def test_a_tied_matrix_goes_by_both_of_its_names() -> None:
     [
         ({"patterns": ["layer.1.*"]}, "patterns[0]", 'did you mean "layers.1.*"?'),
         ({"only": ["norm.*", "*.wx.weight"]}, "only[1]", "it matches no parameter"),
-        ({"patterns": ["*"]}, "patterns", "everything is frozen"),
+        ({"patterns": ["*"]}, "patterns", "freezes every parameter"),
     ],
 )
 def test_what_the_model_does_not_have_is_found_before_the_run(

@@ -22,6 +22,7 @@ from torchtitan.config.schema import Section
 from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import registry
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.preflight import MODEL, preflight
 from torchtitan.preflight.handlers import check_environment, check_static
@@ -43,16 +44,11 @@ class Settings(Section):
     """How much."""
 
 
-class Nothing:
+class Nothing(ModelHandler):
     """A handler that does nothing."""
 
     after = ("compile",)
-    excludes: tuple[str, ...] = ()
     Settings = Settings
-
-    def convert(self, model: object) -> None: ...
-
-    pre_optimizer_hook = post_optimizer_hook = convert
 
 
 def test_known_handlers_pass() -> None:
@@ -89,6 +85,24 @@ def test_order_and_exclusion() -> None:
     assert problems(["lonely"]) == []
 
 
+class Unrelated:
+    """Has the hooks, but not the base class."""
+
+    def convert(self, model: object) -> None: ...
+
+    pre_optimizer_hook = post_optimizer_hook = convert
+
+
+def test_a_handler_inherits_from_the_base_class() -> None:
+    """Whether it is registered as it is, or imported when it is used."""
+    with pytest.raises(TypeError, match="unrelated is not a subclass of ModelHandler: inherit"):
+        registry.register_handler("unrelated")(Unrelated)
+    entry = registry.HandlerEntry(Section, lambda: Unrelated)  # type: ignore[arg-type, return-value]
+    registry.HANDLERS.register("late", entry, "my.module")
+    with pytest.raises(HandlerError, match=r"late .* in __init__: TypeError: .*inherit from"):
+        NamedHandler("late", JobConfig(), ParallelDims())
+
+
 @pytest.mark.parametrize("rule", ["after", "excludes"])
 def test_a_rule_is_a_tuple_of_names(rule: str) -> None:
     """The letters of a text would be taken for names, and the rule would never act."""
@@ -115,7 +129,7 @@ class Fussy(Section):
 
 def test_what_a_check_raises_names_the_handler() -> None:
     entries: dict[str, registry.HandlerEntry] = {
-        "check": registry.HandlerEntry(Section, lambda: Any, check=fails),
+        "check_static": registry.HandlerEntry(Section, lambda: Any, check_static=fails),
         "Settings": registry.HandlerEntry(Fussy, lambda: Any),
     }
     for what, entry in entries.items():
@@ -124,11 +138,11 @@ def test_what_a_check_raises_names_the_handler() -> None:
         [text] = problems([f"bad_{what}"], {f"bad_{what}": settings})
         assert f'"bad_{what}": its {what} (my.module) fails' in text
         assert "KeyError: 'what it looks for'" in text
-    silent = registry.HandlerEntry(Section, lambda: Any, probe=fails)
+    silent = registry.HandlerEntry(Section, lambda: Any, check_environment=fails)
     registry.HANDLERS.register("bad_probe", silent, "my.module")
     config = JobConfig.model_validate({"model": {"handlers": ["bad_probe"]}})
     [problem] = check_environment(RunContext(config, 1, "cpu", full=True))
-    assert "its probe (my.module) fails" in str(problem)
+    assert "its check_environment (my.module) fails" in str(problem)
 
 
 @pytest.mark.parametrize("package", ["no_such_package", "no_such_package.part"])
@@ -179,11 +193,12 @@ FREEZE = """
 import torch
 
 from torchtitan.config.schema import Section
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings, register_handler
 
 
 @register_handler("freeze_one")
-class Freeze:
+class Freeze(ModelHandler):
     class Settings(Section):
         name: str = "norm.weight"
 
@@ -316,9 +331,7 @@ class Misled(Nothing):
 
     after = ()
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims): ...
-
-    def check(self, model: nn.Module) -> list[str]:
+    def check(self, model: nn.Module) -> list[str]:  # type: ignore[override]
         return ["the model looks odd"]
 
     def convert(self, model: object) -> nn.Module:  # type: ignore[override]
@@ -332,7 +345,7 @@ def test_what_a_handler_returns_in_vain_is_refused() -> None:
     registry.register_handler("misled")(Misled)
     handler = NamedHandler("misled", JobConfig(), ParallelDims())
     named = rf"the handler misled \({__name__}\), in "
-    with pytest.raises(HandlerError, match=named + "check: TypeError: 'the model looks odd' is no"):
+    with pytest.raises(HandlerError, match=named + "check: TypeError: 'the model looks odd' is"):
         handler.check(nn.Linear(1, 1))
     with pytest.raises(HandlerError, match=named + "convert: TypeError: it returns another model"):
         handler.convert(nn.Linear(1, 1))
@@ -359,8 +372,6 @@ def test_what_a_handler_of_ones_own_adds_may_be_named() -> None:
     """By those that come after it, which judge the model as it is then."""
 
     class Adds(Nothing):
-        def __init__(self, *_: object) -> None: ...
-
         def convert(self, model: object) -> None:  # type: ignore[override]
             assert isinstance(model, nn.Module)
             model.added = nn.Linear(16, 16, bias=False)

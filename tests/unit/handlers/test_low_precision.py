@@ -126,8 +126,8 @@ COPIES = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
             "float8",
             {},
             {"training": {"seq_len": 24, "local_batch_size": 1}},
-            "1 x 24 tokens (context_parallel_degree = 1) has 24, and the handler float8 needs a"
-            " multiple of 16",
+            "1 x 24 tokens (context_parallel_degree = 1) has 24, and the kernels of the handler"
+            " float8 need a multiple of 16",
         ),
         (
             "float8",
@@ -144,7 +144,7 @@ COPIES = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
             "int8",
             {"output": False, "grad_input": False, "grad_weight": False},
             {},
-            "no product of it is one of integers",
+            "all of its products are switched off",
         ),
         *(
             (
@@ -208,7 +208,7 @@ def test_a_pipeline_s_microbatches_count() -> None:
 
 def test_mxfp8_is_refused_on_cpus() -> None:
     [told] = problems(["mxfp8"], device="cpu")
-    assert "needs the units of Blackwell GPUs, and this run is on CPUs" in told
+    assert "needs the tensor cores of Blackwell GPUs, and this run is on CPUs" in told
     assert "mxfp8_emulated" in told
     assert problems(["mxfp8"], {"mxfp8": {"recipe_name": "mxfp8_emulated"}}, device="cpu") == []
 

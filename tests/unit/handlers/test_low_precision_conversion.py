@@ -76,8 +76,8 @@ def test_what_does_not_fit_is_counted_and_told_once(caplog: pytest.LogCaptureFix
     handler_of("float8", filter_fqns=["layers.1.attention.w"]).convert(model)
     [told] = [record.message for record in caplog.records if "linears" in record.message]
     assert told == (
-        "float8: 4 linears; 4 left as they are by filter_fqns; 6 left as they are, since a"
-        " dimension is no multiple of 16 (layers.0.feed_forward.w1, layers.0.feed_forward.w2,"
+        "float8: 4 linears; 4 skipped by filter_fqns; 6 skipped because a dimension is not a"
+        " multiple of 16 (layers.0.feed_forward.w1, layers.0.feed_forward.w2,"
         " layers.0.feed_forward.w3, ...)"
     )
     converted = [key for key, kind in linears(model).items() if kind == "Float8Linear"]
@@ -101,10 +101,10 @@ def test_a_filter_for_nothing_is_refused() -> None:
 def test_nothing_left_is_refused(name: str) -> None:
     """By the check, too, which leaves the model as it is."""
     handler, model = handler_of(name, filter_fqns=["layers"]), build()
-    with pytest.raises(ConfigError, match="it finds no linear: 14 are left out by filter_fqns"):
+    with pytest.raises(ConfigError, match="no linear to convert: filter_fqns skips 14"):
         handler.convert(model)
     [problem] = handler.check(model)
-    assert problem.problem.startswith("it finds no linear: 14 are left out")
+    assert problem.problem.startswith("it finds no linear to convert: filter_fqns skips 14")
     kinds = linears(model)
     assert handler_of(name).check(model) == [] and linears(model) == kinds
 
@@ -112,7 +112,7 @@ def test_nothing_left_is_refused(name: str) -> None:
 def test_nothing_left_of_what_is_large_is_refused() -> None:
     handler = handler_of("float8", recipe_name="rowwise", filter_fqns=["auto_filter_small_kn"])
     [problem] = handler.check(build())
-    assert problem.problem.startswith("it finds no linear: 14 are left out")
+    assert problem.problem.startswith("it finds no linear to convert: filter_fqns skips 14")
 
 
 class Breaking(LinearHandler):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head
+from torchtitan.models.decoder.model import Head
 
 VOCAB, DIM = 37, 16
 

@@ -92,7 +92,7 @@ def test_a_loss_that_needs_all_logits_is_refused_where_a_rank_has_some() -> None
     register_loss("own")(Own)
     [text] = problems({"name": "own"}, tp=2)
     assert "parallelism.tensor_parallel_degree = 2" in text and "ChunkedLoss" in text
-    register_loss("cut")(type("Cut", (Own,), {"takes_cut_vocabulary": True}))
+    register_loss("cut")(type("Cut", (Own,), {"supports_vocab_parallel": True}))
     assert problems({"name": "cut"}, tp=2) == []
 
 

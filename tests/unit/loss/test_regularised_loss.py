@@ -13,10 +13,9 @@ from tests.unit.loss.test_loss import problem
 from torchtitan.config.schema import Loss
 from torchtitan.loss.chunked import ChunkedLoss
 from torchtitan.loss.cross_entropy import CrossEntropyLoss, build_losses
-from torchtitan.loss.registry import LOSSES, register_loss
-from torchtitan.loss.settings import CrossEntropySettings
+from torchtitan.loss.registry import LOSSES, CrossEntropySettings, register_loss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
-from torchtitan.models.llama3.model import Head
+from torchtitan.models.decoder.model import Head
 
 SETTINGS = [
     {"z_loss_weight": 0.3},
@@ -240,7 +239,7 @@ def test_a_loss_of_ones_own_without_gradients():
 
 def test_evaluation_is_of_the_plain_cross_entropy():
     section = Loss(args={"z_loss_weight": 0.5, "label_smoothing": 0.1})
-    loss, evaluation = build_losses(section, num_chunks=4, vocabulary=None)
+    loss, evaluation = build_losses(section, num_chunks=4, shard=None)
     hidden, head, batch = problem(torch.float64)
     plain = exact(hidden, head.weight, batch["labels"])
     with torch.no_grad():

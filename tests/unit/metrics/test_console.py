@@ -26,15 +26,14 @@ RUN = """
 import logging, sys
 from pathlib import Path
 import torch
-from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
 from torchtitan.config.schema import Metrics
 from torchtitan.utils.logging import init_logging
 
 init_logging(int(sys.argv[2]), log_ranks=[0, 1])
 metrics = MetricsLogger(
-    Metrics(log_freq=2, disable_color_printing=sys.argv[3] == "plain"), Path(sys.argv[1]),
-    rank=int(sys.argv[2]), world_size=2, device=torch.device("cpu"),
-    flops_per_token=1, flops_per_token_causal=1, steps=4,
+    Metrics(log_freq=2, disable_color_printing=sys.argv[3] == "plain"),
+    MeasuredRun(Path(sys.argv[1]), int(sys.argv[2]), 2, torch.device("cpu"), 4, 1, 1),
 )
 metrics.resume(0)
 for step in range(1, 5):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config.schema import Metrics
 from torchtitan.metrics import logger as metrics_module
-from torchtitan.metrics.logger import MetricsLogger
+from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
 
 CPU = torch.device("cpu")
 
@@ -42,19 +42,9 @@ def build(
     more_sinks: dict[str, Any] | None = None,
     **section: Any,
 ) -> MetricsLogger:
-    return MetricsLogger(
-        Metrics(**{"log_freq": 3, **section}),
-        folder,
-        rank=rank,
-        world_size=2,
-        device=CPU,
-        flops_per_token=6e9,
-        flops_per_token_causal=3e9,
-        steps=steps,
-        more_sinks=more_sinks,
-        seconds_before=seconds_before,
-        clock=clock or Clock(),
-    )
+    run = MeasuredRun(folder, rank, 2, CPU, steps, 6e9, 3e9, seconds_before)
+    section = {"log_freq": 3, **section}
+    return MetricsLogger(Metrics(**section), run, more_sinks, clock or Clock())
 
 
 def train(metrics: MetricsLogger, clock: Clock, first: int, last: int) -> None:

@@ -11,7 +11,7 @@ from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.norms import build_norm
 from torchtitan.models.spec import ModelArgs, ModelFamily
 from torchtitan.optim.optimizer import build_optimizers
-from torchtitan.optim.param_groups import check_patterns
+from torchtitan.optim.registry import check_patterns
 from torchtitan.parallel.initialize import initialize_parameters
 
 KINDS = get_args(NormType)

@@ -1,6 +1,5 @@
 """Each optimizer against torch's own, its fresh state, and steps that must leave no trace."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -331,25 +330,17 @@ def test_state_that_a_checkpoint_would_lose_is_refused() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("rows", "ranks", "block", "fix"),
-    [
-        (48, 2, 16, "set it to 24, which divides the 24 of a part"),
-        (48, 2, 48, "set it to 24,"),
-        (384, 2, 128, "set it to 96,"),
-        (32, 4, 16, "choose another optimizer, or cut rows over fewer ranks"),
-    ],
-)
-def test_blocks_that_ranks_would_cut(rows: int, ranks: int, block: int, fix: str) -> None:
-    """The size that is advised is one that the same matrix is accepted with."""
+@pytest.mark.parametrize(("ranks", "block", "accepted"), [(2, 16, 24), (2, 48, 24), (4, 16, None)])
+def test_blocks_that_ranks_would_cut(ranks: int, block: int, accepted: int | None) -> None:
     section = Optimizer(name="AdamW8bit", args={"block_size": block})
     with fake_world(0, ranks):
-        linear = nn.Linear(rows, 256, bias=False)
+        linear = nn.Linear(48, 256, bias=False)
         weight = distribute_tensor(linear.weight, init_device_mesh("cpu", (ranks,)), [Shard(1)])
         linear.weight = nn.Parameter(weight)
         with pytest.raises(ConfigError) as caught:
             build_optimizers(section, [linear], CPU, ["weight"])
+        fix = f"set it to a divisor of {48 // ranks}, or shard rows over fewer ranks"
         assert fix in str(caught.value)
-        for size in map(int, re.findall(r"set it to (\d+)", str(caught.value))):
-            advised = section.model_copy(update={"args": {"block_size": size}})
+        if accepted is not None:
+            advised = section.model_copy(update={"args": {"block_size": accepted}})
             build_optimizers(advised, [linear], CPU, ["weight"])

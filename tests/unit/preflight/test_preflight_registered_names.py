@@ -14,12 +14,12 @@ from tests.forked import execute
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
-from torchtitan.metrics import sink_registry
-from torchtitan.metrics.sink_registry import SINKS
+from torchtitan.metrics import sinks as sink_registry
+from torchtitan.metrics.sinks import SINKS
+from torchtitan.optim import lr_scheduler as schedule_registry
 from torchtitan.optim import registry as optimizer_registry
-from torchtitan.optim import schedules as schedule_registry
+from torchtitan.optim.lr_scheduler import SCHEDULES, Schedule, register_schedule
 from torchtitan.optim.registry import OPTIMIZERS, OptimizerEntry
-from torchtitan.optim.schedules import SCHEDULES, Schedule, register_schedule
 from torchtitan.preflight import MODEL, optim, outputs, preflight
 from torchtitan.preflight.optim import check_environment
 
@@ -64,7 +64,7 @@ def test_every_optimizer_passes_by_itself(name: str) -> None:
         ({"name": "Adafactor", "args": {"d": 0.5}}, ["optimizer.args.d = 0.5", "at least 1"]),
         (
             {"name": "Muon", "early_step_in_backward": True},
-            ["optimizer.early_step_in_backward = true: Muon cannot: its step adds up over ranks"],
+            ["optimizer.early_step_in_backward = true: Muon cannot: its step communicates"],
         ),
     ],
 )
@@ -213,8 +213,8 @@ MODULE = '''
 import torch
 
 from torchtitan.optim.registry import register_optimizer
-from torchtitan.optim.schedules import register_schedule
-from torchtitan.metrics.sink_registry import register_sink
+from torchtitan.optim.lr_scheduler import register_schedule
+from torchtitan.metrics.sinks import register_sink
 from torchtitan.config.schema import Section
 
 

@@ -15,6 +15,7 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Section
 from torchtitan.distributed.context import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handler
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
@@ -27,9 +28,7 @@ CHANGE: list[Callable[[nn.Module], object]] = []
 EXTEND: list[Callable[[dict[str, Any]], object]] = []
 
 
-class Change:
-    def __init__(self, *_: object) -> None: ...
-
+class Change(ModelHandler):
     def convert(self, model: nn.Module) -> None:
         for change in CHANGE:
             change(model)
@@ -40,10 +39,6 @@ class Change:
     def extend_tp_plan(self, plan: dict[str, Any]) -> None:
         for extend in EXTEND:
             extend(plan)
-
-    def pre_optimizer_hook(self, model: object) -> None: ...
-
-    post_optimizer_hook = pre_optimizer_hook
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +175,7 @@ def test_a_parameter_without_a_dimension_is_named() -> None:
 
 def test_a_warning_about_settings_hides_nothing() -> None:
     warning = ConfigIssue("handlers.warns", "is unusual", "", severity="warning")
-    entry = HandlerEntry(Section, lambda: Change, check=lambda *_: [warning])
+    entry = HandlerEntry(Section, lambda: Change, check_static=lambda *_: [warning])
     HANDLERS.register("warns", entry, __name__)
     [problem] = problems("shared by blocks", pp=2, handlers=["warns", "change"])
     assert "are one parameter" in problem.problem

@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.schema import Parallelism
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, Mask, limit
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention, Mask, effective_window
 from torchtitan.models.batch import Batch
 from torchtitan.parallel.context.ring_attention import context_parallel_attention, visibility_levels
 from torchtitan.parallel.context.sequence_layout import SequenceLayout
@@ -81,7 +81,7 @@ class ContextParallelMaskBuilder(nn.Module):
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
         """Take the whole `document_ids` `[B, T]` and this rank's `positions`."""
         context = self._context
-        window = limit(self._window, positions.size(1) * context.layout.degree)
+        window = effective_window(self._window, positions.size(1) * context.layout.degree)
         if document_ids is None:
             return None if window is None else (None, None, window)
         return document_ids, visibility_levels(document_ids, context.layout, context.rank), window

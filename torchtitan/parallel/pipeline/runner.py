@@ -57,7 +57,8 @@ class PipelineRunner:
         pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
         `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
         hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `shard_batch`,
-        `is_loss_leader` and `streams` are those of `SPMDRunner`. `tied`: this rank's copies of tied weights."""
+        `is_loss_leader` and `streams` are those of `SPMDRunner`. `tied`: this rank's copies of
+        tied weights."""
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.config import JobConfig
+from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings
 
 
@@ -21,7 +22,7 @@ class ReluSquaredFeedForward(nn.Module):
         return self.w2(F.relu(self.w1(x)).square() * self.w3(x))
 
 
-class ReluSquared:
+class ReluSquared(ModelHandler):
     """The handler `relu_squared`."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: Any):
@@ -32,9 +33,3 @@ class ReluSquared:
         for index, block in enumerate(model.blocks().values()):
             if index % self.every == 0:
                 block.feed_forward = ReluSquaredFeedForward(block.feed_forward)
-
-    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to do."""

@@ -38,6 +38,6 @@ RELU_SQUARED = HandlerEntry(
     excludes=(),
 )
 POLY_LOSS = LossEntry(
-    PolyLossSettings, lazily("titan_extras.poly_loss:PolyLoss"), takes_cut_vocabulary=True
+    PolyLossSettings, lazily("titan_extras.poly_loss:PolyLoss"), supports_vocab_parallel=True
 )
 LION = OptimizerEntry(LionSettings, lazily("titan_extras.lion:build"))

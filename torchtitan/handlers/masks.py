@@ -1,8 +1,8 @@
-"""Masks of attention by name, for the handler `flex_attention`. No torch.
+"""Attention masks by name, for the handler `flex_attention`. No torch.
 
-A mask is a function that takes `torchtitan.models.masks.MaskInputs` and returns one of pairs. A
-third party adds one by the decorator `register_mask` in a module that `job.custom_import` names, or
-by an entry point of the group `torchtitan.masks`, which gives the function or a `MaskEntry`.
+A mask is a function that takes `torchtitan.models.masks.MaskInputs` and returns a function of token
+pairs. A third party adds one by the decorator `register_mask`, or by an entry point of the group
+`torchtitan.masks` that gives the function or a `MaskEntry`.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """A mask: a function that imports and returns what makes it of a batch."""
+    """A mask: a function that imports and returns the mask function."""
 
     load: Callable[[], Callable[..., Any]]
     description: str = ""
 
 
 def entry_of(name: str, thing: Any) -> MaskEntry:
-    """What is registered under `name`, if it is one. Raises TypeError."""
+    """Return the entry of what is registered under `name`. Raises TypeError if it is no mask."""
     if isinstance(thing, MaskEntry):
         return thing
     if isinstance(thing, type) or not callable(thing):
@@ -33,18 +33,17 @@ def entry_of(name: str, thing: Any) -> MaskEntry:
 
 MASKS: Registry[MaskEntry] = Registry("handlers.flex_attention.masks", "torchtitan.masks", entry_of)
 CAUSAL, DOCUMENT, WINDOW = "causal", "document", "sliding_window"
-_DESCRIPTIONS = {
-    CAUSAL: "what comes before, and itself; always in force",
+for _name, _text in {
+    CAUSAL: "earlier tokens and the token itself; always in force",
     DOCUMENT: "the same document; with training.document_mask",
     WINDOW: "the last tokens; with handlers.flex_attention.window or model.args.sliding_window",
-}
-for _name, _text in _DESCRIPTIONS.items():
+}.items():
     MASKS.add_built_in(_name, MaskEntry(lazily(f"torchtitan.models.masks:{_name}"), _text))
 
 
 def register_mask(name: str) -> Callable[[F], F]:
-    """Decorator: make a mask available as `name`. What others hide it cannot show.
+    """Decorate a function to make it available as the mask `name`.
 
-    Raises ValueError for a taken name, TypeError for what is no function.
+    Raises ValueError for a taken name, TypeError for what is not a function.
     """
     return MASKS.decorator(name)

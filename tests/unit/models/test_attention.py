@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from torchtitan.models import attend
-from torchtitan.models.attend import AttentionMaskBuilder, InnerAttention, block_mask
-from torchtitan.models.masks import MaskInputs, dense, usual
+from torchtitan.models import attention
+from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention, block_mask
+from torchtitan.models.masks import MaskInputs, default_mask, dense
 
 CPU = torch.device("cpu")
 
@@ -68,10 +68,10 @@ def test_the_kernel_for_cuda_computes_the_same(kv_heads, ids, window, monkeypatc
     """FlexAttention uncompiled, which runs anywhere: its mask and its call, not its kernel."""
     from torch.nn.attention import flex_attention
 
-    monkeypatch.setattr(attend, "_compile_once", lambda name: getattr(flex_attention, name))
+    monkeypatch.setattr(attention, "_compile_once", lambda name: getattr(flex_attention, name))
     q, k, v = (torch.randn(2, heads, 8, 16) for heads in (4, kv_heads, kv_heads))
     inputs = MaskInputs(8, ids, window)
-    mask = block_mask(usual(inputs), inputs, CPU)
+    mask = block_mask(default_mask(inputs), inputs, CPU)
     out = InnerAttention()(q, k, v, mask)
     torch.testing.assert_close(out, reference(q, k, v, ids, window))
 
@@ -81,12 +81,14 @@ def test_block_masks_of_closures_compile_as_one_graph(monkeypatch):
     from torch.nn.attention import flex_attention
 
     compiled = torch.compile(flex_attention.create_block_mask, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(attend, "_compile_once", lambda name: compiled)
+    monkeypatch.setattr(attention, "_compile_once", lambda name: compiled)
     places = torch.arange(512).expand(2, -1)
     for ids in (places // 200, places // torch.tensor([[90], [400]])):
         inputs = MaskInputs(512, ids, 140)
-        mask = block_mask(usual(inputs), inputs, CPU)
-        touched = dense(usual(inputs), inputs, CPU).unflatten(3, (4, 128)).unflatten(2, (4, 128))
+        mask = block_mask(default_mask(inputs), inputs, CPU)
+        touched = (
+            dense(default_mask(inputs), inputs, CPU).unflatten(3, (4, 128)).unflatten(2, (4, 128))
+        )
         assert torch.equal(mask.to_dense().bool(), touched.any(5).any(3))  # of 128 x 128 pairs
         assert not mask.to_dense().all()
 
@@ -98,7 +100,7 @@ def test_functions_of_pairs_give_the_same_masks(ids, window):
     expected = AttentionMaskBuilder(window).build(ids, 8, CPU)
     if expected is None:
         expected = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
-    assert torch.equal(dense(usual(inputs), inputs, CPU), expected)
+    assert torch.equal(dense(default_mask(inputs), inputs, CPU), expected)
 
 
 def test_what_needs_no_mask():

@@ -1,11 +1,10 @@
 """Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, by the kernel that suits the device.
 
-`AttentionMaskBuilder` is called once per forward, `InnerAttention` in every layer. Plainly causal
-attention has no mask:
-PyTorch's scaled_dot_product_attention is told "causal" and uses its flash kernels. With documents,
-or a window, the mask is a boolean tensor on CPUs, and on CUDA a block mask for FlexAttention, which
-skips the blocks that no query sees. Both are modules of their own so that another way of computing
-the same (over several devices, say) can take their place.
+`AttentionMaskBuilder` is called once per forward, `InnerAttention` in every layer. Causal attention
+needs no mask: PyTorch's scaled_dot_product_attention has a flag for it and flash kernels. With
+documents or a window, the mask is a boolean tensor on CPUs and, on CUDA, a FlexAttention block mask
+that skips blocks no query sees. Both are modules so that another implementation (over several
+devices, for example) can replace them.
 """
 
 from __future__ import annotations
@@ -17,39 +16,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.masks import MaskFunction, MaskInputs, usual
+from torchtitan.models.masks import MaskFunction, MaskInputs, default_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask: TypeAlias = "Tensor | BlockMask | tuple[Any, ...] | None"
-"""None is plain causal. A tuple is what a replacement of `AttentionMaskBuilder` passes to one of
-`InnerAttention`."""
+"""None is plainly causal. A replacement of `AttentionMaskBuilder` may pass a tuple to its own
+replacement of `InnerAttention`."""
 
 _compiled: dict[str, Any] = {}
 
 
 class AttentionMaskBuilder(nn.Module):
-    """Builds the mask of a batch, once per forward: a query sees itself and the keys before it, of
-    its own document, and no more than the last `window` of them, itself included. Order goes by
-    index in the sequence, whatever the positions are."""
+    """Build the mask of a batch, once per forward.
+
+    A query sees itself and the keys before it in its own document, at most the last `window` of
+    them including itself. "Before" is by index in the sequence, whatever the positions are.
+    """
 
     def __init__(self, window: int | None = None):
         super().__init__()
         self.window = window
 
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
-        """`document_ids` and `positions` are int64 `[B, T]`; None means one document."""
+        """Return the mask for int64 `[B, T]` tensors; without ids there is one document."""
         return self.build(document_ids, positions.size(1), positions.device)
 
     def build(self, document_ids: Tensor | None, seq_len: int, device: torch.device) -> Mask:
-        """The mask of whole sequences of `seq_len` tokens."""
-        window = limit(self.window, seq_len)
+        """Return the mask of whole sequences of `seq_len` tokens."""
+        window = effective_window(self.window, seq_len)
         if document_ids is None and window is None:
             return None
         if device.type == "cuda":
             inputs = MaskInputs(seq_len, document_ids, window)
-            return block_mask(usual(inputs), inputs, device)
+            return block_mask(default_mask(inputs), inputs, device)
         if document_ids is None:
             visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device)
         else:
@@ -64,7 +65,7 @@ class InnerAttention(nn.Module):
     """Causal attention of `q` over `k` and `v`, whose heads may be fewer (grouped queries)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Return `[B, H, T, hd]` for `q` `[B, H, T, hd]`, `k` and `v` `[B, Hkv, T, hd]`."""
+        """Attend: `q` `[B, H, T, hd]`, `k` and `v` `[B, G, T, hd]` give `[B, H, T, hd]`."""
         grouped = False
         if q.size(1) != k.size(1):  # a branch: under compile, a comparison may stay a symbol
             grouped = True
@@ -72,16 +73,17 @@ class InnerAttention(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
             )
-        return _compile_once("flex_attention")(q, k, v, block_mask=mask, enable_gqa=grouped)
+        flex_attention: Callable[..., Tensor] = _compile_once("flex_attention")
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
-def limit(window: int | None, seq_len: int) -> int | None:
-    """The window, or None where it limits nothing."""
+def effective_window(window: int | None, seq_len: int) -> int | None:
+    """Return the window, or None if it covers the whole sequence."""
     return None if window is None or window >= seq_len else window
 
 
 def block_mask(visible: MaskFunction, inputs: MaskInputs, device: torch.device) -> BlockMask:
-    """What FlexAttention takes. Without documents it is one for all sequences of the batch."""
+    """Return FlexAttention's mask. Without documents, all sequences of a batch share one."""
 
     def of_any_head(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(batch, query, key)
@@ -94,7 +96,7 @@ def block_mask(visible: MaskFunction, inputs: MaskInputs, device: torch.device) 
 
 
 def _compile_once(name: str) -> Any:
-    """FlexAttention's function `name`, which is only fast (and sparing of memory) when compiled."""
+    """Return FlexAttention's function `name` compiled, without which it is slow and large."""
     from torch.nn.attention import flex_attention
 
     function = getattr(flex_attention, name)

@@ -1,0 +1,64 @@
+"""One row a model family, from which the family tests are made.
+
+`unit/models/test_families.py` checks sizes and declarations, `parity/test_hf_families.py` logits
+and gradients against transformers, `distributed/test_family_meshes.py` eight meshes against one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchtitan.config.registry import BUILT_IN
+from torchtitan.models.registry import MODELS
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """Facts about a family that its code does not hold."""
+
+    transformers: str
+    """The model's class in transformers, without `ForCausalLM`."""
+    parameters: Mapping[str, int]
+    """Published number of parameters by flavor; tied embeddings count once."""
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters for tests of tiny models, in addition to the common ones."""
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    """Hyper-parameters to compare with transformers, each added to `tiny`."""
+
+
+# Of the 6 frequencies of a head some are stretched, some are not, and one lies between.
+SCALED_ROPE = {"rope_scaling_factor": 4.0, "rope_original_max_seq_len": 64}
+
+FAMILIES = {
+    "llama3": FamilyRow(
+        "Llama",
+        {
+            "1B": 1_235_814_400,
+            "3B": 3_212_749_824,
+            "8B": 8_030_261_248,
+            "70B": 70_553_706_496,
+            "405B": 405_853_388_800,
+        },
+        variants=({}, SCALED_ROPE, {"head_dim": 10}),
+    ),
+    "llama2": FamilyRow(
+        "Llama", {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192}
+    ),
+    "qwen3": FamilyRow(
+        "Qwen3",
+        {
+            "0.6B": 596_049_920,
+            "1.7B": 1_720_574_976,
+            "4B": 4_022_468_096,
+            "8B": 8_190_735_360,
+            "14B": 14_768_307_200,
+            "32B": 32_762_123_264,
+        },
+        tiny={"head_dim": 14},
+    ),
+}
+
+
+def built_in() -> list[str]:
+    """Return the names of the library's own families."""
+    return [name for name in MODELS if MODELS.origin(name) == BUILT_IN]

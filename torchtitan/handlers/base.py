@@ -1,0 +1,93 @@
+"""`ModelHandler`: the base class of model handlers. No torch.
+
+`model.handlers = ["float8", "compile"]` applies handlers in that order. A handler inherits from
+`ModelHandler` and overrides the hooks that it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.config import ConfigIssue, JobConfig
+from torchtitan.config.schema import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.models.spec import InitRule
+    from torchtitan.parallel.tensor_parallel import ParallelStyle
+
+
+class ModelHandler:
+    """A change to the model, with hooks around the optimizer step. All hooks do nothing by default.
+
+    `model` is the whole model in `check` and `convert`. Later hooks get this rank's model, or a
+    list where the rank holds several pipeline stages. Stages are copies, so find modules again in
+    the hook's argument instead of keeping references from `convert`.
+    """
+
+    Settings: type[Section] = Section
+    """The model of `[handlers.NAME]`."""
+
+    after: tuple[str, ...] = ()
+    """Handlers that must be listed before this one where both are used."""
+
+    excludes: tuple[str, ...] = ()
+    """Handlers that cannot be combined with this one."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        pass
+
+    def check(self, model: nn.Module) -> list[ConfigIssue]:
+        """Return the problems that only the model shows. `model` is on the meta device."""
+        return []
+
+    def convert(self, model: nn.Module) -> None:
+        """Change the model in place, before any parallelism.
+
+        Runs under `torch.device("meta")` with `training.dtype` as the default type: new parameters
+        take no memory and have the type of the existing ones.
+        """
+
+    def init_rule(self, name: str) -> InitRule | None:
+        """Return how a parameter or buffer is initialised; None leaves it to the model.
+
+        Every name that the handler adds needs a rule.
+        """
+        return None
+
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
+        """Change the tensor-parallel styles by module name, in place, before they are applied."""
+
+    def transform_loaded(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the values to use in place of `tensor`, in the same shape.
+
+        Called when a new run starts from the weights of a run without this handler, for this rank's
+        part of each parameter and buffer.
+        """
+        return tensor
+
+    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
+        """React to the weights being in place, initial, loaded or resumed."""
+
+    def pre_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Run after gradient clipping and before the optimizer step.
+
+        With `optimizer.early_step_in_backward` the weights are stepped already and there are no
+        gradients.
+        """
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Run after the optimizer step."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what checkpoints store, by name; None for a handler without state.
+
+        Tensors are live ones (DTensors are resharded), other values are plain JSON. On resume it is
+        called right after `after_load`, to tell what to fill.
+        """
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the stored state: the tensors of `state_dict`, filled, and the stored values."""

@@ -1,0 +1,1 @@
+"""The decoder that families vary: hyper-parameters (no torch) and the model."""
