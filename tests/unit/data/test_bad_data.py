@@ -26,10 +26,8 @@ ROWS = [json.dumps({"text": text, "id": n}) for n, text in enumerate(make_docume
 
 def facts_for(path, dp=1, lanes=None, **options):
     """RunContext of a small run; `options` are dotted keys with __ for the dot."""
-    tables = {
-        "training": {"dataset_path": path and str(path), "seq_len": 16, "local_batch_size": 4},
-        "data": {"lanes": lanes},
-    }
+    training = {"dataset_path": path and str(path), "seq_len": 16, "local_batch_size": 4}
+    tables = {"training": training, "data": {"lanes": lanes}}
     for name, value in options.items():
         *parts, key = name.split("__")
         place = tables
