@@ -1,6 +1,7 @@
 """Fixtures of all tests, and how they are spread over the processes of pytest-xdist."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from tests.pool import GlooPool
 from torchtitan.models.registry import MODELS
 
 keep_preloaded()
+
+# A shell's `nohup` and `&` leave these ignored, and what tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARTS = {
     "tests/parity/test_table.py": 8,
@@ -24,7 +29,7 @@ PARTS = {
     "tests/meta/test_scripts.py": 2,
     "tests/parity/test_the_table_catches.py": 1,
     "tests/unit/metrics/test_wandb_sink.py": 1,
-    "tests/unit/data/test_reading_processes.py": 1,
+    "tests/unit/data/test_worker_processes.py": 1,
     "tests/meta/test_linters.py": 4,
 }
 """The files that take longest, these first, and into how many parts each is cut."""
