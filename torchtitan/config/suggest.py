@@ -1,7 +1,7 @@
 """Suggestions for names that nobody knows."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torchtitan.config.compat.keys import MISNAMED
@@ -31,6 +31,24 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def fix_of_registered(name: str, known: Iterable[str]) -> str:
     """Return the fix for a name that is not registered."""
     return f"{did_you_mean(name, known)}; for one of your own, name its module in job.custom_import"
+
+
+def issues_of_names(
+    kind: str, key: str, chosen: Sequence[str], tables: Iterable[str], known: Iterable[str]
+) -> list[ConfigIssue]:
+    """Check names in the list `key`, and tables `[KINDs.NAME]`, against the registered ones."""
+    issues, known = [], list(known)
+    for place, name in enumerate(chosen):
+        if name not in known:
+            fix = fix_of_registered(name, known)
+            issues.append(ConfigIssue(key, f"is not a {kind}", fix, value=name))
+        elif name in chosen[:place]:
+            issues.append(ConfigIssue(key, "is listed twice", "list it once", value=name))
+    for name in tables:
+        if name not in known and name not in chosen:
+            fix = fix_of_registered(name, known)
+            issues.append(ConfigIssue(f"{kind}s.{name}", f"is not a {kind}", fix))
+    return issues
 
 
 def fix_of_glob(glob: str, names: Iterable[str]) -> str:

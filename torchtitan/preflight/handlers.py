@@ -10,7 +10,7 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.errors import errors_of
 from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.suggest import fix_of_registered
+from torchtitan.config.suggest import issues_of_names
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 
 if TYPE_CHECKING:
@@ -19,20 +19,8 @@ if TYPE_CHECKING:
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check names, order, combinations and settings."""
-    known = HANDLERS
-    chosen = context.config.model.handlers
-    problems = []
-    for place, name in enumerate(chosen):
-        if name not in known:
-            fix = fix_of_registered(name, known)
-            problems.append(ConfigIssue("model.handlers", "is not a handler", fix, value=name))
-        elif name in chosen[:place]:
-            problem = "is listed twice"
-            problems.append(ConfigIssue("model.handlers", problem, "list it once", value=name))
-    for name in context.config.handlers:
-        if name not in known:
-            fix = fix_of_registered(name, known)
-            problems.append(ConfigIssue(f"handlers.{name}", "is not a handler", fix))
+    chosen, tables = context.config.model.handlers, context.config.handlers
+    problems = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
     if problems:
         return problems
     for name in dict.fromkeys([*chosen, *context.config.handlers]):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.suggest import fix_of_registered
+from torchtitan.config.suggest import issues_of_names
 from torchtitan.metrics.sinks import SINKS, sink_settings
 from torchtitan.utils.environment import read_wandb
 
@@ -76,15 +76,7 @@ def _missing_package(key: str, package: str) -> ConfigIssue:
 def _sinks(context: RunContext) -> Iterator[ConfigIssue]:
     config = context.config
     chosen = config.metrics.sinks
-    for place, name in enumerate(chosen):
-        if name not in SINKS:
-            fix = fix_of_registered(name, SINKS)
-            yield ConfigIssue("metrics.sinks", "is not a sink", fix, value=name)
-        elif name in chosen[:place]:
-            yield ConfigIssue("metrics.sinks", "is listed twice", "list it once", value=name)
-    for name in config.sinks:
-        if name not in SINKS and name not in chosen:
-            yield ConfigIssue(f"sinks.{name}", "is not a sink", fix_of_registered(name, SINKS))
+    yield from issues_of_names("sink", "metrics.sinks", chosen, config.sinks, SINKS)
     for name in dict.fromkeys([*chosen, *config.sinks]):
         try:
             if name in SINKS:

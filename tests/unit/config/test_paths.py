@@ -96,3 +96,10 @@ def test_a_home_folder_that_is_nobodys_is_a_message(tmp_path: Path, monkeypatch,
         assert main(["train", *flags]) == 9
         assert f'{key} = "~no_such_user/x": there is no home' in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_config_show_warns_of_a_variable_that_is_not_set(capsys: pytest.CaptureFixture[str]):
+    assert main(["config", "show", "--job.dump_folder=$NO_SUCH/run"]) == 0
+    shown = capsys.readouterr()
+    assert "the environment has no variable NO_SUCH" in shown.err and "warning: " in shown.err
+    assert '"$NO_SUCH/run"' in shown.out

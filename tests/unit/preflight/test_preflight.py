@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.preflight import (
     ARITHMETIC,
+    CHECKPOINTS,
     FILES,
     HARDWARE,
     errors_of,
@@ -101,6 +103,17 @@ def test_away_from_the_machine_absent_files_are_warnings(feature):
     assert calls == ["check", "probe"]  # the files, and not the hardware
     assert [p.severity for p in preflight(context())] == ["error", "error"]
     assert calls == ["check", "probe"] * 1 + ["check", "probe", "probe"]
+
+
+def test_a_wrong_name_is_no_second_error_beside_a_stored_run(feature, monkeypatch):
+    found, _ = feature
+    made = module.STATIC[-1]
+    monkeypatch.setattr(module, "ENVIRONMENT", {CHECKPOINTS: (module.checkpoint, made)})
+    monkeypatch.setattr(module.optim, "check_static", lambda context: [WRONG])
+    monkeypatch.setattr(module, "STATIC", (module.mesh, module.optim, made))
+    found["probe"] = [replace(WRONG, problem="differs from the stored run")]
+    assert preflight(context(), [ARITHMETIC, CHECKPOINTS]) == [WRONG]
+    assert preflight(context(), [CHECKPOINTS]) == found["probe"]
 
 
 def test_require_prints_warnings_and_raises_errors(feature, capsys: pytest.CaptureFixture[str]):
