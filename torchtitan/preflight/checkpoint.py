@@ -39,13 +39,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
         fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
         problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
-    others = (
-        config.metrics.save_tb_folder,
-        config.profiling.save_traces_folder,
-        config.profiling.save_memory_snapshot_folder,
-        config.comm.save_traces_folder,
-    )
-    if section.folder in others or _TAKEN.fullmatch(section.folder):
+    if _TAKEN.fullmatch(section.folder):
         text = "is the name of something else in the run folder"
         fix = 'choose another name, such as "checkpoint"'
         problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))

@@ -151,13 +151,12 @@ def _unwritable(context: RunContext, key: str, name: str) -> list[ConfigIssue]:
     dump_folder = Path(context.config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
-    existing = dump_folder.resolve() / name
+    folder = dump_folder.resolve() / name
     try:
         if dump_folder.exists() and not dump_folder.is_dir():
-            return []  # a problem of its own
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-    except OSError:  # a name that is too long; another one
+            return []  # reported for job.dump_folder
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError:  # a name that is too long, also reported there
         return []
     is_folder = existing.is_dir()
     if not is_folder:
