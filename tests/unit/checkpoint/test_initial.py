@@ -184,7 +184,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     cases = {
         tmp_path / "gone": "does not exist",
         make_file(tmp_path / "w", "model.pt") / "model.pt": "format_utils torch_to_dcp",
-        make_file(tmp_path / "hf", "model.safetensors"): "it holds safetensors files",
+        make_file(tmp_path / "hf", "model.safetensors"): "it has no .metadata",
         other.parent: f"holds steps 8. Fix: choose one, such as {other}",
         damaged: "is damaged",
         open_to_all: "checkpoint.trust_path",
