@@ -77,7 +77,7 @@ def initial_start(context: RunContext) -> InitialStart:
     manifest = _inspect(section, path)
     notices = _parent_notices(section, path)
     if section.initial_load_model_only:
-        return InitialStart(0, batch, lanes, (f"The weights are those of {path}.", *notices))
+        return InitialStart(0, batch, lanes, (f"The weights come from {path}.", *notices))
     assert manifest is not None
     state = without_excluded(manifest.state, section.exclude_from_loading)
     step = int(state.get("step", 0))

@@ -111,7 +111,7 @@ def test_weights_alone(tmp_path: Path) -> None:
     path = other_run(tmp_path / "other", lanes=3)
     decision = open_folder(tmp_path / "run", checkpoint={"initial_load_path": str(path)}).decision
     assert (decision.action, decision.step, decision.num_lanes) == ("new", 0, 4)
-    assert decision.notices == (f"The weights are those of {path}.",)
+    assert decision.notices == (f"The weights come from {path}.",)
 
 
 def test_everything_goes_on(tmp_path: Path) -> None:
