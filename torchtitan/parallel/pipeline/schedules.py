@@ -1,10 +1,9 @@
-"""Orders of forwards and backwards in a pipeline: what torch's schedules ask for, schedules from a
-file, and one of forwards alone. No torch.
+"""Pipeline schedules: what torch's schedules require, schedules from a file, and an order of
+forwards for evaluation. No torch.
 
 A schedule from a file has a line for each rank along the pipeline, with cells such as `0F2` (stage
 0, forward of microbatch 2), `0B2` (its backward) or, with the backward split in two, `0I2` (for the
 inputs) and `0W2` (for the weights). `(0F3;1B1)OVERLAP_F_B` is a pair, and an empty cell is idle.
-It is played through before anything starts: a rank that would wait for ever is found here.
 """
 
 import csv
@@ -25,17 +24,17 @@ _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """What a schedule of torch asks for."""
+    """The requirements of one of torch's schedules."""
 
     stages_per_rank: int | None = None
-    """Exactly so many; None: two or more."""
+    """The exact number; None: two or more."""
     is_v: bool = False
-    """Whether the first rank holds the last stage too."""
+    """The first rank holds the last stage, too."""
     splits_backward: bool = False
-    """Whether gradients of weights are computed later than those of inputs."""
+    """Gradients of weights are computed later than those of inputs."""
     goes_in_rounds: bool = False
-    """Whether microbatches go in rounds of equal size, as many as there are microbatches per rank
-    of the pipeline, rounded down."""
+    """Microbatches go in rounds of equal size; their number is that of microbatches per pipeline
+    rank, rounded down."""
 
 
 SCHEDULES = {
@@ -50,7 +49,7 @@ SCHEDULES = {
 
 
 class Action(NamedTuple):
-    """Work on one microbatch in one stage: F, B (whole backward), I and W (its two halves)."""
+    """Work on one microbatch in one stage: F, B (whole backward), I or W (its two halves)."""
 
     stage: int
     kind: str
@@ -59,7 +58,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSchedule:
-    """A schedule from a file, checked."""
+    """What the library needs to know of a schedule from a file."""
 
     stage_to_rank: tuple[int, ...]
     """The rank along the pipeline of each stage."""
@@ -67,9 +66,10 @@ class FileSchedule:
 
 
 def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule:
-    """Read and check the schedule at `path` for `degree` ranks.
+    """Read the schedule at `path` for `degree` ranks.
 
-    Raises `ConfigError` about what cannot be read or would not train every microbatch once.
+    Raises `ConfigError` if it cannot be read or would not train every microbatch once. Deadlocks
+    are left to `torch_compat.require_runnable_schedule`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -87,15 +87,14 @@ def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule
             )
         stage_to_rank = _holders(ranks)
         _check_complete(ranks, len(stage_to_rank), num_microbatches)
-        _play(ranks, len(stage_to_rank))
     except ValueError as error:
         raise ConfigError(ConfigIssue(CSV_KEY, str(error), "mend the file", path)) from None
-    kinds = {action.kind for rank in ranks for group in rank for action in group}
-    return FileSchedule(stage_to_rank, splits_backward="W" in kinds)
+    splits = any(action.kind == "W" for rank in ranks for group in rank for action in group)
+    return FileSchedule(stage_to_rank, splits)
 
 
 def _parse_line(rank: int, cells: list[str]) -> list[tuple[Action, ...]]:
-    """A rank's actions in order; pairs together."""
+    """Return a rank's actions in order, pairs together."""
     groups = []
     for place, cell in enumerate(cells, start=1):
         if not cell.strip():
@@ -130,7 +129,7 @@ def _holders(ranks: Sequence[Sequence[tuple[Action, ...]]]) -> tuple[int, ...]:
 def _check_complete(
     ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int, num_microbatches: int
 ) -> None:
-    """Each stage must have one forward and one backward, whole or in halves, per microbatch."""
+    """Require one forward and one backward, whole or in halves, per stage and microbatch."""
     actions = [action for groups in ranks for group in groups for action in group]
     counts = Counter(actions)
     for action, count in counts.items():
@@ -158,58 +157,15 @@ def _check_complete(
         raise ValueError("the last stage's forwards are not in the order of the microbatches")
 
 
-def _play(ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int) -> None:
-    """Let every rank do its actions in order, each as soon as those that it needs are done."""
-    done: set[Action] = set()
-    places = [0] * len(ranks)
-    moved = True
-    while moved:
-        moved = False
-        for rank, groups in enumerate(ranks):
-            while places[rank] < len(groups) and all(
-                _is_ready(action, done, num_stages) for action in groups[places[rank]]
-            ):
-                done.update(groups[places[rank]])
-                places[rank] += 1
-                moved = True
-    stuck = [
-        f"line {rank + 1} at {' and '.join(map(_name, groups[places[rank]]))} for"
-        f" {' and '.join(_needs(groups[places[rank]], done, num_stages))}"
-        for rank, groups in enumerate(ranks)
-        if places[rank] < len(groups)
-    ]
-    if stuck:
-        raise ValueError(f"waits for ever, for what is only done later: {', '.join(stuck)}")
-
-
-def _is_ready(action: Action, done: set[Action], num_stages: int) -> bool:
-    return not _needs([action], done, num_stages)
-
-
-def _needs(actions: Sequence[Action], done: set[Action], num_stages: int) -> list[str]:
-    """Names of what has to be done before these."""
-    names = []
-    for stage, kind, microbatch in actions:
-        needed = [(stage, {"F": "", "W": "I"}.get(kind, "F"))]
-        if kind == "F" and stage > 0:
-            needed.append((stage - 1, "F"))
-        if kind in "BI" and stage < num_stages - 1:
-            needed.append((stage + 1, "BI"))
-        for other, kinds in needed:
-            if kinds and not any(Action(other, k, microbatch) in done for k in kinds):
-                names.append(_name(Action(other, kinds[0], microbatch)))
-    return names
-
-
 def _name(action: Action) -> str:
     return f"{action.stage}{action.kind}{action.microbatch}"
 
 
 def forward_ticks(stage_to_rank: Sequence[int], num_microbatches: int) -> list[dict[int, Action]]:
-    """An order of forwards alone: for each tick, what each rank that is not idle works on.
+    """Return an order of forwards: for each tick, the work of each rank that is not idle.
 
-    What a tick computes is passed on at its end. Of what a rank could do it does the latest stage,
-    so that few microbatches are under way at a time.
+    Results are passed on at the end of a tick. A rank prefers its latest stage, so that few
+    microbatches are in flight.
     """
     next_microbatch = [0] * len(stage_to_rank)  # of each stage
     ticks = []
