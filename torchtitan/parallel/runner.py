@@ -18,7 +18,9 @@ from torchtitan.parallel.random_streams import RandomStreams
 
 
 class Loss(Protocol):
-    """A loss summed over targets. Optional members:
+    """A loss summed over targets.
+
+    Optional members:
 
     - `evaluation`: the `Loss` to evaluate with, instead of the plain cross entropy;
     - `terms`: names of further values to log, and `take_terms()`, which returns and resets their
@@ -46,7 +48,8 @@ class Runner(Protocol):
         """Accumulate the gradients of a step and return its loss.
 
         The loss is the mean over `num_targets`, a scalar on the device, the same on all ranks. All
-        ranks must call it."""
+        ranks must call it.
+        """
 
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
         """Return the evaluation loss summed over the targets of all ranks' microbatches."""
@@ -66,10 +69,13 @@ class RunnerBase:
         is_loss_leader: bool = True,
         streams: RandomStreams | None = None,
     ):
-        """`input_names`: the tensors of a batch that the forward takes, tokens first.
+        """Keep what a step needs.
+
+        `input_names`: the tensors of a batch that the forward takes, tokens first.
         `evaluation_loss`: `loss`, unless given. `shard_batch` takes this rank's share of a batch
         under context parallelism. `is_loss_leader` is False where another rank computes, and adds,
-        the same loss. `streams`: those of one rank and seed 0, unless given."""
+        the same loss. `streams`: those of one rank and seed 0, unless given.
+        """
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}

@@ -109,8 +109,10 @@ def _microbatches(context: RunContext, plan: PipelinePlan) -> Iterator[ConfigIss
 
 
 def _batch_size(context: RunContext, microbatches: int) -> int:
-    """Return the smallest global batch with at least so many microbatches on each rank, in a
-    multiple of the pipeline's degree, which every schedule can arrange."""
+    """Return the smallest global batch with at least so many microbatches on each rank.
+
+    Their number is a multiple of the pipeline's degree, which suits every schedule.
+    """
     section = context.config.parallelism
     local, size = (
         context.config.training.local_batch_size,

@@ -206,7 +206,7 @@ def test_schedule_of_a_file(tmp_path: Path) -> None:
     assert "makes 2 stages, and the model has 1 layers. Fix: write one of at most 1" in found(
         sections={"model": {"args": {"n_layers": 1}}}
     )
-    assert "0F4: a step of this config has 4 microbatches" in found(microbatch_size=2)
+    assert "has 8 microbatches, and a step of this config has 4" in found(microbatch_size=2)
     path.write_text(
         "\n".join([",".join(lines[0]), ",".join(["1B0", *lines[1][:8], *lines[1][9:]])])
     )

@@ -43,7 +43,7 @@ class HiddenStates(NamedTuple):
 
 
 class LocalStages(NamedTuple):
-    """This pipeline rank's stages, and how they run."""
+    """The stages of this pipeline rank, and how they run."""
 
     parts: Sequence[nn.Module]
     """The stages that `plan` gives this rank of `group`, in order."""
@@ -101,7 +101,7 @@ class PipelineRunner(RunnerBase):
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
-        """See `Runner`. Of any number of microbatches, of any size."""
+        """See `Runner`. Takes any number of microbatches of any size."""
         self._connect()
         for part in self._stages.values():
             part.eval()
@@ -155,14 +155,16 @@ class PipelineRunner(RunnerBase):
                 out.backward(self._empty_hidden(piece))
 
     def _connect(self) -> None:
-        """Let all ranks along the pipeline meet once. NCCL connects them in the first exchange of
-        the group, which all must take part in, and a pipeline begins with those of few ranks."""
+        """Run one collective of all ranks along the pipeline before the first transfer.
+
+        NCCL connects ranks in a group's first exchange, in which all must take part.
+        """
         if not self._connected:
             dist.all_reduce(torch.zeros((), device=self.device), group=self._group)
             self._connected = True
 
     def _split(self, microbatches: Sequence[Batch]) -> list[Batch]:
-        """The pipeline's microbatches, on the device."""
+        """Return the pipeline's microbatches on the device."""
         pieces = []
         for batch in microbatches:
             size = self._section.pipeline_parallel_microbatch_size
@@ -172,7 +174,7 @@ class PipelineRunner(RunnerBase):
         return pieces
 
     def _schedule(self) -> PipelineSchedule:
-        """The schedule for as many microbatches, of such a shape, as there are now."""
+        """Return the schedule for the current number and shape of microbatches."""
         key = len(self._pieces), self._pieces[0][self._tokens].shape
         if key not in self._schedules:
             self._schedules[key] = build_pipeline_schedule(
@@ -185,7 +187,7 @@ class PipelineRunner(RunnerBase):
         return self._schedules[key]
 
     def _pipeline_stage(self, stage: int) -> PipelineStage:
-        """torch's view of a stage. With the shapes given, ranks need not tell each other theirs."""
+        """Return torch's view of a stage; with its shapes given, ranks do not exchange them."""
         tokens = self._pieces[0][self._tokens]
         hidden = self._hidden.empty(tokens, torch.device("meta")).requires_grad_()
         pipeline_stage = PipelineStage(
@@ -215,7 +217,7 @@ class PipelineRunner(RunnerBase):
         return loss.sum(hidden, self._stages[self._last].head, piece)  # type: ignore[arg-type]
 
     def _loss_of_step(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """What the schedule calls, in the last stage, for the microbatch of number `index`."""
+        """Return the loss of microbatch number `index`; called by the schedule."""
         return self._loss(self.loss, hidden, self._pieces[int(index)]) / self._num_targets
 
     def _transfer(self, op: Callable[..., object], tensor: Tensor, peer: int) -> dist.P2POp:

@@ -157,8 +157,10 @@ def number_of_stages(section: Parallelism, num_layers: int) -> int:
 
 
 def _stage_to_rank(section: Parallelism, num_layers: int) -> tuple[int, ...]:
-    """Return the rank of each stage. Raises `ConfigError` for a number of stages that the schedule
-    cannot have."""
+    """Return the rank of each stage.
+
+    Raises `ConfigError` for a number of stages that the schedule cannot have.
+    """
     degree, count = section.pipeline_parallel_degree, number_of_stages(section, num_layers)
     schedule = SCHEDULES[section.pipeline_parallel_schedule]
     per_rank, left_over = divmod(count, degree)
@@ -263,8 +265,10 @@ def _split_stages(section: Parallelism, modules: Mapping[str, int]) -> list[list
 
 
 def _named_stages(section: Parallelism, modules: Mapping[str, int]) -> list[list[str]]:
-    """Return the stages that the user lists. Raises `ConfigError` unless these are the model's
-    modules in order."""
+    """Return the stages that the user lists.
+
+    Raises `ConfigError` unless these are the model's modules in order.
+    """
     names = list(modules)
     stages = [list(stage) for stage in section.module_fqns_per_model_part]
     listed = [name for stage in stages for name in stage]

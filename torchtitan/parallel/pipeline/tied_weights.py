@@ -20,7 +20,7 @@ from torchtitan.parallel.pipeline.stages import PipelinePlan
 
 @dataclass(frozen=True)
 class TiedWeight:
-    """This rank's copies of one weight: one, or two where the rank holds both stages."""
+    """The copies of one weight on this rank: one, or two if the rank holds both stages."""
 
     parameters: tuple[nn.Parameter, ...]
     peer: int | None
@@ -72,8 +72,10 @@ def tied_weights_of(
 def sum_tied_gradients(
     weights: Sequence[TiedWeight], group: dist.ProcessGroup, device: torch.device
 ) -> None:
-    """Give each copy of a weight the sum of the copies' gradients. All ranks that hold a copy must
-    call it, after the last backward of a step."""
+    """Give each copy of a weight the sum of the copies' gradients.
+
+    All ranks that hold a copy must call it, after the last backward of a step.
+    """
     for weight in weights:
         gradients = [_local(copy.grad) for copy in weight.parameters if copy.grad is not None]
         if not gradients or not gradients[0].numel():
