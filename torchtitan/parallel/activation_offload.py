@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor
+
+from torchtitan.utils.torch_compat import local_tensor
 
 SMALLEST_BYTES = 4096
 """What is smaller stays: its copy would take longer than is worth the memory."""
@@ -195,5 +196,4 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 def _memory_of(tensor: Tensor) -> int:
     """Return an identifier of the tensor's storage, valid while that exists."""
-    local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage()._cdata
+    return local_tensor(tensor.detach()).untyped_storage()._cdata

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.utils.dtypes import at_least_float32
+from torchtitan.utils.torch_compat import local_tensor
 
 
 @torch.no_grad()
@@ -107,8 +108,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients = []
     for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+        if parameter.grad is not None:
+            gradients.append(local_tensor(parameter.grad))
     if gradients:
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtitan.models.spec import InitRule
+from torchtitan.utils.torch_compat import local_tensor
 
 _CHUNK = 1 << 17
 """Elements computed at once: 1 MiB per temporary, which stays in the cache."""
@@ -44,7 +45,7 @@ def initialize_tensors(
     for name, tensor in named:
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: allocate it before it is initialised")
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_tensor(tensor)
         init = rule(name)
         if init.kind == "constant":
             local.fill_(init.value)
@@ -63,7 +64,7 @@ def hashed_bits(tensor: Tensor, label: str) -> Tensor:
 
     They are a function of the label and the element's index in the whole tensor.
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor)
     rows, columns = _linear_indices(tensor.shape, local_indices(tensor))
     return _hash(rows.unsqueeze(1) + columns, _key(0, label)).view(local.shape)
 
