@@ -20,7 +20,12 @@ from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epoch
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
 from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    PENDING_NAME,
+    STATUS_NAME,
+    StoredRun,
+)
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -61,10 +66,11 @@ class Decision:
 def starts_anew(config: JobConfig) -> bool:
     """Return whether to move the run in the folder aside.
 
-    Not on a restart by the launcher, which repeats the command: the run in the folder is then the
-    one that the first start began.
+    Not on a restart by the launcher, which repeats the command, if the first start has begun: the
+    run in the folder is then that one.
     """
-    return config.job.new_run and not is_restart()
+    pending = Path(config.job.dump_folder) / PENDING_NAME
+    return config.job.new_run and (not is_restart() or pending.exists())
 
 
 def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
