@@ -78,8 +78,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
-        problems = _load_problems_of_a_new_run(config.checkpoint)
-        return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
+        return _replacement(context)
     if not stored.is_run:
         _refuse_foreign_config(path)
         return _new(context, secrets.token_hex(6), step_problems(config.checkpoint, folder))
@@ -174,6 +173,12 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
         warmup_steps=context.warmup_steps,
         notices=start.notices,
     )
+
+
+def _replacement(context: RunContext) -> Decision:
+    """Decide on a new run in the place of another one."""
+    problems = _load_problems_of_a_new_run(context.config.checkpoint)
+    return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
 
 
 def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> Decision:
