@@ -122,7 +122,7 @@ def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path)
 
 
 def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path: Path) -> None:
-    """The thread would write for a minute. Its step is not valid, and the same command continues."""
+    """The thread would write for a minute. Its step is not valid; the same command continues."""
     folder = tmp_path / "run"
     steps = ("--checkpoint.interval=1", "--training.steps=3")
     done = run_with_fault(folder, "interrupt", *steps)

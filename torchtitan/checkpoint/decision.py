@@ -19,8 +19,17 @@ from typing import Any, Literal
 from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
-from torchtitan.checkpoint.steps_folder import Candidate, inspect_steps, step_folders
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun
+from torchtitan.checkpoint.steps_folder import (
+    Candidate,
+    inspect_steps,
+    step_folders,
+)
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    PENDING_NAME,
+    STATUS_NAME,
+    StoredRun,
+)
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -61,10 +70,11 @@ class Decision:
 def starts_anew(config: JobConfig) -> bool:
     """Return whether to move the run in the folder aside.
 
-    Not on a restart by the launcher, which repeats the command: the run in the folder is then the
-    one that the first start began.
+    Not on a restart by the launcher, which repeats the command, if the first start has begun: the
+    run in the folder is then that one.
     """
-    return config.job.new_run and not is_restart()
+    pending = Path(config.job.dump_folder) / PENDING_NAME
+    return config.job.new_run and (not is_restart() or pending.exists())
 
 
 def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
@@ -72,8 +82,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
-        problems = _load_problems_of_a_new_run(config.checkpoint)
-        return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
+        return _replacement(context)
     if not stored.is_run:
         _refuse_foreign_config(path)
         return _new(context, secrets.token_hex(6), step_problems(config.checkpoint, folder))
@@ -168,6 +177,12 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
         warmup_steps=context.warmup_steps,
         notices=start.notices,
     )
+
+
+def _replacement(context: RunContext) -> Decision:
+    """Decide on a new run in the place of another one."""
+    problems = _load_problems_of_a_new_run(context.config.checkpoint)
+    return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
 
 
 def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> Decision:

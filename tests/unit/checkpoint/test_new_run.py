@@ -1,4 +1,4 @@
-"""`job.new_run` moves the old run aside, when the new one begins."""
+"""`job.new_run`: a run that replaces the one in its folder."""
 
 from pathlib import Path
 
@@ -54,16 +54,25 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     assert (tmp_path / "previous-2" / "run_status.json").exists()
 
 
-def test_a_new_run_that_does_not_begin_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_new_run_that_does_not_begin_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What keeps it from its first step may be anything: its data, memory, a signal."""
     stopped_run(tmp_path, 5)
     before = snapshot(tmp_path)
-    config = make_config(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
+    config = make_config(tmp_path, job={"new_run": True})
     opened = RunFolder.open(config, RunContext(config, 1, "cpu"))
     assert opened.decision.replaces_run and opened.keeps_status(MemoryError())
     opened.close()
-    assert snapshot(tmp_path) == before
-    assert open_folder(tmp_path).decision.action == "resume"
+    mark = tmp_path / ".new_run"
+    assert {path: text for path, text in snapshot(tmp_path).items() if path != str(mark)} == before
+    # A launcher that restarts the job means the new run, which has not begun.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    opened = RunFolder.open(config, RunContext(config, 1, "cpu"))
+    opened.close()
+    assert opened.decision.replaces_run
+    assert open_folder(tmp_path).decision.action == "resume" and not mark.exists()
+    assert not RunFolder.open(config, RunContext(config, 1, "cpu")).decision.replaces_run
 
 
 def test_new_run_in_a_folder_without_a_run(tmp_path: Path) -> None:
