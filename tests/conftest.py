@@ -2,7 +2,10 @@
 
 import logging
 import signal
+import zlib
 from collections.abc import Iterator
+from multiprocessing import forkserver
+from typing import Any
 
 import pytest
 
@@ -35,21 +38,30 @@ PARTS = {
 """The files that take longest, these first, and into how many parts each is cut."""
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Start importing torch in the fork server while the tests are collected."""
+    if hasattr(config, "workerinput"):
+        forkserver.ensure_running()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each file, or part of a long one, to one process: its fixtures are made once."""
-    if not hasattr(config, "workerinput"):
-        return
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        groups.setdefault(item.nodeid.partition("::")[0], []).append(item)
-    order = {name: place for place, name in enumerate(PARTS)}
-    items.clear()
-    for name in sorted(groups, key=lambda name: order.get(name, len(order))):
-        size = -(-len(groups[name]) // PARTS.get(name, 1))
-        for number, item in enumerate(groups[name]):
-            item.add_marker(pytest.mark.xdist_group(f"{name}-{number // size}"))
-        items += groups[name]
+    """Start with the longest files, or one of them is all that runs at the end."""
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(PARTS)}
+        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file, or part of one, to one process, so that its fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("::")[0]
+            return f"{name} {zlib.crc32(nodeid.encode()) % PARTS.get(name, 1)}"
+
+    return ByPart(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,7 @@ def test_an_export_that_overflows_is_saved_in_its_own_type(tmp_path: Path) -> No
 def test_initial_weights_that_are_not_finite_are_no_seed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code = (
-        "from torchtitan.models.decoder.model import InitRule, Llama\n"
+        "from torchtitan.models.decoder.model import Decoder, InitRule\n"
         f"Decoder.init_rule = lambda self, name: InitRule('constant', value={torch.inf!r})"
     )
     code = code.replace("inf)", "float('inf'))")

@@ -203,14 +203,14 @@ def test_from_another_run(
     [new] = gloo_pool.run(1, go_on, Case(), str(tmp_path / "new"), ["average"], "", section)
     assert (new["start"] == saved["end"]) == comes_along
     assert new["start"]["steps"] == (STEPS if comes_along else 0)
-    assert ("begins anew" in new["log"]) == ("exclude_from_loading" in section)
+    assert ("starts without state" in new["log"]) == ("exclude_from_loading" in section)
 
 
 def test_what_is_missing_is_said(gloo_pool: GlooPool, tmp_path: Path) -> None:
     [first] = gloo_pool.run(1, go_on, Case(), str(tmp_path), [])
     assert "handler" not in first["log"]
     [late] = gloo_pool.run(1, go_on, Case(), str(tmp_path), ["average"])
-    assert f"The handler average begins anew: {tmp_path}/step-2 holds no state of it" in late["log"]
+    assert f"The handler average starts without state: {tmp_path}/step-2 holds none" in late["log"]
     assert late["start"]["steps"] == 0
     [gone] = gloo_pool.run(1, go_on, Case(), str(tmp_path), [])
     assert (

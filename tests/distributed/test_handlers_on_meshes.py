@@ -170,7 +170,8 @@ def gather_both_ways(world: DistributedContext, emulate: bool) -> tuple[Counter[
     """Bits, scale, output and gradients: rounded, then gathered; and gathered, then rounded."""
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
-    from torchtitan.handlers.float8_tensor_parallel import _GatherFloat8
+
+    from torchtitan.handlers.float8 import _GatherFloat8
 
     torch.manual_seed(0)
     linear = Float8Linear(32, 16, bias=False, config=Float8LinearConfig(emulate=emulate))

@@ -28,7 +28,7 @@ def note(kind, method, name):
     setattr(kind, method, noted)
 
 
-note(NonFiniteGuard, "settle", lambda: "settle")
+note(NonFiniteGuard, "flush", lambda: "check")
 note(MetricsLogger, "flush", lambda: "flush")
 note(CheckpointManager, "save", lambda state, *rest: f"save-{state.step}")
 note(GarbageCollection, "step", lambda step: f"garbage-{step}")
@@ -65,10 +65,10 @@ def test_order_around_a_checkpoint(tmp_path: Path) -> None:
     calls = next(line for line in done.stdout.splitlines() if line.startswith("CALLS")).split()
     assert calls[1:] == [
         "garbage-1",
-        *("settle", "flush", "save-2", "garbage-2"),
+        *("check", "flush", "save-2", "garbage-2"),
         "garbage-3",
-        *("settle", "flush", "save-4", "garbage-4"),
-        "settle",
+        *("check", "flush", "save-4", "garbage-4"),
+        "check",
     ]
     reads = next(line for line in done.stdout.splitlines() if line.startswith("READS")).split()
     assert reads[1:] == ["data"] * 4

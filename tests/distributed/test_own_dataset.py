@@ -10,7 +10,7 @@ from tests.distributed import runs
 from tests.forked import execute
 
 PAGE = (runs.ROOT / "docs" / "datasets.md").read_text("utf-8")
-SECTION = PAGE.partition("## A dataset of one's own")[2]
+SECTION = PAGE.partition("## Custom datasets")[2]
 
 
 def block(language: str) -> str:

@@ -89,7 +89,7 @@ def differences(world: DistributedContext, setting: Setting) -> list[float]:
     context = setting.context(world)
     whole, ids = setting.inputs(), setting.document_ids()
     exact = [x.double().requires_grad_() for x in whole[:3]]
-    expected, _ = InnerAttention()(*exact, dense_mask(ids, setting.window))
+    expected = InnerAttention()(*exact, dense_mask(ids, setting.window))
     gradients = torch.autograd.grad(expected, exact, whole[3].double())
 
     share = partial(context.layout.select, chunks=context.layout.chunks(context.rank), dim=2)

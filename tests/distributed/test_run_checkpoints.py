@@ -69,9 +69,13 @@ def record_file(path):
     at_step_2 = path.parent.name.startswith(".tmp-step-2-")
     if at_step_2 and fault == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
-    while at_step_2 and fault == "interrupt":
-        os.kill(os.getpid(), signal.SIGINT)  # again and again; this file is never written
-        time.sleep(0.05)
+    if at_step_2 and fault == "interrupt":
+        stop = signal.getsignal(signal.SIGINT).__self__
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.requested:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
     if fault == "fail":
         raise OSError(5, "Input/output error")
     time.sleep(0.3)
@@ -118,7 +122,7 @@ def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path)
 
 
 def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path: Path) -> None:
-    """The thread would write on for ever. What it has written is not valid, and the run goes on."""
+    """The thread would write for a minute. Its step is not valid; the same command continues."""
     folder = tmp_path / "run"
     steps = ("--checkpoint.interval=1", "--training.steps=3")
     done = run_with_fault(folder, "interrupt", *steps)

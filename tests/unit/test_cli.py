@@ -116,6 +116,24 @@ def test_a_rank_that_rank_0_does_not_answer_tells_itself(
     assert capsys.readouterr().err.count("error: training.steps = 0") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "check", "settings"),
+    [
+        ("run.toml --check", "plain", ["run.toml"]),
+        ("--check run.toml", "plain", ["run.toml"]),
+        ("--check full run.toml", "full", ["run.toml"]),
+        ("--check=full run.toml", "full", ["run.toml"]),
+        ("--check --debug.seed 3", "plain", ["--debug.seed", "3"]),
+        ("--checkpoint.enable run.toml", "", ["--checkpoint.enable", "run.toml"]),
+        ("--checkpoint.load_step -1 --optimizer.lr=-1e-3", "", None),
+    ],
+)
+def test_a_check_leaves_the_settings_alone(words: str, check: str, settings: list[str] | None):
+    options = command_line.parse(["train", *words.split()])
+    assert options and options.check == check
+    assert options.settings == (words.split() if settings is None else settings)
+
+
 def test_problems_of_a_run_folder_are_found_without_torch(torchless: CliServer, tmp_path: Path):
     (tmp_path / "file").touch()
     result = torchless.run("train", *GOOD, f"--job.dump_folder={tmp_path / 'file'}")

@@ -11,7 +11,7 @@ have the same model and checkpoint folder, and may differ in everything else.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,17 @@ from typing import Any, Literal
 from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
-from torchtitan.checkpoint.steps_folder import inspect_step, inspect_steps, step_folders
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, STATUS_NAME, StoredRun
+from torchtitan.checkpoint.steps_folder import (
+    Candidate,
+    inspect_steps,
+    step_folders,
+)
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    PENDING_NAME,
+    STATUS_NAME,
+    StoredRun,
+)
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -61,10 +70,11 @@ class Decision:
 def starts_anew(config: JobConfig) -> bool:
     """Return whether to move the run in the folder aside.
 
-    Not on a restart by the launcher, which repeats the command: the run in the folder is then the
-    one that the first start began.
+    Not on a restart by the launcher, which repeats the command, if the first start has begun: the
+    run in the folder is then that one.
     """
-    return config.job.new_run and not is_restart()
+    pending = Path(config.job.dump_folder) / PENDING_NAME
+    return config.job.new_run and (not is_restart() or pending.exists())
 
 
 def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
@@ -72,8 +82,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
     if starts_anew(config) and is_movable(path, config):
-        problems = _load_problems_of_a_new_run(config.checkpoint)
-        return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
+        return _replacement(context)
     if not stored.is_run:
         _refuse_foreign_config(path)
         return _new(context, secrets.token_hex(6), step_problems(config.checkpoint, folder))
@@ -168,6 +177,12 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
         warmup_steps=context.warmup_steps,
         notices=start.notices,
     )
+
+
+def _replacement(context: RunContext) -> Decision:
+    """Decide on a new run in the place of another one."""
+    problems = _load_problems_of_a_new_run(context.config.checkpoint)
+    return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
 
 
 def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> Decision:
@@ -354,36 +369,35 @@ def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
         text = f"holds {links[0]}, which is a link and therefore never loaded"
         fix = "put a real folder in its place, or remove it"
         return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
-    steps = step_folders(folder)
-    if section.load_step >= 0:
-        return _load_step_problems(section, folder, steps)
     candidates = inspect_steps(folder)
+    if section.load_step >= 0:
+        return _load_step_problems(section, candidates)
     if candidates and not any(candidate.manifest for candidate in candidates):
+        steps = _join(candidate.step for candidate in candidates)
         faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
-        text = f"holds steps {_join(steps)}, none of which is a valid checkpoint ({faults})"
+        text = f"holds steps {steps}, none of which is a valid checkpoint ({faults})"
         fix = "restore one, or start anew in another --job.dump_folder or with --job.new_run"
         return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
     return []
 
 
-def _load_step_problems(section: Checkpoint, folder: Path, steps: list[int]) -> list[ConfigIssue]:
-    step = section.load_step
-    good = [candidate.step for candidate in inspect_steps(folder) if candidate.manifest]
-    if step not in steps:
-        text = f"is not among the saved steps: {_join(good) or 'there are none'}"
-        fix = "choose one of them, or -1 for the newest"
-        return [ConfigIssue("checkpoint.load_step", text, fix, step)]
-    fault = inspect_step(folder, step).fault
-    if fault is not None:
-        fix = f"choose another ({_join(good) or 'there is none'}), or -1 for the newest good one"
-        return [ConfigIssue("checkpoint.load_step", f"is damaged ({fault})", fix, step)]
-    later = [other for other in steps if other > step]
+def _load_step_problems(section: Checkpoint, candidates: list[Candidate]) -> list[ConfigIssue]:
+    key, step = "checkpoint.load_step", section.load_step
+    good = _join(candidate.step for candidate in candidates if candidate.manifest)
+    asked = [candidate for candidate in candidates if candidate.step == step]
+    if not asked:
+        text = f"is not among the saved steps: {good or 'there are none'}"
+        return [ConfigIssue(key, text, "choose one of them, or -1 for the newest", step)]
+    if asked[0].fault is not None:
+        fix = f"choose another ({good or 'there is none'}), or -1 for the newest good one"
+        return [ConfigIssue(key, f"is damaged ({asked[0].fault})", fix, step)]
+    later = _join(candidate.step for candidate in candidates if candidate.step > step)
     if later and not section.allow_rewind:
-        text = f"is older than steps {_join(later)}, which are invalid once the run goes back"
+        text = f"is older than steps {later}, which are invalid once the run goes back"
         fix = "set checkpoint.allow_rewind to move them aside, or use another --job.dump_folder"
-        return [ConfigIssue("checkpoint.load_step", text, fix, step)]
+        return [ConfigIssue(key, text, fix, step)]
     return []
 
 
-def _join(steps: list[int]) -> str:
+def _join(steps: Iterable[int]) -> str:
     return ", ".join(map(str, steps))

@@ -106,7 +106,7 @@ def load_handler_state(
     values: Mapping[str, dict[str, Any]] = manifest.state.get(HANDLERS_STATE, {})
     for name in state.kept:
         if name not in values:
-            logger.warning("The handler %s begins anew: %s holds no state of it.", name, path)
+            logger.warning("The handler %s starts without state: %s holds none of it.", name, path)
     for name in values:
         if name not in state.kept:
             text = "%s holds state of the handler %s, which this run lacks: later steps drop it."

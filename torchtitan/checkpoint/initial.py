@@ -77,7 +77,7 @@ def initial_start(context: RunContext) -> InitialStart:
     manifest = _inspect(section, path)
     notices = _parent_notices(section, path)
     if section.initial_load_model_only:
-        return InitialStart(0, batch, lanes, (f"The weights are those of {path}.", *notices))
+        return InitialStart(0, batch, lanes, (f"The weights come from {path}.", *notices))
     assert manifest is not None
     state = without_excluded(manifest.state, section.exclude_from_loading)
     step = int(state.get("step", 0))
@@ -160,9 +160,7 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
                 f"is no checkpoint, but holds steps {', '.join(map(str, steps))}",
                 f"choose one, such as {path / step_name(steps[-1])}",
             )
-        kinds = sorted({name.rpartition(".")[2] for name in names if "." in name.strip(".")})
-        found = f"it holds {', '.join(kinds[:5])} files" if kinds else "it holds no such files"
-        raise refuse(f"was not saved by torch.distributed.checkpoint: {found}", whole)
+        raise refuse("was not saved by torch.distributed.checkpoint: it has no .metadata", whole)
     for part in [] if section.trust_path else [path, path / MANIFEST_NAME]:
         if part.exists() and writable_by_anybody(part):
             name = "" if part == path else f"its {part.name} "

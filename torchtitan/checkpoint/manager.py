@@ -50,7 +50,7 @@ class RunState:
     """By number, of all lanes; None at the start of the data."""
     data_fingerprint: str | None = None
     data_summary: Mapping[str, Any] | None = None
-    """What the fingerprint is computed from, to say what differs."""
+    """The facts behind the fingerprint, to report differences."""
 
 
 class CheckpointManager:
@@ -58,7 +58,7 @@ class CheckpointManager:
 
     All ranks call every method. Leaving it as a context waits for the save under way. Constructing
     it chooses the step to continue from: `checkpoint.load_step`, or the newest good one; none if
-    the run `replaces_run`, because the steps in the folder are those of the old run.
+    the run `replaces_run`, because the steps in the folder are the old run's.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class CheckpointManager:
         if self._store is None or self._section.load_only:
             return "Nothing of this run is saved"
         if self._store.saved_step < 0:
-            return "No checkpoint of this run is saved: the same command begins anew"
+            return "No checkpoint of this run is saved: the same command starts from step 0"
         return (
             f"The newest checkpoint is step {self._store.saved_step}, which was found to be"
             " finite: the same command continues from it"

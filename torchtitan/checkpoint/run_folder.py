@@ -31,7 +31,7 @@ from torchtitan.checkpoint.files import (
     write_in_place,
 )
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, STATUS_NAME
+from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, PENDING_NAME, STATUS_NAME
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
@@ -73,8 +73,8 @@ class RunFolder:
         """Lock the folder and decide what this start does.
 
         Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
-        resolved config of a run that will be trained, and may reject it. Nothing is written before
-        `begin`. Raises `ConfigError`.
+        resolved config of a run that will be trained, and may reject it. Nothing but a mark of
+        a pending `job.new_run` is written before `begin`. Raises `ConfigError`.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
@@ -86,6 +86,8 @@ class RunFolder:
             folder = cls(path, resolved, decision, lock)
             if decision.action != "finished":
                 check(folder.config)
+                if decision.replaces_run:
+                    (path / PENDING_NAME).touch()
                 lock.name_run(decision.run_id)
         except OSError as error:
             lock.release()
@@ -126,6 +128,7 @@ class RunFolder:
                 self.checkpoint_folder.mkdir(mode=PRIVATE_TO_WRITE, exist_ok=True)
             if self.config.comm.trace_buf_size > 0:
                 (self.path / self.config.comm.save_traces_folder).mkdir(exist_ok=True)
+        (self.path / PENDING_NAME).unlink(missing_ok=True)
         # The status comes first because it marks the folder as a run's.
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))

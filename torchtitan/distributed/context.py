@@ -1,8 +1,8 @@
-"""`DistributedContext`: a run's processes, this process's place among them, and small messages.
+"""`DistributedContext`: the processes of a run, and small messages between them.
 
-Every run has a process group, a run of one process too, so that there is one code path. Tensors of
-the model travel over the device's backend (NCCL on CUDA, gloo on the CPU). Small facts (target
-counts, data positions, decisions) travel as CPU tensors over gloo beside it, so that the host never
+Every run has a process group, even with one process, so that there is one code path. The model's
+tensors travel over the device's backend (NCCL on CUDA, gloo on the CPU). Small facts (target
+counts, data positions, decisions) travel as CPU tensors over a gloo group, so that the host never
 waits for the device to learn them.
 """
 
@@ -30,7 +30,7 @@ _MEETINGS = itertools.count()
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among the processes of the run."""
+    """The place of this process among those of the run."""
 
     rank: int
     world_size: int
@@ -43,13 +43,14 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank logs, decides and writes what exists once."""
+        """True on rank 0, which logs, decides and writes the files that exist once."""
         return self.rank == 0
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's `value` (anything JSON can hold), in rank order. All ranks must call it.
+        """Return every rank's `value`, anything JSON can hold, in rank order.
 
-        Bytes in tensors rather than pickled objects: nothing that arrives can run code.
+        Bytes in tensors rather than pickled objects: nothing that arrives can run code. All ranks
+        must call it.
         """
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
@@ -69,10 +70,10 @@ class DistributedContext:
         ]
 
     def gather_distinct_json(self, value: Any) -> list[Any]:
-        """The different ones among the ranks' values (anything JSON can hold), in the order of the
-        first rank that has each. All ranks must call it.
+        """Return the distinct values among those of the ranks, ordered by the first rank with each.
 
-        For what many ranks have alike, and is too large to be sent by all of them.
+        A value is anything JSON can hold. Sends each distinct value once, which saves time where
+        many ranks have the same large one. All ranks must call it.
         """
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         first: dict[str, int] = {}
@@ -81,8 +82,7 @@ class DistributedContext:
         return [self.broadcast_json(value, source=rank) for rank in first.values()]
 
     def broadcast_json(self, value: Any, source: int = 0) -> Any:
-        """Rank `source`'s `value` (anything JSON can hold) on every rank. All ranks must call
-        it."""
+        """Return the `value` of rank `source`, anything JSON can hold. All ranks must call it."""
         if self.world_size == 1:
             return json.loads(json.dumps(value))
         payload = json.dumps(value).encode() if self.rank == source else b""
@@ -100,10 +100,10 @@ class DistributedContext:
 
 
 def with_own_group(world: DistributedContext, timeout_seconds: int) -> DistributedContext:
-    """The same processes over a gloo group of their own, for what a thread of each does while the
-    main ones go on: messages of both over one group would be taken for each other.
+    """Return the same processes over a separate gloo group, for a background thread of each.
 
-    `set_timeout` leaves `timeout_seconds` alone. All ranks must call it.
+    Over one group the messages of both threads could be mixed up. `set_timeout` does not change
+    `timeout_seconds`. All ranks must call it.
     """
     timeout = timedelta(seconds=timeout_seconds)
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc=OWN_TIMEOUT)
@@ -154,8 +154,10 @@ def open_context(
 def share_refusal(
     environment: ProcessEnvironment, problems: Sequence[ConfigIssue], seconds: float
 ) -> bool:
-    """Tell all ranks that this one cannot start, so that none waits for it. Return once rank 0 has
-    said so too, or that it can; False if it does not within `seconds`."""
+    """Tell all ranks that this one cannot start, so that none waits for it.
+
+    Returns True once rank 0 has answered, False if it does not within `seconds`.
+    """
     try:
         _, roll_call = meet(environment, seconds)
         roll_call.start(seconds, problems)
@@ -167,9 +169,9 @@ def share_refusal(
 
 
 def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, RollCall]:
-    """The store at the launcher's `MASTER_ADDR` and `MASTER_PORT`, and a roll call over it.
+    """Return the store at the launcher's `MASTER_ADDR` and `MASTER_PORT`, and a roll call over it.
 
-    Raises ConfigError where that port cannot be opened, and HangError where nobody answers at it
+    Raises ConfigError if the port cannot be opened, and HangError if nobody answers
     within `seconds`.
     """
     rank, meeting = environment.rank, next(_MEETINGS)

@@ -11,9 +11,9 @@ from collections.abc import Container, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.utils.torch_compat import local_tensor
 
 _NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMES = 3
@@ -26,7 +26,7 @@ def non_finite(tensors: Mapping[str, Tensor], may_be_infinite: Container[str] = 
     """
     extremes: dict[tuple[torch.device, torch.dtype], dict[str, list[Tensor]]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        local = local_tensor(tensor.detach())
         if local.is_complex():
             local = torch.view_as_real(local)
         if not local.is_floating_point() or not local.numel():

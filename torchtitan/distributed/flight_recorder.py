@@ -27,10 +27,10 @@ _SAYS_ITSELF_WHAT_IT_IS = (ConfigError, DataError, NonFiniteError)
 
 
 class FlightRecorder:
-    """Sets the recorder up when it is made, which must be before any process group is. Entered
-    while there are process groups, it writes what was recorded if an error comes through.
+    """Sets up torch's flight recorder, and writes its records if an error ends the run.
 
-    `folder`: the run folder.
+    Construct it before any process group, and enter it while there are process groups. `folder` is
+    the run folder.
     """
 
     def __init__(self, section: Comm, folder: Path, rank: int, device_type: str):
@@ -80,8 +80,10 @@ class FlightRecorder:
 
 
 def _set(name: str, value: str, *older_names: str) -> None:
-    """Set a variable of torch's, unless a user has, by this name or by an older one. That is not
-    set too, since torch warns of it."""
+    """Set an environment variable of torch unless the user has, by this name or an older one.
+
+    Older names stay unset: torch warns about them.
+    """
     if not {name, *older_names} & os.environ.keys():
         os.environ[name] = value
 
@@ -99,9 +101,11 @@ def _lines(entries: list[dict[str, Any]]) -> bytes:
 
 
 def gloo_collectives() -> list[dict[str, Any]]:
-    """The newest collectives over gloo, oldest first. `number` counts those of a group, so that it
-    is the same for the same collective on all of its ranks. gloo does not record which are done:
-    the last may be the one that failed."""
+    """Return the newest collectives over gloo, oldest first.
+
+    `number` counts the collectives of a group, so a collective has the same number on all ranks.
+    gloo does not record which are done: the last may be the one that failed.
+    """
     ranks = ranks_of_groups()
     collectives = []
     for entry in gloo_trace() or []:

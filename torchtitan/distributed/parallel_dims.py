@@ -60,35 +60,36 @@ class ParallelDims:
 
     @property
     def shards(self) -> int:
-        """Ranks over which FSDP shards a parameter: context parallelism's ranks hold the same
-        parameters, so they share them out like the data ranks."""
+        """Ranks over which FSDP shards a parameter.
+
+        Context-parallel ranks use the same parameters, so they shard them like data ranks.
+        """
         return self.dp_shard * self.cp
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh of all axes, those of degree 1 too. All ranks must call it."""
+        """Return the mesh of all axes, including those of degree 1. All ranks must call it."""
         shape = tuple(getattr(self, axis) for axis in AXES)
         return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
 
     def shard_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Of `mesh`, the axis that parameters are sharded over: dp_shard and cp as one."""
+        """Return the axis of `mesh` that FSDP shards over: dp_shard and cp as one."""
         if self.cp == 1:
             return mesh["dp_shard"]
         return mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
 
     def dp_rank(self, rank: int) -> int:
-        """Which part of the data the process of this rank reads, 0 to `dp` - 1."""
+        """Return the share of the data that this rank reads, from 0 to `dp` - 1."""
         return rank // (self.cp * self.tp) % self.dp
 
     def is_data_leader(self, rank: int) -> bool:
-        """Whether this rank speaks for its data where every datum must count once."""
+        """Return True on one rank of each data replica: its samples are counted."""
         return rank % (self.cp * self.tp) == 0 and rank < self.world_size // self.pp
 
     def is_loss_leader(self, rank: int) -> bool:
-        """Whether the loss that this rank computes is to be added to the other ranks': those that
-        only differ in tp compute the same one."""
+        """Return True on the ranks whose losses are added; along tp all compute the same."""
         return rank % self.tp == 0
 
     def describe(self) -> str:
-        """Degrees above 1, for the log."""
+        """Return the degrees above 1, for the log."""
         above = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
         return ", ".join(above) or "one process"

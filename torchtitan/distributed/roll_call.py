@@ -28,7 +28,7 @@ _LAST_TO_LEAVE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How a rank's run ended."""
+    """The way in which a rank's run ended."""
 
     rank: int
     code: int
@@ -38,7 +38,7 @@ class Ending:
 
 
 class RollCall:
-    """What the ranks say of themselves over `store`; `keeps_store`: it lives in this process."""
+    """The ranks' reports over `store`; `keeps_store`: the store lives in this process."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, keeps_store: bool):
         self._store = store
@@ -84,8 +84,10 @@ class RollCall:
             )
 
     def end(self, ending: Ending, seconds: float) -> list[Ending] | None:
-        """Say how this rank ended, and return what all say that do so within `seconds`, the first
-        one first; None if the store does not answer."""
+        """Report how this rank ended and return the reports that arrive within `seconds`.
+
+        The first report comes first. Returns None if the store does not answer.
+        """
 
         def talk() -> list[Ending]:
             self._say("ended", **{key: vars(ending)[key] for key in ("code", "text", "lost")})
@@ -122,8 +124,10 @@ class RollCall:
 
 
 def explain(own: Ending, endings: Sequence[Ending] | None, world_size: int) -> Ending:
-    """The ending of the run: that of the first rank with a reason of its own, else which ranks
-    stand still or are gone. `endings` as `RollCall.end` returns them; `own` is one of them."""
+    """Return the ending of the run: the first rank's own error, else which ranks hang or are gone.
+
+    `endings` are those of `RollCall.end`; `own` is one of them.
+    """
     if not own.lost:
         return own
     if endings is None:
@@ -162,8 +166,10 @@ def _wait(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def _within(seconds: float, action: Callable[[], T]) -> T | None:
-    """`action`'s result; None if it fails, or takes longer: the process that keeps the store may
-    stand still, and no call of a store returns then."""
+    """Return `action`'s result, or None if it fails or takes longer.
+
+    If the process that holds the store hangs, no call of the store returns.
+    """
     results: list[T] = []
 
     def act() -> None:

@@ -1,4 +1,4 @@
-"""The control exchange: how ranks agree, once a step, without the host waiting for the device.
+"""The control exchange: ranks agree once a step, and no host waits for its device.
 
 While the device works on a step, the host fetches the next one's data and starts one small sum of
 integers over gloo: how many targets the data hold, whether anything is left, whether somebody was
@@ -17,7 +17,7 @@ from torchtitan.distributed.context import DistributedContext
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What all ranks know about the step to come."""
+    """The facts about the next step that all ranks agree on."""
 
     num_targets: int
     num_tokens: int
@@ -42,7 +42,7 @@ class PendingStepInfo:
         self._work = work
 
     def wait(self) -> StepInfo:
-        """The agreement, as soon as all ranks have spoken."""
+        """Return the facts as soon as all ranks have sent theirs."""
         self._work.wait()
         targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows = (
             self._values.tolist()
@@ -71,10 +71,9 @@ def start_step_sync(
     save_failed: bool = False,
     bad_rows: int = 0,
 ) -> PendingStepInfo:
-    """Speak for this rank; every rank does once a step.
+    """Send this rank's facts; every rank must call it once a step.
 
-    `is_data_leader`: whether this rank's data are counted; of the ranks that work on the same data
-    only one does.
+    `is_data_leader`: this rank's data are counted. One of the ranks that read the same data does.
     """
     values = torch.tensor(
         [

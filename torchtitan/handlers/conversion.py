@@ -28,31 +28,14 @@ class InitRules:
     """Parameters and buffers that the family's model lacks, with the handler that added each."""
 
     def __call__(self, name: str) -> InitRule:
-        """Return the rule of the last listed handler that gives one, else the model's.
-
-        Raises ConfigError for an added name without a rule.
-        """
-        rule = self._of_handlers(name)
-        if rule is None and name in self.added:
-            raise ConfigError(self._problem([name]))
+        """Return the rule of the last listed handler that gives one, else the model's."""
+        rule = self.of_handlers(name)
         return self.model.init_rule(name) if rule is None else rule
 
-    def require(self) -> None:
-        """Raise ConfigError, with the names, if anything that a handler added has no rule."""
-        missing = [name for name in self.added if self._of_handlers(name) is None]
-        if missing:
-            raise ConfigError(self._problem(missing))
-
-    def _of_handlers(self, name: str) -> InitRule | None:
+    def of_handlers(self, name: str) -> InitRule | None:
+        """Return the rule of the last listed handler that gives one."""
         rules = (handler.init_rule(name) for handler in reversed(self.handlers))
         return next((rule for rule in rules if rule is not None), None)
-
-    def _problem(self, names: list[str]) -> ConfigIssue:
-        shown = ", ".join(names[:_MAX_LISTED])
-        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-        problem = f"it adds {shown}{more} to the model, and no handler gives an init rule for it"
-        fix = "give the handler an init_rule(name) that returns an InitRule (docs/handlers.md)"
-        return ConfigIssue("model.handlers", problem, fix, value=self.added[names[0]].name)
 
 
 def convert_model(
@@ -86,7 +69,13 @@ def convert_model(
     for handler in handlers:
         handler.added = frozenset(name for name, origin in added.items() if origin is handler)
     rules = InitRules(model, handlers, added)
-    rules.require()
+    missing = [name for name in added if rules.of_handlers(name) is None]
+    if missing:
+        shown = ", ".join(missing[:_MAX_LISTED])
+        more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
+        problem = f"it adds {shown}{more} to the model, and no handler gives an init rule for it"
+        fix = "give the handler an init_rule(name) that returns an InitRule (docs/handlers.md)"
+        raise ConfigError(ConfigIssue("model.handlers", problem, fix, added[missing[0]].name))
     return rules
 
 

@@ -303,7 +303,7 @@ class MetricsLogger:
     def _warn(self, name: str, error: Exception, what: str = "written") -> None:
         if name not in self._warned:
             self._warned.add(name)
-            logger.warning("%s cannot be %s, training goes on: %r", name, what, error)
+            logger.warning("%s cannot be %s, training continues: %r", name, what, error)
 
 
 def _peak_flops(section: Metrics, device: torch.device) -> float | None:

@@ -99,7 +99,7 @@ class Profiler:
             folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(path))
         except Exception as error:  # a trace is never worth a run
-            logger.warning("the trace %s cannot be written, training goes on: %r", path, error)
+            logger.warning("the trace %s cannot be written, training continues: %r", path, error)
             return
         logger.info("Wrote the profiler trace %s", path)
 
@@ -130,6 +130,6 @@ class MemorySnapshots:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))
         except Exception as error:  # a snapshot is never worth a run
-            logger.warning("the snapshot %s cannot be written, training goes on: %r", path, error)
+            logger.warning("the snapshot %s cannot be written, training continues: %r", path, error)
             return
         logger.info("Wrote the memory snapshot %s", path)

@@ -145,8 +145,8 @@ def _start(mode: Any, **arguments: Any) -> Any:
         return wandb.init(settings=settings, mode=mode, **arguments)
     except Exception as error:
         logger.warning(
-            "Weights & Biases cannot be reached (%s). Training goes on, and its records are kept in"
-            " %s: `wandb login`, then `wandb sync` with the folders offline-run-* in it uploads"
+            "Weights & Biases cannot be reached (%s). Training continues, and its records are kept"
+            " in %s: `wandb login`, then `wandb sync` with the folders offline-run-* in it uploads"
             " them.",
             " ".join(str(error).split()),
             Path(arguments["dir"]) / "wandb",

@@ -101,8 +101,11 @@ def _keep_or_recompute(
 
 
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention drops weights. Were it not computed again, what comes after it in the
-    block would draw other numbers than in the forward."""
+    """Return whether an attention has dropout.
+
+    If its result were kept, later modules of the block would draw different random numbers in the
+    recomputation.
+    """
     if not isinstance(operator, torch._ops.OpOverload):
         return False
     names = [argument.name for argument in operator._schema.arguments]

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor
+
+from torchtitan.utils.torch_compat import local_tensor
 
 SMALLEST_BYTES = 4096
 """What is smaller stays: its copy would take longer than is worth the memory."""
@@ -37,7 +38,7 @@ class _Saved:
 
 
 class _BlockForward:
-    """What one forward of one block keeps for its backward."""
+    """The tensors that one forward of one block keeps for its backward."""
 
     def __init__(self, stay: set[int]):
         self.stay = stay
@@ -170,8 +171,10 @@ class ActivationOffload:
 def apply_activation_offload(
     blocks: Mapping[str, nn.Module], device: torch.device
 ) -> ActivationOffload:
-    """Offload the activations of the blocks, in place. Parameters have to be whole when the hooks
-    run that are registered here, so data parallelism comes later."""
+    """Offload the activations of the blocks, in place.
+
+    Parameters must be gathered when these hooks run, so apply data parallelism later.
+    """
     offload = ActivationOffload(device)
     for block in blocks.values():
         block.register_forward_pre_hook(offload.begin, with_kwargs=True)
@@ -192,6 +195,5 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """What identifies the memory that it is a part of, while that exists."""
-    local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage()._cdata
+    """Return an identifier of the tensor's storage, valid while that exists."""
+    return local_tensor(tensor.detach()).untyped_storage()._cdata

@@ -23,7 +23,7 @@ _MARK = "_compile_options"
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the mark on a block says."""
+    """The options of a block that is marked for compilation."""
 
     backend: str = "inductor"
 
@@ -34,12 +34,12 @@ def mark_for_compile(block: nn.Module, options: CompileOptions) -> None:
 
 
 def is_marked_for_compile(block: nn.Module) -> bool:
-    """Whether `block` is to be compiled, or is already."""
+    """Return whether `block` is compiled, or marked for it."""
     return hasattr(block, _MARK)
 
 
 def memory_budget_of(section: ActivationCheckpoint) -> float | None:
-    """What the compiler is to keep within, from 0 to 1; None for what it keeps by itself."""
+    """Return the compiler's memory budget, from 0 to 1; None for its default."""
     return section.memory_budget if section.mode == "memory_budget" else None
 
 
@@ -72,7 +72,7 @@ def _allow_each(num_blocks: int) -> None:
 
 
 def _within(memory_budget: float, backend: str) -> Callable[..., Any]:
-    """The backend of this name, under a budget that no other compilation of the process has."""
+    """Return the backend of this name with a memory budget for its compilations only."""
     compile_graph: Any = torch._dynamo.lookup_backend(backend)
 
     def compile_within_budget(graph: Any, inputs: Any, **arguments: Any) -> Any:

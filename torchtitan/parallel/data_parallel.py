@@ -92,7 +92,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; off while microbatches accumulate."""
+    """Switch the reduction of gradients in the next backward; off while microbatches accumulate."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         model.set_is_last_backward(enabled)

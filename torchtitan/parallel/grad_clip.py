@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.utils.dtypes import at_least_float32
+from torchtitan.utils.torch_compat import local_tensor
 
 
 @torch.no_grad()
@@ -22,7 +23,9 @@ def gradient_norm(
     ranks_per_stage: int,
     uncounted: Collection[nn.Parameter] = (),
 ) -> Tensor:
-    """2-norm of all gradients of the model, a scalar of at least float32, the same on all ranks.
+    """Return the 2-norm of all gradients of the model, the same on all ranks.
+
+    It is a scalar of at least float32.
 
     `ranks_per_stage` is the number of ranks that hold (parts or copies of) the same parameters;
     `uncounted` are copies of tied weights, which another stage counts. All ranks must call it.
@@ -67,7 +70,7 @@ class StreamingGradNorm:
 
 
 def _held(gradient: Tensor, ranks_per_stage: int) -> tuple[int, Tensor]:
-    """How many ranks hold the same part of the gradient as this one, and that part."""
+    """Return the number of ranks that hold the same part of the gradient, and that part."""
     if not isinstance(gradient, DTensor):
         return ranks_per_stage, gradient
     mesh = gradient.device_mesh
@@ -86,8 +89,10 @@ def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
 def _over_ranks(
     norms: Mapping[int, Sequence[Tensor]], device: torch.device | None, dtype: torch.dtype
 ) -> Tensor:
-    """The norm over all ranks from the norms of parts, by the number of ranks that hold each. A
-    rank whose parameters are all frozen has none, and the same `dtype` as the others."""
+    """Return the norm over all ranks; `norms` are of parts, by the number of ranks with each.
+
+    A rank whose parameters are all frozen has none, and must pass the `dtype` of the other ranks.
+    """
     total = torch.zeros((), dtype=dtype, device=device)
     for copies, parts in norms.items():
         total = total + torch.stack(tuple(parts)).square().sum() / copies
@@ -97,15 +102,13 @@ def _over_ranks(
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where the norm is larger. Does not wait for the
-    device."""
+    """Scale all gradients by max_norm / norm if the norm is larger, without a device sync."""
     if math.isinf(max_norm):
         return
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients = []
     for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+        if parameter.grad is not None:
+            gradients.append(local_tensor(parameter.grad))
     if gradients:
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -19,14 +19,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtitan.models.spec import InitRule
+from torchtitan.utils.torch_compat import local_tensor
 
 _CHUNK = 1 << 17
 """Elements computed at once: 1 MiB per temporary, which stays in the cache."""
 
 
 def initialize_parameters(model: nn.Module, rule: Callable[[str], InitRule], seed: int) -> None:
-    """Fill every parameter of `model` in place, as `rule(name)` says. One that has several names
-    (tied weights) is filled by its first. See `initialize_tensors`."""
+    """Fill every parameter of `model` in place by `rule(name)`, see `initialize_tensors`.
+
+    A parameter with several names (tied weights) is filled by its first.
+    """
     initialize_tensors(model.named_parameters(), rule, seed)
 
 
@@ -34,7 +37,7 @@ def initialize_parameters(model: nn.Module, rule: Callable[[str], InitRule], see
 def initialize_tensors(
     named: Iterable[tuple[str, Tensor]], rule: Callable[[str], InitRule], seed: int
 ) -> None:
-    """Fill tensors in place, as `rule(name)` says. No communication.
+    """Fill tensors in place by `rule(name)`, without communication.
 
     They may be plain tensors or DTensors with any sharding, empty shards too. Raises ValueError for
     one on the meta device, and for one of integers that is to be normal.
@@ -42,7 +45,7 @@ def initialize_tensors(
     for name, tensor in named:
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: allocate it before it is initialised")
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_tensor(tensor)
         init = rule(name)
         if init.kind == "constant":
             local.fill_(init.value)
@@ -57,15 +60,17 @@ def initialize_tensors(
 
 
 def hashed_bits(tensor: Tensor, label: str) -> Tensor:
-    """64 random bits (int64) for each element that this rank holds of `tensor`: a function of the
-    label and of the element's index in the whole tensor, as an initial weight is."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return 64 random bits (int64) for each element that this rank holds of `tensor`.
+
+    They are a function of the label and the element's index in the whole tensor.
+    """
+    local = local_tensor(tensor)
     rows, columns = _linear_indices(tensor.shape, local_indices(tensor))
     return _hash(rows.unsqueeze(1) + columns, _key(0, label)).view(local.shape)
 
 
 def local_indices(tensor: Tensor) -> list[Tensor]:
-    """For each dimension, the indices in the whole tensor of what this rank holds of it.
+    """Return, for each dimension, the indices of the elements that this rank holds.
 
     The placements are applied one after the other, from left to right over the mesh, to the indices
     of their dimension; this also covers `_StridedShard`, whose parts need not be contiguous.

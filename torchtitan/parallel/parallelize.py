@@ -1,4 +1,4 @@
-"""Everything that is done to a model between its construction and its first weights, in order."""
+"""Everything done to a model between its construction and its first weights, in order."""
 
 import logging
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def parallelize(
 
 
 def _units(model: LanguageModel, config: JobConfig, dims: ParallelDims) -> list[WrapUnit]:
-    """What is gathered by itself; the head in any case where it is all that is trained.
+    """Return the units to gather one by one; always the head if it alone is trained.
 
     FSDP hands on the gradients of a module once one has come to its output, and that of the model,
     hidden states, gets none then: the head's would be found by no optimizer.
@@ -80,7 +80,7 @@ def _units(model: LanguageModel, config: JobConfig, dims: ParallelDims) -> list[
 
 
 def _without_shared(units: list[WrapUnit], model: nn.Module) -> list[WrapUnit]:
-    """Leave out the units that share a parameter with another one, or with what is in none.
+    """Return the units that share no parameter with modules outside of them.
 
     FSDP takes each parameter once: a unit of its own would gather, and free, what another one uses.
     """
@@ -107,8 +107,11 @@ def _without_shared(units: list[WrapUnit], model: nn.Module) -> list[WrapUnit]:
 
 
 def _needs_units(config: JobConfig, dims: ParallelDims) -> bool:
-    """Whether parts of the model are gathered by themselves. With nothing to gather, each would
-    only cost the time of its hooks, unless memory is saved by having one at a time."""
+    """Return whether wrap units are gathered one by one.
+
+    With nothing to gather a unit only costs the time of its hooks, unless memory is saved by
+    having one at a time.
+    """
     return (
         dims.dp_replicate * dims.shards > 1
         or config.parallelism.fsdp_reshard_after_forward != "default"

@@ -1,4 +1,4 @@
-"""Random numbers in a model (dropout, noise) as a function of where they are drawn, not of when.
+"""Random numbers in a model (dropout, noise) as a function of the place, not of the order.
 
 torch's default generators are seeded anew before each of the model's top-level modules, blocks
 among them, by (seed, step, sequence, module, use, part): so nothing has to be stored, a resumed run
@@ -36,8 +36,10 @@ class RandomStreams:
         dp_rank: int = 0,
         part: tuple[int, int] = (0, 0),
     ):
-        """A data rank has `num_lanes / dp_degree` consecutive data lanes, of which it has one
-        sequence each in turn. `part` are the ranks in context and in tensor parallelism."""
+        """Take the lanes of a data rank, and its context and tensor ranks (`part`).
+
+        A data rank takes one sequence in turn from each of its `num_lanes / dp_degree` lanes.
+        """
         self.step = 0
         self._seed = seed
         self._device = device
@@ -62,15 +64,14 @@ class RandomStreams:
             module.register_forward_pre_hook(partial(self._before_module, name, part))
 
     def begin_microbatch(self, index: int) -> None:
-        """Before the forward of a microbatch whose first sequence is `index` of this rank's in the
-        step."""
+        """Seed for a microbatch whose first sequence is number `index` of this rank's step."""
         turn, lane = divmod(index, self._own_lanes)
         self._sequence = turn * self._num_lanes + self._first_lane + lane
         self._uses.clear()
         self._reseed("microbatch", self._sequence, *self._part)
 
     def end_microbatches(self) -> None:
-        """After the last backward of a step: from here on all ranks draw the same."""
+        """Seed for the hooks after the last backward, the same on all ranks."""
         self._reseed("hooks")
 
     # Not compiled: before a compiled block's forward, outside of it.

@@ -1,4 +1,4 @@
-"""The runner: forward and backward of one step's microbatches, however the model is cut.
+"""The runner: forward and backward of one step's microbatches.
 
 The loss of a step is the sum of the cross entropies of all its targets, over all microbatches and
 all data ranks, divided by their number. The runner owns that division: each microbatch's sum is
@@ -6,7 +6,7 @@ divided by the step's number of targets before its backward, and gradients are o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,45 +18,48 @@ from torchtitan.parallel.random_streams import RandomStreams
 
 
 class Loss(Protocol):
-    """An un-normalised loss. It may have members beside, which are found by their presence:
+    """A loss summed over targets.
 
-    - `evaluation`: the `Loss` that evaluation is of, where that is not the plain cross entropy;
-    - `terms`: names of what is logged beside it, and `take_terms()`, which gives, and forgets, the
+    Optional members:
+
+    - `evaluation`: the `Loss` to evaluate with, instead of the plain cross entropy;
+    - `terms`: names of further values to log, and `take_terms()`, which returns and resets their
       sums over the targets of the microbatches so far, by name.
     """
 
     def count(self, batch: Batch) -> Tensor:
-        """Number of targets, int64 scalar."""
+        """Return the number of targets, an int64 scalar."""
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
-        """Sum over the targets of a microbatch, scalar; `hidden` is `[B, T, D]`."""
+        """Return the sum over a microbatch's targets, a scalar; `hidden` is `[B, T, D]`."""
 
 
 class Runner(Protocol):
-    """What the loop needs of any runner."""
+    """The interface of all runners."""
 
     loss: Loss
     evaluation_loss: Loss
     streams: RandomStreams
-    """Of the model's random numbers; to be given the step before `forward_backward`."""
+    """The model's random numbers; set `streams.step` before `forward_backward`."""
     terms: Mapping[str, Tensor]
-    """Those of the loss for the step that was last, means over its targets on all ranks, `[]`."""
+    """The last step's loss terms by name: means over all its targets, scalars."""
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
-        """Accumulate the gradients of the step; returns its loss (mean over `num_targets`), a
-        scalar on the device that is the same on all ranks. All ranks must call it."""
+        """Accumulate the gradients of a step and return its loss.
+
+        The loss is the mean over `num_targets`, a scalar on the device, the same on all ranks. All
+        ranks must call it.
+        """
 
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
-        """Sum of the loss of evaluation over all targets of the microbatches on all ranks, without
-        gradients."""
+        """Return the evaluation loss summed over the targets of all ranks' microbatches."""
 
 
-class SPMDRunner:
-    """Runs a model that is whole on every rank (as far as the code of its forward can tell)."""
+class RunnerBase:
+    """The members that all runners have."""
 
     def __init__(
         self,
-        model: nn.Module,
         loss: Loss,
         device: torch.device,
         input_names: Sequence[str],
@@ -66,19 +69,35 @@ class SPMDRunner:
         is_loss_leader: bool = True,
         streams: RandomStreams | None = None,
     ):
-        """`input_names`: the tensors of a batch that the model's forward takes. `evaluation_loss`:
-        `loss`, unless given. `shard_batch` takes this rank's part of a batch whose sequences are
-        spread over ranks. `is_loss_leader` is False where another rank computes, and adds, the
-        same loss. `streams`: those of one rank and seed 0, unless given."""
-        self.model = model
+        """Keep what a step needs.
+
+        `input_names`: the tensors of a batch that the forward takes, tokens first.
+        `evaluation_loss`: `loss`, unless given. `shard_batch` takes this rank's share of a batch
+        under context parallelism. `is_loss_leader` is False where another rank computes, and adds,
+        the same loss. `streams`: those of one rank and seed 0, unless given.
+        """
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}
         self.device = device
         self.input_names = tuple(input_names)
-        self.shard_batch = shard_batch
         self.is_loss_leader = is_loss_leader
         self.streams = RandomStreams(0, device) if streams is None else streams
+        self._shard_batch = shard_batch
+
+    def _prepare(self, batch: Batch) -> Batch:
+        """Return this rank's share of the batch on the device."""
+        batch = batch.to(self.device, non_blocking=True)
+        return batch if self._shard_batch is None else self._shard_batch(batch)
+
+
+class SPMDRunner(RunnerBase):
+    """Runs a model without pipeline stages: every rank runs the whole forward."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        """See `RunnerBase`."""
+        super().__init__(*args, **kwargs)
+        self.model = model
         self.streams.attach(model)
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
@@ -110,15 +129,13 @@ class SPMDRunner:
         return over_ranks(total, self.is_loss_leader)
 
     def _sum(self, loss: Loss, batch: Batch) -> Tensor:
-        batch = batch.to(self.device, non_blocking=True)
-        if self.shard_batch is not None:
-            batch = self.shard_batch(batch)
+        batch = self._prepare(batch)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
 
 
 def over_ranks(total: Tensor, is_loss_leader: bool) -> Tensor:
-    """`total`, in place, of all ranks that count."""
+    """Add `total` over the ranks that are loss leaders, in place."""
     if not is_loss_leader:
         total.zero_()
     dist.all_reduce(total)
@@ -126,8 +143,10 @@ def over_ranks(total: Tensor, is_loss_leader: bool) -> Tensor:
 
 
 def terms_of(loss: Loss) -> Mapping[str, Tensor]:
-    """Take the sums of a step's terms from the `loss` that this rank has computed. Raises
-    ValueError unless they are those that it declares."""
+    """Take the sums of a step's terms from `loss`.
+
+    Raises ValueError unless they are the terms that the loss declares.
+    """
     names = getattr(loss, "terms", ())
     if not names:
         return {}
@@ -146,9 +165,11 @@ def terms_of(loss: Loss) -> Mapping[str, Tensor]:
 def add_over_ranks(
     loss: Loss, total: Tensor, terms: Mapping[str, Tensor], num_targets: int, is_loss_leader: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Add up the loss of a step, of which `total` is this rank's part, and its terms, of which
-    `terms` are this rank's sums over targets (empty without the last stage of a pipeline), in one
-    all-reduce. Returns the loss, and the terms as means over the targets."""
+    """Return a step's loss, and its terms as means over the targets, in one all-reduce.
+
+    `total` is this rank's part of the loss; `terms` are its sums over targets, empty on ranks
+    without the last stage of a pipeline.
+    """
     names = getattr(loss, "terms", ())
     zero = torch.zeros_like(total)
     parts = [terms[name].to(total) / num_targets if name in terms else zero for name in names]

@@ -89,7 +89,7 @@ def reduce_scatter_sum(x: Tensor, name: str, size: int) -> Tensor:
 
 
 class CutModule(nn.Module):
-    """What a module's class is mixed with. Its `super()` is the module's own class."""
+    """The mixin of all sharded modules. Its `super()` is the module's own class."""
 
     group: TensorGroup
     _parts: dict[str, Tensor] | None = None
@@ -97,22 +97,28 @@ class CutModule(nn.Module):
 
 
 class GatherInput(CutModule):
+    """A module whose first input is gathered along the sequence."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Gather `x`, `[B, T/tp, ...]`, and run the module."""
         return super().forward(gather_sequence(x, self.group), *args, **kwargs)
 
 
 class _ScatterOutput(CutModule):
+    """A module whose output is summed over ranks and scattered along the sequence."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return reduce_scatter_sequence(super().forward(*args, **kwargs), self.group)
 
 
 class VocabParallelEmbedding(CutModule):
-    """An embedding that holds some rows; tokens of other rows are another rank's term."""
+    """An embedding with some of the rows; other ranks look up the tokens of other rows."""
 
     weight: Tensor
     num_embeddings: int
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Look up `tokens` `[B, T]`; returns this rank's part of the sequence."""
         rows = tokens - self.group.rank * -(-self.num_embeddings // self.group.size)
         elsewhere = (rows < 0) | (rows >= self.weight.size(0))
         found = super().forward(rows.masked_fill(elsewhere, 0))
@@ -120,12 +126,15 @@ class VocabParallelEmbedding(CutModule):
 
 
 class GatheredDropout(CutModule):
-    """A dropout inside a matrix's own module, of an input that all ranks have whole: they need one
-    mask. Each draws it for its part of the sequence."""
+    """A dropout of an input that all ranks have whole, so they need the same mask.
+
+    Each rank draws the mask for its part of the sequence.
+    """
 
     p: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of `x` `[B, T, ...]`."""
         if not self.training or self.p == 0:
             return x
         shape = (x.size(0), x.size(1) // self.group.size, *x.shape[2:])
@@ -136,21 +145,21 @@ class GatheredDropout(CutModule):
 
 @dataclass(frozen=True)
 class ParallelStyle:
-    """How one module is cut: where its own parameters are, what its forward does beside."""
+    """The way in which one module is sharded: its parameters' placements, and its collectives."""
 
     placement: Placement | None = None
-    """Of the parameters that the module itself has."""
+    """The placement of the module's own parameters."""
     gradient: Placement | None = None
-    """What a rank's backward gives of their gradient."""
+    """The placement of their gradient after a rank's backward."""
     mixin: type[CutModule] = CutModule
     units: int | None = None
-    """Of a replicated matrix every rank uses one of so many parts of its rows."""
+    """Each rank uses one of so many parts of the rows of a replicated matrix."""
     whole: tuple[str, ...] = ()
-    """Parameters that are not cut: each rank uses them for its part of the work."""
+    """Parameters that are replicated: each rank uses them for its part of the work."""
     added_once: tuple[str, ...] = ()
-    """Parameters that are not cut either, and which only one rank adds to its term of a sum."""
+    """Replicated parameters that only one rank adds to its term of a sum."""
     whole_input: bool = False
-    """Whether the module's input is the same on all ranks, so that its dropouts have to be."""
+    """The module's input is the same on all ranks, so its dropouts must be as well."""
 
     def placements_of(self, parameter: str) -> tuple[Placement, Placement | None]:
         """Return the placements of one of the module's own parameters and of its gradient.
@@ -162,7 +171,7 @@ class ParallelStyle:
         return self.placement, self.gradient
 
     def part_of(self, rows: int, columns: int, degree: int) -> tuple[int, int]:
-        """Of a matrix, what one of `degree` ranks multiplies with."""
+        """Return the shape of the part of a matrix that one of `degree` ranks multiplies with."""
         if self.units is not None:
             return rows // self.units, columns
         if isinstance(self.placement, Shard):
@@ -177,31 +186,36 @@ PlanExtension = Callable[[dict[str, ParallelStyle]], None]
 
 
 class TensorStyles:
-    """The styles that a model's plan is made of, see `models.spec.TensorParallelStyles`."""
+    """The styles of a model's plan, see `models.spec.TensorParallelStyles`."""
 
     def __init__(self, degree: int):
         self.degree = degree
 
     def embedding(self) -> ParallelStyle:
+        """See `TensorParallelStyles`."""
         return ParallelStyle(Shard(0), Shard(0), VocabParallelEmbedding)
 
     def norm(self) -> ParallelStyle:
-        # Every rank sees a part of the sequence only.
+        """See `TensorParallelStyles`; gradients are of this rank's part of the sequence."""
         return ParallelStyle(Replicate(), Partial())
 
     def prepare_module_input(self) -> ParallelStyle:
+        """See `TensorParallelStyles`."""
         return ParallelStyle(mixin=GatherInput)
 
     def colwise(self, units: int | None = None) -> ParallelStyle:
+        """See `TensorParallelStyles`."""
         if units is None or units % self.degree == 0:
             return ParallelStyle(Shard(0), Shard(0), whole_input=True)
         assert self.degree % units == 0, "the degree was not checked"
         return ParallelStyle(Replicate(), Partial(), units=units, whole_input=True)
 
     def rowwise(self) -> ParallelStyle:
+        """See `TensorParallelStyles`."""
         return ParallelStyle(Shard(1), Shard(1), _ScatterOutput, added_once=("bias",))
 
     def head(self) -> ParallelStyle:
+        """See `TensorParallelStyles`."""
         return ParallelStyle(Shard(0), Shard(0), GatherInput)
 
 
@@ -318,8 +332,10 @@ def _gathered_dropout(group: TensorGroup) -> type[nn.Dropout]:
 
 
 def _part(name: str, style: ParallelStyle, group: TensorGroup, module: CutModule) -> Tensor:
-    """This rank's part of the parameter; autograd carries its gradient back. But the parameter
-    itself while FSDP has it cut further: no forward runs then, it is FSDP that asks."""
+    """Return the local part of the parameter; autograd carries its gradient back.
+
+    While FSDP has the parameter sharded further, return the parameter: only FSDP asks then.
+    """
     if module._parts is not None:
         return module._parts[name]
     parameter = module._parameters[name]
@@ -338,8 +354,10 @@ def _part(name: str, style: ParallelStyle, group: TensorGroup, module: CutModule
 
 @torch.compiler.disable
 def _take_parts(modules: list[CutModule], *_: object) -> None:
-    """Before a compiled block's forward, outside of it, so that the compiler meets plain tensors
-    only: it fails where it is to recompute something of a DTensor."""
+    """Read the local parts before a compiled block's forward, outside of it.
+
+    The compiler meets plain tensors only: it fails to recompute operations on DTensors.
+    """
     for module in modules:
         module._parts = {name: getattr(module, name) for name in module._parameters}
 

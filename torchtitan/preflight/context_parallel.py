@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of context parallelism. No torch."""
+"""Checks of context parallelism. No torch."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ DEGREE_KEY = "parallelism.context_parallel_degree"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of `parallelism.context_parallel_*`."""
+    """Return problems of `parallelism.context_parallel_*`."""
     section = context.config.parallelism
     degree, args = section.context_parallel_degree, model_args(context.config.model)
     if degree == 1 or args is None:
@@ -32,7 +32,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def _slow(context: RunContext, window: int | None) -> Iterator[ConfigIssue]:
-    """What `attention_kernels` has no kernel for."""
+    """Warn of attention that `attention_kernels` has no fast kernel for."""
     training = context.config.training
     method = context.config.parallelism.context_parallel_method
     if training.document_mask:

@@ -47,7 +47,7 @@ has many small files that are equal."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
 _ROW_FIX = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
-_ENCODING_FIX = 'set data.encoding, or data.on_bad_row = "skip" to leave such text out'
+_ENCODING_FIX = 'set data.encoding, or encoding in its table, or data.on_bad_row = "skip"'
 
 
 def describe_data(context: RunContext) -> list[str]:

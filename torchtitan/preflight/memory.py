@@ -1,4 +1,4 @@
-"""What can be wrong with the settings that save memory. No torch."""
+"""Checks of the settings that save memory. No torch."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of settings together; reads no file."""
+    """Return problems of settings that do not fit together; reads no file."""
     return [
         *_cpu_offload(context),
         *_early_step(context),
@@ -41,7 +41,7 @@ def _cpu_offload(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _early_step(context: RunContext) -> Iterator[ConfigIssue]:
-    """What needs all gradients of a step before the first parameter may change."""
+    """Return the settings that need all gradients of a step before a parameter changes."""
     config = context.config
     if not config.optimizer.early_step_in_backward:
         return

@@ -45,16 +45,16 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
     from torchtitan.utils.dtypes import torch_dtype
 
-    config, dims = (
-        context.config,
-        ParallelDims.from_section(context.config.parallelism, context.world_size),
-    )
+    config = context.config
+    dims = ParallelDims.from_section(config.parallelism, context.world_size)
     try:
         family = get_family(config.model.name)
         args = family.resolve(config.model)
         if args.vocab_size is None:  # the tokenizer's; no name depends on it
             args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
-        pipeline = plan_pipeline(context, args.modules()) if dims.pp > 1 else None
+        count, pipeline = context.pipeline_microbatches, None
+        if dims.pp > 1:
+            pipeline = plan_pipeline(config.parallelism, args.modules(), count)
         if dims.tp > 1 and args.tensor_parallel_problems(dims.tp):
             return []
     except ConfigError:

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of tensor parallelism. No torch."""
+"""Checks of tensor parallelism. No torch."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of `parallelism.tensor_parallel_degree` and `enable_async_tensor_parallel`.
+    """Return problems of the degree and of `enable_async_tensor_parallel`.
 
     A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.
     """
@@ -28,7 +28,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
-    """What keeps a model of these hyper-parameters from being cut as the config says."""
+    """Return the reasons why a model of these hyper-parameters cannot be sharded."""
     degree = context.config.parallelism.tensor_parallel_degree
     if degree == 1:
         return []
@@ -37,8 +37,11 @@ def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
 
 
 def _uneven_vocabulary(context: RunContext, args: ModelArgs) -> Iterator[ConfigIssue]:
-    """Matrices whose rows are cut unevenly are sharded by columns, see `data_parallel`, and FSDP
-    wants those even."""
+    """Return a problem of an uneven vocabulary.
+
+    Matrices whose rows are cut unevenly are sharded by columns, see `data_parallel`, and FSDP
+    needs an even number per rank.
+    """
     section = context.config.parallelism
     degree, vocab_size = section.tensor_parallel_degree, args.vocab_size
     shards = context.shard_degree * section.context_parallel_degree

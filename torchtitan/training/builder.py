@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,7 +37,7 @@ from torchtitan.optim import optimizer
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
 from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
-from torchtitan.parallel.pipeline.runner import PipelineRunner
+from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Runner, SPMDRunner
 from torchtitan.training.model_builder import BuiltModel, call_after_load
@@ -117,7 +118,6 @@ def build_runner(
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
     shard = _vocab_shard(config, model, mesh, dims)
     loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, shard)
-    is_loss_leader = dims.is_loss_leader(mesh.get_rank())
     section = config.parallelism
     shard_batch = None
     if dims.cp > 1:
@@ -130,36 +130,19 @@ def build_runner(
         dp_rank=dims.dp_rank(mesh.get_rank()),
         part=(mesh.get_local_rank("cp"), mesh.get_local_rank("tp")),
     )
+    common: dict[str, Any] = {
+        "evaluation_loss": evaluation_loss,
+        "shard_batch": shard_batch,
+        "is_loss_leader": dims.is_loss_leader(mesh.get_rank()),
+        "streams": streams,
+    }
     if model.plan is None:
-        return SPMDRunner(
-            model.parts[0],
-            loss,
-            device,
-            names,
-            evaluation_loss=evaluation_loss,
-            shard_batch=shard_batch,
-            is_loss_leader=is_loss_leader,
-            streams=streams,
-        )
-    return PipelineRunner(
-        model.parts,
-        model.plan,
-        mesh["pp"].get_group(),
-        loss,
-        device,
-        names,
-        schedule=section.pipeline_parallel_schedule,
-        schedule_csv=section.pipeline_parallel_schedule_csv,
-        microbatch_size=section.pipeline_parallel_microbatch_size,
-        hidden_size=model.args.hidden_size(),
-        hidden_dtype=torch_dtype(config.training.mixed_precision_param),
-        tensor_parallel_degree=dims.tp,
-        evaluation_loss=evaluation_loss,
-        shard_batch=shard_batch,
-        is_loss_leader=is_loss_leader,
-        streams=streams,
-        tied=model.tied,
-    )
+        return SPMDRunner(model.parts[0], loss, device, names, **common)
+    dtype = torch_dtype(config.training.mixed_precision_param)
+    hidden = HiddenStates(model.args.hidden_size(), dtype, dims.tp)
+    group = mesh["pp"].get_group()
+    local = LocalStages(model.parts, model.plan, group, hidden, section, model.tied)
+    return PipelineRunner(local, loss, device, names, **common)
 
 
 def _vocab_shard(

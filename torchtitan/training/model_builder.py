@@ -96,7 +96,8 @@ def build_model(
         logger.info("The model after its handlers:\n%s", model)
     plan, parts = None, [model]
     if dims.pp > 1:
-        plan = plan_pipeline(RunContext(config, dims.world_size, device.type), args.modules())
+        context = RunContext(config, dims.world_size, device.type)
+        plan = plan_pipeline(config.parallelism, args.modules(), context.pipeline_microbatches)
         plan = replace(plan, tied=find_tied_weights(plan, model, dims.pp))
         parts = [
             build_stage(model, plan, stage) for stage in plan.held_by(mesh.get_local_rank("pp"))

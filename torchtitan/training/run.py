@@ -99,9 +99,7 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        progress.stop.at_once = False  # from here on the loop stops
-        begin(world, folder, manager)
-        progress.may_write = True
+        begin(world, folder, manager, progress)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -174,9 +172,13 @@ def train(
         report_saved()
 
 
-def begin(world: DistributedContext, folder: RunFolder, manager: CheckpointManager) -> None:
+def begin(
+    world: DistributedContext, folder: RunFolder, manager: CheckpointManager, progress: Progress
+) -> None:
     """Change the run folder, now that nothing can prevent the start. All ranks call it."""
+    progress.stop.at_once = False  # from here on the loop ends the run
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
+    progress.may_write = True
     manager.begin()
 
 

@@ -4,6 +4,7 @@ Each name is private, or moved, in some of them. Private names that are the same
 used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (checkpoint reader).
 """
 
+import csv
 import json
 import logging
 import warnings
@@ -129,6 +130,26 @@ def build_pipeline_schedule(
     kind = schedules.get_schedule_class(name)
     single = issubclass(kind, schedules.PipelineScheduleSingle)
     return kind(stages[0] if single else stages, num_microbatches, loss_fn=loss, scale_grads=False)
+
+
+def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
+    """Raise ValueError if a rank would wait forever in the schedule of `csv_file`."""
+    from torch.distributed.pipelining import schedules
+
+    with open(csv_file, newline="") as file:
+        rows = [[schedules._Action.from_str(cell) for cell in row] for row in csv.reader(file)]
+    order: Any = {rank: [action for action in row if action] for rank, row in enumerate(rows)}
+    actions = [
+        sub for row in order.values() for action in row for sub in action.sub_actions or [action]
+    ]
+    num_stages = 1 + max(action.stage_index for action in actions)
+    try:
+        stage_to_rank = schedules._validate_schedule(
+            order, len(order), num_stages, num_microbatches
+        )
+        schedules._add_send_recv(order, stage_to_rank.__getitem__, num_stages)
+    except AssertionError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 def before_stage_forward(stage: Any, action: Callable[[int], None]) -> None:

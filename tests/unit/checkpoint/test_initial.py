@@ -111,7 +111,7 @@ def test_weights_alone(tmp_path: Path) -> None:
     path = other_run(tmp_path / "other", lanes=3)
     decision = open_folder(tmp_path / "run", checkpoint={"initial_load_path": str(path)}).decision
     assert (decision.action, decision.step, decision.num_lanes) == ("new", 0, 4)
-    assert decision.notices == (f"The weights are those of {path}.",)
+    assert decision.notices == (f"The weights come from {path}.",)
 
 
 def test_everything_goes_on(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     cases = {
         tmp_path / "gone": "does not exist",
         make_file(tmp_path / "w", "model.pt") / "model.pt": "format_utils torch_to_dcp",
-        make_file(tmp_path / "hf", "model.safetensors"): "it holds safetensors files",
+        make_file(tmp_path / "hf", "model.safetensors"): "it has no .metadata",
         other.parent: f"holds steps 8. Fix: choose one, such as {other}",
         damaged: "is damaged",
         open_to_all: "checkpoint.trust_path",

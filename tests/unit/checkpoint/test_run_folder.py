@@ -259,28 +259,6 @@ def test_load_step_that_was_the_newest_is_not_in_the_way_of_a_rerun(tmp_path: Pa
     assert "older than steps 15, 18" in refused(tmp_path, checkpoint={"load_step": 10})
 
 
-@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-def test_new_run_is_not_repeated_by_a_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    monkeypatch.setenv(variable, "0")
-    stopped_run(tmp_path, 5)
-    anew = {"new_run": True}
-    saved_by(open_folder(tmp_path, job=anew), 7)
-    assert (tmp_path / "previous-1").exists()
-    monkeypatch.setenv(variable, "1")
-    decision = open_folder(tmp_path, job=anew).decision
-    assert (decision.action, decision.step) == ("resume", 7)
-    assert "job.new_run is ignored" in " ".join(decision.notices)
-    assert not (tmp_path / "previous-2").exists()
-
-
-def test_new_run_loads_nothing(tmp_path: Path) -> None:
-    stopped_run(tmp_path, 5)
-    text = refused(tmp_path, job={"new_run": True}, checkpoint={"load_step": 5})
-    assert "checkpoint.load_step = 5: belongs to the old run" in text
-
-
 @pytest.mark.parametrize("new_run", [False, True])
 def test_resolved_config_can_be_refused(tmp_path: Path, new_run: bool) -> None:
     """Before anything is written: 3 processes cannot share the 4 sequences taken over."""
@@ -326,46 +304,6 @@ def test_finished_run_is_not_checked(tmp_path: Path) -> None:
     opened = RunFolder.open(config, RunContext(config, 3, "cpu"), check=lambda _: pytest.fail())
     opened.close()
     assert opened.decision.action == "finished"
-
-
-def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
-    stopped_run(tmp_path, 5)
-    seen = {"tb", "metrics", "wandb", "profile_trace", "memory_snapshot", "comm_traces"}
-    for name in seen:
-        (tmp_path / name).mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "metrics.jsonl.damaged-1").write_text("?")
-    seen.add("metrics.jsonl.damaged-1")
-    opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
-    assert opened.decision.action == "new"
-    old = {path.name for path in (tmp_path / "previous-1").iterdir()}
-    assert old == {"config.toml", "run_status.json", "metrics.jsonl", "checkpoint"} | seen
-    now = {path.name for path in tmp_path.iterdir()}
-    ours = {".lock", "config.toml", "run_status.json", "checkpoint", "comm_traces"}
-    assert now == {*ours, "notes.txt", "previous-1"}
-    assert list((tmp_path / "checkpoint").iterdir()) == []
-    # The stored config does not move the run aside when it is trained from.
-    assert not load_config([str(tmp_path / "config.toml")]).config.job.new_run
-    open_folder(tmp_path, job={"new_run": True})
-    assert (tmp_path / "previous-2" / "run_status.json").exists()
-
-
-def test_a_new_run_that_does_not_begin_leaves_the_old_one(tmp_path: Path) -> None:
-    """What keeps it from its first step may be anything: its data, memory, a signal."""
-    stopped_run(tmp_path, 5)
-    before = snapshot(tmp_path)
-    config = make_config(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
-    opened = RunFolder.open(config, RunContext(config, 1, "cpu"))
-    assert opened.decision.replaces_run and opened.keeps_status(MemoryError())
-    opened.close()
-    assert snapshot(tmp_path) == before
-    assert open_folder(tmp_path).decision.action == "resume"
-
-
-def test_new_run_in_a_folder_without_a_run(tmp_path: Path) -> None:
-    (tmp_path / "tb").mkdir()
-    assert open_folder(tmp_path, job={"new_run": True}).decision.action == "new"
-    assert (tmp_path / "tb").exists() and not (tmp_path / "previous-1").exists()
 
 
 def test_somebodys_own_config_toml_is_not_overwritten(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_each_source_has_its_own_encoding(tmp_path):
     assert check_environment(context) == []
     del sources[1]["encoding"]
     problem = only(check_environment(facts_for(None, lanes=1, data__sources=sources)))
-    assert "data.sources[1].encoding" in problem.problem
+    assert problem.key == "data.sources[1].path" and "encoding in its table" in problem.fix
 
 
 def test_a_mark_of_utf_32_is_not_taken_for_one_of_utf_16():

@@ -133,7 +133,7 @@ def test_a_resume_reads_nothing_twice(small_blocks):
 
     config = configure(lambda: nodes.Mapper(nodes.IterableWrapper(WithState()), noted))
     run = Run(config, num_lanes=1, global_batch=1)
-    for _ in range(20):
+    for _ in range(90):
         run.step()
     num_read = len(read)
     states, read[:] = run.lane_states, []

@@ -108,7 +108,7 @@ def test_a_set_keeps_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_reading_processes_change_nothing(tmp_path, workers: int):
+def test_worker_processes_change_nothing(tmp_path, workers: int):
     path = write_gz(tmp_path, make_documents(200))
     own = reader_of(path, dp=2, rank=1, lanes=8)
     others = reader_of(path, dp=2, rank=1, lanes=8, dataloader={"num_workers": workers})

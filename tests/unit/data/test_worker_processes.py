@@ -1,4 +1,4 @@
-"""Reading processes: deaf to the launcher's signals, gone with their parent, missed when dead."""
+"""Worker processes: deaf to the launcher's signals, gone with their parent, missed when dead."""
 
 import os
 import signal

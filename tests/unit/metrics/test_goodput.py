@@ -127,4 +127,4 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_run(
     metrics = build(tmp_path, clock)
     metrics.resume(3)
     train(metrics, clock, 4, 6)
-    assert "the time of earlier starts cannot be read, training goes on" in caplog.text
+    assert "the time of earlier starts cannot be read, training continues" in caplog.text

@@ -70,7 +70,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_stop_the_run(
         for _ in range(4):
             steps.step()
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "cannot be written, training goes on" in warnings[0]
+    assert len(warnings) == 1 and "cannot be written, training continues" in warnings[0]
 
 
 @pytest.mark.gpu

@@ -160,7 +160,7 @@ def test_a_folder_that_wandb_cannot_have_does_not_stop_the_run(
     train(metrics, clock, 1, 7)
     metrics.close()
     monkeypatch.undo()
-    assert caplog.text.count("Weights & Biases cannot be written, training goes on") == 1
+    assert caplog.text.count("Weights & Biases cannot be written, training continues") == 1
     assert len(records(tmp_path)) == 4
 
 
@@ -216,14 +216,14 @@ def run_while_wandb_is_hit(folder: Path, name: str, steps: int) -> str:
 
 def test_wandb_that_dies_in_the_middle_does_not_stop_the_run(tmp_path: Path) -> None:
     errors = run_while_wandb_is_hit(tmp_path, "SIGKILL", 40)
-    assert errors.count("Weights & Biases cannot be written, training goes on") <= 1
+    assert errors.count("Weights & Biases cannot be written, training continues") <= 1
 
 
 @pytest.mark.parametrize("steps", [40, 1500], ids=["at the end", "when it takes no more"])
 def test_wandb_that_hangs_does_not_stop_the_run(tmp_path: Path, steps: int) -> None:
     errors = run_while_wandb_is_hit(tmp_path, "SIGSTOP", steps)
     assert errors.count("Weights & Biases did not answer") == 1
-    assert errors.count("Weights & Biases cannot be written, training goes on") == 1
+    assert errors.count("Weights & Biases cannot be written, training continues") == 1
 
 
 def test_a_process_of_wandb_s_that_fails_does_not_end_this_one(

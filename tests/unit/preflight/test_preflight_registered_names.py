@@ -311,7 +311,7 @@ def test_a_run_with_an_optimizer_a_schedule_and_sinks_of_one_s_own(tmp_path: Pat
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    assert run(4).count("broken cannot be written, training goes on") == 1
+    assert run(4).count("broken cannot be written, training continues") == 1
     run(6)
     expected = [0.01, 0.01, 0.005, 0.005, 0.005, 0.0025]
     assert [record["lr"] for record in runs.records(tmp_path / "run")] == expected

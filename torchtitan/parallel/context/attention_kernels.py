@@ -41,15 +41,18 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Kernel(NamedTuple):
-    """`forward(part)` gives output and log-sum-exp; `backward(part, grad, out, lse)` takes those of
-    all keys, and the gradient for that output."""
+    """A forward and a backward of attention over a part of the keys.
+
+    `forward(part)` gives output and log-sum-exp; `backward(part, grad, out, lse)` takes those of
+    all keys, and the gradient for that output.
+    """
 
     forward: Callable[[Part], tuple[Tensor, Tensor]]
     backward: Callable[[Part, Tensor, Tensor, Tensor], Gradients]
 
 
 def choose_kernel(part: Part) -> Kernel:
-    """The fastest that can do it."""
+    """Return the fastest kernel that can compute `part`."""
     q = part.q
     if q.device.type == "cpu":
         return CPU
@@ -147,7 +150,7 @@ def _row_slices(part: Part) -> Iterator[slice]:
 
 
 def _scores(part: Part, rows: slice) -> Tensor:
-    """Of these queries, `[B, G, H/G * rows, Tk]`, -inf where not visible."""
+    """Return the scores of these queries, `[B, G, H/G * rows, Tk]`, -inf where not visible."""
     q, k, visible, dtype = part.q, part.k, part.visible, at_least_float32(part.q.dtype)
     scores = _fold(q[:, :, rows].to(dtype) * _scale(q), k) @ k.to(dtype).transpose(-2, -1)
     if part.causal:

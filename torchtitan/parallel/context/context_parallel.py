@@ -42,7 +42,7 @@ class ContextParallel:
 
     @property
     def rank(self) -> int:
-        """This process among those that share its sequences."""
+        """The rank of this process among those that share its sequences."""
         return self.group.rank()
 
     def shard_batch(self, batch: Batch) -> Batch:
@@ -123,8 +123,10 @@ class UlyssesAttention(nn.Module):
         self._ranks = context.layout.degree
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """See `InnerAttention`, for this rank's share of the sequence. Where there are fewer heads
-        of keys and values than ranks, ranks share one."""
+        """See `InnerAttention`, for this rank's share of the sequence.
+
+        Ranks share a head of keys and values if there are fewer heads than ranks.
+        """
         copies = max(1, self._ranks // k.size(1))
         k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
         out = self._attend(self._to_heads(q), self._to_heads(k), self._to_heads(v), mask)

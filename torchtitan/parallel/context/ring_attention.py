@@ -1,23 +1,21 @@
-"""Causal attention over a sequence that is spread over ranks; each has its share of q, k and v.
+"""Causal attention over a sequence whose q, k and v are sharded over ranks.
 
 Keys and values come to the queries. `ring` passes them from rank to rank, the next share travelling
-while the present one is worked on; in the backward their gradients travel along, and are at home
-after a whole round. `allgather` collects them all at once, and sums their gradients with a
-reduce-scatter. What comes of different keys is merged, and gradients are added, in at least
-float32.
+during the computation on the current one; in the backward their gradients travel along, and arrive
+home after a whole round. `allgather` collects all of them at once, and sums their gradients with a
+reduce-scatter. Outputs for different keys are merged, and gradients added, in at least float32.
 
-With documents a query sees its own document only, with a window no more than the last tokens. Masks
-are made for the keys and queries that meet; where none of these sees any other, or all may see all,
-there is no call, or no mask: of documents `levels` tells, of the window the distance of chunks.
+With documents a query sees its own document only, with a window only the last tokens. A call whose
+queries see no key is skipped, and one whose queries see all keys needs no mask.
 
-This is an operator of its own for torch: a compiler does not look into it, activation checkpointing
-can keep its results, and fake tensors pass through it without communication.
+This is a custom operator: the compiler does not look into it, activation checkpointing can keep its
+results, and fake tensors pass through it without communication.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +36,9 @@ _SETTINGS = "int? window, str method, bool balanced, str group_name"
 
 
 def visibility_levels(document_ids: Tensor, layout: SequenceLayout, rank: int) -> Tensor:
-    """How much of each chunk of keys is in the documents of each of the rank's chunks of queries:
-    0 is nothing, 1 is perhaps some, 2 is all. int8 `[chunks of the rank, all chunks]`, on the CPU.
+    """Return how much of each chunk of keys the rank's chunks of queries see, by documents.
 
+    0 is nothing, 1 is perhaps some, 2 is all; int8 `[chunks of the rank, all chunks]` on the CPU.
     `document_ids` is the whole `[B, T]`. If that is on another device, this waits for the device.
     """
     chunks = document_ids.unflatten(1, (layout.num_chunks, -1))
@@ -69,7 +67,7 @@ def context_parallel_attention(
     balanced: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output `[B, H, T/n, hd]` for this rank's queries, and their log-sum-exp `[B, H, T/n]`.
+    """Return the output `[B, H, T/n, hd]` of this rank's queries and log-sum-exp `[B, H, T/n]`.
 
     `q` is `[B, H, T/n, hd]`, `k` and `v` are `[B, G, T/n, hd]`: this rank's share of a sequence
     over the n ranks of the group, in a `SequenceLayout`. `document_ids` is the whole `[B, T]`,
@@ -91,20 +89,10 @@ def context_parallel_attention(
     schema=f"({_RESULTS}, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 def _context_parallel_attention_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    document_ids: Tensor | None,
-    levels: Tensor | None,
-    window: int | None,
-    method: str,
-    balanced: bool,
-    group_name: str,
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> Gradients:
-    exchange = _exchange(method, balanced, group_name)
+    document_ids, levels, window, *place = settings
+    exchange = _exchange(*place)
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     for block, keys, values in exchange.blocks(k, v):
         dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
@@ -149,23 +137,8 @@ context_parallel_attention.register_autograd(_backward, setup_context=_save)
 keep_in_checkpoints(torch.ops.torchtitan.context_parallel_attention.default)
 
 
-class _Exchange(Protocol):
-    """How keys and values come to the queries, and their gradients back."""
-
-    layout: SequenceLayout
-    rank: int
-
-    def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
-        """What is at hand, one after the other, of all ranks' `k` and `v`."""
-
-    def return_gradients(self, dk: Tensor, dv: Tensor) -> None:
-        """This rank's gradients for the block that was last given; to be called for each."""
-
-    def gradients(self) -> Sequence[Tensor]:
-        """The sums over all ranks for this rank's `k` and `v`, after all blocks."""
-
-
-def _exchange(method: str, balanced: bool, group_name: str) -> _Exchange:
+def _exchange(method: str, balanced: bool, group_name: str) -> "_Ring | _AllGather":
+    """Return what brings keys and values to the queries, and their gradients back."""
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     layout = SequenceLayout(group.size(), balanced)
     if method == "ring":
@@ -175,6 +148,8 @@ def _exchange(method: str, balanced: bool, group_name: str) -> _Exchange:
 
 
 class _Ring:
+    """Passes shares from rank to rank, and their gradients after them."""
+
     def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
         self.layout = layout
         self.rank = group.rank()
@@ -200,8 +175,10 @@ class _Ring:
         return self._arrive()
 
     def _pass_on(self, *tensors: Tensor) -> Callable[[], Sequence[Tensor]]:
-        """Send to the next rank; the result waits for what the rank before sends, the same sizes.
-        All must be contiguous, and stay as they are until then."""
+        """Send to the next rank; the result waits for the same sizes from the rank before.
+
+        All must be contiguous, and stay unchanged until then.
+        """
         size = self.layout.degree
         after, before = (self.rank + 1) % size, (self.rank - 1) % size
         arriving = [torch.empty_like(tensor) for tensor in tensors]
@@ -223,6 +200,8 @@ def _wait(
 
 
 class _AllGather:
+    """Collects all shares at once, and sums their gradients with a reduce-scatter."""
+
     def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
         self.layout = layout
         self.rank = group.rank()
@@ -255,7 +234,7 @@ class _AllGather:
 
 
 def _parts(
-    exchange: _Exchange,
+    exchange: "_Ring | _AllGather",
     block: Block,
     q: Tensor,
     keys: Tensor,
@@ -264,7 +243,7 @@ def _parts(
     levels: Tensor | None,
     window: int | None,
 ) -> Iterator[tuple[slice, slice, Part]]:
-    """The calls of a block: their rows of `q`, columns of `keys`, and what to compute."""
+    """Yield the calls of a block: rows of `q`, columns of `keys`, and what to compute."""
     layout, own = exchange.layout, exchange.layout.chunks(exchange.rank)
     size = q.size(2) // len(own)
     places = None if window is None else torch.arange(size * layout.num_chunks, device=q.device)
@@ -300,7 +279,7 @@ def _parts(
 def _levels(
     levels: Tensor | None, window: int | None, layout: SequenceLayout, own: Sequence[int], size: int
 ) -> list[list[int]]:
-    """What `visibility_levels` says, and the window with chunks of `size` tokens."""
+    """Combine `visibility_levels` with the window; chunks have `size` tokens."""
     chunks = range(layout.num_chunks)
     of_documents = [[_ALL] * len(chunks) for _ in own] if levels is None else levels.tolist()
     if window is None:
@@ -312,7 +291,7 @@ def _levels(
 
 
 def _window_level(chunks_apart: int, size: int, window: int) -> int:
-    """Of chunks of `size` tokens, by how many the keys' comes before the queries'."""
+    """Return the level by the distance of the chunks of queries and keys, of `size` tokens."""
     nearest, farthest = (chunks_apart * size + way for way in (1 - size, size - 1))
     if nearest >= window:
         return _NOTHING
@@ -320,13 +299,13 @@ def _window_level(chunks_apart: int, size: int, window: int) -> int:
 
 
 def _same_document(queries: Tensor, keys: Tensor, call: Call) -> Tensor:
-    """Which of the keys, by their document ids, each query sees; `[B, 1, Tq, Tk]`."""
+    """Return the keys that each query sees by document ids, `[B, 1, Tq, Tk]`."""
     same = queries.unsqueeze(-1) == keys.unsqueeze(-2)
     return (same.tril_() if call.causal else same).unsqueeze(1)
 
 
 def _in_window(queries: Tensor, keys: Tensor, window: int, call: Call) -> Tensor:
-    """Which of the keys, by index in the sequence, each query sees; `[1, 1, Tq, Tk]`."""
+    """Return the keys that each query sees by index in the sequence, `[1, 1, Tq, Tk]`."""
     near = (queries - window).unsqueeze(-1) < keys
     return (near.tril_() if call.causal else near)[None, None]
 

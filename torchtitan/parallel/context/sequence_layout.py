@@ -1,4 +1,4 @@
-"""Which part of a sequence each rank holds, and which parts of it must meet in causal attention.
+"""The part of a sequence that each rank holds, and the parts that meet in causal attention.
 
 A sequence is cut into equal chunks, numbered in order. Under causal attention a chunk sees itself
 and all chunks before it, so the last one costs the most. With *head-tail* balancing there are two
@@ -46,17 +46,17 @@ class SequenceLayout:
         return self.degree * (2 if self.balanced else 1)
 
     def chunks(self, rank: int) -> tuple[int, ...]:
-        """What `rank` holds, in order."""
+        """Return the chunks that `rank` holds, in order."""
         return (rank, self.num_chunks - 1 - rank) if self.balanced else (rank,)
 
     def select(self, tensor: Tensor, chunks: Sequence[int], dim: int = 1) -> Tensor:
-        """These chunks of the whole sequence, which is dimension `dim` of `tensor`."""
+        """Return these chunks of the whole sequence, which is dimension `dim` of `tensor`."""
         assert tensor.size(dim) % self.num_chunks == 0, "the length of the sequence was not checked"
         parts = tensor.chunk(self.num_chunks, dim)
         return torch.cat([parts[chunk] for chunk in chunks], dim)
 
     def join(self, shares: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The whole sequence, of what each rank holds."""
+        """Return the whole sequence, given each rank's share."""
         pieces: dict[int, Tensor] = {}
         for rank, share in enumerate(shares):
             chunks = self.chunks(rank)
@@ -64,7 +64,7 @@ class SequenceLayout:
         return torch.cat([pieces[chunk] for chunk in range(self.num_chunks)], dim)
 
     def blocks_in_turn(self, rank: int) -> tuple[Block, ...]:
-        """For `rank`, when shares arrive one at a time: its own, the one of the rank before, ..."""
+        """Return `rank`'s blocks when shares arrive one by one: its own, the rank before's, ..."""
         own = self.chunks(rank)
         blocks = [Block(own, (Call(range(len(own)), range(len(own)), causal=True),))]
         for step in range(1, self.degree):
@@ -77,7 +77,7 @@ class SequenceLayout:
         return tuple(blocks)
 
     def block_of_all(self, rank: int) -> Block:
-        """For `rank`, when the whole sequence is at hand: each chunk's past, then itself."""
+        """Return `rank`'s block when all chunks are at hand: each chunk's past, then itself."""
         calls = []
         for index, chunk in enumerate(self.chunks(rank)):
             queries = range(index, index + 1)

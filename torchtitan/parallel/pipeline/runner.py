@@ -1,26 +1,26 @@
-"""The runner of a model that is cut into the stages of a pipeline.
+"""The runner of a pipeline's stages.
 
 One run of the schedule covers all microbatches of a step, those of gradient accumulation too: the
 pipeline fills and drains once a step, and gradients are reduced over the data ranks once, after the
-last backward of a stage. Between stages only hidden states and their gradients travel. What else
-the forward and the loss need (positions, documents, labels) every stage has, since all ranks along
-the pipeline read the same data.
+last backward of a stage. Only hidden states and their gradients travel between stages. All ranks
+along the pipeline read the same data, so every stage has positions, documents and labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from torchtitan.config.schema import Parallelism
 from torchtitan.models.batch import Batch
 from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.parallel.pipeline.schedules import forward_ticks
 from torchtitan.parallel.pipeline.stages import PipelinePlan
 from torchtitan.parallel.pipeline.tied_weights import TiedWeight, sum_tied_gradients
-from torchtitan.parallel.random_streams import RandomStreams
-from torchtitan.parallel.runner import Loss, add_over_ranks, over_ranks, terms_of
+from torchtitan.parallel.runner import Loss, RunnerBase, add_over_ranks, over_ranks, terms_of
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import (
     PipelineSchedule,
@@ -29,56 +29,47 @@ from torchtitan.utils.torch_compat import (
 )
 
 
-class PipelineRunner:
+class HiddenStates(NamedTuple):
+    """The tensors between stages: `[B, T / tensor_parallel_degree, size]`."""
+
+    size: int
+    dtype: torch.dtype
+    tensor_parallel_degree: int
+
+    def empty(self, tokens: Tensor, device: torch.device) -> Tensor:
+        """Return uninitialised hidden states for `tokens` `[B, T]`."""
+        shape = (tokens.size(0), tokens.size(1) // self.tensor_parallel_degree, self.size)
+        return torch.empty(shape, dtype=self.dtype, device=device)
+
+
+class LocalStages(NamedTuple):
+    """The stages of this pipeline rank, and how they run."""
+
+    parts: Sequence[nn.Module]
+    """The stages that `plan` gives this rank of `group`, in order."""
+    plan: PipelinePlan
+    group: dist.ProcessGroup
+    """The ranks along the pipeline."""
+    hidden: HiddenStates
+    section: Parallelism
+    tied: Sequence[TiedWeight] = ()
+    """This rank's copies of tied weights."""
+
+
+class PipelineRunner(RunnerBase):
     """Runs this rank's stages; a `Runner`."""
 
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        plan: PipelinePlan,
-        group: dist.ProcessGroup,
-        loss: Loss,
-        device: torch.device,
-        input_names: Sequence[str],
-        *,
-        schedule: str,
-        schedule_csv: str,
-        microbatch_size: int,
-        hidden_size: int,
-        hidden_dtype: torch.dtype,
-        tensor_parallel_degree: int = 1,
-        evaluation_loss: Loss | None = None,
-        shard_batch: Callable[[Batch], Batch] | None = None,
-        is_loss_leader: bool = True,
-        streams: RandomStreams | None = None,
-        tied: Sequence[TiedWeight] = (),
-    ):
-        """`parts` are the stages that `plan` gives this rank of `group` (the ranks along the
-        pipeline), in order. `input_names`: what the forward takes of a batch, tokens first.
-        `microbatch_size` is in sequences; hidden states are `[B, T / tensor_parallel_degree,
-        hidden_size]` of `hidden_dtype` between stages. `evaluation_loss`, `shard_batch`,
-        `is_loss_leader` and `streams` are those of `SPMDRunner`. `tied`: this rank's copies of
-        tied weights."""
-        self.loss = loss
-        self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
-        self.terms: Mapping[str, Tensor] = {}
-        self._plan = plan
-        self._group = group
-        self._rank = dist.get_rank(group)
-        self._stages = dict(zip(plan.held_by(self._rank), parts, strict=True))
-        self._last = len(plan.stages) - 1
-        self._device = device
-        self._tokens, *self._other_inputs = input_names
-        self._schedule_name, self._schedule_csv = schedule, schedule_csv
-        self._microbatch_size = microbatch_size
-        self._hidden_size, self._hidden_dtype = hidden_size, hidden_dtype
-        self._tensor_parallel_degree = tensor_parallel_degree
-        self._shard_batch = shard_batch
-        self._counts_loss = is_loss_leader
-        self.streams = RandomStreams(0, device) if streams is None else streams
-        for part in parts:
+    def __init__(self, local: LocalStages, *args: Any, **kwargs: Any):
+        """See `RunnerBase`."""
+        super().__init__(*args, **kwargs)
+        self._plan, self._group, self._hidden = local.plan, local.group, local.hidden
+        self._section, self._tied = local.section, local.tied
+        self._rank = dist.get_rank(local.group)
+        self._stages = dict(zip(local.plan.held_by(self._rank), local.parts, strict=True))
+        self._last = len(local.plan.stages) - 1
+        self._tokens, *self._other_inputs = self.input_names
+        for part in local.parts:
             self.streams.attach(part)
-        self._tied = tuple(tied)
         self._pieces: list[Batch] = []
         self._num_targets = 0
         self._connected = False
@@ -99,18 +90,18 @@ class PipelineRunner:
         # microbatch's number, the loss finds all the rest.
         target = torch.arange(len(self._pieces))
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
-        sum_tied_gradients(self._tied, self._group, self._device)
+        sum_tied_gradients(self._tied, self._group, self.device)
         self.streams.end_microbatches()
         total = self._zero()
         for microbatch_loss in losses:
             total += microbatch_loss.detach()
         terms = terms_of(self.loss) if self._last in self._stages else {}
-        loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self._counts_loss)
+        loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self.is_loss_leader)
         return loss
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
-        """See `Runner`. Of any number of microbatches, of any size."""
+        """See `Runner`. Takes any number of microbatches of any size."""
         self._connect()
         for part in self._stages.values():
             part.eval()
@@ -118,7 +109,7 @@ class PipelineRunner:
         stage_to_rank = self._plan.stage_to_rank
         hidden: dict[tuple[int, int], Tensor] = {}  # by the stage that needs it, and microbatch
         # Wide, as `SPMDRunner` has it: there may be any number of microbatches.
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tick in forward_ticks(stage_to_rank, len(pieces)):
             transfers = []
             for rank, (stage, _, index) in tick.items():
@@ -132,57 +123,63 @@ class PipelineRunner:
                         peer = stage_to_rank[stage + 1]
                         transfers.append(self._transfer(dist.isend, out.contiguous(), peer))
                 elif stage < self._last and stage_to_rank[stage + 1] == self._rank:
-                    hidden[stage + 1, index] = self._empty_hidden(pieces[index], self._device)
+                    hidden[stage + 1, index] = self._hidden.empty(
+                        pieces[index][self._tokens], self.device
+                    )
                     transfers.append(self._transfer(dist.irecv, hidden[stage + 1, index], rank))
             for work in dist.batch_isend_irecv(transfers) if transfers else []:
                 work.wait()
         for part in self._stages.values():
             free_gathered(part)
-        return over_ranks(total, self._counts_loss)
+        return over_ranks(total, self.is_loss_leader)
 
     def dry_run(self, batch: Batch) -> None:
-        """Forward and backward of each stage of this rank, for one microbatch of `batch`.
+        """Run forward and backward of this rank's stages for one microbatch of `batch`.
 
-        Nothing passes between stages: what they would receive is made up, so this shows what they
-        need and not what they compute. Gradients accumulate as in a step.
+        Stages exchange nothing and receive made-up hidden states, so this shows the memory and time
+        they need. Gradients accumulate as in a step.
         """
         piece = self._split([batch])[0]
         for stage, part in self._stages.items():
             part.train()
             set_gradient_sync(part, enabled=True)
-            received = self._empty_hidden(piece, self._device).requires_grad_() if stage else None
+            received = (
+                self._hidden.empty(piece[self._tokens], self.device).requires_grad_()
+                if stage
+                else None
+            )
             out = self._forward(stage, piece, received)
             if stage == self._last:
                 self._loss(self.loss, out, piece).backward()
             else:
-                out.backward(self._empty_hidden(piece, self._device))
+                out.backward(self._empty_hidden(piece))
 
     def _connect(self) -> None:
-        """Let all ranks along the pipeline meet once. NCCL connects them in the first exchange of
-        the group, which all must take part in, and a pipeline begins with those of few ranks."""
+        """Run one collective of all ranks along the pipeline before the first transfer.
+
+        NCCL connects ranks in a group's first exchange, in which all must take part.
+        """
         if not self._connected:
-            dist.all_reduce(torch.zeros((), device=self._device), group=self._group)
+            dist.all_reduce(torch.zeros((), device=self.device), group=self._group)
             self._connected = True
 
     def _split(self, microbatches: Sequence[Batch]) -> list[Batch]:
-        """The pipeline's microbatches, on the device."""
+        """Return the pipeline's microbatches on the device."""
         pieces = []
         for batch in microbatches:
-            batch = batch.to(self._device, non_blocking=True)
-            if self._shard_batch is not None:
-                batch = self._shard_batch(batch)
-            parts = {name: tensor.split(self._microbatch_size) for name, tensor in batch.items()}
+            size = self._section.pipeline_parallel_microbatch_size
+            parts = {name: x.split(size) for name, x in self._prepare(batch).items()}
             for index in range(len(parts[self._tokens])):
                 pieces.append(Batch({name: part[index] for name, part in parts.items()}))
         return pieces
 
     def _schedule(self) -> PipelineSchedule:
-        """The schedule for as many microbatches, of such a shape, as there are now."""
+        """Return the schedule for the current number and shape of microbatches."""
         key = len(self._pieces), self._pieces[0][self._tokens].shape
         if key not in self._schedules:
             self._schedules[key] = build_pipeline_schedule(
-                self._schedule_name,
-                self._schedule_csv,
+                self._section.pipeline_parallel_schedule,
+                self._section.pipeline_parallel_schedule_csv,
                 [self._pipeline_stage(stage) for stage in self._stages],
                 len(self._pieces),
                 self._loss_of_step,
@@ -190,14 +187,14 @@ class PipelineRunner:
         return self._schedules[key]
 
     def _pipeline_stage(self, stage: int) -> PipelineStage:
-        """torch's view of a stage. With the shapes given, ranks need not tell each other theirs."""
+        """Return torch's view of a stage; with its shapes given, ranks do not exchange them."""
         tokens = self._pieces[0][self._tokens]
-        hidden = self._empty_hidden(self._pieces[0], torch.device("meta")).requires_grad_()
+        hidden = self._hidden.empty(tokens, torch.device("meta")).requires_grad_()
         pipeline_stage = PipelineStage(
             self._stages[stage],
             stage,
             len(self._plan.stages),
-            self._device,
+            self.device,
             input_args=hidden if stage else torch.empty_like(tokens, device="meta"),
             output_args=hidden,
             group=self._group,
@@ -209,10 +206,8 @@ class PipelineRunner:
         sizes = [len(piece[self._tokens]) for piece in self._pieces[:index]]
         self.streams.begin_microbatch(sum(sizes))
 
-    def _empty_hidden(self, piece: Batch, device: torch.device) -> Tensor:
-        sequences, tokens = piece[self._tokens].shape
-        shape = (sequences, tokens // self._tensor_parallel_degree, self._hidden_size)
-        return torch.empty(shape, dtype=self._hidden_dtype, device=device)
+    def _empty_hidden(self, piece: Batch) -> Tensor:
+        return self._hidden.empty(piece[self._tokens], self.device)
 
     def _forward(self, stage: int, piece: Batch, received: Tensor | None) -> Tensor:
         inputs = {name: piece[name] for name in self._other_inputs}
@@ -222,12 +217,12 @@ class PipelineRunner:
         return loss.sum(hidden, self._stages[self._last].head, piece)  # type: ignore[arg-type]
 
     def _loss_of_step(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """What the schedule calls, in the last stage, for the microbatch of number `index`."""
+        """Return the loss of microbatch number `index`; called by the schedule."""
         return self._loss(self.loss, hidden, self._pieces[int(index)]) / self._num_targets
 
     def _transfer(self, op: Callable[..., object], tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, tensor, group=self._group, group_peer=peer)
 
     def _zero(self) -> Tensor:
-        dtype = at_least_float32(self._hidden_dtype)
-        return torch.zeros((), dtype=dtype, device=self._device)
+        dtype = at_least_float32(self._hidden.dtype)
+        return torch.zeros((), dtype=dtype, device=self.device)

@@ -1,15 +1,13 @@
-"""Orders of forwards and backwards in a pipeline: what torch's schedules ask for, schedules from a
-file, and one of forwards alone. No torch.
+"""Pipeline schedules: torch's, those from a file, and an order of forwards. No torch.
 
 A schedule from a file has a line for each rank along the pipeline, with cells such as `0F2` (stage
 0, forward of microbatch 2), `0B2` (its backward) or, with the backward split in two, `0I2` (for the
 inputs) and `0W2` (for the weights). `(0F3;1B1)OVERLAP_F_B` is a pair, and an empty cell is idle.
-It is played through before anything starts: a rank that would wait for ever is found here.
 """
 
 import csv
+import itertools
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +23,17 @@ _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """What a schedule of torch asks for."""
+    """The requirements of one of torch's schedules."""
 
     stages_per_rank: int | None = None
-    """Exactly so many; None: two or more."""
+    """The exact number; None: two or more."""
     is_v: bool = False
-    """Whether the first rank holds the last stage too."""
+    """The first rank holds the last stage, too."""
     splits_backward: bool = False
-    """Whether gradients of weights are computed later than those of inputs."""
+    """Gradients of weights are computed later than those of inputs."""
     goes_in_rounds: bool = False
-    """Whether microbatches go in rounds of equal size, as many as there are microbatches per rank
-    of the pipeline, rounded down."""
+    """Microbatches go in rounds of equal size; their number is that of microbatches per pipeline
+    rank, rounded down."""
 
 
 SCHEDULES = {
@@ -50,7 +48,7 @@ SCHEDULES = {
 
 
 class Action(NamedTuple):
-    """Work on one microbatch in one stage: F, B (whole backward), I and W (its two halves)."""
+    """Work on one microbatch in one stage: F, B (whole backward), I or W (its two halves)."""
 
     stage: int
     kind: str
@@ -59,7 +57,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSchedule:
-    """A schedule from a file, checked."""
+    """The facts about a schedule from a file that the library needs."""
 
     stage_to_rank: tuple[int, ...]
     """The rank along the pipeline of each stage."""
@@ -67,9 +65,10 @@ class FileSchedule:
 
 
 def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule:
-    """Read and check the schedule at `path` for `degree` ranks.
+    """Read the schedule at `path` for `degree` ranks.
 
-    Raises `ConfigError` about what cannot be read or would not train every microbatch once.
+    Raises `ConfigError` if it cannot be read or would not train every microbatch once. Deadlocks
+    are left to `torch_compat.require_runnable_schedule`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -85,131 +84,69 @@ def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule
             raise ValueError(
                 f"has {len(ranks)} lines for parallelism.pipeline_parallel_degree = {degree}"
             )
-        stage_to_rank = _holders(ranks)
-        _check_complete(ranks, len(stage_to_rank), num_microbatches)
-        _play(ranks, len(stage_to_rank))
+        stage_to_rank = _stage_to_rank(ranks)
+        _check_complete([action for rank in ranks for action in rank], num_microbatches)
     except ValueError as error:
         raise ConfigError(ConfigIssue(CSV_KEY, str(error), "mend the file", path)) from None
-    kinds = {action.kind for rank in ranks for group in rank for action in group}
-    return FileSchedule(stage_to_rank, splits_backward="W" in kinds)
+    return FileSchedule(stage_to_rank, any(action.kind == "W" for rank in ranks for action in rank))
 
 
-def _parse_line(rank: int, cells: list[str]) -> list[tuple[Action, ...]]:
-    """A rank's actions in order; pairs together."""
-    groups = []
-    for place, cell in enumerate(cells, start=1):
-        if not cell.strip():
-            continue
-        pair = _PAIR.fullmatch(cell.strip())
-        matches = [_ACTION.fullmatch(part.strip()) for part in (pair.groups() if pair else [cell])]
-        actions = [Action(int(m[1]), m[2], int(m[3])) for m in matches if m]
-        if len(actions) < len(matches):
-            raise ValueError(
-                f"line {rank + 1}, cell {place} is {cell.strip()!r}, and not an action such as 0F2"
-                " (stage, one of F, B, I, W, microbatch)"
-            )
-        groups.append(tuple(actions))
-    return groups
+def _parse_line(rank: int, cells: list[str]) -> list[Action]:
+    """Return a rank's actions in order, the members of a pair one after the other."""
+    actions = []
+    for place, cell in enumerate(map(str.strip, cells), start=1):
+        pair = _PAIR.fullmatch(cell)
+        for part in (pair.groups() if pair else [cell]) if cell else []:
+            match = _ACTION.fullmatch(part.strip())
+            if match is None:
+                raise ValueError(
+                    f"line {rank + 1}, cell {place} is {cell!r}, and not an action such as 0F2"
+                    " (stage, one of F, B, I, W, microbatch)"
+                )
+            actions.append(Action(int(match[1]), match[2], int(match[3])))
+    if not actions:
+        raise ValueError(f"line {rank + 1} has no action")
+    return actions
 
 
-def _holders(ranks: Sequence[Sequence[tuple[Action, ...]]]) -> tuple[int, ...]:
-    holder: dict[int, int] = {}
-    for rank, groups in enumerate(ranks):
-        if not groups:
-            raise ValueError(f"line {rank + 1} has no action")
-        for action in (action for group in groups for action in group):
-            if holder.setdefault(action.stage, rank) != rank:
-                first = holder[action.stage] + 1
+def _stage_to_rank(ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+    found: dict[int, int] = {}
+    for rank, actions in enumerate(ranks):
+        for action in actions:
+            if found.setdefault(action.stage, rank) != rank:
+                first = found[action.stage] + 1
                 raise ValueError(f"stage {action.stage} is on line {first} and on line {rank + 1}")
-    missing = set(range(max(holder))) - holder.keys()
+    missing = set(range(max(found))) - found.keys()
     if missing:
-        raise ValueError(f"stage {min(missing)} is missing, and stage {max(holder)} is there")
-    return tuple(holder[stage] for stage in range(len(holder)))
+        raise ValueError(f"stage {min(missing)} is missing, and stage {max(found)} is there")
+    return tuple(found[stage] for stage in range(len(found)))
 
 
-def _check_complete(
-    ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int, num_microbatches: int
-) -> None:
-    """Each stage must have one forward and one backward, whole or in halves, per microbatch."""
-    actions = [action for groups in ranks for group in groups for action in group]
-    counts = Counter(actions)
-    for action, count in counts.items():
-        if count > 1:
-            raise ValueError(f"{_name(action)} is there {count} times")
-        if action.microbatch >= num_microbatches:
-            raise ValueError(
-                f"{_name(action)}: a step of this config has {num_microbatches} microbatches"
-                " (sequences of a rank and step / parallelism.pipeline_parallel_microbatch_size)"
-            )
-    found = 1 + max(action.microbatch for action in actions)
-    if found < num_microbatches:
+def _check_complete(actions: Sequence[Action], num_microbatches: int) -> None:
+    """Require one forward and one backward, whole or in halves, per stage and microbatch."""
+    kinds: dict[tuple[int, int], str] = {}
+    for stage, kind, microbatch in actions:
+        kinds[stage, microbatch] = "".join(sorted(kinds.get((stage, microbatch), "") + kind))
+    found, last = 1 + max(action.microbatch for action in actions), max(kinds)[0]
+    if found != num_microbatches:
         raise ValueError(
             f"has {found} microbatches, and a step of this config has {num_microbatches} (sequences"
             " of a rank and step / parallelism.pipeline_parallel_microbatch_size)"
         )
-    for stage in range(num_stages):
-        for microbatch in range(num_microbatches):
-            kinds = "".join(k for k in "FBIW" if Action(stage, k, microbatch) in counts)
-            if kinds not in ("FB", "FIW"):
-                name = f"stage {stage}, microbatch {microbatch}"
-                raise ValueError(f"{name} has {kinds or 'nothing'}, and needs F and B, or F, I, W")
-    last = [a.microbatch for a in actions if (a.stage, a.kind) == (num_stages - 1, "F")]
-    if last != sorted(last):  # torch finds a microbatch's loss by its place
+    for place in itertools.product(range(last + 1), range(num_microbatches)):
+        if kinds.get(place) not in ("BF", "FIW"):
+            name, has = "stage {}, microbatch {}".format(*place), kinds.get(place, "nothing")
+            raise ValueError(f"{name} has {has}, and needs F and B, or F, I, W, once each")
+    order = [action.microbatch for action in actions if action[:2] == (last, "F")]
+    if order != sorted(order):  # torch finds a microbatch's loss by its place
         raise ValueError("the last stage's forwards are not in the order of the microbatches")
 
 
-def _play(ranks: Sequence[Sequence[tuple[Action, ...]]], num_stages: int) -> None:
-    """Let every rank do its actions in order, each as soon as those that it needs are done."""
-    done: set[Action] = set()
-    places = [0] * len(ranks)
-    moved = True
-    while moved:
-        moved = False
-        for rank, groups in enumerate(ranks):
-            while places[rank] < len(groups) and all(
-                _is_ready(action, done, num_stages) for action in groups[places[rank]]
-            ):
-                done.update(groups[places[rank]])
-                places[rank] += 1
-                moved = True
-    stuck = [
-        f"line {rank + 1} at {' and '.join(map(_name, groups[places[rank]]))} for"
-        f" {' and '.join(_needs(groups[places[rank]], done, num_stages))}"
-        for rank, groups in enumerate(ranks)
-        if places[rank] < len(groups)
-    ]
-    if stuck:
-        raise ValueError(f"waits for ever, for what is only done later: {', '.join(stuck)}")
-
-
-def _is_ready(action: Action, done: set[Action], num_stages: int) -> bool:
-    return not _needs([action], done, num_stages)
-
-
-def _needs(actions: Sequence[Action], done: set[Action], num_stages: int) -> list[str]:
-    """Names of what has to be done before these."""
-    names = []
-    for stage, kind, microbatch in actions:
-        needed = [(stage, {"F": "", "W": "I"}.get(kind, "F"))]
-        if kind == "F" and stage > 0:
-            needed.append((stage - 1, "F"))
-        if kind in "BI" and stage < num_stages - 1:
-            needed.append((stage + 1, "BI"))
-        for other, kinds in needed:
-            if kinds and not any(Action(other, k, microbatch) in done for k in kinds):
-                names.append(_name(Action(other, kinds[0], microbatch)))
-    return names
-
-
-def _name(action: Action) -> str:
-    return f"{action.stage}{action.kind}{action.microbatch}"
-
-
 def forward_ticks(stage_to_rank: Sequence[int], num_microbatches: int) -> list[dict[int, Action]]:
-    """An order of forwards alone: for each tick, what each rank that is not idle works on.
+    """Return an order of forwards: for each tick, the work of each rank that is not idle.
 
-    What a tick computes is passed on at its end. Of what a rank could do it does the latest stage,
-    so that few microbatches are under way at a time.
+    Results are passed on at the end of a tick. A rank prefers its latest stage, so that few
+    microbatches are in flight.
     """
     next_microbatch = [0] * len(stage_to_rank)  # of each stage
     ticks = []

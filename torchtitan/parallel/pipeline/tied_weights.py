@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchtitan.models.spec import LanguageModel
 from torchtitan.parallel.pipeline.stages import PipelinePlan
+from torchtitan.utils.torch_compat import local_tensor
 
 
 @dataclass(frozen=True)
 class TiedWeight:
-    """This rank's copies of one weight: one, or two where the rank holds both stages."""
+    """The copies of one weight on this rank: one, or two if the rank holds both stages."""
 
     parameters: tuple[nn.Parameter, ...]
     peer: int | None
@@ -72,10 +72,12 @@ def tied_weights_of(
 def sum_tied_gradients(
     weights: Sequence[TiedWeight], group: dist.ProcessGroup, device: torch.device
 ) -> None:
-    """Give each copy of a weight the sum of the copies' gradients. All ranks that hold a copy must
-    call it, after the last backward of a step."""
+    """Give each copy of a weight the sum of the copies' gradients.
+
+    All ranks that hold a copy must call it, after the last backward of a step.
+    """
     for weight in weights:
-        gradients = [_local(copy.grad) for copy in weight.parameters if copy.grad is not None]
+        gradients = [local_tensor(copy.grad) for copy in weight.parameters if copy.grad is not None]
         if not gradients or not gradients[0].numel():
             continue  # frozen, or no row of it on this rank
         own = gradients[0]
@@ -92,7 +94,3 @@ def sum_tied_gradients(
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
         own.add_(received.to(own.device))  # a + b on one side, b + a on the other: the same bits
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
