@@ -219,7 +219,7 @@ class DataSource(Section):
 
 
 class Data(Section):
-    """How documents become sequences."""
+    """Reading documents and packing them into sequences."""
 
     sources: Annotated[tuple[DataSource, ...], Field(strict=False)] = ()
     """Datasets that are mixed by token share, in place of `training.dataset_path`: a table
@@ -293,7 +293,7 @@ class Data(Section):
 
 
 class Loss(Section):
-    """What is minimised; `training.loss_chunks` says in how many parts it is computed."""
+    """The loss; `training.loss_chunks` says in how many parts it is computed."""
 
     name: str = "cross_entropy"
     """Loss; `torchtitan list losses` prints them with their settings."""
@@ -355,7 +355,7 @@ class Optimizer(Section):
 
 
 class LRScheduler(Section):
-    """How the learning rate changes: by default warmup, stable phase, decay."""
+    """The schedule of the learning rate: by default warmup, stable phase, decay."""
 
     name: str = "warmup_stable_decay"
     """Schedule; `torchtitan list schedules` prints them. The keys below are those of
