@@ -60,7 +60,7 @@ class Job(Section):
     """The run folder: everything the run writes lies below it."""
 
     description: str = "default job"
-    """What the run is, in words, for the log and for whoever finds the folder."""
+    """A description of the run, for the log and the stored config."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. `auto` takes CUDA when there is a GPU, else the CPU."""
@@ -98,7 +98,7 @@ class Model(Section):
     """Model handlers, applied in this order; each has its settings in `[handlers.NAME]`."""
 
     print_after_conversion: bool = False
-    """Log the model's modules after the handlers have changed it, and before it is cut."""
+    """Log the model's modules after the handlers have changed it, and before it is sharded."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """Hyper-parameters that override the flavor's, for example `n_layers = 4`."""
@@ -334,7 +334,7 @@ class Optimizer(Section):
     """Added to the denominator of Adam's update."""
 
     weight_decay: NonNegativeFloat = 0.1
-    """Weight decay of parameters that no group says otherwise about."""
+    """Weight decay of parameters in no group that sets it."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; `fused` falls back to `foreach` where the device, or the
@@ -350,7 +350,7 @@ class Optimizer(Section):
     """Exceptions by parameter name. By default norms have no weight decay."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the optimizer's own, for example `momentum = 0.9`; every optimizer checks its
+    """Settings of the chosen optimizer, for example `momentum = 0.9`; every optimizer checks its
     own."""
 
 
@@ -359,7 +359,7 @@ class LRScheduler(Section):
 
     name: str = "warmup_stable_decay"
     """Schedule; `torchtitan list schedules` prints them. The keys below are those of
-    `warmup_stable_decay`, others have theirs in `args`."""
+    `warmup_stable_decay`; other schedules have theirs in `args`."""
 
     warmup_steps: NonNegativeInt | None = None
     """Steps in which the learning rate rises linearly; the last of them has the peak. 0: the first
@@ -442,7 +442,7 @@ class Parallelism(Section):
     per rank, ZBVZeroBubble and DualPipeV two, the others two or more."""
 
     pipeline_parallel_schedule_csv: PathText = ""
-    """File with a schedule of one's own, a line per pipeline rank, in the format of
+    """File with a custom schedule, a line per pipeline rank, in the format of
     torch.distributed.pipelining (without communication). It takes the place of
     `pipeline_parallel_schedule`."""
 
@@ -479,7 +479,7 @@ class ActivationCheckpoint(Section):
     choose what is cheapest to recompute; it needs the handler `compile`."""
 
     selective_ac_option: str = "2"
-    """With `selective`: `op` keeps what is dear to recompute (attention, every second matrix
+    """With `selective`: `op` keeps what is expensive to recompute (attention, every second matrix
     product), a number n recomputes every n-th block."""
 
     @field_validator("selective_ac_option")
@@ -498,7 +498,7 @@ class ActivationCheckpoint(Section):
 
     offload: bool = False
     """Keep in host memory, until the backward, what the blocks' activations take; on CUDA the
-    copies run beside the computation. Goes with every `mode`, for what it keeps."""
+    copies overlap with the computation. Works with every `mode`, for what it keeps."""
 
 
 class Checkpoint(Section):
@@ -518,7 +518,7 @@ class Checkpoint(Section):
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Write checkpoints while training goes on, from copies in host memory. `async` makes the
-    copies before the next step; `async_with_pinned_mem` makes them beside it on a GPU, and keeps
+    copies before the next step; `async_with_pinned_mem` overlaps them with it on a GPU, and keeps
     the memory between saves."""
 
     enable_first_step_checkpoint: bool = False
@@ -563,10 +563,10 @@ class Checkpoint(Section):
 
     allow_low_disk: bool = False
     """Start, with a warning, although the disk has no room for the next checkpoint, in bytes or in
-    files: for file systems that do not tell the truth about it. A save that fails ends the run."""
+    files: for file systems that report it wrongly. A save that fails ends the run."""
 
     trust_path: bool = False
-    """Use the checkpoint folder although anybody on the machine may write to it."""
+    """Use the checkpoint folder although every user of the machine may write to it."""
 
 
 class ValidationSet(Section):
@@ -607,7 +607,7 @@ class Validation(Section):
     """Loss on data that are not trained on."""
 
     enable: bool = False
-    """Measure the loss on data that are not trained on, while the run goes on and at its end."""
+    """Measure the loss on data that are not trained on, during the run and at its end."""
 
     dataset: str = "c4_validation"
     """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`."""
@@ -720,10 +720,10 @@ class Comm(Section):
     fails; 0 remembers none."""
 
     save_traces_folder: str = "comm_traces"
-    """Folder of these records of collectives, below `job.dump_folder`."""
+    """Folder of these records, below `job.dump_folder`."""
 
     save_traces_file_prefix: str = "rank_"
-    """Start of their files' names; the rank follows."""
+    """Prefix of their file names; the rank follows."""
 
 
 class Debug(Section):
