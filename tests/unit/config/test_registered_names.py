@@ -246,5 +246,5 @@ def test_the_example_package_is_listed(example: Path) -> None:
     origin = "(from titan-extras 0.1.0)"
     assert f"relu_squared settings: every {origin}" in rows
     assert f"poly settings: epsilon {origin}" in rows
-    assert f"Lion args: beta1, beta2 {origin}" in rows
+    assert f"Lion settings: beta1, beta2 {origin}" in rows
     assert any(row.startswith("sums ") and row.endswith(origin) for row in rows)
