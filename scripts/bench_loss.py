@@ -56,7 +56,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, name: str, chunks: int) -> tuple[float, float]:
     """Seconds of a forward and backward, and GiB at most."""
-    from torchtitan.utils.allocator import tune_cpu_allocator
+    from torchtitan.utils.host import tune_cpu_allocator
 
     tune_cpu_allocator()
     import torch

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import load_config
-from torchtitan.utils.allocator import tune_cpu_allocator
-from torchtitan.utils.threads import spin_briefly
+from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

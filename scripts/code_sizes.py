@@ -28,7 +28,6 @@ SUBJECTS = {
         [
             "preflight/**/*.py",
             "config/compat/**/*.py",
-            "config/legacy*.py",
             "config/keys_check.py",
             "config/suggest.py",
             "config/value_errors.py",

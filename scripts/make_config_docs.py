@@ -4,7 +4,7 @@ python scripts/make_config_docs.py"""
 from pathlib import Path
 
 from torchtitan.commands.config import reference
-from torchtitan.config.legacy_reference import with_tables
+from torchtitan.config.compat.reference import with_tables
 
 if __name__ == "__main__":
     docs = Path(__file__).resolve().parent.parent / "docs"

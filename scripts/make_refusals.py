@@ -15,8 +15,8 @@ from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.registry import MODELS
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 from torchtitan.preflight import handlers as handlers_check
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
 
 # The page does not depend on the packages that are installed here.
 handlers_check.find_spec = lambda package: ModuleSpec(package, None)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import torchtitan.utils.uptime  # noqa: F401  starts the clock
+import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
 from torchtitan.config.errors import (
     CheckpointError,
@@ -32,11 +32,11 @@ from torchtitan.utils.environment import (
     EnvironmentFaults,
     ProcessEnvironment,
     is_quiet_rank,
+    is_torchrun_s,
     read_environment,
 )
-from torchtitan.utils.launchers import is_torchrun_s
+from torchtitan.utils.processes import StopRequested
 from torchtitan.utils.redaction import redact
-from torchtitan.utils.signals import StopRequested
 
 _PATIENCE_SECONDS = 60.0
 """How long a failing rank waits for rank 0, which may look at many files before it answers."""

@@ -103,7 +103,7 @@ def _step(num_targets: int, bad_rows: int = 0) -> Any:
 def _targets_of_steps(world: DistributedContext) -> list[int]:
     from torchtitan.loss.cross_entropy import CrossEntropyLoss
     from torchtitan.training.prefetch import Prefetch
-    from torchtitan.utils.signals import StopRequest
+    from torchtitan.utils.processes import StopRequest
 
     own = [(1, 0, 0, 2), (1, 0, 0, 0)][world.rank]
     data = _Data([_step(num_targets) for num_targets in own])
@@ -122,7 +122,7 @@ def test_steps_without_any_target_are_left_out(gloo_pool: GlooPool) -> None:
 def _fetch_where_rank_1_fails(world: DistributedContext) -> str:
     from torchtitan.loss.cross_entropy import CrossEntropyLoss
     from torchtitan.training.prefetch import Prefetch
-    from torchtitan.utils.signals import StopRequest
+    from torchtitan.utils.processes import StopRequest
 
     steps = [] if world.rank == 1 else [_step(num_targets=1)]
     ahead = Prefetch(_Data(steps), CrossEntropyLoss(), world, StopRequest(), True)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_failure_to_read_reaches_all(gloo_pool: GlooPool) -> None:
 def _leave_out_rows(world: DistributedContext, max_bad_rows: int) -> str:
     from torchtitan.loss.cross_entropy import CrossEntropyLoss
     from torchtitan.training.prefetch import Prefetch
-    from torchtitan.utils.signals import StopRequest
+    from torchtitan.utils.processes import StopRequest
 
     data = _Data([_step(num_targets=1, bad_rows=2)])
     ahead = Prefetch(

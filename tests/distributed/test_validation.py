@@ -24,7 +24,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.training import builder, model_builder
 from torchtitan.utils.garbage import GarbageCollection
-from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.processes import StopRequest
 
 TOLERANCE = 1e-12
 COMPILED = {

@@ -9,7 +9,7 @@ import pytest
 
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 
 from torchtitan.cli import parse
 from torchtitan.commands.list import lists
+from torchtitan.config.compat.translate import is_old_key, is_old_section
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
-from torchtitan.config.legacy import is_old_key, is_old_section
 from torchtitan.config.load import load_config
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import shipped_configs

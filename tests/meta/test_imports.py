@@ -9,21 +9,15 @@ WITHOUT_TORCH = [
     "torchtitan",
     "torchtitan.cli",
     "torchtitan.config",
-    "torchtitan.preflight.preflight",
+    "torchtitan.preflight",
     "torchtitan.models.registry",
     "torchtitan.models.llama3",
     "torchtitan.models.llama2",
     "torchtitan.models.decoder.args",
     "torchtitan.models.hf_weights",
-    "torchtitan.preflight.model",
-    "torchtitan.preflight.pipeline_parallel",
-    "torchtitan.preflight.data",
-    "torchtitan.preflight.validation",
     "torchtitan.data.registry",
-    "torchtitan.preflight.checkpoint",
-    "torchtitan.preflight.components",
     "torchtitan.handlers",
-    "torchtitan.utils.allocator",
+    "torchtitan.utils.host",
 ]
 
 

@@ -25,7 +25,7 @@ from torchtitan.loss.registry import loss_settings
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.models.registry import get_family
 from torchtitan.parallel.initialize import initialize_parameters
-from torchtitan.preflight.preflight import ARITHMETIC, errors_of, preflight
+from torchtitan.preflight import ARITHMETIC, errors_of, preflight
 
 REFERENCES = list({name_of(reference_of(case)): reference_of(case) for case in TABLE}.values())
 COMPACT = ("AdamWBF16", "AdamW8bit")

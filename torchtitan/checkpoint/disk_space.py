@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Checkpoint
-from torchtitan.utils.host_memory import available_bytes
+from torchtitan.utils.host import available_bytes
 
 if TYPE_CHECKING:
     from torchtitan.distributed.context import DistributedContext

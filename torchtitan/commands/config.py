@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import PydanticUserError
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import known_sections
+from torchtitan.config.fields import known_sections, unexpanded_paths
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.paths import expand_path
 from torchtitan.config.reference import reference_page
@@ -25,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "show":
         loaded = load_config(options.settings)
         print_notices(loaded)
+        for issue in unexpanded_paths(loaded.config):
+            print(f"warning: {issue}", file=sys.stderr)
         print(show_config(loaded))
     elif options.action == "copy":
         _copy(options.name, options.file)

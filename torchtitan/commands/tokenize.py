@@ -30,9 +30,9 @@ from torchtitan.data.token_files import (
 from torchtitan.data.token_source import TokenSource
 from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tokenize
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.preflight import report
 from torchtitan.preflight.data import check_data, check_tokenizer
 from torchtitan.preflight.data_files import check_data_files
-from torchtitan.preflight.preflight import report
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
+from torchtitan import preflight
 from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.commands import config as config_command
 from torchtitan.config import JobConfig
@@ -16,14 +17,11 @@ from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.show import show_config
-from torchtitan.preflight import preflight
 from torchtitan.utils import environment as env
-from torchtitan.utils.allocator import tune_cpu_allocator
-from torchtitan.utils.children import end_with_launcher
-from torchtitan.utils.launchers import adopt_place
+from torchtitan.utils.environment import adopt_place
+from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 from torchtitan.utils.logging import init_logging
-from torchtitan.utils.signals import StopRequest
-from torchtitan.utils.threads import spin_briefly
+from torchtitan.utils.processes import StopRequest, end_with_launcher
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchtitan.config import toml_file
+from torchtitan.config.compat.keys import NONE_MEANS
+from torchtitan.config.compat.translate import old_key
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, example_table, free_table_of, known_keys
-from torchtitan.config.legacy import old_key
-from torchtitan.config.legacy_keys import NONE_MEANS
 from torchtitan.config.suggest import secret_problem, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret, is_secret

@@ -1,7 +1,6 @@
-"""`job.custom_import`: modules of the user's own, which register what a config may then name:
-models, handlers, datasets, tokenizers, losses, optimizers, schedules, masks, sinks of metrics.
+"""Import the user's modules in `job.custom_import`, which register names for a config.
 
-They are code that runs with the user's rights, so what is imported is said aloud, with a digest.
+They are code that runs with the user's rights, so each import is printed, with a digest.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ def import_custom_modules(config: JobConfig, quiet: bool = False) -> list[Config
 
 
 def import_modules(names: Iterable[str], quiet: bool = False) -> list[ConfigIssue]:
-    """Import the modules in order; a module that fails is a problem with its own traceback."""
+    """Import the modules in order; return an issue with the traceback of each that fails."""
     problems: list[ConfigIssue] = []
     for name in names:
         problem = _import(name, quiet)

@@ -1,7 +1,7 @@
-"""How anything that a user set, and that cannot work, is reported.
+"""Report settings that cannot work.
 
 A `ConfigIssue` names the key, its value, why it cannot work and what to set instead. Checks return
-lists of them, so that a user sees every problem at once; `ConfigError` carries the list.
+lists of them, so that a user sees all at once; `ConfigError` carries the list.
 """
 
 import json
@@ -16,12 +16,12 @@ _UNSET = object()
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One thing to mend.
+    """One setting to correct.
 
     `key` is `section.key` (or a file, or a flag); `severity` is "error", or "warning" for what is
-    reported without stopping the run. `missing_asset` marks what `--check` downgrades to a warning:
-    files that need not exist on the machine that checks. `local` is what only this process sees, so
-    that it is printed whatever its rank; everything else is printed by rank 0 for all.
+    reported without stopping the run. `missing_asset` marks files that need not exist on the
+    machine that checks, which `--check` turns into warnings. `local` marks what only this process
+    sees: it is printed whatever the rank, while rank 0 prints everything else for all.
     """
 
     key: str
@@ -40,18 +40,18 @@ class ConfigIssue:
         return without_secrets(text)
 
     def to_json(self) -> str:
-        """Text from which `from_json` makes a problem that reads the same."""
+        """Return text from which `from_json` makes an equal issue."""
         fields = {key: value for key, value in vars(self).items() if value is not _UNSET}
         return json.dumps(fields, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "ConfigIssue":
-        """The problem that `to_json` wrote."""
+        """Return the issue that `to_json` wrote."""
         return cls(**json.loads(text))
 
 
 class ConfigError(ValueError):
-    """The run cannot start as configured. Exit status 2."""
+    """Settings that keep the run from starting. Exit status 2."""
 
     known_to_all = False
     """Every rank has this very error, so none must learn of it."""
@@ -62,24 +62,24 @@ class ConfigError(ValueError):
 
 
 def errors_of(problems: Iterable[ConfigIssue]) -> list[ConfigIssue]:
-    """Return the problems that stop a run."""
+    """Return the issues that stop a run."""
     return [problem for problem in problems if problem.severity == "error"]
 
 
 class DataError(RuntimeError):
-    """The data or the tokenizer cannot be read. Exit status 3."""
+    """Data or a tokenizer that cannot be read. Exit status 3."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read. Exit status 4."""
+    """A checkpoint that cannot be written or read. Exit status 4."""
 
 
 class NonFiniteError(RuntimeError):
-    """Loss, gradient, weights or optimizer state are not finite. Exit status 5."""
+    """Loss, gradients, weights or optimizer state that are not finite. Exit status 5."""
 
 
 class HangError(RuntimeError):
-    """A rank did not arrive where the others wait for it. Exit status 6."""
+    """A rank that did not arrive in time. Exit status 6."""
 
 
 def _toml_like(value: Any) -> str:

@@ -10,7 +10,7 @@ from torchtitan.config.errors import (
     HangError,
     NonFiniteError,
 )
-from torchtitan.utils.signals import StopRequested
+from torchtitan.utils.processes import StopRequested
 
 DONE = 0
 FAILED = 1

@@ -1,11 +1,11 @@
-"""A flat table of every key a config knows, read from the section models.
+"""List every key of a config in one flat table, read from the sections.
 
-The command line, the error messages and the reference page are all made from this one table.
+The command line, the error messages and the reference page are made from it.
 """
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from torchtitan.config.paths import IS_PATH
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.paths import IS_PATH, why_unexpanded
 from torchtitan.config.schema import JobConfig, Section
 
 _HUGE = 2**31
@@ -36,39 +37,66 @@ class Key:
 
     @property
     def section(self) -> str:
-        """Dotted name of the table that holds the key."""
+        """Return the dotted name of the table that holds the key."""
         return self.name.rpartition(".")[0]
 
     @property
     def last_name(self) -> str:
+        """Return the name without its section."""
         return self.name.rpartition(".")[2]
 
 
 @cache
 def known_keys() -> dict[str, Key]:
-    """All keys by dotted name, in the order of the sections."""
+    """Return all keys by dotted name, in the order of the sections."""
     return {key.name: key for key in _walk(JobConfig, "")}
 
 
 @cache
 def known_sections() -> dict[str, str]:
-    """Dotted names of all tables with their documentation, nested ones after their parents."""
+    """Return the dotted names of all tables with their documentation, nested ones last."""
     return dict(_walk_sections(JobConfig, ""))
 
 
 def free_table_of(name: str) -> str | None:
-    """The free-form table (`model.args`, `handlers`) that a dotted name lies in, if any."""
+    """Return the free-form table (`model.args`, `handlers`) that a dotted name lies in, if any."""
     tables = [key.name for key in known_keys().values() if key.kind == "table"]
     return next((table for table in tables if name.startswith(table + ".")), None)
 
 
 def keys_of(model: type[Section]) -> list[Key]:
-    """The keys of one section model alone, by their last names."""
+    """Return the keys of one section alone, by their last names."""
     return list(_walk(model, ""))
 
 
+def unexpanded_paths(config: JobConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue for each path with a variable that is not set: a folder called `$NAME`."""
+    for name, path in paths_of(config):
+        reason = why_unexpanded(path)
+        if reason:
+            fix = "set it where the run starts, or write the folder itself"
+            yield ConfigIssue(name, reason, fix, path, missing_asset=True)
+
+
+def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and value of every path of a config."""
+    return _paths_in(config.model_dump(), known_keys().values(), "")
+
+
+def _paths_in(table: Any, keys: Iterable[Key], prefix: str) -> Iterator[tuple[str, str]]:
+    for key in keys:
+        value = table
+        for part in key.name.split("."):
+            value = value[part]
+        if key.is_path and value:
+            yield prefix + key.name, value
+        for index, inner in enumerate(value if key.item else ()):
+            assert key.item is not None
+            yield from _paths_in(inner, keys_of(key.item), f"{prefix}{key.name}[{index}].")
+
+
 def example_table(key: Key) -> str:
-    """A list with one table, of the keys without a default, for a key that is such a list."""
+    """Return an example of a list of tables, with the keys that have no default."""
     values = {"int": "1", "float": "0.5", "str": '"*bias"', "bool": "true"}
     keys = keys_of(key.item) if key.item is not None else []
     required = [key for key in keys if key.default is None and not key.optional]
@@ -129,13 +157,13 @@ def _kind(name: str, base: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _item(base: Any) -> Any:
-    """What a tuple holds."""
+    """Return the type of a tuple's items."""
     item, *_ = _unwrap(typing.get_args(base)[0], [])
     return item
 
 
 def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, bool, list[Any]]:
-    """The type inside `Annotated` and `| None`, whether None is allowed, and the constraints."""
+    """Return the type inside `Annotated` and `| None`, whether None fits, and the constraints."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         base, *extra = typing.get_args(annotation)

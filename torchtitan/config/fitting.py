@@ -1,4 +1,4 @@
-"""Defaults that do not fit what a config says otherwise: what nobody wrote must not stop a run."""
+"""Adjust defaults that do not fit what a config says otherwise."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -14,8 +14,10 @@ _REASONS = {
 
 
 def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
-    """Return the config with the defaults of some unset keys adjusted to the rest of it; they
-    still count as unset. `dp_degree`: ranks that read different data."""
+    """Return the config with the defaults of unset keys adjusted to the rest of it.
+
+    They still count as unset. `dp_degree`: ranks that read different data.
+    """
     training, profiling = config.training, config.profiling
     share, rest = divmod(training.global_batch_size, dp_degree)
     if training.global_batch_size > 0 and not rest:
@@ -30,8 +32,11 @@ def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
 
 
 def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue]:
-    """One warning per default that was adjusted. `config` is what `fitted` returned,
-    `warmup_steps` what an unset `lr_scheduler.warmup_steps` means for it, if anything."""
+    """Yield a warning for each adjusted default.
+
+    `config` is the result of `fitted`; `warmup_steps` is the meaning of an unset
+    `lr_scheduler.warmup_steps`, if any.
+    """
     schedule = config.lr_scheduler
     if schedule.warmup_steps is None and warmup_steps not in (None, DEFAULT_WARMUP):
         reason = f"{DEFAULT_WARMUP} steps do not fit into training.steps = {config.training.steps}"
@@ -50,7 +55,7 @@ def _notice(key: str, value: int | None, reason: str) -> ConfigIssue:
 
 
 def _with_default(section: S, name: str, value: int) -> S:
-    """The section with another value of a key, if the key is unset; it remains so."""
+    """Return the section with another value of a key that is unset, and remains so."""
     if name in section.model_fields_set or getattr(section, name) == value:
         return section
     changed = section.model_copy(update={name: value})

@@ -1,4 +1,4 @@
-"""Which keys a TOML file uses: unknown ones, misplaced ones, tables that are not tables, secrets.
+"""Check the keys of a TOML file: unknown, misplaced, tables that are values, secrets.
 
 Checked before the values, so that pydantic only ever sees keys it knows and a misspelt key is
 answered with what was meant.
@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
-from torchtitan.config.legacy import is_old_section
 from torchtitan.config.schema import MAX_INT64
 from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
 from torchtitan.utils.redaction import is_secret, names_a_secret
 
 
 def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
-    """The part of a TOML table that a config can hold, and the problems of the rest."""
+    """Return the part of a TOML table that a config can hold, and the issues of the rest."""
     problems: list[ConfigIssue] = []
     return _split(table, "", problems), problems
 
@@ -47,14 +47,10 @@ def _split(table: dict[str, Any], prefix: str, problems: list[ConfigIssue]) -> d
 
 
 def _quoted(key: str, prefix: str) -> ConfigIssue:
-    """A key with a dot inside quotes, which TOML takes for one name."""
+    """Return the issue of a key with a dot inside quotes, which TOML takes for one name."""
     section, _, last = key.rpartition(".")
-    if not prefix or key not in known_keys():  # what the dot is to lead to begins here
-        fix = f"did you mean unquoted `{key}`?"
-    elif section + "." == prefix:
-        fix = f"write `{last}`, since this is in [{section}] already"
-    else:
-        fix = f"write `{last}` in [{section}]"
+    known = prefix and key in known_keys()
+    fix = f"write `{last}` in [{section}]" if known else f"did you mean unquoted `{key}`?"
     return ConfigIssue(f'"{key}"', "is one quoted key that contains a dot", fix)
 
 
@@ -71,13 +67,11 @@ def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[Con
 
 
 def _unknown_table(name: str, table: dict[str, Any]) -> list[ConfigIssue]:
-    """One problem for the table; one a key if it is an older release's, which has such keys."""
-    if is_old_section(name):
-        return [unknown_key(key, key) for key in _keys_below(name, table)]
-    secrets = [f"{name}.{key}" for key, value in table.items() if names_a_secret(key, value)]
-    if secrets:
-        return [unknown_key(key, key) for key in secrets]
-    return [unknown_section(name)]
+    """Return an issue for the table, or for each key if it is an older release's or a secret."""
+    names = list(_keys_below(name, table))
+    if not is_old_section(name):
+        names = [f"{name}.{key}" for key, value in table.items() if names_a_secret(key, value)]
+    return [unknown_key(key, key) for key in names] or [unknown_section(name)]
 
 
 def _keys_below(prefix: str, table: dict[str, Any]) -> Iterator[str]:
@@ -90,7 +84,7 @@ def _keys_below(prefix: str, table: dict[str, Any]) -> Iterator[str]:
 
 
 def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
-    """What no free-form table may hold, whatever its keys mean."""
+    """Check what no free-form table may hold, whatever its keys mean."""
     for key, value in table.items():
         name = f"{prefix}.{key}"
         if prefix in ("handlers", "sinks") and not isinstance(value, dict):
@@ -106,13 +100,13 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
 
 
 def secrets_in(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """A problem when a value, or anything in a list (of tables), looks like a secret."""
+    """Yield an issue when a value, or anything in it, looks like a secret."""
     if is_secret("", value):
         yield secret_problem(name)
 
 
 def value_problems(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Values that TOML can write and no setting can mean, in a table whose types are not known."""
+    """Yield an issue for each value that no setting can mean, in a table of unknown types."""
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         place = f"{name}[{index}]" if isinstance(value, list) else name
         if isinstance(item, float) and not math.isfinite(item):

@@ -1,4 +1,4 @@
-"""Loading a config: defaults, then the TOML file, then the command line.
+"""Load a config: defaults, then the TOML file, then the command line.
 
 Everything wrong in the file and on the command line is reported at once. The values are validated
 once, after merging, so a wrong value in the file does not matter if the command line replaces it.
@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from torchtitan.config import legacy
 from torchtitan.config.cli_args import CommandLine, parse_command_line
+from torchtitan.config.compat import translate as compat
+from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
 from torchtitan.config.keys_check import split_known
-from torchtitan.config.legacy import is_old
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_file import read_toml
@@ -28,8 +28,10 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config and, for every dotted key, where its value came from: "default", the file's name or
-    "command line"."""
+    """A config and the origin of each value.
+
+    `origins`: by dotted key, "default", the file's name or "command line".
+    """
 
     config: JobConfig
     origins: dict[str, str]
@@ -41,7 +43,11 @@ class LoadedConfig:
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:
-    """The config that a command line describes; raises `ConfigError` with every problem found."""
+    """Return the config of a command line.
+
+    Raises:
+        ConfigError: with every issue found.
+    """
     command_line = parse_command_line(argv)
     file_name = command_line.values.get("job.config_file")
     path = None if file_name is None else config_path(str(file_name))
@@ -51,14 +57,14 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
 
 
 def load_toml(path: Path) -> JobConfig:
-    """The config in one file, such as a run folder's `config.toml`, exactly as it was written."""
+    """Return the config in one file, such as a run folder's `config.toml`, exactly as written."""
     return _load(path, CommandLine()).config
 
 
 def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     problems = list(command_line.problems)
     table: dict[str, Any] = {}
-    file = legacy.Translated()
+    file = compat.Translated()
     if path is not None:
         try:
             table, file = _read(path)
@@ -66,11 +72,11 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
             problems += error.problems
     old = {name: value for name, value in command_line.values.items() if is_old(name, value)}
     today = {name: value for name, value in command_line.values.items() if name not in old}
-    flags = legacy.translate(old, today, "--")
+    flags = compat.translate(old, today, "--")
     flag_values = {**today, **flags.values}
 
     values = _merge(table, flag_values)
-    settled = legacy.settle(values, file, flags, today)
+    settled = compat.settle(values, file, flags, today)
     config, value_problems = _validate(values, list(flag_values))
     written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
     problems += [*file.problems, *flags.problems, *settled.problems]
@@ -86,18 +92,18 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     return LoadedConfig(config, origins, notices, values)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], legacy.Translated]:
-    """A file's values by today's keys, and what became of older ones."""
-    rest, old = legacy.take_old(read_toml(path))
+def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
+    """Return a file's values by today's keys, and the translation of older ones."""
+    rest, old = compat.take_old(read_toml(path))
     table, problems = split_known(rest)
-    file = legacy.translate(old, _leaves(rest))
+    file = compat.translate(old, _leaves(rest))
     _, secrets = split_known(_merge({}, file.values))
     file.problems += [*problems, *secrets]
     return _merge(table, file.values), file
 
 
 def _by_written_name(problem: ConfigIssue, written: dict[str, str]) -> ConfigIssue:
-    """Of a wrong value, under the name that the user knows."""
+    """Return the issue under the name that the user wrote."""
     return replace(problem, key=written.get(problem.key, problem.key))
 
 
@@ -111,8 +117,10 @@ def _validate(
 
 
 def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the dotted keys set in it; `base` stays as it is. An empty table adds nothing to
-    one that is there."""
+    """Return a copy of `base` with the dotted keys set in it.
+
+    An empty table adds nothing to one that is there.
+    """
     merged = _copied(base)
     for name, value in dotted.items():
         *tables, last = name.split(".")

@@ -1,4 +1,4 @@
-"""Settings that are paths: `~` and `$VARIABLES` in them are expanded here, once, for all keys."""
+"""Expand `~` and `$VARIABLES` in settings that are paths, once for all keys."""
 
 import os
 import re
@@ -10,20 +10,22 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 
 
 class _PathMark(NamedTuple):
-    """Marks a field as a path, so that checks and messages find all of them."""
+    """The mark of a field that is a path, by which checks and messages find it."""
 
 
 IS_PATH = _PathMark()
 
 
 def expand_path(text: str) -> str:
-    """Return the path with `$NAME`, `${NAME}` and a leading `~` or `~user` expanded. A name that
-    is not set stays as it is; see `why_unexpanded`."""
+    """Return the path with `$NAME`, `${NAME}` and a leading `~` or `~user` expanded.
+
+    A name that is not set stays as it is; see `why_unexpanded`.
+    """
     return os.path.expanduser(os.path.expandvars(text))
 
 
 def why_unexpanded(text: str) -> str | None:
-    """Return what `expand_path` could not expand in its result, in words; None if nothing."""
+    """Return what `expand_path` left unexpanded, in words; None if nothing."""
     variable = _VARIABLE.search(text)
     if variable:
         return f"the environment has no variable {variable[1].strip('{}')}"

@@ -1,4 +1,4 @@
-"""The reference page of the config, made from the table of keys."""
+"""Make the reference page of the config from the table of keys."""
 
 from collections.abc import Iterator, Mapping
 
@@ -41,8 +41,11 @@ Models = Mapping[str, type[Section]]
 
 
 def reference_page(free_tables: Mapping[str, Models]) -> str:
-    """`docs/config.md`. `free_tables`: by the free-form table (`model.args`, `handlers`), and by
-    the name of the family or the handler, the model of what the table may hold."""
+    """Return docs/config.md.
+
+    `free_tables`: by the free-form table (`model.args`, `handlers`) and the name of the family or
+    the handler, the section that the table is checked with.
+    """
     return "\n".join([_HEAD, *_sections(free_tables)]).rstrip() + "\n"
 
 
@@ -74,7 +77,7 @@ def _sections(free_tables: Mapping[str, Models]) -> Iterator[str]:
 
 
 def _table(keys: list[Key], defaults: bool = True) -> str:
-    """A row a key. Hyper-parameters have no column of defaults: those are the flavor's."""
+    """Return a row for each key; defaults of hyper-parameters are the flavor's."""
     if not defaults:
         rows = ["| key | value | |", "|---|---|---|"]
         rows += [f"| `{key.last_name}` | {_values(key)} | {_cell(key.doc)} |" for key in keys]

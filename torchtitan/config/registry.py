@@ -1,9 +1,9 @@
-"""Names that a config may use, from this library, from packages and from modules. No torch.
+"""Registries of names that a config may use. No torch.
 
-The library registers its own. An installed package adds some by entry points of the registry's
-group, whose code is imported when their name is used and not before; a module in
-`job.custom_import` registers itself as it is imported. Nobody replaces what exists: a name that two
-packages give is refused when it is used, and one that the library has cannot be registered again.
+The library registers its own. An installed package adds names by entry points of the registry's
+group, whose code is imported when a name is used; a module in `job.custom_import` registers itself
+when it is imported. A name that two packages give is rejected when it is used, and one of the
+library's cannot be registered again.
 """
 
 import sys
@@ -26,8 +26,11 @@ class Registry(Generic[T]):
     """Things of one kind, by name."""
 
     def __init__(self, key: str, group: str, admit: Callable[[str, Any], T]):
-        """`key` of the config takes the names; `group` is that of the entry points. `admit(name,
-        thing)` makes an entry of what a package or a module gives, or raises TypeError."""
+        """Make an empty registry.
+
+        `key` of the config takes the names; `group` is that of the entry points. `admit(name,
+        thing)` makes an entry of what a package or a module gives, or raises TypeError.
+        """
         self.key = key
         self.group = group
         self._admit = admit
@@ -37,11 +40,11 @@ class Registry(Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def add_built_in(self, name: str, entry: T) -> None:
-        """An entry of the library's own."""
+        """Add an entry of the library's own."""
         self._registered[name] = entry, BUILT_IN
 
     def register(self, name: str, thing: Any, origin: str) -> None:
-        """Add what the module `origin` gives. It may do so again as it is imported anew.
+        """Add what the module `origin` gives, which may do so again when it is imported again.
 
         Raises:
             ValueError: the name is taken.
@@ -55,7 +58,7 @@ class Registry(Generic[T]):
         self._given[name] = given
 
     def decorator(self, name: str) -> Callable[[D], D]:
-        """What registers the class or function below it as `name`."""
+        """Return a decorator that registers a class or function as `name`."""
         require_text(name)
 
         def register(thing: D) -> D:
@@ -71,10 +74,11 @@ class Registry(Generic[T]):
         return iter({**self._registered, **self._installed})
 
     def get(self, name: str) -> T | None:
-        """The entry, None for an unknown name.
+        """Return the entry, or None for an unknown name.
 
-        Raises ConfigError when a package gives it that cannot be imported, gives something else, or
-        is not the only one.
+        Raises:
+            ConfigError: a package gives it that cannot be imported, gives something else, or is
+                not the only one.
         """
         if name in self._registered and name not in self._installed:
             return self._registered[name][0]
@@ -89,12 +93,12 @@ class Registry(Generic[T]):
         return entry
 
     def origin(self, name: str) -> str:
-        """Who gives it: `built in`, a module, or a package with its version."""
+        """Return who gives it: `built in`, a module, or a package with its version."""
         given = [self._registered[name][1]] if name in self._registered else []
         return " and ".join(given + [_package(point) for point in self._installed.get(name, [])])
 
     def entries(self) -> dict[str, T]:
-        """All that can be imported, by name."""
+        """Return all entries that can be imported, by name."""
         found = {}
         for name in self:
             try:
@@ -104,7 +108,7 @@ class Registry(Generic[T]):
         return found
 
     def _is_again(self, name: str, thing: Any, spec: Any) -> bool:
-        """Whether a module gives what it gave before; not a second thing of the same name."""
+        """Return whether a module gives what it gave before, not a second thing of that name."""
         known, known_spec = self._given[name]
         return known is thing or known == thing or spec is None or spec is not known_spec
 
@@ -143,21 +147,22 @@ class Registry(Generic[T]):
 
 
 def require_text(name: Any) -> None:
-    """For decorators, which otherwise would take the class below for the name, and register
-    nothing. Raises TypeError."""
+    """Raise TypeError for a decorator without a name, which would take the class for it."""
     if not isinstance(name, str):
         raise TypeError(f'{name!r} is no name: write one behind the decorator, as ("my_name")')
 
 
 def require_word(name: str) -> None:
-    """For names of tables, which are also written as `--table.name.key`. Raises TypeError."""
+    """Raise TypeError for a name that cannot be written as `--table.name.key`."""
     if not name.isidentifier() or iskeyword(name):
         raise TypeError(f"the name {name!r} has to be a word of letters, digits and _")
 
 
 def import_traceback(error: BaseException) -> str:
-    """How an import failed, indented: the frames of what was imported, without those that led to
-    it and those of Python's import system."""
+    """Return the traceback of a failed import, indented.
+
+    Frames that led to the import, and those of Python's import system, are left out.
+    """
     told = traceback.TracebackException.from_exception(error)
     frames = list(told.stack)
     system = [frame for frame in frames if frame.filename.startswith("<frozen importlib")]
@@ -168,13 +173,13 @@ def import_traceback(error: BaseException) -> str:
 
 
 def lazily(path: str) -> Callable[[], Any]:
-    """A function that imports `module:name` when it is called."""
+    """Return a function that imports `module:name` when it is called."""
     module, _, name = path.partition(":")
     return lambda: getattr(import_module(module), name)
 
 
 def calling_module() -> str:
-    """The module that calls the function which calls this one: who registers something."""
+    """Return the module that calls the caller of this function."""
     return str(sys._getframe(2).f_globals.get("__name__", "?"))
 
 

@@ -10,11 +10,10 @@ MAX_DEFAULT_LANES = 64
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a check may know. Properties resolve the values that a config may leave open, and
-    defaults that do not fit what the config says otherwise are adjusted.
+    """A config, the number of processes, and values that follow from both.
 
-    `full` says whether this machine is the one that will train: only then are its hardware and its
-    files the run's.
+    Properties resolve what a config may leave open. Defaults that do not fit the rest of the config
+    are adjusted. `full`: this machine will train, so its hardware and files are checked.
     """
 
     config: JobConfig
@@ -83,7 +82,7 @@ class RunContext:
         return self.accumulation_steps * self.config.training.local_batch_size // size
 
     def describe_batch(self) -> str:
-        """A step's sequences, and how a rank works through its share of them, in words."""
+        """Return the sequences of a step and of a rank's microbatches, in words."""
         mesh, training = self.config.parallelism, self.config.training
         count, size = self.accumulation_steps, training.local_batch_size
         if mesh.pipeline_parallel_degree > 1:
@@ -95,6 +94,6 @@ class RunContext:
 
 
 def default_lanes(global_batch_size: int) -> int:
-    """The largest divisor of the global batch size up to 64: a function of the config alone."""
+    """Return the largest divisor of the global batch size up to 64."""
     candidates = range(min(MAX_DEFAULT_LANES, global_batch_size), 0, -1)
     return next(lanes for lanes in candidates if global_batch_size % lanes == 0)

@@ -652,7 +652,7 @@ class Metrics(Section):
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in TFLOP/s, dense, in the type that computes: what the model FLOPs
     utilisation (MFU) is a share of. Unset: the maker's bfloat16 figure, for devices that are in the
-    table of `utils/hardware.py`; others have no MFU."""
+    table of `utils/device.py`; others have no MFU."""
 
     enable_tensorboard: bool = False
     """Write TensorBoard event files."""

@@ -1,4 +1,4 @@
-"""The TOMLs that come with the library, which a command line may call by name."""
+"""Find the TOMLs that come with the library, which a command line may call by name."""
 
 import glob
 from importlib import metadata
@@ -13,7 +13,7 @@ FOLDER = "train_configs"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The files of `train_configs/` by name: those of the clone, or else of the installation."""
+    """Return the files of `train_configs/` by name, of the clone or else of the installation."""
     paths = sorted((CLONE / FOLDER).glob("*.toml")) or sorted(_installed())
     return {path.stem: path for path in paths}
 
@@ -27,8 +27,10 @@ def config_path(text: str) -> Path:
 
 
 def found_elsewhere(text: str, config_file: str | None = None) -> Path | None:
-    """Return what a relative path, or glob, names that is absent in the current folder and there in
-    the clone, or in the folder of the config that names it; None if there is none."""
+    """Return the file that an absent relative path or glob may mean, or None.
+
+    Searched are the clone and the folder of `config_file`.
+    """
     folders = [CLONE] if (CLONE / FOLDER).is_dir() else []
     folders += [Path(config_file).absolute().parent] if config_file else []
     if not text or Path(text).is_absolute() or _is_there(Path(text)):
@@ -41,7 +43,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _installed() -> list[Path]:
-    """Where the installer has put them, which depends on how it was called."""
+    """Return the TOMLs where the installer has put them."""
     try:
         files = metadata.files("torchtitan") or []
     except metadata.PackageNotFoundError:

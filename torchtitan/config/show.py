@@ -1,4 +1,4 @@
-"""A resolved config as TOML in which every line says where its value came from."""
+"""Show a resolved config as TOML, with the origin of every value."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torchtitan.config.toml_text import toml_value
 
 
 def show_config(loaded: LoadedConfig) -> str:
-    """The config as TOML that loads to itself; unset keys are comments."""
+    """Return the config as TOML that loads to itself; unset keys are comments."""
     values = loaded.config.model_dump()
     blocks = []
     for section in known_sections():
@@ -33,7 +33,7 @@ def _lines(section: str, table: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _free_lines(section: str, table: dict[str, Any]) -> list[tuple[str, str]]:
-    """Free-form tables as dotted keys, so that each value keeps its own origin."""
+    """Return free-form tables as dotted keys, so that each value keeps its origin."""
     lines = []
     for key, value in table.items():
         name = f"{section}.{key}"

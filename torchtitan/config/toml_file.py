@@ -1,6 +1,8 @@
-"""Reading a TOML file, with errors that say where."""
+"""Read a TOML file, with errors that say where."""
 
 import codecs
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.shipped import found_elsewhere, shipped_configs
 from torchtitan.config.suggest import nearest
-from torchtitan.utils.files import NotARegularFileError, read_regular_file
 from torchtitan.utils.redaction import redact
 
 if sys.version_info >= (3, 11):
@@ -20,7 +21,11 @@ MAX_BYTES = 1_000_000
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The file as a dict. Raises `ConfigError` naming the absolute path and, if known, the line."""
+    """Return the file as a dict.
+
+    Raises:
+        ConfigError: with the absolute path and, if known, line and column.
+    """
     key = str(path.absolute())
     text = _read_text(path, key)
     try:
@@ -40,7 +45,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """One TOML value, such as `4`, `true`, `"a"` or `[1, 2]`; ValueError when it is none."""
+    """Return one TOML value, such as `4`, `true` or `[1, 2]`; raise ValueError if it is none."""
     if "\n" in text or "#" in text:
         raise ValueError(text)
     return tomllib.loads(f"value = {text}")["value"]
@@ -91,7 +96,7 @@ def _fix_of_absent(path: Path) -> str:
 
 
 def _position(text: str, error: Exception) -> tuple[int, int]:
-    """Line and column, 1-based. Newer parsers have them as attributes, older ones in words."""
+    """Return line and column, from 1: attributes of newer parsers, text of older ones."""
     line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
     if line is not None and column is not None:
         return line, column
@@ -120,3 +125,25 @@ def _syntax_hint(message: str) -> str:
     if "overwrite" in message or "declare" in message.lower() or "duplicate" in message.lower():
         return "keep one of the two"
     return "correct the line; strings need quotes, booleans are true and false"
+
+
+class NotARegularFileError(OSError):
+    """A pipe, a device or a socket: reading it may take for ever, and works once."""
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Return at most the first `max_bytes` of a file, without waiting for a pipe.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        NotARegularFileError: it is a pipe, a device or a socket.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(f"{path} is a folder")
+        if not stat.S_ISREG(kind):
+            raise NotARegularFileError(f"{path} is not a regular file")
+        return file.read(max_bytes)

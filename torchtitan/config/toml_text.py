@@ -1,4 +1,4 @@
-"""A config as TOML text that loads to the same config."""
+"""Write a config as TOML text that loads to the same config."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from torchtitan.config.schema import JobConfig
 
 
 def dump_toml(config: JobConfig) -> str:
-    """The whole config, defaults included. TOML has no null: unset keys are left out."""
+    """Return the whole config, defaults included, without unset keys."""
     return tomli_w.dumps(_plain(config.model_dump(exclude_none=True)))
 
 
 def config_toml_text(config: JobConfig) -> str:
-    """`dump_toml` with a first comment, for the run folder."""
+    """Return `dump_toml` with a first comment, for the run folder."""
     comment = "# Every setting of this run, as it was resolved. Train from it like from any other."
     return f"{comment}\n\n{dump_toml(config)}"
 
 
 def toml_value(value: Any) -> str:
-    """One value as TOML on one line; None, which TOML lacks, as `unset`."""
+    """Return one value as TOML on one line; None as `unset`."""
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_none=True)
     if isinstance(value, dict):

@@ -265,14 +265,14 @@ def as_source(make: Callable[[], Any], name: str, column: str, max_document_byte
 
     `make` calls the factory of the dataset. It is called again for each lane's torchdata node.
     """
+    dataset = make()
+    if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
+        return dataset  # type: ignore[no-any-return]
     from torch.utils.data import DataLoader, IterableDataset
 
     def error(problem: str, fix: str) -> ConfigError:
         return ConfigError(ConfigIssue("training.dataset", problem, fix, value=name))
 
-    dataset = make()
-    if all(hasattr(dataset, method) for method in ("shards", "rows", "text", "locate")):
-        return dataset  # type: ignore[no-any-return]
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream and hasattr(dataset, "__getitem__"):
         if hasattr(dataset, "__len__"):

@@ -37,7 +37,7 @@ from torchtitan.data.token_files import (
     write_shard,
     write_text,
 )
-from torchtitan.utils.children import end_with_parent
+from torchtitan.utils.processes import end_with_parent
 
 _MIN_SHARDS = 64
 """Data are cut into at least so many shards, down to `_SMALLEST_BYTES`, for processes to share."""

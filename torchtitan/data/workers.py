@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.config import DataError
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.packing import Sample
-from torchtitan.utils.children import end_with_parent
-from torchtitan.utils.signals import STOP_SIGNALS
+from torchtitan.utils.processes import STOP_SIGNALS, end_with_parent
 from torchtitan.utils.torch_compat import hide_worker_info
 
 

@@ -22,8 +22,7 @@ from torchtitan.config.schema import Metrics
 from torchtitan.metrics.console import ConsoleSink, is_terminal
 from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
 from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
-from torchtitan.utils.device import device_name, memory_peak, reset_memory_peak
-from torchtitan.utils.hardware import peak_flops
+from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
 
 logger = logging.getLogger(__name__)
 

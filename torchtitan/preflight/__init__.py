@@ -1,1 +1,206 @@
-"""Checks of a run before it starts."""
+"""Find everything that is wrong with a run before it starts.
+
+Each module here checks one subject: `check_static(context)` by arithmetic on the config, without
+torch; `check_environment(context)` by looking at files, devices or the run folder;
+`check_model(context, model)` on the model, which is built once, on the meta device. All issues are
+collected, so that a user reads them at once instead of one per attempt.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torchtitan.config.errors import ConfigError, ConfigIssue, DataError, errors_of
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.shipped import found_elsewhere
+from torchtitan.preflight import (
+    checkpoint,
+    context_parallel,
+    data,
+    handlers,
+    hardware,
+    memory,
+    mesh,
+    model,
+    optim,
+    outputs,
+    pipeline_parallel,
+    sharding,
+    tensor_parallel,
+    validation,
+)
+
+ARITHMETIC = "arithmetic"
+"""Config and world size alone: no torch, no file."""
+FILES = "files"
+"""The tokenizer, the data, the folders. Only rank 0 needs it."""
+HARDWARE = "hardware"
+"""This machine's devices, for `context.full` only. Imports torch."""
+MODEL = "model"
+"""The model on the meta device. Imports torch."""
+CHECKPOINTS = "checkpoints"
+"""What the run folder holds already. No torch."""
+PHASES = (ARITHMETIC, FILES, HARDWARE, MODEL, CHECKPOINTS)
+
+STATIC = (
+    mesh,
+    model,
+    tensor_parallel,
+    context_parallel,
+    pipeline_parallel,
+    memory,
+    data,
+    validation,
+    optim,
+    outputs,
+    handlers,
+    checkpoint,
+)
+"""Modules with `check_static`, in the order of their issues."""
+ENVIRONMENT = {
+    FILES: (pipeline_parallel, data, validation, optim, outputs),
+    HARDWARE: (hardware, handlers),
+    CHECKPOINTS: (checkpoint,),
+}
+"""Modules with `check_environment`, by phase."""
+
+
+def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[ConfigIssue]:
+    """Return the issues of the given phases, warnings included, each once.
+
+    A subject with static errors is not looked at further, and nothing is on a mesh that does not
+    exist.
+    """
+    issues: list[ConfigIssue] = []
+    broken = set()
+    for subject in STATIC:
+        found = subject.check_static(context)
+        if errors_of(found):
+            broken.add(subject)
+        if ARITHMETIC in phases:
+            issues += found
+    for phase in phases if mesh not in broken else ():
+        if phase == MODEL and model not in broken:
+            issues += _check_model(context, with_handlers=handlers not in broken)
+        for subject in ENVIRONMENT.get(phase, ()):
+            if subject not in broken and (phase != HARDWARE or context.full):
+                reported = {issue.key for issue in issues}
+                found = subject.check_environment(context)
+                # A wrong name is no second error for differing from the stored run's.
+                issues += [i for i in found if phase != CHECKPOINTS or i.key not in reported]
+    if CHECKPOINTS in phases and not errors_of(issues):
+        issues += _check_stored_batch(context)
+        if MODEL in phases and context.full and not errors_of(issues):
+            issues += check_same_data(context)
+    unique = list({str(issue): issue for issue in issues}.values())
+    unique = [_with_other_place(issue, context) for issue in unique]
+    return unique if context.full else [_downgraded(issue) for issue in unique]
+
+
+def _check_model(context: RunContext, with_handlers: bool) -> list[ConfigIssue]:
+    try:
+        built = model.build_on_meta(context)
+    except ConfigError as error:
+        return error.problems
+    issues = optim.check_model(context, built) + checkpoint.check_model(context, built)
+    if with_handlers:
+        issues += handlers.check_model(context, built)
+        issues += sharding.check_model(context, built)  # the last: it converts the model
+    return issues
+
+
+def _check_stored_batch(context: RunContext) -> list[ConfigIssue]:
+    """Check the batch size and the lanes that the run in the folder has on this mesh."""
+    from torchtitan.checkpoint.decision import decide, resolved_config
+
+    config = context.config
+    try:
+        decision = decide(config, context, Path(config.job.dump_folder).resolve())
+    except ConfigError as error:
+        return error.problems
+    if decision.action == "finished" or (decision.action == "new" and not decision.step):
+        return []
+    return preflight(replace(context, config=resolved_config(config, decision)), [ARITHMETIC])
+
+
+def check_same_data(context: RunContext) -> list[ConfigIssue]:
+    """Compare data, tokenizer and packing with those of the run that is resumed.
+
+    Opens the data files. Files that cannot be read are reported by other phases.
+    """
+    from torchtitan.checkpoint import stored_run
+    from torchtitan.checkpoint.decision import decide, resolved_config
+    from torchtitan.checkpoint.manifest import InvalidCheckpoint
+
+    config = context.config
+    try:
+        decision = decide(config, context, Path(config.job.dump_folder).resolve())
+        config = resolved_config(config, decision)
+        state = stored_run.stored_state(config, decision)
+    except (ConfigError, InvalidCheckpoint):
+        return []
+    if state.get("data_fingerprint") is None:
+        return []
+    from torchtitan.data import identity, loader
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    try:
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        mixture = loader.build_mixture(
+            config.training, config.data, config.debug.seed, tokenizer, decision.num_lanes
+        )
+        now = loader.data_facts(mixture)  # reads the files
+    except (ConfigError, DataError):
+        return []
+    if identity.names_data(state["data_fingerprint"], now):
+        return []
+    compare = partial(identity.differences, now=identity.summary_of(now), anew=config.data.restart)
+    fingerprint = identity.fingerprint_of(now)
+    return stored_run.data_problems(config.checkpoint, state, fingerprint, compare)
+
+
+def report(issues: Iterable[ConfigIssue], quiet: bool = False) -> None:
+    """Print each issue once to stderr; `quiet` is for ranks that see what rank 0 prints."""
+    if quiet:
+        return
+    for issue in issues:
+        print(f"{issue.severity}: {issue}", file=sys.stderr)
+
+
+def require(
+    context: RunContext, phases: Sequence[str] = PHASES, quiet: bool = False
+) -> list[ConfigIssue]:
+    """Run the phases, print the warnings and return them; raise `ConfigError` with the errors."""
+    issues = preflight(context, phases)
+    errors = errors_of(issues)
+    warnings = [issue for issue in issues if issue not in errors]
+    report(warnings, quiet)
+    if errors:
+        raise ConfigError(errors)
+    return warnings
+
+
+def require_same_data(context: RunContext) -> None:
+    """Raise `ConfigError` unless a resumed run reads the data that its checkpoint knows."""
+    issues = check_same_data(context)
+    if issues:
+        raise ConfigError(issues)
+
+
+def _with_other_place(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
+    """Suggest the file that an absent relative path names in the clone or beside the config."""
+    text = issue.value if issue.missing_asset and isinstance(issue.value, str) else ""
+    place = found_elsewhere(text, context.config.job.config_file)
+    if place is None:
+        return issue
+    fix = f"{issue.fix.rstrip('.')}; did you mean {place}? A relative path starts in the current"
+    return replace(issue, fix=f"{fix} folder, {Path.cwd()}")
+
+
+def _downgraded(issue: ConfigIssue) -> ConfigIssue:
+    """Return a warning for a file that is absent on a machine that will not train."""
+    if issue.missing_asset and issue.severity == "error":
+        return replace(issue, severity="warning")
+    return issue

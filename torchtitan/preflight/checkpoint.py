@@ -1,17 +1,23 @@
-"""Checks of the checkpoint settings and the run folder. No torch."""
+"""Checks of `[checkpoint]`, the run folder and the weights that a run starts from."""
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.checkpoint.decision import decide, starts_anew
 from torchtitan.checkpoint.disk_space import free_space, space_problems
 from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
-from torchtitan.checkpoint.initial import setting_problems
+from torchtitan.checkpoint.initial import initial_path, setting_problems
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
+from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(
@@ -19,6 +25,8 @@ _TAKEN = re.compile(
 )
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
+_HARMLESS_HANDLERS = {"compile"}
+"""Handlers that add no parameters."""
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
@@ -31,13 +39,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
         fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
         problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
-    others = (
-        config.metrics.save_tb_folder,
-        config.profiling.save_traces_folder,
-        config.profiling.save_memory_snapshot_folder,
-        config.comm.save_traces_folder,
-    )
-    if section.folder in others or _TAKEN.fullmatch(section.folder):
+    if _TAKEN.fullmatch(section.folder):
         text = "is the name of something else in the run folder"
         fix = 'choose another name, such as "checkpoint"'
         problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
@@ -92,6 +94,50 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
         num_bytes, num_files = sizes[-1].num_bytes, len(sizes[-1].files)
         problems += space_problems(folder, section, num_bytes, num_files, free_space(folder))
     return problems
+
+
+def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
+    """Compare names and shapes with those in `checkpoint.initial_load_path`, for a new run.
+
+    A vocabulary that the tokenizer decides is not compared.
+    """
+    config, section = context.config, context.config.checkpoint
+    if not section.enable or section.initial_load_path is None:
+        return []
+    if set(config.model.handlers) - _HARMLESS_HANDLERS:
+        return []
+    try:
+        if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":
+            return []
+    except (ConfigError, OSError):
+        return []  # reported by `check_environment`
+    from torchtitan.checkpoint.dcp_io import describe_tensor
+    from torchtitan.checkpoint.model_folder import read_model_folder
+    from torchtitan.checkpoint.state import model_tensors
+
+    key, value = "checkpoint.initial_load_path", section.initial_load_path
+    try:
+        stored = read_model_folder(initial_path(section)).tensors
+    except InvalidCheckpoint as error:
+        return [ConfigIssue(key, f"is damaged ({error})", "choose another checkpoint", value)]
+    wanted = {name: describe_tensor(tensor) for name, tensor in model_tensors([model]).items()}
+    comparable = {name: _comparable(entry, stored.get(name)) for name, entry in wanted.items()}
+    differences = tensor_differences(stored, [comparable])
+    if not differences:
+        return []
+    fix = "choose another checkpoint, or the flavor and model.args of the run that saved it"
+    return [ConfigIssue(key, f"does not fit the model: {differences}", fix, value)]
+
+
+def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `wanted` with the stored number format, which a load converts, and vocabulary."""
+    if stored is None or len(stored["shape"]) != len(wanted["shape"]):
+        return wanted
+    shape = [
+        known if size == UNKNOWN_VOCAB_SIZE else size
+        for size, known in zip(wanted["shape"], stored["shape"])
+    ]
+    return {"dtype": stored["dtype"], "shape": shape}
 
 
 def _enable_problems(section: Checkpoint, steps: int) -> list[ConfigIssue]:

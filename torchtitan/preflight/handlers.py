@@ -1,33 +1,26 @@
-"""What must hold of `model.handlers` and `[handlers.NAME]`. No torch, but in `probe`."""
+"""Checks of `model.handlers` and `[handlers.NAME]`."""
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.errors import errors_of
+from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.suggest import fix_of_registered
+from torchtitan.config.suggest import issues_of_names
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Names, order, combinations, settings."""
-    known = HANDLERS
-    chosen = context.config.model.handlers
-    problems = []
-    for place, name in enumerate(chosen):
-        if name not in known:
-            fix = fix_of_registered(name, known)
-            problems.append(ConfigIssue("model.handlers", "is not a handler", fix, value=name))
-        elif name in chosen[:place]:
-            problem = "is listed twice"
-            problems.append(ConfigIssue("model.handlers", problem, "list it once", value=name))
-    for name in context.config.handlers:
-        if name not in known:
-            fix = fix_of_registered(name, known)
-            problems.append(ConfigIssue(f"handlers.{name}", "is not a handler", fix))
+    """Check names, order, combinations and settings."""
+    chosen, tables = context.config.model.handlers, context.config.handlers
+    problems = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
     if problems:
         return problems
     for name in dict.fromkeys([*chosen, *context.config.handlers]):
@@ -49,7 +42,7 @@ def _settings_problems(context: RunContext, name: str) -> list[ConfigIssue]:
 
 
 def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> list[ConfigIssue]:
-    """What a handler finds; for what it raises, whose fault that is, with its own traceback."""
+    """Return what a handler finds; if it raises, an issue with its own traceback."""
     try:
         return list(ask())
     except ConfigError as error:
@@ -61,7 +54,7 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
 
 
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
-    """Looks for the packages, without importing them."""
+    """Check that the packages exist, without importing them."""
     for name, entry in chosen.items():
         if entry.package and not _is_installed(entry.package):
             problem = f"it needs {entry.package}, which is not installed"
@@ -93,10 +86,30 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Whether this machine's devices can do what the handlers ask of them."""
+    """Ask each handler whether this machine's devices can do what it needs."""
     config = context.config
     problems = []
     for name in config.model.handlers:
         ask = partial(HANDLERS[name].check_environment, context, handler_settings(config, name))
         problems += _asked(name, "check_environment", ask)
     return problems
+
+
+def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
+    """Ask each handler that has a `check(model)`; imports torch.
+
+    Handlers after a registered one, which may add modules and parameters, judge at the start.
+    """
+    config = context.config
+    if not config.model.handlers:
+        return []
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.handlers.named import NamedHandler
+
+    dims = ParallelDims.from_section(config.parallelism, context.world_size)
+    issues: list[ConfigIssue] = []
+    for name in config.model.handlers:
+        issues += NamedHandler(name, config, dims).check(model)
+        if HANDLERS.origin(name) != BUILT_IN:
+            break
+    return issues

@@ -1,4 +1,4 @@
-"""Whether this machine can run what the config asks for. Looks at devices without using them."""
+"""Checks of this machine. They look at devices without using them."""
 
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
@@ -9,7 +9,7 @@ _BFLOAT16_CAPABILITY = (8, 0)
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """The torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
+    """Check the torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
     import torch
 
     problems = []
@@ -44,7 +44,7 @@ def _cuda(context: RunContext) -> list[ConfigIssue]:
 
 
 def _bfloat16(context: RunContext, local_rank: int) -> list[ConfigIssue]:
-    """Older GPUs emulate bfloat16, many times slower than they compute in float32."""
+    """Check for GPUs that emulate bfloat16, many times slower than float32."""
     import torch
 
     if torch.version.hip is not None:

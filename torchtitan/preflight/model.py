@@ -1,17 +1,23 @@
-"""Problems of `[model]` that show before anything is read (`check`) or by building it (`probe`)."""
+"""Checks of `[model]`, and the model on the meta device for the checks that need it."""
+
+from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs, ModelFamily
 
-_STAND_IN_VOCAB_SIZE = 256
+if TYPE_CHECKING:
+    from torch import nn
+
+UNKNOWN_VOCAB_SIZE = 5_765_760
+"""Stands for the size that only the tokenizer knows: divisible by usual degrees, like no other."""
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Unknown family, flavor or hyper-parameter, hyper-parameters that do not fit, `seq_len`.
+    """Check family, flavor, hyper-parameters and `training.seq_len`.
 
-    Whether the vocabulary fits is decided where the tokenizer is known: `ModelFamily.resolve`.
+    `ModelFamily.resolve` checks the vocabulary where the tokenizer is known.
     """
     try:
         _, args = _resolve(context)
@@ -31,29 +37,30 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     ]
 
 
-def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Build the model without memory (on `meta`); imports torch. For what `check` lets pass."""
-    try:
-        family, args = _resolve(context)
-    except ConfigError:
-        return []  # reported by `check`
+def build_on_meta(context: RunContext) -> "nn.Module":
+    """Return the model without memory, before handlers; imports torch.
+
+    Raises:
+        ConfigError: `check_static` has errors, or the model cannot be built.
+    """
+    family, args = _resolve(context)
     import torch
 
+    from torchtitan.utils.dtypes import default_dtype, torch_dtype
+
     if args.vocab_size is None:
-        args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
+        args = args.model_copy(update={"vocab_size": UNKNOWN_VOCAB_SIZE})
     try:
-        with torch.device("meta"):
-            family.build(args)
+        with torch.device("meta"), default_dtype(torch_dtype(context.config.training.dtype)):
+            return family.build(args)
     except Exception as error:
-        model = context.config.model
-        problem = f"the model cannot be built: {type(error).__name__}: {error}"
-        return [
-            ConfigIssue("model.args", problem, "change these hyper-parameters", value=model.args)
-        ]
-    return []
+        text = f"the model cannot be built: {type(error).__name__}: {error}"
+        value = context.config.model.args
+        issue = ConfigIssue("model.args", text, "change these hyper-parameters", value=value)
+        raise ConfigError(issue) from error
 
 
 def _resolve(context: RunContext) -> tuple[ModelFamily, ModelArgs]:
-    model = context.config.model
-    family = get_family(model.name)
-    return family, family.resolve(model)
+    section = context.config.model
+    family = get_family(section.name)
+    return family, family.resolve(section)

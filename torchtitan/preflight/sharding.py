@@ -1,11 +1,12 @@
-"""Whether a model can be cut over ranks as its family, and its handlers, leave it."""
+"""Checks that a model can be cut over ranks as its family and its handlers leave it."""
 
 import logging
 from typing import TYPE_CHECKING
 
-from torchtitan.config.errors import ConfigError, ConfigIssue, errors_of
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
+from torchtitan.preflight.tensor_parallel import DEGREE_KEY
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,19 +14,18 @@ if TYPE_CHECKING:
 _STAND_IN_VOCAB_SIZE = 256
 
 
-def check_environment(context: RunContext) -> list[ConfigIssue]:
+def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     """Return what keeps FSDP, a pipeline or tensor parallelism from cutting the model.
 
-    Builds and converts the model on `meta`, as a start does; imports torch. For configs that are
-    sound otherwise; with others it has nothing to say.
+    Converts `model`, which is on the meta device, as a start does. For configs that are sound
+    otherwise.
     """
     from torchtitan.handlers.named import HandlerError
-    from torchtitan.preflight.handlers import check_static
 
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)  # handlers say what they do when the model is built in earnest
+    logging.disable(logging.INFO)  # handlers log what they do when the model is built in earnest
     try:
-        return [] if errors_of(check_static(context)) else _problems(context)
+        return _problems(context, model)
     except ConfigError as error:
         return error.problems
     except HandlerError as error:
@@ -36,17 +36,14 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
         logging.disable(before)
 
 
-def _problems(context: RunContext) -> list[ConfigIssue]:
-    import torch
-
+def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.conversion import convert_model
     from torchtitan.handlers.named import NamedHandler
     from torchtitan.models.spec import require_language_model
     from torchtitan.parallel.pipeline.stages import find_tied_weights, plan_pipeline
     from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
-    from torchtitan.preflight.tensor_parallel import DEGREE_KEY
-    from torchtitan.utils.dtypes import default_dtype, torch_dtype
+    from torchtitan.utils.dtypes import torch_dtype
 
     config = context.config
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
@@ -63,14 +60,8 @@ def _problems(context: RunContext) -> list[ConfigIssue]:
     except ConfigError:
         return []  # reported by the checks of these sections
     handlers = [NamedHandler(name, config, dims) for name in config.model.handlers]
-    dtype = torch_dtype(config.training.dtype)
-    try:
-        with torch.device("meta"), default_dtype(dtype):
-            model = family.build(args)
-    except Exception:
-        return []  # reported by the checks of the model
     require_language_model(model, family.name)
-    convert_model(model, handlers, dtype)
+    convert_model(model, handlers, torch_dtype(config.training.dtype))
     key = "model.handlers" if handlers else "model.name"
     problems = [*_scalars(model, key), *_odd_types(model, key)]
     if pipeline is not None:

@@ -47,8 +47,8 @@ from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.environment import read_wandb
 from torchtitan.utils.garbage import GarbageCollection
-from torchtitan.utils.signals import StopRequest
-from torchtitan.utils.uptime import seconds_since_start
+from torchtitan.utils.host import seconds_since_start
+from torchtitan.utils.processes import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from torchtitan.config.exit_codes import (
 )
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.roll_call import Ending, explain
-from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.torch_compat import lost_contact
 
 logger = logging.getLogger(__name__)

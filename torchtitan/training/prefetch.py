@@ -9,7 +9,7 @@ from torchtitan.data.loader import StepData
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.step_sync import PendingStepInfo, StepInfo, start_step_sync
 from torchtitan.parallel.runner import Loss
-from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.processes import StopRequest
 
 _MAX_EMPTY_STEPS = 1000
 

@@ -30,12 +30,11 @@ from torchtitan.training.ending import (
     set_status,
 )
 from torchtitan.training.prefetch import Prefetch
-from torchtitan.utils.device import device_type
+from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.logging import init_logging
-from torchtitan.utils.process import set_up_process, use_deterministic_algorithms
-from torchtitan.utils.signals import StopRequest
+from torchtitan.utils.processes import StopRequest
 
 logger = logging.getLogger(__name__)
 

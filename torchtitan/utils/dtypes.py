@@ -1,4 +1,4 @@
-"""Names of number formats in a config, and torch's objects for them."""
+"""Map names of number formats in a config to torch's dtypes."""
 
 import torch
 
@@ -11,17 +11,17 @@ _DTYPES = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a config's name for it."""
+    """Return the dtype of a name in a config."""
     return _DTYPES[name]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The format to compute sums and exponentials in: float32, or float64 for float64."""
+    """Return the format to compute sums and exponentials in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class default_dtype:
-    """While entered, new floating point tensors have this type."""
+    """A context in which new floating point tensors have this type."""
 
     def __init__(self, dtype: torch.dtype):
         self._dtype = dtype

@@ -1,13 +1,14 @@
-"""What the environment says about this process: the launcher's variables, read once. No torch.
+"""Read the launcher's variables of this process, once. No torch.
 
-`torchrun` starts one process per device and tells each its place in `RANK`, `WORLD_SIZE`,
-`LOCAL_RANK` and friends. Half-set variables make processes wait for each other forever, so they are
+`torchrun` starts one process per device and gives each its place in `RANK`, `WORLD_SIZE`,
+`LOCAL_RANK` and others. Half-set variables make processes wait for each other forever, so they are
 checked together before anything is joined.
 """
 
 import os
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,12 @@ class EnvironmentFault:
 
     @property
     def name(self) -> str:
-        """The variable with its value, if it is set."""
+        """Return the variable with its value, if it is set."""
         return self.variable if self.value is None else f"{self.variable} = {self.value}"
 
 
 class EnvironmentFaults(ValueError):
-    """The launcher's variables contradict each other."""
+    """Variables of the launcher that contradict each other."""
 
     def __init__(self, faults: list[EnvironmentFault]):
         self.faults = faults
@@ -40,7 +41,7 @@ class EnvironmentFaults(ValueError):
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
-    """This process's place in the run, as the launcher put it."""
+    """Return the place of this process; raise `EnvironmentFaults` with everything wrong."""
 
     rank: int = 0
     world_size: int = 1
@@ -67,7 +68,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> ProcessEnviron
 
 
 def read_world_size(environ: Mapping[str, str] | None = None) -> int:
-    """`WORLD_SIZE` alone, for looking at a config from outside a run; 1 when unset."""
+    """Return `WORLD_SIZE`, for looking at a config from outside a run; 1 when unset."""
     environ = os.environ if environ is None else environ
     faults: list[EnvironmentFault] = []
     world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
@@ -77,9 +78,10 @@ def read_world_size(environ: Mapping[str, str] | None = None) -> int:
 
 
 def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
-    """`RANK` (0 when unset) of `WORLD_SIZE` alone, for being one rank of a run that is not there.
+    """Return `RANK` (0 when unset) of `WORLD_SIZE`, for a dry run as one rank.
 
-    Raises `EnvironmentFaults`.
+    Raises:
+        EnvironmentFaults: the rank is not below the world size.
     """
     environ = os.environ if environ is None else environ
     faults: list[EnvironmentFault] = []
@@ -93,16 +95,14 @@ def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
 
 
 def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether another process reports problems that all processes see alike: without a
-    `MASTER_ADDR` there is none."""
+    """Return whether rank 0 reports issues for this process; False without `MASTER_ADDR`."""
     environ = os.environ if environ is None else environ
     launched = bool(environ.get("MASTER_ADDR", "").strip())
     return launched and environ.get("RANK", "0").strip() not in ("", "0")
 
 
 def is_restart(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the launcher has run this very command before: Slurm requeued the job, or torchrun
-    started its processes again."""
+    """Return whether this is a restart: a job that Slurm requeued, or processes of torchrun."""
     environ = os.environ if environ is None else environ
     counts = (environ.get(name, "").strip() for name in _RESTART_COUNTS)
     return any(re.fullmatch(r"[0-9]+", count) and int(count) > 0 for count in counts)
@@ -110,7 +110,7 @@ def is_restart(environ: Mapping[str, str] | None = None) -> bool:
 
 @dataclass(frozen=True)
 class WandbEnvironment:
-    """What users of wandb set by variables; None and "" where nothing is set."""
+    """Variables of wandb; None and "" where nothing is set."""
 
     mode: str | None = None
     project: str | None = None
@@ -124,7 +124,7 @@ class WandbEnvironment:
 
 
 def read_wandb(environ: Mapping[str, str] | None = None) -> WandbEnvironment:
-    """wandb's variables, by TorchTitan's names for them and by wandb's own."""
+    """Return wandb's variables, by TorchTitan's names for them and by wandb's own."""
     environ = os.environ if environ is None else environ
 
     def first(*names: str) -> str | None:
@@ -196,3 +196,133 @@ def _contradictions(
 def _rank_too_high(rank: int, world_size: int, fix: str = _HINT) -> EnvironmentFault:
     problem = f"must be below WORLD_SIZE = {world_size}"
     return EnvironmentFault("RANK", str(rank), problem, fix)
+
+
+# A place as srun, Open MPI or MPICH give it. Without this each process that they start would train
+# alone. Slurm's variables of a *step* count: `SLURM_NTASKS` is also set in the shell of sbatch.
+
+_DECIDED_BY_USER = ("RANK", "WORLD_SIZE")
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_DEFAULT_PORT = 29500
+_ALONE = "or set WORLD_SIZE=1 if each process is to train alone"
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """The variables that a launcher sets for each process."""
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+    job: tuple[str, ...]
+    """Equal on all processes of one start, and different for the next one."""
+
+
+_LAUNCHERS = (
+    # mpirun may start its daemons with srun, and their processes inherit Slurm's variables. So
+    # Slurm comes last.
+    _Launcher(
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_ess_jobid"),
+    ),
+    _Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("PMI_PORT",)),
+    _Launcher(
+        "Slurm",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_GTIDS",
+        ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    ),
+)
+
+
+def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
+    """Set the variables of torchrun from those of srun or mpirun.
+
+    Does nothing where `RANK` or `WORLD_SIZE` is set already.
+
+    Raises:
+        EnvironmentFaults: a launcher has started several processes, but does not say enough to join
+            them.
+    """
+    environ = os.environ if environ is None else environ
+    if any(environ.get(name, "").strip() for name in _DECIDED_BY_USER):
+        return
+    started = [launcher for launcher in _LAUNCHERS if (_number(environ, launcher.size) or 0) > 1]
+    for launcher in started:
+        place = _place(environ, launcher)
+        if place is not None:
+            environ.update({name: str(value) for name, value in place.items()})
+            return
+    if started:
+        launcher = started[0]
+        needed = f"{launcher.rank}, {launcher.local_rank} and {launcher.local_size}"
+        problem = f"{launcher.name} started several processes, but {needed} are not all set"
+        fix = f"launch with torchrun, {_ALONE}"
+        raise EnvironmentFaults(
+            [EnvironmentFault(launcher.size, environ[launcher.size], problem, fix)]
+        )
+
+
+def is_torchrun_s(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether torchrun started this process."""
+    environ = os.environ if environ is None else environ
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
+def _place(environ: Mapping[str, str], launcher: _Launcher) -> dict[str, str | int] | None:
+    """Return the variables of torchrun; None if the launcher's are not complete."""
+    size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)
+    local_rank = _number(environ, launcher.local_rank)
+    if launcher.name == "Slurm":  # lists the ranks of this machine
+        local_size = len([word for word in environ.get(launcher.local_size, "").split(",") if word])
+    else:
+        local_size = _number(environ, launcher.local_size) or 0
+    if size is None or rank is None or local_rank is None or not local_size:
+        return None
+    if any(environ.get(name, "").strip().isdigit() for name in _VISIBLE_DEVICES):
+        local_rank = 0  # each process sees one device only, its own
+    job = ".".join(environ.get(name, "") for name in launcher.job).strip(".")
+    port = 10000 + zlib.crc32(job.encode()) % 10000 if job else _DEFAULT_PORT
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_ADDR": environ.get("MASTER_ADDR", "").strip()
+        or _first_machine(environ, launcher, local_size == size),
+        "MASTER_PORT": environ.get("MASTER_PORT", "").strip() or port,
+    }
+
+
+def _first_machine(environ: Mapping[str, str], launcher: _Launcher, only_one: bool) -> str:
+    if only_one:
+        return "localhost"
+    machines = environ.get("SLURM_STEP_NODELIST", "")
+    is_mixed = (_number(environ, "SLURM_HET_SIZE") or 1) > 1  # each part knows its own machines
+    if launcher.name == "Slurm" and machines and not is_mixed:
+        return first_host(machines)
+    problem = f"is missing, and {launcher.name} started processes on several machines"
+    fix = (
+        "set it for all processes to the name of the machine of rank 0 (`export` before srun,"
+        f" `mpirun -x MASTER_ADDR=...`), launch with torchrun, {_ALONE}"
+    )
+    raise EnvironmentFaults([EnvironmentFault("MASTER_ADDR", None, problem, fix)])
+
+
+def first_host(machines: str) -> str:
+    """Return the first name of a Slurm list such as `node[03-07,9],login1`."""
+    first = re.split(r",(?![^\[]*\])", machines)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _number(environ: Mapping[str, str], variable: str) -> int | None:
+    text = environ.get(variable, "").strip()
+    return int(text) if re.fullmatch(r"[0-9]+", text) else None

@@ -22,8 +22,10 @@ _MAX_HOLDERS = 5
 
 
 class GarbageCollection:
-    """Collects every `freq` steps, and never in between, while the context is entered. `debug`
-    collects after every step, and warns of each new kind of circle with tensors on it, once."""
+    """Garbage collection every `freq` steps, and never in between.
+
+    `debug` collects after every step, and warns once of each new kind of circle with tensors on it.
+    """
 
     def __init__(self, freq: int, debug: bool = False):
         assert freq > 0
@@ -76,9 +78,9 @@ class GarbageCollection:
 
 
 def tensors_in_garbage() -> list[tuple[int, str]]:
-    """Collect; the size in bytes of each tensor that was only now freed, and what referred to it.
+    """Collect; return the size in bytes of each tensor that was freed, and its holders.
 
-    They are kept for a look before they are freed, so two collections are run.
+    The tensors are kept for a look before they are freed, so two collections are run.
     """
     flags, before = gc.get_debug(), len(gc.garbage)
     gc.set_debug(gc.DEBUG_SAVEALL)
@@ -95,8 +97,11 @@ def tensors_in_garbage() -> list[tuple[int, str]]:
 
 
 def _tensors_among(garbage: Sequence[Any]) -> list[tuple[int, str]]:
-    """A tensor that only hangs on a circle, without leading back to it, is no garbage itself: it is
-    found as what the objects of the circle refer to."""
+    """Find tensors in garbage.
+
+    A tensor that a circle refers to, without leading back to it, is no garbage itself: it is found
+    through the objects of the circle.
+    """
     import torch
 
     found: dict[int, int] = {}
@@ -117,7 +122,7 @@ def _names(holders: Counter[str]) -> str:
 
 
 def _describe(holder: Any) -> str:
-    """The type of an object; a function and a table of attributes by a name that can be found."""
+    """Return the type of an object; a function or a dict by a name that can be found."""
     if isinstance(holder, dict):
         return f"a dict with {', '.join(map(repr, list(holder)[:3]))}"
     name = getattr(holder, "__qualname__", None)

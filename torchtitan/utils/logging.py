@@ -1,8 +1,7 @@
-"""Logging of many processes as one log.
+"""Log many processes as one.
 
-What is worth knowing once is logged by every rank at INFO, and shown by rank 0 (or the ranks that
-`LOG_RANK` lists, as `LOG_RANK=0,3`). Warnings and errors are shown by whichever rank has them, with
-its number.
+Messages of interest once are logged by every rank at INFO, and shown by rank 0 (or the ranks that
+`LOG_RANK` lists, as `LOG_RANK=0,3`). Warnings and errors are shown by each rank, with its number.
 """
 
 import logging
@@ -13,7 +12,7 @@ from typing import TextIO
 
 
 def ranks_to_show(environment: str | None = None) -> frozenset[int]:
-    """The ranks that `LOG_RANK` (or `environment`, text of that form) lists; rank 0 by default."""
+    """Return the ranks that `LOG_RANK` (or `environment`) lists; rank 0 by default."""
     text = os.environ.get("LOG_RANK", "") if environment is None else environment
     listed = frozenset(int(word) for word in text.split(",") if word.strip().isdigit())
     return listed or frozenset({0})

@@ -1,5 +1,4 @@
-"""The state that an optimizer's first step would start from, so that a fresh one can be loaded
-into."""
+"""Make the state of an optimizer's first step, so that a fresh optimizer can be loaded into."""
 
 from typing import Any
 
@@ -12,11 +11,12 @@ State = dict[str, Tensor]
 def initial_state(
     optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]
 ) -> State:
-    """Of one parameter, by name. An optimizer's own method `initial_state` says it; torch's Adam,
-    AdamW and SGD have none.
+    """Return the initial state of one parameter, by name.
+
+    An optimizer's method `initial_state` makes it; torch's Adam, AdamW and SGD have none.
 
     Raises:
-        NotImplementedError: nobody says it.
+        NotImplementedError: the optimizer is of another kind, without that method.
     """
     own = getattr(optimizer, "initial_state", None)
     if own is not None:
@@ -30,7 +30,7 @@ def initial_state(
 
 
 def adam_state(parameter: Tensor, group: dict[str, Any]) -> State:
-    """As torch's Adam and AdamW would create it in their first step."""
+    """Return the state that torch's Adam and AdamW create in their first step."""
     on_device = bool(group.get("fused") or group.get("capturable"))
     wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
     state = {
@@ -48,5 +48,5 @@ def adam_state(parameter: Tensor, group: dict[str, Any]) -> State:
 
 
 def zeros(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Cut over ranks as the parameter is; of its type, unless `dtype` says another."""
+    """Return zeros sharded as the parameter is; of its type, unless `dtype` is given."""
     return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)

@@ -1,4 +1,4 @@
-"""Secrets: recognising them, and keeping them out of everything that is printed or stored."""
+"""Recognise secrets, and keep them out of everything that is printed or stored."""
 
 import re
 from collections.abc import Mapping
@@ -27,8 +27,10 @@ HIDDEN = "<hidden>"
 
 
 def names_a_secret(key: str, value: Any = "") -> bool:
-    """Whether a key, such as `hf_token` or `wandb.api_key`, is called like a secret, and its value,
-    where given, holds any text: numbers and booleans, as of `token_weight`, are no secrets."""
+    """Return whether a key, such as `hf_token`, is called like a secret and its value holds text.
+
+    Numbers and booleans, as of `token_weight`, are no secrets.
+    """
     if not _holds_text(value):
         return False
     name = key.rsplit(".", 1)[-1].replace("-", "_").lower()
@@ -37,13 +39,12 @@ def names_a_secret(key: str, value: Any = "") -> bool:
 
 
 def holds_a_secret(text: str) -> bool:
-    """Whether a value has the shape of a well-known kind of token, or a URL with a password."""
+    """Return whether a value has the shape of a token, or is a URL with a password."""
     return bool(_SECRET_VALUE.search(text))
 
 
 def is_secret(key: str, value: Any) -> bool:
-    """Whether a setting looks like a secret, or anything does in the tables and lists that it is
-    made of: by its name, or by its value."""
+    """Return whether a setting, or anything in its tables and lists, looks like a secret."""
     if names_a_secret(key, value):
         return True
     if isinstance(value, Mapping):
@@ -62,8 +63,7 @@ def _holds_text(value: Any) -> bool:
 
 
 def redact_tree(value: Any) -> Any:
-    """A copy of nested tables and lists, as JSON holds them, with what looks like a secret, or is
-    kept under a name like a secret's, hidden."""
+    """Return a copy of nested tables and lists with everything that looks like a secret hidden."""
     if isinstance(value, Mapping):
         return {
             key: HIDDEN if names_a_secret(str(key), item) else redact_tree(item)
@@ -75,10 +75,10 @@ def redact_tree(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with values of the shape of a well-known kind of token hidden."""
+    """Return `text` with values of the shape of a known kind of token hidden."""
     return _SECRET_VALUE.sub(HIDDEN, text)
 
 
 def redact(text: str) -> str:
-    """`text` with token-shaped values, and whatever is assigned to secret-looking names, hidden."""
+    """Return `text` with tokens, and values assigned to secret-looking names, hidden."""
     return _ASSIGNMENT.sub(lambda match: match.group(1) + HIDDEN, without_secrets(text))

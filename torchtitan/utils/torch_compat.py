@@ -1,4 +1,4 @@
-"""What differs between the torch versions that are supported (2.11 and newer), in one place.
+"""Hide the differences between the supported torch versions (2.11 and newer).
 
 Each name is private, or moved, in some of them. Private names that are the same in all of them are
 used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (checkpoint reader).
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 def apply_replicate(
     modules: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
 ) -> None:
-    """torch's composable `replicate` over a 1-D mesh: DDP with FSDP2's hooks and precision.
+    """Apply composable `replicate` over a 1-D mesh: DDP with FSDP2's hooks and precision.
 
     Modules that share a parameter (tied weights) must come in one call.
     """
@@ -33,7 +33,7 @@ def apply_replicate(
 
 
 def all_gather_single(output: Tensor, value: Tensor, group: dist.ProcessGroup) -> None:
-    """Every rank's `value` (the same shape on all), concatenated into `output`."""
+    """Concatenate every rank's `value` (the same shape on all) into `output`."""
     # Its name since 2.13; the older one warns there.
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, value, group=group)
@@ -46,7 +46,7 @@ def reduce_scatter_single(output: Tensor, value: Tensor, group: dist.ProcessGrou
 
 
 def hide_worker_info() -> None:
-    """Have `get_worker_info` say from now on that this process is no worker process."""
+    """Make `get_worker_info` say that this process is no data worker."""
     import torch.utils.data._utils.worker as worker
 
     worker._worker_info = None
@@ -71,7 +71,7 @@ OWN_TIMEOUT = "keeps its own time limit"
 
 
 def set_group_timeouts(timeout: timedelta) -> None:
-    """Bound every collective of every process group from now on, but those of `OWN_TIMEOUT`."""
+    """Set the timeout of every process group, except those of `OWN_TIMEOUT`."""
     module: Any = dist.distributed_c10d
     for group in list(module._world.pg_map):
         if group.group_desc != OWN_TIMEOUT:
@@ -84,7 +84,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:
-    """A tensor like `tensor`, a DTensor perhaps, whose data on this rank are `local`.
+    """Return a tensor like `tensor`, a DTensor perhaps, whose data on this rank are `local`.
 
     Unlike `DTensor.from_local` this leaves `local` on its device, whatever the mesh's is.
     """
@@ -95,7 +95,7 @@ def with_local(tensor: Tensor, local: Tensor) -> Tensor:
 
 
 class PipelineSchedule(Protocol):
-    """What is used of torch's schedules."""
+    """The part of torch's pipeline schedules that is used."""
 
     def step(
         self, *args: Tensor, target: Tensor, losses: list[Tensor], **kwargs: Tensor | bool
@@ -110,7 +110,7 @@ def build_pipeline_schedule(
     num_microbatches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> PipelineSchedule:
-    """torch's schedule of this name, or the one in `csv_file` unless that is "".
+    """Return the pipeline schedule of this name, or the one in `csv_file` unless that is "".
 
     `stages` are this rank's `PipelineStage`s. Gradients are summed over microbatches.
     """
@@ -153,8 +153,7 @@ def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
 
 
 def before_stage_forward(stage: Any, action: Callable[[int], None]) -> None:
-    """Call `action` with the microbatch's number before each forward of a pipeline's stage, which
-    torch's schedules make in an order of their own."""
+    """Call `action` with the microbatch's number before each forward of a pipeline stage."""
     forward = stage.forward_one_chunk
 
     def forward_one_chunk(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -165,14 +164,16 @@ def before_stage_forward(stage: Any, action: Callable[[int], None]) -> None:
 
 
 def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> list[dist.P2POp]:
-    """Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at
-    the tip of a V), which gloo cannot."""
+    """Return the greetings to other ranks.
+
+    Before the first step torch 2.11 connects neighbouring stages, also two on the same rank (at the
+    tip of a V), which gloo cannot.
+    """
     return [greeting for greeting in greetings() if greeting.group_peer != rank]
 
 
 def gloo_trace() -> list[dict[str, Any]] | None:
-    """The newest collectives of this process over gloo, oldest first, in words of torch's flight
-    recorder; None with a torch that does not record them."""
+    """Return the newest collectives over gloo, oldest first; None if torch does not record them."""
     import torch._C._distributed_c10d as c10d
 
     dump: Any = getattr(c10d, "_dump_fr_trace_json", None)
@@ -180,8 +181,10 @@ def gloo_trace() -> list[dict[str, Any]] | None:
 
 
 def nccl_trace() -> bytes:
-    """The newest collectives of this process over NCCL, as torch's analyser of flight recorders
-    reads them. Not run by a test: it needs CUDA."""
+    """Return the newest collectives over NCCL, for torch's analyser of flight recorders.
+
+    Not run by a test: it needs CUDA.
+    """
     import torch._C._distributed_c10d as c10d
 
     dump: Any = c10d._dump_nccl_trace  # type: ignore[attr-defined, unused-ignore]
@@ -189,7 +192,7 @@ def nccl_trace() -> bytes:
 
 
 def ranks_of_groups() -> dict[str, list[int]]:
-    """The ranks of each process group that there is, by its name."""
+    """Return the ranks of each process group, by its name."""
     module: Any = dist.distributed_c10d
     groups = list(module._world.pg_map)
     return {group.group_name: dist.get_process_group_ranks(group) for group in groups}
@@ -200,8 +203,10 @@ _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe
 
 
 def lost_contact(error: BaseException) -> str:
-    """Return "timeout" or "closed" if `error`, or its cause, is that another rank did not answer a
-    collective, or has closed the connection; else "". gloo and NCCL say so in their texts only."""
+    """Return "timeout" or "closed" if a rank did not answer, or closed the connection; else "".
+
+    gloo and NCCL say so in their texts only; causes of `error` are searched, too.
+    """
     text = str(error)
     if isinstance(error, RuntimeError) and any(words in text for words in _TIMED_OUT):
         return "timeout"

@@ -13,7 +13,7 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.data.identity import differences, fingerprint_of, summary_of
 from torchtitan.data.loader import build_mixture, data_facts
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.preflight.preflight import ARITHMETIC, preflight
+from torchtitan.preflight import ARITHMETIC, preflight
 
 SECTIONS: dict[str, Any] = {"lr_scheduler": {"warmup_steps": 2}, "training": {"seq_len": 64}}
 WORDS = ["--training.seq_len=64", "--lr_scheduler.warmup_steps=2", "--checkpoint.enable"]

@@ -156,7 +156,7 @@ def test_other_lanes_cannot_go_on(tmp_path: Path) -> None:
 
 def test_lanes_must_fit_the_mesh(tmp_path: Path) -> None:
     """Found together with everything else, before a process group exists."""
-    from torchtitan.preflight.preflight import ARITHMETIC, CHECKPOINTS, preflight
+    from torchtitan.preflight import ARITHMETIC, CHECKPOINTS, preflight
 
     path = other_run(tmp_path / "other", lanes=2, training={"global_batch_size": 16})
     (tmp_path / "run").mkdir()

@@ -10,7 +10,8 @@ from folders import make_config
 
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import get_family
-from torchtitan.preflight.initial_weights import check_environment
+from torchtitan.preflight.checkpoint import check_model
+from torchtitan.preflight.model import build_on_meta
 
 ARGS = {"n_layers": 2, "dim": 32, "n_heads": 4}
 
@@ -32,7 +33,8 @@ def told(folder: Path, args: dict[str, Any], **model: Any) -> str:
         checkpoint={"initial_load_path": str(folder)},
         model={"args": args, **model},
     )
-    return "\n".join(str(problem) for problem in check_environment(RunContext(config, 1, "cpu")))
+    context = RunContext(config, 1, "cpu")
+    return "\n".join(str(issue) for issue in check_model(context, build_on_meta(context)))
 
 
 def test_weights_that_fit(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler
-from torchtitan.preflight.preflight import ARITHMETIC, preflight
+from torchtitan.preflight import ARITHMETIC, preflight
 
 PROFILED = ("--profiling.enable_profiling", "--profiling.profiler_active=20")
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from old_keys import problem_of, value_of
 
-from torchtitan.config import legacy
-from torchtitan.config import legacy_keys as tables
+from torchtitan.config.compat import keys as tables
+from torchtitan.config.compat import translate as legacy
 from torchtitan.config.fields import known_keys
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext

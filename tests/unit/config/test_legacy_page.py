@@ -5,10 +5,10 @@ from pathlib import Path
 
 from old_keys import COLUMNS
 
-from torchtitan.config import legacy
-from torchtitan.config import legacy_keys as tables
+from torchtitan.config.compat import keys as tables
+from torchtitan.config.compat import translate as legacy
+from torchtitan.config.compat.reference import with_tables
 from torchtitan.config.fields import known_keys
-from torchtitan.config.legacy_reference import with_tables
 
 PAGE = Path(__file__).parents[3] / "docs" / "from_torchtitan.md"
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from torchtitan.cli import main
-from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.fields import Key, keys_of, known_keys, paths_of
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.shipped import CLONE, found_elsewhere
-from torchtitan.preflight.mesh import check_static, paths_of
-from torchtitan.preflight.preflight import FILES, preflight
+from torchtitan.preflight import FILES, preflight
+from torchtitan.preflight.mesh import check_static
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
 
@@ -96,3 +96,10 @@ def test_a_home_folder_that_is_nobodys_is_a_message(tmp_path: Path, monkeypatch,
         assert main(["train", *flags]) == 9
         assert f'{key} = "~no_such_user/x": there is no home' in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_config_show_warns_of_a_variable_that_is_not_set(capsys: pytest.CaptureFixture[str]):
+    assert main(["config", "show", "--job.dump_folder=$NO_SUCH/run"]) == 0
+    shown = capsys.readouterr()
+    assert "the environment has no variable NO_SUCH" in shown.err and "warning: " in shown.err
+    assert '"$NO_SUCH/run"' in shown.out

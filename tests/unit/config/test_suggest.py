@@ -11,8 +11,7 @@ from torchtitan.parallel.pipeline.schedules import SCHEDULES
     [
         ("1f1b", "1F1B"),
         ("Interleave1F1B", "Interleaved1F1B"),
-        ("ZBV", "ZBVZeroBubble"),
-        ("dual", "DualPipeV"),
+        ("ZBV_ZeroBubble", "ZBVZeroBubble"),
         ("nothing like it", None),
         ("G", None),
     ],

@@ -25,7 +25,8 @@ from torchtitan.config import DataError
 from torchtitan.data import registry
 from torchtitan.data.c4 import TEST_FOLDER
 from torchtitan.data.registry import find_dataset, register_dataset
-from torchtitan.preflight.data import check_environment, check_static
+from torchtitan.preflight.data import check_environment as look
+from torchtitan.preflight.data import check_static
 
 TEXTS = make_documents(60)
 
@@ -59,7 +60,7 @@ def test_row_56_text_column(tmp_path, columns, text):
     if "all 60" not in text:
         write_parquet(tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", columns=columns)
-    problem = only(check_environment(facts_for(tmp_path)))
+    problem = only(look(facts_for(tmp_path)))
     assert problem.key == "data.text_column" and text in problem.problem
     if "all 60" not in text:
         assert str(tmp_path / "b.parquet") in problem.problem
@@ -72,7 +73,7 @@ def test_row_58_footer(tmp_path, damage):
     whole = write_parquet(tmp_path / "a.parquet").read_bytes()
     broken = {"half": whole[: len(whole) // 2], "no footer": whole[:-8], "text": b"text " * 99}
     (tmp_path / "b.parquet").write_bytes(broken[damage])
-    problem = only(check_environment(facts_for(tmp_path)))
+    problem = only(look(facts_for(tmp_path)))
     assert problem.key == "training.dataset_path"
     assert f"{tmp_path / 'b.parquet'}: its Parquet footer cannot be read" in problem.problem
 
@@ -118,25 +119,25 @@ def test_row_59_invalid_utf8_in_a_column_of_text(tmp_path):
 def test_rows_54_and_55_parquet(tmp_path):
     assert (
         "holds no .parquet files"
-        in only(check_environment(facts_for(tmp_path, training__dataset="parquet"))).problem
+        in only(look(facts_for(tmp_path, training__dataset="parquet"))).problem
     )
     write_parquet(tmp_path / "a.parquet", columns={"text": pyarrow.array([], pyarrow.string())})
-    assert "hold no rows" in only(check_environment(facts_for(tmp_path))).problem
+    assert "hold no rows" in only(look(facts_for(tmp_path))).problem
     write_parquet(tmp_path / "a.parquet", columns={"text": TEXTS[:3]})
-    problem = only(check_environment(facts_for(tmp_path, lanes=4)))
+    problem = only(look(facts_for(tmp_path, lanes=4)))
     assert problem.key == "data.lanes" and "3 documents, too few for 4 lanes" in problem.problem
     with pytest.raises(DataError, match="too few documents"):
         Run(make_config(str(tmp_path), shuffle=False), num_lanes=4).step()
     write_rows(tmp_path / "b.jsonl")
-    problem = only(check_environment(facts_for(tmp_path)))
+    problem = only(look(facts_for(tmp_path)))
     assert "both JSON and Parquet" in problem.problem and '"parquet"' in problem.fix
     (tmp_path / "c.parquet.gz").write_bytes(b"x")
-    assert "does not say" in only(check_environment(facts_for(tmp_path / "c.parquet.gz"))).problem
+    assert "does not say" in only(look(facts_for(tmp_path / "c.parquet.gz"))).problem
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/*.jsonl", "https://host/a.jsonl"])
 def test_row_54_files_of_no_file_system(path):
-    problem = only(check_environment(facts_for(path)))
+    problem = only(look(facts_for(path)))
     assert "is a URI" in problem.problem and "mount that storage" in problem.fix
     assert not problem.missing_asset, "no machine has it"
 
@@ -145,7 +146,7 @@ def test_file_that_git_lfs_has_not_fetched(tmp_path):
     for name in ("a.parquet", "b.json.gz"):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         (tmp_path / name).write_text(pointer)
-        assert "git lfs pull" in only(check_environment(facts_for(tmp_path / name))).fix
+        assert "git lfs pull" in only(look(facts_for(tmp_path / name))).fix
 
 
 # C4 --------------------------------------------------------------------------------------------
@@ -183,17 +184,15 @@ def test_c4_reads_its_splits_from_a_clone(tmp_path):
     assert files_of("c4_test", None) == files_of("c4_mini", None) == ["c4-train.000"] * 4
     # A subset that is not there: neither those that are, nor their validation splits.
     problem = only(
-        check_environment(
-            facts_for(english.parent, training__dataset="c4", data__subset="multilingual")
-        )
+        look(facts_for(english.parent, training__dataset="c4", data__subset="multilingual"))
     )
     assert "c4-train.*.json.gz, nor does multilingual/ in it" in problem.problem
     (english / "c4-validation.00000-of-00001.json.gz").unlink()
-    problem = only(check_environment(facts_for(english.parent, training__dataset="c4_validation")))
+    problem = only(look(facts_for(english.parent, training__dataset="c4_validation")))
     assert "c4-validation.*.json.gz" in problem.problem and problem.missing_asset
     for name in ("c4_test", "c4"):
         path = str(TEST_FOLDER) if name == "c4" else None
-        assert check_environment(facts_for(path, training__dataset=name)) == []
+        assert look(facts_for(path, training__dataset=name)) == []
 
 
 # Folders of Hugging Face -----------------------------------------------------------------------
@@ -202,27 +201,19 @@ def test_c4_reads_its_splits_from_a_clone(tmp_path):
 def test_local_folders(tmp_path):
     options: dict[str, Any] = {"training__dataset": "hf"}
     assert "needs it" in only(check_static(facts_for(None, **options))).problem
-    problem = only(check_environment(facts_for(tmp_path / "no", **options)))
+    problem = only(look(facts_for(tmp_path / "no", **options)))
     assert "is not a folder" in problem.problem and problem.missing_asset
-    assert (
-        "no files of a known format"
-        in only(check_environment(facts_for(tmp_path, **options))).problem
-    )
+    assert "no files of a known format" in only(look(facts_for(tmp_path, **options))).problem
     rows = datasets.Dataset.from_dict({"text": TEXTS, "id": range(60)})
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     saved = tmp_path / "saved"
-    assert check_environment(facts_for(saved, **options)) == []
-    assert (
-        'mean "train"'
-        in only(check_environment(facts_for(saved, data__split="tarin", **options))).fix
-    )
-    problem = only(check_environment(facts_for(saved, data__text_column="body", **options)))
+    assert look(facts_for(saved, **options)) == []
+    assert 'mean "train"' in only(look(facts_for(saved, data__split="tarin", **options))).fix
+    problem = only(look(facts_for(saved, data__text_column="body", **options)))
     assert problem.key == "data.text_column" and "'text', 'id'" in problem.problem
-    assert (
-        only(check_environment(facts_for(saved, data__subset="en", **options))).key == "data.subset"
-    )
+    assert only(look(facts_for(saved, data__subset="en", **options))).key == "data.subset"
     next(saved.glob("train/*.arrow")).write_bytes(b"x")
-    problem = only(check_environment(facts_for(saved, **options)))
+    problem = only(look(facts_for(saved, **options)))
     assert problem.key == "training.dataset_path" and "cannot be read" in problem.problem
 
 
@@ -263,9 +254,7 @@ def test_stream_that_breaks_off(tmp_path):
     """What fails inside of the library stops the run with one line, whatever on_bad_row says."""
     (tmp_path / "train.jsonl").write_text("\n".join([*ROWS, '{"text": ']) + "\n")
     message = r"reading failed after \d+ rows: ArrowInvalid: JSON parse error[^\n]*$"
-    assert re.search(
-        message, only(check_environment(facts_for(tmp_path, training__dataset="hf"))).problem
-    )
+    assert re.search(message, only(look(facts_for(tmp_path, training__dataset="hf"))).problem)
     with pytest.raises(DataError, match=message):
         read_all(tmp_path, dataset="hf", on_bad_row="skip")
 
@@ -372,7 +361,7 @@ def test_factories_that_make_nothing_to_read():
     def problem_of(made: Any, **options: Any) -> str:
         registry.DATASETS._registered.pop("own", None)
         register_dataset("own", lambda training, data: made)
-        return str(only(check_environment(facts_for(None, training__dataset="own", **options))))
+        return str(only(look(facts_for(None, training__dataset="own", **options))))
 
     assert "cannot be read again" in problem_of(iter(TEXTS))
     assert "a NoneType, which cannot" in problem_of(None)

@@ -12,7 +12,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.named_sources import validation_sets
-from torchtitan.preflight.preflight import ARITHMETIC, FILES, errors_of, preflight
+from torchtitan.preflight import ARITHMETIC, FILES, errors_of, preflight
 from torchtitan.preflight.validation import check_environment, check_static
 
 JSON = {"dataset": "json", "dataset_path": "x.jsonl"}

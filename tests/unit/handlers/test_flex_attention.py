@@ -28,7 +28,7 @@ from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.masks import MaskFunction, MaskInputs
 from torchtitan.models.spec import ModelArgs, ModelFamily
 from torchtitan.preflight import handlers as checks
-from torchtitan.preflight import handlers_on_model as model_checks
+from torchtitan.preflight.model import build_on_meta
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 6, 6, 6, 6, 6, 6, 7]])
@@ -152,9 +152,11 @@ def test_a_model_that_attends_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
     config = JobConfig.model_validate(
         {"model": {"name": "own", "flavor": "small", "handlers": ["flex_attention"]}}
     )
-    [problem] = model_checks.check_environment(RunContext(config, 1, "cuda"))
+    context = RunContext(config, 1, "cuda")
+    [problem] = checks.check_model(context, build_on_meta(context))
     assert "does not use the attention of torchtitan.models.attention" in str(problem)
-    assert model_checks.check_environment(RunContext(config_of(), 1, "cuda")) == []
+    context = RunContext(config_of(), 1, "cuda")
+    assert checks.check_model(context, build_on_meta(context)) == []
 
 
 def test_nothing_of_it_needs_torch_to_be_refused() -> None:

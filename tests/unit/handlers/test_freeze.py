@@ -17,8 +17,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.freeze import FreezeHandler
 from torchtitan.models.registry import get_family
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers
+from torchtitan.preflight import MODEL, preflight
 from torchtitan.preflight.handlers import check_static
-from torchtitan.preflight.preflight import MODEL, preflight
 from torchtitan.training import builder, model_builder
 
 HEAD_ONLY = {

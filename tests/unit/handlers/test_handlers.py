@@ -24,8 +24,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import registry
 from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.named import HandlerError, NamedHandler
+from torchtitan.preflight import MODEL, preflight
 from torchtitan.preflight.handlers import check_environment, check_static
-from torchtitan.preflight.preflight import MODEL, preflight
 from torchtitan.training import model_builder
 
 
@@ -164,8 +164,8 @@ def test_settings_of_a_registered_handler() -> None:
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
-        ("two", "needs an integer, and this is text. Fix: write an integer, for example 1."),
-        ("2", "needs an integer, and this is text. Fix: write 2, without quotes."),
+        ("two", "needs an integer, and this is text. Fix: write an integer, for example 1"),
+        ("2", "needs an integer, and this is text. Fix: write an integer, for example 1, without"),
         (True, "needs an integer, and this is a boolean."),
     ],
 )

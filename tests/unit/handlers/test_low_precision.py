@@ -12,8 +12,8 @@ import torch
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.registry import LOW_PRECISION
+from torchtitan.preflight import MODEL, preflight
 from torchtitan.preflight import handlers as checks
-from torchtitan.preflight.preflight import MODEL, preflight
 
 
 def config_of(

@@ -10,8 +10,8 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Section
 from torchtitan.loss.registry import LOSSES, LossEntry, entry_of, register_loss
-from torchtitan.preflight.loss import check_static
-from torchtitan.preflight.preflight import ARITHMETIC, preflight
+from torchtitan.preflight import ARITHMETIC, preflight
+from torchtitan.preflight.optim import check_static
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_what_fits(loss: dict[str, Any]) -> None:
         ),
         ({"args": {"z_loss_weight": -1.0}}, "loss.args.z_loss_weight = -1.0: must be at least 0"),
         ({"args": {"label_smoothing": 1.0}}, "loss.args.label_smoothing = 1.0: must be less than"),
-        ({"args": {"label_smoothing": "0.1"}}, "write 0.1, without quotes"),
+        ({"args": {"label_smoothing": "0.1"}}, "write a number, for example 0.0, without quotes"),
     ],
 )
 def test_mistakes_are_named(loss: dict[str, Any], expected: str) -> None:
@@ -122,7 +122,7 @@ def test_nobody_replaces_the_librarys() -> None:
 def test_nothing_but_loading_imports_torch() -> None:
     code = (
         "import sys\n"
-        "from torchtitan.preflight.loss import check_static\n"
+        "from torchtitan.preflight.optim import check_static\n"
         "from torchtitan.loss.registry import LOSSES\n"
         "from torchtitan.config import JobConfig\n"
         "from torchtitan.config.run_context import RunContext\n"

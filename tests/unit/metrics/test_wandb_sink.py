@@ -15,7 +15,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.metrics import wandb_sink
 from torchtitan.metrics.wandb_sink import WandbSink
-from torchtitan.preflight.components import check_environment
+from torchtitan.preflight.outputs import check_environment
 from torchtitan.utils.environment import WandbEnvironment, read_wandb
 
 CONFIG = {

@@ -2,15 +2,18 @@
 
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from torchtitan import preflight as module
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight import preflight as module
-from torchtitan.preflight.preflight import (
+from torchtitan.preflight import (
     ARITHMETIC,
+    CHECKPOINTS,
     FILES,
     HARDWARE,
     errors_of,
@@ -38,9 +41,8 @@ def feature(monkeypatch: pytest.MonkeyPatch):
         return function
 
     made.check_static, made.check_environment = answer("check"), answer("probe")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "own_feature", made)
-    monkeypatch.setattr(module, "_FEATURES", ("torchtitan.preflight.mesh", "own_feature"))
-    monkeypatch.setattr(module, "_PROBES", {FILES: ("own_feature",), HARDWARE: ("own_feature",)})
+    monkeypatch.setattr(module, "STATIC", (module.mesh, made))
+    monkeypatch.setattr(module, "ENVIRONMENT", {FILES: (made,), HARDWARE: (made,)})
     return found, calls
 
 
@@ -103,6 +105,17 @@ def test_away_from_the_machine_absent_files_are_warnings(feature):
     assert calls == ["check", "probe"] * 1 + ["check", "probe", "probe"]
 
 
+def test_a_wrong_name_is_no_second_error_beside_a_stored_run(feature, monkeypatch):
+    found, _ = feature
+    made = module.STATIC[-1]
+    monkeypatch.setattr(module, "ENVIRONMENT", {CHECKPOINTS: (module.checkpoint, made)})
+    monkeypatch.setattr(module.optim, "check_static", lambda context: [WRONG])
+    monkeypatch.setattr(module, "STATIC", (module.mesh, module.optim, made))
+    found["probe"] = [replace(WRONG, problem="differs from the stored run")]
+    assert preflight(context(), [ARITHMETIC, CHECKPOINTS]) == [WRONG]
+    assert preflight(context(), [CHECKPOINTS]) == found["probe"]
+
+
 def test_require_prints_warnings_and_raises_errors(feature, capsys: pytest.CaptureFixture[str]):
     found, _ = feature
     warning = ConfigIssue("key", "is odd", "look", severity="warning")
@@ -117,15 +130,20 @@ def test_require_prints_warnings_and_raises_errors(feature, capsys: pytest.Captu
     assert caught.value.problems == [WRONG]
 
 
-def test_every_feature_answers():
-    """A feature that is renamed or misspelt must not silently go unchecked."""
-    names = {name for probed in module._PROBES.values() for name in probed} | set(module._FEATURES)
-    for name in names:
-        functions = ["check_static"] if name in module._FEATURES else []
-        functions += (
-            ["check_environment"]
-            if any(name in probed for probed in module._PROBES.values())
-            else []
-        )
-        for function in functions:
-            assert callable(module._function(name, function))
+def test_every_check_is_run():
+    """A module with a check that nobody lists would silently go unasked."""
+    asked = {"check_static": set(module.STATIC)}
+    asked["check_environment"] = {m for modules in module.ENVIRONMENT.values() for m in modules}
+    for path in Path(module.__file__).parent.glob("[a-z]*.py"):
+        subject = getattr(module, path.stem, None) or sys.modules[f"{module.__name__}.{path.stem}"]
+        for name, subjects in asked.items():
+            assert hasattr(subject, name) == (subject in subjects), f"{path.stem}.{name}"
+
+
+def test_the_model_is_built_once(monkeypatch: pytest.MonkeyPatch):
+    built = []
+    build = module.model.build_on_meta
+    monkeypatch.setattr(module.model, "build_on_meta", lambda c: built.append(1) or build(c))
+    whole = context("--training.dataset=stdlib", "--training.seq_len=256")
+    assert errors_of(preflight(whole)) == []
+    assert built == [1]

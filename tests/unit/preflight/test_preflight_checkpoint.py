@@ -62,7 +62,7 @@ def test_paths_of_no_file_system(path: str, text: str) -> None:
     only(check_static(asked), "job.dump_folder", text)
 
 
-@pytest.mark.parametrize("name", ["tb", "profile_trace", "config.toml", "previous-3"])
+@pytest.mark.parametrize("name", ["wandb", "config.toml", "previous-3"])
 def test_folder_name_taken(name: str) -> None:
     only(
         check_static(context(folder=name)), "checkpoint.folder", "something else in the run folder"

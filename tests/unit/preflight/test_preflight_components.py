@@ -13,8 +13,13 @@ import pytest
 
 from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight.components import check_environment, check_static
-from torchtitan.preflight.parameter_names import check_environment as probe_model
+from torchtitan.preflight import optim, outputs
+from torchtitan.preflight.model import build_on_meta
+from torchtitan.preflight.outputs import check_environment
+
+
+def check_static(context: RunContext) -> list[ConfigIssue]:
+    return [*optim.check_static(context), *outputs.check_static(context)]
 
 
 def context(**sections: dict[str, Any]) -> RunContext:
@@ -214,18 +219,15 @@ def test_a_check_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_patterns_are_matched_with_the_model() -> None:
-    assert probe_model(context()) == []
+    model = build_on_meta(context())
+    assert optim.check_model(context(), model) == []
     groups = [{"pattern": "*norm.weight"}, {"pattern": "layers.9*"}, {"pattern": "norm.*"}]
-    lost, shadowed = probe_model(context(optimizer={"param_groups": groups}))
+    lost, shadowed = optim.check_model(context(optimizer={"param_groups": groups}), model)
     assert lost.key == "optimizer.param_groups[1].pattern" and "tok_embeddings" in lost.fix
     assert "earlier patterns already take all it matches, such as norm.weight" in shadowed.problem
 
 
-def test_a_model_that_does_not_exist_is_for_others_to_report() -> None:
-    assert probe_model(context(model={"name": "no such model"})) == []
-
-
 def test_checks_import_no_torch() -> None:
-    modules = "torchtitan.preflight.components, torchtitan.preflight.parameter_names"
+    modules = "torchtitan.preflight.optim, torchtitan.preflight.outputs"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

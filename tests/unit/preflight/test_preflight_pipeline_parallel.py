@@ -10,8 +10,8 @@ from torch.distributed.pipelining import schedules
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.parallel.pipeline.schedules import SCHEDULES
+from torchtitan.preflight import FILES, errors_of, preflight
 from torchtitan.preflight import pipeline_parallel as pipeline_checks
-from torchtitan.preflight.preflight import FILES, errors_of, preflight
 
 NAMED = ["tok_embeddings", "layers.0", "layers.1", "layers.2", "layers.3", "norm", "output"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed import runs
 from tests.forked import execute
-from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.metrics import sinks as sink_registry
@@ -20,8 +20,8 @@ from torchtitan.optim import lr_scheduler as schedule_registry
 from torchtitan.optim import registry as optimizer_registry
 from torchtitan.optim.lr_scheduler import SCHEDULES, Schedule, register_schedule
 from torchtitan.optim.registry import OPTIMIZERS, OptimizerEntry
-from torchtitan.preflight.components import check_environment, check_static
-from torchtitan.preflight.preflight import MODEL, preflight
+from torchtitan.preflight import MODEL, optim, outputs, preflight
+from torchtitan.preflight.optim import check_environment
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,10 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def context(**sections: Any) -> RunContext:
     return RunContext(JobConfig.model_validate(sections), 1, "cpu")
+
+
+def check_static(context: RunContext) -> list[ConfigIssue]:
+    return [*optim.check_static(context), *outputs.check_static(context)]
 
 
 def problems(**sections: Any) -> list[str]:
@@ -322,7 +326,7 @@ def test_a_run_with_an_optimizer_a_schedule_and_sinks_of_one_s_own(tmp_path: Pat
 def test_checking_names_imports_no_torch() -> None:
     code = """
 import sys
-from torchtitan.preflight.components import check_static
+from torchtitan.preflight.optim import check_static
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 

@@ -20,7 +20,7 @@ from torchtitan.handlers.registry import HANDLERS, HandlerEntry, register_handle
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
 from torchtitan.parallel.tensor_parallel import TensorStyles
-from torchtitan.preflight.preflight import MODEL, errors_of, preflight
+from torchtitan.preflight import MODEL, errors_of, preflight
 from torchtitan.training import model_builder
 
 CHANGE: list[Callable[[nn.Module], object]] = []

@@ -11,7 +11,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glib
 # Allocates and fills 64 MiB a few times, as a training step does; the first time may fault.
 FAULTS = """
 import resource, sys, threading
-from torchtitan.utils.allocator import tune_cpu_allocator
+from torchtitan.utils.host import tune_cpu_allocator
 assert "torch" not in sys.modules
 
 if sys.argv[1] == "tuned":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchtitan.utils.host_memory import available_bytes
+from torchtitan.utils.host import available_bytes
 
 
 def test_machine_and_container(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 import pytest
 
-from torchtitan.utils.environment import EnvironmentFaults, ProcessEnvironment, read_environment
-from torchtitan.utils.launchers import adopt_place, first_host
+from torchtitan.utils.environment import (
+    EnvironmentFaults,
+    ProcessEnvironment,
+    adopt_place,
+    first_host,
+    read_environment,
+)
 
 BATCH_SHELL = {
     "SLURM_JOB_ID": "4711",

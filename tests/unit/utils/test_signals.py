@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from torchtitan.utils.signals import STOP_SIGNALS, StopRequest, StopRequested
+from torchtitan.utils.processes import STOP_SIGNALS, StopRequest, StopRequested
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

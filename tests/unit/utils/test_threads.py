@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from torchtitan.utils.threads import spin_briefly
+from torchtitan.utils.host import spin_briefly
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import time
 
 
 def uptime(code: str) -> float:
-    code += "; from torchtitan.utils.uptime import *; print(seconds_since_start())"
+    code += "; from torchtitan.utils.host import *; print(seconds_since_start())"
     # As run_llama_train.sh does: the shell waits for an installation, and becomes Python.
     command = ["bash", "-c", 'sleep 0.4; exec "$0" -c "$1"', sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
@@ -24,4 +24,4 @@ def test_what_python_did_before_counts() -> None:
 
 
 def test_it_goes_on() -> None:
-    assert uptime("from torchtitan.utils.uptime import *; import time; time.sleep(0.2)") >= 0.2
+    assert uptime("from torchtitan.utils.host import *; import time; time.sleep(0.2)") >= 0.2

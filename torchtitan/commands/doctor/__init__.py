@@ -15,15 +15,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from torchtitan import __version__
+from torchtitan import __version__, preflight
 from torchtitan.commands.doctor.findings import Finding, of_problem
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.exit_codes import DONE, FAILED
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
-from torchtitan.preflight import preflight
 from torchtitan.utils import environment as env
-from torchtitan.utils.launchers import adopt_place
+from torchtitan.utils.environment import adopt_place
 
 _NEEDED = (
     "torch",

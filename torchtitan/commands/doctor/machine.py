@@ -10,10 +10,9 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import model_args
 from torchtitan.preflight import hardware as checks
-from torchtitan.utils.allocator import tune_cpu_allocator
-from torchtitan.utils.device import GIB, device_type
+from torchtitan.utils.device import GIB, device_type, set_up_process
 from torchtitan.utils.environment import ProcessEnvironment
-from torchtitan.utils.process import set_up_process
+from torchtitan.utils.host import tune_cpu_allocator
 
 
 def context_of_machine(config: JobConfig, place: ProcessEnvironment) -> RunContext:

@@ -1,5 +1,4 @@
-"""What can be wrong with the settings of optimizer and schedule, and of all that watches a run:
-metrics, profiler, memory snapshots, records of collectives. No torch."""
+"""Checks of what a run writes besides checkpoints: metrics, traces, memory snapshots."""
 
 import importlib.util
 import os
@@ -7,10 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.optim.lr_scheduler import BUILT_IN_NAME
-from torchtitan.preflight.registered_names import check_named, probe_schedule
+from torchtitan.config.suggest import issues_of_names
+from torchtitan.metrics.sinks import SINKS, sink_settings
 from torchtitan.utils.environment import read_wandb
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -22,41 +21,39 @@ _WANDB_NOT_IN_PROJECT = "/\\#?%:"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Problems of several settings together; single values are checked by their sections."""
+    """Check sinks, the profiler's steps and the names of folders."""
     return [
-        *check_named(context),
-        *_check_optimizer(context),
-        *_check_schedule(context),
-        *_check_profiling(context),
-        *_check_snapshots(context),
-        *_check_folders(context),
+        *_sinks(context),
+        *_profiling(context),
+        *_snapshots(context),
+        *_folders(context),
     ]
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Problems of this machine: folders that cannot be written, packages that are missing."""
+    """Check that folders can be written and packages are installed."""
     metrics, profiling = context.config.metrics, context.config.profiling
-    problems = probe_schedule(context)
+    problems: list[ConfigIssue] = []
     if metrics.enable_tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
             problems.append(_missing_package("metrics.enable_tensorboard", "tensorboard"))
-        problems += _probe_folder(context, "metrics.save_tb_folder", metrics.save_tb_folder)
+        problems += _unwritable(context, "metrics.save_tb_folder", metrics.save_tb_folder)
     if profiling.enable_profiling:
         key = "profiling.save_traces_folder"
-        problems += _probe_folder(context, key, profiling.save_traces_folder)
+        problems += _unwritable(context, key, profiling.save_traces_folder)
     if profiling.enable_memory_snapshot:
         key = "profiling.save_memory_snapshot_folder"
-        problems += _probe_folder(context, key, profiling.save_memory_snapshot_folder)
+        problems += _unwritable(context, key, profiling.save_memory_snapshot_folder)
     if metrics.enable_wandb:
-        problems += _probe_wandb(context)
+        problems += _wandb(context)
     return problems
 
 
-def _probe_wandb(context: RunContext) -> list[ConfigIssue]:
-    """Without its package nothing would be logged, so that is an error; a login may still come."""
+def _wandb(context: RunContext) -> list[ConfigIssue]:
+    """Check wandb: without its package nothing would be logged; a login may still come."""
     if importlib.util.find_spec("wandb") is None:
         return [_missing_package("metrics.enable_wandb", "wandb")]
-    problems, environment = _probe_folder(context, "metrics.enable_wandb", "wandb"), read_wandb()
+    problems, environment = _unwritable(context, "metrics.enable_wandb", "wandb"), read_wandb()
     if environment.mode is not None and environment.mode not in _WANDB_MODES:
         problem, fix = "is no mode of wandb's", f"set it to one of {', '.join(_WANDB_MODES[:4])}"
         problems.append(ConfigIssue("WANDB_MODE", problem, fix, value=environment.mode))
@@ -70,51 +67,25 @@ def _probe_wandb(context: RunContext) -> list[ConfigIssue]:
 
 
 def _missing_package(key: str, package: str) -> ConfigIssue:
-    """The problem of a switch whose package is not there; the machine that trains may have it."""
+    """Return the issue of a switch whose package is missing; the training machine may have it."""
     problem = f"the package {package} is not installed"
     fix = f"run `pip install {package}`, or set it to false"
     return ConfigIssue(key, problem, fix, value=True, missing_asset=True)
 
 
-def _check_optimizer(context: RunContext) -> Iterator[ConfigIssue]:
-    section = context.config.optimizer
-    if section.lr == 0:
-        problem = "with a learning rate of 0 nothing is learnt"
-        fix = "set a positive learning rate"
-        yield ConfigIssue("optimizer.lr", problem, fix, value=section.lr, severity="warning")
-    first_index: dict[str, int] = {}
-    for index, group in enumerate(section.param_groups):
-        first = first_index.setdefault(group.pattern, index)
-        if first != index:
-            problem = f"param_groups[{first}] has the same pattern, and the first match wins"
-            key = f"optimizer.param_groups[{index}].pattern"
-            yield ConfigIssue(key, problem, "remove one of the two", value=group.pattern)
+def _sinks(context: RunContext) -> Iterator[ConfigIssue]:
+    config = context.config
+    chosen = config.metrics.sinks
+    yield from issues_of_names("sink", "metrics.sinks", chosen, config.sinks, SINKS)
+    for name in dict.fromkeys([*chosen, *config.sinks]):
+        try:
+            if name in SINKS:
+                sink_settings(config.sinks, name)
+        except ConfigError as error:
+            yield from error.problems
 
 
-def _check_schedule(context: RunContext) -> Iterator[ConfigIssue]:
-    section, steps = context.config.lr_scheduler, context.config.training.steps
-    if section.name != BUILT_IN_NAME:
-        return
-    warmup = section.warmup(steps)
-    if warmup > steps:
-        problem = f"the run ends before the warmup does: training.steps = {steps}"
-        fix = f"set it to at most {steps}, or train for more steps"
-        yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
-    elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:
-        decay = section.decay(steps)
-        problem = (
-            f"a decay of {decay} steps and lr_scheduler.warmup_steps = {warmup} "
-            f"do not fit into training.steps = {steps}"
-        )
-        fix = f"set it to at most {_round_down((steps - warmup) / steps)}, or shorten the warmup"
-        yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
-
-
-def _round_down(ratio: float) -> float:
-    return int(ratio * 1000) / 1000
-
-
-def _check_profiling(context: RunContext) -> Iterator[ConfigIssue]:
+def _profiling(context: RunContext) -> Iterator[ConfigIssue]:
     section, steps = context.config.profiling, context.config.training.steps
     if not section.enable_profiling:
         return
@@ -133,7 +104,7 @@ def _check_profiling(context: RunContext) -> Iterator[ConfigIssue]:
         yield ConfigIssue("profiling.profile_freq", problem, fix, value=value, severity="warning")
 
 
-def _check_snapshots(context: RunContext) -> Iterator[ConfigIssue]:
+def _snapshots(context: RunContext) -> Iterator[ConfigIssue]:
     section, steps = context.config.profiling, context.config.training.steps
     if not section.enable_memory_snapshot:
         return
@@ -148,7 +119,7 @@ def _check_snapshots(context: RunContext) -> Iterator[ConfigIssue]:
         yield ConfigIssue("profiling.profile_freq", problem, fix, value=value, severity="warning")
 
 
-def _check_folders(context: RunContext) -> Iterator[ConfigIssue]:
+def _folders(context: RunContext) -> Iterator[ConfigIssue]:
     config = context.config
     prefix = config.comm.save_traces_file_prefix
     if not _FILE_PREFIX.fullmatch(prefix):
@@ -175,18 +146,17 @@ def _check_folders(context: RunContext) -> Iterator[ConfigIssue]:
         taken.setdefault(folder, key)
 
 
-def _probe_folder(context: RunContext, key: str, name: str) -> list[ConfigIssue]:
-    """Whether the folder is writable or could be made; creates nothing."""
+def _unwritable(context: RunContext, key: str, name: str) -> list[ConfigIssue]:
+    """Check that the folder can be written or made; create nothing."""
     dump_folder = Path(context.config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
-    existing = dump_folder.resolve() / name
+    folder = dump_folder.resolve() / name
     try:
         if dump_folder.exists() and not dump_folder.is_dir():
-            return []  # a problem of its own
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-    except OSError:  # a name that is too long; another one
+            return []  # reported for job.dump_folder
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError:  # a name that is too long, also reported there
         return []
     is_folder = existing.is_dir()
     if not is_folder:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchtitan.utils.hardware import peak_flops
+from torchtitan.utils.device import peak_flops
 
 
 @pytest.mark.parametrize(

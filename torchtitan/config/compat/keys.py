@@ -1,8 +1,8 @@
-"""The keys of TorchTitan's three TOML releases that today's sections do not have, as tables.
+"""Tables of the keys of TorchTitan's three TOML releases that no section has today.
 
-A key is looked up here only if no section has it. So whoever builds one of the features of
+A key is looked up here only if no section has it. Whoever builds one of the features of
 `NOT_BUILT` adds the field to its section and takes the entry out; a test fails while it is in both.
-`legacy.py` does with the tables what they say.
+`translate.py` applies the tables.
 """
 
 from collections.abc import Mapping

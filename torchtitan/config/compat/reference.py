@@ -1,16 +1,16 @@
-"""The tables of docs/from_torchtitan.md, made from the tables that translate."""
+"""Write the tables of docs/from_torchtitan.md from the tables that translate."""
 
 import re
 from collections.abc import Iterator
 
-from torchtitan.config import legacy
-from torchtitan.config import legacy_keys as tables
+from torchtitan.config.compat import keys as tables
+from torchtitan.config.compat import translate as compat
 from torchtitan.config.fields import free_table_of, known_keys
 from torchtitan.config.toml_text import toml_value
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables as they are now, each between two comments with its name."""
+    """Return the page with its tables, each between two comments with its name."""
     for name, rows in (("keys", _keys()), ("not-built", _not_built())):
         before, comment, rest = re.split(f"(<!-- {name}:[^\n]*-->\n)", page)
         table = "\n".join(rows)
@@ -19,11 +19,11 @@ def with_tables(page: str) -> str:
 
 
 def _keys() -> Iterator[str]:
-    """A row for every old key that has another name today."""
+    """Yield a row for every old key that has another name today."""
     yield "| older | today |"
     yield "|---|---|"
-    for name in sorted(legacy.old_defaults()):
-        target = legacy.today_name(name)
+    for name in sorted(compat.old_defaults()):
+        target = compat.today_name(name)
         if name in tables.HANDLER_SWITCHES:
             yield f'| `{name}` | `model.handlers` with `"{tables.HANDLER_SWITCHES[name]}"` |'
         elif target != name:
@@ -35,7 +35,7 @@ def _keys() -> Iterator[str]:
 
 
 def _values(name: str) -> str:
-    """How the values of an old key are written today, where that differs."""
+    """Return how values of an old key are written today, where that differs."""
     if name == tables.MICROBATCHES:
         return ", sequences of one microbatch: `local_batch_size` divided by the old number"
     if name == tables.CUSTOM_IMPORT:
@@ -50,7 +50,7 @@ def _values(name: str) -> str:
 
 
 def _not_built() -> Iterator[str]:
-    """A row for every feature that does not exist, with the keys that would switch it on."""
+    """Yield a row for every feature that does not exist, with the keys that switch it on."""
     yield "| not here yet | accepted | what to do instead |"
     yield "|---|---|---|"
     for feature in tables.NOT_BUILT:

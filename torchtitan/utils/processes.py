@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them. No torch."""
+"""Stop with a signal, or with the process that started this one. No torch."""
 
 import logging
 import multiprocessing
@@ -9,8 +9,52 @@ import threading
 import time
 from multiprocessing import connection
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Schedulers send SIGTERM, or SIGUSR1 if a job asks for it, some time before they kill; a closed
+terminal sends SIGHUP, and Ctrl-C SIGINT."""
+
+
+class StopRequested(BaseException):
+    """A request to stop before the first step. Exit status 7."""
+
+
+class StopRequest:
+    """A context in which the signals above set `requested`, for the training loop to stop in time.
+
+    A second Ctrl-C sets `interrupted` and raises KeyboardInterrupt at once. `at_once`, for the time
+    before the loop: the first signal raises StopRequested, or KeyboardInterrupt for Ctrl-C. A
+    SIGHUP that nohup makes this process ignore stays ignored. Enter it on the main thread.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
+        self.requested = False
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (self.requested or self.at_once):
+            self.interrupted = True
+            raise KeyboardInterrupt
+        self.requested = True
+        if self.at_once:
+            raise StopRequested
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
 
 _LAUNCHER_MARKS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables that a launcher sets in what it starts, and does not have itself."""
@@ -21,9 +65,8 @@ _GRACE_SECONDS = 300
 def end_with_parent() -> None:
     """End this child of `multiprocessing` when its parent does, even a killed one.
 
-    Without this a reader outlives a killed run for ever. By process id its parent is the fork
-    server, which stays while one of its children does; the kernel's parent-death signal and
-    DataLoader's own watchdog look at that one only.
+    By process id its parent is the fork server, which lives longer; the kernel's parent-death
+    signal and DataLoader's watchdog look at that one only.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
@@ -38,11 +81,8 @@ def _wait_for_parent() -> None:
 def end_with_launcher() -> None:
     """Send this process SIGTERM when the torchrun or mpirun that started it is gone.
 
-    A launcher that is killed, or that dies of a signal which it does not know (torchrun of
-    SIGUSR1), tells its ranks nothing: they would train on, and hold the run folder's lock. A rank
-    that has not ended some time after that is killed.
-
-    Does nothing for a process that no launcher started, which may well outlive its shell.
+    Ranks of a killed launcher would train on, and hold the run folder's lock. A rank that has not
+    ended some time after that is killed. Does nothing for a process that no launcher started.
     """
     launcher = _launcher()
     if launcher is not None:
@@ -50,8 +90,10 @@ def end_with_launcher() -> None:
 
 
 def _launcher() -> int | None:
-    """The launcher's process id: of the nearest ancestor without the variables that it sets. Its
-    child may be a script of the user's, which does not end with it."""
+    """Return the launcher's process id: the nearest ancestor without the variables that it sets.
+
+    Its child may be a script of the user's, which does not end with it.
+    """
     names = [name for name in _LAUNCHER_MARKS if name in os.environ]
     if not names:
         return None

@@ -1,0 +1,1 @@
+"""Keys of older releases, translated into today's before sources are merged."""

@@ -1,0 +1,170 @@
+"""Checks of `[optimizer]`, `[lr_scheduler]` and `[loss]`. Imports torch in no function."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.run_context import RunContext
+from torchtitan.config.schema import LRScheduler, Section
+from torchtitan.config.suggest import fix_of_registered
+from torchtitan.loss.registry import LOSSES, loss_settings
+from torchtitan.optim.lr_scheduler import BUILT_IN_NAME, SCHEDULES, Schedule, schedule_settings
+from torchtitan.optim.registry import (
+    OPTIMIZERS,
+    OPTIONAL_KEYS,
+    check_patterns,
+    optimizer_settings,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]
+
+
+def check_static(context: RunContext) -> list[ConfigIssue]:
+    """Check names, their settings, and settings against each other."""
+    return [
+        *_optimizer(context),
+        *_schedule(context),
+        *_learning_rate(context),
+        *_warmup_and_decay(context),
+        *_loss(context),
+    ]
+
+
+def check_environment(context: RunContext) -> list[ConfigIssue]:
+    """Ask a registered schedule for its factors at some steps."""
+    section = context.config.lr_scheduler
+    if section.name == BUILT_IN_NAME:
+        return []
+    try:
+        Schedule(section, context.config.training.steps).try_some()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
+    """Check the optimizer's settings that name parameters."""
+    section = context.config.optimizer
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    issues = check_patterns(section, list(shapes))
+    try:
+        entry = OPTIMIZERS.get(section.name)
+        if entry is not None and entry.check_names is not None:
+            issues += entry.check_names(optimizer_settings(section), shapes)
+    except ConfigError:
+        pass  # reported by `check_static`
+    return issues
+
+
+def _optimizer(context: RunContext) -> Iterator[ConfigIssue]:
+    section = context.config.optimizer
+    try:
+        entry = OPTIMIZERS.get(section.name)
+        if entry is None:
+            fix = fix_of_registered(section.name, OPTIMIZERS)
+            yield ConfigIssue("optimizer.name", "is not an optimizer", fix, value=section.name)
+            return
+        optimizer_settings(section)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    yield from _unused(section, "optimizer", set(OPTIONAL_KEYS) - set(entry.uses), section.name)
+    if section.early_step_in_backward and entry.not_in_backward:
+        problem = f"{section.name} cannot: {entry.not_in_backward}"
+        fix = "set it to false, or take AdamW"
+        yield ConfigIssue("optimizer.early_step_in_backward", problem, fix, value=True)
+
+
+def _schedule(context: RunContext) -> Iterator[ConfigIssue]:
+    section = context.config.lr_scheduler
+    try:
+        if SCHEDULES.get(section.name) is None:
+            fix = fix_of_registered(section.name, SCHEDULES)
+            yield ConfigIssue("lr_scheduler.name", "is not a schedule", fix, value=section.name)
+            return
+        schedule_settings(section)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if section.name != BUILT_IN_NAME:
+        yield from _unused(section, "lr_scheduler", _SCHEDULE_KEYS, section.name)
+    elif section.args:
+        problem = f"{section.name} has its settings in [lr_scheduler] itself"
+        fix = f"write its keys there: {', '.join(_SCHEDULE_KEYS)}"
+        yield ConfigIssue("lr_scheduler.args", problem, fix, value=", ".join(section.args))
+
+
+def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Iterator[ConfigIssue]:
+    """Yield a warning for each setting that `name` does not use.
+
+    It may stand in a file whose optimizer or schedule the command line replaces.
+    """
+    keys = set(keys)
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if key in keys and value != field.default:
+            fix = f"leave it out; {name} has its own settings in [{table}.args]"
+            problem = f"{name} has no use for it"
+            yield ConfigIssue(f"{table}.{key}", problem, fix, value=value, severity="warning")
+
+
+def _learning_rate(context: RunContext) -> Iterator[ConfigIssue]:
+    section = context.config.optimizer
+    if section.lr == 0:
+        problem = "with a learning rate of 0 nothing is learnt"
+        fix = "set a positive learning rate"
+        yield ConfigIssue("optimizer.lr", problem, fix, value=section.lr, severity="warning")
+    first_index: dict[str, int] = {}
+    for index, group in enumerate(section.param_groups):
+        first = first_index.setdefault(group.pattern, index)
+        if first != index:
+            problem = f"param_groups[{first}] has the same pattern, and the first match wins"
+            key = f"optimizer.param_groups[{index}].pattern"
+            yield ConfigIssue(key, problem, "remove one of the two", value=group.pattern)
+
+
+def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
+    section, steps = context.config.lr_scheduler, context.config.training.steps
+    if section.name != BUILT_IN_NAME:
+        return
+    warmup = section.warmup(steps)
+    if warmup > steps:
+        problem = f"the run ends before the warmup does: training.steps = {steps}"
+        fix = f"set it to at most {steps}, or train for more steps"
+        yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
+    elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:
+        decay = section.decay(steps)
+        problem = (
+            f"a decay of {decay} steps and lr_scheduler.warmup_steps = {warmup} "
+            f"do not fit into training.steps = {steps}"
+        )
+        fix = f"set it to at most {_round_down((steps - warmup) / steps)}, or shorten the warmup"
+        yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
+
+
+def _round_down(ratio: float) -> float:
+    return int(ratio * 1000) / 1000
+
+
+def _loss(context: RunContext) -> list[ConfigIssue]:
+    section = context.config.loss
+    if section.name not in LOSSES:
+        fix = fix_of_registered(section.name, LOSSES)
+        return [ConfigIssue("loss.name", "is not a loss", fix, value=section.name)]
+    try:
+        entry = LOSSES[section.name]
+        loss_settings(section)
+    except ConfigError as error:
+        return error.problems
+    degree = context.config.parallelism.tensor_parallel_degree
+    if degree > 1 and not entry.supports_vocab_parallel:
+        problem = (
+            f"this loss needs the logits of all tokens, and a rank has those of a part of the"
+            f" vocabulary with parallelism.tensor_parallel_degree = {degree}"
+        )
+        fix = "derive the loss from ChunkedLoss (docs/losses.md), or set the degree to 1"
+        return [ConfigIssue("loss.name", problem, fix, value=section.name)]
+    return []
