@@ -156,13 +156,13 @@ SLOW_TO_LOOK = """
 import os, time
 from torchtitan.preflight import checkpoint as checks
 
-look = checks.probe
+look = checks.check_environment
 
 def look_slowly(context):
     time.sleep(5)
     return look(context)
 
-checks.probe = look_slowly
+checks.check_environment = look_slowly
 """
 
 

@@ -24,12 +24,7 @@ from torchtitan.checkpoint.steps_folder import (
     inspect_steps,
     step_folders,
 )
-from torchtitan.checkpoint.stored_run import (
-    CONFIG_NAME,
-    PENDING_NAME,
-    STATUS_NAME,
-    StoredRun,
-)
+from torchtitan.checkpoint.stored_run import CONFIG_NAME, PENDING_NAME, STATUS_NAME, StoredRun
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint

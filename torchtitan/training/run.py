@@ -247,6 +247,7 @@ def run(
             else:
                 train(context, world, folder, progress)
     except BaseException as error:
+        stop.at_once = False  # the launcher ends all ranks when one does
         patience = config.comm.train_timeout_seconds
         failed = after_error(error, environment.rank, world, folder, progress, patience)
         if failed is None:

@@ -10,31 +10,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, Protocol
 
 import torch
 
 from torchtitan.config.schema import Comm, Validation
-from torchtitan.data.validation_reader import SetReader
+from torchtitan.data.validation_reader import Pass, SetReader
 from torchtitan.distributed.context import DistributedContext, timeout
-from torchtitan.distributed.step_sync import StepInfo
 from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.parallel.runner import Runner
+from torchtitan.training.prefetch import Prefetch
 from torchtitan.utils.garbage import GarbageCollection
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 30
-
-
-class Ahead(Protocol):
-    """The batches of a pass, fetched one ahead; `prefetch.Prefetch` is one."""
-
-    def start(self) -> None:
-        """Fetch the next batch."""
-
-    def wait(self) -> tuple[Any, StepInfo]:
-        """Return the batch (with its `microbatches`), and what all ranks know about it."""
 
 
 class Validator:
@@ -45,7 +34,7 @@ class Validator:
         section: Validation,
         comm: Comm,
         sets: Sequence[SetReader],
-        fetch_ahead: Callable[[Any], Ahead],
+        fetch_ahead: Callable[[Pass], Prefetch],
         runner: Runner,
         world: DistributedContext,
         garbage: GarbageCollection,
