@@ -51,6 +51,17 @@ def problems_of_table(
     return _issues(error, table + ".", keys, frozenset())
 
 
+def settings_of(thing: Any, what: str) -> type[Section]:
+    """Return the `Settings` of a registered class or function, an empty `Section` without one.
+
+    Raises TypeError, in which the thing is called `what`, if they are not a `Section`.
+    """
+    settings = getattr(thing, "Settings", Section)
+    if not (isinstance(settings, type) and issubclass(settings, Section)):
+        raise TypeError(f"Settings of {what} is not a Section")
+    return settings
+
+
 def validated(settings: type[Section], values: Any, table: str) -> Any:
     """Return `settings` made of a free-form table's values.
 

@@ -15,7 +15,7 @@ from torchtitan.config import ConfigIssue, JobConfig
 from torchtitan.config.registry import Registry, lazily, require_word
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Section
-from torchtitan.config.value_errors import validated
+from torchtitan.config.value_errors import settings_of, validated
 from torchtitan.handlers import settings
 from torchtitan.handlers.base import ModelHandler
 
@@ -58,9 +58,8 @@ def entry_of(name: str, thing: Any) -> HandlerEntry:
     if isinstance(thing, HandlerEntry):
         return thing
     require_handler(name, thing)
-    if not (isinstance(thing.Settings, type) and issubclass(thing.Settings, Section)):
-        raise TypeError(f"Settings of the handler {name} is not a Section")
-    return HandlerEntry(thing.Settings, lambda: thing, tuple(thing.after), tuple(thing.excludes))
+    settings = settings_of(thing, f"the handler {name}")
+    return HandlerEntry(settings, lambda: thing, tuple(thing.after), tuple(thing.excludes))
 
 
 def require_handler(name: str, thing: Any) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.schema import Loss, NonNegativeFloat, Section
-from torchtitan.config.value_errors import validated
+from torchtitan.config.value_errors import settings_of, validated
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")
@@ -59,9 +59,7 @@ def entry_of(name: str, thing: Any) -> LossEntry:
     missing = [method for method in _REQUIRED if not callable(getattr(thing, method, None))]
     if missing:
         raise TypeError(f"the loss {name} lacks {', '.join(missing)}")
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of the loss {name} is not a Section")
+    settings = settings_of(thing, f"the loss {name}")
     return LossEntry(
         settings, lambda: thing, bool(getattr(thing, "supports_vocab_parallel", False))
     )

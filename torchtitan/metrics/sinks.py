@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from torchtitan.config.registry import Registry, require_word
 from torchtitan.config.schema import Section
-from torchtitan.config.value_errors import validated
+from torchtitan.config.value_errors import settings_of, validated
 from torchtitan.metrics.goodput import SHARE_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -125,9 +125,7 @@ def entry_of(name: str, thing: Any) -> SinkEntry:
     missing += [key for key in ("name", "keeps_trying") if not hasattr(thing, key)]
     if missing:
         raise TypeError(f"the sink {name} lacks {', '.join(missing)}")
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of the sink {name} is not a Section")
+    settings = settings_of(thing, f"the sink {name}")
     return SinkEntry(settings, lambda: thing)
 
 

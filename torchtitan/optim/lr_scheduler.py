@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, require_text
 from torchtitan.config.schema import LRScheduler, Section
-from torchtitan.config.value_errors import validated
+from torchtitan.config.value_errors import settings_of, validated
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +78,7 @@ def entry_of(name: str, thing: Any) -> ScheduleEntry:
         return thing
     if not callable(thing):
         raise TypeError(f"the schedule {name} is neither a function nor a ScheduleEntry")
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of the schedule {name} is not a Section")
+    settings = settings_of(thing, f"the schedule {name}")
     return ScheduleEntry(settings, lambda: thing)
 
 

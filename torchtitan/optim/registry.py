@@ -33,7 +33,7 @@ from torchtitan.config.registry import Registry, lazily
 from torchtitan.config.schema import Beta, Names, NonNegativeFloat, PositiveFloat, Section
 from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.config.suggest import fix_of_glob
-from torchtitan.config.value_errors import validated
+from torchtitan.config.value_errors import settings_of, validated
 
 if TYPE_CHECKING:
     import torch
@@ -162,9 +162,7 @@ def entry_of(name: str, thing: Any) -> OptimizerEntry:
         if not callable(getattr(thing, method, None)):
             raise TypeError(f"the optimizer {name} lacks {method}")
     optimizer: Any = thing
-    settings, uses = getattr(thing, "Settings", Section), tuple(getattr(thing, "uses", ()))
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of the optimizer {name} is not a Section")
+    settings, uses = settings_of(thing, f"the optimizer {name}"), tuple(getattr(thing, "uses", ()))
     if not set(uses) <= set(OPTIONAL_KEYS):
         raise TypeError(f"what the optimizer {name} uses is not all of {', '.join(OPTIONAL_KEYS)}")
     return OptimizerEntry(
