@@ -259,7 +259,7 @@ def test_state_that_would_be_lost_ends_the_run_at_its_start(
 
 
 def test_both_hooks_or_none() -> None:
-    register(lines("load_state_dict = property()"))
+    register(lines("load_state_dict = ModelHandler.load_state_dict"))
     with pytest.raises(HandlerError, match="only one of state_dict and load_state_dict"):
         NamedHandler("average", Case().config(), ParallelDims())
 
