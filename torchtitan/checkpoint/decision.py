@@ -11,7 +11,7 @@ have the same model and checkpoint folder, and may differ in everything else.
 """
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,13 @@ from typing import Any, Literal
 from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE
-from torchtitan.checkpoint.steps_folder import (
-    Candidate,
-    inspect_steps,
-    step_folders,
+from torchtitan.checkpoint.steps_folder import step_folders, step_problems
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    PENDING_NAME,
+    STATUS_NAME,
+    StoredRun,
 )
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, PENDING_NAME, STATUS_NAME, StoredRun
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
@@ -350,49 +351,3 @@ def _refuse_foreign_config(path: Path) -> None:
         text = f"holds a {CONFIG_NAME} that no run has written and that would be overwritten"
         fix = "choose another --job.dump_folder, or rename that file"
         raise ConfigError(ConfigIssue("job.dump_folder", text, fix, str(path)))
-
-
-def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
-    """Return why a run cannot continue from `folder` as configured.
-
-    Only names, manifests and sizes are read; contents are verified when a checkpoint is loaded.
-    """
-    if not section.enable:
-        return []
-    links = sorted(path.name for path in folder.glob("step-*") if path.is_symlink())
-    if links:
-        text = f"holds {links[0]}, which is a link and therefore never loaded"
-        fix = "put a real folder in its place, or remove it"
-        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
-    candidates = inspect_steps(folder)
-    if section.load_step >= 0:
-        return _load_step_problems(section, candidates)
-    if candidates and not any(candidate.manifest for candidate in candidates):
-        steps = _join(candidate.step for candidate in candidates)
-        faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
-        text = f"holds steps {steps}, none of which is a valid checkpoint ({faults})"
-        fix = "restore one, or start anew in another --job.dump_folder or with --job.new_run"
-        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
-    return []
-
-
-def _load_step_problems(section: Checkpoint, candidates: list[Candidate]) -> list[ConfigIssue]:
-    key, step = "checkpoint.load_step", section.load_step
-    good = _join(candidate.step for candidate in candidates if candidate.manifest)
-    asked = [candidate for candidate in candidates if candidate.step == step]
-    if not asked:
-        text = f"is not among the saved steps: {good or 'there are none'}"
-        return [ConfigIssue(key, text, "choose one of them, or -1 for the newest", step)]
-    if asked[0].fault is not None:
-        fix = f"choose another ({good or 'there is none'}), or -1 for the newest good one"
-        return [ConfigIssue(key, f"is damaged ({asked[0].fault})", fix, step)]
-    later = _join(candidate.step for candidate in candidates if candidate.step > step)
-    if later and not section.allow_rewind:
-        text = f"is older than steps {later}, which are invalid once the run goes back"
-        fix = "set checkpoint.allow_rewind to move them aside, or use another --job.dump_folder"
-        return [ConfigIssue(key, text, fix, step)]
-    return []
-
-
-def _join(steps: Iterable[int]) -> str:
-    return ", ".join(map(str, steps))

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from torchtitan.checkpoint.manifest import (
     check_listing,
     read_manifest,
 )
+from torchtitan.config import ConfigIssue
+from torchtitan.config.schema import Checkpoint
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 
@@ -81,6 +84,52 @@ def committed_steps(folder: Path, run_id: str) -> list[int]:
         for candidate in inspect_steps(folder)
         if candidate.manifest is not None and candidate.manifest.run_id == run_id
     ]
+
+
+def step_problems(section: Checkpoint, folder: Path) -> list[ConfigIssue]:
+    """Return why a run cannot continue from `folder` as configured.
+
+    Only names, manifests and sizes are read; contents are verified when a checkpoint is loaded.
+    """
+    if not section.enable:
+        return []
+    links = sorted(path.name for path in folder.glob("step-*") if path.is_symlink())
+    if links:
+        text = f"holds {links[0]}, which is a link and therefore never loaded"
+        fix = "put a real folder in its place, or remove it"
+        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
+    candidates = inspect_steps(folder)
+    if section.load_step >= 0:
+        return _load_step_problems(section, candidates)
+    if candidates and not any(candidate.manifest for candidate in candidates):
+        steps = _join(candidate.step for candidate in candidates)
+        faults = "; ".join(candidate.fault or "" for candidate in candidates[-3:])
+        text = f"holds steps {steps}, none of which is a valid checkpoint ({faults})"
+        fix = "restore one, or start anew in another --job.dump_folder or with --job.new_run"
+        return [ConfigIssue("checkpoint.folder", text, fix, section.folder)]
+    return []
+
+
+def _load_step_problems(section: Checkpoint, candidates: list[Candidate]) -> list[ConfigIssue]:
+    key, step = "checkpoint.load_step", section.load_step
+    good = _join(candidate.step for candidate in candidates if candidate.manifest)
+    asked = [candidate for candidate in candidates if candidate.step == step]
+    if not asked:
+        text = f"is not among the saved steps: {good or 'there are none'}"
+        return [ConfigIssue(key, text, "choose one of them, or -1 for the newest", step)]
+    if asked[0].fault is not None:
+        fix = f"choose another ({good or 'there is none'}), or -1 for the newest good one"
+        return [ConfigIssue(key, f"is damaged ({asked[0].fault})", fix, step)]
+    later = _join(candidate.step for candidate in candidates if candidate.step > step)
+    if later and not section.allow_rewind:
+        text = f"is older than steps {later}, which are invalid once the run goes back"
+        fix = "set checkpoint.allow_rewind to move them aside, or use another --job.dump_folder"
+        return [ConfigIssue(key, text, fix, step)]
+    return []
+
+
+def _join(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def unprotected_parts(folder: Path) -> list[Path]:
