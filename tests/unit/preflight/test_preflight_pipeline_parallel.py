@@ -64,7 +64,7 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
 @pytest.mark.parametrize(
     ("degree", "keys", "expected"),
     [
-        (5, {}, "degree = 5: with 1F1B makes 5 stages, and the model has 4 layers. Fix: set it to "
+        (5, {}, "degree = 5: 1F1B makes 5 stages, and the model has 4 layers. Fix: set it to "
          "at most 4."),
         (2**40, {}, "set it to at most 4"),  # and nothing of that length is made
         (4, INTERLEAVED, "makes 8 stages, and the model has 4 layers. Fix: set it to at most 2"),

@@ -197,7 +197,7 @@ def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> Confi
         return ConfigIssue(CSV_KEY, problem, f"write one of at most {num_layers} stages", path)
     if layers is not None:
         return ConfigIssue(LAYERS_KEY, problem, "set it larger, or leave it unset", layers)
-    problem = f"with {section.pipeline_parallel_schedule} {problem}"
+    problem = f"{section.pipeline_parallel_schedule} {problem}"
     fix = f"set it to at most {max(1, num_layers * degree // count)}"
     return ConfigIssue(DEGREE_KEY, problem, fix, degree)
 
