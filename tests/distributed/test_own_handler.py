@@ -78,7 +78,7 @@ def test_the_pages_test_of_it_passes(tmp_path: Path) -> None:
 
 def test_the_pages_tokenizer_trains(tmp_path: Path) -> None:
     page = (runs.ROOT / "docs" / "tokenizers.md").read_text("utf-8")
-    section = page.partition("## One of your own")[2]
+    section = page.partition("## Custom tokenizers")[2]
     (tmp_path / "my_tokenizer.py").write_text(block("python", section))
     loss, _ = run(tmp_path / "run", block("toml", section), "--training.steps=2")
     assert loss == pytest.approx(3.33, abs=0.1), "the logarithm of 28 tokens"

@@ -118,7 +118,7 @@ def test_pattern_without_parameters_is_an_error_that_shows_names() -> None:
         build_optimizers(section, [Block()], CPU)
     first, second = caught.value.problems
     assert str(first).startswith('optimizer.param_groups[0].pattern = "*norms.weight": ')
-    assert "matches no parameter" in first.problem and "norm.weight" in first.fix
+    assert "matches no parameter" in first.problem and "wq.weight" in first.fix
     assert second.key == "optimizer.param_groups[1].pattern"
 
 
