@@ -91,7 +91,7 @@ def _convert(old: str, new: str | None) -> None:
 
 
 def _today(loaded: LoadedConfig, old: str) -> str:
-    """What the file sets, and no more, in the order of the sections."""
+    """Return the keys that the file sets, in the order of the sections."""
     given = {name: table for name, table in loaded.given.items() if table}
     job = {key: value for key, value in given.get("job", {}).items() if key != "config_file"}
     given["job"] = job

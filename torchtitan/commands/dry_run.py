@@ -66,7 +66,7 @@ class DryRun:
     accumulated_bytes: int
     """Unsharded gradients, which are kept until the last microbatch reduces them."""
     num_microbatches: int
-    """How many were run; `traffic` counts these and the optimizer's step."""
+    """Microbatches that ran; `traffic` counts these and the optimizer's step."""
     traffic: Traffic
     seconds: float
 

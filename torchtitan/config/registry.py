@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._admit = admit
         self._registered: dict[str, tuple[T, str]] = {}
         self._given: dict[str, tuple[Any, Any]] = {}
-        """What was registered, and the spec of its module then, which each import makes."""
+        """The registered things, each with the spec of its module at that time (every import makes one)."""
         self._loaded: dict[str, T] = {}
 
     def add_built_in(self, name: str, entry: T) -> None:

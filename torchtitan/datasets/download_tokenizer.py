@@ -1,4 +1,4 @@
-"""Where TorchTitan had it first; see scripts/download_tokenizer.py."""
+"""TorchTitan's first place of the download script; see scripts/download_tokenizer.py."""
 
 import sys
 

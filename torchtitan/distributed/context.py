@@ -25,7 +25,7 @@ from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
 
 _MEETINGS = itertools.count()
-"""Of this process: its runs, and its refusals to start one."""
+"""Counts the runs of this process, rejected starts included."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class WrapUnit:
 
 @dataclass(frozen=True)
 class InitRule:
-    """How a parameter starts: "constant" at `value`, or "normal" with mean 0 and `std`.
+    """The initial values of a parameter: "constant" at `value`, or "normal" with mean 0 and `std`.
 
     With `cutoff_in_std` c the normal distribution is truncated to [-c * std, c * std]. Raises
     ValueError for another kind or a negative `std`.
@@ -133,7 +133,7 @@ class TensorParallelStyles(Protocol[S_co]):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What the library asks of a model in addition to being an `nn.Module`."""
+    """The interface of a model, in addition to that of `nn.Module`."""
 
     def forward(
         self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None

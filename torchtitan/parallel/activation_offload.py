@@ -25,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchtitan.utils.torch_compat import local_tensor
 
 SMALLEST_BYTES = 4096
-"""What is smaller stays: its copy would take longer than is worth the memory."""
+"""Smaller tensors stay: copying them takes longer than the memory is worth."""
 
 
 class _Saved:

@@ -41,7 +41,7 @@ HARDWARE = "hardware"
 MODEL = "model"
 """The model on the meta device. Imports torch."""
 CHECKPOINTS = "checkpoints"
-"""What the run folder holds already. No torch."""
+"""The present content of the run folder. No torch."""
 PHASES = (ARITHMETIC, FILES, HARDWARE, MODEL, CHECKPOINTS)
 
 STATIC = (

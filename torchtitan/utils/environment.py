@@ -48,7 +48,7 @@ class ProcessEnvironment:
     local_rank: int = 0
     local_world_size: int = 1
     launched: bool = False
-    """Whether a launcher started this process, so that there is a rendezvous to join."""
+    """A launcher started this process, so there is a rendezvous to join."""
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:

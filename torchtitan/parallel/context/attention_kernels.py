@@ -21,7 +21,7 @@ from torchtitan.utils.dtypes import at_least_float32
 
 _ATEN = torch.ops.aten
 _MAX_SCORES = 2**28
-"""How many scores the written-out formula holds at a time."""
+"""Scores that the written-out formula holds at a time."""
 
 
 class Part(NamedTuple):
