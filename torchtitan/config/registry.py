@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._admit = admit
         self._registered: dict[str, tuple[T, str]] = {}
         self._given: dict[str, tuple[Any, Any]] = {}
-        """The registered things, with the spec of their module then: each import makes a new one."""
+        """The registered things, with the spec of their module then: each import makes another."""
         self._loaded: dict[str, T] = {}
 
     def add_built_in(self, name: str, entry: T) -> None:
