@@ -24,6 +24,8 @@ class FamilyRow:
     """Hyper-parameters for tests of tiny models, in addition to the common ones."""
     variants: tuple[Mapping[str, Any], ...] = ({},)
     """Hyper-parameters to compare with transformers, each added to `tiny`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the config in transformers, in addition to the common ones."""
 
 
 # Of the 6 frequencies of a head some are stretched, some are not, and one lies between.

@@ -38,8 +38,8 @@ def args_of(name: str, **more: Any) -> DecoderArgs:
     return args
 
 
-def build_ours(args: DecoderArgs, dtype: torch.dtype) -> Decoder:
-    model = Decoder(args).to(dtype)
+def build_ours(args: DecoderArgs, dtype: torch.dtype, name: str = "llama3") -> Decoder:
+    model = get_family(name).build(args).to(dtype)
     # Larger than training starts from, so that attention is sharp and errors would show.
     initialize_parameters(model, lambda name: InitRule("normal", std=0.3), seed=1)
     return model
@@ -131,9 +131,9 @@ def assert_equal_models(
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_logits_and_gradients(name, variant, n_kv_heads, tied, packed, dtype, tolerance):
     args = args_of(name, n_kv_heads=n_kv_heads, tied_embeddings=tied, **variant)
-    theirs = build_theirs(FAMILIES[name].transformers, args, dtype)
-    table = get_family(name).hf_weights
-    assert_equal_models(build_ours(args, dtype), theirs, table, packed, tolerance)
+    row, table = FAMILIES[name], get_family(name).hf_weights
+    theirs = build_theirs(row.transformers, args, dtype, **row.settings)
+    assert_equal_models(build_ours(args, dtype, name), theirs, table, packed, tolerance)
 
 
 BIASES = tuple(
@@ -175,7 +175,7 @@ def test_without_parameters_in_its_norms_it_is_olmo():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back_is_the_identity(name):
     args, table = args_of(name, tied_embeddings=False), get_family(name).hf_weights
-    weights = build_ours(args, torch.float32).state_dict()
+    weights = build_ours(args, torch.float32, name).state_dict()
     back = from_hf(to_hf(weights, table, args), table, args)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)

@@ -84,7 +84,7 @@ def test_declarations_cover_every_parameter(name, tied):
     assert all(model.get_submodule(module) is not None for module in plan)
     starts = {parameter: model.init_rule(parameter) for parameter in names}
     assert {kind for kind in starts if starts[kind].kind == "constant"} == {
-        kind for kind in names if kind.endswith("norm.weight")
+        kind for kind in names if kind.endswith(("norm.weight", ".bias"))
     }
     table = get_family(name).hf_weights
     assert list(hf_names(names, table, args)) == names
