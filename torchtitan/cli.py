@@ -87,6 +87,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     parser = _Parser(prog="torchtitan", description="Train language models from a TOML file.")
     parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
     parser.add_commands(_COMMANDS, dest="command")
+    if argv and argv[0] in ("help", "version"):
+        argv = [f"--{argv[0]}"]
     try:
         options, rest = parser.parse_known_args(argv)
     except SystemExit:

@@ -39,7 +39,9 @@ def cli() -> Iterator[CliServer]:
     [
         ([], "usage: torchtitan [-h]"),
         (["--help"], "train from a TOML"),
+        (["help"], "train from a TOML"),
         (["--version"], torchtitan.__version__),
+        (["version"], torchtitan.__version__),
         (["train", "--help"], "--training.seq_len"),
         (["config"], "usage: torchtitan config"),
         (["config", "schema"], '"title": "torchtitan run"'),

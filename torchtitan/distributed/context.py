@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, HangError
-from torchtitan.distributed.roll_call import RollCall
+from torchtitan.distributed.roll_call import RollCall, wait_until
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
 
 _MEETINGS = itertools.count()
 """Counts the runs of this process, rejected starts included."""
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,13 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
     rank, meeting = environment.rank, next(_MEETINGS)
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    nobody = HangError(
+        f"nobody answers at {address}:{port} within {seconds:.0f} s: rank 0 has not started, or its"
+        " machine cannot be reached from here"
+    )
+    # A signal ends this wait, whereas TCPStore would go on waiting.
+    if not keeps_store and not wait_until(lambda: _answers(address, port), seconds):
+        raise nobody
     try:
         store = dist.TCPStore(
             address,
@@ -188,10 +197,7 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
         )
     except (ValueError, dist.DistNetworkError) as error:
         if not keeps_store:
-            raise HangError(
-                f"nobody answers at {address}:{port} within {seconds:.0f} s: rank 0 has not"
-                " started, or its machine cannot be reached from here"
-            ) from error
+            raise nobody from error
         reason = str(error).splitlines()[0]
         fix = "set it, on all ranks, to a free port of the machine of rank 0"
         problem = ConfigIssue("MASTER_PORT", f"cannot be used: {reason}", fix, port, local=True)
@@ -204,6 +210,16 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
     ours = dist.PrefixStore(f"attempt-{attempt}/meeting-{meeting}", store)
     calls = dist.PrefixStore("roll-call", ours)
     return ours, RollCall(calls, rank, environment.world_size, keeps_store)
+
+
+def _answers(address: str, port: str) -> bool:
+    try:
+        with socket.create_connection((address, int(port)), timeout=_CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False
+    except (ValueError, OverflowError):
+        return True  # not a port: TCPStore says so
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class RollCall:
                 return True
             return self._count("refused") > 0 and 0 in self._ranks("present")
 
-        _wait(settled, seconds)
+        wait_until(settled, seconds)
         refusals = self._said("refused")
         if refusals:
             self._leave(_LAST_TO_LEAVE_SECONDS, self._world_size)
@@ -91,7 +91,7 @@ class RollCall:
 
         def talk() -> list[Ending]:
             self._say("ended", **{key: vars(ending)[key] for key in ("code", "text", "lost")})
-            _wait(lambda: self._count("ended") == self._world_size, seconds)
+            wait_until(lambda: self._count("ended") == self._world_size, seconds)
             endings = [Ending(**said) for said in self._said("ended")]
             self._leave(2.0, len(endings))
             return endings
@@ -102,7 +102,7 @@ class RollCall:
         with suppress(RuntimeError):  # rank 0 may have seen this, and be gone
             self._say("left")
         if self._keeps_store:
-            _wait(lambda: self._count("left") >= num_ranks, seconds)
+            wait_until(lambda: self._count("left") >= num_ranks, seconds)
 
     def _say(self, what: str, **facts: Any) -> None:
         self._store.append(what, json.dumps({"rank": self._rank, **facts}) + "\n")
@@ -158,11 +158,14 @@ def _name(ranks: Sequence[int]) -> str:
     return f"Ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    """Return when `condition` holds, or `seconds` have passed."""
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Return True when `condition` holds, or False when `seconds` have passed."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _within(seconds: float, action: Callable[[], T]) -> T | None:

@@ -227,6 +227,8 @@ def run(
 
     folder = RunFolder.open(config, context, is_main, check)
     progress = Progress(stop=stop)
+    if is_main:  # for a stop before the ranks meet
+        progress.step = progress.first_step = folder.decision.step
     world: DistributedContext | None = None
     try:
         recorder = FlightRecorder(config.comm, folder.path, environment.rank, context.device_type)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from folders import (
@@ -21,6 +22,9 @@ from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
+from torchtitan.training import run
+from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.processes import StopRequest, StopRequested
 
 
 def test_new_folder(tmp_path: Path) -> None:
@@ -350,3 +354,17 @@ def test_manifest_info(tmp_path: Path) -> None:
     assert json.loads(json.dumps(info)) == info
     assert info["config"]["training"]["global_batch_size"] == 4
     assert info["versions"]["torch"][0].isdigit() and info["mesh"] == {"dp": 1}
+
+
+def test_a_stop_before_the_ranks_meet_keeps_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_run(tmp_path, 5)
+    config = make_config(tmp_path, comm={"trace_buf_size": 0})
+    context = RunContext(config, 1, "cpu")
+    monkeypatch.setattr(run, "set_up_process_of", lambda *_: context)
+    monkeypatch.setattr(run, "open_context", mock.Mock(side_effect=StopRequested))
+    checks = (lambda context: None, lambda context, resolved: None)
+    assert run.run(config, ProcessEnvironment(), *checks, StopRequest()) == 7
+    status = json.loads((tmp_path / "run_status.json").read_text())
+    assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 5, 7)

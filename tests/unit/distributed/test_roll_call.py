@@ -1,6 +1,11 @@
 """Which rank is named when a run fails; whole runs are in tests/distributed/test_lost_ranks.py."""
 
 import itertools
+import os
+import signal
+import socket
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -10,6 +15,7 @@ from torchtitan.config import ConfigError, ConfigIssue, HangError
 from torchtitan.distributed import context as world_module
 from torchtitan.distributed.roll_call import Ending, RollCall, explain
 from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.processes import StopRequest, StopRequested
 
 TIMED_OUT = Ending(0, 6, "Timed out waiting 3000ms", "timeout")
 CUT_OFF = Ending(2, 1, "Connection closed by peer", "closed")
@@ -91,3 +97,21 @@ def test_a_launcher_s_store_does_not_mix_runs_up(
     after, roll_call = world_module.meet(place, 10)
     assert not after.check(["address"])
     roll_call.start(10)
+
+
+@pytest.mark.parametrize("port", ["free", "not a port"])
+def test_a_rank_that_waits_for_rank_0(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal ends the wait, which TCPStore would continue; a wrong port is not waited for."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        free = str(listener.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", free if port == "free" else port)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    place, seconds = ProcessEnvironment(rank=1, world_size=2, launched=True), 30
+    started = time.monotonic()
+    with StopRequest(at_once=True), pytest.raises(StopRequested if port == "free" else HangError):
+        if port == "free":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        world_module.meet(place, seconds)
+    assert time.monotonic() - started < seconds / 2
