@@ -102,7 +102,8 @@ _STOPPED = """
 import os, signal
 from torchtitan.training import builder
 
-build = builder.build_optimizers
+site = os.environ["STOPPED_AT"]
+build = getattr(builder, site)
 
 
 def stop_first(*arguments):
@@ -111,22 +112,33 @@ def stop_first(*arguments):
     return build(*arguments)
 
 
-builder.build_optimizers = stop_first
+setattr(builder, site, stop_first)
 """
 
 
-def stop_at_start(folder: Path, *arguments: str, processes: int = 1, stopped: int = 0) -> Any:
+def stop_at_start(
+    folder: Path,
+    *arguments: str,
+    processes: int = 1,
+    stopped: int = 0,
+    site: str = "build_optimizers",
+) -> Any:
     (folder.parent / "stopping.py").write_text(_STOPPED)
-    env = runs.environment() | {"STOPPED_RANK": str(stopped)}
+    env = runs.environment() | {"STOPPED_RANK": str(stopped), "STOPPED_AT": site}
     env["PYTHONPATH"] = f"{folder.parent}:{env['PYTHONPATH']}"
     words = ["--job.custom_import=stopping", *arguments]
     return execute(runs.command(folder, *words, processes=processes), env=env)
 
 
-@pytest.mark.parametrize(("processes", "stopped"), [(1, 0), (2, 1)])
-def test_a_stop_before_the_first_step(processes: int, stopped: int, tmp_path: Path) -> None:
-    """All ranks end as preempted, also those that got no signal."""
-    done = stop_at_start(tmp_path / "run", processes=processes, stopped=stopped)
+@pytest.mark.parametrize(
+    ("processes", "stopped", "site"),
+    [(1, 0, "build_optimizers"), (2, 1, "build_optimizers"), (1, 0, "build_metrics")],
+)
+def test_a_stop_before_the_first_step(
+    processes: int, stopped: int, site: str, tmp_path: Path
+) -> None:
+    """All ranks end as preempted, also those that got no signal; the metrics open last."""
+    done = stop_at_start(tmp_path / "run", processes=processes, stopped=stopped, site=site)
     assert done.returncode == (7 if processes == 1 else 1), done.stdout + done.stderr
     status = runs.status(tmp_path / "run")
     assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 0, 7)

@@ -37,6 +37,7 @@ _EXPLAIN_THEMSELVES = (ConfigError, CheckpointError, DataError, NonFiniteError, 
 _LESS_MEMORY = (
     "Fix: a smaller training.local_batch_size or more ranks; docs/memory.md lists what else saves"
 )
+_STOPPED_AT_START = "Asked to stop before the first step; the same command starts again."
 _GRACE_SECONDS = 2.0
 """How long a failing rank waits for the other ranks' reasons: they lose contact when it leaves."""
 _GRACE_AFTER_TIMEOUT_SECONDS = 5.0
@@ -131,7 +132,7 @@ def _log(error: BaseException, own: Ending, reason: Ending, progress: Progress) 
     if own.code == INTERRUPTED:
         return
     if reason.code == PREEMPTED:
-        logger.info("Asked to stop before the first step; the same command starts again.")
+        logger.info(_STOPPED_AT_START)
     elif reason is not own:
         if reason.lost == "timeout":
             logger.error("This rank waited here:", exc_info=error)
@@ -165,6 +166,8 @@ def set_status(folder: RunFolder, status: Status, step: int, code: int | None = 
 
 def _describe_stop(progress: Progress) -> str:
     """Describe what a run that was asked to stop has saved."""
+    if progress.step == progress.first_step:
+        return _STOPPED_AT_START
     text = f"Asked to stop after step {progress.step}."
     if progress.saved_step == progress.step:
         return f"{text} It is saved; the same command goes on from it."

@@ -62,7 +62,7 @@ def train(
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
-        step = first_step = progress.step = manager.state.step
+        step = first_step = progress.step = progress.first_step = manager.state.step
         progress.saved_step = manager.saved_step
         profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))

@@ -153,7 +153,7 @@ def test_lists(capsys):
     for name, expected in (
         ("configs", "for 8 GPUs of 80 GB"),
         ("optimizers", "uses beta1, beta2, eps, implementation; settings: patterns"),
-        ("tokenizers", "bytes"),
+        ("tokenizers", "One token a byte"),
     ):
         assert main(["list", name]) == 0
         assert expected in capsys.readouterr().out
