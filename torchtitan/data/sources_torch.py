@@ -112,7 +112,7 @@ class StreamSource(_DatasetSource):
             return [ConfigIssue("training.dataset", str(error), fix, self.name)]
         if not flaw:
             return []
-        fix = "correct its state_dict and load_state_dict, or remove both: a resume reads again then"
+        fix = "correct its state_dict and load_state_dict, or remove both and read again"
         if flaw == _SHUFFLES:
             fix = "turn its shuffling off (lanes shuffle), or give it a seed"
         elif type(part).__module__.partition(".")[0] == "datasets":
