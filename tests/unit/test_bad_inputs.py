@@ -130,6 +130,7 @@ KEYS = [
     Bad("handler-scalar", ["handlers.compile = 1: needs a table"], "[handlers]\ncompile = 1\n"),
     Bad("secret-key", ["looks like a secret", "HF_TOKEN"], section("job", 'hf_token = "abc"')),
     Bad("secret-table", ["looks like a secret"], section("hub", 'token = "abc"')),
+    Bad("secret-alone", ["looks like a secret", "HF_TOKEN"], 'hf_token = "abc"\n'),
     Bad("secret-free", ["model.args.api_key"], section("model.args", 'api_key = "abc"')),
     Bad(
         "no-secret",

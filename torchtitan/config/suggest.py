@@ -108,6 +108,8 @@ def unknown_key(
 
 def unknown_section(name: str) -> ConfigIssue:
     """Return the issue of a table, or of a key at the top level, that is not a section."""
+    if names_a_secret(name):
+        return secret_problem(name)
     match = nearest(name, known_sections())
     hint = f"did you mean [{match}]? " if match else ""
     return ConfigIssue(name, "is not a section", f"{hint}The sections are {_sections()}")

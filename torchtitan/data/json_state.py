@@ -34,7 +34,8 @@ def encode_state(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         array = np.asarray(value, order="C")
         data = base64.b64encode(array.tobytes()).decode()
-        return {_TAG: "array", "dtype": array.dtype.str, "shape": array.shape, "data": data}
+        kind = "array" if isinstance(value, np.ndarray) else "scalar"
+        return {_TAG: kind, "dtype": array.dtype.str, "shape": array.shape, "data": data}
     raise TypeError(f"it holds a {type(value).__name__}")
 
 
@@ -51,10 +52,12 @@ def decode_state(value: Any) -> Any:
         return tuple(decode_state(item) for item in value["items"])
     if kind == "bytes":
         return base64.b64decode(value["data"])
-    if kind in ("array", "tensor"):
+    if kind in ("array", "scalar", "tensor"):
         import torch
 
         content = bytearray(base64.b64decode(value["data"]))
         array = np.frombuffer(content, value["dtype"]).reshape(value["shape"])
+        if kind == "scalar":
+            return array[()]
         return torch.from_numpy(array) if kind == "tensor" else array
     return {key: decode_state(item) for key, item in value.items()}

@@ -206,8 +206,9 @@ def build_loader(
     """
     logger.info("%s", document_tokenizer(tokenizer, data).describe())
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
-    for named, settings in zip(named_sources(training, data), mixture.sources):
-        logger.info("Reads %s", describe_source(named, settings.source))
+    if logger.isEnabledFor(logging.INFO):  # describing opens files, for each rank that logs it
+        for named, settings in zip(named_sources(training, data), mixture.sources):
+            logger.info("Reads %s", describe_source(named, settings.source))
     positions = {lane: mixture.start() for lane in plan.lanes}
     change = ""
     if lane_states is not None:

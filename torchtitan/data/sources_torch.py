@@ -112,25 +112,30 @@ class StreamSource(_DatasetSource):
             return [ConfigIssue("training.dataset", str(error), fix, self.name)]
         if not flaw:
             return []
-        fix = (
-            "correct its state_dict and load_state_dict, or remove both: a resume then reads again"
-        )
+        fix = "correct its state_dict and load_state_dict, or remove both and read again"
         if flaw == _SHUFFLES:
             fix = "turn its shuffling off (lanes shuffle), or give it a seed"
-        if type(part).__module__.partition(".")[0] == "datasets":
+        elif type(part).__module__.partition(".")[0] == "datasets":
             version = importlib.metadata.version("datasets")
             fix = f"install another version of the library `datasets` than {version}"
         return [ConfigIssue("training.dataset", f"a resume would go wrong: {flaw}", fix, self.name)]
 
     def _shuffle_flaw(self) -> str:
-        """Compare the first rows with those of a dataset made anew, as a resume would make it."""
+        """Compare first texts: of two passes, and of a dataset made anew, as a resume makes it."""
         if self.make is None or isinstance(self.dataset, _NodeDataset):
             return ""
-        first, again = (
-            [str(row.content) for row in islice(_StreamRows(of, self.name, Shard(0), ""), 3)]
-            for of in (self._part(0), _copied(self.make(), self.name))
+        anew = StreamSource(self.make(), self.name, self.column, self.max_document_bytes)
+        first, second, third = (
+            [self._shown(row) for row in islice(source.rows(Shard(0)), 3)]
+            for source in (self, self, anew)
         )
-        return "" if first == again else _SHUFFLES
+        return "" if first == second == third else _SHUFFLES
+
+    def _shown(self, row: Row) -> str:
+        try:
+            return str(self.text(row))
+        except BadRow as error:
+            return str(error)
 
     def shards(self, num_lanes: int) -> list[Shard]:
         """Cut the data into shards for `num_lanes` lanes."""

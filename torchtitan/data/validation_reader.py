@@ -123,7 +123,8 @@ def build_reader(
     idle = max(0, dp_degree - num_lanes)
     waiting = f"; {idle} data-parallel ranks have no share: raise validation.lanes" if idle else ""
     logger.info("Validation set %s in %d lanes%s", named.name, num_lanes, waiting)
-    logger.info("Reads %s", describe_source(named, source))
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("Reads %s", describe_source(named, source))
     return SetReader(
         named.name,
         Mixture((settings,), (named.name,), (1.0,)),

@@ -73,6 +73,7 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
     A subject with static errors is not looked at further, and nothing is on a mesh that does not
     exist.
     """
+    downgraded = partial(_downgraded, context=context)
     issues: list[ConfigIssue] = []
     broken = set()
     for subject in STATIC:
@@ -86,17 +87,17 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
             issues += _check_model(context, with_handlers=handlers not in broken)
         for subject in ENVIRONMENT.get(phase, ()):
             if subject not in broken and (phase != HARDWARE or context.full):
-                reported = {issue.key for issue in issues}
                 found = subject.check_environment(context)
-                # A wrong name is no second error for differing from the stored run's.
-                issues += [i for i in found if phase != CHECKPOINTS or i.key not in reported]
+                if phase == CHECKPOINTS:  # a wrong value differs from the stored run's, too
+                    wrong = {i.key for i in errors_of(map(downgraded, issues))}
+                    found = [issue for issue in found if issue.key not in wrong]
+                issues += found
     if CHECKPOINTS in phases and not errors_of(issues):
         issues += _check_stored_batch(context)
         if MODEL in phases and context.full and not errors_of(issues):
             issues += check_same_data(context)
     unique = list({str(issue): issue for issue in issues}.values())
-    unique = [_with_other_place(issue, context) for issue in unique]
-    return unique if context.full else [_downgraded(issue) for issue in unique]
+    return [downgraded(_with_other_place(issue, context)) for issue in unique]
 
 
 def _check_model(context: RunContext, with_handlers: bool) -> list[ConfigIssue]:
@@ -199,8 +200,8 @@ def _with_other_place(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
     return replace(issue, fix=f"{fix} folder, {Path.cwd()}")
 
 
-def _downgraded(issue: ConfigIssue) -> ConfigIssue:
+def _downgraded(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
     """Return a warning for a file that is absent on a machine that will not train."""
-    if issue.missing_asset and issue.severity == "error":
+    if issue.missing_asset and issue.severity == "error" and not context.full:
         return replace(issue, severity="warning")
     return issue

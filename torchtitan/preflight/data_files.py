@@ -36,9 +36,6 @@ _SAMPLED_ROW_BYTES = 256 * 2**20
 """Content of compressed files that is read."""
 _SAMPLED_TOKEN_BYTES = 256 * 2**20
 """Read to compare digests: the offsets of many tokens, and all of small data."""
-if TYPE_CHECKING:
-    from torchtitan.data.sources import Source
-
 _COMPARED_FILES = 20_000
 _SHOWN_PAIRS = 3
 _NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01

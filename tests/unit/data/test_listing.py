@@ -9,7 +9,7 @@ from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, write_rows
 
 from torchtitan.config import ConfigError
-from torchtitan.data import identity, listing
+from torchtitan.data import identity, listing, loader
 from torchtitan.data.files import DataFile
 from torchtitan.data.identity import content_digests, differences, fingerprint_of
 from torchtitan.data.listing import list_files
@@ -72,6 +72,15 @@ def test_a_folder_is_listed_once_in_a_check(folder, monkeypatch):
     assert len(scans) == 2  # the folder and the one in it
     described(folder)
     assert len(scans) == 4
+
+
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_only_a_rank_that_logs_describes_what_it_reads(folder, monkeypatch, caplog, level):
+    caplog.set_level(level, "torchtitan")
+    asked: list[int] = []
+    monkeypatch.setattr(loader, "describe_source", lambda *_: asked.append(1) or "it all")
+    Run(make_config(str(folder)), num_lanes=1)
+    assert bool(asked) == ("Reads it all" in caplog.text) == (level == "INFO")
 
 
 def test_documents_are_counted_where_that_is_cheap(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from data_runs import NUM_LANES, Run, make_config, make_documents
 from test_bad_data import facts_for, only
 from test_data_order import all_steps, lane_documents
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchtitan.config import DataError
 from torchtitan.data import lanes, registry
@@ -161,6 +161,12 @@ class WithState:
         self.next = state["next"]
 
 
+def stateless_loader() -> Any:
+    """It has a seed, and each pass another order."""
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(5), "shuffle": True}
+    return DataLoader(Texts(), batch_size=None, **options)
+
+
 def uncopyable() -> Any:
     walker = Walker()
     walker.file = open(__file__)  # type: ignore[attr-defined]  # noqa: SIM115
@@ -173,6 +179,7 @@ def uncopyable() -> Any:
         (lambda: stateful.StatefulDataLoader(Texts(), batch_size=4), "gives batches"),
         (lambda: shuffled_loader(num_workers=2), "num_workers = 0"),
         (lambda: shuffled_loader(generator=None), "begin with different rows"),
+        (stateless_loader, "begin with different rows"),
         (lambda: (text for text in DOCUMENTS), "cannot be read again"),
         (uncopyable, "cannot be copied (TypeError"),
     ],
@@ -180,6 +187,31 @@ def uncopyable() -> Any:
 def test_what_cannot_be_resumed_is_refused(made, text):
     configure(made)
     assert text in str(only(check_environment(facts_for(None, training__dataset="mine", lanes=1))))
+
+
+class Strided(IterableDataset[Any]):
+    """Its first part begins with other rows than the whole; rows hold an object, too."""
+
+    def __init__(self, rows: list[str] = DOCUMENTS, num_shards: int = 4):
+        self.rows, self.num_shards = rows, num_shards
+
+    def shard(self, num_shards: int, index: int) -> "Strided":
+        return Strided(self.rows[index::num_shards], 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return ({"text": text, "note": object()} for text in self.rows)
+
+
+def shuffled_parts() -> Any:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([as_row(text) for text in DOCUMENTS])
+    return rows.to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=4)
+
+
+@pytest.mark.parametrize("made", [Strided, shuffled_parts])
+def test_parts_in_another_order_than_the_whole_are_no_shuffling(made):
+    configure(made)
+    assert check_environment(facts_for(None, training__dataset="mine", lanes=1)) == []
 
 
 def test_a_state_that_cannot_be_stored(small_blocks):
@@ -200,6 +232,7 @@ def test_stored_states_come_back_as_they_were(tmp_path: Path):
         "keys": {1: "one", (2, 3): "pair"},
         "bytes": b"\0\xff",
         "tagged": {"__type__": "tuple", "items": [1]},
+        "numbers": {np.int64(3): np.bool_(True)},
     }
     assert decode_state(encode_state(state)) == state
     tensor = decode_state(encode_state(torch.arange(6).reshape(2, 3)))

@@ -114,6 +114,11 @@ def test_a_wrong_name_is_no_second_error_beside_a_stored_run(feature, monkeypatc
     found["probe"] = [replace(WRONG, problem="differs from the stored run")]
     assert preflight(context(), [ARITHMETIC, CHECKPOINTS]) == [WRONG]
     assert preflight(context(), [CHECKPOINTS]) == found["probe"]
+    # A warning of the same key, or an absent file elsewhere, does not hide that error.
+    for warning in (replace(WRONG, severity="warning"), replace(WRONG, missing_asset=True)):
+        monkeypatch.setattr(module.optim, "check_static", lambda context, w=warning: [w])
+        problems = preflight(context(full=False), [ARITHMETIC, CHECKPOINTS])
+        assert [problem.severity for problem in problems] == ["warning", "error"]
 
 
 def test_require_prints_warnings_and_raises_errors(feature, capsys: pytest.CaptureFixture[str]):
