@@ -20,6 +20,10 @@ class FamilyRow:
     """The model's class in transformers, without `ForCausalLM`."""
     parameters: Mapping[str, int]
     """Published number of parameters by flavor; tied embeddings count once."""
+    head_sizes: Mapping[str, int]
+    """Published channels of a head by flavor, which the number of parameters does not show."""
+    common: Mapping[str, Any]
+    """Published hyper-parameters that all flavors share."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters for tests of tiny models, in addition to the common ones."""
     variants: tuple[Mapping[str, Any], ...] = ({},)
@@ -41,10 +45,30 @@ FAMILIES = {
             "70B": 70_553_706_496,
             "405B": 405_853_388_800,
         },
+        {"1B": 64, "3B": 128, "8B": 128, "70B": 128, "405B": 128},
+        {
+            "vocab_size": 128256,
+            "max_seq_len": 131072,
+            "norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "rope_low_freq_factor": 1.0,
+            "rope_high_freq_factor": 4.0,
+            "rope_original_max_seq_len": 8192,
+        },
         variants=({}, SCALED_ROPE, {"head_dim": 10}),
     ),
     "llama2": FamilyRow(
-        "Llama", {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192}
+        "Llama",
+        {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192},
+        {"7B": 128, "13B": 128, "70B": 128},
+        {
+            "vocab_size": 32000,
+            "max_seq_len": 4096,
+            "norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "rope_scaling_factor": 1.0,
+            "tied_embeddings": False,
+        },
     ),
     "qwen3": FamilyRow(
         "Qwen3",
@@ -55,6 +79,16 @@ FAMILIES = {
             "8B": 8_190_735_360,
             "14B": 14_768_307_200,
             "32B": 32_762_123_264,
+        },
+        dict.fromkeys(("0.6B", "1.7B", "4B", "8B", "14B", "32B"), 128),
+        {
+            "vocab_size": 151936,
+            "max_seq_len": 40960,
+            "n_kv_heads": 8,
+            "norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "qk_norm": True,
+            "qkv_bias": False,
         },
         tiny={"head_dim": 14},
     ),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
@@ -17,6 +17,7 @@ from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.optim.adafactor import sum_over_shards
 from torchtitan.optim.optimizer import build_optimizers, step_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.training import builder, model_builder
@@ -117,3 +118,23 @@ def test_all_stages_leave_out_a_step_that_is_not_finite_in_one(
 ) -> None:
     case = row(of(implementation), tp=2, pp=2, layers=4, schedule="ZBVZeroBubble")
     assert gloo_pool.run(4, step_with_nan, case) == [(False, True, 0)] * 4
+
+
+def _sums_beside_others(world: DistributedContext) -> bool:
+    mesh = init_device_mesh("cpu", (world.world_size,))
+    torch.manual_seed(world.rank)
+    tied, first, last = torch.randn(9001), torch.randn(4001), torch.randn(7001)
+    parameters = {
+        len(values): distribute_tensor(torch.zeros(len(values) - 1, 1), mesh, [Shard(0)])
+        for values in (tied, first, last)
+    }
+
+    def total(*values: torch.Tensor) -> list[torch.Tensor]:
+        return sum_over_shards(values, [parameters[len(v)] for v in values])
+
+    return torch.equal(total(tied, first)[0], total(last, tied)[1])
+
+
+def test_sums_over_shards_do_not_depend_on_other_parameters(gloo_pool: GlooPool) -> None:
+    """Two pipeline stages with copies of one weight would drift apart."""
+    assert all(gloo_pool.run(4, _sums_beside_others))

@@ -108,13 +108,18 @@ def _answers_within(seconds: float) -> Iterator[None]:
 
 def _kill_service(seconds: float) -> None:
     """Kill the children of this process that are wandb's (Linux)."""
-    with suppress(OSError):  # a process is gone
-        for children in Path("/proc/self/task").glob("*/children"):
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended, or no such file in this kernel
             for pid in children.read_text().split():
-                if Path(f"/proc/{pid}/comm").read_text().startswith("wandb"):
-                    text = "Weights & Biases did not answer for %.0f s: its process is killed"
-                    logger.warning(text, seconds)
-                    os.kill(int(pid), signal.SIGKILL)
+                _kill_if_wandb(int(pid), seconds)
+
+
+def _kill_if_wandb(pid: int, seconds: float) -> None:
+    with suppress(OSError):  # it has ended
+        if Path(f"/proc/{pid}/comm").read_text().startswith("wandb"):
+            text = "Weights & Biases did not answer for %.0f s: its process is killed"
+            logger.warning(text, seconds)
+            os.kill(pid, signal.SIGKILL)
 
 
 def _end_service() -> None:

@@ -2,8 +2,8 @@
 
 https://arxiv.org/abs/1804.04235. Equal to `torch.optim.Adafactor` on one process, which takes means
 over rows, columns and whole parameters, and so cannot work on shards. Here the sums over the shards
-are all-reduced for all parameters at once, twice a step: the squares of gradients and weights, then
-those of the updates. Row and column are kept whole on every rank; they are small.
+are all-reduced twice a step, for all parameters of a shape at once: the squares of gradients and
+weights, then those of the updates. Row and column are kept whole on every rank; they are small.
 """
 
 from collections.abc import Iterator, Sequence
@@ -130,7 +130,9 @@ class Adafactor(torch.optim.Optimizer):
 def sum_over_shards(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Sum each vector of `values` over the ranks that hold the shards of its parameter.
 
-    Ranks with copies have the same value already. Collective over the mesh.
+    Ranks with copies have the same value already. Collective over the mesh. The order in which an
+    all-reduce adds depends on the place in the buffer, so only parameters of one shape share one:
+    both copies of a pipeline's tied embeddings get the same bits, whatever else their stages have.
     """
     sums = list(values)
     members: dict[tuple[object, ...], list[int]] = {}
@@ -139,7 +141,7 @@ def sum_over_shards(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> l
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             axes = [n for n, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
-            key = (mesh, *axes, values[index].dtype)
+            key = (mesh, *axes, values[index].dtype, parameter.shape)
             members.setdefault(key, []).append(index)
             groups[key] = [mesh.get_group(axis) for axis in axes]
     for key, indices in members.items():

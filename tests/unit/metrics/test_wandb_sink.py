@@ -1,6 +1,7 @@
 """Weights & Biases: the real package, offline; what it wrote is read back from its files."""
 
 import builtins
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -224,6 +225,24 @@ def test_wandb_that_hangs_does_not_stop_the_run(tmp_path: Path, steps: int) -> N
     errors = run_while_wandb_is_hit(tmp_path, "SIGSTOP", steps)
     assert errors.count("Weights & Biases did not answer") == 1
     assert errors.count("Weights & Biases cannot be written, training continues") == 1
+
+
+def test_a_child_that_has_ended_does_not_keep_wandb_s_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_text = Path.read_text
+
+    def with_ended_child(path: Path, *rest: Any) -> str:
+        ended = f"{2**22 + 1} " if path.name == "children" else ""  # more than Linux ever gives
+        return ended + read_text(path, *rest)
+
+    code = "open('/proc/self/comm', 'w').write('wandb-core'); print(flush=True); input()"
+    words = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline()
+        monkeypatch.setattr(Path, "read_text", with_ended_child)
+        wandb_sink._kill_service(1.0)
+        assert child.wait(10) == -signal.SIGKILL
 
 
 def test_a_process_of_wandb_s_that_fails_does_not_end_this_one(

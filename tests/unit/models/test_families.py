@@ -58,6 +58,13 @@ def test_sizes(name, flavor):
     } == {top.partition(".")[0] for top in args.modules()}
 
 
+@pytest.mark.parametrize(("name", "flavor"), PUBLISHED)
+def test_published_hyper_parameters(name, flavor):
+    args, row = args_of(name, flavor), FAMILIES[name]
+    assert {key: getattr(args, key) for key in row.common} == row.common
+    assert args.head_size() == row.head_sizes[flavor]
+
+
 @pytest.mark.parametrize("name", built_in())
 def test_shapes_that_are_declared(name):
     args, model = small(name)

@@ -94,7 +94,7 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
         (2, {"module_fqns_per_model_part": [NAMED[:3], NAMED[3:]], "split_points": ["layers.2"]},
          "split_points: parallelism.module_fqns_per_model_part says the same in another way"),
         (2, {"split_points": ["layers.1", "layers.2"]}, "split_points: makes 3 stages, and 1F1B on "
-         "2 pipeline ranks needs 2. Fix: name one module less than stages"),
+         "2 pipeline ranks needs 2. Fix: name one fewer module than stages"),
         (2, {"split_points": ["layer.1"]}, 'begin at "layer.1". Fix: did you mean "layers.1"?'),
         (2, {"split_points": ["tok_embeddings"]}, 'no stage can begin at "tok_embeddings"'),
         (2, {**INTERLEAVED, "split_points": ["layers.2", "layers.1", "layers.3"]},

@@ -185,7 +185,7 @@ def _wrong_number_of_stages(section: Parallelism, count: int) -> ConfigIssue:
     if section.module_fqns_per_model_part:
         return ConfigIssue(NAMES_KEY, problem, f"list the modules of {wanted} stages, {other}")
     if section.pipeline_parallel_split_points:
-        return ConfigIssue(SPLIT_KEY, problem, f"name one module less than stages, {other}")
+        return ConfigIssue(SPLIT_KEY, problem, f"name one fewer module than stages, {other}")
     layers = section.pipeline_parallel_layers_per_stage
     return ConfigIssue(LAYERS_KEY, problem, "leave it unset for a balanced split", layers)
 
