@@ -262,7 +262,7 @@ schedules) of 2 to 32 ranks, each with FSDP over {shards} ranks beside it; and s
 Sequences had 4,096 tokens, each data rank {sequences} of them a step, without activation
 checkpointing, on GPUs. What is not listed is not refused.
 
-A run that is refused is told what to write instead; `torchtitan train FILE --check` with
+A rejected run prints what to write instead; `torchtitan train FILE --check` with
 `WORLD_SIZE` set tells it beforehand. What the length of sequences, the batch, or other settings
 rule out is in [parallelism](parallelism.md), [low precision](low_precision.md) and
 [optimizers](optimizers.md).

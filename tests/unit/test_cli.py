@@ -243,7 +243,7 @@ def test_full_check_looks_at_the_hardware(cli: CliServer):
         ("", "own.py", "is not the dotted name of a module. Fix: write own, and add the folder"),
         ("", "own/models", "Fix: write it as in an import statement, such as my_project.models"),
         ("import no_such_dependency", "own_broken", "No module named 'no_such_dependency'"),
-        ("1 / 0", "own_raising", "ZeroDivisionError: division by zero. Fix: mend the module."),
+        ("1 / 0", "own_raising", "ZeroDivisionError: division by zero. Fix: correct the module."),
     ],
 )
 def test_custom_import_that_fails(

@@ -55,7 +55,7 @@ def _import(name: str, quiet: bool) -> ConfigIssue | None:
 
 def _failed(name: str, error: BaseException) -> ConfigIssue:
     return ConfigIssue(
-        KEY, f"importing it failed:\n{import_traceback(error)}", "mend the module", name
+        KEY, f"importing it failed:\n{import_traceback(error)}", "correct the module", name
     )
 
 

@@ -140,7 +140,7 @@ class Registry(Generic[T]):
                 problem = f"{gives}, which does not fit: {error}"
             else:
                 problem = f"{gives}, whose import failed:\n{import_traceback(error)}"
-        raise self._error(name, problem, "mend the package, or uninstall it")
+        raise self._error(name, problem, "correct the package, or uninstall it")
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
         return ConfigError(ConfigIssue(self.key, problem, fix, value=name))

@@ -15,7 +15,6 @@ MAX_INT64 = 2**63 - 1
 MAX_TRACE_ENTRIES = 2**31 - 1
 DEFAULT_WARMUP = 200
 
-Int = Annotated[int, Field(ge=-MAX_INT64 - 1, le=MAX_INT64)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT64)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT64)]
 PositiveFloat = Annotated[float, Field(gt=0)]

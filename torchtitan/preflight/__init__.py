@@ -191,7 +191,7 @@ def require_same_data(context: RunContext) -> None:
 
 
 def _with_other_place(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
-    """Suggest the file that an absent relative path names in the clone or beside the config."""
+    """Suggest the file that an absent relative path names in the clone or next to the config."""
     text = issue.value if issue.missing_asset and isinstance(issue.value, str) else ""
     place = found_elsewhere(text, context.config.job.config_file)
     if place is None:

@@ -50,7 +50,7 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
     except Exception:
         lines = traceback.format_exc().rstrip().replace("\n", "\n    ")
         problem = f"its {what} ({HANDLERS.origin(name)}) fails:\n    {lines}"
-        return [ConfigIssue("model.handlers", problem, "mend the handler", value=name)]
+        return [ConfigIssue("model.handlers", problem, "correct the handler", value=name)]
 
 
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:

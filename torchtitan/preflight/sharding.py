@@ -30,7 +30,7 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
         return error.problems
     except HandlerError as error:
         problem = f"whether the model can be cut is not checked: {error}"
-        fix = "mend the handler, unless its hook needs the processes of a run"
+        fix = "correct the handler, unless its hook needs the processes of a run"
         return [ConfigIssue("model.handlers", problem, fix, severity="warning")]
     finally:
         logging.disable(before)
@@ -71,7 +71,7 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
             problems += error.problems
     if dims.tp > 1:
         plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
-        fix = "mend tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
+        fix = "correct tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
         problems += [
             ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)
         ]

@@ -206,7 +206,7 @@ NOT_BUILT = (
         " their clocks differ",
     ),
     Feature(
-        "a class of arguments of one's own",
+        "a custom class of arguments",
         {"experimental.custom_args_module": ("",), "job.custom_config_module": ("",)},
         instead="register what is yours in a module that job.custom_import names; its settings go"
         " into [model.args] or [handlers.NAME]",
