@@ -121,12 +121,19 @@ def test_one_process_equals_a_plain_loop(
     result.evaluated = mean_losses()[1].item()
     tiny.collect([model], optimizers, result)
     assert tiny.compare([reference(case)], result).worst < TOLERANCE
-    assert min(result.norms) > tiny.MAX_NORM, "nothing is clipped"
+    # A frozen embedding that is also the head leaves gradients too small to clip.
+    if not (case.tied and "freeze" in config.handlers):
+        assert min(result.norms) > tiny.MAX_NORM, "nothing is clipped"
 
 
 def _freeze(model: nn.Module, patterns: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        if any(fnmatchcase(name, glob) for glob in patterns or only) == bool(patterns):
+    matching = {
+        tensor  # under any of its names
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, glob) for glob in patterns or only)
+    }
+    for tensor in model.parameters():
+        if (tensor in matching) == bool(patterns):
             tensor.requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """Import the user's modules in `job.custom_import`, which register names for a config.
 
-They are code that runs with the user's rights, so each import is printed, with a digest.
+They may register models, handlers, datasets, tokenizers, losses, optimizers, schedules, masks and
+sinks. They are code that runs with the user's rights, so each import is printed, with a digest.
 """
 
 import hashlib
