@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def own_families_are_unknown() -> None:
-    """What lists all families does not find those that other tests have registered."""
+    """Forget the families of other tests: some tests list all that are registered."""
     for family in own_models.FAMILIES:
         MODELS._registered.pop(family.name, None)
 

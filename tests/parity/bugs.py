@@ -1,4 +1,4 @@
-"""How a mistake is put back, and which ones there are: `BUGS`."""
+"""Historical mistakes (`BUGS`), and patches that put one back."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ class Patches(ExitStack):
     """Replaced functions, which are put back at the end."""
 
     calls = 0
-    """Of all that was put in place of something."""
+    """Calls of all replacements together."""
 
     def put(self, owner: Any, name: str, mistake: Callable[..., Any]) -> None:
         """Call `mistake(original, *args)` instead of the function, method or property `name`."""
@@ -54,6 +54,6 @@ def shows_on(case: Case) -> Callable[[Callable[[Patches], None]], Callable[[Patc
 
 
 def square_sum(parameters, *_) -> torch.Tensor:
-    """Of the gradients that this rank holds."""
+    """The sum of squares of the gradients on this rank."""
     gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
     return torch.stack([gradient.square().sum() for gradient in gradients]).sum()

@@ -39,6 +39,7 @@ from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.utils.device import GIB, memory_peak
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.torch_compat import local_tensor
 
 STAND_IN_VOCAB_SIZE = 128256
 """Used when neither the tokenizer nor the model's flavor gives a size."""
@@ -93,12 +94,14 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
         with FakeTensorMode(allow_non_fake_inputs=True), traffic:
             for part in model.parts:
                 part.to_empty(device=_DEVICE)
-            held = [_local(parameter) for parameter in model.parameters]
+            held = [local_tensor(parameter) for parameter in model.parameters]
             optimizers = build_optimizers(
                 config.optimizer, model.parts, _DEVICE, model.parameter_names
             )
             gradients = _step(context, model, optimizers, mesh, dims, batches)
-            states = [_local(tensor) for optimizer in optimizers for tensor in _state(optimizer)]
+            states = [
+                local_tensor(tensor) for optimizer in optimizers for tensor in _state(optimizer)
+            ]
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     return DryRun(
@@ -142,7 +145,7 @@ def _step(
     clip_gradients(model.parameters, norm, training.max_norm)
     for handler in model.handlers:
         handler.pre_optimizer_hook(model.part_or_parts)
-    gradients = [_local(p.grad) for p in model.parameters if p.grad is not None]
+    gradients = [local_tensor(p.grad) for p in model.parameters if p.grad is not None]
     with _ReadsGiveOne():
         update.step(torch.isfinite(norm) & torch.isfinite(loss))
     for handler in model.handlers:
@@ -254,11 +257,6 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def report(result: DryRun, context: RunContext) -> str:

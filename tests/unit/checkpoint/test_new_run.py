@@ -57,7 +57,7 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
 def test_a_new_run_that_does_not_begin_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What keeps it from its first step may be anything: its data, memory, a signal."""
+    """Anything may keep it from its first step: its data, memory, a signal."""
     stopped_run(tmp_path, 5)
     before = snapshot(tmp_path)
     config = make_config(tmp_path, job={"new_run": True})

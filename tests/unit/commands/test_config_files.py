@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def problem_of(capsys):
-    """What is printed about a bad `torchtitan config` command."""
+    """Return the output of a bad `torchtitan config` command."""
 
     def run(*arguments: str) -> str:
         assert main(["config", *arguments]) == 2

@@ -94,7 +94,7 @@ class Unrelated:
 
 
 def test_a_handler_inherits_from_the_base_class() -> None:
-    """Whether it is registered as it is, or imported when it is used."""
+    """Registered as it is, or imported when it is used."""
     with pytest.raises(TypeError, match="unrelated is not a subclass of ModelHandler: inherit"):
         registry.register_handler("unrelated")(Unrelated)
     entry = registry.HandlerEntry(Section, lambda: Unrelated)  # type: ignore[arg-type, return-value]

@@ -25,7 +25,7 @@ class Translated:
     """One source's older keys: their values today, with notices and issues."""
 
     dashes: str = ""
-    """How keys begin where the user wrote them."""
+    """The start of the keys as the user wrote them."""
     values: dict[str, Any] = field(default_factory=dict)
     """By today's dotted names."""
     pending: dict[str, Any] = field(default_factory=dict)
