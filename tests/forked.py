@@ -22,21 +22,7 @@ from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
-    "torch.distributed.tensor.parallel",
-    "torchtitan.train",
-    "torchtitan.training.builder",
-    "torchtitan.training.run",
-    "tests.pool",
-    "tests.forked",
-    "tests.distributed.tiny",
-]
-CONTEXT.set_forkserver_preload(_PRELOADED)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def keep_preloaded() -> None:

@@ -12,7 +12,7 @@ import pytest
 from cli_server import ROOT, CliServer
 
 import torchtitan
-from tests.forked import launcher_variables
+from tests.forked import execute, launcher_variables
 from torchtitan import cli as command_line
 from torchtitan.config.toml_file import tomllib
 
@@ -223,11 +223,9 @@ def test_check_takes_absent_files_for_warnings_and_full_check_does_not(cli: CliS
 def test_full_check_looks_at_the_hardware(cli: CliServer):
     arguments = ["train", *GOOD, "--job.device=cuda"]
     assert cli.run(*arguments, "--check").status == 0
-    full = subprocess.run(
-        [sys.executable, "-m", "torchtitan.cli", *arguments, "--check=full"],
+    full = execute(
+        [sys.executable, "-m", "torchtitan", *arguments, "--check=full"],
         env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
         cwd=ROOT,
     )
     assert full.returncode == 2

@@ -10,7 +10,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from tests.forked import CONTEXT
+from tests.distributed import runs
+from tests.forked import CONTEXT, execute
 from tests.pool import GlooPool, RankFailure
 from torchtitan.distributed.context import DistributedContext
 
@@ -68,5 +69,26 @@ def preload_something_else(world: DistributedContext) -> list[str]:
 def test_reading_processes_do_not_take_torch_from_the_ranks(gloo_pool: GlooPool) -> None:
     """They share a fork server, and were often the first to start it."""
     CONTEXT.set_forkserver_preload(["json"])
-    assert "torch" in forkserver._forkserver._preload_modules
+    assert forkserver._forkserver._preload_modules == ["tests.preloaded"]
     assert gloo_pool.run(1, preload_something_else) == [["json"]]
+
+
+FRESH = """
+import sys
+from torchtitan.cli import main
+
+before = set(sys.modules)
+status = main(["train", *sys.argv[1:]])
+print("FRESH", *(name for name in set(sys.modules) - before if name.startswith("torchtitan")))
+sys.exit(status)
+"""
+
+
+def test_a_forked_run_imports_nothing_of_torchtitan_s(tmp_path: Path) -> None:
+    """Imports that the fork server leaves to its processes cost each test a part of a second."""
+    one_step = ("--training.steps=1", "--lr_scheduler.warmup_steps=0")
+    words = runs.command(tmp_path / "run", *one_step)
+    at = words.index("-m")
+    done = execute([*words[:at], "-c", FRESH, *words[at + 2 :]], runs.environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "FRESH"

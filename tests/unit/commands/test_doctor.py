@@ -1,15 +1,15 @@
 """The doctor: alone, with a config, and with all processes of a run."""
 
 import os
-import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import runs
-from tests.forked import execute
+from tests.forked import ForkedRun, execute
 from tests.pool import GlooPool
 from torchtitan.cli import main
 from torchtitan.commands.doctor.findings import Finding, of_problem
@@ -184,20 +184,15 @@ def test_ranks_that_see_another_folder(tmp_path: Path) -> None:
         folder.mkdir()
     launch = runs.launcher_variables(len(folders))
     for variables, folder in zip(launch, folders, strict=True):
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "torchtitan", "doctor", config, "--job.device=cpu"],
-                env=runs.environment() | variables,
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    told = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    line = by_subject(told[0][0])["shared folder"]
+        words = [sys.executable, "-m", "torchtitan", "doctor", config, "--job.device=cpu"]
+        processes.append(ForkedRun(words, runs.environment() | variables, folder))
+    told = []
+    for process in processes:
+        with closing(process):
+            told.append(process.wait(240))
+    assert [done.returncode for done in told] == [1, 1]
+    line = by_subject(told[0].stdout)["shared folder"]
     assert line.startswith("WRONG") and "1 of 2 processes see another one: rank 1 on " in line
     assert "job.dump_folder" in line
-    assert told[1][0] == "" and "shared folder" not in told[1][1], "rank 0 says it for all"
+    assert told[1].stdout == "" and "shared folder" not in told[1].stderr, "rank 0 says it for all"
     assert os.listdir(folders[0]) == os.listdir(folders[1]) == []

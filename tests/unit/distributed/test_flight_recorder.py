@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import environment
+from tests.forked import execute
 from torchtitan.config.schema import Comm
 from torchtitan.distributed import flight_recorder
 from torchtitan.distributed.flight_recorder import FlightRecorder
@@ -37,12 +38,10 @@ with open_context("cpu", ProcessEnvironment(), 20), recorder:
 
 
 def run(folder: Path, size: int, error: str, *prefix: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", FAILS, str(folder), str(size), error, *prefix],
+    words = [sys.executable, "-c", FAILS, str(folder), str(size), error, *prefix]
+    return execute(
+        words,
         env={k: v for k, v in environment().items() if not k.startswith(("TORCH_", "OMP_"))},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 

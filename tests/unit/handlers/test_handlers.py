@@ -1,7 +1,6 @@
 """Handlers: finding, checking, and acting around a real training step."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from tests.distributed import runs
 from tests.forked import execute
+from torchtitan.cli import main
 from torchtitan.commands.config import json_schema, named_tables
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.help_text import print_help
@@ -262,15 +262,15 @@ def test_handler_of_ones_own_acts_in_a_run(tmp_path: Path) -> None:
     assert "CALLS convert loaded pre post\n" in resumed
 
 
-def test_help_and_schema_show_the_settings_of_a_module(tmp_path: Path) -> None:
+def test_help_and_schema_show_the_settings_of_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "my_handler.py").write_text(FREEZE)
-    env = {**runs.environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    words = [sys.executable, "-m", "torchtitan", "train", "--help"]
+    monkeypatch.syspath_prepend(tmp_path)
 
     def output(*more: str) -> str:
-        done = subprocess.run([*words, *more], env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert main(["train", "--help", *more]) == 0
+        return capsys.readouterr().out
 
     own, built_in = "--handlers.freeze_one.name", "--handlers.float8.recipe_name"
     plain = output()

@@ -3,12 +3,12 @@
 import os
 import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import CONTEXT, execute, serve
 from torchtitan.metrics.console import format_line, format_validation
 
 RECORD = {
@@ -51,18 +51,20 @@ print("the last word")
 def run_on_terminal(folder: Path, rank: int, style: str) -> str:
     """What the terminal got, escape sequences included."""
     here, there = pty.openpty()
-    argv = [sys.executable, "-c", RUN, str(folder), str(rank), style]
+    words = ["-c", RUN, str(folder), str(rank), style]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen(argv, stdout=there, stderr=there, stdin=there, env=environment)
+    process = CONTEXT.Process(target=serve, args=(words, environment, "", [os.ttyname(there)] * 2))
+    process.start()
+    output = os.read(here, 65536)  # the process has opened it
     os.close(there)
-    output = b""
     try:
         while chunk := os.read(here, 65536):
             output += chunk
     except OSError:  # how Linux says that the other end is closed
         pass
     os.close(here)
-    assert process.wait(60) == 0, output.decode()
+    process.join(60)
+    assert process.exitcode == 0, output.decode()
     return output.decode()
 
 
@@ -116,7 +118,8 @@ def test_no_bar_if_unwanted_or_on_other_ranks(tmp_path: Path, rank: int, style: 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", RUN, str(tmp_path), "0", "fancy"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    done = execute(argv, os.environ)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == 4 * "to stdout\n" + "the last word\n"
     assert "\x1b" not in done.stderr and "━" not in done.stderr
     lines = done.stderr.splitlines()
