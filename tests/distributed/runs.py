@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.forked import execute, launcher_variables
+from tests.forked import ForkedRun, execute, launcher_variables
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -101,23 +101,15 @@ def environment() -> dict[str, str]:
 
 def start_ranks(
     folder: Path, *arguments: str, folders: Sequence[Path], killed_rank: int | None = None
-) -> list[subprocess.Popen[str]]:
+) -> list[ForkedRun]:
     """Start one process in each of `folders`, without a launcher that would look after them. One
     may be killed after step 6."""
     processes = []
     variables = launcher_variables(len(folders))
     for rank, (launcher, working_folder) in enumerate(zip(variables, folders, strict=True)):
         words = command(folder, *arguments)
-        processes.append(
-            subprocess.Popen(
-                killed_after(6, words) if rank == killed_rank else words,
-                env=environment() | launcher,
-                cwd=working_folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        words = killed_after(6, words) if rank == killed_rank else words
+        processes.append(ForkedRun(words, environment() | launcher, working_folder))
     return processes
 
 

@@ -1,7 +1,6 @@
 """Whole runs with everything on that watches them, and a run that hangs."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -82,14 +81,13 @@ def test_a_run_that_hangs_leaves_its_collectives(tmp_path: Path) -> None:
         while not (folder / "metrics.jsonl").exists() or len(runs.records(folder)) < 3:
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)
-        os.kill(second.pid, signal.SIGSTOP)
-        output, _ = first.communicate(timeout=120)
+        second.send_signal(signal.SIGSTOP)
+        done = first.wait(120)
     finally:
         for process in (first, second):
-            process.kill()
-            process.communicate()
-    assert first.returncode == 6
-    assert "The newest collectives of this rank are in" in output
+            process.close()
+    assert done.returncode == 6
+    assert "The newest collectives of this rank are in" in done.stderr
     lines = (folder / "comm_traces" / "rank_0.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["number"] for line in lines]
     assert len(numbers) > 20 and numbers == sorted(set(numbers)), "all of the one group, in order"
