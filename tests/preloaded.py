@@ -1,4 +1,7 @@
-"""What the fork server imports once for all its processes; see `tests/forked.py`."""
+"""What the fork server imports once for all its processes; see `tests/forked.py`.
+
+Nothing that reads the environment when it is imported, as `datasets` does: a test may set it.
+"""
 
 import gc
 import pkgutil

@@ -1,7 +1,7 @@
 """Every TOML of train_configs/ runs a step at its own scale, on fake tensors, by the command line.
 
-A block of a model costs as much to trace as the next one, so each pull request sees two of them
-where no pipeline counts them; all of them run nightly, on more ranks.
+A block of a model costs as much to trace as the next one, so each pull request sees few of them;
+all of them run nightly, on more ranks.
 """
 
 import re
@@ -55,6 +55,7 @@ RARELY = [
     *places("llama3_405b", 0.4, world_size=4096),
 ]
 FEWEST_LAYERS = 2
+"""Of a rank of a pipeline, one for each stage that an interleaved schedule gives it."""
 
 
 _MEASURED = """
@@ -71,8 +72,8 @@ sys.exit(status)
 def layers_to_trace(config: str) -> list[str]:
     """Return the arguments that shorten a model of equal blocks."""
     settings = load_toml(ROOT / f"train_configs/{config}.toml")
-    pipelined = settings.parallelism.pipeline_parallel_degree > 1
-    return [] if pipelined else [f"--model.args.n_layers={FEWEST_LAYERS}"]
+    layers = FEWEST_LAYERS * settings.parallelism.pipeline_parallel_degree
+    return [f"--model.args.n_layers={layers}"]
 
 
 def dry_run(place: Place, folder: Path, *arguments: str) -> Outcome:

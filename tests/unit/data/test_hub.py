@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 import torchtitan
+from tests.forked import execute
 from tests.unit.hub_server import COMMIT, Hub, Repository
 
 CARD = b"""---
@@ -97,18 +97,12 @@ print(json.dumps({{name: eval(name) for name in {cases!r}}}))
 
 
 def ask(home: Path, endpoint: str, cases: list[str], **environment: str) -> dict[str, Any]:
-    """What each of the expressions gives in a process of its own."""
+    """What each of the expressions gives in a process of its own, which reads the variables."""
     folders = [str(Path(__file__).parent), str(Path(torchtitan.__file__).parents[1])]
     known = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
     known.pop("HF_TOKEN", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(folders=folders, cases=cases)],
-        env=known,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = SCRIPT.format(folders=folders, cases=cases)
+    done = execute([sys.executable, "-c", script], known, home)
     assert done.returncode == 0, done.stderr
     assert not (home / "ran").exists()
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

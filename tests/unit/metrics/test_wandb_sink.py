@@ -1,6 +1,7 @@
 """Weights & Biases: the real package, offline; what it wrote is read back from its files."""
 
 import builtins
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from test_metrics import Clock, build, records, train
 
+from tests.forked import execute
 from tests.wandb_file import offline_runs
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
@@ -133,7 +135,8 @@ def test_without_login_or_server_records_are_kept_for_later(
     if reason == "connection refused":
         monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-        monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_SECONDS", 2.0)
+        monkeypatch.setenv("WANDB__GRAPHQL_RETRY_MAX", "1")  # or wandb tries for 16 s
+        monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_SECONDS", 1.0)
     metrics = build(
         tmp_path, clock := Clock(), more_sinks=opener(tmp_path, environment={"mode": None})
     )
@@ -173,7 +176,7 @@ import test_metrics as t
 from test_wandb_sink import opener
 from torchtitan.metrics import wandb_sink
 
-wandb_sink._FINISH_TIMEOUT_SECONDS = wandb_sink._ANSWER_TIMEOUT_SECONDS = 2.0
+wandb_sink._FINISH_TIMEOUT_SECONDS = wandb_sink._ANSWER_TIMEOUT_SECONDS = 1.0
 
 def children():
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -193,7 +196,7 @@ services = list(children())
 assert services
 for pid in services:
     os.kill(pid, signal.{signal})
-time.sleep(0.5)
+time.sleep(0.1)
 t.train(metrics, clock, 3, {steps})
 metrics.flush()
 metrics.close()
@@ -206,9 +209,7 @@ def run_while_wandb_is_hit(folder: Path, name: str, steps: int) -> str:
     here = Path(__file__)
     places = {"root": str(here.parents[3]), "tests": str(here.parent), "folder": str(folder)}
     code = HIT.format(**places, signal=name, steps=steps)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = execute([sys.executable, "-c", code], os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "still here"
     assert len(records(folder)) == steps
