@@ -26,6 +26,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.named import HandlerError, NamedHandler
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.loss.cross_entropy import CrossEntropyLoss
+from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.training import builder, model_builder
 
 SOURCE = block("python", PAGE.partition("## State that it keeps")[2])
@@ -80,7 +81,9 @@ def _go_on(
         Checkpoint(enable=True, **section), make_store(world, folder, **section), world
     )
     model = model_builder.build_model(config, tiny.VOCAB_SIZE, mesh, dims, world.device)
-    optimizers = builder.build_optimizers(config, model, world.device)
+    optimizers = build_optimizers(
+        config.optimizer, model.parts, world.device, model.parameter_names
+    )
     builder.load(manager, model, optimizers)
     found = {"start": contents(model.handlers)}
     runner = builder.build_runner(config, model, mesh, dims, world.device)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan.config import CheckpointError
-from torchtitan.utils.torch_compat import with_local
+from torchtitan.utils.torch_compat import local_tensor, with_local
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class Staging:
 
         Read the copies after `finish`; the originals may change after `wait_for_staging`.
         """
-        locals_ = {name: local_part(tensor) for name, tensor in tensors.items()}
+        locals_ = {name: local_tensor(tensor.detach()) for name, tensor in tensors.items()}
         with self._side_stream(any(local.is_cuda for local in locals_.values())):
             copies = {name: self._copy(name, local) for name, local in locals_.items()}
             if self._stream is not None:
@@ -154,8 +153,3 @@ class Staging:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part, without waiting for a collective that is under way."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

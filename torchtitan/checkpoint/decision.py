@@ -28,7 +28,6 @@ from torchtitan.checkpoint.stored_run import (
 )
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.environment import is_restart
 
 LOAD_STEP_NAME = "load_step"
@@ -77,7 +76,8 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
     """Decide what a start with `config` in `path` does. Raises `ConfigError`."""
     stored = StoredRun(path, config.checkpoint.folder)
     folder = path / config.checkpoint.folder
-    if starts_anew(config) and is_movable(path, config):
+    holds_files = (path / STATUS_NAME).exists() or bool(step_folders(folder))
+    if starts_anew(config) and holds_files:
         return _replacement(context)
     if not stored.is_run:
         _refuse_foreign_config(path)
@@ -102,8 +102,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
             f"checkpoint.load_step = {asked} has been followed already: the run continues from its"
             " newest step. To go back again, move the later steps away first."
         )
-        checkpoint = config.checkpoint.model_copy(update={"load_step": -1})
-        config = config.model_copy(update={"checkpoint": checkpoint})
+        config = _changed(config, checkpoint={"load_step": -1})
     if not problems:
         problems = _continuation_problems(config, stored, run_id, folder)
     if problems:
@@ -141,22 +140,24 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
     A seed checkpoint, which is for every mesh, leaves them open.
     """
     # Training from the stored config.toml must not move this run aside.
-    job = config.job.model_copy(update={"new_run": False})
+    config = _changed(config, job={"new_run": False})
     if config.checkpoint.create_seed_checkpoint:
-        return config.model_copy(update={"job": job})
-    training = config.training.model_copy(update={"global_batch_size": decision.global_batch_size})
-    data = config.data.model_copy(update={"lanes": decision.num_lanes})
-    checkpoint = config.checkpoint.model_copy(update={"load_step": decision.load_step})
-    sections = {"job": job, "training": training, "data": data, "checkpoint": checkpoint}
-    if decision.warmup_steps is not None:
-        update = {"warmup_steps": decision.warmup_steps}
-        sections["lr_scheduler"] = config.lr_scheduler.model_copy(update=update)
-    return config.model_copy(update=sections)
+        return config
+    return _changed(
+        config,
+        training={"global_batch_size": decision.global_batch_size},
+        data={"lanes": decision.num_lanes},
+        checkpoint={"load_step": decision.load_step},
+        lr_scheduler={} if (steps := decision.warmup_steps) is None else {"warmup_steps": steps},
+    )
 
 
-def is_movable(path: Path, config: JobConfig) -> bool:
-    """Return whether the folder holds files of a run, complete or not."""
-    return (path / STATUS_NAME).exists() or bool(step_folders(path / config.checkpoint.folder))
+def _changed(config: JobConfig, **sections: dict[str, Any]) -> JobConfig:
+    """Return `config` with some keys of some sections changed."""
+    update = {
+        name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
+    }
+    return config.model_copy(update=update)
 
 
 def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decision:
@@ -177,7 +178,10 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
 
 def _replacement(context: RunContext) -> Decision:
     """Decide on a new run in the place of another one."""
-    problems = _load_problems_of_a_new_run(context.config.checkpoint)
+    step = context.config.checkpoint.load_step
+    text = "belongs to the old run, which job.new_run moves aside"
+    issue = ConfigIssue("checkpoint.load_step", text, "leave out one of the two", step)
+    problems = [issue] if step >= 0 else []
     return replace(_new(context, secrets.token_hex(6), problems), replaces_run=True)
 
 
@@ -199,14 +203,6 @@ def _seed_again(config: JobConfig, context: RunContext, stored: StoredRun) -> De
 def _seed_problems(problems: list[ConfigIssue]) -> list[ConfigIssue]:
     """Return the differences that a run may not have from the seed it starts from."""
     return [p for p in problems if p.key.startswith("model.") or p.key in MUST_NOT]
-
-
-def _load_problems_of_a_new_run(section: Checkpoint) -> list[ConfigIssue]:
-    step = section.load_step
-    if step < 0:
-        return []
-    text = "belongs to the old run, which job.new_run moves aside"
-    return [ConfigIssue("checkpoint.load_step", text, "leave out one of the two", step)]
 
 
 def _is_done(load_step: int, stored: StoredRun) -> bool:
@@ -332,16 +328,13 @@ def with_stored_batch(context: RunContext) -> RunContext:
             batch, lanes = start.global_batch_size, start.num_lanes
     except (ConfigError, OSError, ValueError):
         return context
-    training, data = config.training, config.data
-    if training.global_batch_size < 0:
-        training = training.model_copy(update={"global_batch_size": batch})
-    if data.lanes is None:
-        data = data.model_copy(update={"lanes": lanes})
-    schedule = config.lr_scheduler
-    if schedule.warmup_steps is None and warmup is not None:
-        schedule = schedule.model_copy(update={"warmup_steps": warmup})
-    sections = {"training": training, "data": data, "lr_scheduler": schedule}
-    return replace(context, config=config.model_copy(update=sections))
+    config = _changed(
+        config,
+        training={"global_batch_size": batch} if config.training.global_batch_size < 0 else {},
+        data={"lanes": lanes} if config.data.lanes is None else {},
+        lr_scheduler={"warmup_steps": warmup} if config.lr_scheduler.warmup_steps is None else {},
+    )
+    return replace(context, config=config)
 
 
 def _refuse_foreign_config(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.host import available_bytes
+from torchtitan.utils.text import format_bytes
 
 if TYPE_CHECKING:
     from torchtitan.distributed.context import DistributedContext
@@ -20,14 +21,6 @@ logger = logging.getLogger(__name__)
 
 SPACE_FACTOR = 1.2
 """A margin: files of the run grow, and other programs write to the disk, too."""
-
-
-def shown_bytes(number: float) -> str:
-    """Return bytes with three significant digits and a unit: `704 bytes`, `1.5 MiB`."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:.{1 if number < 100 * 1024**power else 0}f} {unit}"
-    return f"{number:.0f} bytes"
 
 
 class FreeSpace(NamedTuple):
@@ -53,8 +46,8 @@ def space_problems(
     lacks = []
     if free.num_bytes < needed_bytes:
         lacks.append(
-            f"needs {shown_bytes(needed_bytes)} for the next checkpoint,"
-            f" {shown_bytes(free.num_bytes)} are free"
+            f"needs {format_bytes(needed_bytes)} for the next checkpoint,"
+            f" {format_bytes(free.num_bytes)} are free"
         )
     if free.num_files is not None and free.num_files < needed_files:
         lacks.append(
@@ -88,8 +81,8 @@ def file_limit_problems(
     if mean <= lowest:
         return []
     text = (
-        f"needs files of {shown_bytes(mean)} or more, and a process may write at most"
-        f" {shown_bytes(lowest)} into one"
+        f"needs files of {format_bytes(mean)} or more, and a process may write at most"
+        f" {format_bytes(lowest)} into one"
     )
     fix = "raise the limit (`ulimit -f unlimited`)"
     return [ConfigIssue("checkpoint.folder", text, fix, str(folder))]
@@ -127,8 +120,8 @@ def require_memory(mode: str, world: "DistributedContext", num_bytes: int) -> No
         known = [free for name, _, free in ranks if name == host and free is not None]
         if known and min(known) < needed:
             text = (
-                f"needs {shown_bytes(needed)} of host memory on {host} for copies of what is saved,"
-                f" {shown_bytes(min(known))} are free"
+                f"needs {format_bytes(needed)} of host memory on {host} for copies of what is"
+                f" saved, {format_bytes(min(known))} are free"
             )
             raise ConfigError(
                 ConfigIssue("checkpoint.async_mode", text, 'set it to "disabled"', mode)

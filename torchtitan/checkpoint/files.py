@@ -1,8 +1,7 @@
-"""Atomic and durable file operations. No torch."""
+"""Permissions, and files that must be what they seem. No torch."""
 
 import errno
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import IO
@@ -10,21 +9,6 @@ from typing import IO
 PRIVATE_TO_WRITE = 0o775
 """Mode of new folders: not writable by all users, whatever the umask."""
 TRUST_FIX = "`chmod o-w` it, or set checkpoint.trust_path"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file `path`; a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def write_in_place(path: Path, text: str) -> None:
@@ -54,15 +38,6 @@ def unprotected_parent(path: Path) -> Path | None:
     """Return the nearest folder above `path` whose content all users may replace."""
     parents = (parent for parent in path.resolve().parents if parent.exists())
     return next(filter(replaceable_by_anybody, parents), None)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make files that were created or renamed in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_regular(path: Path) -> IO[bytes]:

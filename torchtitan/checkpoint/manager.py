@@ -35,7 +35,7 @@ from torchtitan.checkpoint.stored_run import data_problems
 from torchtitan.config import CheckpointError, NonFiniteError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import some_of
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.checkpoint.files import open_regular
+from torchtitan.utils.text import some_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -26,7 +27,6 @@ HANDLER_PREFIX = "handler_state."
 """The prefix, before the handler's name, of the names of tensors that a model handler keeps."""
 HANDLERS_STATE = "handlers"
 """The key in the JSON state of what handlers keep apart from tensors."""
-_MAX_LISTED = 8
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
@@ -121,9 +121,7 @@ def tensor_differences(
     ]
     texts += [f"{name} is not in it" for name in sorted(wanted) if name not in saved]
     texts += [f"{name} is only in it" for name in saved if name not in wanted]
-    texts = list(dict.fromkeys(texts))
-    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
-    return "; ".join([*texts[:_MAX_LISTED], *more])
+    return some_of(list(dict.fromkeys(texts)), most=8, separator="; ")
 
 
 def select_tensors(manifest: Manifest, of_handlers: bool) -> Manifest:

@@ -24,17 +24,13 @@ from torchtitan.checkpoint.decision import (
     decide,
     resolved_config,
 )
-from torchtitan.checkpoint.files import (
-    PRIVATE_TO_WRITE,
-    sync_folder,
-    write_atomically,
-    write_in_place,
-)
+from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, PENDING_NAME, STATUS_NAME
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
+from torchtitan.utils.files import sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torchtitan.distributed.context import DistributedContext

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
+from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.optimizer_state import initial_state
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
 

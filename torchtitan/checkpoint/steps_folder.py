@@ -14,11 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.checkpoint.files import (
-    replaceable_by_anybody,
-    sync_folder,
-    writable_by_anybody,
-)
+from torchtitan.checkpoint.files import replaceable_by_anybody, writable_by_anybody
 from torchtitan.checkpoint.manifest import (
     MANIFEST_NAME,
     InvalidCheckpoint,
@@ -28,6 +24,7 @@ from torchtitan.checkpoint.manifest import (
 )
 from torchtitan.config import ConfigIssue
 from torchtitan.config.schema import Checkpoint
+from torchtitan.utils.files import sync_folder
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.async_save import SaveThread, Staging, local_part
+from torchtitan.checkpoint.async_save import SaveThread, Staging
 from torchtitan.checkpoint.collective import (
     describe_on_all_ranks,
     read_tensors,
@@ -38,8 +38,8 @@ from torchtitan.checkpoint.dcp_io import (
     quiet_dcp,
     without_crc32,
 )
-from torchtitan.checkpoint.disk_space import require_memory, require_space, shown_bytes
-from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, TRUST_FIX, sync_folder
+from torchtitan.checkpoint.disk_space import require_memory, require_space
+from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, TRUST_FIX
 from torchtitan.checkpoint.manifest import (
     FileRecord,
     InvalidCheckpoint,
@@ -65,6 +65,9 @@ from torchtitan.checkpoint.steps_folder import (
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, with_own_group
+from torchtitan.utils.files import sync_folder
+from torchtitan.utils.text import format_bytes
+from torchtitan.utils.torch_compat import local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +130,12 @@ class CheckpointStore:
 
     def require_space(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise `ConfigError` if the disk, or host memory, has no room to save these tensors."""
-        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         require_space(
             self.section, self.folder, self.world, sizes, self.world.world_size + _FILES_OF_RANK_0
         )
         if self._staging is not None:
-            parts = map(local_part, tensors.values())
-            copied = sum(part.numel() * part.element_size() for part in parts)
+            copied = sum(local_tensor(tensor).nbytes for tensor in tensors.values())
             require_memory(self.section.async_mode, self.world, copied)
 
     # --- save -----------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.on_site("ckpt.after_commit", step)
-        size, seconds = shown_bytes(manifest.num_bytes), time.monotonic() - started
+        size, seconds = format_bytes(manifest.num_bytes), time.monotonic() - started
         logger.info("Saved step %d (%s) in %.1f s.", step, size, seconds)
         if self.world.is_main:
             self._delete_old(step)
@@ -265,7 +267,7 @@ class CheckpointStore:
     def _with_free_space(self, error: OSError) -> OSError:
         if error.errno != errno.ENOSPC:
             return error
-        free = shown_bytes(shutil.disk_usage(self.folder).free)
+        free = format_bytes(shutil.disk_usage(self.folder).free)
         return OSError(error.errno, f"{error.strerror}: {free} are free", error.filename)
 
     def _commit(self, temporary: Path, manifest: Manifest) -> None:

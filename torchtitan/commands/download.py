@@ -32,6 +32,11 @@ ASSETS = {
 _NETWORKS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 """Packages whose errors mean that no answer came."""
 _LOG_IN = "set HF_TOKEN, or run `hf auth login`"
+_STATUS: dict[int | None, tuple[str, str]] = {
+    401: ("the hub does not accept the token", f"{_LOG_IN} with a token that is valid"),
+    403: ("the token does not grant access", "give it the right to read this repository"),
+}
+"""Problem and fix by HTTP status."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,9 +109,7 @@ def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
     elsewhere = [name for name in names if _is_tokenizer(name)]
     fix = "use the repository of another form of the model"
     if elsewhere:
-        folders = sorted({name.rpartition("/")[0] for name in elsewhere})
-        flags = [f"with `--tokenizer_path {name}`" if name else "without it" for name in folders]
-        fix = f"it has {', '.join(elsewhere)}: call this {' or '.join(flags)}"
+        fix = f"it has {', '.join(elsewhere)}: name the folder of one by --tokenizer_path"
     problem = f"has no tokenizer there; looked for {', '.join(looked_for)}"
     raise ConfigError(ConfigIssue("--repo_id", problem, fix, options.repo_id))
 
@@ -145,12 +148,12 @@ def _hub_problem(
         fix = "unset it, or copy the files from a machine that is connected"
         return ConfigIssue("HF_HUB_OFFLINE", "is set, which forbids downloads", fix)
     if isinstance(error, errors.GatedRepoError):
-        if token is None:
-            problem, fix = "is gated, and there is no token", f"ask for access on {page}; {_LOG_IN}"
-        else:
-            problem = "is gated, and the token's owner has no access to it"
-            fix = f"ask for access on {page}, and wait until it is granted"
-        return ConfigIssue("--repo_id", problem, fix, repo_id)
+        why, then = "there is no token", f"; {_LOG_IN}"
+        if token is not None:
+            why = "the token's owner has no access to it"
+            then = ", and wait until it is granted"
+        fix = f"ask for access on {page}{then}"
+        return ConfigIssue("--repo_id", f"is gated, and {why}", fix, repo_id)
     if isinstance(error, errors.RevisionNotFoundError):
         problem = f"{repo_id} has no branch, tag or commit of this name"
         return ConfigIssue("--revision", problem, "leave it out for `main`", revision)
@@ -160,7 +163,9 @@ def _hub_problem(
             fix += f"; if it is private, {_LOG_IN}"
         return ConfigIssue("--repo_id", "does not exist, or is private", fix, repo_id)
     if isinstance(error, errors.HfHubHTTPError):
-        return _answered(error, repo_id)
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        other = (f"the hub answered with status {status}", "try later")
+        return ConfigIssue("--repo_id", *_STATUS.get(status, other), repo_id)
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
         # The message about a token that no header can hold contains the token.
         text = redact(str(error.__cause__ or error)).partition("Bearer")[0]
@@ -171,19 +176,6 @@ def _hub_problem(
         problem = f"cannot be written: {error.strerror or error}"
         return ConfigIssue("--local_dir", problem, "use another folder")
     return None
-
-
-def _answered(error: Exception, repo_id: str) -> ConfigIssue:
-    """Return the problem behind an HTTP status."""
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    if status == 401:
-        fix = f"{_LOG_IN} with a token that is valid"
-        return ConfigIssue("--repo_id", "the hub does not accept the token", fix, repo_id)
-    if status == 403:
-        fix = "give it the right to read this repository (or gated ones), on the hub's page"
-        return ConfigIssue("--repo_id", "the token does not grant access", fix, repo_id)
-    return ConfigIssue("--repo_id", f"the hub answered with status {status}", "try later", repo_id)
 
 
 def _is_of_the_network(error: Exception) -> bool:

@@ -37,8 +37,9 @@ from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
-from torchtitan.utils.device import GIB, memory_peak
+from torchtitan.utils.device import memory_peak
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.text import format_bytes
 from torchtitan.utils.torch_compat import local_tensor
 
 STAND_IN_VOCAB_SIZE = 128256
@@ -302,15 +303,11 @@ def _memory(result: DryRun) -> str:
         "gradients": result.gradient_bytes,
         "optimizer": result.optimizer_bytes,
     }
-    terms = " + ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
     more = "activations"
     if result.accumulated_bytes:
-        more += f", and {_size(result.accumulated_bytes)} of gradients not yet reduced"
-    return f"{terms} = {_size(sum(sizes.values()))}; besides {more}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / _MIB:.2f} MiB"
+        more += f", and {format_bytes(result.accumulated_bytes)} of gradients not yet reduced"
+    return f"{terms} = {format_bytes(sum(sizes.values()))}; besides {more}"
 
 
 def _traffic(result: DryRun) -> list[str]:

@@ -55,12 +55,10 @@ def run(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder)
     except FolderInUse as error:
-        raise ConfigError(ConfigIssue("--output", str(error), "wait for it", str(folder))) from None
+        raise _bad_output(folder, str(error), "wait for it") from None
     except OSError as error:
         problem = f"cannot be written: {error.strerror}"
-        raise ConfigError(
-            ConfigIssue("--output", problem, "choose another folder", str(folder))
-        ) from None
+        raise _bad_output(folder, problem, "choose another folder") from None
     try:
         index = _finished(job)
         print(_summary(job, index or _with_progress(job, num_workers), checked=index is not None))
@@ -87,7 +85,7 @@ def _prepare(
     data_path = Path(config.training.dataset_path or "").resolve()
     if config.training.dataset_path and folder.resolve().is_relative_to(data_path):
         text = f"lies in the data, {data_path}, and would be read as data"
-        raise ConfigError(ConfigIssue("--output", text, "choose a folder outside", str(folder)))
+        raise _bad_output(folder, text, "choose a folder outside")
     source = build_source(config.training, config.data)
     if isinstance(source, TokenSource):
         problem = ConfigIssue(
@@ -134,17 +132,21 @@ def _finished(job: TokenizeJob) -> TokenIndex | None:
             check_digests(folder, index, float("inf"))
         except TokenFileError as error:
             fix = "choose another folder, or remove this one"
-            raise ConfigError(ConfigIssue("--output", str(error), fix, str(folder))) from None
+            raise _bad_output(folder, str(error), fix) from None
         return index
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if names and JOB_NAME not in names:
         problem = f"holds other files, {sorted(names)[0]} for one"
-        raise ConfigError(ConfigIssue("--output", problem, "choose an empty folder", str(folder)))
+        raise _bad_output(folder, problem, "choose an empty folder")
     if names and job.id not in (folder / JOB_NAME).read_text(encoding="utf-8", errors="replace"):
         problem = "holds unfinished tokens of other data or settings"
         fix = "finish them with the same settings, choose another folder, or remove this one"
-        raise ConfigError(ConfigIssue("--output", problem, fix, str(folder)))
+        raise _bad_output(folder, problem, fix)
     return None
+
+
+def _bad_output(folder: Path, problem: str, fix: str) -> ConfigError:
+    return ConfigError(ConfigIssue("--output", problem, fix, str(folder)))
 
 
 def _with_progress(job: TokenizeJob, num_workers: int) -> TokenIndex:

@@ -6,6 +6,7 @@ columns text, timestamp and url. `scripts/make_c4_test.py` has written the set t
 
 import glob
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 HUB_ID = "allenai/c4"
 SUBSET = "en"
 TEST_FOLDER = Path(__file__).parents[2] / "tests" / "assets" / "c4_test"
-
-
-def c4(training: Training, data: Data) -> "Source":
-    """The training split."""
-    return _split("train", training, data)
-
-
-def c4_validation(training: Training, data: Data) -> "Source":
-    """The validation split."""
-    return _split("validation", training, data)
 
 
 def c4_test(training: Training, data: Data) -> "Source":
@@ -47,13 +38,18 @@ def _split(split: str, training: Training, data: Data) -> "Source":
         return _from_files(training.dataset_path, split, data)
     from torchtitan.data.sources_hub import hub_source
 
-    return hub_source(HUB_ID, training, data, split, data.subset or SUBSET)
+    data = data.model_copy(update={"split": split, "subset": data.subset or SUBSET})
+    return hub_source(HUB_ID, training, data)
 
 
 def _from_files(path: str, split: str, data: Data) -> "Source":
     from torchtitan.data.registry import file_source
 
     return file_source(_layout(path, split, data.subset or SUBSET), "json", data)
+
+
+c4 = partial(_split, "train")
+c4_validation = partial(_split, "validation")
 
 
 def _layout(path: str, split: str, subset: str) -> str:

@@ -7,12 +7,11 @@ contents a digest is taken: small data are read whole, large data in blocks at e
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchtitan.config import ConfigError, ConfigIssue, DataError
 from torchtitan.data.files import DataFile
@@ -20,6 +19,7 @@ from torchtitan.data.lanes import LaneSettings
 from torchtitan.data.mixture import AnyPosition, MixedPosition, Mixture
 from torchtitan.data.packing import Position
 from torchtitan.data.token_source import TokenSource
+from torchtitan.utils.text import format_bytes, some_of
 
 _FORMAT = 1
 """Increased whenever the same files would give other samples."""
@@ -39,9 +39,9 @@ _KEYS = {
 """Fact -> the config key that sets it."""
 
 
-def fingerprint_of(facts: Mapping[str, Any]) -> str:
+def fingerprint_of(facts: Any) -> str:
     """Return the digest of facts."""
-    return _digest(facts)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def names_data(stored: str | None, facts: Mapping[str, Any]) -> bool:
@@ -107,18 +107,15 @@ def _short_description(description: Mapping[str, Any]) -> dict[str, Any]:
         short["files"] = files
     elif isinstance(files, list):
         sizes = sum(file[1] for file in files)
-        short["files"] = {"count": len(files), "bytes": sizes, "digest": _digest(files)}
+        short["files"] = {"count": len(files), "bytes": sizes, "digest": fingerprint_of(files)}
     elif files is not None:
         short["files"] = _short_value(files)
     return short
 
 
 def _short_value(value: Any) -> Any:
-    return value if len(json.dumps(value)) <= _MAX_CHARACTERS else {"digest": _digest(value)}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    is_short = len(json.dumps(value)) <= _MAX_CHARACTERS
+    return value if is_short else {"digest": fingerprint_of(value)}
 
 
 def _data_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
@@ -171,10 +168,7 @@ def _file_difference(before: Any, now: Any) -> str:
         if sizes[0] != sizes[1]:
             text = f"had {sizes[0][0]:,} bytes and has {sizes[1][0]:,}"
         texts.append(f"{name} {text}")
-    if not texts:
-        return "the files are in another order"
-    more = [f"and {len(texts) - _MAX_LISTED} more"] if len(texts) > _MAX_LISTED else []
-    return ", ".join([*texts[:_MAX_LISTED], *more])
+    return some_of(texts, _MAX_LISTED) or "the files are in another order"
 
 
 def _same_content(old: list[Any], new: list[Any]) -> bool:
@@ -284,21 +278,13 @@ def _digests(files: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
         return tuple(pool.map(digest, files))
 
 
-class Progress(NamedTuple):
-    """Progress of the lanes, on average."""
-
-    epoch: int
-    share: float
-    """Share of the epoch from 0 to 1, about: the rest of the current shards is not known."""
-
-
 def restart(mixture: Mixture, states: Iterable[Mapping[str, Any]]) -> AnyPosition:
     """Return the position at which all lanes begin new data: the epoch after all stored ones.
 
     Shares of several sources begin anew, too. Raises ConfigError if `data.epochs` are over by
     then.
     """
-    epoch = 1 + max(place["epoch"] for state in states for place in _places(state))
+    epoch = _next_epoch(states)
     epochs = mixture.sources[0].epochs
     if epochs is not None and epoch >= epochs:
         problem = f"data.restart would begin epoch {epoch}, and epochs 0 to {epochs - 1} are read"
@@ -311,22 +297,18 @@ def restart(mixture: Mixture, states: Iterable[Mapping[str, Any]]) -> AnyPositio
 
 def describe_change(mixture: Mixture, states: Iterable[Mapping[str, Any]], anew: bool) -> str:
     """Describe a resume with other data in numbers; `anew` with `data.restart`."""
-    all_places = list(zip(*(_places(state) for state in states)))
+    states = list(states)
     parts = []
-    for name, settings, places in zip(mixture.names, mixture.sources, all_places):
-        done = _progress(settings, places)
-        where = f"{done.share:.0%} through epoch {done.epoch}"
-        if anew:
-            text = f"{where}, the rest of which is not read"
-        else:
-            text = f"{where}: {_mixed_up(settings, done)}"
+    for name, settings, places in zip(mixture.names, mixture.sources, zip(*map(_places, states))):
+        done = _epochs_done(settings, places)
+        text = f"{done % 1:.0%} through epoch {int(done)}"
+        text += ", the rest of which is not read" if anew else f": {_mixed_up(settings, done % 1)}"
         parts.append(f"{name}: {text}" if len(mixture.sources) > 1 else text)
     where = "; ".join(parts)
     if anew:
-        epoch = 1 + max(place["epoch"] for places in all_places for place in places)
         return (
-            f"The data differ from the checkpoint's: epoch {epoch} starts over with them."
-            f" The checkpoint was {where}"
+            f"The data differ from the checkpoint's: epoch {_next_epoch(states)} starts over with"
+            f" them. The checkpoint was {where}"
         )
     return (
         f"The data are not the checkpoint's, which was {where}."
@@ -334,27 +316,32 @@ def describe_change(mixture: Mixture, states: Iterable[Mapping[str, Any]], anew:
     )
 
 
-def _mixed_up(settings: LaneSettings, done: Progress) -> str:
-    """Describe the rest of the epoch, at worst.
+def _mixed_up(settings: LaneSettings, done: float) -> str:
+    """Describe the rest of the epoch, at worst, `done` of which are read.
 
-    The true share depends on the two orders: if they have nothing in common, it is `share * (1
-    - share)`.
+    The true share depends on the two orders: if they have nothing in common, it is `done * (1 -
+    done)`.
     """
-    share = min(done.share, 1 - done.share)
+    share = min(done, 1 - done)
     total = sum(file.size for file in getattr(settings.source, "files", ()))
-    amount = f" ({share * total / 2**20:,.3g} of {total / 2**20:,.3g} MiB)" if total else ""
+    amount = f" ({format_bytes(share * total)} of {format_bytes(total)})" if total else ""
     what = f"up to {share:.0%} of the data{amount}"
     return f"{what} are read twice in this epoch, and as much not at all"
 
 
-def _progress(settings: LaneSettings, places: Iterable[Mapping[str, Any]]) -> Progress:
+def _epochs_done(settings: LaneSettings, places: Sequence[Mapping[str, Any]]) -> float:
+    """Return the epochs read by all lanes, on average; the rest of current shards is a guess."""
     own = max(1.0, len(settings.shards) / settings.num_lanes)
-    amounts = []
+    total = 0.0
     for place in places:
         inside = 0.5 if place["block"] or place["row"] or place["token"] else 0.0
-        amounts.append(place["epoch"] + min(1.0, (place["shard"] + inside) / own))
-    mean = sum(amounts) / len(amounts)
-    return Progress(math.floor(mean), mean - math.floor(mean))
+        total += place["epoch"] + min(1.0, (place["shard"] + inside) / own)
+    return total / len(places)
+
+
+def _next_epoch(states: Iterable[Mapping[str, Any]]) -> int:
+    """Return the first epoch that no lane has begun."""
+    return 1 + max(place["epoch"] for state in states for place in _places(state))
 
 
 def _places(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:

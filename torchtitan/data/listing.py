@@ -10,10 +10,11 @@ import os
 import stat
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 from torchtitan.config import ConfigError, ConfigIssue
@@ -25,35 +26,15 @@ _POINTER = b"version https://git-lfs"
 """Start of a Git LFS pointer, which stands for a file that was not fetched yet."""
 _UNREADABLE = (".lz4", ".br", ".7z", ".zip", ".rar", ".lz", ".lzma", ".lzo", ".sz", ".z", ".tar")
 """Suffixes of what could hold a data file that is not read."""
-HIDDEN = 'whose name, or folder, begins with "." or "_"'
+HIDDEN = 'beginning with "." or "_"'
 OTHER_KIND = "of another kind"
 EMPTY = "empty"
 IRREGULAR = "not regular"
-LINKED = "in folders that are links"
-_MOST_COUNTED = 100_000
-"""Files below a folder that is left out; more are not counted."""
+LINKED = "links to folders"
 _SILENT_SECONDS = 3.0
-_SPECIAL = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-@dataclass
-class LeftOut:
-    """Files that are not read for one reason."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-    """A few names, or suffixes."""
-
-    def add(self, example: str, count: int = 1) -> None:
-        """Count some files."""
-        self.count += count
-        if count and example not in self.examples and len(self.examples) < 3:
-            self.examples.append(example)
+_MOST_EXAMPLES = 3
+LeftOut = Mapping[str, Counter[str]]
+"""Files that are not read, by the reason: names, or suffixes, and how many there are of each."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +43,9 @@ class Listing:
 
     kind: Kind
     files: list[DataFile]
-    left_out: Mapping[str, LeftOut]
-    """By reason."""
+    left_out: LeftOut
     doubles: list[tuple[str, str]]
-    """Pairs that seem to hold the same, by their names or as hard links."""
+    """Pairs that seem to hold the same, by their names."""
 
 
 _known: dict[tuple[str, str], Listing] | None = None
@@ -96,7 +76,7 @@ def list_files(path: str, kind: str) -> Listing:
 
 
 def _list_files(path: str, kind: str) -> Listing:
-    left_out: dict[str, LeftOut] = defaultdict(LeftOut)
+    left_out: dict[str, Counter[str]] = defaultdict(Counter)
     found = _found(path, kind, left_out)
     _refuse_twice(path, found)
     known = _kind_of(path, list(found)) if kind == "auto" else cast(Kind, kind)
@@ -105,7 +85,7 @@ def _list_files(path: str, kind: str) -> Listing:
         if not os.access(name, os.R_OK):
             raise _error(path, f"no permission to read {name}", "change the file's permissions")
         if not status.st_size:
-            left_out[EMPTY].add(os.path.basename(name))
+            left_out[EMPTY][os.path.basename(name)] += 1
             continue
         files.append(DataFile(name, status.st_size))
         if _is_pointer(files[-1]):
@@ -113,22 +93,19 @@ def _list_files(path: str, kind: str) -> Listing:
             raise _error(path, problem, "run `git lfs pull` in the folder of the data")
     if not files:
         raise _error(path, f"all {len(found)} files are empty", "give files with content")
-    return Listing(known, files, dict(left_out), [*_by_name(files), *_hard_links(found)])
+    return Listing(known, files, dict(left_out), list(_by_name(files)))
 
 
-def describe_left_out(left_out: Mapping[str, LeftOut]) -> str:
+def describe_left_out(left_out: LeftOut) -> str:
     """Return what is left out and why, as a part of a sentence; empty for nothing."""
-    parts = []
-    for reason, these in sorted(left_out.items()):
-        if not these.count:
-            continue
-        some = ", ".join(these.examples)
-        more = "+" if these.count >= _MOST_COUNTED else ""
-        parts.append(f"{these.count:,}{more} {reason} ({some})")
+    parts = [
+        f"{names.total():,} {reason} ({', '.join(islice(names, _MOST_EXAMPLES))})"
+        for reason, names in sorted(left_out.items())
+    ]
     return f"left out: {', '.join(parts)}" if parts else ""
 
 
-def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.stat_result]:
+def _found(path: str, kind: str, left_out: dict[str, Counter[str]]) -> dict[str, os.stat_result]:
     """The regular files by name, sorted."""
     expanded = os.path.expanduser(path)
     try:
@@ -138,7 +115,7 @@ def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.s
     if stat.S_ISREG(status.st_mode):
         return {expanded: status}
     if not stat.S_ISDIR(status.st_mode):
-        problem = f"{os.path.abspath(expanded)} is {_special(status)}, not a file or folder"
+        problem = f"{os.path.abspath(expanded)} is neither a file nor a folder"
         raise _error(path, problem, "write the data to a file, and name that")
     found = dict(sorted(_walk(path, expanded, kind, left_out)))
     if not found:
@@ -151,7 +128,7 @@ def _found(path: str, kind: str, left_out: dict[str, LeftOut]) -> dict[str, os.s
 
 
 def _globbed(
-    path: str, expanded: str, left_out: dict[str, LeftOut], error: OSError
+    path: str, expanded: str, left_out: dict[str, Counter[str]], error: OSError
 ) -> dict[str, os.stat_result]:
     found = {}
     for name in sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else ():
@@ -159,7 +136,7 @@ def _globbed(
         if stat.S_ISREG(status.st_mode):
             found[name] = status
         elif not stat.S_ISDIR(status.st_mode):
-            left_out[IRREGULAR].add(f"{os.path.basename(name)} is {_special(status)}")
+            left_out[IRREGULAR][os.path.basename(name)] += 1
     if found:
         return found
     if "://" in path:
@@ -174,36 +151,36 @@ def _globbed(
 
 
 def _walk(
-    path: str, folder: str, kind: str, left_out: dict[str, LeftOut]
+    path: str, folder: str, kind: str, left_out: dict[str, Counter[str]]
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the regular files below a folder that fit.
 
     Hidden names, such as `.git` and `.cache`, are left out.
     """
-    folders = [folder]
-    progress = _Progress(folder)
+    folders, count, due = [folder], 0, time.monotonic() + _SILENT_SECONDS
     while folders:
         for entry in _scan(path, folders.pop()):
-            if _is_folder(entry):
-                if entry.name.startswith((".", "_")):
-                    left_out[HIDDEN].add(f"{entry.name}/", _count(entry.path))
-                elif entry.is_symlink():
-                    left_out[LINKED].add(f"{entry.name}/", _count(entry.path))
-                else:
-                    folders.append(entry.path)
-                continue
-            progress.step()
-            if entry.name.startswith((".", "_")):
-                left_out[HIDDEN].add(entry.name)
+            is_folder, is_hidden = _is_folder(entry), entry.name.startswith((".", "_"))
+            if is_hidden:
+                left_out[HIDDEN][entry.name + "/" * is_folder] += 1
+            elif is_folder and entry.is_symlink():
+                left_out[LINKED][f"{entry.name}/"] += 1
+            elif is_folder:
+                folders.append(entry.path)
             elif not _fits(entry.name, kind):
                 _refuse_unread(path, entry, kind)
-                left_out[OTHER_KIND].add(os.path.splitext(entry.name)[1] or entry.name)
+                left_out[OTHER_KIND][os.path.splitext(entry.name)[1] or entry.name] += 1
             else:
                 status = _status(path, entry.path)
                 if stat.S_ISREG(status.st_mode):
                     yield entry.path, status
                 else:
-                    left_out[IRREGULAR].add(f"{entry.name} is {_special(status)}")
+                    left_out[IRREGULAR][entry.name] += 1
+            count += 1
+            if count % 1024 == 0 and time.monotonic() >= due and not is_quiet_rank():
+                due += _SILENT_SECONDS
+                text = f"notice: listing {folder}: {count:,} files so far"
+                print(text, file=sys.stderr, flush=True)
 
 
 def _scan(path: str, folder: str) -> list[os.DirEntry[str]]:
@@ -221,16 +198,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _count(folder: str) -> int:
-    """Files below a folder, up to a limit."""
-    count = 0
-    for _, _, names in os.walk(folder):
-        count += len(names)
-        if count >= _MOST_COUNTED:
-            return _MOST_COUNTED
-    return count
-
-
 def _status(path: str, name: str) -> os.stat_result:
     try:
         return os.stat(name)
@@ -240,35 +207,9 @@ def _status(path: str, name: str) -> os.stat_result:
 
 def _reason(name: str, error: OSError) -> str:
     """Return why `name` cannot be found or read."""
-    if error.errno == errno.ELOOP:
-        return f"{name} is a link in a loop of links"
     if error.errno == errno.ENOENT and os.path.islink(name):
         return f"{name} is a link to {os.readlink(name)}, which does not exist"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission to read {name}"
     return f"{name} cannot be read: {error.strerror}"
-
-
-def _special(status: os.stat_result) -> str:
-    return _SPECIAL.get(stat.S_IFMT(status.st_mode), "something else")
-
-
-class _Progress:
-    """Says on the first rank how far a long listing is."""
-
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._count = 0
-        self._next = time.monotonic() + _SILENT_SECONDS
-
-    def step(self) -> None:
-        self._count += 1
-        if self._count % 1024 or time.monotonic() < self._next:
-            return
-        self._next += _SILENT_SECONDS
-        if not is_quiet_rank():
-            text = f"notice: listing {self._folder}: {self._count:,} files so far"
-            print(text, file=sys.stderr, flush=True)
 
 
 def _fits(name: str, kind: str) -> bool:
@@ -294,26 +235,13 @@ def _is_pointer(file: DataFile) -> bool:
 
 
 def _refuse_twice(path: str, found: Mapping[str, os.stat_result]) -> None:
-    for first, second in _same_inodes(found):
-        if os.path.realpath(first) == os.path.realpath(second):
-            raise _error(
-                path,
-                f"{first} and {second} are the same file, which would be read twice",
-                "leave out one of them",
-            )
-
-
-def _hard_links(found: Mapping[str, os.stat_result]) -> Iterable[tuple[str, str]]:
-    return [pair for pair in _same_inodes(found) if found[pair[0]].st_size]
-
-
-def _same_inodes(found: Mapping[str, os.stat_result]) -> Iterator[tuple[str, str]]:
     seen: dict[tuple[int, int], str] = {}
     for name, status in found.items():
         # Some file systems of the network number nothing.
         first = seen.setdefault((status.st_dev, status.st_ino), name) if status.st_ino else name
-        if first != name:
-            yield first, name
+        if first != name and os.path.realpath(first) == os.path.realpath(name):
+            problem = f"{first} and {name} are the same file, which would be read twice"
+            raise _error(path, problem, "leave out one of them")
 
 
 def _by_name(files: Iterable[DataFile]) -> Iterator[tuple[str, str]]:

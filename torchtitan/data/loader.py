@@ -29,7 +29,6 @@ from torchtitan.data.named_sources import (
     NamedSource,
     describe_source,
     named_sources,
-    require_sources,
 )
 from torchtitan.data.packing import Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
@@ -37,7 +36,7 @@ from torchtitan.data.registry import build_source
 from torchtitan.data.sources import Source
 from torchtitan.data.token_source import tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
-from torchtitan.data.workers import Item, LaneDataset, SampleStream, workers_for
+from torchtitan.data.workers import LaneDataset, SampleStream, workers_for
 from torchtitan.models.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -54,17 +53,9 @@ class LanePlan:
     local_batch_size: int
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % self.num_lanes or self.num_lanes % self.dp_degree:
-            raise ValueError(
-                f"{self.num_lanes} lanes must divide the global batch of"
-                f" {self.global_batch_size} and be a multiple of the"
-                f" data-parallel degree {self.dp_degree}"
-            )
-        if self.global_batch_size % (self.local_batch_size * self.dp_degree):
-            raise ValueError(
-                f"the global batch of {self.global_batch_size} is not a multiple of"
-                f" {self.local_batch_size} sequences on {self.dp_degree} ranks"
-            )
+        # The checks of the config have said so to the user.
+        assert self.global_batch_size % self.num_lanes == 0 == self.num_lanes % self.dp_degree
+        assert self.global_batch_size % (self.local_batch_size * self.dp_degree) == 0
 
     @property
     def lanes(self) -> range:
@@ -98,7 +89,7 @@ class StepData:
     """Tokens of each source since the start of the run, over all ranks; empty for one source."""
 
 
-class LaneReader:
+class LaneReader(SampleStream):
     """Samples of some lanes in rounds, and batches of them; training and validation read with it.
 
     The samples are made ahead in worker processes, or in this process without any.
@@ -109,13 +100,9 @@ class LaneReader:
         self.mixture = mixture
         self.num_workers = workers_for(len(positions), options.num_workers)
         dataset = LaneDataset(mixture, dict(positions))
-        self._stream = SampleStream(dataset, self.num_workers, options.prefetch_factor)
+        super().__init__(dataset, self.num_workers, options.prefetch_factor)
         self._document_mask = training.document_mask
         self._pin_memory = options.pin_memory and torch.cuda.is_available()
-
-    def __next__(self) -> Item:
-        """Return the next item. Raises DataError."""
-        return next(self._stream)
 
     def batch(self, samples: Sequence[Sample | None]) -> Batch:
         """Return the batch `[len(samples), seq_len]`; None becomes padding without targets."""
@@ -123,10 +110,6 @@ class LaneReader:
         pad_id = settings.tokenizer.pad_id
         batch = make_batch(samples, settings.seq_len, self._document_mask, pad_id)
         return batch.pin_memory() if self._pin_memory else batch
-
-    def close(self) -> None:
-        """End the worker processes."""
-        self._stream.close()
 
 
 class Loader:
@@ -171,9 +154,6 @@ class Loader:
         ]
         states = {lane: position.state() for lane, position in self._positions.items()}
         bad_rows = sum(position.bad_rows for position in self._positions.values())
-        most = self._reader.mixture.sources[0].max_bad_rows
-        if bad_rows > most:
-            raise DataError(f"left out {bad_rows} rows, more than data.max_bad_rows = {most}")
         ended = all(sample is None for sample in samples)
         source_tokens = self._reader.mixture.source_tokens(self._positions[plan.lanes[0]])
         return StepData(batches, states, ended, bad_rows, source_tokens)
@@ -239,8 +219,7 @@ def build_mixture(
     training: Training, data: Data, seed: int, tokenizer: Tokenizer, num_lanes: int
 ) -> Mixture:
     """Return the data of a run as all its lanes see them. Raises as `build_loader`."""
-    named = require_sources(training, data)
-    documents = document_tokenizer(tokenizer, data)
+    named, documents = named_sources(training, data), document_tokenizer(tokenizer, data)
     return Mixture(
         sources=tuple(_settings(source, seed, documents, num_lanes) for source in named),
         names=tuple(source.name for source in named),

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.schema import Data, DataSource, Training, ValidationSet
 from torchtitan.data.registry import find_dataset
+from torchtitan.utils.text import format_bytes, plural
 
 if TYPE_CHECKING:
     from torchtitan.data.sources import Source
@@ -30,9 +31,6 @@ SETS = "validation.sets"
 ONLY_NAME = "validation"
 """Name of the set that the section's own keys describe."""
 _SPLIT = "validation"
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
-_COUNTED_FILES = 256
-"""Parquet footers that are read to count documents."""
 
 
 @dataclass(frozen=True)
@@ -136,23 +134,14 @@ def check_sources(training: Training, data: Data) -> list[ConfigIssue]:
     return problems
 
 
-def require_sources(training: Training, data: Data) -> list[NamedSource]:
-    """Return `named_sources` of a config that was not checked. Raises ConfigError."""
-    problems = check_sources(training, data)
-    if problems:
-        raise ConfigError(problems)
-    return named_sources(training, data)
-
-
 def _keys_beside(training: Training, data: Data) -> list[ConfigIssue]:
     problems = []
     fix = f"leave one of both out; a dataset to be mixed in is another table of [[{TABLES}]]"
-    if training.dataset_path is not None:
-        problem = f"and [[{TABLES}]] both say what to read"
-        problems.append(ConfigIssue("training.dataset_path", problem, fix, training.dataset_path))
-    if training.dataset != "auto":
-        problem = f"and [[{TABLES}]] both say what to read"
-        problems.append(ConfigIssue("training.dataset", problem, fix, training.dataset))
+    for name, unset in (("dataset_path", None), ("dataset", "auto")):
+        value = getattr(training, name)
+        if value != unset:
+            problem = f"and [[{TABLES}]] both say what to read"
+            problems.append(ConfigIssue(f"training.{name}", problem, fix, value))
     for name in HUB_KEYS:
         value = getattr(data, name)
         if value != Data.model_fields[name].default:
@@ -262,7 +251,6 @@ def describe_source(named: NamedSource, source: "Source") -> str:
     """Return what is read of one dataset, and what is left out and why."""
     from torchtitan.data.files import FileSource
     from torchtitan.data.listing import describe_left_out
-    from torchtitan.data.pieces import plural
 
     training = named.training
     place = named.place or "training data"
@@ -270,9 +258,9 @@ def describe_source(named: NamedSource, source: "Source") -> str:
     files: list[Any] = list(getattr(source, "files", ()))
     parts = []
     if files:
-        size = _bytes(sum(file.size for file in files))
+        size = format_bytes(sum(file.size for file in files))
         parts.append(f"{plural(len(files), 'file')}, {size}")
-    count = _num_documents(source)
+    count = getattr(source, "num_documents", lambda: None)()
     if count is not None:
         parts.append(plural(count, "document"))
     notes = [", ".join(parts) or "a stream, of unknown length"]
@@ -282,29 +270,3 @@ def describe_source(named: NamedSource, source: "Source") -> str:
     if isinstance(source, FileSource):
         notes += [source.describe_encoding()]
     return f"{place} ({name}): {'; '.join(filter(None, notes))}"
-
-
-def _num_documents(source: "Source") -> int | None:
-    """Return the number of documents if it is known without reading them."""
-    from torchtitan.data.sources_parquet import ParquetSource, open_parquet
-    from torchtitan.data.sources_torch import MapSource
-    from torchtitan.data.token_source import TokenSource
-
-    if isinstance(source, TokenSource):
-        return sum(shard.num_documents for shard in source.index.shards)
-    if isinstance(source, MapSource):
-        return len(source.dataset)
-    if isinstance(source, ParquetSource) and len(source.files) <= _COUNTED_FILES:
-        count = 0
-        for file in source.files:
-            with open_parquet(file) as parquet:
-                count += parquet.metadata.num_rows
-        return count
-    return None
-
-
-def _bytes(size: float) -> str:
-    unit = 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:,.0f} {_UNITS[unit]}" if unit == 0 else f"{size:,.2f} {_UNITS[unit]}"

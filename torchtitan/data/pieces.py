@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from torchtitan.config import ConfigIssue
+from torchtitan.utils.text import plural
 
 if TYPE_CHECKING:
     from torchtitan.data.files import DataFile
@@ -80,15 +81,9 @@ def cut_lines(files: "Sequence[DataFile]", indices: Sequence[int], size: int) ->
     For all but huge datasets the borders are moved to line starts here, so no range is without
     a line; in huge ones a range is as large as can be and hardly ever empty.
     """
-    eager = sum(_num_pieces(files[index].size, size) for index in indices) <= _EAGER_PIECES
-    shards = []
-    for index in indices:
-        cuts = _even_cuts(files[index].size, size)
-        if eager and len(cuts) > 2:
-            with files[index].open() as stream:
-                cuts = _distinct(cuts, partial(next_line, stream))
-        shards += [Shard(index, a, b) for a, b in itertools.pairwise(cuts)]
-    return shards
+    cuts = _even_cuts(files, indices, size)
+    eager = sum(len(own) - 1 for own in cuts.values()) <= _EAGER_PIECES
+    return _ranges(files, cuts, next_line if eager else None)
 
 
 def cut_text(
@@ -100,18 +95,36 @@ def cut_text(
     characters.
     """
 
-    def align(stream: BinaryIO, start: int) -> int:
-        if separator:
-            return _next_document(stream, start, separator)
-        return _next_cut(stream, start)
+    align: Callable[[BinaryIO, int], int] = _next_cut
+    if separator:
+        align = partial(_next_document, separator=separator)
+    return _ranges(files, _even_cuts(files, indices, size), align)
 
-    shards = []
+
+def _even_cuts(
+    files: "Sequence[DataFile]", indices: Sequence[int], piece: int
+) -> dict[int, list[int]]:
+    """Return where to cut each file into about equal pieces: its beginning, borders and end."""
+    cuts = {}
     for index in indices:
-        cuts = _even_cuts(files[index].size, size)
-        if len(cuts) > 2:
+        size = files[index].size
+        count = max(1, round(size / piece))
+        cuts[index] = [size * k // count for k in range(count + 1)]
+    return cuts
+
+
+def _ranges(
+    files: "Sequence[DataFile]",
+    cuts: dict[int, list[int]],
+    align: Callable[[BinaryIO, int], int] | None,
+) -> list[Shard]:
+    """Return the shards between the cuts, each of which `align` moves to a better place."""
+    shards = []
+    for index, borders in cuts.items():
+        if align is not None and len(borders) > 2:
             with files[index].open() as stream:
-                cuts = _distinct(cuts, partial(align, stream))
-        shards += [Shard(index, a, b) for a, b in itertools.pairwise(cuts)]
+                borders = _distinct(borders, partial(align, stream))
+        shards += [Shard(index, a, b) for a, b in itertools.pairwise(borders)]
     return shards
 
 
@@ -178,15 +191,6 @@ def end_of_separators(content: bytes, place: int, separator: bytes) -> int:
     return place + size
 
 
-def _num_pieces(size: int, piece: int) -> int:
-    return max(1, round(size / piece))
-
-
-def _even_cuts(size: int, piece: int) -> list[int]:
-    count = _num_pieces(size, piece)
-    return [size * k // count for k in range(count + 1)]
-
-
 def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
     """Return `cuts` with the inner ones aligned, without duplicates."""
     size = cuts[-1]
@@ -199,11 +203,6 @@ def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
         if place > aligned[-1]:
             aligned.append(place)
     return [*aligned, size]
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 lane" or "2 lanes"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> ConfigIssue:

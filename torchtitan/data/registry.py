@@ -98,6 +98,8 @@ def build_source(training: Training, data: Data) -> "Source":
     entry = find_dataset(training.dataset)
     if entry is None:
         raise ConfigError(unknown_dataset(training.dataset))
+    if entry.needs_path and training.dataset_path is None:
+        raise ConfigError(missing_path(training.dataset))
     from torchtitan.data.sources_torch import as_source
 
     make = partial(entry.factory, training, data)
@@ -118,9 +120,7 @@ def unknown_dataset(name: str) -> ConfigIssue:
 def _from_files(training: Training, data: Data) -> "Source":
     from torchtitan.data.token_files import is_token_folder
 
-    path, wanted = training.dataset_path, training.dataset
-    if path is None:
-        raise ConfigError(missing_path(wanted))
+    path, wanted = training.dataset_path or "", training.dataset
     if is_token_folder(path):
         if wanted == "auto":
             return _tokens(training, data)
@@ -147,15 +147,13 @@ def _from_hub(training: Training, data: Data) -> "Source":
     from torchtitan.data.sources_hub import hub_source
 
     path = training.dataset.removeprefix(HUB_PREFIX)
-    return hub_source(path, training, data, data.split, data.subset)
+    return hub_source(path, training, data)
 
 
 def _from_folder(training: Training, data: Data) -> "Source":
     from torchtitan.data.sources_hub import hub_source
 
-    if training.dataset_path is None:
-        raise ConfigError(missing_path(training.dataset))
-    folder = os.path.expanduser(training.dataset_path)
+    folder = os.path.expanduser(training.dataset_path or "")
     if not os.path.isdir(folder):
         raise ConfigError(
             ConfigIssue(
@@ -166,15 +164,13 @@ def _from_folder(training: Training, data: Data) -> "Source":
                 missing_asset=True,
             )
         )
-    return hub_source(folder, training, data, data.split, data.subset)
+    return hub_source(folder, training, data)
 
 
 def _tokens(training: Training, data: Data) -> "Source":
     from torchtitan.data.token_source import TokenSource
 
-    if training.dataset_path is None:
-        raise ConfigError(missing_path(training.dataset))
-    return TokenSource(training.dataset_path)
+    return TokenSource(training.dataset_path or "")
 
 
 def missing_path(dataset: str) -> ConfigIssue:

@@ -80,10 +80,11 @@ class Row(NamedTuple):
 class Source(Protocol):
     """A dataset. Picklable, for worker processes.
 
-    Two members are optional. `problems()` lists what is wrong with the data as a whole; it is asked
-    once, before a run. And the iterator that `rows` returns may have a method `cursor()`: a text
-    from which `rows(shard, cursor)` goes on after the rows given so far, by seeking. Without it
-    (or with an empty one) a resume goes through the shard's rows again, up to its place.
+    Three members are optional. `problems()` lists what is wrong with the data as a whole; it is
+    asked once, before a run. `num_documents()` counts them for the log, or returns None. And the
+    iterator that `rows` returns may have a method `cursor()`: a text from which `rows(shard,
+    cursor)` goes on after the rows given so far, by seeking. Without it (or with an empty one) a
+    resume goes through the shard's rows again, up to its place.
     """
 
     description: dict[str, Any]

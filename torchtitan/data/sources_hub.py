@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Data, Training
@@ -29,42 +29,37 @@ _MOST_SECONDS = 8.0
 """For all tries together; looking up a name may take longer, and no library bounds that."""
 
 
-class _Wanted(NamedTuple):
-    """The part of a dataset to read; the keys of `[data]` have the same names."""
-
-    path: str
-    """`owner/name` on the hub, or a local folder."""
-    subset: str | None
-    split: str
-    revision: str | None
-    streaming: bool
-    key: str
-    """The key of the config that named the dataset, for messages."""
-    value: str
-    """The value of that key."""
-
-
-def hub_source(path: str, training: Training, data: Data, split: str, subset: str | None) -> Source:
+def hub_source(path: str, training: Training, data: Data) -> Source:
     """Return the dataset `owner/name` of the hub, or the one in the folder `path`, as a source.
 
     Raises ConfigError for whatever prevents reading it.
     """
     is_local = os.path.isdir(path)
-    key = "training.dataset_path" if is_local else "training.dataset"
-    value = (training.dataset_path or "") if is_local else training.dataset
-    wanted = _Wanted(path, subset, split, data.revision, data.streaming, key, value)
-    description: dict[str, Any] = {"subset": subset, "split": split}
-    if is_local and _is_saved(path):
-        dataset = _load_saved(wanted)
-        names = [item["filename"] for item in dataset.cache_files]
-    else:
-        dataset, commit, names = _load(wanted, is_local)
-        description |= {} if is_local else {"commit": commit}
-    files = _local_files(names) if is_local else []
+    files: list[DataFile] = []
+    description: dict[str, Any] = {"subset": data.subset, "split": data.split}
+    try:
+        if is_local and _is_saved(path):
+            dataset = _load_saved(path, data)
+            names = [item["filename"] for item in dataset.cache_files]
+        else:
+            dataset, commit, names = _load(path, data, is_local)
+            description |= {} if is_local else {"commit": commit}
+    except ConfigError:
+        raise
+    except Exception as error:
+        key = "dataset_path" if is_local else "dataset"
+        issue = _unreadable(path, data, error, f"training.{key}", getattr(training, key))
+        raise ConfigError(issue) from error
     if is_local:
-        description["files"] = _sizes(path, files)
+        files = [
+            DataFile(name, os.path.getsize(name)) for name in sorted(names) if os.path.isfile(name)
+        ]
+        # A folder may move, so the names are relative to it.
+        folder = os.path.abspath(path)
+        description["files"] = [
+            [os.path.relpath(os.path.abspath(file.path), folder), file.size] for file in files
+        ]
     dataset = _select(dataset, data.text_column)
-    # A folder may move; an id of the hub may not.
     name = os.path.basename(os.path.normpath(path)) if is_local else path
     kind = MapSource if hasattr(dataset, "__len__") else StreamSource
     source = kind(dataset, name, data.text_column, data.max_document_bytes, **description)
@@ -79,66 +74,38 @@ def _is_saved(folder: str) -> bool:
     )
 
 
-def _load_saved(wanted: _Wanted) -> Any:
+def _load_saved(path: str, data: Data) -> Any:
     import datasets  # type: ignore[import-untyped]
 
     for key in ("subset", "revision"):
-        if getattr(wanted, key) is not None:
+        value = getattr(data, key)
+        if value is not None:
             problem = "a folder that save_to_disk wrote has none"
-            value = getattr(wanted, key)
             raise ConfigError(ConfigIssue(f"data.{key}", problem, "remove it", value=value))
-    try:
-        dataset = datasets.load_from_disk(wanted.path)
-    except Exception as error:
-        raise _unreadable(wanted, error) from error
+    dataset = datasets.load_from_disk(path)
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
-    if wanted.split not in dataset:
-        raise _no_split(wanted, list(dataset))
-    return dataset[wanted.split]
+    return dataset[_require_split(path, data.split, list(dataset))]
 
 
-def _local_files(names: list[str]) -> list[DataFile]:
-    return [DataFile(name, os.path.getsize(name)) for name in sorted(names) if os.path.isfile(name)]
-
-
-def _sizes(folder: str, files: list[DataFile]) -> list[list[Any]]:
-    """Return the names of files in the folder, which may move, and their bytes."""
-    return [
-        [os.path.relpath(os.path.abspath(file.path), os.path.abspath(folder)), file.size]
-        for file in files
-    ]
-
-
-def _load(wanted: _Wanted, is_local: bool) -> tuple[Any, str | None, list[str]]:
+def _load(path: str, data: Data, is_local: bool) -> tuple[Any, str | None, list[str]]:
     """The dataset, the commit of the hub it is from, and the names of its split's files."""
     import datasets
 
-    options = {"name": wanted.subset, "revision": wanted.revision}
-    try:
-        with contextlib.nullcontext() if is_local else offline_if_unreachable():
-            builder = datasets.load_dataset_builder(wanted.path, **options)
-        format_name = type(builder).__module__.rpartition(".")[2]
-        if format_name not in _FORMATS:
-            problem = f"its files are read as {format_name!r}, which is not supported"
-            fix = f"use a dataset of {_TITLES} files"
-            raise ConfigError(ConfigIssue(wanted.key, problem, fix, value=wanted.value))
-        if wanted.streaming:
-            splits: Any = builder.as_streaming_dataset()
-            if wanted.split not in splits:
-                raise _no_split(wanted, list(splits))
-            return splits[wanted.split], builder.hash, _files_of(builder, wanted.split)
-        builder.download_and_prepare()
-        assert builder.info.splits is not None
-        name = wanted.split.partition("[")[0]  # "train[:10%]" is a part of "train"
-        if name not in builder.info.splits:
-            raise _no_split(wanted, list(builder.info.splits))
-        dataset = builder.as_dataset(split=wanted.split)
-        return dataset, builder.hash, _files_of(builder, name)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise _unreadable(wanted, error) from error
+    with contextlib.nullcontext() if is_local else offline_if_unreachable():
+        builder = datasets.load_dataset_builder(path, name=data.subset, revision=data.revision)
+    format_name = type(builder).__module__.rpartition(".")[2]
+    if format_name not in _FORMATS:
+        raise _UnknownFormat(f"its files are read as {format_name!r}, which is not supported")
+    if data.streaming:
+        splits: Any = builder.as_streaming_dataset()
+        name = _require_split(path, data.split, list(splits))
+        return splits[name], builder.hash, _files_of(builder, name)
+    builder.download_and_prepare()
+    assert builder.info.splits is not None
+    # "train[:10%]" is a part of "train"
+    name = _require_split(path, data.split.partition("[")[0], list(builder.info.splits))
+    return builder.as_dataset(split=data.split), builder.hash, _files_of(builder, name)
 
 
 def _files_of(builder: Any, split: str) -> list[str]:
@@ -167,15 +134,23 @@ def _select(dataset: Any, column: str) -> Any:
     return dataset.select_columns([column])
 
 
-def _no_split(wanted: _Wanted, splits: list[Any]) -> ConfigError:
-    names = [str(split) for split in splits]
-    problem = f"{wanted.path} has no such split"
-    fix = did_you_mean(wanted.split, names)
-    return ConfigError(ConfigIssue("data.split", problem, fix, value=wanted.split))
+def _require_split(path: str, split: str, splits: list[Any]) -> str:
+    """Return `split`. Raises ConfigError if it is not one of `splits`."""
+    names = [str(name) for name in splits]
+    if split not in names:
+        fix = did_you_mean(split, names)
+        raise ConfigError(ConfigIssue("data.split", f"{path} has no such split", fix, split))
+    return split
 
 
-def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
-    """Translate a failure of the library for the user."""
+class _UnknownFormat(Exception):
+    """The files are of a format that is not data."""
+
+
+def _unreadable(
+    path: str, data: Data, error: Exception, key: str, value: str | None
+) -> ConfigIssue:
+    """Translate a failure of the library for the user; `key` and `value` name the dataset."""
     import huggingface_hub.errors as hub
     from datasets.config import HF_HUB_OFFLINE  # type: ignore[import-untyped]
     from datasets.exceptions import (  # type: ignore[import-untyped]
@@ -183,21 +158,19 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
         DatasetNotFoundError,
     )
 
-    path = wanted.path
-    causes = _causes(error)
-    text = in_short(error)
-    key, missing = wanted.key, False
-    value: str | None = wanted.value
+    causes, text, missing = _causes(error), in_short(error), False
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     # The library re-raises some of them as text.
-    if has(hub.GatedRepoError) or "is a gated dataset" in text:
+    if isinstance(error, _UnknownFormat):
+        problem, fix = str(error), f"use a dataset of {_TITLES} files"
+    elif has(hub.GatedRepoError) or "is a gated dataset" in text:
         problem = f"{path} is gated: its owner has to grant access"
         fix = "ask for access on its page, and set HF_TOKEN to a token of the account that has it"
     elif has(hub.RevisionNotFoundError) or text.startswith("DatasetNotFoundError: Revision"):
-        key, value = "data.revision", wanted.revision or "main"
+        key, value = "data.revision", data.revision or "main"
         problem = f"{path} has no such revision"
         fix = "set a branch, a tag or a commit that its page lists"
     elif has(hub.RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be" in text:
@@ -205,9 +178,8 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
         fix = "correct the name; for a private one, set HF_TOKEN to a token that may read it"
     elif _is_offline(causes):
         missing = True
-        obstacle = "the hub cannot be reached"
-        if HF_HUB_OFFLINE:
-            obstacle = "HF_HUB_OFFLINE forbids to ask the hub"
+        offline = "HF_HUB_OFFLINE forbids to ask the hub"
+        obstacle = offline if HF_HUB_OFFLINE else "the hub cannot be reached"
         problem = f"{path} is not on this machine, and {obstacle}"
         fix = (
             "download it where there is a network, and read the folder with"
@@ -216,18 +188,18 @@ def _unreadable(wanted: _Wanted, error: Exception) -> ConfigError:
     elif has(hub.HfHubHTTPError):
         problem, fix = f"the hub refused {path}: {text}", "try again later, or use a local copy"
     elif "BuilderConfig" in text or "Config name is missing" in str(error):
-        key, value = "data.subset", wanted.subset
+        key, value = "data.subset", data.subset
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
         problem = f"{path} has no such subset"
-        if wanted.subset is None:
+        if data.subset is None:
             problem = f"{path} has {len(names)} subsets, of which one has to be named"
-        fix = did_you_mean(wanted.subset or "", names)
+        fix = did_you_mean(data.subset or "", names)
     elif has(DataFilesNotFoundError, DatasetNotFoundError) or "EmptyDataset" in repr(causes):
         problem = f"{path} holds no files of a known format"
         fix = f"give one with {_TITLES} files"
     else:
         problem, fix = f"{path} cannot be read: {text}", "correct or replace the dataset"
-    return ConfigError(ConfigIssue(key, problem, fix, value=value, missing_asset=missing))
+    return ConfigIssue(key, problem, fix, value=value, missing_asset=missing)
 
 
 def _is_offline(causes: list[BaseException]) -> bool:

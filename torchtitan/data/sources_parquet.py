@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.data.listing import Listing
 
 _BUFFER_BYTES = 2**20
+_COUNTED_FILES = 256
 _BATCH_ROWS = 128
 """Rows that are made Python objects at a time."""
 
@@ -44,15 +45,14 @@ class ParquetSource:
         }
 
     def problems(self) -> list[ConfigIssue]:
-        """Check the footers: unreadable, without the column, or nothing but nulls."""
+        """Check the footers: unreadable, without the column, or without rows."""
         problems = []
-        num_nulls = num_rows = 0
+        num_rows = 0
         for file in self.files:
             try:
                 with open_parquet(file) as parquet:
                     flaw = column_flaw(parquet.schema_arrow, self.column)
                     num_rows += parquet.metadata.num_rows
-                    num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
             except DataError as error:
                 problems.append(ConfigIssue(KEY, str(error), "correct or replace the file"))
                 continue
@@ -61,11 +61,6 @@ class ParquetSource:
                 return [*problems, ConfigIssue("data.text_column", f"{file.path}: {flaw}", fix)]
         if not problems and num_rows == 0:
             return [ConfigIssue(KEY, "the files hold no rows", "give data with content")]
-        if not problems and num_nulls == num_rows:
-            problem = f"column {self.column!r} is null in all {num_rows} rows"
-            return [
-                ConfigIssue("data.text_column", problem, "set another column, or give other data")
-            ]
         return problems
 
     def shards(self, num_lanes: int) -> list[Shard]:
@@ -94,6 +89,16 @@ class ParquetSource:
         parts = 1 if shard.end is None else self._num_groups[shard.file]
         return self.files[shard.file].size // parts
 
+    def num_documents(self) -> int | None:
+        """Return the number of rows; None for many files, whose footers would take long to read."""
+        if len(self.files) > _COUNTED_FILES:
+            return None
+        count = 0
+        for file in self.files:
+            with open_parquet(file) as parquet:
+                count += parquet.metadata.num_rows
+        return count
+
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
         """Yield the rows of a shard."""
         return _ParquetRows(self.files[shard.file], self.column, shard, int(cursor or 0))
@@ -102,11 +107,7 @@ class ParquetSource:
         """Return the text or the tokens of a row. Raises BadRow."""
         if row.flaw:
             raise BadRow(row.flaw)
-        if row.content is None:
-            raise BadRow(f"column {self.column!r} holds null where text is expected", self.column)
-        return read_document(
-            {self.column: row.content}, column=self.column, max_bytes=self.max_document_bytes
-        )
+        return read_document({self.column: row.content}, self.column, self.max_document_bytes)
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Return where a row is, for a message."""
@@ -226,15 +227,3 @@ def _contents(
 
 def _group_sizes(metadata: Any) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
-def _count_nulls(metadata: Any, column: str) -> int:
-    """Count the rows whose column is null according to the statistics, where there are any."""
-    count = 0
-    for group in range(metadata.num_row_groups):
-        chunks = metadata.row_group(group)
-        for index in range(chunks.num_columns):
-            chunk = chunks.column(index)
-            if chunk.path_in_schema == column and chunk.statistics is not None:
-                count += chunk.statistics.null_count or 0
-    return count

@@ -63,6 +63,10 @@ class MapSource(_DatasetSource):
         starts = range(0, num_rows, size)
         return [Shard(0, start, min(start + size, num_rows)) for start in starts]
 
+    def num_documents(self) -> int:
+        """Return the number of rows."""
+        return len(self.dataset)
+
     def rows(self, shard: Shard) -> Iterator[Row]:
         """Yield the rows of a shard."""
         assert shard.end is not None

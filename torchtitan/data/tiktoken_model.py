@@ -11,7 +11,6 @@ before, where Meta's own code cuts them, which keeps the ids the same as there.
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.data.document_ends import UNNAMED, SpecialTokens
-from torchtitan.data.tokenizer_formats import without_surrogates
+from torchtitan.data.tokenizer_formats import FileTokenizer, without_surrogates
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
 PATTERN = (
@@ -58,13 +57,13 @@ def special_tokens() -> list[str]:
     return [f"<|{name}|>" for name in (*_NAMED, *(f"reserved_special_token_{n}" for n in rest))]
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(FileTokenizer):
     """See the module. Raises ValueError where `content`, that of the file, is damaged."""
 
     def __init__(self, content: bytes, special: SpecialTokens = UNNAMED):
         import tiktoken
 
-        self._content = content
+        self._content, self.special = content, special
         ranks = _parse(content)
         self._num_ranks = len(ranks)
         ids = {name: len(ranks) + n for n, name in enumerate(special_tokens())}
@@ -72,14 +71,9 @@ class TiktokenTokenizer:
             "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=ids
         )
         self.vocab_size = len(ranks) + len(ids)
-        own = ids["<|begin_of_text|>"], ids["<|end_of_text|>"]
-        self.bos_id, self.eos_id = special.find(*own, ids.get)
         self.pad_id: int | None = ids["<|finetune_right_pad_id|>"]
-        self.special = special
-        self.ends = special.ends(self.bos_id)
-        self.fingerprint = "tiktoken-1-" + hashlib.sha256(content).hexdigest()
-        if (self.bos_id, self.eos_id) != own:
-            self.fingerprint += f"-{self.bos_id}-{self.eos_id}"
+        own = ids["<|begin_of_text|>"], ids["<|end_of_text|>"]
+        self._set_special("tiktoken-1-", *own, ids.get)
 
     @staticmethod
     def recognises(content: bytes) -> bool:
@@ -109,9 +103,6 @@ class TiktokenTokenizer:
         """Return the text of a special token."""
         return special_tokens()[token - self._num_ranks]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TiktokenTokenizer, (self._content, self.special)
-
 
 def parts_of(text: str) -> Iterator[str]:
     """Yield `text` in parts that can be encoded quickly, split as in Meta's code."""
@@ -127,7 +118,6 @@ def parts_of(text: str) -> Iterator[str]:
 def _parse(content: bytes) -> dict[bytes, int]:
     """Return the rank of every token: 0, 1, 2, ..., with one for every byte."""
     ranks: dict[bytes, int] = {}
-    taken: set[int] = set()
     for number, line in enumerate(content.splitlines(), start=1):
         if not line:
             continue
@@ -136,13 +126,11 @@ def _parse(content: bytes) -> dict[bytes, int]:
             decoded, value = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"line {number} is not a token in base64 and its rank") from None
-        if decoded in ranks or value in taken:
-            raise ValueError(f"line {number} repeats a token or a rank")
+        if decoded in ranks:
+            raise ValueError(f"line {number} repeats a token")
         ranks[decoded] = value
-        taken.add(value)
-    missing = next((rank for rank in range(len(ranks)) if rank not in taken), None)
-    if missing is not None:
-        raise ValueError(f"no token has rank {missing}")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ranks are not 0, 1, 2 and so on, each once")
     for byte in range(256):
         if bytes([byte]) not in ranks:
             raise ValueError(f"there is no token for the byte 0x{byte:02x}")

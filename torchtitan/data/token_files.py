@@ -18,29 +18,33 @@ No torch.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from torchtitan.utils.files import replace_file
 
 FORMAT = "torchtitan-tokens"
 VERSION = 1
 INDEX_NAME = "index.json"
 JOB_NAME = "job.json"
 _CHUNK_BYTES = 1 << 22
+_WRITE_AGAIN = "run `torchtitan tokenize` again with another --output, or copy the folder again"
 
 
 class TokenFileError(ValueError):
     """A file is not what its index says; the message names it."""
 
-
-class NoTokens(TokenFileError):
-    """`torchtitan tokenize` has written nothing there."""
+    def __init__(self, problem: str, fix: str = _WRITE_AGAIN, missing: bool = False):
+        super().__init__(problem)
+        self.fix = fix
+        self.missing = missing
+        """The folder does not exist."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,15 @@ def read_index(folder: Path) -> TokenIndex:
     except OSError as error:
         if (folder / JOB_NAME).is_file():
             raise TokenFileError(
-                f"{folder} is not finished; the same `torchtitan tokenize` goes on with it"
+                f"{folder} is not finished; the same `torchtitan tokenize` goes on with it",
+                "let `torchtitan tokenize` come to its end",
             ) from None
-        if not folder.is_dir():
-            raise NoTokens(f"there is no folder {folder.absolute()}") from None
+        fix = 'correct the path, write it with `torchtitan tokenize`, or set dataset = "auto"'
+        if not folder.exists():
+            problem = f"there is no folder {folder.absolute()}"
+            raise TokenFileError(problem, fix, missing=True) from None
         if not file.exists():
-            raise NoTokens(f"{folder.absolute()} holds no {INDEX_NAME}") from None
+            raise TokenFileError(f"{folder.absolute()} holds no {INDEX_NAME}", fix) from None
         raise TokenFileError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise TokenFileError(f"{file} is not JSON: {error}") from None
@@ -283,7 +290,7 @@ def write_shard(
     digest = hashlib.sha256()
     ends, sizes, starts_of_pieces, bad_rows = [0], [], [0], 0
     borders = bytearray()
-    with _appearing(folder / f"{name}.bin") as stream:
+    with replace_file(folder / f"{name}.bin") as stream:
         for piece in pieces:
             for document in piece:
                 content = document.tokens.astype(stored_type).tobytes()
@@ -307,7 +314,7 @@ def write_shard(
     }
     if set(borders) - {3}:
         arrays["borders"] = np.frombuffer(borders, dtype=np.uint8)
-    with _appearing(folder / f"{name}.idx") as stream:
+    with replace_file(folder / f"{name}.idx") as stream:
         # One entry: the order of several would be another in every process.
         stream.write(save(arrays, metadata={"shard": json.dumps(facts)}))
 
@@ -335,20 +342,3 @@ def finished_shard(folder: Path, name: str, dtype: str, job: str) -> ShardInfo |
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-
-
-def write_text(file: Path, text: str) -> None:
-    """A small file that appears when it is whole."""
-    with _appearing(file) as stream:
-        stream.write(text.encode())
-
-
-@contextmanager
-def _appearing(file: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name when it is whole and on the disk."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with open(unfinished, "wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)

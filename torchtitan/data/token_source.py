@@ -18,9 +18,7 @@ from torchtitan.data.pieces import PIECES_PER_LANE, Shard
 from torchtitan.data.sources import Row
 from torchtitan.data.token_files import (
     Documents,
-    NoTokens,
     TokenFileError,
-    check_digests,
     check_sizes,
     open_documents,
     read_index,
@@ -40,7 +38,7 @@ class TokenSource:
             self.index = read_index(self.folder)
             check_sizes(self.folder, self.index)
         except TokenFileError as error:
-            raise ConfigError(unusable(error, path, not self.folder.exists())) from None
+            raise ConfigError(unusable(error, path)) from None
         self.description: dict[str, Any] = {"kind": "tokens", "digest": self.index.digest}
         self._opened: dict[int, Documents] = {}
 
@@ -62,6 +60,10 @@ class TokenSource:
             for file, cuts in enumerate(borders)
             for start, end in itertools.pairwise(cuts)
         ]
+
+    def num_documents(self) -> int:
+        """Return the number of documents."""
+        return self.index.num_documents
 
     def rows(self, shard: Shard) -> Iterator[Row]:
         """Yield the rows of a shard."""
@@ -88,10 +90,6 @@ class TokenSource:
     def locate(self, shard: Shard, row: Row) -> str:
         """Return where a row is, for a message."""
         return f"{self.folder / self.index.shards[shard.file].name}.bin (document {row.place})"
-
-    def check_content(self, max_bytes: float) -> None:
-        """Compare digests of at most `max_bytes`. Raises TokenFileError."""
-        check_digests(self.folder, self.index, max_bytes)
 
     def _documents(self, file: int) -> Documents:
         if file not in self._opened:
@@ -125,14 +123,10 @@ def tokenizer_problem(
     )
 
 
-def unusable(error: TokenFileError, path: str, missing: bool = False) -> ConfigIssue:
+def unusable(error: TokenFileError, path: str) -> ConfigIssue:
     """Return the problem of a folder of tokens that cannot be used."""
-    fix = "run `torchtitan tokenize` again with another --output, or copy the folder again"
-    if isinstance(error, NoTokens):
-        fix = 'correct the path, write it with `torchtitan tokenize`, or set dataset = "auto"'
-    if "not finished" in str(error):
-        fix = "let `torchtitan tokenize` come to its end"
-    return ConfigIssue("training.dataset_path", str(error), fix, path, missing_asset=missing)
+    key = "training.dataset_path"
+    return ConfigIssue(key, str(error), error.fix, path, missing_asset=error.missing)
 
 
 def _short(fingerprint: str) -> str:

@@ -35,9 +35,9 @@ from torchtitan.data.token_files import (
     finished_shard,
     token_dtype,
     write_shard,
-    write_text,
 )
-from torchtitan.utils.processes import end_with_parent
+from torchtitan.utils.files import write_atomically
+from torchtitan.utils.processes import end_with_parent, worker_context
 
 _MIN_SHARDS = 64
 """Data are cut into at least so many shards, down to `_SMALLEST_BYTES`, for processes to share."""
@@ -116,7 +116,7 @@ def tokenize(
     Calls `on_finished(number, shard)` for each shard, finished ones first. Raises DataError;
     shards that are finished by then stay.
     """
-    write_text(job.folder / JOB_NAME, json.dumps({"format": FORMAT, "job": job.id}) + "\n")
+    write_atomically(job.folder / JOB_NAME, json.dumps({"format": FORMAT, "job": job.id}) + "\n")
     found: dict[int, ShardInfo] = {}
 
     def finish(number: int, shard: ShardInfo) -> None:
@@ -148,7 +148,7 @@ def tokenize(
     )
     for unfinished in job.folder.glob(".*.unfinished"):
         unfinished.unlink(missing_ok=True)
-    write_text(job.folder / INDEX_NAME, index.to_json())
+    write_atomically(job.folder / INDEX_NAME, index.to_json())
     (job.folder / JOB_NAME).unlink(missing_ok=True)
     return index
 
@@ -163,9 +163,7 @@ def _made(
             yield number, _make(job, number)
         return
     before = set(multiprocessing.active_children())
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    executor = ProcessPoolExecutor(num_workers, context, _prepare_worker, (job,))
+    executor = ProcessPoolExecutor(num_workers, worker_context(), _prepare_worker, (job,))
     done = False
     try:
         futures: dict[Future[ShardInfo], int] = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,31 @@ class ByteTokenizer:
         return {self.bos_id: "<start>", self.eos_id: "<end>"}.get(token, f"<{token}>")
 
 
-class ListTokenizer:
-    """A tokenizer whose library gives the ids of a text as a list."""
+class FileTokenizer:
+    """A tokenizer that is made of the content of a file and the special tokens named next to it."""
 
     bos_id: int | None
     eos_id: int
+    _content: Any
+    special: SpecialTokens
+
+    def _set_special(
+        self, fingerprint: str, bos: int | None, eos: int, id_of: Callable[[str], int | None]
+    ) -> None:
+        """Set the start and end token: `bos` and `eos` are the file's own. Raises NoToken."""
+        self.bos_id, self.eos_id = self.special.find(bos, eos, id_of)
+        self.ends = self.special.ends(self.bos_id)
+        self.fingerprint = fingerprint + hashlib.sha256(self._content).hexdigest()
+        if (self.bos_id, self.eos_id) != (bos, eos):
+            self.fingerprint += f"-{self.bos_id}-{self.eos_id}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The libraries' own pickles are missing, or forget settings.
+        return type(self), (self._content, self.special)
+
+
+class ListTokenizer(FileTokenizer):
+    """A tokenizer whose library gives the ids of a text as a list."""
 
     def _ids(self, text: str) -> list[int]:
         """Return a new list of the ids of `text`, which UTF-8 can express."""
@@ -122,10 +143,6 @@ class JsonTokenizer(ListTokenizer):
         """Return the text of a token."""
         return str(self._tokenizer.id_to_token(token))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The library's own pickle forgets that special tokens in documents are plain text.
-        return JsonTokenizer, (self._content, self.special)
-
 
 def _load(content: str) -> Any:
     from tokenizers import Tokenizer as Library
@@ -166,23 +183,18 @@ class SentencePieceTokenizer(ListTokenizer):
     def __init__(self, content: bytes, special: SpecialTokens = UNNAMED):
         from sentencepiece import SentencePieceProcessor
 
-        self._content = content
+        self._content, self.special = content, special
         try:
             self._processor = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise ValueError("sentencepiece cannot read it") from None
         self.vocab_size: int = self._processor.vocab_size()
-        bos_id = _id(self._processor.bos_id())
         self.pad_id = _id(self._processor.pad_id())
         eos_id = _id(self._processor.eos_id())
         if eos_id is None:
             raise ValueError("it was trained without an end-of-text token")
-        self.bos_id, self.eos_id = special.find(bos_id, eos_id, self._id_of)
-        self.special = special
-        self.ends = special.ends(self.bos_id)
-        self.fingerprint = "sentencepiece-1-" + hashlib.sha256(content).hexdigest()
-        if (self.bos_id, self.eos_id) != (bos_id, eos_id):
-            self.fingerprint += f"-{self.bos_id}-{self.eos_id}"
+        bos_id = _id(self._processor.bos_id())
+        self._set_special("sentencepiece-1-", bos_id, eos_id, self._id_of)
 
     @staticmethod
     def recognises(content: bytes) -> bool:
@@ -208,9 +220,6 @@ class SentencePieceTokenizer(ListTokenizer):
     def token_name(self, token: int) -> str:
         """Return the text of a token."""
         return str(self._processor.id_to_piece(token))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceTokenizer, (self._content, self.special)
 
 
 def _id(number: int) -> int | None:

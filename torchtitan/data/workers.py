@@ -9,7 +9,7 @@ import atexit
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.config import DataError
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.packing import Sample
-from torchtitan.utils.processes import STOP_SIGNALS, end_with_parent
+from torchtitan.utils.processes import STOP_SIGNALS, end_with_parent, worker_context
 from torchtitan.utils.torch_compat import hide_worker_info
 
 
@@ -77,7 +77,7 @@ class SampleStream:
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             worker_init_fn=_prepare_worker,
-            multiprocessing_context=_context() if num_workers else None,
+            multiprocessing_context=worker_context(__name__) if num_workers else None,
             # Its seeds are drawn from this, and not from the numbers that training may draw.
             generator=torch.Generator(),
         )
@@ -150,14 +150,6 @@ def _close(stream: "weakref.ref[SampleStream]") -> None:
 
 def _identity(item: Any) -> Any:
     return item
-
-
-def _context() -> Any:
-    methods: Sequence[str] = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
-    return context
 
 
 def _prepare_worker(worker: int) -> None:

@@ -16,7 +16,6 @@ from torchtitan.distributed.context import DistributedContext
 from torchtitan.utils.torch_compat import local_tensor
 
 _NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_NAMES = 3
 
 
 def non_finite(tensors: Mapping[str, Tensor], may_be_infinite: Container[str] = ()) -> list[str]:
@@ -58,9 +57,3 @@ def non_finite_on_any_rank(
     if not number.item():
         return []
     return list(dict.fromkeys(name for names in world.gather_json(mine) for name in names))
-
-
-def some_of(names: list[str]) -> str:
-    """The first few of `names`, and how many there are besides."""
-    rest = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_EXPONENT = 709.0
 METRICS_FILE = "metrics.jsonl"
 RANKS_FOLDER = "metrics"
 """Below the run folder, with `save_for_all_ranks`: the metrics of ranks other than 0."""
@@ -151,7 +151,7 @@ class MetricsLogger:
         self._interval_steps += 1
         self._interval_tokens += num_tokens
         if self._console is not None:
-            self._guarded(self._console, lambda sink: self._advance(step))
+            self._guarded(self._console, lambda sink: sink.advance(step))
         if not self.is_logged(step):
             return
         if self._sinks:
@@ -179,7 +179,7 @@ class MetricsLogger:
         record = {
             "step": step,
             f"{place}/loss": value,
-            f"{place}/perplexity": _perplexity(value),
+            f"{place}/perplexity": math.inf if value > _LARGEST_EXPONENT else math.exp(value),
             f"{place}/num_targets": num_targets,
         }
         self._each_sink(lambda sink: sink.write(record))
@@ -199,12 +199,7 @@ class MetricsLogger:
     def __enter__(self) -> "MetricsLogger":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *details: object) -> None:
         self.close(failed=kind is not None)
 
     def _record(self, step: int, values: Record, num_targets: int) -> Record:
@@ -265,20 +260,15 @@ class MetricsLogger:
             openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
             fancy = is_terminal() and not section.disable_color_printing
-            openers.append(("the console", lambda: self._open_console(fancy, fancy and rank == 0)))
+            bar = fancy and rank == 0
+            openers.append(("the console", lambda: ConsoleSink(self._run.steps, fancy, bar)))
         for name, open_sink in openers:
             try:
                 self._sinks.append(open_sink())
             except Exception as error:
                 self._warn(name, error)
-
-    def _open_console(self, color: bool, bar: bool) -> ConsoleSink:
-        self._console = ConsoleSink(self._run.steps, color=color, bar=bar)
-        return self._console
-
-    def _advance(self, step: int) -> None:
-        if self._console is not None:
-            self._console.advance(step)
+        consoles = (sink for sink in self._sinks if isinstance(sink, ConsoleSink))
+        self._console = next(consoles, None)
 
     def _each_sink(self, action: Callable[[Any], None]) -> None:
         for sink in list(self._sinks):
@@ -318,13 +308,6 @@ def _peak_flops(section: Metrics, device: torch.device) -> float | None:
             name,
         )
     return known
-
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def metrics_file(folder: Path, rank: int) -> Path:

@@ -12,6 +12,7 @@ https://docs.pytorch.org/memory_viz to see it.
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ class Profiler:
         self,
         section: Profiling,
         folder: Path,
-        *,
         rank: int,
         device: torch.device,
         start_step: int = 0,
@@ -93,15 +93,8 @@ class Profiler:
     def _write(self, profile: Any) -> None:
         if self._ended:  # the run's end cut this one off, perhaps before its first step
             return
-        folder = self._folder / f"iteration_{self._step}"
-        path = folder / f"rank{self._rank}_trace.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(str(path))
-        except Exception as error:  # a trace is never worth a run
-            logger.warning("the trace %s cannot be written, training continues: %r", path, error)
-            return
-        logger.info("Wrote the profiler trace %s", path)
+        path = self._folder / f"iteration_{self._step}" / f"rank{self._rank}_trace.json"
+        _write("profiler trace", path, profile.export_chrome_trace)
 
 
 class MemorySnapshots:
@@ -116,20 +109,27 @@ class MemorySnapshots:
     def step(self, step: int) -> None:
         """Write a snapshot if one is due after `step`."""
         if step % self._freq == 0:
-            self._write(f"iteration_{step}")
+            self._write(step)
 
     def close(self, step: int, error: BaseException | None = None) -> None:
         """Stop recording after `step` steps; write a snapshot first if memory ran out."""
         if isinstance(error, torch.OutOfMemoryError):
-            self._write(f"iteration_{step}_exit")
+            self._write(step, "_exit")
         torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _write(self, name: str) -> None:
-        path = self._folder / name / f"rank{self._rank}_memory_snapshot.pickle"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(path))
-        except Exception as error:  # a snapshot is never worth a run
-            logger.warning("the snapshot %s cannot be written, training continues: %r", path, error)
-            return
-        logger.info("Wrote the memory snapshot %s", path)
+    def _write(self, step: int, suffix: str = "") -> None:
+        folder = self._folder / f"iteration_{step}{suffix}"
+        path = folder / f"rank{self._rank}_memory_snapshot.pickle"
+        _write("memory snapshot", path, torch.cuda.memory._dump_snapshot)
+
+
+def _write(what: str, path: Path, write: Callable[[str], Any]) -> None:
+    """Write a file; a failure is a warning, because no trace is worth a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(str(path))
+    except Exception as error:
+        text = "the %s %s cannot be written, training continues: %r"
+        logger.warning(text, what, path, error)
+    else:
+        logger.info("Wrote the %s %s", what, path)

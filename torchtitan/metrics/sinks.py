@@ -23,12 +23,13 @@ from torchtitan.config.registry import Registry, require_word
 from torchtitan.config.schema import Section
 from torchtitan.config.value_errors import settings_of, validated
 from torchtitan.metrics.goodput import SHARE_PREFIX
+from torchtitan.utils.files import replace_file, sync_folder
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
 _REQUIRED = ("resume", "write", "flush", "close")
-_MAX_LISTED = 5
 Record = dict[str, Any]
 
 TENSORBOARD_TAGS = {
@@ -185,12 +186,8 @@ class JsonLinesSink:
             self.flush()
             return
         # By a rename: a crash here leaves the old file or the new one, not half of it.
-        replacement = self._path.with_name(self._path.name + ".tmp")
-        with open(replacement, "wb") as file:
+        with replace_file(self._path) as file:
             file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(replacement, self._path)
         self._file.close()
         self._open()
 
@@ -220,12 +217,11 @@ class JsonLinesSink:
         while (aside := Path(f"{self._path}.damaged-{number}")).exists():
             number += 1
         shutil.copyfile(self._path, aside)
-        shown = ", ".join(map(str, damaged[:_MAX_LISTED])) + ", ..." * (len(damaged) > _MAX_LISTED)
         logger.warning(
             "%s: line %s cannot be read and is removed, so the curve may have a gap; the old file"
             " is kept as %s",
             self._path,
-            shown,
+            some_of(list(map(str, damaged))),
             aside.name,
         )
 
@@ -233,11 +229,7 @@ class JsonLinesSink:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self._length = self._file.seek(0, os.SEEK_END)
         # The name must survive a failure of the machine as well as the lines.
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self._path.parent)
 
 
 class TensorBoardSink:

@@ -17,12 +17,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torchtitan.metrics.sinks import Record, tagged
+from torchtitan.metrics.sinks import Record, SinkRun, tagged
 from torchtitan.utils.environment import WandbEnvironment
 from torchtitan.utils.redaction import redact_tree
 
@@ -38,38 +38,30 @@ _ANSWER_TIMEOUT_SECONDS = 30.0
 
 
 class WandbSink:
-    """A wandb run, started on creation; `config` is uploaded without secrets.
+    """A wandb run, started on creation; the config is uploaded without secrets.
 
-    `rank` is None unless every rank has its own wandb run; these form a group.
+    Where every rank writes, each has its own wandb run; these form a group.
     """
 
     name = "Weights & Biases"
     keeps_trying = False
 
-    def __init__(
-        self,
-        folder: Path,
-        run_id: str,
-        config: Mapping[str, Any],
-        environment: WandbEnvironment,
-        description: str = "",
-        rank: int | None = None,
-    ):
-        suffix = "" if rank is None else f"-rank{rank}"
-        name = environment.name or folder.name
+    def __init__(self, run: SinkRun, environment: WandbEnvironment, description: str = ""):
+        suffix = "" if run.rank is None else f"-rank{run.rank}"
+        name = environment.name or run.folder.name
         self._run = _start(
             environment.mode,
-            dir=str(folder),
-            id=(environment.run_id or run_id) + suffix,
+            dir=str(run.folder),
+            id=(environment.run_id or run.run_id) + suffix,
             resume="allow",
             project=environment.project or DEFAULT_PROJECT,
             entity=environment.entity,
             name=name + suffix,
-            group=environment.group or (name if rank is not None else None),
+            group=environment.group or (name if run.rank is not None else None),
             job_type=environment.job_type,
             tags=list(environment.tags) or None,
             notes=environment.notes or description or None,
-            config=redact_tree(config),
+            config=redact_tree(run.config),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

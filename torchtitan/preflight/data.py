@@ -6,12 +6,12 @@ from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
-from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family
 from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
+from torchtitan.utils.text import plural
 
 _LONGEST_SEPARATOR = 256
 _ROUND_TRIP = "Round trip: 3 words,\n    indented; naïve café, 数学 1234.5!"

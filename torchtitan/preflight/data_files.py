@@ -20,8 +20,8 @@ from torchtitan.data.named_sources import (
     named_sources,
     validation_sets,
 )
-from torchtitan.data.pieces import plural
 from torchtitan.data.registry import build_source
+from torchtitan.utils.text import plural
 
 if TYPE_CHECKING:
     from torchtitan.data.files import FileSource
@@ -205,7 +205,7 @@ def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
 def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
     """Check tokens: made by this tokenizer, undamaged, enough for a step."""
     from torchtitan.data.document_ends import document_tokenizer
-    from torchtitan.data.token_files import TokenFileError
+    from torchtitan.data.token_files import TokenFileError, check_digests
     from torchtitan.data.token_source import tokenizer_problem, unusable
     from torchtitan.data.tokenizers import build_tokenizer
 
@@ -213,7 +213,7 @@ def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
     try:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         problem = tokenizer_problem(source, document_tokenizer(tokenizer, config.data), path)
-        source.check_content(_SAMPLED_TOKEN_BYTES)
+        check_digests(source.folder, source.index, _SAMPLED_TOKEN_BYTES)
     except TokenFileError as error:
         return [unusable(error, path or "")]
     except ConfigError:  # reported by the check of the tokenizer

@@ -25,15 +25,13 @@ from torchtitan.data.named_sources import validation_sets
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import non_finite_on_any_rank, some_of
+from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
 from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
-from torchtitan.metrics.profiler import Profiler
 from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
-from torchtitan.optim import optimizer
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
 from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
@@ -49,15 +47,9 @@ from torchtitan.utils.environment import read_wandb
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
-
-
-def build_optimizers(
-    config: JobConfig, model: BuiltModel, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """Build an optimizer for each part of the model, or for each parameter."""
-    return optimizer.build_optimizers(config.optimizer, model.parts, device, model.parameter_names)
 
 
 def load(
@@ -250,16 +242,10 @@ def build_metrics(
     """Open the metrics of the run; call `resume` before the first step."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
     rank = world.rank if config.metrics.save_for_all_ranks else None
-    if config.metrics.enable_wandb:
-        more_sinks[WandbSink.name] = lambda: WandbSink(
-            folder.path,
-            folder.decision.run_id,
-            config.model_dump(mode="json"),
-            read_wandb(),
-            config.job.description,
-            rank,
-        )
     run = SinkRun(folder.path, folder.decision.run_id, config.model_dump(mode="json"), rank)
+    if config.metrics.enable_wandb:
+        description = config.job.description
+        more_sinks[WandbSink.name] = lambda: WandbSink(run, read_wandb(), description)
     for name in config.metrics.sinks:
         more_sinks[name] = sink_opener(config.sinks, name, run)
     measured = MeasuredRun(
@@ -273,15 +259,6 @@ def build_metrics(
         seconds_before=seconds_since_start(),
     )
     return MetricsLogger(config.metrics, measured, more_sinks)
-
-
-def build_profiler(
-    config: JobConfig, folder: RunFolder, world: DistributedContext, step: int
-) -> Profiler:
-    """Build the profiler of a run that continues after `step`."""
-    return Profiler(
-        config.profiling, folder.path, rank=world.rank, device=world.device, start_step=step
-    )
 
 
 def describe(

@@ -18,7 +18,9 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.metrics.profiler import Profiler
 from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
+from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.training import builder, model_builder
 from torchtitan.training.ending import (
@@ -46,7 +48,7 @@ def train(
 
     `progress` is kept up to date, also for when an exception ends the run.
     """
-    config, training = context.config, context.config.training
+    config, training, comm = context.config, context.config.training, context.config.comm
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
@@ -57,14 +59,17 @@ def train(
         model = model_builder.build_model(
             config, tokenizer.vocab_size, mesh, dims, world.device, initialise=not manager.loads
         )
-        optimizers = builder.build_optimizers(config, model, world.device)
+        optimizers = build_optimizers(
+            config.optimizer, model.parts, world.device, model.parameter_names
+        )
         schedule = Schedule(config.lr_scheduler, training.steps)
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
         runner = builder.build_runner(config, model, mesh, dims, world.device)
         step = first_step = progress.step = progress.first_step = manager.state.step
         progress.saved_step = manager.saved_step
-        profiler = stack.enter_context(builder.build_profiler(config, folder, world, step))
+        profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)
+        stack.enter_context(profiler)
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
         nonfinite_guard = builder.build_nonfinite_guard(config, world, model, optimizers, manager)
         ahead = Prefetch(
@@ -87,9 +92,7 @@ def train(
             seen, summary = metrics.num_tokens_seen, loader.data_summary
             state = RunState(step, seen, None, loader.fingerprint, summary)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
-            with timeout(
-                world, config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
-            ):
+            with timeout(world, comm.init_timeout_seconds, comm.train_timeout_seconds):
                 parts, handlers = model.parts, model.handlers
                 manager.save(state, lanes, parts, optimizers, finished, last, handlers)
 
@@ -147,7 +150,7 @@ def train(
                 bad_rows=agreed.bad_rows,
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
-                set_timeout(world, config.comm.train_timeout_seconds)
+                set_timeout(world, comm.train_timeout_seconds)
             if validator.is_due(step, last=step == training.steps):
                 nonfinite_guard.flush()
                 validator.run(step, metrics)

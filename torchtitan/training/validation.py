@@ -83,7 +83,7 @@ class Validator:
                 ahead.start()  # while the device is still at work
                 num_targets += agreed.num_targets
                 num_batches += 1
-                self._garbage.validation_batch(num_batches)
+                self._garbage.step(num_batches, "validation batch")
                 if time.monotonic() - logged > _SECONDS_BETWEEN_LINES:
                     logged = time.monotonic()
                     logger.info(

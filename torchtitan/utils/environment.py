@@ -41,7 +41,7 @@ class EnvironmentFaults(ValueError):
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
-    """Return the place of this process; raise `EnvironmentFaults` with everything wrong."""
+    """The place of this process among all processes of the run."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,59 +51,43 @@ class ProcessEnvironment:
     """A launcher started this process, so there is a rendezvous to join."""
 
 
-def read_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
-    """The place of this process; raises `EnvironmentFaults` with everything that is wrong."""
-    environ = os.environ if environ is None else environ
-    faults: list[EnvironmentFault] = []
-    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
-    rank = _read(environ, "RANK", 0, 0, faults)
-    local_rank = _read(environ, "LOCAL_RANK", 0, 0, faults)
-    local_world_size = _read(environ, "LOCAL_WORLD_SIZE", 1, 1, faults)
+def read_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
+    """Return the place of this process; raise `EnvironmentFaults` with everything wrong."""
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, world_size, local_rank, local_world_size = _read(environ, *variables)
     launched = bool(environ.get("RANK")) or world_size > 1
-    if not faults and launched:
-        faults.extend(_contradictions(environ, rank, world_size, local_rank, local_world_size))
-    if faults:
+    place = ProcessEnvironment(rank, world_size, local_rank, local_world_size, launched)
+    if launched and (faults := _contradictions(environ, place)):
         raise EnvironmentFaults(faults)
-    return ProcessEnvironment(rank, world_size, local_rank, local_world_size, launched)
+    return place
 
 
-def read_world_size(environ: Mapping[str, str] | None = None) -> int:
+def read_world_size(environ: Mapping[str, str] = os.environ) -> int:
     """Return `WORLD_SIZE`, for looking at a config from outside a run; 1 when unset."""
-    environ = os.environ if environ is None else environ
-    faults: list[EnvironmentFault] = []
-    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
-    if faults:
-        raise EnvironmentFaults(faults)
-    return world_size
+    return _read(environ, "WORLD_SIZE")[0]
 
 
-def read_place(environ: Mapping[str, str] | None = None) -> ProcessEnvironment:
+def read_place(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
     """Return `RANK` (0 when unset) of `WORLD_SIZE`, for a dry run as one rank.
 
     Raises:
         EnvironmentFaults: the rank is not below the world size.
     """
-    environ = os.environ if environ is None else environ
-    faults: list[EnvironmentFault] = []
-    world_size = _read(environ, "WORLD_SIZE", 1, 1, faults)
-    rank = _read(environ, "RANK", 0, 0, faults)
-    if not faults and rank >= world_size:
-        faults.append(_rank_too_high(rank, world_size, f"set it to 0 up to {world_size - 1}"))
-    if faults:
-        raise EnvironmentFaults(faults)
+    rank, world_size = _read(environ, "RANK", "WORLD_SIZE")
+    if rank >= world_size:
+        fix = f"set it to 0 up to {world_size - 1}"
+        raise EnvironmentFaults([_rank_too_high(rank, world_size, fix)])
     return ProcessEnvironment(rank, world_size)
 
 
-def is_quiet_rank(environ: Mapping[str, str] | None = None) -> bool:
+def is_quiet_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether rank 0 reports issues for this process; False without `MASTER_ADDR`."""
-    environ = os.environ if environ is None else environ
     launched = bool(environ.get("MASTER_ADDR", "").strip())
     return launched and environ.get("RANK", "0").strip() not in ("", "0")
 
 
-def is_restart(environ: Mapping[str, str] | None = None) -> bool:
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether this is a restart: a job that Slurm requeued, or processes of torchrun."""
-    environ = os.environ if environ is None else environ
     counts = (environ.get(name, "").strip() for name in _RESTART_COUNTS)
     return any(re.fullmatch(r"[0-9]+", count) and int(count) > 0 for count in counts)
 
@@ -123,9 +107,8 @@ class WandbEnvironment:
     tags: tuple[str, ...] = ()
 
 
-def read_wandb(environ: Mapping[str, str] | None = None) -> WandbEnvironment:
+def read_wandb(environ: Mapping[str, str] = os.environ) -> WandbEnvironment:
     """Return wandb's variables, by TorchTitan's names for them and by wandb's own."""
-    environ = os.environ if environ is None else environ
 
     def first(*names: str) -> str | None:
         values = (environ.get(name, "").strip() for name in names)
@@ -155,41 +138,38 @@ def guess_device_type() -> str:
     return "cuda" if any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")) else "cpu"
 
 
-def _read(
-    environ: Mapping[str, str],
-    variable: str,
-    default: int,
-    least: int,
-    faults: list[EnvironmentFault],
-) -> int:
-    text = environ.get(variable, "").strip()
-    if not text:
-        return default
-    if not re.fullmatch(r"-?[0-9]+", text):
-        faults.append(EnvironmentFault(variable, text, "is not an integer"))
-        return default
-    if int(text) < least:
-        faults.append(EnvironmentFault(variable, text, f"must be at least {least}"))
-        return default
-    return int(text)
+def _read(environ: Mapping[str, str], *variables: str) -> list[int]:
+    """Return variables as integers: sizes are 1 or more, and 1 if unset; ranks start at 0."""
+    values, faults = [], []
+    for variable in variables:
+        text = environ.get(variable, "").strip()
+        least = 1 if variable.endswith("SIZE") else 0
+        values.append(int(text) if re.fullmatch(r"-?[0-9]+", text) else least)
+        if text and not re.fullmatch(r"-?[0-9]+", text):
+            faults.append(EnvironmentFault(variable, text, "is not an integer"))
+        elif values[-1] < least:
+            faults.append(EnvironmentFault(variable, text, f"must be at least {least}"))
+    if faults:
+        raise EnvironmentFaults(faults)
+    return values
 
 
 def _contradictions(
-    environ: Mapping[str, str], rank: int, world_size: int, local_rank: int, local_world_size: int
+    environ: Mapping[str, str], place: ProcessEnvironment
 ) -> list[EnvironmentFault]:
     faults = []
     needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    if world_size > 1:
+    if place.world_size > 1:
         needed.append("LOCAL_RANK")
     for variable in needed:
         if not environ.get(variable, "").strip():
             others = ", ".join(name for name in needed if environ.get(name))
             faults.append(EnvironmentFault(variable, None, f"is missing although {others} is set"))
-    if rank >= world_size:
-        faults.append(_rank_too_high(rank, world_size))
-    if environ.get("LOCAL_WORLD_SIZE") and local_rank >= local_world_size:
-        problem = f"must be below LOCAL_WORLD_SIZE = {local_world_size}"
-        faults.append(EnvironmentFault("LOCAL_RANK", str(local_rank), problem))
+    if place.rank >= place.world_size:
+        faults.append(_rank_too_high(place.rank, place.world_size))
+    if environ.get("LOCAL_WORLD_SIZE") and place.local_rank >= place.local_world_size:
+        problem = f"must be below LOCAL_WORLD_SIZE = {place.local_world_size}"
+        faults.append(EnvironmentFault("LOCAL_RANK", str(place.local_rank), problem))
     return faults
 
 
@@ -243,7 +223,7 @@ _LAUNCHERS = (
 )
 
 
-def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
+def adopt_place(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables of torchrun from those of srun or mpirun.
 
     Does nothing where `RANK` or `WORLD_SIZE` is set already.
@@ -252,7 +232,6 @@ def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
         EnvironmentFaults: a launcher has started several processes, but does not say enough to join
             them.
     """
-    environ = os.environ if environ is None else environ
     if any(environ.get(name, "").strip() for name in _DECIDED_BY_USER):
         return
     started = [launcher for launcher in _LAUNCHERS if (_number(environ, launcher.size) or 0) > 1]
@@ -271,9 +250,8 @@ def adopt_place(environ: MutableMapping[str, str] | None = None) -> None:
         )
 
 
-def is_torchrun_s(environ: Mapping[str, str] | None = None) -> bool:
+def is_torchrun_s(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether torchrun started this process."""
-    environ = os.environ if environ is None else environ
     return "TORCHELASTIC_RUN_ID" in environ
 
 

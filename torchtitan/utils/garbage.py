@@ -11,9 +11,9 @@ them: the collector then runs after every step, and the log says what was kept a
 
 import gc
 import logging
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
+
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,32 +42,24 @@ class GarbageCollection:
         gc.freeze()
         return self
 
-    def step(self, step: int) -> None:
-        """Call once a step, on every rank."""
-        self._after(step, "step")
-
-    def validation_batch(self, number: int) -> None:
-        """Call once a batch of a validation, on every rank: there may be many between two steps."""
-        self._after(number, "validation batch")
-
-    def _after(self, number: int, what: str) -> None:
+    def step(self, number: int, what: str = "step") -> None:
+        """Call on every rank after each step, and after each batch of a validation."""
         if self._debug:
-            self._collect_and_tell(f"{what} {number}")
+            self._collect_and_report(f"{what} {number}")
         elif number % self._freq == 0:
             gc.collect()
 
-    def _collect_and_tell(self, place: str) -> None:
-        tensors = tensors_in_garbage()
-        kind = ", ".join(sorted({holders for _, holders in tensors}))
-        if tensors and kind not in self._told:
+    def _collect_and_report(self, place: str) -> None:
+        sizes, holders = _collect_tensors()
+        kind = some_of(sorted(holders), _MAX_HOLDERS) or "themselves"
+        if sizes and kind not in self._told:
             self._told.add(kind)
-            size = sum(size for size, _ in tensors) / _MIB
             logger.warning(
                 "After %s the garbage collector freed %d tensors of %.2f MiB, which were kept"
                 " alive by: %s. What refers to itself in a circle frees nothing until it runs.",
                 place,
-                len(tensors),
-                size,
+                len(sizes),
+                sum(sizes) / _MIB,
                 kind,
             )
 
@@ -77,11 +69,13 @@ class GarbageCollection:
             gc.enable()
 
 
-def tensors_in_garbage() -> list[tuple[int, str]]:
-    """Collect; return the size in bytes of each tensor that was freed, and its holders.
+def _collect_tensors() -> tuple[list[int], set[str]]:
+    """Collect; return the size in bytes of each tensor that was freed, and what held them.
 
-    The tensors are kept for a look before they are freed, so two collections are run.
+    The garbage is kept for a look before it is freed, so two collections are run.
     """
+    import torch
+
     flags, before = gc.get_debug(), len(gc.garbage)
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
@@ -90,35 +84,19 @@ def tensors_in_garbage() -> list[tuple[int, str]]:
         gc.set_debug(flags)
     garbage = gc.garbage[before:]
     del gc.garbage[before:]
-    found = _tensors_among(garbage)
-    del garbage
-    gc.collect()
-    return found
-
-
-def _tensors_among(garbage: Sequence[Any]) -> list[tuple[int, str]]:
-    """Find tensors in garbage.
-
-    A tensor that a circle refers to, without leading back to it, is no garbage itself: it is found
-    through the objects of the circle.
-    """
-    import torch
-
-    found: dict[int, int] = {}
-    holders: dict[int, Counter[str]] = {}
+    sizes: dict[int, int] = {}
+    holders = set()
     for holder in garbage:
+        # A tensor that a circle refers to, without leading back to it, is no garbage itself.
         for item in (holder, *gc.get_referents(holder)):
             if isinstance(item, torch.Tensor):
-                found[id(item)] = item.numel() * item.element_size()
-                holders.setdefault(id(item), Counter())
+                sizes[id(item)] = item.nbytes
                 if item is not holder:
-                    holders[id(item)][_describe(holder)] += 1
-    return [(size, _names(holders[key])) for key, size in found.items()]
-
-
-def _names(holders: Counter[str]) -> str:
-    names = [name for name, _ in holders.most_common(_MAX_HOLDERS)]
-    return " and ".join(sorted(names)) or "itself"
+                    holders.add(_describe(holder))
+    del garbage
+    holder = item = None
+    gc.collect()
+    return list(sizes.values()), holders
 
 
 def _describe(holder: Any) -> str:

@@ -62,6 +62,16 @@ _GRACE_SECONDS = 300
 """For saving, once the launcher is gone: as long as ranks wait for each other in a save."""
 
 
+def worker_context(*preload: str) -> Any:
+    """Return the `multiprocessing` context of workers, which have imported `preload`."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    return context
+
+
 def end_with_parent() -> None:
     """End this child of `multiprocessing` when its parent does, even a killed one.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.checkpoint.disk_space import file_limit_problems, shown_bytes
+from torchtitan.checkpoint.disk_space import file_limit_problems
+from torchtitan.utils.text import format_bytes
 
 _NO_INODES = """
 import os, sys
@@ -51,7 +52,7 @@ def test_status_is_told_where_no_file_can_be_made(tmp_path: Path) -> None:
 def test_bytes_are_shown_in_a_unit_that_fits() -> None:
     numbers = (0, 704, 1024, 1_572_864, 150 * 2**20, 2 * 2**30, 3.5 * 2**40)
     shown = "0 bytes, 704 bytes, 1.0 KiB, 1.5 MiB, 150 MiB, 2.0 GiB, 3.5 TiB"
-    assert ", ".join(map(shown_bytes, numbers)) == shown
+    assert ", ".join(map(format_bytes, numbers)) == shown
 
 
 def test_limit_on_the_size_of_files_is_told_before_training(tmp_path: Path) -> None:

@@ -156,12 +156,15 @@ REFUSED = {
     "tokenizer-elsewhere": (
         ["--repo_id=mine/nested"],
         {},
-        ["it has original/tokenizer.model: call this with `--tokenizer_path original`"],
+        ["it has original/tokenizer.model: name the folder of one by --tokenizer_path"],
     ),
     "tokenizer-not-in-there": (
         ["--repo_id=mine/open", "--tokenizer_path=original"],
         {},
-        ["looked for original/tokenizer.json, original/tokenizer.model", "call this without it"],
+        [
+            "looked for original/tokenizer.json, original/tokenizer.model",
+            "it has tokenizer.json: name the folder of one",
+        ],
     ),
     "no-folder": (
         ["--repo_id=mine/open", "--local_dir=/dev/null/below"],

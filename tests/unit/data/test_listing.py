@@ -15,6 +15,7 @@ from torchtitan.data.identity import content_digests, differences, fingerprint_o
 from torchtitan.data.listing import list_files
 from torchtitan.preflight.data import check_environment
 from torchtitan.preflight.data_files import describe_data
+from torchtitan.utils.text import format_bytes
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def described(path, **changes):
 
 
 def test_a_line_says_what_is_read_and_what_is_left_out(folder, tmp_path):
-    size = sum((folder / name).stat().st_size for name in ("a.jsonl", "sub/b.jsonl"))
+    size = format_bytes(sum((folder / name).stat().st_size for name in ("a.jsonl", "sub/b.jsonl")))
     line, ends = described(folder)
-    assert line == f"training data ({folder}): 2 files, {size / 1024:,.2f} KiB"
+    assert line.startswith(f"training data ({folder}): 2 files, {size}; left out: 2 beginning with")
     assert ends == "each document is <start> TEXT <end>"
     for name in ("README.md", "x.data", ".hidden.jsonl", "_lang=en/c.jsonl", ".git/objects/1"):
         (folder / name).write_text("{}")
@@ -44,11 +45,11 @@ def test_a_line_says_what_is_read_and_what_is_left_out(folder, tmp_path):
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     line, _ = described(folder)
     head, _, left_out = line.partition("; left out: ")
-    assert head == f"training data ({folder}): 2 files, {size / 1024:,.2f} KiB"
+    assert head == f"training data ({folder}): 2 files, {size}"
     assert "1 empty (empty.jsonl)" in left_out
-    assert "1 not regular (fifo.jsonl is a FIFO)" in left_out
-    assert "1 in folders that are links (linked/)" in left_out
-    for part in ("2 of another kind (", ".md", ".data", "3 whose name, or folder,", ".git/"):
+    assert "1 not regular (fifo.jsonl)" in left_out
+    assert "1 links to folders (linked/)" in left_out
+    for part in ("2 of another kind (", ".md", ".data", "3 beginning with", ".git/"):
         assert part in left_out
     assert "_lang=en/" in left_out and ".hidden.jsonl" in left_out
 
@@ -58,7 +59,7 @@ def test_a_run_says_it_too(folder, caplog):
     (folder / "README.md").write_text("words")
     Run(make_config(str(folder)))
     assert f"Reads training data ({folder}): 2 files" in caplog.text
-    assert "left out: 1 of another kind (.md)" in caplog.text
+    assert ", 1 of another kind (.md)" in caplog.text
     assert "each document is <start> TEXT <end>" in caplog.text
 
 
@@ -133,10 +134,10 @@ def test_wrong_paths_are_told_apart(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "loop.jsonl").symlink_to("loop.jsonl")
     for path, text in (
-        ("one", "is a link in a loop of links"),
+        ("one", "Too many levels of symbolic links"),
         ("nowhere", "is a link to absent.jsonl, which does not exist"),
-        ("fifo", "is a FIFO, not a file or folder"),
-        ("in", "is a link in a loop of links"),
+        ("fifo", "is neither a file nor a folder"),
+        ("in", "Too many levels of symbolic links"),
         ("absent", "does not exist"),
     ):
         assert text in only(check_environment(facts_for(tmp_path / path))).problem, path

@@ -322,8 +322,6 @@ def test_sources_stand_alone(tmp_path):
     assert problem.key == "training.dataset"
     problem = only(check_static(mixed_facts(a, b, data__epochs=2)))
     assert problem.key == "data.epochs" and "training.steps" in problem.fix
-    with pytest.raises(ConfigError, match=r"data\.epochs"):
-        Run(make_config([a, b], epochs=2))
 
 
 def test_problems_name_the_table(tmp_path):

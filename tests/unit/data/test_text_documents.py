@@ -171,9 +171,9 @@ def test_a_missing_separator_is_searched_once(tmp_path, monkeypatch):
     """Not from every cut to the end of the file, which may be large."""
     searches = []
 
-    def search(*args):
+    def search(*args, **kwargs):
         searches.append(args)
-        return next_document(*args)
+        return next_document(*args, **kwargs)
 
     next_document = pieces._next_document
     monkeypatch.setattr(pieces, "_next_document", search)

@@ -10,7 +10,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import non_finite, non_finite_on_any_rank, some_of
+from torchtitan.distributed.finiteness import non_finite, non_finite_on_any_rank
+from torchtitan.utils.text import some_of
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
 
@@ -40,7 +41,7 @@ def test_what_is_finite_is_not_named() -> None:
 
 def test_names_are_listed_in_order_and_shortened() -> None:
     tensors = {name: holding(math.nan, torch.float32) for name in "edcba"}
-    assert some_of(non_finite(tensors)) == "e, d, c and 2 more"
+    assert some_of(non_finite(tensors)) == "e, d, c, and 2 more"
     assert some_of(["a"]) == "a"
 
 

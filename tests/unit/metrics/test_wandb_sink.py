@@ -17,6 +17,7 @@ from tests.wandb_file import offline_runs
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.metrics import wandb_sink
+from torchtitan.metrics.sinks import SinkRun
 from torchtitan.metrics.wandb_sink import WandbSink
 from torchtitan.preflight.outputs import check_environment
 from torchtitan.utils.environment import WandbEnvironment, read_wandb
@@ -43,9 +44,8 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def opener(folder: Path, **arguments: Any) -> dict[str, Any]:
     environment = WandbEnvironment(**{"mode": "offline", **arguments.pop("environment", {})})
-    return {
-        "Weights & Biases": lambda: WandbSink(folder, "abc123", CONFIG, environment, **arguments)
-    }
+    run = SinkRun(folder, "abc123", CONFIG, arguments.pop("rank", None))
+    return {"Weights & Biases": lambda: WandbSink(run, environment, **arguments)}
 
 
 def test_records_arrive_under_the_tags_of_tensorboard(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_cycles_are_freed_at_every_freq_th_step_only() -> None:
 def test_batches_of_a_validation_count_by_themselves() -> None:
     with GarbageCollection(freq=2) as collection:
         node = weakref.ref(Node())
-        collection.validation_batch(1)
+        collection.step(1, "validation batch")
         assert node() is not None
-        collection.validation_batch(2)
+        collection.step(2, "validation batch")
         assert node() is None
 
 
@@ -91,7 +91,7 @@ def test_debug_names_what_keeps_tensors_alive(caplog: pytest.LogCaptureFixture) 
         circle: list[object] = [torch.zeros(8)]
         circle.append(circle)
         del circle
-        collection.validation_batch(5)
+        collection.step(5, "validation batch")
         assert "After validation batch 5 " in warnings_of(caplog)[1]
     assert gc.garbage == [] and gc.get_debug() == 0 and gc.isenabled()
 
