@@ -76,16 +76,16 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     flag_values = {**today, **flags.values}
 
     values = _merge(table, flag_values)
-    settled = compat.settle(values, file, flags, today)
+    compat.settle(values, file, flags, today)
     config, value_problems = _validate(values, list(flag_values))
     written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
-    problems += [*file.problems, *flags.problems, *settled.problems]
+    problems += [*file.issues, *flags.issues]
     problems += [_by_written_name(problem, written) for problem in value_problems]
     if config is None or problems:
         raise ConfigError(problems)
     from_file = dict.fromkeys(_leaves(values), str(path))
-    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *settled.by_flags], COMMAND_LINE)
-    notices = (*command_line.notices, *settled.notices)
+    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *flags.changed], COMMAND_LINE)
+    notices = (*command_line.notices, *file.notices.values(), *flags.notices.values())
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
     origins |= from_file
     origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
     table, problems = split_known(rest)
     file = compat.translate(old, _leaves(rest))
     _, secrets = split_known(_merge({}, file.values))
-    file.problems += [*problems, *secrets]
+    file.issues += [*problems, *secrets]
     return _merge(table, file.values), file
 
 

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torchtitan.config.compat.keys import MISNAMED
-from torchtitan.config.compat.translate import old_defaults, today_name
+from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS
+from torchtitan.config.compat.translate import today_name
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.utils.redaction import names_a_secret
@@ -90,7 +90,7 @@ def unknown_key(
     if from_command_line and name in known_sections():
         fix = f"write `--{name}.KEY`; keys: {', '.join(_keys_in(name))}"
         return ConfigIssue(shown, "is a section, not a setting", fix)
-    names = [*known_keys(), *old_defaults()]
+    names = [*known_keys(), *OLD_KEYS]
     siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
     if siblings and section:
         match = siblings.get(nearest(last, siblings) or "")
