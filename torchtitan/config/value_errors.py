@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import Key, example_table, keys_of, known_keys
-from torchtitan.config.schema import Section
+from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.schema import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean
 
 _NEEDS = {
@@ -80,7 +80,8 @@ def _issues(
     found = []
     for detail in error.errors(include_url=False):
         name, value = _dotted(detail["loc"]), detail["input"]
-        text, fix = _describe(detail, keys.get(name), keys, name in flags)
+        key = keys.get(name) or keys.get(name.partition("[")[0])
+        text, fix = _describe(detail, key, keys, name in flags)
         missing = {} if detail["type"] in ("missing", "extra_forbidden") else {"value": value}
         if isinstance(value, datetime.date | datetime.time | dict) and missing:
             missing = {"value": str(value)}
@@ -92,34 +93,40 @@ def _describe(
     detail: ErrorDetails, key: Key | None, keys: Mapping[str, Key], is_flag: bool
 ) -> tuple[str, str]:
     """Return what is wrong, and the fix."""
-    kind, value = detail["type"], detail["input"]
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in _NEEDS:
-        fix = _example(key or keys.get(_dotted(detail["loc"]).partition("[")[0]))
-        if is_flag:
-            return f"needs {_NEEDS[kind]}", fix
-        if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
-            fix += ", without quotes"
-        return f"needs {_NEEDS[kind]}, and this is {_TYPES.get(type(value), 'a date')}", fix
+        return _wrong_type(_NEEDS[kind], value, key, is_flag)
     if kind in _BOUNDS:
         name, relation = _BOUNDS[kind]
-        bound = detail["ctx"][name]
-        if isinstance(bound, int) and abs(bound) >= 2**63 - 1:
+        if isinstance(context[name], int) and abs(context[name]) >= MAX_INT64:
             return "does not fit in 64 bits", "write a smaller number"
-        return f"must be {relation} {bound}", _in_range(key)
+        return f"must be {relation} {context[name]}", _in_range(key)
     if kind == "finite_number":
         return "is not a finite number", _in_range(key)
     if kind == "literal_error":
         choices = key.choices if key else ()
-        expected = str(detail["ctx"]["expected"])
-        return "is not a choice", did_you_mean(str(value), choices) if choices else expected
+        fix = did_you_mean(str(value), choices) if choices else str(context["expected"])
+        return "is not a choice", fix
     if kind == "missing":
         return "is missing", f"add `{detail['loc'][-1]} = ...`"
     if kind == "extra_forbidden":
         return "is unknown", did_you_mean(str(detail["loc"][-1]), _siblings(detail["loc"], keys))
     if kind == "value_error":
-        text, _, fix = str(detail["ctx"]["error"]).partition(". Fix: ")
+        text, _, fix = str(context["error"]).partition(". Fix: ")
         return text, fix or "correct the value"
-    return detail["msg"], _example(key)
+    return detail["msg"], "correct the value"
+
+
+def _wrong_type(needs: str, value: Any, key: Key | None, is_flag: bool) -> tuple[str, str]:
+    """Return what is wrong with a value's type, and the fix. On the command line all is text."""
+    fix = f"write {needs}"
+    if key is not None and key.kind != "bool":
+        fix += f", for example {key.example}"
+    if is_flag:
+        return f"needs {needs}", fix
+    if isinstance(value, str) and needs in ("an integer", "a number", "true or false"):
+        fix += ", without quotes"
+    return f"needs {needs}, and this is {_TYPES.get(type(value), 'a date')}", fix
 
 
 def _siblings(location: tuple[int | str, ...], keys: Mapping[str, Key]) -> list[str]:
@@ -131,35 +138,11 @@ def _siblings(location: tuple[int | str, ...], keys: Mapping[str, Key]) -> list[
 
 
 def _in_range(key: Key | None) -> str:
-    if key is None:
+    if key is None or key.kind not in ("int", "float"):
         return "choose a value in range"
-    default = "" if key.default is None else f"; the default is {_shown(key.default)}"
+    default = "" if key.default is None else f"; the default is {key.example}"
     infinite = ", or `inf`" if "`inf`" in key.doc else ""
     return f"choose a number{key.bounds and ' '}{key.bounds}{infinite}{default}"
-
-
-def _example(key: Key | None) -> str:
-    if key is None:
-        return "correct the value"
-    if key.choices:
-        return f"choose from {', '.join(key.choices)}"
-    number = {"int": "8", "float": "0.1"}.get(key.kind, "")
-    example = _shown(key.default) if key.default not in (None, (), {}) else number
-    examples = {
-        "bool": "true or false",
-        "int": f"an integer, for example {example}",
-        "float": f"a number, for example {example}",
-        "str": "text, in quotes",
-        "strings": 'a list of texts, for example ["a", "b"]',
-        "lists": 'a list of lists, for example [["a", "b"], ["c"]]',
-        "tables": f"a list of tables, for example {example_table(key)}",
-        "table": "a table",
-    }
-    return f"write {examples[key.kind]}"
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
