@@ -231,7 +231,9 @@ VALUES = [
     value("training.mixed_precision_param", '"bf16"', "choose from"),
     value("training.document_mask", "1", "needs true or false, and this is an integer"),
     value("training.document_mask", '"true"', "write true or false, without quotes"),
-    value("parallelism.module_fqns_per_model_part", '"a"', "needs a list", "a list, for example [["),
+    value(
+        "parallelism.module_fqns_per_model_part", '"a"', "needs a list", "a list, for example [["
+    ),
     value("parallelism.module_fqns_per_model_part", '["a"]', '[0] = "a": needs a list', '[["a"'),
     value("parallelism.module_fqns_per_model_part", "[[1]]", "[0][0] = 1: needs text"),
     value("parallelism.pipeline_parallel_schedule", '"1f1b"', 'did you mean "1F1B"?'),
