@@ -317,14 +317,14 @@ ARITHMETIC_CASES = [
     Bad("tensor", ["divide model.args.n_heads"], None, ["parallelism.tensor_parallel_degree=3"], 3),
     Bad(
         "context-length",
-        ["seq_len = 2050: ", "degree = 2 needs a multiple of 4", "set it to 2048 or 2052"],
+        ["seq_len = 2050: is not a multiple of 4", "degree = 2", "such as 2052"],
         None,
         ["parallelism.context_parallel_degree=2", "training.seq_len=2050"],
         2,
     ),
     Bad(
         "context-heads",
-        ["ulysses", "8 heads of queries and 4 of keys", "one of 1, 2, 4, 8,", "allgather or ring"],
+        ["ulysses", "8 heads of queries and 4 of keys", "divisor of 4,", "allgather or ring"],
         None,
         [
             "parallelism.context_parallel_degree=16",
@@ -333,8 +333,14 @@ ARITHMETIC_CASES = [
         16,
     ),
     Bad("pipeline", ["has 6 layers", "6"], None, ["parallelism.pipeline_parallel_degree=7"], 7),
-    Bad("batch", ["8 x 2 = 16", "16 or 32"], None, ["training.global_batch_size=24", LOCAL], 2),
-    Bad("small-batch", ["8 x 2 = 16", "to 16,"], None, ["training.global_batch_size=8", LOCAL], 2),
+    Bad("batch", ["8 x 2 = 16", "such as 32"], None, ["training.global_batch_size=24", LOCAL], 2),
+    Bad(
+        "small-batch",
+        ["8 x 2 = 16", "such as 16"],
+        None,
+        ["training.global_batch_size=8", LOCAL],
+        2,
+    ),
     Bad("batch-zero", ["at least 1, or -1"], None, ["training.global_batch_size=0"], 1),
     Bad("lanes", ["data.lanes"], None, ["data.lanes=3"], 1),
     Bad("lanes-mesh", ["data.lanes", "2"], None, ["data.lanes=1"], 2),

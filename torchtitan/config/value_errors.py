@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, keys_of, known_keys
 from torchtitan.config.schema import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean
@@ -49,29 +49,6 @@ def problems_of_table(
     except (AssertionError, ValueError):  # registered settings of types that TOML lacks
         keys = {}
     return _issues(error, table + ".", keys, frozenset())
-
-
-def settings_of(thing: Any, what: str) -> type[Section]:
-    """Return the `Settings` of a registered class or function, an empty `Section` without one.
-
-    Raises TypeError, in which the thing is called `what`, if they are not a `Section`.
-    """
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of {what} is not a Section")
-    return settings
-
-
-def validated(settings: type[Section], values: Any, table: str) -> Any:
-    """Return `settings` made of a free-form table's values.
-
-    Raises:
-        ConfigError: a key of `table` is unknown, or its value does not fit.
-    """
-    try:
-        return settings.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, table, settings)) from None
 
 
 def _issues(

@@ -134,26 +134,22 @@ def check_same_data(context: RunContext) -> list[ConfigIssue]:
     from torchtitan.checkpoint import stored_run
     from torchtitan.checkpoint.decision import decide, resolved_config
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
+    from torchtitan.data import identity, loader
+    from torchtitan.data.tokenizers import build_tokenizer
 
     config = context.config
     try:
         decision = decide(config, context, Path(config.job.dump_folder).resolve())
         config = resolved_config(config, decision)
         state = stored_run.stored_state(config, decision)
-    except (ConfigError, InvalidCheckpoint):
-        return []
-    if state.get("data_fingerprint") is None:
-        return []
-    from torchtitan.data import identity, loader
-    from torchtitan.data.tokenizers import build_tokenizer
-
-    try:
+        if state.get("data_fingerprint") is None:
+            return []
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         mixture = loader.build_mixture(
             config.training, config.data, config.debug.seed, tokenizer, decision.num_lanes
         )
         now = loader.data_facts(mixture)  # reads the files
-    except (ConfigError, DataError):
+    except (ConfigError, DataError, InvalidCheckpoint):
         return []
     if identity.names_data(state["data_fingerprint"], now):
         return []
@@ -164,9 +160,7 @@ def check_same_data(context: RunContext) -> list[ConfigIssue]:
 
 def report(issues: Iterable[ConfigIssue], quiet: bool = False) -> None:
     """Print each issue once to stderr; `quiet` is for ranks that see what rank 0 prints."""
-    if quiet:
-        return
-    for issue in issues:
+    for issue in () if quiet else issues:
         print(f"{issue.severity}: {issue}", file=sys.stderr)
 
 
@@ -175,11 +169,10 @@ def require(
 ) -> list[ConfigIssue]:
     """Run the phases, print the warnings and return them; raise `ConfigError` with the errors."""
     issues = preflight(context, phases)
-    errors = errors_of(issues)
-    warnings = [issue for issue in issues if issue not in errors]
+    warnings = [issue for issue in issues if issue.severity != "error"]
     report(warnings, quiet)
-    if errors:
-        raise ConfigError(errors)
+    if len(warnings) < len(issues):
+        raise ConfigError(errors_of(issues))
     return warnings
 
 

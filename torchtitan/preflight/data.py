@@ -2,13 +2,13 @@
 
 import codecs
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
-from torchtitan.models.registry import get_family
+from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.data_files import check_data_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
@@ -55,33 +55,22 @@ def check_tokenizer(context: RunContext, with_model: bool = True) -> list[Config
     problems = _vocabulary_problems(context, tokenizer.vocab_size) if with_model else []
     problems += check_ends(tokenizer, context.config.data)
     back = tokenizer.decode(tokenizer.encode(_ROUND_TRIP, bos=False, eos=False))
-    if back == _ROUND_TRIP:
-        return problems
-    return [
-        *problems,
-        ConfigIssue(
-            KEY,
-            f"does not give back the text that it encodes: {_ROUND_TRIP!r} comes back as {back!r}",
-            "check that it suits your text; ignore this if it folds case or blanks on purpose",
-            value=path,
-            severity="warning",
-        ),
-    ]
+    if back != _ROUND_TRIP:
+        text = f"does not give back the text that it encodes: {_ROUND_TRIP!r} becomes {back!r}"
+        fix = "check that it suits your text; ignore this if it folds case or blanks on purpose"
+        problems.append(warning(KEY, text, fix, path))
+    return problems
 
 
 def _vocabulary_problems(context: RunContext, vocab_size: int) -> list[ConfigIssue]:
     """Return problems of the model that come with the tokenizer's vocabulary."""
     model = context.config.model
+    if model_args(model) is None:
+        return []  # reported by the check of the model
     try:
-        family = get_family(model.name)
-        family.resolve(model)
-    except ConfigError:
-        return []
-    try:
-        args = family.resolve(model, vocab_size)
+        return model_problems(context, get_family(model.name).resolve(model, vocab_size))
     except ConfigError as error:
         return error.problems
-    return model_problems(context, args)
 
 
 def check_dataset(named: NamedSource) -> list[ConfigIssue]:
@@ -150,47 +139,29 @@ def _check_lanes(context: RunContext) -> list[ConfigIssue]:
         problem = f"does not divide the global batch of {batch} sequences"
         problems.append(ConfigIssue("data.lanes", problem, f"set a divisor of {batch}", lanes))
     if lanes % dp:
-        fix = f"set data.lanes to a multiple of {dp} that divides the global batch of {batch}"
-        if batch % dp:
-            fix = f"set training.global_batch_size to a multiple of {dp}"
         origin = "" if context.config.data.lanes else " (chosen from training.global_batch_size)"
         problem = f"{plural(lanes, 'lane')}{origin} cannot be shared by {dp} data-parallel ranks"
+        fix = f"set training.global_batch_size to a multiple of {dp}, and data.lanes, too, if set"
         problems.append(ConfigIssue("data.lanes", problem, fix, context.config.data.lanes))
     return problems
 
 
 def _check_workers(context: RunContext) -> list[ConfigIssue]:
     options = context.config.training.dataloader
-    key = "training.dataloader.num_workers"
     if options.num_workers == 0:
         return check_prefetching(options, "training.dataloader")
-    own = context.num_lanes // context.dp_degree
-    if own == 0 or context.num_lanes % context.dp_degree:
+    own, rest = divmod(context.num_lanes, context.dp_degree)
+    if rest or own % options.num_workers == 0:
         return []
-    used = max(n for n in range(1, own + 1) if own % n == 0 and n <= options.num_workers)
-    if used == options.num_workers:
-        return []
-    return [
-        ConfigIssue(
-            key,
-            f"the {own} data lanes of a rank are served by {used} processes",
-            f"set {used}, or another divisor of {own}",
-            value=options.num_workers,
-            severity="warning",
-        )
-    ]
+    problem = f"does not divide the {own} data lanes of a rank, so fewer processes serve them"
+    fix = f"set a divisor of {own}"
+    return [warning("training.dataloader.num_workers", problem, fix, options.num_workers)]
 
 
 def check_prefetching(options: Dataloader, place: str) -> list[ConfigIssue]:
     """Warn of prefetching without worker processes, in the table at `place`."""
     if options.num_workers or options.prefetch_factor is None:
         return []
-    return [
-        ConfigIssue(
-            f"{place}.prefetch_factor",
-            "nothing is read ahead without worker processes",
-            f"remove it, or set {place}.num_workers above 0",
-            value=options.prefetch_factor,
-            severity="warning",
-        )
-    ]
+    problem = "nothing is read ahead without worker processes"
+    fix = f"remove it, or set {place}.num_workers above 0"
+    return [warning(f"{place}.prefetch_factor", problem, fix, options.prefetch_factor)]

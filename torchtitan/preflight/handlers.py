@@ -56,33 +56,28 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
     """Check that the packages exist, without importing them."""
     for name, entry in chosen.items():
-        if entry.package and not _is_installed(entry.package):
+        if not entry.package:
+            continue
+        try:
+            found = find_spec(entry.package)
+        except ModuleNotFoundError:  # what a dotted name begins with
+            found = None
+        if found is None:
             problem = f"it needs {entry.package}, which is not installed"
             what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
             yield ConfigIssue("model.handlers", problem, f"pip install {what}", value=name)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # what a dotted name begins with
-        return False
-
-
-def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
-    names, problems = list(chosen), []
+def _check_order(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
+    names = list(chosen)
     for place, (name, entry) in enumerate(chosen.items()):
-        for earlier in entry.after:
-            if earlier in names[place:]:
-                fix = f"list {earlier} before {name}"
-                problem = f"has to come after {earlier}"
-                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
+        for earlier in (other for other in entry.after if other in names[place:]):
+            fix = f"list {earlier} before {name}"
+            yield ConfigIssue("model.handlers", f"has to come after {earlier}", fix, name)
         for other in entry.excludes:
             if other in chosen:
-                problem = f"cannot be combined with {other}"
-                fix = f"leave out {name} or {other}"
-                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
-    return problems
+                problem, fix = f"cannot be combined with {other}", f"leave out {name} or {other}"
+                yield ConfigIssue("model.handlers", problem, fix, name)
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:

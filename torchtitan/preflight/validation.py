@@ -93,5 +93,5 @@ def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
     if batch is None or mesh.pipeline_parallel_degree == 1 or batch % size == 0:
         return
     problem = f"is not a multiple of parallelism.pipeline_parallel_microbatch_size = {size}"
-    fix = f"set it to {-(-batch // size) * size}, or leave it unset"
+    fix = "set it to a multiple, or leave it unset"
     yield ConfigIssue(f"{VALIDATION}.local_batch_size", problem, fix, batch)
