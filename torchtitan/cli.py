@@ -153,12 +153,30 @@ class _Parser(argparse.ArgumentParser):
             key = f"{self.prog} {word}".removeprefix("torchtitan ")
             fix = did_you_mean(word, self._commands)
             raise ConfigError(ConfigIssue(key, "is not a command", fix))
-        return super().parse_known_args(args, namespace)
+        settings: list[str] = []
+        if self.get_default("settings") is not None:
+            args, settings = _split_settings(args or ())
+        namespace, rest = super().parse_known_args(args, namespace)
+        return namespace, [*rest, *settings]
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         name = self.prog.removeprefix("torchtitan ")
         raise ConfigError(ConfigIssue(name, redact(message), f"write `{self.usage_text()}`"))
+
+
+def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part `--section.key value ...` from the rest: argparse rejects a value such as `-hello`."""
+    others: list[str] = []
+    settings: list[str] = []
+    target = others
+    for word in words:
+        if word.startswith("--"):
+            target = settings if "." in word.partition("=")[0] else others
+        elif word == "-h":
+            target = others
+        target.append(word)
+    return others, settings
 
 
 def _train(parser: _Parser) -> None:

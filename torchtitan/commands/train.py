@@ -76,7 +76,9 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
         """Check again: batch size and lanes may be those of the stored run, on another mesh."""
         # The warnings are printed above.
         preflight.require(replace(context, config=resolved), [preflight.ARITHMETIC], quiet=True)
-        preflight.require_same_data(context)
+        issues = preflight.check_same_data(context)
+        if issues:
+            raise ConfigError(issues)
 
     return run_training(loaded.config, place, check_environment, check_resolved, stop)
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS
-from torchtitan.config.compat.translate import is_old_section, today_name
+from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS, TODAY
+from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.schema import MAX_INT64
@@ -38,7 +38,8 @@ def split_known(
             fix = f"write a table: [{name}], and its keys below it"
             issues.append(ConfigIssue(name, "is a section, not a value", fix, value))
         elif name in known_keys():  # the users of a free-form table check its keys
-            issues += _free_issues(name, value) if is_table else secrets_in(name, value)
+            issues += _free_issues(name, value) if is_table else ()
+            issues += [secret_issue(name)] if not is_table and is_secret("", value) else []
             known[key] = value
         elif name in known_sections() or (is_table and is_old_section(name)):
             inner, found = split_known(value, name + ".")
@@ -66,14 +67,9 @@ def _free_issues(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
         elif isinstance(value, dict):
             yield from _free_issues(name, value)
         else:
-            yield from secrets_in(name, value)
+            if is_secret("", value):
+                yield secret_issue(name)
             yield from _value_issues(name, value)
-
-
-def secrets_in(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Yield an issue when a value, or anything in it, looks like a secret."""
-    if is_secret("", value):
-        yield secret_issue(name)
 
 
 def _value_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
@@ -117,7 +113,7 @@ def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> 
     names = [*known_keys(), *OLD_KEYS, *(_SPECIAL_FLAGS if dashes else ())]
     siblings = {n.rpartition(".")[2]: n for n in names if section and n.startswith(section + ".")}
     match = siblings.get(nearest(last, siblings) or "") if siblings else nearest(name, names)
-    hint = f"did you mean `{dashes}{today_name(match)}`? " if match else ""
+    hint = f"did you mean `{dashes}{TODAY.get(match, match)}`? " if match else ""
     if section not in known_sections():
         sections = ", ".join(f"[{known}]" for known in known_sections())
         return ConfigIssue(shown, "is unknown", f"{hint}The sections are {sections}")

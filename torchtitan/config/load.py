@@ -113,7 +113,7 @@ def _validate(
     try:
         return JobConfig.model_validate(values), []
     except ValidationError as error:
-        return None, problems_of(error, flags)
+        return None, problems_of(error, known_keys(), flags=flags)
 
 
 def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:

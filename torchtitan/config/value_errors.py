@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.fields import Key, keys_of, known_keys
+from torchtitan.config.fields import Key, keys_of
 from torchtitan.config.schema import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean
 
@@ -32,14 +32,6 @@ _TYPES = {bool: "a boolean", int: "an integer", float: "a decimal number", str: 
 _TYPES |= {list: "a list", dict: "a table"}
 
 
-def problems_of(error: ValidationError, flags: Sequence[str] = ()) -> list[ConfigIssue]:
-    """Return an issue per error of a config.
-
-    `flags` are the keys that came from the command line, where every value is text.
-    """
-    return _issues(error, "", known_keys(), frozenset(flags))
-
-
 def problems_of_table(
     error: ValidationError, table: str, settings: type[Section]
 ) -> list[ConfigIssue]:
@@ -48,12 +40,16 @@ def problems_of_table(
         keys = {key.name: key for key in keys_of(settings)}
     except (AssertionError, ValueError):  # registered settings of types that TOML lacks
         keys = {}
-    return _issues(error, table + ".", keys, frozenset())
+    return problems_of(error, keys, prefix=table + ".")
 
 
-def _issues(
-    error: ValidationError, prefix: str, keys: Mapping[str, Key], flags: frozenset[str]
+def problems_of(
+    error: ValidationError, keys: Mapping[str, Key], prefix: str = "", flags: Sequence[str] = ()
 ) -> list[ConfigIssue]:
+    """Return an issue per error of a config.
+
+    `flags` are the keys that came from the command line, where every value is text.
+    """
     found = []
     for detail in error.errors(include_url=False):
         name, value = _dotted(detail["loc"]), detail["input"]

@@ -206,11 +206,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> ConfigIssue:
+def too_few_shards(
+    num_shards: int, num_lanes: int, set_lanes: int | None, unit: str = "part"
+) -> ConfigIssue:
     """Return the problem of data that cannot be dealt to all lanes."""
     return ConfigIssue(
         "data.lanes",
-        f"the data give {plural(num_shards, 'part')}, too few for {plural(num_lanes, 'lane')}",
+        f"the data give {plural(num_shards, unit)}, too few for {plural(num_lanes, 'lane')}",
         f"set data.lanes to at most {num_shards}, or give more data",
         value=set_lanes,
     )

@@ -91,9 +91,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     A vocabulary that the tokenizer decides is not compared.
     """
     config, section = context.config, context.config.checkpoint
-    if not section.enable or section.initial_load_path is None:
-        return []
-    if set(config.model.handlers) - _HARMLESS_HANDLERS:
+    adds_parameters = set(config.model.handlers) - _HARMLESS_HANDLERS
+    if not section.enable or section.initial_load_path is None or adds_parameters:
         return []
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":

@@ -9,7 +9,7 @@ from torchtitan.data.named_sources import NamedSource, check_sources, named_sour
 from torchtitan.data.pieces import plural
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family, model_args
-from torchtitan.preflight.data_files import check_data_files
+from torchtitan.preflight.data_files import check_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
 
@@ -38,8 +38,10 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Check the files of tokenizer and data: present, readable, enough, as expected."""
-    problems = check_tokenizer(context)
-    return problems if check_data(context) else problems + check_data_files(context)
+    problems, config = check_tokenizer(context), context.config
+    if check_data(context):
+        return problems
+    return problems + check_files(context, named_sources(config.training, config.data))
 
 
 def check_tokenizer(context: RunContext, with_model: bool = True) -> list[ConfigIssue]:

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,13 +13,12 @@ from torchtitan.config.errors import ConfigError, ConfigIssue, DataError, warnin
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import DAMAGED_FILE
-from torchtitan.data.named_sources import NamedSource, named_sources
-from torchtitan.data.pieces import plural
+from torchtitan.data.named_sources import NamedSource
+from torchtitan.data.pieces import Shard, too_few_shards
 from torchtitan.data.registry import build_source
 
 if TYPE_CHECKING:
     from torchtitan.data.files import FileSource
-    from torchtitan.data.pieces import Shard
     from torchtitan.data.sources import Source
     from torchtitan.data.token_source import TokenSource
 
@@ -39,19 +38,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SKIP = 'set data.on_bad_row = "skip" to leave such rows out'
 
 
-def check_data_files(context: RunContext) -> list[ConfigIssue]:
-    """Check the files of all sources; `check_data` must have found nothing."""
-    return check_source_files(
-        context, named_sources(context.config.training, context.config.data), {}
-    )
-
-
-def check_source_files(
-    context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
+def check_files(
+    context: RunContext, sources: list[NamedSource], earlier: list[NamedSource] | None = None
 ) -> list[ConfigIssue]:
-    """Check the files of `sources`; `files` are those of earlier sources."""
+    """Check the files of sources whose keys are sound, and of `earlier` ones for the same files."""
     problems: list[ConfigIssue] = []
-    sources = list(sources)
+    files = _files_of(earlier or [])
     for named in sources:
         data = named.data if context.full else _lightly(named.data)
         config = context.config.model_copy(update={"training": named.training, "data": data})
@@ -80,7 +72,7 @@ def _lightly(data: Data) -> Data:
     return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
 
 
-def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
+def _files_of(sources: list[NamedSource]) -> dict[str, NamedSource]:
     """Return the files of those sources that have files, by their real paths."""
     files: dict[str, NamedSource] = {}
     for named in sources:
@@ -115,7 +107,6 @@ def _check_shared_files(
 def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """Check that there is data for all lanes, the first rows, and truncated files."""
     from torchtitan.data.files import FileSource
-    from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.token_source import TokenSource
 
     problems = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
@@ -180,13 +171,11 @@ def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
         return [unusable(error, path or "")]
     except ConfigError:  # reported by the check of the tokenizer
         return []
-    problems = [problem] if problem is not None else []
-    if problem is not None and problem.severity == "error":
-        return problems
-    return problems + _check_amount(context, source.index.num_tokens, "tokens")
+    found = [] if problem is None else [problem]
+    return found + _check_amount(context, source.index.num_tokens, "tokens")
 
 
-def _check_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
+def _check_rows(context: RunContext, source: "Source", shards: list[Shard]) -> list[ConfigIssue]:
     """Check the first rows of some shards.
 
     The first unusable row is an error where the policy for rows makes it one. Rows without any
@@ -241,11 +230,9 @@ def _check_amount(context: RunContext, amount: int, unit: str) -> list[ConfigIss
 
 
 def _check_whole_files(
-    context: RunContext, source: "FileSource", shards: "list[Shard]"
+    context: RunContext, source: "FileSource", shards: list[Shard]
 ) -> list[ConfigIssue]:
     """Read small files that are not cut into ranges to their end: enough rows, not truncated."""
-    from torchtitan.data.pieces import Shard
-
     budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
     problems = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
@@ -275,7 +262,7 @@ def _check_whole_files(
 
 
 def _check_shared_rows(
-    context: RunContext, source: "Source", shards: "list[Shard]"
+    context: RunContext, source: "Source", shards: list[Shard]
 ) -> list[ConfigIssue]:
     """Check that data whose rows the lanes share by stride have a row for each lane."""
     strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
@@ -290,10 +277,7 @@ def _check_shared_rows(
 
 
 def _too_few_documents(count: int, context: RunContext) -> ConfigIssue:
-    text = f"the data hold {plural(count, 'document')}, too few for"
-    fix = f"set data.lanes to at most {count}, or give more data"
-    lanes = plural(context.num_lanes, "lane")
-    return ConfigIssue("data.lanes", f"{text} {lanes}", fix, context.config.data.lanes)
+    return too_few_shards(count, context.num_lanes, context.config.data.lanes, "document")
 
 
 def _key(context: RunContext) -> str:

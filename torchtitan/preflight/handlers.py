@@ -23,7 +23,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     problems = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
     if problems:
         return problems
-    for name in dict.fromkeys([*chosen, *context.config.handlers]):
+    for name in dict.fromkeys([*chosen, *tables]):
         problems += _asked(name, "Settings", partial(_settings_problems, context, name))
     if problems:
         return problems
@@ -56,13 +56,7 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
     """Check that the packages exist, without importing them."""
     for name, entry in chosen.items():
-        if not entry.package:
-            continue
-        try:
-            found = find_spec(entry.package)
-        except ModuleNotFoundError:  # what a dotted name begins with
-            found = None
-        if found is None:
+        if entry.package and find_spec(entry.package.partition(".")[0]) is None:
             problem = f"it needs {entry.package}, which is not installed"
             what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
             yield ConfigIssue("model.handlers", problem, f"pip install {what}", value=name)
@@ -95,12 +89,10 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
 
     Handlers after a registered one, which may add modules and parameters, judge at the start.
     """
-    config = context.config
-    if not config.model.handlers:
-        return []
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.named import NamedHandler
 
+    config = context.config
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
     issues: list[ConfigIssue] = []
     for name in config.model.handlers:

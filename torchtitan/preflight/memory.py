@@ -17,28 +17,24 @@ _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Return problems of settings that do not fit together; reads no file."""
-    return [
-        *_cpu_offload(context),
-        *_early_step(context),
-        *_memory_budget(context),
-        *_activation_offload(context),
-    ]
+    return [*_offload(context), *_early_step(context), *_memory_budget(context)]
 
 
-def _cpu_offload(context: RunContext) -> Iterator[ConfigIssue]:
+def _offload(context: RunContext) -> Iterator[ConfigIssue]:
     config = context.config
-    if not config.training.enable_cpu_offload:
-        return
     copies = config.parallelism.data_parallel_replicate_degree
     shards = context.shard_degree * config.parallelism.context_parallel_degree
-    if copies > 1 and shards == 1:
+    if config.training.enable_cpu_offload and copies > 1 and shards == 1:
         problem = f"FSDP does it, and {copies} copies of the model without shards are DDP"
         fix = "set parallelism.data_parallel_shard_degree above 1 (HSDP), or this to false"
-        yield ConfigIssue(OFFLOAD_KEY, problem, fix, value=True)
-    elif context.device_type == "cpu":
-        problem = "a run on CPUs has its parameters in host memory already: it changes nothing"
-        fix = "use it with CUDA, or set it to false"
-        yield warning(OFFLOAD_KEY, problem, fix, True)
+        yield ConfigIssue(OFFLOAD_KEY, problem, fix, True)
+    for key, is_set in (
+        (OFFLOAD_KEY, config.training.enable_cpu_offload),
+        (ACTIVATIONS_KEY, config.activation_checkpoint.offload),
+    ):
+        if is_set and context.device_type == "cpu":
+            problem = "a run on CPUs has everything in host memory already: it only costs copies"
+            yield warning(key, problem, "use it with CUDA, or set it to false", True)
 
 
 def _early_step(context: RunContext) -> Iterator[ConfigIssue]:
@@ -75,11 +71,3 @@ def _memory_budget(context: RunContext) -> Iterator[ConfigIssue]:
         problem = f"the backend {backend} does not choose what is recomputed"
         fix = f'set handlers.compile.backend to "inductor", {other}'
         yield ConfigIssue(MODE_KEY, problem, fix, "memory_budget")
-
-
-def _activation_offload(context: RunContext) -> Iterator[ConfigIssue]:
-    config = context.config
-    if config.activation_checkpoint.offload and context.device_type == "cpu":
-        problem = "activations of a run on CPUs are in host memory already: it only costs copies"
-        fix = "use it with CUDA, or set it to false"
-        yield warning(ACTIVATIONS_KEY, problem, fix, True)

@@ -1,6 +1,7 @@
 """Checks of `[optimizer]`, `[lr_scheduler]` and `[loss]`. Imports torch in no function."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
@@ -37,10 +38,9 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Ask a registered schedule for its factors at some steps."""
     section = context.config.lr_scheduler
-    if section.name == BUILT_IN_NAME:
-        return []
     try:
-        Schedule(section, context.config.training.steps).try_some()
+        if section.name != BUILT_IN_NAME:
+            Schedule(section, context.config.training.steps).try_some()
     except ConfigError as error:
         return error.problems
     return []
@@ -51,12 +51,10 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     section = context.config.optimizer
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     issues = check_patterns(section, list(shapes))
-    try:
+    with suppress(ConfigError):  # reported by `check_static`
         entry = OPTIMIZERS.get(section.name)
         if entry is not None and entry.check_names is not None:
             issues += entry.check_names(optimizer_settings(section), shapes)
-    except ConfigError:
-        pass  # reported by `check_static`
     return issues
 
 
@@ -64,11 +62,10 @@ def _named(
     section: Any, key: str, kind: str, registry: Registry[Any], settings: Callable[[Any], object]
 ) -> list[ConfigIssue]:
     """Check the registered name of a section, and the settings in its `args`."""
-    name = section.name
     try:
-        if registry.get(name) is None:
-            fix = fix_of_registered(name, registry)
-            return [ConfigIssue(key, f"is not {kind}", fix, name)]
+        if registry.get(section.name) is None:
+            fix = fix_of_registered(section.name, registry)
+            return [ConfigIssue(key, f"is not {kind}", fix, section.name)]
         settings(section)
     except ConfigError as error:
         return error.problems
@@ -111,8 +108,7 @@ def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Ite
         value = getattr(section, key)
         if key in keys and value != field.default:
             fix = f"leave it out; {name} has its own settings in [{table}.args]"
-            problem = f"{name} has no use for it"
-            yield warning(f"{table}.{key}", problem, fix, value)
+            yield warning(f"{table}.{key}", f"{name} has no use for it", fix, value)
 
 
 def _learning_rate(context: RunContext) -> Iterator[ConfigIssue]:
@@ -139,8 +135,8 @@ def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
         fix = f"set it to at most {steps}, or train for more steps"
         yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
     elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:
-        decay = section.decay(steps)
-        problem = f"a decay of {decay} steps and a warmup of {warmup} do not fit into {steps} steps"
+        decay = f"a decay of {section.decay(steps)} steps"
+        problem = f"{decay} and a warmup of {warmup} do not fit into {steps} steps"
         fix = "lower it, or shorten the warmup"
         yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
 

@@ -67,8 +67,7 @@ def _missing_package(key: str, package: str) -> ConfigIssue:
 
 
 def _sinks(context: RunContext) -> Iterator[ConfigIssue]:
-    config = context.config
-    chosen = config.metrics.sinks
+    config, chosen = context.config, context.config.metrics.sinks
     yield from issues_of_names("sink", "metrics.sinks", chosen, config.sinks, SINKS)
     for name in dict.fromkeys([*chosen, *config.sinks]):
         try:

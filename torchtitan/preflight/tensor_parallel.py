@@ -13,10 +13,7 @@ ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of the degree and of `enable_async_tensor_parallel`.
-
-    A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.
-    """
+    """Return issues of the degree and of `enable_async_tensor_parallel`."""
     section = context.config.parallelism
     degree, args = section.tensor_parallel_degree, model_args(context.config.model)
     problems = list(_async(context)) if section.enable_async_tensor_parallel else []

@@ -87,15 +87,20 @@ _FLOAT8: dict[str, Any] = {
     "recipe_name": "",
 }
 _MX = {"filter_fqns": [], "mxfp8_dim1_cast_kernel_choice": "", "recipe_name": ""}
-HANDLER_TABLES: dict[str, tuple[str, Mapping[str, Any]]] = {
+HANDLER_TABLES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "compile": ("compile", {"backend": ""}),
     "float8": ("float8", _FLOAT8),
     "mx": ("mxfp8", {"filter_fqns": []}),
     "quantize.linear.float8": ("float8", _FLOAT8),
     "quantize.linear.mx": ("mxfp8", _MX),
 }
-"""Tables whose settings are in [handlers.NAME] today: the handler, and the settings with a value of
-their type. Without the handler they mean nothing, and are left out."""
+HANDLER_SETTINGS = {
+    f"{table}.{key}": (f"handlers.{handler}.{key}", value)
+    for table, (handler, settings) in HANDLER_TABLES.items()
+    for key, value in settings.items()
+}
+"""Settings that are in [handlers.NAME] today: that key, and a value of the type. Without the
+handler they mean nothing, and are left out."""
 
 COMPONENTS = "compile.components"
 MICROBATCHES = "experimental.pipeline_parallel_microbatches"
@@ -132,6 +137,9 @@ REASONS = {
 """Why an ignored key is not needed, where that is worth telling."""
 
 
+_MM_SHAPES = "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns"
+
+
 class Feature(NamedTuple):
     """Something that TorchTitan has and this library has not, or not yet.
 
@@ -149,15 +157,7 @@ NOT_BUILT = (
         "a determinism check in activation checkpointing",
         {"activation_checkpoint.determinism_check": ("default", "none")},
     ),
-    Feature(
-        "recomputing matrix products by module",
-        {
-            "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
-                ["moe.router.gate"],
-                [],
-            )
-        },
-    ),
+    Feature("recomputing matrix products by module", {_MM_SHAPES: (["moe.router.gate"], [])}),
     Feature(
         "a picture of memory budgets",
         {"activation_checkpoint.visualize_memory_budget_pareto": (False,)},
@@ -228,11 +228,7 @@ TODAY = {
     **RENAMED,
     **{name: today for name, (today, _) in CONVERTED.items()},
     **dict.fromkeys([*HANDLER_SWITCHES, CONVERTERS], HANDLERS),
-    **{
-        f"{table}.{key}": f"handlers.{handler}.{key}"
-        for table, (handler, settings) in HANDLER_TABLES.items()
-        for key in settings
-    },
+    **{name: today for name, (today, _) in HANDLER_SETTINGS.items()},
     CUSTOM_IMPORT: "job.custom_import",
     MICROBATCHES: MICROBATCH_SIZE,
 }
@@ -241,11 +237,7 @@ TODAY = {
 EXAMPLES: dict[str, Any] = {
     **{name: next(iter(values)) for name, (_, values) in CONVERTED.items()},
     **dict.fromkeys(HANDLER_SWITCHES, False),
-    **{
-        f"{table}.{key}": value
-        for table, (_, settings) in HANDLER_TABLES.items()
-        for key, value in settings.items()
-    },
+    **{name: value for name, (_, value) in HANDLER_SETTINGS.items()},
     **{name: off[0] for feature in NOT_BUILT for name, off in feature.switches.items()},
     **NOT_BUILT_SETTINGS,
     **IGNORED,

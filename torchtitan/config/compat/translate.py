@@ -58,16 +58,11 @@ def is_old(name: str, value: Any) -> bool:
     return name in tables.OLD_KEYS or has_old_value
 
 
-def today_name(name: str) -> str:
-    """Return the key to write instead of an old one; the old one itself if there is none."""
-    return tables.TODAY.get(name, name)
-
-
 def old_key(name: str) -> Key | None:
     """Return how an old key is written on the command line; None if the name is none."""
     if name not in tables.OLD_KEYS:
         return None
-    key = known_keys().get(today_name(name))
+    key = known_keys().get(tables.TODAY.get(name, name))
     if key and (name in tables.RENAMED or name == tables.CONVERTERS):
         return replace(key, name=name, optional=True)
     example = tables.EXAMPLES[tables.RENAMED.get(name, name)]
@@ -104,7 +99,7 @@ def translate(old: Mapping[str, Any], today: Collection[str], dashes: str = "") 
     for name, value in old.items():
         if value is None:  # `None` on the command line: as if it were not there
             continue
-        target = today_name(name)
+        target = tables.TODAY.get(name, name)
         other = target if target in today and target != name else None
         if name not in tables.HANDLER_SWITCHES:
             other = other or result.names.get(target)
@@ -131,7 +126,7 @@ def translate(old: Mapping[str, Any], today: Collection[str], dashes: str = "") 
 def _reject_if_on(name: str, value: Any, result: Translated) -> None:
     """Reject a switch of a feature that does not exist, unless it is off."""
     for feature in tables.NOT_BUILT:
-        off = feature.switches.get(today_name(name))
+        off = feature.switches.get(tables.TODAY.get(name, name))
         if off is not None and not any(_same(item, value) for item in off):
             problem = f"this library does not have {feature.name} yet"
             result.reject(name, problem, feature.instead or "remove it", value)
@@ -165,7 +160,7 @@ def settle(
     """
     for source in (file, flags):
         for name in _PENDING:
-            is_replaced = source is file and {name, today_name(name)} & set(flags_today)
+            is_replaced = source is file and {name, tables.TODAY.get(name, name)} & set(flags_today)
             if name in source.pending and not is_replaced:
                 apply = _switch if name in tables.HANDLER_SWITCHES else _settle
                 apply(values, source, name, source.pending[name])
