@@ -29,24 +29,24 @@ _HARMLESS_HANDLERS = {"compile"}
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
-    problems = _path_problems("job.dump_folder", config.job.dump_folder)
+    issues = _path_problems("job.dump_folder", config.job.dump_folder)
     if section.initial_load_path is not None:
-        problems += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
-    problems += check_name("checkpoint.folder", section.folder)
+        issues += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
+    issues += check_name("checkpoint.folder", section.folder)
     if section.keep_latest_k == 1:
         text = "would leave nothing to fall back to when the only checkpoint is damaged"
         fix = "use 2 or more, or 0 for all"
-        problems.append(ConfigIssue("checkpoint.keep_latest_k", text, fix, 1))
+        issues.append(ConfigIssue("checkpoint.keep_latest_k", text, fix, 1))
     if section.export_dtype != "float32" and not section.last_save_model_only:
         text = "only applies to a last checkpoint without optimizer state, which is not set"
         fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
-        problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
-    problems += setting_problems(section) + _seed_problems(context)
-    return problems + _enable_problems(section, config.training.steps)
+        issues.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
+    issues += setting_problems(section) + _seed_problems(context)
+    return issues + _enable_problems(section, config.training.steps)
 
 
 def _path_problems(key: str, path: str) -> list[ConfigIssue]:
-    """Return problems of a path, such as `s3://...`, which would become a local folder `s3:`."""
+    """Return issues of a path, such as `s3://...`, which would become a local folder `s3:`."""
     if not path or "\0" in path:
         return [ConfigIssue(key, "is not a path", "give the path of a folder", path)]
     if _URI.match(path):
@@ -62,27 +62,27 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     dump_folder = Path(config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
-    problems = check_writable("job.dump_folder", dump_folder.absolute(), str(dump_folder))
-    if problems:
-        return problems
+    issues = check_writable("job.dump_folder", dump_folder.absolute(), str(dump_folder))
+    if issues:
+        return issues
     try:
         if decide(config, context, dump_folder.resolve()).action == "finished":
             return []
     except ConfigError as error:
-        problems += error.problems
+        issues += error.problems
     if not section.enable or starts_anew(config):
-        return problems
+        return issues
     folder = dump_folder.resolve() / section.folder
     if _is_in_memory(folder):
         text = "is in memory (tmpfs): checkpoints there are lost when the machine stops"
-        problems.append(warning("job.dump_folder", text, "use a disk", str(dump_folder)))
+        issues.append(warning("job.dump_folder", text, "use a disk", str(dump_folder)))
     if not section.trust_path:
-        problems += _protection_problems(folder)
+        issues += _protection_problems(folder)
     sizes = [c.manifest for c in inspect_steps(folder) if c.manifest]
     if sizes:  # a resumed run knows how large its checkpoints are
         num_bytes, num_files = sizes[-1].num_bytes, len(sizes[-1].files)
-        problems += space_problems(folder, section, num_bytes, num_files, free_space(folder))
-    return problems
+        issues += space_problems(folder, section, num_bytes, num_files, free_space(folder))
+    return issues
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
@@ -137,31 +137,31 @@ def _enable_problems(section: Checkpoint, steps: int) -> list[ConfigIssue]:
         fix = "set it to less, so that a stopped run can be resumed"
         return [warning("checkpoint.interval", text, fix, section.interval)]
     text = "has no effect, because checkpoint.enable is false"
-    problems = [
+    issues = [
         ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
         for key in ("load_step", "initial_load_path", "load_only", "create_seed_checkpoint")
         if getattr(section, key) != Checkpoint.model_fields[key].default
     ]
-    if not problems and is_long:
+    if not issues and is_long:
         text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
         return [warning("checkpoint.enable", text, "set it to true", False)]
-    return problems
+    return issues
 
 
 def _seed_problems(context: RunContext) -> list[ConfigIssue]:
     section, key = context.config.checkpoint, "checkpoint.create_seed_checkpoint"
     if not section.create_seed_checkpoint:
         return []
-    problems = []
+    issues = []
     if context.world_size > 1:
         text = f"needs a single process, and there are {context.world_size}"
         fix = "start one (NGPU=1), with all degrees of [parallelism] 1"
-        problems.append(ConfigIssue(key, text, fix, True))
+        issues.append(ConfigIssue(key, text, fix, True))
     for name in ("load_only", "initial_load_path"):
         if getattr(section, name):
             text = f"saves initial weights, which contradicts checkpoint.{name}"
-            problems.append(ConfigIssue(key, text, "leave out one of the two", True))
-    return problems
+            issues.append(ConfigIssue(key, text, "leave out one of the two", True))
+    return issues
 
 
 def _protection_problems(folder: Path) -> list[ConfigIssue]:

@@ -42,7 +42,7 @@ def check_files(
     context: RunContext, sources: list[NamedSource], earlier: list[NamedSource] | None = None
 ) -> list[ConfigIssue]:
     """Check the files of sources whose keys are sound, and of `earlier` ones for the same files."""
-    problems: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     files = _files_of(earlier or [])
     for named in sources:
         data = named.data if context.full else _lightly(named.data)
@@ -60,8 +60,8 @@ def check_files(
             found += error.problems
         except DataError as error:
             found.append(ConfigIssue(_key(own), str(error), "correct or replace the file"))
-        problems += [named.under_own_key(problem) for problem in found]
-    return problems
+        issues += [named.under_own_key(problem) for problem in found]
+    return issues
 
 
 def _lightly(data: Data) -> Data:
@@ -109,9 +109,9 @@ def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]
     from torchtitan.data.files import FileSource
     from torchtitan.data.token_source import TokenSource
 
-    problems = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
-    if problems:
-        return problems
+    issues = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
+    if issues:
+        return issues
     shards = source.shards(context.num_lanes)
     if not shards:
         return [ConfigIssue(_key(context), "holds no document", "give data with content")]
@@ -119,15 +119,15 @@ def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]
         return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
     if isinstance(source, TokenSource):
         return _check_tokens(context, source)
-    problems = _check_rows(context, source, shards)
-    is_rejected = any(problem.severity == "error" for problem in problems)
+    issues = _check_rows(context, source, shards)
+    is_rejected = any(problem.severity == "error" for problem in issues)
     if not is_rejected and isinstance(source, FileSource):
         if not any(file.compression for file in source.files):
-            problems += _check_amount(context, sum(file.size for file in source.files), "bytes")
-        return problems + _check_whole_files(context, source, shards)
+            issues += _check_amount(context, sum(file.size for file in source.files), "bytes")
+        return issues + _check_whole_files(context, source, shards)
     if not is_rejected:
-        problems += _check_shared_rows(context, source, shards)
-    return problems + _check_revision(context, source)
+        issues += _check_shared_rows(context, source, shards)
+    return issues + _check_revision(context, source)
 
 
 def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
@@ -234,7 +234,7 @@ def _check_whole_files(
 ) -> list[ConfigIssue]:
     """Read small files that are not cut into ranges to their end: enough rows, not truncated."""
     budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
-    problems = []
+    issues = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
     num_filled = sum(shard.end is not None for shard in shards)
     for index, stride in strides.items():
@@ -247,18 +247,18 @@ def _check_whole_files(
             if row.flaw and context.config.data.on_bad_row == "error":
                 where = source.locate(Shard(index), row)
                 problem, fix = f"{where}: {row.flaw}", _fix_of(str(row.flaw))
-                problems.append(ConfigIssue(_key(context), problem, fix))
+                issues.append(ConfigIssue(_key(context), problem, fix))
                 break
             if budget_of_rows < 0:  # a small file can hold any amount
                 break
         if budget < 0 or budget_of_rows < 0:
-            return problems
+            return issues
         num_filled += min(num_rows, stride)
-    if not problems and num_filled == 0:
+    if not issues and num_filled == 0:
         return [ConfigIssue(_key(context), "holds no document", "give data with content")]
-    if not problems and num_filled < context.num_lanes:
-        problems.append(_too_few_documents(num_filled, context))
-    return problems
+    if not issues and num_filled < context.num_lanes:
+        issues.append(_too_few_documents(num_filled, context))
+    return issues
 
 
 def _check_shared_rows(

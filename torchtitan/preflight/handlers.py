@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check names, order, combinations and settings."""
     chosen, tables = context.config.model.handlers, context.config.handlers
-    problems = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
-    if problems:
-        return problems
+    issues = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
+    if issues:
+        return issues
     for name in dict.fromkeys([*chosen, *tables]):
-        problems += _asked(name, "Settings", partial(_settings_problems, context, name))
-    if problems:
-        return problems
+        issues += _asked(name, "Settings", partial(_settings_problems, context, name))
+    if issues:
+        return issues
     entries = {name: HANDLERS[name] for name in chosen}
-    problems += [*_check_order(entries), *_check_packages(entries)]
+    issues += [*_check_order(entries), *_check_packages(entries)]
     for name, entry in entries.items():
-        if not errors_of(problems):
+        if not errors_of(issues):
             settings = handler_settings(context.config, name)
-            problems += _asked(name, "check_static", partial(entry.check_static, context, settings))
-    return problems
+            issues += _asked(name, "check_static", partial(entry.check_static, context, settings))
+    return issues
 
 
 def _settings_problems(context: RunContext, name: str) -> list[ConfigIssue]:
@@ -77,11 +77,11 @@ def _check_order(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Ask each handler whether this machine's devices can do what it needs."""
     config = context.config
-    problems = []
+    issues = []
     for name in config.model.handlers:
         ask = partial(HANDLERS[name].check_environment, context, handler_settings(config, name))
-        problems += _asked(name, "check_environment", ask)
-    return problems
+        issues += _asked(name, "check_environment", ask)
+    return issues
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:

@@ -12,14 +12,14 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Check the torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
     import torch
 
-    problems = []
+    issues = []
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if installed < MINIMUM_TORCH:
         fix = f"install torch {_dotted(MINIMUM_TORCH)} or newer"
-        problems.append(ConfigIssue("torch", f"version {torch.__version__} is too old", fix))
+        issues.append(ConfigIssue("torch", f"version {torch.__version__} is too old", fix))
     if context.device_type == "cuda":
-        problems += _cuda(context)
-    return problems
+        issues += _cuda(context)
+    return issues
 
 
 def _cuda(context: RunContext) -> list[ConfigIssue]:

@@ -16,7 +16,7 @@ _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of settings that do not fit together; reads no file."""
+    """Return issues of settings that do not fit together; reads no file."""
     return [*_offload(context), *_early_step(context), *_memory_budget(context)]
 
 

@@ -29,34 +29,34 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Check that folders can be written and packages are installed."""
     metrics, profiling = context.config.metrics, context.config.profiling
-    problems: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     if metrics.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append(_missing_package("metrics.enable_tensorboard", "tensorboard"))
+        issues.append(_missing_package("metrics.enable_tensorboard", "tensorboard"))
     for key, is_used, folder in (
         ("metrics.save_tb_folder", metrics.enable_tensorboard, metrics.save_tb_folder),
         (_TRACES, profiling.enable_profiling, profiling.save_traces_folder),
         (_SNAPSHOTS, profiling.enable_memory_snapshot, profiling.save_memory_snapshot_folder),
     ):
         if is_used:
-            problems += _unwritable(context, key, folder)
+            issues += _unwritable(context, key, folder)
     if metrics.enable_wandb:
-        problems += _wandb(context)
-    return problems
+        issues += _wandb(context)
+    return issues
 
 
 def _wandb(context: RunContext) -> list[ConfigIssue]:
     """Check wandb: without its package nothing would be logged; a login may still come."""
     if importlib.util.find_spec("wandb") is None:
         return [_missing_package("metrics.enable_wandb", "wandb")]
-    problems, environment = _unwritable(context, "metrics.enable_wandb", "wandb"), read_wandb()
+    issues, environment = _unwritable(context, "metrics.enable_wandb", "wandb"), read_wandb()
     if environment.mode is not None and environment.mode not in _WANDB_MODES:
         problem, fix = "is no mode of wandb's", f"set it to one of {', '.join(_WANDB_MODES[:4])}"
-        problems.append(ConfigIssue("WANDB_MODE", problem, fix, value=environment.mode))
+        issues.append(ConfigIssue("WANDB_MODE", problem, fix, value=environment.mode))
     project = environment.project or ""
     if set(project) & set(_WANDB_NOT_IN_PROJECT) or len(project) > 128:
         problem = f"a project's name has up to 128 characters, and none of {_WANDB_NOT_IN_PROJECT}"
-        problems.append(ConfigIssue("WANDB_PROJECT", problem, "use a plain name", project))
-    return problems
+        issues.append(ConfigIssue("WANDB_PROJECT", problem, "use a plain name", project))
+    return issues
 
 
 def _missing_package(key: str, package: str) -> ConfigIssue:

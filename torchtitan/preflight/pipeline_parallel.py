@@ -20,35 +20,35 @@ BATCH_KEY = "training.global_batch_size"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of the pipeline's keys; reads no file."""
+    """Return issues of the pipeline's keys; reads no file."""
     section, args = context.config.parallelism, model_args(context.config.model)
     if section.pipeline_parallel_degree == 1 or args is None:
         return []
-    problems: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     if section.module_fqns_per_model_part and section.pipeline_parallel_split_points:
         problem = f"{NAMES_KEY} says the same in another way"
-        problems.append(ConfigIssue(SPLIT_KEY, problem, "keep one of the two"))
+        issues.append(ConfigIssue(SPLIT_KEY, problem, "keep one of the two"))
     size = section.pipeline_parallel_microbatch_size
     local = context.config.training.local_batch_size
     if local % size:
         problem = f"does not divide training.local_batch_size = {local}"
-        problems.append(ConfigIssue(SIZE_KEY, problem, "set it to 1 or to another divisor", size))
+        issues.append(ConfigIssue(SIZE_KEY, problem, "set it to 1 or to another divisor", size))
     if section.pipeline_parallel_schedule_csv:
-        return problems  # check_environment reads the file
+        return issues  # check_environment reads the file
     try:
         stages = plan(context, args)
     except ConfigError as error:
-        return problems + error.problems
-    if not problems:
-        problems += _microbatches(context, stages)
+        return issues + error.problems
+    if not issues:
+        issues += _microbatches(context, stages)
         schedule = section.pipeline_parallel_schedule
         if SCHEDULES[schedule].splits_backward:
-            problems += _split_backward(context, SCHEDULE_KEY, schedule)
-    return problems
+            issues += _split_backward(context, SCHEDULE_KEY, schedule)
+    return issues
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of the schedule's file, and of a model that it does not fit."""
+    """Return issues of the schedule's file, and of a model that it does not fit."""
     section, args = context.config.parallelism, model_args(context.config.model)
     path, count = section.pipeline_parallel_schedule_csv, context.pipeline_microbatches
     if section.pipeline_parallel_degree == 1 or args is None or not path:
@@ -77,7 +77,7 @@ def plan(context: RunContext, args: ModelArgs) -> PipelinePlan:
 
 
 def _microbatches(context: RunContext, planned: PipelinePlan) -> Iterator[ConfigIssue]:
-    """Return problems of the number of microbatches in a step."""
+    """Return issues of the number of microbatches in a step."""
     section = context.config.parallelism
     schedule, degree = section.pipeline_parallel_schedule, section.pipeline_parallel_degree
     count, stages = context.pipeline_microbatches, len(planned.stages)

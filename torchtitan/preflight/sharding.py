@@ -54,18 +54,18 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     require_language_model(model, config.model.name)
     convert_model(model, handlers, torch_dtype(config.training.dtype))
     key = "model.handlers" if handlers else "model.name"
-    problems = [*_scalars(model, key), *_odd_types(model, key)]
+    issues = [*_scalars(model, key), *_odd_types(model, key)]
     if pipeline is not None:
         try:
             find_tied_weights(pipeline, model, dims.pp)
         except ConfigError as error:
-            problems += error.problems
+            issues += error.problems
     if dims.tp > 1:
         tp_plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
         fix = "correct tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
         texts = plan_problems(model, tp_plan)
-        problems += [ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in texts]
-    return problems
+        issues += [ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in texts]
+    return issues
 
 
 def _scalars(model: "nn.Module", key: str) -> list[ConfigIssue]:

@@ -16,10 +16,10 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     """Return issues of the degree and of `enable_async_tensor_parallel`."""
     section = context.config.parallelism
     degree, args = section.tensor_parallel_degree, model_args(context.config.model)
-    problems = list(_async(context)) if section.enable_async_tensor_parallel else []
+    issues = list(_async(context)) if section.enable_async_tensor_parallel else []
     if degree > 1 and args is not None:
-        problems += [*model_problems(context, args), *_machines(context)]
-    return problems
+        issues += [*model_problems(context, args), *_machines(context)]
+    return issues
 
 
 def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
@@ -27,8 +27,8 @@ def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
     degree = context.config.parallelism.tensor_parallel_degree
     if degree == 1:
         return []
-    problems = args.tensor_parallel_problems(degree)
-    return problems or list(_uneven_vocabulary(context, args))
+    issues = args.tensor_parallel_problems(degree)
+    return issues or list(_uneven_vocabulary(context, args))
 
 
 def _uneven_vocabulary(context: RunContext, args: ModelArgs) -> Iterator[ConfigIssue]:

@@ -1,6 +1,6 @@
 """Checks of `[validation]`. No torch.
 
-Each set is checked as the sections that would train on it alone; problems name the keys that the
+Each set is checked as the sections that would train on it alone; issues name the keys that the
 user wrote.
 """
 
@@ -26,12 +26,12 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     section = context.config.validation
     if not section.enable:
         return []
-    problems = [*_check_tables(section), *_check_numbers(section)]
+    issues = [*_check_tables(section), *_check_numbers(section)]
     for named in validation_sets(context.config):
-        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
+        issues += [named.under_own_key(problem) for problem in check_dataset(named)]
     if is_mesh(context):
-        problems += [*_check_sequence(context), *_check_microbatches(context)]
-    return problems
+        issues += [*_check_sequence(context), *_check_microbatches(context)]
+    return issues
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
