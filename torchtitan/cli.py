@@ -15,6 +15,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
@@ -30,7 +31,6 @@ from torchtitan.config.exit_codes import CONFIG, DONE, exit_code_of
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.utils.environment import (
     EnvironmentFaults,
-    ProcessEnvironment,
     is_quiet_rank,
     is_torchrun_s,
     read_environment,
@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
         return command.run(options)
     except ConfigError as error:
         starts = options is not None and options.command == "train" and not options.check
-        _print_problems(error, at_start=starts and not error.known_to_all)
+        _print_issues(error, at_start=starts and not error.known_to_all)
         return CONFIG
     except (DataError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,14 +106,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     return options
 
 
-def _no_arguments(parser: "_Parser") -> None: ...
-
-
 class _Command(NamedTuple):
     """A command: its line in the help, and what adds its arguments (and describes it at length)."""
 
     summary: str
-    add_arguments: "Callable[[_Parser], None]" = _no_arguments
+    add_arguments: "Callable[[_Parser], None]" = lambda _: None
     takes_settings: bool = False
 
 
@@ -153,12 +150,30 @@ class _Parser(argparse.ArgumentParser):
             key = f"{self.prog} {word}".removeprefix("torchtitan ")
             fix = did_you_mean(word, self._commands)
             raise ConfigError(ConfigIssue(key, "is not a command", fix))
-        return super().parse_known_args(args, namespace)
+        settings: list[str] = []
+        if self.get_default("settings") is not None:
+            args, settings = _split_settings(args or ())
+        namespace, rest = super().parse_known_args(args, namespace)
+        return namespace, [*rest, *settings]
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         name = self.prog.removeprefix("torchtitan ")
         raise ConfigError(ConfigIssue(name, redact(message), f"write `{self.usage_text()}`"))
+
+
+def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part `--section.key value ...` from the rest: argparse rejects a value such as `-hello`."""
+    others: list[str] = []
+    settings: list[str] = []
+    target = others
+    for word in words:
+        if word.startswith("--"):
+            target = settings if "." in word.partition("=")[0] else others
+        elif word == "-h":
+            target = others
+        target.append(word)
+    return others, settings
 
 
 def _train(parser: _Parser) -> None:
@@ -327,39 +342,33 @@ _CONVERT_COMMANDS = {
 }
 
 
-def _print_problems(error: ConfigError, at_start: bool) -> None:
-    """Print the problems; at the start of a run, make all ranks end.
+def _print_issues(error: ConfigError, at_start: bool) -> None:
+    """Print the issues; at the start of a run, make all ranks end.
 
-    torchrun mixes the output of all ranks and kills all when one ends. So rank 0 prints problems
+    torchrun mixes the output of all ranks and kills all when one ends. So rank 0 prints issues
     that all ranks have; the others wait for it, and print only what is theirs alone.
     """
     leaves_to_rank_0 = is_quiet_rank() and is_torchrun_s()
-    problems = [problem for problem in error.problems if problem.local or not leaves_to_rank_0]
-    _print(problems)
-    if at_start and (place := _place()) is not None:
+    own = [issue for issue in error.problems if issue.local or not leaves_to_rank_0]
+    _print(own)
+    place = None
+    with suppress(EnvironmentFaults):
+        place = read_environment()
+    if at_start and place is not None and place.world_size > 1:
         from torchtitan.distributed.context import share_refusal
 
         if not share_refusal(place, error.problems, _PATIENCE_SECONDS):
-            _print([problem for problem in error.problems if problem not in problems])
+            _print([issue for issue in error.problems if issue not in own])
     elif leaves_to_rank_0:
         time.sleep(_TO_PRINT_SECONDS)
 
 
-def _place() -> ProcessEnvironment | None:
-    """Return this process's place among several; None if it is alone or cannot know."""
-    try:
-        place = read_environment()
-    except EnvironmentFaults:
-        return None
-    return place if place.world_size > 1 else None
-
-
-def _print(problems: Sequence[ConfigIssue]) -> None:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        noun = "problem" if len(problems) == 1 else "problems"
-        print(f"{len(problems)} {noun}; nothing was started", file=sys.stderr, flush=True)
+def _print(issues: Sequence[ConfigIssue]) -> None:
+    for issue in issues:
+        print(f"error: {issue}", file=sys.stderr)
+    if issues:
+        noun = "problem" if len(issues) == 1 else "problems"
+        print(f"{len(issues)} {noun}; nothing was started", file=sys.stderr, flush=True)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

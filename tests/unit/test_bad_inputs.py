@@ -45,9 +45,9 @@ SYNTAX = [
     Bad("secret-in-excerpt", ["<hidden>"], 'hf_token = "abcdefgh\n'),
 ]
 KEYS = [
-    Bad("section", ["trainign: is not a section", "did you mean [training]?"], "[trainign]\n"),
+    Bad("section", ["trainign: is not a section", 'mean "training"?'], "[trainign]\n"),
     Bad("top-level", ["seed: belongs in section [debug]", "`debug.seed`"], "seed = 1\n"),
-    Bad("top-level-unknown", ["zzz: is not a section", "[training]"], "zzz = 1\n"),
+    Bad("top-level-unknown", ["zzz: is not a section", "training, "], "zzz = 1\n"),
     Bad(
         "key",
         ["is unknown", "did you mean `training.steps`?", "Keys of [training]:", "local_batch_size"],
@@ -84,7 +84,7 @@ KEYS = [
         ["--activation_checkpoint.debug = true"],
         arguments=["--activation_checkpoint.debug"],
     ),
-    Bad("quoted", ["did you mean unquoted `training.steps`?"], '"training.steps" = 1\n'),
+    Bad("quoted", ["write `steps` in [training], without quotes"], '"training.steps" = 1\n'),
     Bad(
         "quoted-in-its-section",
         ['"training.steps": is one quoted', "write `steps` in [training]"],
@@ -97,7 +97,7 @@ KEYS = [
     ),
     Bad(
         "quoted-nested",
-        ["unquoted `dataloader.num_workers`"],
+        ["write `num_workers` in [training.dataloader]"],
         section("training", '"dataloader.num_workers" = 1'),
     ),
     Bad(
@@ -231,7 +231,9 @@ VALUES = [
     value("training.mixed_precision_param", '"bf16"', "choose from"),
     value("training.document_mask", "1", "needs true or false, and this is an integer"),
     value("training.document_mask", '"true"', "write true or false, without quotes"),
-    value("parallelism.module_fqns_per_model_part", '"a"', "needs a list", "a list of lists"),
+    value(
+        "parallelism.module_fqns_per_model_part", '"a"', "needs a list", "a list, for example [["
+    ),
     value("parallelism.module_fqns_per_model_part", '["a"]', '[0] = "a": needs a list', '[["a"'),
     value("parallelism.module_fqns_per_model_part", "[[1]]", "[0][0] = 1: needs text"),
     value("parallelism.pipeline_parallel_schedule", '"1f1b"', 'did you mean "1F1B"?'),
@@ -272,7 +274,7 @@ VALUES = [
     value("data.sources", "[{weight = -1}]", "data.sources[0].weight = -1: must be at least 0"),
     value("data.sources", "[{weight = nan}]", "data.sources[0].weight", "not a finite number"),
     value("data.sources", '[{path = "hf_abcdefghijklmnopqrstuvwxyz01234567"}]', "like a secret"),
-    value("data.sources", "5", "write a list of tables, for example [{weight = 0.5}]"),
+    value("data.sources", "5", "write a list, for example [{weight = 0.5}]"),
     Bad(
         "flag-type",
         ['training.steps = "two": needs an integer. Fix: write an integer, for example 10000'],
@@ -315,14 +317,14 @@ ARITHMETIC_CASES = [
     Bad("tensor", ["divide model.args.n_heads"], None, ["parallelism.tensor_parallel_degree=3"], 3),
     Bad(
         "context-length",
-        ["seq_len = 2050: ", "degree = 2 needs a multiple of 4", "set it to 2048 or 2052"],
+        ["seq_len = 2050: is not a multiple of 4", "degree = 2", "such as 2052"],
         None,
         ["parallelism.context_parallel_degree=2", "training.seq_len=2050"],
         2,
     ),
     Bad(
         "context-heads",
-        ["ulysses", "8 heads of queries and 4 of keys", "one of 1, 2, 4, 8,", "allgather or ring"],
+        ["ulysses", "8 heads of queries and 4 of keys", "divisor of 4,", "allgather or ring"],
         None,
         [
             "parallelism.context_parallel_degree=16",
@@ -331,8 +333,14 @@ ARITHMETIC_CASES = [
         16,
     ),
     Bad("pipeline", ["has 6 layers", "6"], None, ["parallelism.pipeline_parallel_degree=7"], 7),
-    Bad("batch", ["8 x 2 = 16", "16 or 32"], None, ["training.global_batch_size=24", LOCAL], 2),
-    Bad("small-batch", ["8 x 2 = 16", "to 16,"], None, ["training.global_batch_size=8", LOCAL], 2),
+    Bad("batch", ["8 x 2 = 16", "such as 32"], None, ["training.global_batch_size=24", LOCAL], 2),
+    Bad(
+        "small-batch",
+        ["8 x 2 = 16", "such as 16"],
+        None,
+        ["training.global_batch_size=8", LOCAL],
+        2,
+    ),
     Bad("batch-zero", ["at least 1, or -1"], None, ["training.global_batch_size=0"], 1),
     Bad("lanes", ["data.lanes"], None, ["data.lanes=3"], 1),
     Bad("lanes-mesh", ["data.lanes", "2"], None, ["data.lanes=1"], 2),

@@ -126,6 +126,8 @@ def test_a_rank_that_rank_0_does_not_answer_tells_itself(
         ("--check full run.toml", "full", ["run.toml"]),
         ("--check=full run.toml", "full", ["run.toml"]),
         ("--check --debug.seed 3", "plain", ["--debug.seed", "3"]),
+        ("--job.description -hello", "", ["--job.description", "-hello"]),
+        ("--job.sinks a b --check full x", "full", ["x", "--job.sinks", "a", "b"]),
         ("--checkpoint.enable run.toml", "", ["--checkpoint.enable", "run.toml"]),
         ("--checkpoint.load_step -1 --optimizer.lr=-1e-3", "", None),
     ],

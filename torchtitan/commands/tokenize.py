@@ -32,7 +32,7 @@ from torchtitan.data.tokenize import TokenizeJob, group_pieces, piece_bytes, tok
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.preflight import report
 from torchtitan.preflight.data import check_data, check_tokenizer
-from torchtitan.preflight.data_files import check_data_files
+from torchtitan.preflight.data_files import check_files
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,7 +75,8 @@ def _prepare(
     """Check the config and the data, and describe the work. Raises ConfigError."""
     problems = [*check_tokenizer(context, with_model=False), *check_data(context)]
     if not errors_of(problems):
-        problems += check_data_files(context)
+        sections = context.config.training, context.config.data
+        problems += check_files(context, named_sources(*sections))
     problems = [named.under_own_key(problem) for problem in problems]
     errors = errors_of(problems)
     report(problem for problem in problems if problem not in errors)

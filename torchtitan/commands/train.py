@@ -12,7 +12,7 @@ from torchtitan.checkpoint.decision import with_stored_batch
 from torchtitan.commands import config as config_command
 from torchtitan.config import JobConfig
 from torchtitan.config.custom_import import import_custom_modules
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
@@ -76,7 +76,9 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
         """Check again: batch size and lanes may be those of the stored run, on another mesh."""
         # The warnings are printed above.
         preflight.require(replace(context, config=resolved), [preflight.ARITHMETIC], quiet=True)
-        preflight.require_same_data(context)
+        issues = preflight.check_same_data(context)
+        if issues:
+            raise ConfigError(issues)
 
     return run_training(loaded.config, place, check_environment, check_resolved, stop)
 
@@ -107,7 +109,6 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
     it was not checked, so the exit status is not 0.
     """
     from torchtitan.data.listing import listed_once
-    from torchtitan.preflight.data_files import describe_data
 
     context = with_stored_batch(_context_of_check(loaded, _read(env.read_world_size), full))
     quiet = env.is_quiet_rank()
@@ -123,6 +124,24 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
         )
         print(f"{verdict}: {summary(context)}")
     return NOT_FOUND if absent else DONE
+
+
+def describe_data(context: RunContext) -> list[str]:
+    """Return a line about each dataset that can be read, for `--check`."""
+    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.named_sources import describe_source, named_sources, validation_sets
+    from torchtitan.data.registry import build_source
+    from torchtitan.data.tokenizers import build_tokenizer
+
+    config = context.config
+    lines = []
+    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
+        with suppress(ConfigError, DataError):
+            lines.append(describe_source(named, build_source(named.training, named.data)))
+    with suppress(ConfigError):
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        lines.append(document_tokenizer(tokenizer, config.data).describe())
+    return lines
 
 
 def _dry_run(loaded: LoadedConfig) -> int:

@@ -6,6 +6,7 @@ table of keys and collects every problem. The sections check the values.
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,8 @@ from torchtitan.config import toml_file
 from torchtitan.config.compat.keys import NONE_MEANS
 from torchtitan.config.compat.translate import old_key
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.fields import Key, example_table, free_table_of, known_keys
-from torchtitan.config.suggest import secret_problem, unknown_key
+from torchtitan.config.fields import Key, free_table_of, known_keys
+from torchtitan.config.keys_check import secret_issue, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret, is_secret
 
@@ -77,7 +78,7 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
         key = _negated(name)
         if key is None:
             value = _free_value(inline if equals else "".join(rest[:1]))
-            parsed.problems.append(unknown_key(flag, name, from_command_line=True, value=value))
+            parsed.problems.append(unknown_key(flag, name, dashes="--", value=value))
             if not equals:
                 _skip_values(rest)
         elif equals:
@@ -110,7 +111,7 @@ def _convert_and_set(parsed: CommandLine, key: Key, texts: list[str], flag: str)
             value = toml_file.parse_value(text)
         except ValueError:
             problem = ConfigIssue(flag, "is not TOML", _how_to_write(key), text)
-            parsed.problems.append(secret_problem(flag) if holds_a_secret(text) else problem)
+            parsed.problems.append(secret_issue(flag) if holds_a_secret(text) else problem)
             return
         _set(parsed, key.name, value, flag)
     elif key.kind == "strings":
@@ -168,7 +169,7 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
             _set(parsed, f"{name}.{key}", inner, flag)
         return
     if is_secret(name, value):
-        parsed.problems.append(secret_problem(flag))
+        parsed.problems.append(secret_issue(flag))
         return
     before = parsed.values.pop(name, value)  # the order is that of the last occurrences
     if before != value:
@@ -213,15 +214,6 @@ def _skip_values(rest: list[str]) -> None:
 
 
 def _how_to_write(key: Key) -> str:
-    examples = {
-        "bool": "true",
-        "int": "8",
-        "float": "0.1",
-        "str": "TEXT",
-        "strings": "a,b",
-        "lists": '\'[["a", "b"], ["c"]]\'',
-        "table": "'{n_layers = 4}'",
-        "tables": f"'{example_table(key)}'",
-    }
-    value = key.choices[0] if key.choices else examples[key.kind]
-    return f"write `--{key.name} {value}`" + (", or [] for none" if key.kind == "strings" else "")
+    is_text = key.kind in ("str", "choice")
+    example = key.example.strip('"') if is_text else shlex.quote(key.example)
+    return f"write `--{key.name} {example}`" + (", or [] for none" if key.kind == "strings" else "")

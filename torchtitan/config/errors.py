@@ -61,6 +61,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def warning(key: str, problem: str, fix: str, value: Any = _UNSET) -> ConfigIssue:
+    """Return an issue that does not stop a run."""
+    return ConfigIssue(key, problem, fix, value, severity="warning")
+
+
 def errors_of(problems: Iterable[ConfigIssue]) -> list[ConfigIssue]:
     """Return the issues that stop a run."""
     return [problem for problem in problems if problem.severity == "error"]

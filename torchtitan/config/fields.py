@@ -18,6 +18,15 @@ from torchtitan.config.paths import IS_PATH, why_unexpanded
 from torchtitan.config.schema import JobConfig, Section
 
 _HUGE = 2**31
+_EXAMPLES = {
+    "bool": "true",
+    "int": "8",
+    "float": "0.5",
+    "str": '"text"',
+    "strings": '["a", "b"]',
+    "lists": '[["a", "b"], ["c"]]',
+    "table": "{n_layers = 4}",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,19 @@ class Key:
     def last_name(self) -> str:
         """Return the name without its section."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def example(self) -> str:
+        """Return a value in TOML: the default, if that says anything."""
+        if self.choices:
+            return f'"{self.choices[0]}"'
+        if self.kind == "tables":
+            keys = keys_of(self.item) if self.item is not None else []
+            required = [key for key in keys if key.default is None and not key.optional]
+            return f"[{{{', '.join(f'{key.last_name} = {key.example}' for key in required)}}}]"
+        if self.default not in (None, "", (), {}):
+            return f'"{self.default}"' if self.kind == "str" else str(self.default).lower()
+        return _EXAMPLES[self.kind]
 
 
 @cache
@@ -93,15 +115,6 @@ def _paths_in(table: Any, keys: Iterable[Key], prefix: str) -> Iterator[tuple[st
         for index, inner in enumerate(value if key.item else ()):
             assert key.item is not None
             yield from _paths_in(inner, keys_of(key.item), f"{prefix}{key.name}[{index}].")
-
-
-def example_table(key: Key) -> str:
-    """Return an example of a list of tables, with the keys that have no default."""
-    values = {"int": "1", "float": "0.5", "str": '"*bias"', "bool": "true"}
-    keys = keys_of(key.item) if key.item is not None else []
-    required = [key for key in keys if key.default is None and not key.optional]
-    shown = ", ".join(f"{key.last_name} = {values.get(key.kind, '[]')}" for key in required)
-    return f"[{{{shown}}}]"
 
 
 def _walk(model: type[Section], prefix: str) -> Iterator[Key]:

@@ -9,81 +9,53 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS, TODAY
 from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.schema import MAX_INT64
-from torchtitan.config.suggest import secret_problem, unknown_key, unknown_section
+from torchtitan.config.suggest import did_you_mean, nearest
 from torchtitan.utils.redaction import is_secret, names_a_secret
 
+_SPECIAL_FLAGS = ("check", "help")
 
-def split_known(table: dict[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
+
+def split_known(
+    table: dict[str, Any], prefix: str = ""
+) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """Return the part of a TOML table that a config can hold, and the issues of the rest."""
-    problems: list[ConfigIssue] = []
-    return _split(table, "", problems), problems
-
-
-def _split(table: dict[str, Any], prefix: str, problems: list[ConfigIssue]) -> dict[str, Any]:
     known: dict[str, Any] = {}
+    issues: list[ConfigIssue] = []
     for key, value in table.items():
         name = prefix + key
+        is_table = isinstance(value, dict)
         if "." in key:
-            problems.append(_quoted(key, prefix))
-        elif name in known_sections():
-            _take_table(name, value, known, problems)
-        elif name in known_keys():
-            problems.extend(secrets_in(name, value))
+            section, _, last = (key if key in known_keys() else name).rpartition(".")
+            problem = "is one quoted key that contains a dot"
+            fix = f"write `{last}` in [{section}], without quotes"
+            issues.append(ConfigIssue(f'"{key}"', problem, fix))
+        elif name in known_sections() and not is_table:
+            fix = f"write a table: [{name}], and its keys below it"
+            issues.append(ConfigIssue(name, "is a section, not a value", fix, value))
+        elif name in known_keys():  # the users of a free-form table check its keys
+            issues += _free_issues(name, value) if is_table else ()
+            issues += [secret_issue(name)] if not is_table and is_secret("", value) else []
             known[key] = value
-        elif isinstance(value, dict) and not prefix and not names_a_secret(name, value):
-            problems.extend(_unknown_table(name, value))
-        elif isinstance(value, dict) and key in known_sections():
+        elif name in known_sections() or (is_table and is_old_section(name)):
+            inner, found = split_known(value, name + ".")
+            issues += found
+            if name in known_sections():
+                known[key] = inner
+        elif is_table and prefix and key in known_sections():
             fix = f"write its keys without `{key}.`, below a line [{key}]"
-            problems.append(ConfigIssue(name, f"names the section [{key}] inside a section", fix))
-        elif not prefix and name not in {k.last_name for k in known_keys().values()}:
-            problems.append(unknown_section(name))
+            issues.append(ConfigIssue(name, f"names the section [{key}] inside a section", fix))
         else:
-            problems.append(unknown_key(name, name, value=value))
-    return known
+            issues.append(unknown_key(name, name, value=value))
+            issues += _free_issues(name, value) if is_table else ()
+    return known, issues
 
 
-def _quoted(key: str, prefix: str) -> ConfigIssue:
-    """Return the issue of a key with a dot inside quotes, which TOML takes for one name."""
-    section, _, last = key.rpartition(".")
-    known = prefix and key in known_keys()
-    fix = f"write `{last}` in [{section}]" if known else f"did you mean unquoted `{key}`?"
-    return ConfigIssue(f'"{key}"', "is one quoted key that contains a dot", fix)
-
-
-def _take_table(name: str, value: Any, known: dict[str, Any], problems: list[ConfigIssue]) -> None:
-    key = name.rpartition(".")[2]
-    if not isinstance(value, dict):
-        fix = f"write a table: [{name}], and its keys below it"
-        problems.append(ConfigIssue(name, "is a section, not a value", fix, value))
-    elif name in known_keys():  # free-form: its own users check the keys
-        problems.extend(_free_problems(name, value))
-        known[key] = value
-    else:
-        known[key] = _split(value, name + ".", problems)
-
-
-def _unknown_table(name: str, table: dict[str, Any]) -> list[ConfigIssue]:
-    """Return an issue for the table, or for each key if it is an older release's or a secret."""
-    names = list(_keys_below(name, table))
-    if not is_old_section(name):
-        names = [f"{name}.{key}" for key, value in table.items() if names_a_secret(key, value)]
-    return [unknown_key(key, key) for key in names] or [unknown_section(name)]
-
-
-def _keys_below(prefix: str, table: dict[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        name = f"{prefix}.{key}"
-        if isinstance(value, dict) and value:
-            yield from _keys_below(name, value)
-        else:
-            yield name
-
-
-def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
+def _free_issues(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
     """Check what no free-form table may hold, whatever its keys mean."""
     for key, value in table.items():
         name = f"{prefix}.{key}"
@@ -91,21 +63,16 @@ def _free_problems(prefix: str, table: dict[str, Any]) -> Iterator[ConfigIssue]:
             fix = f"write [{prefix}.{key}], and the {prefix[:-1]}'s settings below it"
             yield ConfigIssue(name, "needs a table", fix, value)
         elif names_a_secret(key, value):
-            yield secret_problem(name)
+            yield secret_issue(name)
         elif isinstance(value, dict):
-            yield from _free_problems(name, value)
+            yield from _free_issues(name, value)
         else:
-            yield from secrets_in(name, value)
-            yield from value_problems(name, value)
+            if is_secret("", value):
+                yield secret_issue(name)
+            yield from _value_issues(name, value)
 
 
-def secrets_in(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Yield an issue when a value, or anything in it, looks like a secret."""
-    if is_secret("", value):
-        yield secret_problem(name)
-
-
-def value_problems(name: str, value: Any) -> Iterator[ConfigIssue]:
+def _value_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
     """Yield an issue for each value that no setting can mean, in a table of unknown types."""
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         place = f"{name}[{index}]" if isinstance(value, list) else name
@@ -115,3 +82,48 @@ def value_problems(name: str, value: Any) -> Iterator[ConfigIssue]:
             yield ConfigIssue(place, "does not fit in 64 bits", "write a smaller number", item)
         elif isinstance(item, datetime.date | datetime.time):
             yield ConfigIssue(place, "is a date", "write it in quotes if text is meant", str(item))
+
+
+def secret_issue(key: str) -> ConfigIssue:
+    """Return the issue of a token in the config."""
+    return ConfigIssue(
+        key,
+        "looks like a secret; configs are stored with the run and command lines are public",
+        "remove it here, and set HF_TOKEN (or the service's own variable) in the environment",
+    )
+
+
+def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> ConfigIssue:
+    """Return the issue of a dotted key that no section has; `shown` is how the user wrote it."""
+    section, _, last = name.rpartition(".")
+    homes = [key for key in known_keys().values() if key.last_name == last]
+    if names_a_secret(name, value):
+        return secret_issue(shown)
+    if name in MISNAMED:
+        return ConfigIssue(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
+    if homes and not isinstance(value, dict):
+        places = " or ".join(f"`{dashes}{key.name}`" for key in homes)
+        belongs = " or ".join(f"[{key.section}]" for key in homes)
+        return ConfigIssue(shown, f"belongs in section {belongs}", f"write {places}")
+    if name in known_sections():
+        fix = f"write `{shown}.KEY`; keys: {', '.join(_keys_in(name))}"
+        return ConfigIssue(shown, "is a section, not a setting", fix)
+    if not section and not dashes:
+        return ConfigIssue(name, "is not a section", did_you_mean(name, known_sections()))
+    names = [*known_keys(), *OLD_KEYS, *(_SPECIAL_FLAGS if dashes else ())]
+    siblings = {n.rpartition(".")[2]: n for n in names if section and n.startswith(section + ".")}
+    match = siblings.get(nearest(last, siblings) or "") if siblings else nearest(name, names)
+    hint = f"did you mean `{dashes}{TODAY.get(match, match)}`? " if match else ""
+    if section not in known_sections():
+        sections = ", ".join(f"[{known}]" for known in known_sections())
+        return ConfigIssue(shown, "is unknown", f"{hint}The sections are {sections}")
+    keys = _keys_in(section)
+    fix = f"{hint}Keys of [{section}]: {', '.join(keys)}"
+    if "args" in keys:
+        fix += f"; what {section}.name chooses has its own settings in [{section}.args]"
+    return ConfigIssue(shown, "is unknown", fix)
+
+
+def _keys_in(section: str) -> list[str]:
+    names = [*known_keys(), *known_sections()]
+    return sorted({last for head, _, last in (n.rpartition(".") for n in names) if head == section})

@@ -62,30 +62,30 @@ def load_toml(path: Path) -> JobConfig:
 
 
 def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
-    problems = list(command_line.problems)
+    issues = list(command_line.problems)
     table: dict[str, Any] = {}
     file = compat.Translated()
     if path is not None:
         try:
             table, file = _read(path)
         except ConfigError as error:
-            problems += error.problems
+            issues += error.problems
     old = {name: value for name, value in command_line.values.items() if is_old(name, value)}
     today = {name: value for name, value in command_line.values.items() if name not in old}
     flags = compat.translate(old, today, "--")
     flag_values = {**today, **flags.values}
 
     values = _merge(table, flag_values)
-    settled = compat.settle(values, file, flags, today)
+    compat.settle(values, file, flags, today)
     config, value_problems = _validate(values, list(flag_values))
     written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
-    problems += [*file.problems, *flags.problems, *settled.problems]
-    problems += [_by_written_name(problem, written) for problem in value_problems]
-    if config is None or problems:
-        raise ConfigError(problems)
+    issues += [*file.issues, *flags.issues]
+    issues += [_by_written_name(problem, written) for problem in value_problems]
+    if config is None or issues:
+        raise ConfigError(issues)
     from_file = dict.fromkeys(_leaves(values), str(path))
-    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *settled.by_flags], COMMAND_LINE)
-    notices = (*command_line.notices, *settled.notices)
+    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *flags.changed], COMMAND_LINE)
+    notices = (*command_line.notices, *file.notices.values(), *flags.notices.values())
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
     origins |= from_file
     origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
@@ -95,10 +95,10 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
 def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
     """Return a file's values by today's keys, and the translation of older ones."""
     rest, old = compat.take_old(read_toml(path))
-    table, problems = split_known(rest)
+    table, issues = split_known(rest)
     file = compat.translate(old, _leaves(rest))
     _, secrets = split_known(_merge({}, file.values))
-    file.problems += [*problems, *secrets]
+    file.issues += [*issues, *secrets]
     return _merge(table, file.values), file
 
 
@@ -113,7 +113,7 @@ def _validate(
     try:
         return JobConfig.model_validate(values), []
     except ValidationError as error:
-        return None, problems_of(error, flags)
+        return None, problems_of(error, known_keys(), flags=flags)
 
 
 def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:

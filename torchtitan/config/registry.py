@@ -15,7 +15,11 @@ from importlib.metadata import EntryPoint, entry_points
 from keyword import iskeyword
 from typing import Any, Generic, TypeVar
 
+from pydantic import ValidationError
+
 from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.schema import Section
+from torchtitan.config.value_errors import problems_of_table
 
 T = TypeVar("T")
 D = TypeVar("D", bound=Any)
@@ -144,6 +148,29 @@ class Registry(Generic[T]):
 
     def _error(self, name: str, problem: str, fix: str) -> ConfigError:
         return ConfigError(ConfigIssue(self.key, problem, fix, value=name))
+
+
+def settings_of(thing: Any, what: str) -> type[Section]:
+    """Return the `Settings` of a registered class or function, an empty `Section` without one.
+
+    Raises TypeError, in which the thing is called `what`, if they are not a `Section`.
+    """
+    settings = getattr(thing, "Settings", Section)
+    if not (isinstance(settings, type) and issubclass(settings, Section)):
+        raise TypeError(f"Settings of {what} is not a Section")
+    return settings
+
+
+def validated(settings: type[Section], values: Any, table: str) -> Any:
+    """Return `settings` made of a free-form table's values.
+
+    Raises:
+        ConfigError: a key of `table` is unknown, or its value does not fit.
+    """
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(problems_of_table(error, table, settings)) from None
 
 
 def require_text(name: Any) -> None:

@@ -198,7 +198,7 @@ class DataSource(Section):
     """Encoding of text and JSON files. Unset: `data.encoding`."""
 
     document_separator: str | None = None
-    """What divides a text file into documents. Unset: `data.document_separator`."""
+    """Text between two documents of a text file. Unset: `data.document_separator`."""
 
     subset: str | None = None
     """Subset of a Hugging Face dataset, as `data.subset`."""
@@ -210,11 +210,11 @@ class DataSource(Section):
     """Revision of a hub dataset, as `data.revision`."""
 
     streaming: bool = True
-    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
+    """Stream a Hugging Face dataset, as `data.streaming`."""
 
     name: str | None = None
-    """What messages and metrics call the source. Unset: the last part of `path`, without its
-    suffix, or `dataset`."""
+    """Name in messages and metrics. Unset: the last part of `path`, without its suffix, or
+    `dataset`."""
 
 
 class Data(Section):
@@ -267,7 +267,7 @@ class Data(Section):
     as the steps need. Of several `sources` each has its own passes, and this must be unset."""
 
     restart: bool = False
-    """Where a resume finds other data than the checkpoint's, begin them anew, with the next epoch.
+    """Start the data anew, with the next epoch, if a resume finds other data than the checkpoint's.
     With the same data nothing changes."""
 
     max_document_mib: PositiveFloat = 64.0
@@ -279,7 +279,7 @@ class Data(Section):
     `--long=31` make them. Each lane that reads such a file holds one."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that cannot be read: stop, or leave it out and count it."""
+    """Policy for a row that cannot be read: stop, or leave it out and count it."""
 
     max_bad_rows: NonNegativeInt = 100
     """With `on_bad_row = "skip"`: the run stops when all ranks together have left out
@@ -336,7 +336,7 @@ class Optimizer(Section):
     """Weight decay of parameters in no group that sets it."""
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update is computed; `fused` falls back to `foreach` where the device, or the
+    """Implementation of the update; `fused` falls back to `foreach` where the device, or the
     optimizer, lacks it."""
 
     early_step_in_backward: bool = False
@@ -423,13 +423,13 @@ class Parallelism(Section):
     """Ranks over which the sequence is cut."""
 
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
-    """How attention sees the whole sequence: `allgather` collects all keys and values at once,
-    `ring` passes them from rank to rank and holds one rank's share at a time, `ulysses` exchanges
-    sequence for heads (`allgather` and `ring` are TorchTitan's rotate methods `allgather` and
-    `alltoall`)."""
+    """Exchange by which attention sees the whole sequence: `allgather` collects all keys and
+    values, `ring` passes them from rank to rank and holds one rank's share at a time, `ulysses`
+    exchanges sequence for heads (`allgather` and `ring` are TorchTitan's rotate methods `allgather`
+    and `alltoall`)."""
 
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
-    """Which parts of the sequence a rank holds: with `headtail` one from its start and one from its
+    """Parts of the sequence that a rank holds: with `headtail` one from its start and one from its
     end, so that causal attention costs every rank the same; with `none` one in order. Ulysses
     needs no balance and takes `none`."""
 
@@ -549,7 +549,7 @@ class Checkpoint(Section):
     place in the data come along."""
 
     exclude_from_loading: Names = ()
-    """What to leave at its start although `initial_load_path` has it: any of `optimizer`,
+    """State to leave at its start although `initial_load_path` has it: any of `optimizer`,
     `lr_scheduler`, `dataloader`, `train_state`, `handlers`. Needs
     `initial_load_model_only = false`."""
 
@@ -572,7 +572,7 @@ class ValidationSet(Section):
     """One dataset to validate on, a table `[[validation.sets]]`."""
 
     name: str
-    """What metrics and messages call the set: letters, digits, `.`, `_` and `-`."""
+    """Name in metrics and messages: letters, digits, `.`, `_` and `-`."""
 
     dataset: str = "auto"
     """Kind of data, as `training.dataset`."""
@@ -587,7 +587,7 @@ class ValidationSet(Section):
     """Encoding of text and JSON files. Unset: `data.encoding`."""
 
     document_separator: str | None = None
-    """What divides a text file into documents. Unset: `data.document_separator`."""
+    """Text between two documents of a text file. Unset: `data.document_separator`."""
 
     subset: str | None = None
     """Subset of a Hugging Face dataset, as `data.subset`."""
@@ -599,7 +599,7 @@ class ValidationSet(Section):
     """Revision of a hub dataset, as `data.revision`."""
 
     streaming: bool = True
-    """Whether to stream a Hugging Face dataset, as `data.streaming`."""
+    """Stream a Hugging Face dataset, as `data.streaming`."""
 
 
 class Validation(Section):

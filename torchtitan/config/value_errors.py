@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import Key, example_table, keys_of, known_keys
-from torchtitan.config.schema import Section
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.fields import Key, keys_of
+from torchtitan.config.schema import MAX_INT64, Section
 from torchtitan.config.suggest import did_you_mean
 
 _NEEDS = {
@@ -32,14 +32,6 @@ _TYPES = {bool: "a boolean", int: "an integer", float: "a decimal number", str: 
 _TYPES |= {list: "a list", dict: "a table"}
 
 
-def problems_of(error: ValidationError, flags: Sequence[str] = ()) -> list[ConfigIssue]:
-    """Return an issue per error of a config.
-
-    `flags` are the keys that came from the command line, where every value is text.
-    """
-    return _issues(error, "", known_keys(), frozenset(flags))
-
-
 def problems_of_table(
     error: ValidationError, table: str, settings: type[Section]
 ) -> list[ConfigIssue]:
@@ -48,39 +40,21 @@ def problems_of_table(
         keys = {key.name: key for key in keys_of(settings)}
     except (AssertionError, ValueError):  # registered settings of types that TOML lacks
         keys = {}
-    return _issues(error, table + ".", keys, frozenset())
+    return problems_of(error, keys, prefix=table + ".")
 
 
-def settings_of(thing: Any, what: str) -> type[Section]:
-    """Return the `Settings` of a registered class or function, an empty `Section` without one.
-
-    Raises TypeError, in which the thing is called `what`, if they are not a `Section`.
-    """
-    settings = getattr(thing, "Settings", Section)
-    if not (isinstance(settings, type) and issubclass(settings, Section)):
-        raise TypeError(f"Settings of {what} is not a Section")
-    return settings
-
-
-def validated(settings: type[Section], values: Any, table: str) -> Any:
-    """Return `settings` made of a free-form table's values.
-
-    Raises:
-        ConfigError: a key of `table` is unknown, or its value does not fit.
-    """
-    try:
-        return settings.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(problems_of_table(error, table, settings)) from None
-
-
-def _issues(
-    error: ValidationError, prefix: str, keys: Mapping[str, Key], flags: frozenset[str]
+def problems_of(
+    error: ValidationError, keys: Mapping[str, Key], prefix: str = "", flags: Sequence[str] = ()
 ) -> list[ConfigIssue]:
+    """Return an issue per error of a config.
+
+    `flags` are the keys that came from the command line, where every value is text.
+    """
     found = []
     for detail in error.errors(include_url=False):
         name, value = _dotted(detail["loc"]), detail["input"]
-        text, fix = _describe(detail, keys.get(name), keys, name in flags)
+        key = keys.get(name) or keys.get(name.partition("[")[0])
+        text, fix = _describe(detail, key, keys, name in flags)
         missing = {} if detail["type"] in ("missing", "extra_forbidden") else {"value": value}
         if isinstance(value, datetime.date | datetime.time | dict) and missing:
             missing = {"value": str(value)}
@@ -92,34 +66,40 @@ def _describe(
     detail: ErrorDetails, key: Key | None, keys: Mapping[str, Key], is_flag: bool
 ) -> tuple[str, str]:
     """Return what is wrong, and the fix."""
-    kind, value = detail["type"], detail["input"]
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in _NEEDS:
-        fix = _example(key or keys.get(_dotted(detail["loc"]).partition("[")[0]))
-        if is_flag:
-            return f"needs {_NEEDS[kind]}", fix
-        if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
-            fix += ", without quotes"
-        return f"needs {_NEEDS[kind]}, and this is {_TYPES.get(type(value), 'a date')}", fix
+        return _wrong_type(_NEEDS[kind], value, key, is_flag)
     if kind in _BOUNDS:
         name, relation = _BOUNDS[kind]
-        bound = detail["ctx"][name]
-        if isinstance(bound, int) and abs(bound) >= 2**63 - 1:
+        if isinstance(context[name], int) and abs(context[name]) >= MAX_INT64:
             return "does not fit in 64 bits", "write a smaller number"
-        return f"must be {relation} {bound}", _in_range(key)
+        return f"must be {relation} {context[name]}", _in_range(key)
     if kind == "finite_number":
         return "is not a finite number", _in_range(key)
     if kind == "literal_error":
         choices = key.choices if key else ()
-        expected = str(detail["ctx"]["expected"])
-        return "is not a choice", did_you_mean(str(value), choices) if choices else expected
+        fix = did_you_mean(str(value), choices) if choices else str(context["expected"])
+        return "is not a choice", fix
     if kind == "missing":
         return "is missing", f"add `{detail['loc'][-1]} = ...`"
     if kind == "extra_forbidden":
         return "is unknown", did_you_mean(str(detail["loc"][-1]), _siblings(detail["loc"], keys))
     if kind == "value_error":
-        text, _, fix = str(detail["ctx"]["error"]).partition(". Fix: ")
+        text, _, fix = str(context["error"]).partition(". Fix: ")
         return text, fix or "correct the value"
-    return detail["msg"], _example(key)
+    return detail["msg"], "correct the value"
+
+
+def _wrong_type(needs: str, value: Any, key: Key | None, is_flag: bool) -> tuple[str, str]:
+    """Return what is wrong with a value's type, and the fix. On the command line all is text."""
+    fix = f"write {needs}"
+    if key is not None and key.kind != "bool":
+        fix += f", for example {key.example}"
+    if is_flag:
+        return f"needs {needs}", fix
+    if isinstance(value, str) and needs in ("an integer", "a number", "true or false"):
+        fix += ", without quotes"
+    return f"needs {needs}, and this is {_TYPES.get(type(value), 'a date')}", fix
 
 
 def _siblings(location: tuple[int | str, ...], keys: Mapping[str, Key]) -> list[str]:
@@ -131,35 +111,11 @@ def _siblings(location: tuple[int | str, ...], keys: Mapping[str, Key]) -> list[
 
 
 def _in_range(key: Key | None) -> str:
-    if key is None:
+    if key is None or key.kind not in ("int", "float"):
         return "choose a value in range"
-    default = "" if key.default is None else f"; the default is {_shown(key.default)}"
+    default = "" if key.default is None else f"; the default is {key.example}"
     infinite = ", or `inf`" if "`inf`" in key.doc else ""
     return f"choose a number{key.bounds and ' '}{key.bounds}{infinite}{default}"
-
-
-def _example(key: Key | None) -> str:
-    if key is None:
-        return "correct the value"
-    if key.choices:
-        return f"choose from {', '.join(key.choices)}"
-    number = {"int": "8", "float": "0.1"}.get(key.kind, "")
-    example = _shown(key.default) if key.default not in (None, (), {}) else number
-    examples = {
-        "bool": "true or false",
-        "int": f"an integer, for example {example}",
-        "float": f"a number, for example {example}",
-        "str": "text, in quotes",
-        "strings": 'a list of texts, for example ["a", "b"]',
-        "lists": 'a list of lists, for example [["a", "b"], ["c"]]',
-        "tables": f"a list of tables, for example {example_table(key)}",
-        "table": "a table",
-    }
-    return f"write {examples[key.kind]}"
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -205,11 +205,13 @@ def _distinct(cuts: list[int], align: Callable[[int], int]) -> list[int]:
     return [*aligned, size]
 
 
-def too_few_shards(num_shards: int, num_lanes: int, set_lanes: int | None) -> ConfigIssue:
+def too_few_shards(
+    num_shards: int, num_lanes: int, set_lanes: int | None, unit: str = "part"
+) -> ConfigIssue:
     """Return the problem of data that cannot be dealt to all lanes."""
     return ConfigIssue(
         "data.lanes",
-        f"the data give {plural(num_shards, 'part')}, too few for {plural(num_lanes, 'lane')}",
+        f"the data give {plural(num_shards, unit)}, too few for {plural(num_lanes, 'lane')}",
         f"set data.lanes to at most {num_shards}, or give more data",
         value=set_lanes,
     )

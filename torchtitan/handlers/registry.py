@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torchtitan.config import ConfigIssue, JobConfig
-from torchtitan.config.registry import Registry, lazily, require_word
+from torchtitan.config.registry import Registry, lazily, require_word, settings_of, validated
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Section
-from torchtitan.config.value_errors import settings_of, validated
 from torchtitan.handlers import settings
 from torchtitan.handlers.base import ModelHandler
 

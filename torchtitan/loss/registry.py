@@ -11,9 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from torchtitan.config.registry import Registry, lazily
+from torchtitan.config.registry import Registry, lazily, settings_of, validated
 from torchtitan.config.schema import Loss, NonNegativeFloat, Section
-from torchtitan.config.value_errors import settings_of, validated
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from torchtitan.config.registry import Registry, require_word
+from torchtitan.config.registry import Registry, require_word, settings_of, validated
 from torchtitan.config.schema import Section
-from torchtitan.config.value_errors import settings_of, validated
 from torchtitan.metrics.goodput import SHARE_PREFIX
 from torchtitan.utils.files import replace_file, sync_folder
 from torchtitan.utils.text import some_of

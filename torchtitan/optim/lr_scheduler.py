@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.registry import Registry, require_text
+from torchtitan.config.registry import Registry, require_text, settings_of, validated
 from torchtitan.config.schema import LRScheduler, Section
-from torchtitan.config.value_errors import settings_of, validated
 
 if TYPE_CHECKING:
     import torch

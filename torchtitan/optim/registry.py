@@ -29,11 +29,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.registry import Registry, lazily
+from torchtitan.config.registry import Registry, lazily, settings_of, validated
 from torchtitan.config.schema import Beta, Names, NonNegativeFloat, PositiveFloat, Section
 from torchtitan.config.schema import Optimizer as OptimizerSection
 from torchtitan.config.suggest import fix_of_glob
-from torchtitan.config.value_errors import settings_of, validated
 
 if TYPE_CHECKING:
     import torch

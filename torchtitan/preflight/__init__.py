@@ -73,7 +73,7 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
     A subject with static errors is not looked at further, and nothing is on a mesh that does not
     exist.
     """
-    downgraded = partial(_downgraded, context=context)
+    on_this_machine = partial(_on_this_machine, context=context)
     issues: list[ConfigIssue] = []
     broken = set()
     for subject in STATIC:
@@ -89,15 +89,12 @@ def preflight(context: RunContext, phases: Sequence[str] = PHASES) -> list[Confi
             if subject not in broken and (phase != HARDWARE or context.full):
                 found = subject.check_environment(context)
                 if phase == CHECKPOINTS:  # a wrong value differs from the stored run's, too
-                    wrong = {i.key for i in errors_of(map(downgraded, issues))}
+                    wrong = {i.key for i in errors_of(map(on_this_machine, issues))}
                     found = [issue for issue in found if issue.key not in wrong]
                 issues += found
-    if CHECKPOINTS in phases and not errors_of(issues):
-        issues += _check_stored_batch(context)
-        if MODEL in phases and context.full and not errors_of(issues):
-            issues += check_same_data(context)
-    unique = list({str(issue): issue for issue in issues}.values())
-    return [downgraded(_with_other_place(issue, context)) for issue in unique]
+    if {CHECKPOINTS, MODEL} <= set(phases) and context.full and not errors_of(issues):
+        issues += check_same_data(context)
+    return list(map(on_this_machine, {str(issue): issue for issue in issues}.values()))
 
 
 def _check_model(context: RunContext, with_handlers: bool) -> list[ConfigIssue]:
@@ -112,20 +109,6 @@ def _check_model(context: RunContext, with_handlers: bool) -> list[ConfigIssue]:
     return issues
 
 
-def _check_stored_batch(context: RunContext) -> list[ConfigIssue]:
-    """Check the batch size and the lanes that the run in the folder has on this mesh."""
-    from torchtitan.checkpoint.decision import decide, resolved_config
-
-    config = context.config
-    try:
-        decision = decide(config, context, Path(config.job.dump_folder).resolve())
-    except ConfigError as error:
-        return error.problems
-    if decision.action == "finished" or (decision.action == "new" and not decision.step):
-        return []
-    return preflight(replace(context, config=resolved_config(config, decision)), [ARITHMETIC])
-
-
 def check_same_data(context: RunContext) -> list[ConfigIssue]:
     """Compare data, tokenizer and packing with those of the run that is resumed.
 
@@ -134,26 +117,22 @@ def check_same_data(context: RunContext) -> list[ConfigIssue]:
     from torchtitan.checkpoint import stored_run
     from torchtitan.checkpoint.decision import decide, resolved_config
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
+    from torchtitan.data import identity, loader
+    from torchtitan.data.tokenizers import build_tokenizer
 
     config = context.config
     try:
         decision = decide(config, context, Path(config.job.dump_folder).resolve())
         config = resolved_config(config, decision)
         state = stored_run.stored_state(config, decision)
-    except (ConfigError, InvalidCheckpoint):
-        return []
-    if state.get("data_fingerprint") is None:
-        return []
-    from torchtitan.data import identity, loader
-    from torchtitan.data.tokenizers import build_tokenizer
-
-    try:
+        if state.get("data_fingerprint") is None:
+            return []
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         mixture = loader.build_mixture(
             config.training, config.data, config.debug.seed, tokenizer, decision.num_lanes
         )
         now = loader.data_facts(mixture)  # reads the files
-    except (ConfigError, DataError):
+    except (ConfigError, DataError, InvalidCheckpoint):
         return []
     if identity.names_data(state["data_fingerprint"], now):
         return []
@@ -164,9 +143,7 @@ def check_same_data(context: RunContext) -> list[ConfigIssue]:
 
 def report(issues: Iterable[ConfigIssue], quiet: bool = False) -> None:
     """Print each issue once to stderr; `quiet` is for ranks that see what rank 0 prints."""
-    if quiet:
-        return
-    for issue in issues:
+    for issue in () if quiet else issues:
         print(f"{issue.severity}: {issue}", file=sys.stderr)
 
 
@@ -175,33 +152,21 @@ def require(
 ) -> list[ConfigIssue]:
     """Run the phases, print the warnings and return them; raise `ConfigError` with the errors."""
     issues = preflight(context, phases)
-    errors = errors_of(issues)
-    warnings = [issue for issue in issues if issue not in errors]
+    warnings = [issue for issue in issues if issue.severity != "error"]
     report(warnings, quiet)
-    if errors:
-        raise ConfigError(errors)
+    if len(warnings) < len(issues):
+        raise ConfigError(errors_of(issues))
     return warnings
 
 
-def require_same_data(context: RunContext) -> None:
-    """Raise `ConfigError` unless a resumed run reads the data that its checkpoint knows."""
-    issues = check_same_data(context)
-    if issues:
-        raise ConfigError(issues)
-
-
-def _with_other_place(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
-    """Suggest the file that an absent relative path names in the clone or next to the config."""
-    text = issue.value if issue.missing_asset and isinstance(issue.value, str) else ""
+def _on_this_machine(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
+    """Name the place where an absent file may be meant to be; without `full` it is a warning."""
+    if not issue.missing_asset:
+        return issue
+    severity = issue.severity if context.full else "warning"
+    text = issue.value if isinstance(issue.value, str) else ""
     place = found_elsewhere(text, context.config.job.config_file)
     if place is None:
-        return issue
+        return replace(issue, severity=severity)
     fix = f"{issue.fix.rstrip('.')}; did you mean {place}? A relative path starts in the current"
-    return replace(issue, fix=f"{fix} folder, {Path.cwd()}")
-
-
-def _downgraded(issue: ConfigIssue, context: RunContext) -> ConfigIssue:
-    """Return a warning for a file that is absent on a machine that will not train."""
-    if issue.missing_asset and issue.severity == "error" and not context.full:
-        return replace(issue, severity="warning")
-    return issue
+    return replace(issue, severity=severity, fix=f"{fix} folder, {Path.cwd()}")

@@ -11,18 +11,15 @@ from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
 from torchtitan.checkpoint.initial import initial_path, setting_problems
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
-from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
+from torchtitan.preflight.folders import check_name, check_writable
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
 
 if TYPE_CHECKING:
     from torch import nn
 
-_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
-_TAKEN = re.compile(
-    r"config\.toml|run_status\.json|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
-)
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
 _HARMLESS_HANDLERS = {"compile"}
@@ -32,32 +29,24 @@ _HARMLESS_HANDLERS = {"compile"}
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
-    problems = _path_problems("job.dump_folder", config.job.dump_folder)
+    issues = _path_problems("job.dump_folder", config.job.dump_folder)
     if section.initial_load_path is not None:
-        problems += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
-    if not _NAME.fullmatch(section.folder) or ".." in section.folder:
-        text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
-        fix = 'use a name such as "checkpoint"; job.dump_folder says where it lies'
-        problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
-    if _TAKEN.fullmatch(section.folder):
-        text = "is the name of something else in the run folder"
-        fix = 'choose another name, such as "checkpoint"'
-        problems.append(ConfigIssue("checkpoint.folder", text, fix, section.folder))
+        issues += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
+    issues += check_name("checkpoint.folder", section.folder)
     if section.keep_latest_k == 1:
         text = "would leave nothing to fall back to when the only checkpoint is damaged"
-        problems.append(
-            ConfigIssue("checkpoint.keep_latest_k", text, "use 2 or more, or 0 for all", 1)
-        )
+        fix = "use 2 or more, or 0 for all"
+        issues.append(ConfigIssue("checkpoint.keep_latest_k", text, fix, 1))
     if section.export_dtype != "float32" and not section.last_save_model_only:
         text = "only applies to a last checkpoint without optimizer state, which is not set"
         fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
-        problems.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
-    problems += setting_problems(section) + _seed_problems(context)
-    return problems + _enable_problems(section, config.training.steps)
+        issues.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
+    issues += setting_problems(section) + _seed_problems(context)
+    return issues + _enable_problems(section, config.training.steps)
 
 
 def _path_problems(key: str, path: str) -> list[ConfigIssue]:
-    """Return problems of a path, such as `s3://...`, which would become a local folder `s3:`."""
+    """Return issues of a path, such as `s3://...`, which would become a local folder `s3:`."""
     if not path or "\0" in path:
         return [ConfigIssue(key, "is not a path", "give the path of a folder", path)]
     if _URI.match(path):
@@ -73,27 +62,27 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     dump_folder = Path(config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
         return []  # it will lie on another machine
-    problems = _folder_problems(dump_folder)
-    if problems:
-        return problems
+    issues = check_writable("job.dump_folder", dump_folder.absolute(), str(dump_folder))
+    if issues:
+        return issues
     try:
         if decide(config, context, dump_folder.resolve()).action == "finished":
             return []
     except ConfigError as error:
-        problems += error.problems
+        issues += error.problems
     if not section.enable or starts_anew(config):
-        return problems
+        return issues
     folder = dump_folder.resolve() / section.folder
     if _is_in_memory(folder):
         text = "is in memory (tmpfs): checkpoints there are lost when the machine stops"
-        problems.append(_warning("job.dump_folder", text, "use a disk", str(dump_folder)))
+        issues.append(warning("job.dump_folder", text, "use a disk", str(dump_folder)))
     if not section.trust_path:
-        problems += _protection_problems(folder)
+        issues += _protection_problems(folder)
     sizes = [c.manifest for c in inspect_steps(folder) if c.manifest]
     if sizes:  # a resumed run knows how large its checkpoints are
         num_bytes, num_files = sizes[-1].num_bytes, len(sizes[-1].files)
-        problems += space_problems(folder, section, num_bytes, num_files, free_space(folder))
-    return problems
+        issues += space_problems(folder, section, num_bytes, num_files, free_space(folder))
+    return issues
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
@@ -102,9 +91,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     A vocabulary that the tokenizer decides is not compared.
     """
     config, section = context.config, context.config.checkpoint
-    if not section.enable or section.initial_load_path is None:
-        return []
-    if set(config.model.handlers) - _HARMLESS_HANDLERS:
+    adds_parameters = set(config.model.handlers) - _HARMLESS_HANDLERS
+    if not section.enable or section.initial_load_path is None or adds_parameters:
         return []
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":
@@ -141,61 +129,39 @@ def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[s
 
 
 def _enable_problems(section: Checkpoint, steps: int) -> list[ConfigIssue]:
+    is_long = steps > _LONG_RUN_STEPS
     if section.enable:
-        if section.interval <= steps or steps <= _LONG_RUN_STEPS:
+        if section.interval <= steps or not is_long:
             return []
         text = f"is more than training.steps = {steps}: only the last step will be saved"
         fix = "set it to less, so that a stopped run can be resumed"
-        return [_warning("checkpoint.interval", text, fix, section.interval)]
-    asked = {
-        "load_step": section.load_step >= 0,
-        "initial_load_path": section.initial_load_path is not None,
-        "load_only": section.load_only,
-        "create_seed_checkpoint": section.create_seed_checkpoint,
-    }
+        return [warning("checkpoint.interval", text, fix, section.interval)]
     text = "has no effect, because checkpoint.enable is false"
-    problems = [
+    issues = [
         ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
-        for key, is_set in asked.items()
-        if is_set
+        for key in ("load_step", "initial_load_path", "load_only", "create_seed_checkpoint")
+        if getattr(section, key) != Checkpoint.model_fields[key].default
     ]
-    if not problems and steps > _LONG_RUN_STEPS:
+    if not issues and is_long:
         text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
-        return [_warning("checkpoint.enable", text, "set it to true", False)]
-    return problems
+        return [warning("checkpoint.enable", text, "set it to true", False)]
+    return issues
 
 
 def _seed_problems(context: RunContext) -> list[ConfigIssue]:
     section, key = context.config.checkpoint, "checkpoint.create_seed_checkpoint"
     if not section.create_seed_checkpoint:
         return []
-    problems = []
+    issues = []
     if context.world_size > 1:
         text = f"needs a single process, and there are {context.world_size}"
         fix = "start one (NGPU=1), with all degrees of [parallelism] 1"
-        problems.append(ConfigIssue(key, text, fix, True))
+        issues.append(ConfigIssue(key, text, fix, True))
     for name in ("load_only", "initial_load_path"):
         if getattr(section, name):
             text = f"saves initial weights, which contradicts checkpoint.{name}"
-            problems.append(ConfigIssue(key, text, "leave out one of the two", True))
-    return problems
-
-
-def _folder_problems(folder: Path) -> list[ConfigIssue]:
-    key, whole = "job.dump_folder", folder.absolute()
-    try:
-        existing = next(path for path in (whole, *whole.parents) if path.exists())
-    except OSError as error:
-        text = f"cannot be used: {error.strerror or error}"
-        return [ConfigIssue(key, text, "choose another path", str(folder))]
-    fix = "choose a folder that this user may write to"
-    if not existing.is_dir():
-        text = f"{existing} is a file" if existing != whole else "is a file"
-        return [ConfigIssue(key, text, fix, str(folder))]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        text = f"cannot be written: no permission for {existing}"
-        return [ConfigIssue(key, text, fix, str(folder), missing_asset=True)]
-    return []
+            issues.append(ConfigIssue(key, text, "leave out one of the two", True))
+    return issues
 
 
 def _protection_problems(folder: Path) -> list[ConfigIssue]:
@@ -208,7 +174,7 @@ def _protection_problems(folder: Path) -> list[ConfigIssue]:
         return []
     text = f"lies below {parent}, where all users of this machine may replace it"
     fix = f"`chmod o-w {parent}` (or +t), or set checkpoint.trust_path"
-    return [_warning("job.dump_folder", text, fix, str(folder.parent))]
+    return [warning("job.dump_folder", text, fix, str(folder.parent))]
 
 
 def _is_in_memory(folder: Path) -> bool:
@@ -219,7 +185,3 @@ def _is_in_memory(folder: Path) -> bool:
     mounts = {point: kind for _, point, kind, *_ in map(str.split, lines)}
     points = (point for point in map(str, (folder, *folder.parents)) if point in mounts)
     return mounts.get(next(points, "")) in ("tmpfs", "ramfs")
-
-
-def _warning(key: str, text: str, fix: str, value: object) -> ConfigIssue:
-    return ConfigIssue(key, text, fix, value, severity="warning")

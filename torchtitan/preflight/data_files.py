@@ -1,31 +1,24 @@
 """Checks of the data's files before a run starts."""
 
-import contextlib
 import os
 import pickle
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
+from torchtitan.config.errors import ConfigError, ConfigIssue, DataError, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
 from torchtitan.data.decode import DAMAGED_FILE
-from torchtitan.data.named_sources import (
-    NamedSource,
-    describe_source,
-    named_sources,
-    validation_sets,
-)
+from torchtitan.data.named_sources import NamedSource
+from torchtitan.data.pieces import Shard, too_few_shards
 from torchtitan.data.registry import build_source
-from torchtitan.utils.text import plural
 
 if TYPE_CHECKING:
     from torchtitan.data.files import FileSource
-    from torchtitan.data.pieces import Shard
     from torchtitan.data.sources import Source
     from torchtitan.data.token_source import TokenSource
 
@@ -42,40 +35,15 @@ _NOTED_BYTES, _NOTED_SHARE = 2**16, 0.01
 """A file of this size, or this share of the data, is worth a warning: source code, for example,
 has many small files that are equal."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FILE_FIX = 'fetch the file again, or set data.on_bad_row = "skip" to leave the rest of it out'
-_ROW_FIX = 'correct the row, or set data.on_bad_row = "skip" to leave such rows out'
-_ENCODING_FIX = 'set data.encoding, or encoding in its table, or data.on_bad_row = "skip"'
+_SKIP = 'set data.on_bad_row = "skip" to leave such rows out'
 
 
-def describe_data(context: RunContext) -> list[str]:
-    """Return a line about each dataset that can be read, for `--check`."""
-    from torchtitan.data.document_ends import document_tokenizer
-    from torchtitan.data.tokenizers import build_tokenizer
-
-    config = context.config
-    lines = []
-    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
-        with contextlib.suppress(ConfigError, DataError):
-            lines.append(describe_source(named, build_source(named.training, named.data)))
-    with contextlib.suppress(ConfigError):
-        tokenizer = build_tokenizer(config.model.tokenizer_path)
-        lines.append(document_tokenizer(tokenizer, config.data).describe())
-    return lines
-
-
-def check_data_files(context: RunContext) -> list[ConfigIssue]:
-    """Check the files of all sources; `check_data` must have found nothing."""
-    return check_source_files(
-        context, named_sources(context.config.training, context.config.data), {}
-    )
-
-
-def check_source_files(
-    context: RunContext, sources: Iterable[NamedSource], files: dict[str, NamedSource]
+def check_files(
+    context: RunContext, sources: list[NamedSource], earlier: list[NamedSource] | None = None
 ) -> list[ConfigIssue]:
-    """Check the files of `sources`; `files` are those of earlier sources."""
-    problems: list[ConfigIssue] = []
-    sources = list(sources)
+    """Check the files of sources whose keys are sound, and of `earlier` ones for the same files."""
+    issues: list[ConfigIssue] = []
+    files = _files_of(earlier or [])
     for named in sources:
         data = named.data if context.full else _lightly(named.data)
         config = context.config.model_copy(update={"training": named.training, "data": data})
@@ -92,8 +60,8 @@ def check_source_files(
             found += error.problems
         except DataError as error:
             found.append(ConfigIssue(_key(own), str(error), "correct or replace the file"))
-        problems += [named.under_own_key(problem) for problem in found]
-    return problems
+        issues += [named.under_own_key(problem) for problem in found]
+    return issues
 
 
 def _lightly(data: Data) -> Data:
@@ -104,7 +72,7 @@ def _lightly(data: Data) -> Data:
     return data.model_copy(update={"streaming": True, "split": data.split.partition("[")[0]})
 
 
-def files_of(sources: Iterable[NamedSource]) -> dict[str, NamedSource]:
+def _files_of(sources: list[NamedSource]) -> dict[str, NamedSource]:
     """Return the files of those sources that have files, by their real paths."""
     files: dict[str, NamedSource] = {}
     for named in sources:
@@ -131,27 +99,19 @@ def _check_shared_files(
         return []
     first = files[shared[0]]
     place = f"{first.place} ({first.name})" if first.place else "the training data"
-    return [
-        ConfigIssue(
-            "training.dataset_path",
-            f"{len(shared)} of the files are in {place}, too, for example"
-            f" {shared[0]}; their documents count in both",
-            "leave them out of one of the sources, unless that is meant",
-            value=named.training.dataset_path,
-            severity="warning",
-        )
-    ]
+    text = f"{len(shared)} of the files are in {place}, too, for example {shared[0]}"
+    fix = "leave them out of one of the sources, unless their documents are to count in both"
+    return [warning("training.dataset_path", text, fix, named.training.dataset_path)]
 
 
 def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]:
     """Check that there is data for all lanes, the first rows, and truncated files."""
     from torchtitan.data.files import FileSource
-    from torchtitan.data.pieces import too_few_shards
     from torchtitan.data.token_source import TokenSource
 
-    problems = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
-    if problems:
-        return problems
+    issues = [*getattr(source, "problems", list)(), *_check_pickling(context, source)]
+    if issues:
+        return issues
     shards = source.shards(context.num_lanes)
     if not shards:
         return [ConfigIssue(_key(context), "holds no document", "give data with content")]
@@ -159,14 +119,15 @@ def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]
         return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
     if isinstance(source, TokenSource):
         return _check_tokens(context, source)
-    problems = _check_rows(context, source, shards)
-    is_rejected = any(problem.severity == "error" for problem in problems)
+    issues = _check_rows(context, source, shards)
+    is_rejected = any(problem.severity == "error" for problem in issues)
     if not is_rejected and isinstance(source, FileSource):
-        problems += _check_amount(context, source)
-        return problems + _check_whole_files(context, source, shards)
+        if not any(file.compression for file in source.files):
+            issues += _check_amount(context, sum(file.size for file in source.files), "bytes")
+        return issues + _check_whole_files(context, source, shards)
     if not is_rejected:
-        problems += _check_shared_rows(context, source, shards)
-    return problems + _check_revision(context, source)
+        issues += _check_shared_rows(context, source, shards)
+    return issues + _check_revision(context, source)
 
 
 def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
@@ -179,10 +140,9 @@ def _check_pickling(context: RunContext, source: "Source") -> list[ConfigIssue]:
     try:
         pickle.dumps(source)
     except Exception as error:
-        problem = f"the dataset cannot be sent to worker processes: {error}"
+        text = f"the dataset cannot be sent to worker processes: {error}"
         fix = "make it picklable (no open files, lambdas or local classes), or set 0"
-        key = "training.dataloader.num_workers"
-        return [ConfigIssue(key, problem, fix, value=num_workers)]
+        return [ConfigIssue("training.dataloader.num_workers", text, fix, num_workers)]
     return []
 
 
@@ -191,15 +151,8 @@ def _check_revision(context: RunContext, source: "Source") -> list[ConfigIssue]:
     commit, revision = source.description.get("commit"), context.config.data.revision
     if commit is None or _COMMIT.fullmatch(revision or ""):
         return []
-    return [
-        ConfigIssue(
-            "data.revision",
-            "the dataset may change; a resume with other training data is rejected",
-            f'set "{commit}", the newest commit',
-            value=revision,
-            severity="warning",
-        )
-    ]
+    text = "the dataset may change; a resume with other training data is rejected"
+    return [warning("data.revision", text, f'set "{commit}", the newest commit', revision)]
 
 
 def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssue]:
@@ -218,13 +171,11 @@ def _check_tokens(context: RunContext, source: "TokenSource") -> list[ConfigIssu
         return [unusable(error, path or "")]
     except ConfigError:  # reported by the check of the tokenizer
         return []
-    problems = [problem] if problem is not None else []
-    if problem is not None and problem.severity == "error":
-        return problems
-    return problems + _amount_problems(context, source.index.num_tokens, "tokens")
+    found = [] if problem is None else [problem]
+    return found + _check_amount(context, source.index.num_tokens, "tokens")
 
 
-def _check_rows(context: RunContext, source: "Source", shards: "list[Shard]") -> list[ConfigIssue]:
+def _check_rows(context: RunContext, source: "Source", shards: list[Shard]) -> list[ConfigIssue]:
     """Check the first rows of some shards.
 
     The first unusable row is an error where the policy for rows makes it one. Rows without any
@@ -249,57 +200,41 @@ def _check_rows(context: RunContext, source: "Source", shards: "list[Shard]") ->
     if num_usable and (first is None or may_skip):
         return []
     if first is None:
-        problem, fix = "the first rows hold no text", "check that these are the right data"
-        return [ConfigIssue(_key(context), problem, fix, severity="warning")]
+        fix = "check that these are the right data"
+        return [warning(_key(context), "the first rows hold no text", fix)]
     where, reason = first
-    severity = "warning" if may_skip else "error"
-    if reason.column is None or num_usable:
-        fix = _fix_of(str(reason))
-        return [ConfigIssue(_key(context), f"{where}: {reason}", fix, severity=severity)]
-    fix = "set it to the column that holds the text"
-    if not may_skip:
-        fix += ', or, where only some rows are so, set data.on_bad_row = "skip"'
-    problem = f"{where}: {reason}"
-    return [ConfigIssue("data.text_column", problem, fix, value=reason.column, severity=severity)]
+    issue = ConfigIssue(_key(context), f"{where}: {reason}", _fix_of(str(reason)))
+    if reason.column is not None and not num_usable:
+        fix = f"set it to the column that holds the text, or {_SKIP}"
+        issue = ConfigIssue("data.text_column", issue.problem, fix, reason.column)
+    return [replace(issue, severity="warning" if may_skip else "error")]
 
 
 def _fix_of(flaw: str) -> str:
     if "data.encoding" in flaw:
-        return _ENCODING_FIX
-    return _FILE_FIX if DAMAGED_FILE in flaw else _ROW_FIX
+        return f"set data.encoding, or encoding in its table, or {_SKIP}"
+    return f"{'fetch the file again' if DAMAGED_FILE in flaw else 'correct the row'}, or {_SKIP}"
 
 
-def _check_amount(context: RunContext, source: "FileSource") -> list[ConfigIssue]:
-    """Check that finite, uncompressed data can fill one step; a token is at least a byte."""
-    if any(file.compression for file in source.files):
-        return []
-    return _amount_problems(context, sum(file.size for file in source.files), "bytes")
-
-
-def _amount_problems(context: RunContext, amount: int, unit: str) -> list[ConfigIssue]:
+def _check_amount(context: RunContext, amount: int, unit: str) -> list[ConfigIssue]:
+    """Check that finite data can fill one step; a token is at least a byte."""
     training, epochs = context.config.training, context.config.data.epochs
     if epochs is None or amount * epochs // training.seq_len >= context.global_batch_size:
         return []
-    available = amount * epochs // training.seq_len
-    return [
-        ConfigIssue(
-            "data.epochs",
-            f"{epochs} x {amount} {unit} give at most {available} sequences of"
-            f" {training.seq_len} tokens, and a step takes {context.global_batch_size}",
-            "give more data, or lower training.global_batch_size or training.seq_len",
-            value=epochs,
-        )
-    ]
+    text = (
+        f"{epochs} x {amount} {unit} give at most {amount * epochs // training.seq_len} sequences"
+        f" of {training.seq_len} tokens, and a step takes {context.global_batch_size}"
+    )
+    fix = "give more data, or lower training.global_batch_size or training.seq_len"
+    return [ConfigIssue("data.epochs", text, fix, epochs)]
 
 
 def _check_whole_files(
-    context: RunContext, source: "FileSource", shards: "list[Shard]"
+    context: RunContext, source: "FileSource", shards: list[Shard]
 ) -> list[ConfigIssue]:
     """Read small files that are not cut into ranges to their end: enough rows, not truncated."""
-    from torchtitan.data.pieces import Shard
-
     budget, budget_of_rows = _SAMPLED_BYTES, _SAMPLED_ROW_BYTES
-    problems = []
+    issues = []
     strides = {shard.file: shard.stride for shard in shards if shard.end is None}
     num_filled = sum(shard.end is not None for shard in shards)
     for index, stride in strides.items():
@@ -312,22 +247,22 @@ def _check_whole_files(
             if row.flaw and context.config.data.on_bad_row == "error":
                 where = source.locate(Shard(index), row)
                 problem, fix = f"{where}: {row.flaw}", _fix_of(str(row.flaw))
-                problems.append(ConfigIssue(_key(context), problem, fix))
+                issues.append(ConfigIssue(_key(context), problem, fix))
                 break
             if budget_of_rows < 0:  # a small file can hold any amount
                 break
         if budget < 0 or budget_of_rows < 0:
-            return problems
+            return issues
         num_filled += min(num_rows, stride)
-    if not problems and num_filled == 0:
+    if not issues and num_filled == 0:
         return [ConfigIssue(_key(context), "holds no document", "give data with content")]
-    if not problems and num_filled < context.num_lanes:
-        problems.append(too_few_documents(num_filled, context))
-    return problems
+    if not issues and num_filled < context.num_lanes:
+        issues.append(_too_few_documents(num_filled, context))
+    return issues
 
 
 def _check_shared_rows(
-    context: RunContext, source: "Source", shards: "list[Shard]"
+    context: RunContext, source: "Source", shards: list[Shard]
 ) -> list[ConfigIssue]:
     """Check that data whose rows the lanes share by stride have a row for each lane."""
     strides = {shard._replace(offset=0, stride=1): shard.stride for shard in shards}
@@ -338,18 +273,11 @@ def _check_shared_rows(
         num_filled += sum(1 for _ in islice(source.rows(whole), stride))
         if num_filled >= context.num_lanes:
             return []
-    return [too_few_documents(num_filled, context)]
+    return [_too_few_documents(num_filled, context)]
 
 
-def too_few_documents(count: int, context: RunContext) -> ConfigIssue:
-    """Return the problem of a lane that would have nothing to read."""
-    lanes = plural(context.num_lanes, "lane")
-    return ConfigIssue(
-        "data.lanes",
-        f"the data hold {plural(count, 'document')}, too few for {lanes}",
-        f"set data.lanes to at most {count}, or give more data",
-        value=context.config.data.lanes,
-    )
+def _too_few_documents(count: int, context: RunContext) -> ConfigIssue:
+    return too_few_shards(count, context.num_lanes, context.config.data.lanes, "document")
 
 
 def _key(context: RunContext) -> str:
@@ -361,32 +289,24 @@ def _doubled_files(source: "Source") -> list[ConfigIssue]:
     """Warn of files of a dataset that hold the same documents, with the pairs."""
     listing = getattr(source, "listing", None)
     named = () if listing is None else listing.doubles
-    pairs = dict.fromkeys((*named, *_same_contents(source)))
+    pairs = list(dict.fromkeys((*named, *_same_contents(source))))
     if not pairs:
         return []
-    shown = "; ".join(f"{first} and {second}" for first, second in list(pairs)[:_SHOWN_PAIRS])
+    shown = "; ".join(f"{first} and {second}" for first, second in pairs[:_SHOWN_PAIRS])
     more = f"; and {len(pairs) - _SHOWN_PAIRS:,} more pairs" if len(pairs) > _SHOWN_PAIRS else ""
-    return [
-        ConfigIssue(
-            "training.dataset_path",
-            f"seems to hold the same documents twice: {shown}{more}",
-            "leave out one of each pair, unless that is meant",
-            severity="warning",
-        )
-    ]
+    text = f"seems to hold the same documents twice: {shown}{more}"
+    fix = "leave out one of each pair, unless that is meant"
+    return [warning("training.dataset_path", text, fix)]
 
 
 def _same_contents(source: "Source") -> Iterator[tuple[str, str]]:
     """Yield pairs of files of equal size and digest, except small ones."""
-    all_files = getattr(source, "files", ())
-    least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in all_files))
-    sizes: Mapping[int, list[Any]] = defaultdict(list)
-    for file in all_files:
-        if file.size >= least:
-            sizes[file.size].append(file)
     from torchtitan.data.identity import content_digests
 
-    suspects = [file for files in sizes.values() if len(files) > 1 for file in files]
+    files = getattr(source, "files", ())
+    least = min(_NOTED_BYTES, _NOTED_SHARE * sum(file.size for file in files))
+    times = Counter(file.size for file in files)
+    suspects = [file for file in files if file.size >= least and times[file.size] > 1]
     if len(suspects) > _COMPARED_FILES:
         return
     seen: dict[tuple[int, str], str] = {}

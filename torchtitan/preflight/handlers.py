@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check names, order, combinations and settings."""
     chosen, tables = context.config.model.handlers, context.config.handlers
-    problems = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
-    if problems:
-        return problems
-    for name in dict.fromkeys([*chosen, *context.config.handlers]):
-        problems += _asked(name, "Settings", partial(_settings_problems, context, name))
-    if problems:
-        return problems
+    issues = issues_of_names("handler", "model.handlers", chosen, tables, HANDLERS)
+    if issues:
+        return issues
+    for name in dict.fromkeys([*chosen, *tables]):
+        issues += _asked(name, "Settings", partial(_settings_problems, context, name))
+    if issues:
+        return issues
     entries = {name: HANDLERS[name] for name in chosen}
-    problems += [*_check_order(entries), *_check_packages(entries)]
+    issues += [*_check_order(entries), *_check_packages(entries)]
     for name, entry in entries.items():
-        if not errors_of(problems):
+        if not errors_of(issues):
             settings = handler_settings(context.config, name)
-            problems += _asked(name, "check_static", partial(entry.check_static, context, settings))
-    return problems
+            issues += _asked(name, "check_static", partial(entry.check_static, context, settings))
+    return issues
 
 
 def _settings_problems(context: RunContext, name: str) -> list[ConfigIssue]:
@@ -56,43 +56,32 @@ def _asked(name: str, what: str, ask: Callable[[], Iterable[ConfigIssue]]) -> li
 def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
     """Check that the packages exist, without importing them."""
     for name, entry in chosen.items():
-        if entry.package and not _is_installed(entry.package):
+        if entry.package and find_spec(entry.package.partition(".")[0]) is None:
             problem = f"it needs {entry.package}, which is not installed"
             what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
             yield ConfigIssue("model.handlers", problem, f"pip install {what}", value=name)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # what a dotted name begins with
-        return False
-
-
-def _check_order(chosen: dict[str, HandlerEntry]) -> list[ConfigIssue]:
-    names, problems = list(chosen), []
+def _check_order(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
+    names = list(chosen)
     for place, (name, entry) in enumerate(chosen.items()):
-        for earlier in entry.after:
-            if earlier in names[place:]:
-                fix = f"list {earlier} before {name}"
-                problem = f"has to come after {earlier}"
-                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
+        for earlier in (other for other in entry.after if other in names[place:]):
+            fix = f"list {earlier} before {name}"
+            yield ConfigIssue("model.handlers", f"has to come after {earlier}", fix, name)
         for other in entry.excludes:
             if other in chosen:
-                problem = f"cannot be combined with {other}"
-                fix = f"leave out {name} or {other}"
-                problems.append(ConfigIssue("model.handlers", problem, fix, value=name))
-    return problems
+                problem, fix = f"cannot be combined with {other}", f"leave out {name} or {other}"
+                yield ConfigIssue("model.handlers", problem, fix, name)
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Ask each handler whether this machine's devices can do what it needs."""
     config = context.config
-    problems = []
+    issues = []
     for name in config.model.handlers:
         ask = partial(HANDLERS[name].check_environment, context, handler_settings(config, name))
-        problems += _asked(name, "check_environment", ask)
-    return problems
+        issues += _asked(name, "check_environment", ask)
+    return issues
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
@@ -100,12 +89,10 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
 
     Handlers after a registered one, which may add modules and parameters, judge at the start.
     """
-    config = context.config
-    if not config.model.handlers:
-        return []
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.named import NamedHandler
 
+    config = context.config
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
     issues: list[ConfigIssue] = []
     for name in config.model.handlers:

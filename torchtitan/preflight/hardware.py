@@ -12,15 +12,14 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Check the torch version and, for CUDA, the devices. Imports torch; makes no CUDA context."""
     import torch
 
-    problems = []
+    issues = []
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if installed < MINIMUM_TORCH:
-        minimum = ".".join(map(str, MINIMUM_TORCH))
-        fix = f"install torch {minimum} or newer"
-        problems.append(ConfigIssue("torch", f"version {torch.__version__} is too old", fix))
+        fix = f"install torch {_dotted(MINIMUM_TORCH)} or newer"
+        issues.append(ConfigIssue("torch", f"version {torch.__version__} is too old", fix))
     if context.device_type == "cuda":
-        problems += _cuda(context)
-    return problems
+        issues += _cuda(context)
+    return issues
 
 
 def _cuda(context: RunContext) -> list[ConfigIssue]:
@@ -50,18 +49,17 @@ def _bfloat16(context: RunContext, local_rank: int) -> list[ConfigIssue]:
     if torch.version.hip is not None:
         return []
     capability = torch.cuda.get_device_capability(local_rank)
-    if capability >= _BFLOAT16_CAPABILITY:
-        return []
     training = context.config.training
-    values = {
-        "training.dtype": training.dtype,
-        "training.mixed_precision_param": training.mixed_precision_param,
-    }
-    problem = "the GPU has compute capability {}.{}, and bfloat16 needs {}.{}"
+    problem = f"the GPU has compute capability {_dotted(capability)}, and bfloat16 needs"
     return [
-        ConfigIssue(
-            key, problem.format(*capability, *_BFLOAT16_CAPABILITY), 'set it to "float32"', value
+        ConfigIssue(key, f"{problem} {_dotted(_BFLOAT16_CAPABILITY)}", 'set it to "float32"', value)
+        for key, value in (
+            ("training.dtype", training.dtype),
+            ("training.mixed_precision_param", training.mixed_precision_param),
         )
-        for key, value in values.items()
-        if value == "bfloat16"
+        if value == "bfloat16" and capability < _BFLOAT16_CAPABILITY
     ]
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

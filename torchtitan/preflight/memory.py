@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 
-from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.errors import ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 
 OFFLOAD_KEY = "training.enable_cpu_offload"
 EARLY_STEP_KEY = "optimizer.early_step_in_backward"
+MICROBATCH_KEY = "parallelism.pipeline_parallel_microbatch_size"
 MODE_KEY = "activation_checkpoint.mode"
 ACTIVATIONS_KEY = "activation_checkpoint.offload"
 _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
@@ -15,29 +16,25 @@ _PARTITIONING_BACKENDS = ("inductor", "aot_eager")
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of settings that do not fit together; reads no file."""
-    return [
-        *_cpu_offload(context),
-        *_early_step(context),
-        *_memory_budget(context),
-        *_activation_offload(context),
-    ]
+    """Return issues of settings that do not fit together; reads no file."""
+    return [*_offload(context), *_early_step(context), *_memory_budget(context)]
 
 
-def _cpu_offload(context: RunContext) -> Iterator[ConfigIssue]:
+def _offload(context: RunContext) -> Iterator[ConfigIssue]:
     config = context.config
-    if not config.training.enable_cpu_offload:
-        return
     copies = config.parallelism.data_parallel_replicate_degree
     shards = context.shard_degree * config.parallelism.context_parallel_degree
-    if copies > 1 and shards == 1:
+    if config.training.enable_cpu_offload and copies > 1 and shards == 1:
         problem = f"FSDP does it, and {copies} copies of the model without shards are DDP"
         fix = "set parallelism.data_parallel_shard_degree above 1 (HSDP), or this to false"
-        yield ConfigIssue(OFFLOAD_KEY, problem, fix, value=True)
-    elif context.device_type == "cpu":
-        problem = "a run on CPUs has its parameters in host memory already: it changes nothing"
-        fix = "use it with CUDA, or set it to false"
-        yield ConfigIssue(OFFLOAD_KEY, problem, fix, value=True, severity="warning")
+        yield ConfigIssue(OFFLOAD_KEY, problem, fix, True)
+    for key, is_set in (
+        (OFFLOAD_KEY, config.training.enable_cpu_offload),
+        (ACTIVATIONS_KEY, config.activation_checkpoint.offload),
+    ):
+        if is_set and context.device_type == "cpu":
+            problem = "a run on CPUs has everything in host memory already: it only costs copies"
+            yield warning(key, problem, "use it with CUDA, or set it to false", True)
 
 
 def _early_step(context: RunContext) -> Iterator[ConfigIssue]:
@@ -48,29 +45,16 @@ def _early_step(context: RunContext) -> Iterator[ConfigIssue]:
     off = f"or set {EARLY_STEP_KEY} to false"
     max_norm = config.training.max_norm
     if not math.isinf(max_norm):
-        problem = (
-            "clipping needs the norm of all gradients before any of them is used, and with"
-            f" {EARLY_STEP_KEY} the first are used up before the last exist"
-        )
-        yield ConfigIssue("training.max_norm", problem, f"set it to inf, {off}", value=max_norm)
+        problem = "clipping needs the norm of all gradients before the first of them is used"
+        yield ConfigIssue("training.max_norm", problem, f"set it to inf, {off}", max_norm)
     pipeline = config.parallelism.pipeline_parallel_degree > 1
     count = context.pipeline_microbatches if pipeline else context.accumulation_steps
     if count > 1:
-        problem = (
-            f"a step has {count} microbatches on each rank, whose gradients are added up before the"
-            " step: all of them exist at once, and nothing is saved"
-        )
-        fix = f"let a step have one microbatch ({_one_microbatch(context)}), or set it to false"
-        yield ConfigIssue(EARLY_STEP_KEY, problem, fix, value=True)
-
-
-def _one_microbatch(context: RunContext) -> str:
-    training, mesh = context.config.training, context.config.parallelism
-    batch = f"training.global_batch_size = {training.local_batch_size * context.dp_degree}"
-    if mesh.pipeline_parallel_degree == 1:
-        return batch
-    size = f"parallelism.pipeline_parallel_microbatch_size = {training.local_batch_size}"
-    return f'{size}, {batch}, parallelism.pipeline_parallel_schedule = "GPipe"'
+        problem = f"a step adds up the gradients of {count} microbatches, so nothing is saved"
+        fix = "let a step have one (training.global_batch_size"
+        if pipeline:  # all schedules but GPipe need more than one
+            fix += f', {MICROBATCH_KEY}, pipeline_parallel_schedule = "GPipe"'
+        yield ConfigIssue(EARLY_STEP_KEY, problem, f"{fix}), or set it to false", True)
 
 
 def _memory_budget(context: RunContext) -> Iterator[ConfigIssue]:
@@ -78,21 +62,12 @@ def _memory_budget(context: RunContext) -> Iterator[ConfigIssue]:
     if config.activation_checkpoint.mode != "memory_budget":
         return
     other = f'or set {MODE_KEY} to "selective"'
+    backend = config.handlers.get("compile", {}).get("backend", "inductor")
     if "compile" not in config.model.handlers:
         problem = "the compiler chooses what is recomputed, and blocks are not compiled"
         fix = f'set model.handlers = ["compile"], {other}'
-        yield ConfigIssue(MODE_KEY, problem, fix, value="memory_budget")
-        return
-    backend = config.handlers.get("compile", {}).get("backend", "inductor")
-    if backend not in _PARTITIONING_BACKENDS:
+        yield ConfigIssue(MODE_KEY, problem, fix, "memory_budget")
+    elif backend not in _PARTITIONING_BACKENDS:
         problem = f"the backend {backend} does not choose what is recomputed"
         fix = f'set handlers.compile.backend to "inductor", {other}'
-        yield ConfigIssue(MODE_KEY, problem, fix, value="memory_budget")
-
-
-def _activation_offload(context: RunContext) -> Iterator[ConfigIssue]:
-    config = context.config
-    if config.activation_checkpoint.offload and context.device_type == "cpu":
-        problem = "activations of a run on CPUs are in host memory already: it only costs copies"
-        fix = "use it with CUDA, or set it to false"
-        yield ConfigIssue(ACTIVATIONS_KEY, problem, fix, value=True, severity="warning")
+        yield ConfigIssue(MODE_KEY, problem, fix, "memory_budget")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from torchtitan.config import fitting
-from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.errors import ConfigIssue, warning
 from torchtitan.config.fields import unexpanded_paths
 from torchtitan.config.run_context import RunContext
 
@@ -36,30 +36,18 @@ def is_mesh(context: RunContext) -> bool:
 
 def _mesh(context: RunContext) -> Iterator[ConfigIssue]:
     mesh = context.config.parallelism
-    shard, replicate = mesh.data_parallel_shard_degree, mesh.data_parallel_replicate_degree
+    shard, ranks = mesh.data_parallel_shard_degree, context.world_size
     key = "parallelism.data_parallel_shard_degree"
-    fixed = replicate * context.other_degrees
+    fixed = mesh.data_parallel_replicate_degree * context.other_degrees
+    fix = f"set {key} to -1, and the others to degrees whose product divides {ranks}"
     if shard == 0:
         yield ConfigIssue(key, "must be at least 1, or -1 for the rest", "set it to -1", shard)
-    elif shard == -1 and context.world_size % fixed:
-        text = f"{context.world_size} processes cannot be divided by {_product(context)} = {fixed}"
-        fix = f"{_mesh_fix(context)}, or start a multiple of {fixed} processes"
-        yield ConfigIssue(key, text, fix, shard)
-    elif shard != -1 and fixed * shard != context.world_size:
-        text = f"{_product(context)} = {fixed * shard}, but WORLD_SIZE = {context.world_size}"
-        fix = f"{_mesh_fix(context)}, or start {fixed * shard} processes"
-        yield ConfigIssue("parallelism", text, fix)
-
-
-def _mesh_fix(context: RunContext) -> str:
-    mesh, world_size, other = context.config.parallelism, context.world_size, context.other_degrees
-    if world_size % other:
-        return f"choose tensor, context and pipeline degrees whose product divides {world_size}"
-    ranks, replicate = world_size // other, mesh.data_parallel_replicate_degree
-    if ranks % replicate:
-        degrees = "data_parallel_shard_degree = -1 and data_parallel_replicate_degree"
-        return f"set {degrees} to a divisor of {ranks}"
-    return f"set data_parallel_shard_degree = -1 (which would be {ranks // replicate})"
+    elif shard == -1 and ranks % fixed:
+        text = f"{ranks} processes cannot be divided by {_product(context)} = {fixed}"
+        yield ConfigIssue(key, text, f"{fix}, or start a multiple of {fixed} processes", shard)
+    elif shard != -1 and fixed * shard != ranks:
+        text = f"{_product(context)} = {fixed * shard}, but WORLD_SIZE = {ranks}"
+        yield ConfigIssue("parallelism", text, f"{fix}, or start {fixed * shard} processes")
 
 
 def _product(context: RunContext) -> str:
@@ -76,7 +64,7 @@ def _threads(context: RunContext) -> Iterator[ConfigIssue]:
     if context.full and threads > cores:
         text = f"this machine has {cores} core{'s' * (cores > 1)}"
         fix = f"set at most {cores}, or 0 to divide the cores among the processes"
-        yield ConfigIssue("debug.threads", text, fix, threads, severity="warning")
+        yield warning("debug.threads", text, fix, threads)
 
 
 def _batch(context: RunContext) -> Iterator[ConfigIssue]:
@@ -87,9 +75,7 @@ def _batch(context: RunContext) -> Iterator[ConfigIssue]:
         text = "must be at least 1, or -1 for one microbatch a rank"
         yield ConfigIssue(key, text, "set -1", value)
     elif context.global_batch_size % unit:
-        below = context.global_batch_size // unit * unit
-        nearest = " or ".join(str(size) for size in (below, below + unit) if size > 0)
         product = f"training.local_batch_size x data-parallel degree = {local} x"
         text = f"is not a multiple of {product} {context.dp_degree} = {unit}"
-        fix = f"set it to {nearest}, or change training.local_batch_size or the mesh"
+        fix = f"set it to a multiple, such as {unit * (context.global_batch_size // unit + 1)}"
         yield ConfigIssue(key, text, fix, value)

@@ -26,15 +26,9 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     seq_len = context.config.training.seq_len
     if seq_len <= args.max_seq_len:
         return []
-    return [
-        ConfigIssue(
-            "training.seq_len",
-            f"longer than model.args.max_seq_len = {args.max_seq_len}, which the model is made for",
-            f"set it to at most {args.max_seq_len}, or raise model.args.max_seq_len (and, for a "
-            "trained model, model.args.rope_scaling_factor)",
-            value=seq_len,
-        )
-    ]
+    text = f"longer than model.args.max_seq_len = {args.max_seq_len}, which the model is made for"
+    fix = f"set it to at most {args.max_seq_len}, or raise that (with rope_scaling_factor)"
+    return [ConfigIssue("training.seq_len", text, fix, seq_len)]
 
 
 def build_on_meta(context: RunContext) -> "nn.Module":
@@ -48,8 +42,6 @@ def build_on_meta(context: RunContext) -> "nn.Module":
 
     from torchtitan.utils.dtypes import default_dtype, torch_dtype
 
-    if args.vocab_size is None:
-        args = args.model_copy(update={"vocab_size": UNKNOWN_VOCAB_SIZE})
     try:
         with torch.device("meta"), default_dtype(torch_dtype(context.config.training.dtype)):
             return family.build(args)
@@ -61,6 +53,9 @@ def build_on_meta(context: RunContext) -> "nn.Module":
 
 
 def _resolve(context: RunContext) -> tuple[ModelFamily, ModelArgs]:
+    """Return the family, and the hyper-parameters with some size of the vocabulary."""
     section = context.config.model
     family = get_family(section.name)
-    return family, family.resolve(section)
+    args = family.resolve(section)
+    vocab_size = args.vocab_size or UNKNOWN_VOCAB_SIZE
+    return family, args.model_copy(update={"vocab_size": vocab_size})

@@ -1,9 +1,11 @@
 """Checks of `[optimizer]`, `[lr_scheduler]` and `[loss]`. Imports torch in no function."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, warning
+from torchtitan.config.registry import Registry
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
@@ -36,10 +38,9 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Ask a registered schedule for its factors at some steps."""
     section = context.config.lr_scheduler
-    if section.name == BUILT_IN_NAME:
-        return []
     try:
-        Schedule(section, context.config.training.steps).try_some()
+        if section.name != BUILT_IN_NAME:
+            Schedule(section, context.config.training.steps).try_some()
     except ConfigError as error:
         return error.problems
     return []
@@ -50,51 +51,51 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     section = context.config.optimizer
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     issues = check_patterns(section, list(shapes))
-    try:
+    with suppress(ConfigError):  # reported by `check_static`
         entry = OPTIMIZERS.get(section.name)
         if entry is not None and entry.check_names is not None:
             issues += entry.check_names(optimizer_settings(section), shapes)
-    except ConfigError:
-        pass  # reported by `check_static`
     return issues
+
+
+def _named(
+    section: Any, key: str, kind: str, registry: Registry[Any], settings: Callable[[Any], object]
+) -> list[ConfigIssue]:
+    """Check the registered name of a section, and the settings in its `args`."""
+    try:
+        if registry.get(section.name) is None:
+            fix = fix_of_registered(section.name, registry)
+            return [ConfigIssue(key, f"is not {kind}", fix, section.name)]
+        settings(section)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _optimizer(context: RunContext) -> Iterator[ConfigIssue]:
     section = context.config.optimizer
-    try:
-        entry = OPTIMIZERS.get(section.name)
-        if entry is None:
-            fix = fix_of_registered(section.name, OPTIMIZERS)
-            yield ConfigIssue("optimizer.name", "is not an optimizer", fix, value=section.name)
-            return
-        optimizer_settings(section)
-    except ConfigError as error:
-        yield from error.problems
+    found = _named(section, "optimizer.name", "an optimizer", OPTIMIZERS, optimizer_settings)
+    if found:
+        yield from found
         return
+    entry = OPTIMIZERS[section.name]
     yield from _unused(section, "optimizer", set(OPTIONAL_KEYS) - set(entry.uses), section.name)
     if section.early_step_in_backward and entry.not_in_backward:
         problem = f"{section.name} cannot: {entry.not_in_backward}"
         fix = "set it to false, or take AdamW"
-        yield ConfigIssue("optimizer.early_step_in_backward", problem, fix, value=True)
+        yield ConfigIssue("optimizer.early_step_in_backward", problem, fix, True)
 
 
 def _schedule(context: RunContext) -> Iterator[ConfigIssue]:
     section = context.config.lr_scheduler
-    try:
-        if SCHEDULES.get(section.name) is None:
-            fix = fix_of_registered(section.name, SCHEDULES)
-            yield ConfigIssue("lr_scheduler.name", "is not a schedule", fix, value=section.name)
-            return
-        schedule_settings(section)
-    except ConfigError as error:
-        yield from error.problems
-        return
+    found = _named(section, "lr_scheduler.name", "a schedule", SCHEDULES, schedule_settings)
+    yield from found
     if section.name != BUILT_IN_NAME:
-        yield from _unused(section, "lr_scheduler", _SCHEDULE_KEYS, section.name)
+        yield from () if found else _unused(section, "lr_scheduler", _SCHEDULE_KEYS, section.name)
     elif section.args:
         problem = f"{section.name} has its settings in [lr_scheduler] itself"
         fix = f"write its keys there: {', '.join(_SCHEDULE_KEYS)}"
-        yield ConfigIssue("lr_scheduler.args", problem, fix, value=", ".join(section.args))
+        yield ConfigIssue("lr_scheduler.args", problem, fix, ", ".join(section.args))
 
 
 def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Iterator[ConfigIssue]:
@@ -107,16 +108,14 @@ def _unused(section: Section, table: str, keys: Iterable[str], name: str) -> Ite
         value = getattr(section, key)
         if key in keys and value != field.default:
             fix = f"leave it out; {name} has its own settings in [{table}.args]"
-            problem = f"{name} has no use for it"
-            yield ConfigIssue(f"{table}.{key}", problem, fix, value=value, severity="warning")
+            yield warning(f"{table}.{key}", f"{name} has no use for it", fix, value)
 
 
 def _learning_rate(context: RunContext) -> Iterator[ConfigIssue]:
     section = context.config.optimizer
     if section.lr == 0:
-        problem = "with a learning rate of 0 nothing is learnt"
         fix = "set a positive learning rate"
-        yield ConfigIssue("optimizer.lr", problem, fix, value=section.lr, severity="warning")
+        yield warning("optimizer.lr", "with a learning rate of 0 nothing is learnt", fix, 0.0)
     first_index: dict[str, int] = {}
     for index, group in enumerate(section.param_groups):
         first = first_index.setdefault(group.pattern, index)
@@ -136,35 +135,21 @@ def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
         fix = f"set it to at most {steps}, or train for more steps"
         yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
     elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:
-        decay = section.decay(steps)
-        problem = (
-            f"a decay of {decay} steps and lr_scheduler.warmup_steps = {warmup} "
-            f"do not fit into training.steps = {steps}"
-        )
-        fix = f"set it to at most {_round_down((steps - warmup) / steps)}, or shorten the warmup"
+        decay = f"a decay of {section.decay(steps)} steps"
+        problem = f"{decay} and a warmup of {warmup} do not fit into {steps} steps"
+        fix = "lower it, or shorten the warmup"
         yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
-
-
-def _round_down(ratio: float) -> float:
-    return int(ratio * 1000) / 1000
 
 
 def _loss(context: RunContext) -> list[ConfigIssue]:
     section = context.config.loss
-    if section.name not in LOSSES:
-        fix = fix_of_registered(section.name, LOSSES)
-        return [ConfigIssue("loss.name", "is not a loss", fix, value=section.name)]
-    try:
-        entry = LOSSES[section.name]
-        loss_settings(section)
-    except ConfigError as error:
-        return error.problems
+    found = _named(section, "loss.name", "a loss", LOSSES, loss_settings)
     degree = context.config.parallelism.tensor_parallel_degree
-    if degree > 1 and not entry.supports_vocab_parallel:
-        problem = (
-            f"this loss needs the logits of all tokens, and a rank has those of a part of the"
-            f" vocabulary with parallelism.tensor_parallel_degree = {degree}"
-        )
-        fix = "derive the loss from ChunkedLoss (docs/losses.md), or set the degree to 1"
-        return [ConfigIssue("loss.name", problem, fix, value=section.name)]
-    return []
+    if found or degree == 1 or LOSSES[section.name].supports_vocab_parallel:
+        return found
+    problem = (
+        "this loss needs the logits of the whole vocabulary, and a rank has a part of them with"
+        f" parallelism.tensor_parallel_degree = {degree}"
+    )
+    fix = "derive the loss from ChunkedLoss (docs/losses.md), or set the degree to 1"
+    return [ConfigIssue("loss.name", problem, fix, section.name)]

@@ -3,15 +3,14 @@
 import logging
 from typing import TYPE_CHECKING
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
-from torchtitan.models.registry import get_family
+from torchtitan.models.registry import model_args
+from torchtitan.preflight.pipeline_parallel import plan
 from torchtitan.preflight.tensor_parallel import DEGREE_KEY
 
 if TYPE_CHECKING:
     from torch import nn
-
-_STAND_IN_VOCAB_SIZE = 256
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
@@ -31,7 +30,7 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     except HandlerError as error:
         problem = f"whether the model can be cut is not checked: {error}"
         fix = "correct the handler, unless its hook needs the processes of a run"
-        return [ConfigIssue("model.handlers", problem, fix, severity="warning")]
+        return [warning("model.handlers", problem, fix)]
     finally:
         logging.disable(before)
 
@@ -41,41 +40,32 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     from torchtitan.handlers.conversion import convert_model
     from torchtitan.handlers.named import NamedHandler
     from torchtitan.models.spec import require_language_model
-    from torchtitan.parallel.pipeline.stages import find_tied_weights, plan_pipeline
+    from torchtitan.parallel.pipeline.stages import find_tied_weights
     from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
     from torchtitan.utils.dtypes import torch_dtype
 
     config = context.config
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
-    try:
-        family = get_family(config.model.name)
-        args = family.resolve(config.model)
-        if args.vocab_size is None:  # the tokenizer's; no name depends on it
-            args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
-        count, pipeline = context.pipeline_microbatches, None
-        if dims.pp > 1:
-            pipeline = plan_pipeline(config.parallelism, args.modules(), count)
-        if dims.tp > 1 and args.tensor_parallel_problems(dims.tp):
-            return []
-    except ConfigError:
+    args = model_args(config.model)
+    if args is None or (dims.tp > 1 and args.tensor_parallel_problems(dims.tp)):
         return []  # reported by the checks of these sections
+    pipeline = plan(context, args) if dims.pp > 1 else None
     handlers = [NamedHandler(name, config, dims) for name in config.model.handlers]
-    require_language_model(model, family.name)
+    require_language_model(model, config.model.name)
     convert_model(model, handlers, torch_dtype(config.training.dtype))
     key = "model.handlers" if handlers else "model.name"
-    problems = [*_scalars(model, key), *_odd_types(model, key)]
+    issues = [*_scalars(model, key), *_odd_types(model, key)]
     if pipeline is not None:
         try:
             find_tied_weights(pipeline, model, dims.pp)
         except ConfigError as error:
-            problems += error.problems
+            issues += error.problems
     if dims.tp > 1:
-        plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
+        tp_plan = extended_plan(model, dims.tp, [handler.extend_tp_plan for handler in handlers])
         fix = "correct tensor_parallel_plan (extend_tp_plan of a handler), or set it to 1"
-        problems += [
-            ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in plan_problems(model, plan)
-        ]
-    return problems
+        texts = plan_problems(model, tp_plan)
+        issues += [ConfigIssue(DEGREE_KEY, text, fix, dims.tp) for text in texts]
+    return issues
 
 
 def _scalars(model: "nn.Module", key: str) -> list[ConfigIssue]:

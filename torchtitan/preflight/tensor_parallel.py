@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.errors import ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.registry import model_args
 from torchtitan.models.spec import ModelArgs
@@ -13,18 +13,13 @@ ASYNC_KEY = "parallelism.enable_async_tensor_parallel"
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
-    """Return problems of the degree and of `enable_async_tensor_parallel`.
-
-    A vocabulary that only the tokenizer knows is judged where that is read, in `data.checks`.
-    """
+    """Return issues of the degree and of `enable_async_tensor_parallel`."""
     section = context.config.parallelism
     degree, args = section.tensor_parallel_degree, model_args(context.config.model)
-    problems = list(_async(context)) if section.enable_async_tensor_parallel else []
+    issues = list(_async(context)) if section.enable_async_tensor_parallel else []
     if degree > 1 and args is not None:
-        refused = model_problems(context, args)
-        # A degree that is none asks nothing of the sequence.
-        problems += [*(refused or _sequence(context)), *_machines(context)]
-    return problems
+        issues += [*model_problems(context, args), *_machines(context)]
+    return issues
 
 
 def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
@@ -32,8 +27,8 @@ def model_problems(context: RunContext, args: ModelArgs) -> list[ConfigIssue]:
     degree = context.config.parallelism.tensor_parallel_degree
     if degree == 1:
         return []
-    problems = args.tensor_parallel_problems(degree)
-    return problems or list(_uneven_vocabulary(context, args))
+    issues = args.tensor_parallel_problems(degree)
+    return issues or list(_uneven_vocabulary(context, args))
 
 
 def _uneven_vocabulary(context: RunContext, args: ModelArgs) -> Iterator[ConfigIssue]:
@@ -52,8 +47,7 @@ def _uneven_vocabulary(context: RunContext, args: ModelArgs) -> Iterator[ConfigI
         f" {args.hidden_size()}, has to be sharded; but data_parallel_shard_degree x"
         f" context_parallel_degree = {shards} does not divide it"
     )
-    above = -(-vocab_size // degree) * degree
-    fix = f"set model.args.vocab_size to {above} (more tokens than the tokenizer has do no harm)"
+    fix = f"set model.args.vocab_size to a multiple of {degree}, above the tokenizer's size"
     yield ConfigIssue(DEGREE_KEY, problem, fix, degree)
 
 
@@ -72,17 +66,6 @@ def _async(context: RunContext) -> Iterator[ConfigIssue]:
         yield ConfigIssue(ASYNC_KEY, problem, fix, True)
 
 
-def _sequence(context: RunContext) -> Iterator[ConfigIssue]:
-    """With context parallelism, whose check knows of this too, the divisor is another."""
-    section, seq_len = context.config.parallelism, context.config.training.seq_len
-    degree = section.tensor_parallel_degree
-    below = seq_len // degree * degree
-    if section.context_parallel_degree == 1 and below != seq_len:
-        nearest = f"{below} or {below + degree}" if below else str(degree)
-        problem = f"tensor_parallel_degree = {degree} needs a multiple of {degree}"
-        yield ConfigIssue("training.seq_len", problem, f"set it to {nearest}", seq_len)
-
-
 def _machines(context: RunContext) -> Iterator[ConfigIssue]:
     try:
         environment = read_environment()
@@ -90,11 +73,6 @@ def _machines(context: RunContext) -> Iterator[ConfigIssue]:
         return  # reported where processes are joined
     degree, local = context.config.parallelism.tensor_parallel_degree, environment.local_world_size
     if context.full and environment.world_size == context.world_size > local and local % degree:
-        yield ConfigIssue(
-            DEGREE_KEY,
-            f"some ranks that exchange activations in every layer are on different machines, since"
-            f" each runs {local} processes",
-            f"set it to a divisor of {local}, unless the network is as fast as the machine's",
-            degree,
-            severity="warning",
-        )
+        text = "some ranks that exchange activations in every layer are on different machines"
+        fix = f"set it to a divisor of the {local} processes of a machine"
+        yield warning(DEGREE_KEY, text, fix, degree)

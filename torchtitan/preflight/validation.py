@@ -1,6 +1,6 @@
 """Checks of `[validation]`. No torch.
 
-Each set is checked as the sections that would train on it alone; problems name the keys that the
+Each set is checked as the sections that would train on it alone; issues name the keys that the
 user wrote.
 """
 
@@ -13,9 +13,9 @@ from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Validation
 from torchtitan.data.named_sources import SETS, VALIDATION, named_sources, validation_sets
-from torchtitan.preflight import context_parallel, model, tensor_parallel
+from torchtitan.preflight import context_parallel, model
 from torchtitan.preflight.data import check_dataset, check_prefetching
-from torchtitan.preflight.data_files import check_source_files, files_of
+from torchtitan.preflight.data_files import check_files
 from torchtitan.preflight.mesh import is_mesh
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -26,20 +26,20 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     section = context.config.validation
     if not section.enable:
         return []
-    problems = [*_check_tables(section), *_check_numbers(section)]
+    issues = [*_check_tables(section), *_check_numbers(section)]
     for named in validation_sets(context.config):
-        problems += [named.under_own_key(problem) for problem in check_dataset(named)]
+        issues += [named.under_own_key(problem) for problem in check_dataset(named)]
     if is_mesh(context):
-        problems += [*_check_sequence(context), *_check_microbatches(context)]
-    return problems
+        issues += [*_check_sequence(context), *_check_microbatches(context)]
+    return issues
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
     """Check the files of the sets, and warn of files that are also trained on."""
     config = context.config
     sets = validation_sets(config)
-    trained_on = files_of(named_sources(config.training, config.data)) if sets else {}
-    return check_source_files(context, sets, trained_on)
+    trained_on = named_sources(config.training, config.data) if sets else []
+    return check_files(context, sets, trained_on)
 
 
 def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
@@ -55,14 +55,13 @@ def _check_tables(section: Validation) -> Iterator[ConfigIssue]:
     for index, name in enumerate(names):
         if not _NAME.fullmatch(name):
             fix = "use letters, digits, `.`, `_` and `-` only, not starting with a dot"
-            problem = "cannot be a part of a metric's name"
-            yield ConfigIssue(f"{SETS}[{index}].name", problem, fix, name)
+            key = f"{SETS}[{index}].name"
+            yield ConfigIssue(key, "cannot be a part of a metric's name", fix, name)
     for name, count in Counter(names).items():
         if count > 1:
             key = f"{SETS}[{names.index(name)}].name"
-            yield ConfigIssue(
-                key, "is the name of several sets", "give each a different name", name
-            )
+            fix = "give each a different name"
+            yield ConfigIssue(key, "is the name of several sets", fix, name)
 
 
 def _check_numbers(section: Validation) -> Iterator[ConfigIssue]:
@@ -79,7 +78,7 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
         return
     training = config.training.model_copy(update={"seq_len": seq_len})
     changed = replace(context, config=config.model_copy(update={"training": training}))
-    for feature in (model, tensor_parallel, context_parallel):
+    for feature in (model, context_parallel):
         for problem in feature.check_static(changed):
             if problem.key == "training.seq_len":
                 yield replace(problem, key=f"{VALIDATION}.seq_len")
@@ -87,11 +86,10 @@ def _check_sequence(context: RunContext) -> Iterator[ConfigIssue]:
 
 def _check_microbatches(context: RunContext) -> Iterator[ConfigIssue]:
     """Check that a pipeline can split a batch of validation into microbatches."""
-    batch = context.config.validation.local_batch_size
-    mesh = context.config.parallelism
+    batch, mesh = context.config.validation.local_batch_size, context.config.parallelism
     size = mesh.pipeline_parallel_microbatch_size
     if batch is None or mesh.pipeline_parallel_degree == 1 or batch % size == 0:
         return
     problem = f"is not a multiple of parallelism.pipeline_parallel_microbatch_size = {size}"
-    fix = f"set it to {-(-batch // size) * size}, or leave it unset"
+    fix = "set it to a multiple, or leave it unset"
     yield ConfigIssue(f"{VALIDATION}.local_batch_size", problem, fix, batch)

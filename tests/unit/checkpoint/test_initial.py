@@ -156,7 +156,8 @@ def test_other_lanes_cannot_go_on(tmp_path: Path) -> None:
 
 def test_lanes_must_fit_the_mesh(tmp_path: Path) -> None:
     """Found together with everything else, before a process group exists."""
-    from torchtitan.preflight import ARITHMETIC, CHECKPOINTS, preflight
+    from torchtitan.checkpoint.decision import with_stored_batch
+    from torchtitan.preflight import ARITHMETIC, preflight
 
     path = other_run(tmp_path / "other", lanes=2, training={"global_batch_size": 16})
     (tmp_path / "run").mkdir()
@@ -164,9 +165,9 @@ def test_lanes_must_fit_the_mesh(tmp_path: Path) -> None:
         tmp_path / "run", checkpoint=full(path), training={"local_batch_size": 1, "dataset": "x"}
     )
     context = RunContext(config, 4, "cpu")
-    keys = [problem.key for problem in preflight(context, [CHECKPOINTS])]
-    assert "data.lanes" in keys
-    assert "data.lanes" not in [problem.key for problem in preflight(context, [ARITHMETIC])]
+    assert "data.lanes" not in [issue.key for issue in preflight(context, [ARITHMETIC])]
+    stored = with_stored_batch(context)
+    assert "data.lanes" in [issue.key for issue in preflight(stored, [ARITHMETIC])]
 
 
 def make_file(path: Path, name: str) -> Path:

@@ -8,7 +8,6 @@ import pytest
 from old_keys import COLUMNS, EVERY_KEY, problem_of, value_of
 
 from torchtitan.config.compat import keys as tables
-from torchtitan.config.compat import translate as legacy
 from torchtitan.config.fields import free_table_of, known_keys
 from torchtitan.config.load import load_config
 from torchtitan.handlers.registry import HANDLERS
@@ -17,34 +16,32 @@ from torchtitan.handlers.registry import HANDLERS
 
 
 def test_a_key_is_either_today_s_or_older():
-    built = sorted(set(legacy.old_defaults()) & set(known_keys()))
+    built = sorted(set(tables.OLD_KEYS) & set(known_keys()))
     assert built == [], "a section has these now: take them out of compat/keys.py"
-    for (name, value), feature in tables.NOT_BUILT_VALUES.items():
-        assert value not in known_keys()[name].choices, f"take {feature} out of NOT_BUILT_VALUES"
-    assert not set(tables.MISNAMED) & (set(known_keys()) | set(legacy.old_defaults()))
+    assert not set(tables.MISNAMED) & (set(known_keys()) | set(tables.OLD_KEYS))
 
 
 def test_the_handlers_of_the_tables_are_there():
-    tables_of = [table.split(".")[1] for table in tables.HANDLER_TABLES.values()]
+    tables_of = [handler for handler, _ in tables.HANDLER_TABLES.values()]
     used = {*tables.HANDLER_SWITCHES.values(), *tables.CONVERTER_NAMES.values(), *tables_of}
     assert used <= set(HANDLERS)
 
 
 def test_every_key_of_the_releases_is_known():
     assert len(EVERY_KEY) == 195
-    assert [n for n in EVERY_KEY if n not in known_keys() and not legacy.is_old_key(n)] == []
+    assert [n for n in EVERY_KEY if n not in known_keys() and n not in tables.OLD_KEYS] == []
 
 
 def test_the_tables_have_no_keys_but_the_releases():
     older_still = {"training.data_parallel_degree"}
-    assert sorted(set(legacy.old_defaults()) - set(EVERY_KEY) - older_still) == []
+    assert sorted(set(tables.OLD_KEYS) - set(EVERY_KEY) - older_still) == []
 
 
 def test_what_old_names_lead_to_exists():
     not_built = {key for feature in tables.NOT_BUILT for key in feature.switches}
-    not_built |= {key for feature in tables.NOT_BUILT for key in feature.settings}
-    for name in legacy.old_defaults():
-        today = legacy.today_name(name)
+    not_built |= set(tables.NOT_BUILT_SETTINGS)
+    for name in tables.OLD_KEYS:
+        today = tables.TODAY.get(name, name)
         assert (
             today in known_keys()
             or free_table_of(today)
@@ -207,7 +204,7 @@ def test_none_on_the_command_line_leaves_a_key_unset(load):
 
 def test_microbatches_become_their_size(load):
     keys = {"experimental.pipeline_parallel_degree": 2, "training.batch_size": 8}
-    old, new = tables.MICROBATCHES, legacy.MICROBATCH_SIZE
+    old, new = tables.MICROBATCHES, tables.MICROBATCH_SIZE
     loaded = load({**keys, old: 4})
     assert value_of(loaded, new) == 2
     assert f"{old} = 4 is {new} = 2 today" in loaded.notices

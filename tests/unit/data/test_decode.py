@@ -14,11 +14,11 @@ from data_runs import Run, make_config, make_documents
 from test_bad_data import facts_for, only, read_all
 from test_data_order import all_steps, lane_documents
 
+from torchtitan.commands.train import describe_data
 from torchtitan.config import DataError
 from torchtitan.data import decode
 from torchtitan.data.registry import build_source
 from torchtitan.preflight.data import check_environment, check_static
-from torchtitan.preflight.data_files import describe_data
 
 DOCUMENTS = make_documents(60)
 LINES = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in DOCUMENTS)

@@ -8,13 +8,13 @@ import pytest
 from data_runs import Run, make_config
 from test_bad_data import ROWS, facts_for, only, write_rows
 
+from torchtitan.commands.train import describe_data
 from torchtitan.config import ConfigError
 from torchtitan.data import identity, listing, loader
 from torchtitan.data.files import DataFile
 from torchtitan.data.identity import content_digests, differences, fingerprint_of
 from torchtitan.data.listing import list_files
 from torchtitan.preflight.data import check_environment
-from torchtitan.preflight.data_files import describe_data
 from torchtitan.utils.text import format_bytes
 
 

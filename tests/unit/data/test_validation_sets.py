@@ -94,19 +94,18 @@ def test_numbers_below_one(key: str):
         (
             {"context_parallel_degree": 2},
             {"seq_len": 30},
-            "validation.seq_len = 30: context_parallel_degree = 2 needs a multiple of 4. Fix: set"
-            " it to 28 or 32",
+            "validation.seq_len = 30: is not a multiple of 4, as context_parallel_degree = 2",
         ),
         (
             {"tensor_parallel_degree": 2},
             {"seq_len": 31},
-            "validation.seq_len = 31: tensor_parallel_degree = 2 needs a multiple of 2",
+            "validation.seq_len = 31: is not a multiple of 2, as",
         ),
         (
             {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2},
             {"local_batch_size": 3},
             "validation.local_batch_size = 3: is not a multiple of parallelism.pipeline_parallel_m"
-            "icrobatch_size = 2. Fix: set it to 4",
+            "icrobatch_size = 2. Fix: set it to a multiple",
         ),
     ],
 )

@@ -102,15 +102,19 @@ def test_fresh_folder(tmp_path: Path) -> None:
 
 def test_dump_folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    only(check_environment(context(tmp_path / "file")), "job.dump_folder", "is a file")
-    only(check_environment(context(tmp_path / "file" / "run")), "job.dump_folder", "is a file")
+    only(check_environment(context(tmp_path / "file")), "job.dump_folder", "file is not a folder")
+    only(
+        check_environment(context(tmp_path / "file" / "run")),
+        "job.dump_folder",
+        "file is not a folder",
+    )
 
 
 def test_dump_folder_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may write anywhere, and tests often run as root.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     problems = check_environment(context(tmp_path))
-    only(problems, "job.dump_folder", "no permission")
+    only(problems, "job.dump_folder", "is not writable")
     assert problems[0].missing_asset
 
 

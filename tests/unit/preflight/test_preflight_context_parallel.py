@@ -39,22 +39,24 @@ def test_accepted(seq_len: int, degree: int, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "degree", "settings", "degrees", "divisor", "fix"),
+    ("seq_len", "degree", "settings", "divisor", "above"),
     [
-        (28, 4, {}, "context_parallel_degree = 4", 8, "24 or 32"),
-        (5, 4, {}, "context_parallel_degree = 4", 8, "8"),
-        (14, 4, IN_ORDER, "context_parallel_degree = 4", 4, "12 or 16"),
-        (14, 4, ULYSSES, "context_parallel_degree = 4", 4, "12 or 16"),
-        (28, 2, {"tensor_parallel_degree": 4}, "tensor_parallel_degree = 4", 8, "24 or 32"),
+        (28, 4, {}, 8, 32),
+        (5, 4, {}, 8, 8),
+        (14, 4, IN_ORDER, 4, 16),
+        (14, 4, ULYSSES, 4, 16),
+        (28, 2, {"tensor_parallel_degree": 4}, 8, 32),
+        (50, 1, {"tensor_parallel_degree": 4}, 4, 52),
+        (3, 1, {"tensor_parallel_degree": 4}, 4, 4),
     ],
 )
 def test_lengths_that_cannot_be_cut(
-    seq_len: int, degree: int, settings: dict[str, Any], degrees: str, divisor: int, fix: str
+    seq_len: int, degree: int, settings: dict[str, Any], divisor: int, above: int
 ) -> None:
     (problem,) = problems(seq_len, degree, settings)
-    assert problem.startswith(f"training.seq_len = {seq_len}: context_parallel_degree = {degree}")
-    need = "needs" if degrees.startswith("context") else "need"
-    assert problem.endswith(f"{degrees} {need} a multiple of {divisor}. Fix: set it to {fix}.")
+    assert problem.startswith(f"training.seq_len = {seq_len}: is not a multiple of {divisor}, as")
+    assert f"context_parallel_degree = {degree} and tensor_parallel_degree = " in problem
+    assert problem.endswith(f"such as {above}.")
 
 
 def test_nothing_follows_from_a_degree_that_is_refused() -> None:
@@ -64,22 +66,22 @@ def test_nothing_follows_from_a_degree_that_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degree", "tensor_degree", "heads", "possible"),
+    ("degree", "tensor_degree", "heads", "kv_heads"),
     [
-        (3, 1, "8 heads of queries and 4", "1, 2, 4, 8"),
-        (16, 1, "8 heads of queries and 4", "1, 2, 4, 8"),
-        (8, 2, "4 heads of queries and 2", "1, 2, 4"),
-        (2, 8, "1 heads of queries and 1", "1"),
+        (3, 1, "8 heads of queries and 4", 4),
+        (16, 1, "8 heads of queries and 4", 4),
+        (8, 2, "4 heads of queries and 2", 2),
+        (2, 8, "1 heads of queries and 1", 1),
     ],
 )
 def test_heads_that_cannot_be_shared_out(
-    degree: int, tensor_degree: int, heads: str, possible: str
+    degree: int, tensor_degree: int, heads: str, kv_heads: int
 ) -> None:
     settings = {**ULYSSES, "tensor_parallel_degree": tensor_degree}
     (problem,) = problems(48, degree, settings)
     assert problem.startswith(f"parallelism.context_parallel_degree = {degree}: ")
     assert heads in problem
-    assert f"set it to one of {possible}, or context_parallel_method to allgather" in problem
+    assert f"set it to a divisor of {kv_heads}, or context_parallel_method to allgather" in problem
 
 
 def test_packed_documents_without_a_kernel_are_worth_a_warning() -> None:

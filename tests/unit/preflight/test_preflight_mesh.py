@@ -36,13 +36,13 @@ def test_product_is_said_and_mended():
     (problem,) = problems(8, REPLICATE, "2", SHARD, "3")
     assert "data_parallel_replicate_degree 2 x data_parallel_shard_degree 3 = 6" in problem
     assert "WORLD_SIZE = 8" in problem
-    assert "data_parallel_shard_degree = -1 (which would be 4)" in problem
+    assert "data_parallel_shard_degree to -1" in problem
 
 
 def test_rest_that_does_not_divide():
     (problem,) = problems(8, REPLICATE, "3")
     assert "8 processes cannot be divided by data_parallel_replicate_degree 3 = 3" in problem
-    assert "data_parallel_replicate_degree to a divisor of 8" in problem
+    assert "degrees whose product divides 8" in problem
 
 
 TENSOR = "--parallelism.tensor_parallel_degree"
@@ -51,14 +51,10 @@ TENSOR = "--parallelism.tensor_parallel_degree"
 @pytest.mark.parametrize(
     ("world_size", "arguments", "fix"),
     [
-        (8, [TENSOR, "2", REPLICATE, "3"], "data_parallel_replicate_degree to a divisor of 4, or"),
+        (8, [TENSOR, "2", REPLICATE, "3"], "divides 8, or start a multiple of 6"),
         (6, [TENSOR, "4"], "degrees whose product divides 6, or start a multiple of 4 processes"),
         (6, [TENSOR, "4", SHARD, "2"], "degrees whose product divides 6, or start 8 processes"),
-        (
-            8,
-            [TENSOR, "2", REPLICATE, "3", SHARD, "2"],
-            "_shard_degree = -1 and data_parallel_replicate_degree to a divisor of 4, or start 12",
-        ),
+        (8, [TENSOR, "2", REPLICATE, "3", SHARD, "2"], "divides 8, or start 12 processes"),
     ],
 )
 def test_a_fix_of_the_mesh_makes_one(world_size: int, arguments: list[str], fix: str):
@@ -70,9 +66,9 @@ def test_batch_numbers_and_nearest_valid_ones():
     batch = ["--training.local_batch_size", "4", "--training.global_batch_size", "20"]
     (problem,) = problems(2, *batch)
     assert "4 x 2 = 8" in problem
-    assert "set it to 16 or 24, or change training.local_batch_size or the mesh." in problem
+    assert "set it to a multiple, such as 24." in problem
     (problem,) = problems(3, *batch)
-    assert "set it to 12 or 24, or" in problem
+    assert "such as 24." in problem
 
 
 def test_nothing_is_judged_on_a_broken_mesh():

@@ -6,9 +6,7 @@ A key is looked up here only if no section has it. Whoever builds one of the fea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 RENAMED = {
     "checkpoint.enable_checkpoint": "checkpoint.enable",
@@ -46,35 +44,22 @@ MISNAMED = {
 """Names that no release has had, and that people write all the same."""
 
 
-@dataclass(frozen=True)
-class Converted:
-    """A key whose values are written otherwise today; a value that is not listed stays as it is."""
-
-    name: str
-    values: Mapping[Any, Any]
-    default: Any
-
-
 _METHODS = {"allgather": "allgather", "alltoall": "ring"}
-
-CONVERTED = {
-    "experimental.context_parallel_rotate_method": Converted(
-        "parallelism.context_parallel_method", _METHODS, "allgather"
+CONVERTED: dict[str, tuple[str, Mapping[Any, Any]]] = {
+    "experimental.context_parallel_rotate_method": (
+        "parallelism.context_parallel_method",
+        _METHODS,
     ),
-    "metrics.rank_0_only": Converted(
-        "metrics.save_for_all_ranks", {True: False, False: True}, True
+    "metrics.rank_0_only": ("metrics.save_for_all_ranks", {True: False, False: True}),
+    "mx.recipe_name": ("handlers.mxfp8.recipe_name", {"mxfp8": "mxfp8_cublas"}),
+    "mx.use_fp8_dim1_cast_triton_kernel": (
+        "handlers.mxfp8.mxfp8_dim1_cast_kernel_choice",
+        {True: "triton", False: "torch"},
     ),
-    "mx.recipe_name": Converted("handlers.mxfp8.recipe_name", {"mxfp8": "mxfp8_cublas"}, "mxfp8"),
-    "mx.use_fp8_dim1_cast_triton_kernel": Converted(
-        "handlers.mxfp8.mxfp8_dim1_cast_kernel_choice", {True: "triton", False: "torch"}, True
-    ),
-    "optimizer.fused": Converted(
-        "optimizer.implementation", {True: "fused", False: "foreach"}, False
-    ),
-    "parallelism.context_parallel_rotate_method": Converted(
-        "parallelism.context_parallel_method", _METHODS, "allgather"
-    ),
+    "optimizer.fused": ("optimizer.implementation", {True: "fused", False: "foreach"}),
+    "parallelism.context_parallel_rotate_method": ("parallelism.context_parallel_method", _METHODS),
 }
+"""Keys with another name today and other values; one that is not listed stays as it is."""
 
 CUSTOM_IMPORT = "experimental.custom_import"
 """One module as text, "" for none; a list today, `job.custom_import`."""
@@ -82,10 +67,10 @@ CUSTOM_IMPORT = "experimental.custom_import"
 SPLIT_POINTS = "experimental.pipeline_parallel_split_points"
 """A list, or a text with commas, which TorchTitan split."""
 
+HANDLERS = "model.handlers"
 CONVERTERS = "model.converters"
 CONVERTER_NAMES = {"mx": "mxfp8", "quantize.linear.float8": "float8", "quantize.linear.mx": "mxfp8"}
 """Handlers that had other names as converters."""
-MOE_CONVERTERS = ("quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 
 HANDLER_SWITCHES = {
     "float8.enable_float8_linear": "float8",
@@ -94,43 +79,35 @@ HANDLER_SWITCHES = {
 }
 """Switches that put a handler into `model.handlers`, in the order in which handlers go there."""
 
-HANDLER_TABLES = {
-    "compile.": "handlers.compile.",
-    "float8.": "handlers.float8.",
-    "mx.": "handlers.mxfp8.",
-    "quantize.linear.float8.": "handlers.float8.",
-    "quantize.linear.mx.": "handlers.mxfp8.",
+_FLOAT8: dict[str, Any] = {
+    "emulate": False,
+    "enable_fsdp_float8_all_gather": False,
+    "filter_fqns": [],
+    "precompute_float8_dynamic_scale_for_fsdp": False,
+    "recipe_name": "",
 }
-"""Where the settings below are today. They mean nothing, and are left out, without the handler."""
-
-HANDLER_SETTINGS: dict[str, Any] = {
-    "compile.backend": "inductor",
-    "float8.emulate": False,
-    "float8.enable_fsdp_float8_all_gather": False,
-    "float8.filter_fqns": [],
-    "float8.precompute_float8_dynamic_scale_for_fsdp": False,
-    "float8.recipe_name": None,
-    "mx.filter_fqns": ["output"],
-    "quantize.linear.float8.emulate": False,
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": False,
-    "quantize.linear.float8.filter_fqns": [],
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": False,
-    "quantize.linear.float8.recipe_name": None,
-    "quantize.linear.mx.filter_fqns": ["output"],
-    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "triton",
-    "quantize.linear.mx.recipe_name": "mxfp8_cublas",
+_MX = {"filter_fqns": [], "mxfp8_dim1_cast_kernel_choice": "", "recipe_name": ""}
+HANDLER_TABLES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "compile": ("compile", {"backend": ""}),
+    "float8": ("float8", _FLOAT8),
+    "mx": ("mxfp8", {"filter_fqns": []}),
+    "quantize.linear.float8": ("float8", _FLOAT8),
+    "quantize.linear.mx": ("mxfp8", _MX),
 }
-"""Settings of handlers, with their defaults then."""
+HANDLER_SETTINGS = {
+    f"{table}.{key}": (f"handlers.{handler}.{key}", value)
+    for table, (handler, settings) in HANDLER_TABLES.items()
+    for key, value in settings.items()
+}
+"""Settings that are in [handlers.NAME] today: that key, and a value of the type. Without the
+handler they mean nothing, and are left out."""
 
 COMPONENTS = "compile.components"
 MICROBATCHES = "experimental.pipeline_parallel_microbatches"
+MICROBATCH_SIZE = "parallelism.pipeline_parallel_microbatch_size"
 TOTAL_STEPS = "lr_scheduler.total_steps"
-BY_OTHER_KEYS: dict[str, Any] = {
-    COMPONENTS: ["model", "loss"],
-    MICROBATCHES: None,
-    TOTAL_STEPS: None,
-}
-"""Keys whose meaning depends on other keys, with their defaults then."""
+BY_OTHER_KEYS: dict[str, Any] = {COMPONENTS: [], MICROBATCHES: 0, TOTAL_STEPS: 0}
+"""Keys whose meaning depends on other keys, with a value of their type."""
 
 OLD_VALUES = {("model.name", "llama"): "llama3"}
 """Values of today's keys that have another name today."""
@@ -143,32 +120,35 @@ NONE_MEANS: dict[str, Any] = {
 }
 """Keys that took `None` on the command line, and have a value for it today."""
 
-IGNORED: dict[str, tuple[Any, str]] = {
-    "activation_checkpoint.early_stop": (False, ""),
-    "float8.force_recompute_fp8_weight_in_bwd": (False, "torchao no longer has it"),
-    "job.save_config_file": (None, "every run keeps its settings in config.toml of its folder"),
-    "job.use_for_integration_test": (False, ""),
-    "training.dataloader.persistent_workers": (False, ""),
-    "validation.dataloader.persistent_workers": (False, ""),
+IGNORED = {
+    "activation_checkpoint.early_stop": False,
+    "float8.force_recompute_fp8_weight_in_bwd": False,
+    "job.save_config_file": "",
+    "job.use_for_integration_test": False,
+    "training.dataloader.persistent_workers": False,
+    "validation.dataloader.persistent_workers": False,
 }
-"""Keys that change nothing here whatever their value: the default then, and a reason worth telling.
-Recomputation stops early in any case, worker processes live as long as the run, and those of a
-validation as long as it takes."""
+"""Keys that change nothing here, with a value of their type. Recomputation stops early in any case,
+worker processes live as long as the run, and those of a validation as long as it takes."""
+REASONS = {
+    "float8.force_recompute_fp8_weight_in_bwd": "torchao no longer has it",
+    "job.save_config_file": "every run keeps its settings in config.toml of its folder",
+}
+"""Why an ignored key is not needed, where that is worth telling."""
 
 
-@dataclass(frozen=True)
-class Feature:
+_MM_SHAPES = "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns"
+
+
+class Feature(NamedTuple):
     """Something that TorchTitan has and this library has not, or not yet.
 
-    `switches` maps a key to the values with which it is off, the default then first; `settings`
-    maps a key that means nothing while the feature is off to its default.
+    `switches` maps a key to the values with which it is off; `instead` says what to use.
     """
 
     name: str
     switches: Mapping[str, tuple[Any, ...]]
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     instead: str = ""
-    """What to do instead of using it."""
 
 
 NOT_BUILT = (
@@ -177,19 +157,11 @@ NOT_BUILT = (
         "a determinism check in activation checkpointing",
         {"activation_checkpoint.determinism_check": ("default", "none")},
     ),
-    Feature(
-        "recomputing matrix products by module",
-        {
-            "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
-                ["moe.router.gate"],
-                [],
-            )
-        },
-    ),
+    Feature("recomputing matrix products by module", {_MM_SHAPES: (["moe.router.gate"], [])}),
     Feature(
         "a picture of memory budgets",
         {"activation_checkpoint.visualize_memory_budget_pareto": (False,)},
-        instead="compare runs with different values of activation_checkpoint.memory_budget",
+        "compare runs with different values of activation_checkpoint.memory_budget",
     ),
     Feature(
         "Hugging Face checkpoints in the run",
@@ -202,36 +174,23 @@ NOT_BUILT = (
     Feature(
         "a checkpoint interval in time",
         {"checkpoint.interval_type": ("steps",)},
-        instead="set checkpoint.interval to a number of steps: ranks count the same steps, and"
+        "set checkpoint.interval to a number of steps: ranks count the same steps, and"
         " their clocks differ",
     ),
     Feature(
         "a custom class of arguments",
         {"experimental.custom_args_module": ("",), "job.custom_config_module": ("",)},
-        instead="register what is yours in a module that job.custom_import names; its settings go"
+        "register what is yours in a module that job.custom_import names; its settings go"
         " into [model.args] or [handlers.NAME]",
     ),
     Feature(
         "fault tolerance by replicas",
-        {"fault_tolerance.enable": (False,), "fault_tolerance.semi_sync_method": (None, "")},
-        {
-            "checkpoint.enable_ft_dataloader_checkpoints": True,
-            "fault_tolerance.fragment_sync_delay": 0,
-            "fault_tolerance.fragment_update_alpha": 0.0,
-            "fault_tolerance.group_size": 0,
-            "fault_tolerance.min_replica_size": 1,
-            "fault_tolerance.process_group": "gloo",
-            "fault_tolerance.process_group_timeout_ms": 10000,
-            "fault_tolerance.replica_id": 0,
-            "fault_tolerance.should_quantize": False,
-            "fault_tolerance.sync_steps": 5,
-        },
+        {"fault_tolerance.enable": (False,), "fault_tolerance.semi_sync_method": ("",)},
     ),
     Feature(
         "memory estimation by this key",
         {"memory_estimation.enable": (False,)},
-        {"memory_estimation.disable_fake_mode": False},
-        instead='dry-run a step with comm.mode = "fake_backend"',
+        'dry-run a step with comm.mode = "fake_backend"',
     ),
     Feature(
         "a mixture of experts",
@@ -240,22 +199,52 @@ NOT_BUILT = (
             "parallelism.expert_parallel_degree": (1,),
             "parallelism.expert_tensor_parallel_degree": (1,),
         },
-        {
-            "parallelism.expert_parallel_comm_backend": "standard",
-            "parallelism.pipeline_parallel_expert_parallel_overlap": True,
-            "quantize.grouped_mm.float8.fqns": [],
-            "quantize.grouped_mm.mx.fqns": [],
-            "quantize.grouped_mm.mx.recipe_name": "mxfp8",
-        },
     ),
     Feature("compiled autograd", {"parallelism.enable_compiled_autograd": (False,)}),
 )
 """Keys of features that do not exist: accepted while they are off, refused by name when not."""
 
-NOT_BUILT_VALUES = {
-    ("comm.mode", "local_tensor"): "training on local tensors alone",
+NOT_BUILT_SETTINGS: dict[str, Any] = {
+    "checkpoint.enable_ft_dataloader_checkpoints": True,
+    "fault_tolerance.fragment_sync_delay": 0,
+    "fault_tolerance.fragment_update_alpha": 0.0,
+    "fault_tolerance.group_size": 0,
+    "fault_tolerance.min_replica_size": 1,
+    "fault_tolerance.process_group": "gloo",
+    "fault_tolerance.process_group_timeout_ms": 10000,
+    "fault_tolerance.replica_id": 0,
+    "fault_tolerance.should_quantize": False,
+    "fault_tolerance.sync_steps": 5,
+    "memory_estimation.disable_fake_mode": False,
+    "parallelism.expert_parallel_comm_backend": "standard",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": True,
+    "quantize.grouped_mm.float8.fqns": [],
+    "quantize.grouped_mm.mx.fqns": [],
+    "quantize.grouped_mm.mx.recipe_name": "mxfp8",
 }
-"""Choices of today's keys that stand for features that do not exist."""
+"""Settings of these features: nothing reads them while the feature is off."""
 
-INTEGERS_OR_NONE = (MICROBATCHES, TOTAL_STEPS)
-"""Keys whose default, None, does not tell their type."""
+TODAY = {
+    **RENAMED,
+    **{name: today for name, (today, _) in CONVERTED.items()},
+    **dict.fromkeys([*HANDLER_SWITCHES, CONVERTERS], HANDLERS),
+    **{name: today for name, (today, _) in HANDLER_SETTINGS.items()},
+    CUSTOM_IMPORT: "job.custom_import",
+    MICROBATCHES: MICROBATCH_SIZE,
+}
+"""The key to write instead of an older one."""
+
+EXAMPLES: dict[str, Any] = {
+    **{name: next(iter(values)) for name, (_, values) in CONVERTED.items()},
+    **dict.fromkeys(HANDLER_SWITCHES, False),
+    **{name: value for name, (_, value) in HANDLER_SETTINGS.items()},
+    **{name: off[0] for feature in NOT_BUILT for name, off in feature.switches.items()},
+    **NOT_BUILT_SETTINGS,
+    **IGNORED,
+    **BY_OTHER_KEYS,
+    CONVERTERS: [],
+    CUSTOM_IMPORT: "",
+}
+"""A value of the type of each key that is not only renamed."""
+
+OLD_KEYS = dict.fromkeys((*TODAY, *EXAMPLES))
