@@ -39,7 +39,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     if section.pipeline_parallel_schedule_csv:
         return problems  # check_environment reads the file
     try:
-        plan = _plan(context, args)
+        plan = plan_pipeline(section, args.modules())
     except ConfigError as error:
         return problems + error.problems
     if not problems:
@@ -57,8 +57,8 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     if section.pipeline_parallel_degree == 1 or args is None or not path:
         return []
     try:
-        _plan(context, args)
-        schedule = read_schedule(path, section.pipeline_parallel_degree, count)
+        plan_pipeline(section, args.modules())
+        _, splits_backward = read_schedule(path, section.pipeline_parallel_degree)
     except ConfigError as error:
         return error.problems
     from torchtitan.utils.torch_compat import require_runnable_schedule
@@ -66,9 +66,12 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     try:
         require_runnable_schedule(path, count)
     except ValueError as error:
-        problem = f"a rank would wait forever: {error}"
-        return [ConfigIssue(CSV_KEY, problem, "reorder the actions", path)]
-    return list(_split_backward(context, CSV_KEY, path)) if schedule.splits_backward else []
+        problem = (
+            f"cannot run a step's {count} microbatches (sequences of a rank and step /"
+            f" {SIZE_KEY}): {error}"
+        )
+        return [ConfigIssue(CSV_KEY, problem, "correct the file", path)]
+    return list(_split_backward(context, CSV_KEY, path)) if splits_backward else []
 
 
 def _model_args(context: RunContext) -> ModelArgs | None:
@@ -80,11 +83,6 @@ def _model_args(context: RunContext) -> ModelArgs | None:
         return None
     # The tokenizer's size, if unset: it shifts the balance, and no split depends on it.
     return args.model_copy(update={"vocab_size": args.vocab_size or 1})
-
-
-def _plan(context: RunContext, args: ModelArgs) -> PipelinePlan:
-    count = context.pipeline_microbatches
-    return plan_pipeline(context.config.parallelism, args.modules(), count)
 
 
 def _microbatches(context: RunContext, plan: PipelinePlan) -> Iterator[ConfigIssue]:

@@ -52,9 +52,9 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
         args = family.resolve(config.model)
         if args.vocab_size is None:  # the tokenizer's; no name depends on it
             args = args.model_copy(update={"vocab_size": _STAND_IN_VOCAB_SIZE})
-        count, pipeline = context.pipeline_microbatches, None
+        pipeline = None
         if dims.pp > 1:
-            pipeline = plan_pipeline(config.parallelism, args.modules(), count)
+            pipeline = plan_pipeline(config.parallelism, args.modules())
         if dims.tp > 1 and args.tensor_parallel_problems(dims.tp):
             return []
     except ConfigError:
