@@ -14,8 +14,9 @@ from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import InitRules, convert_model
 from torchtitan.handlers.named import NamedHandler
+from torchtitan.models.family import require_language_model
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import ModelArgs, require_language_model
+from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.initialize import initialize_tensors
 from torchtitan.parallel.parallelize import parallelize
 from torchtitan.parallel.pipeline.stages import PipelinePlan, find_tied_weights, plan_pipeline
