@@ -31,6 +31,7 @@ SUBJECTS = {
             "config/keys_check.py",
             "config/suggest.py",
             "config/value_errors.py",
+            "parallel/tensor_plan_checks.py",
         ],
     ),
     "Llama with FSDP, TP, activation checkpointing, compile": (

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.decoder.model import Attention, Block, Decoder
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.llama3 import FLAVORS, LlamaArgs
 from torchtitan.models.registry import register_family
-from torchtitan.models.spec import InitRule, ModelFamily
+from torchtitan.models.spec import InitRule
 
 
 class TiedLlama(Decoder):

@@ -215,8 +215,8 @@ def documents_are_ignored(patches: Patches) -> None:
 def documents_are_counted_in_each_share(patches: Patches) -> None:
     """The ids that meet were numbered from the start of each share."""
 
-    def from_zero(original, queries, keys, call):
-        return original(queries - queries[:, :1], keys - keys[:, :1], call)
+    def from_zero(original, queries, keys):
+        return original(queries - queries[:, :1], keys - keys[:, :1])
 
     patches.put(ring_attention, "_same_document", from_zero)
 

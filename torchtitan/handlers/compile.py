@@ -8,7 +8,7 @@ from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.handlers.settings import CompileSettings
 from torchtitan.models.spec import LanguageModel
-from torchtitan.parallel.compile import CompileOptions, mark_for_compile
+from torchtitan.parallel.compile import mark_for_compile
 
 
 class CompileHandler(ModelHandler):
@@ -16,10 +16,10 @@ class CompileHandler(ModelHandler):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         settings: CompileSettings = handler_settings(job_config, "compile")
-        self.options = CompileOptions(backend=settings.backend)
+        self.backend = settings.backend
 
     def convert(self, model: nn.Module) -> None:
         """Mark the blocks; they are compiled once parallelism has changed what is inside them."""
         assert isinstance(model, LanguageModel)
         for block in model.blocks().values():
-            mark_for_compile(block, self.options)
+            mark_for_compile(block, self.backend)

@@ -16,8 +16,8 @@ from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.masks import MASKS
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.handlers.settings import FlexAttentionSettings
-from torchtitan.models.attention import AttentionMaskBuilder, Mask, block_mask
-from torchtitan.models.masks import MaskFunction, MaskInputs, all_of, dense
+from torchtitan.models.attention import AttentionMaskBuilder, Mask, build_mask
+from torchtitan.models.masks import MaskFunction, MaskInputs, all_of
 
 
 class FlexMasks(AttentionMaskBuilder):
@@ -33,9 +33,7 @@ class FlexMasks(AttentionMaskBuilder):
         """Return the mask. A token always sees itself, because attention to nothing is NaN."""
         inputs = MaskInputs(seq_len, document_ids, self.window)
         visible = _or_itself(all_of([make(inputs) for make in self._makers]))
-        if device.type == "cuda":
-            return block_mask(visible, inputs, device)
-        return dense(visible, inputs, device)  # in a dry run, for `InnerAttention` to take
+        return build_mask(visible, inputs, device)
 
 
 def _or_itself(function: MaskFunction) -> MaskFunction:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.masks import MaskFunction, MaskInputs, default_mask
+from torchtitan.models.masks import MaskFunction, MaskInputs, default_mask, dense
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -48,17 +48,8 @@ class AttentionMaskBuilder(nn.Module):
         window = effective_window(self.window, seq_len)
         if document_ids is None and window is None:
             return None
-        if device.type == "cuda":
-            inputs = MaskInputs(seq_len, document_ids, window)
-            return block_mask(default_mask(inputs), inputs, device)
-        if document_ids is None:
-            visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device)
-        else:
-            visible = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)  # [B, T, T]
-        visible.tril_()
-        if window is not None:
-            visible.triu_(1 - window)
-        return visible.unsqueeze(1)  # [B, 1, T, T], or [1, 1, T, T]
+        inputs = MaskInputs(seq_len, document_ids, window)
+        return build_mask(default_mask(inputs), inputs, device)
 
 
 class InnerAttention(nn.Module):
@@ -80,6 +71,11 @@ class InnerAttention(nn.Module):
 def effective_window(window: int | None, seq_len: int) -> int | None:
     """Return the window, or None if it covers the whole sequence."""
     return None if window is None or window >= seq_len else window
+
+
+def build_mask(visible: MaskFunction, inputs: MaskInputs, device: torch.device) -> Mask:
+    """Return FlexAttention's mask on CUDA devices, else a bool tensor."""
+    return (block_mask if device.type == "cuda" else dense)(visible, inputs, device)
 
 
 def block_mask(visible: MaskFunction, inputs: MaskInputs, device: torch.device) -> BlockMask:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from torchtitan.models.decoder.args import build_decoder
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.llama3 import HF_WEIGHTS, LlamaArgs
-from torchtitan.models.spec import ModelFamily
 
 _COMMON: dict[str, Any] = {
     "max_seq_len": 4096,

@@ -14,7 +14,8 @@ from pydantic import Field
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.schema import PositiveFloat, PositiveInt
 from torchtitan.models.decoder.args import DecoderArgs, Width, build_decoder
-from torchtitan.models.spec import HFWeight, ModelFamily
+from torchtitan.models.family import ModelFamily
+from torchtitan.models.spec import HFWeight
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,8 @@ from typing import Any
 
 from torchtitan.models import llama3
 from torchtitan.models.decoder.args import DecoderArgs, build_decoder
-from torchtitan.models.spec import HFWeight, ModelFamily
+from torchtitan.models.family import ModelFamily
+from torchtitan.models.spec import HFWeight
 
 
 def _sized(*, n_kv_heads: int = 8, head_dim: int = 128, **sizes: Any) -> DecoderArgs:

@@ -10,10 +10,11 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.registry import Registry, calling_module
 from torchtitan.config.schema import Model
 from torchtitan.config.suggest import fix_of_registered
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.llama2 import FAMILY as LLAMA2
 from torchtitan.models.llama3 import FAMILY as LLAMA3
 from torchtitan.models.qwen3 import FAMILY as QWEN3
-from torchtitan.models.spec import ModelArgs, ModelFamily
+from torchtitan.models.spec import ModelArgs
 
 _ALIASES = {"llama": "llama3"}
 """TorchTitan's first name of the family."""

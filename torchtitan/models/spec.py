@@ -1,30 +1,23 @@
-"""The interface between a model family and the rest of the library. No torch.
+"""The interface between a model and the rest of the library. No torch.
 
-A family is data (`ModelFamily`: flavors, a class of hyper-parameters, a build function) and a model
-that *declares* what the library then applies: which modules to wrap together, how each parameter
-starts, which modules are its blocks, what a token costs. A model knows nothing about the mesh.
+A model *declares* what the library then applies: which modules to wrap together, how each parameter
+starts, which modules are its blocks, what a token costs. It knows nothing about the mesh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import ValidationError
-
-from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.schema import Model, PositiveInt, Section
-from torchtitan.config.suggest import did_you_mean
-from torchtitan.config.value_errors import problems_of_table
+from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.schema import PositiveInt, Section
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
-T = TypeVar("T")
-_DEFAULT_NORM = Model.model_fields["norm_type"].default
 
 
 class ModelArgs(Section):
@@ -184,88 +177,3 @@ class HFWeight:
     """Rows are RoPE channels that they store as two halves of a head, we as neighbouring pairs."""
     tied: bool = False
     """Missing where embeddings are tied."""
-
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """A family of models: one architecture in several sizes."""
-
-    name: str
-    args_type: type[ModelArgs]
-    flavors: Mapping[str, ModelArgs]
-    build: Callable[[Any], nn.Module] = field(repr=False)
-    """Build the model of resolved hyper-parameters; called under `torch.device("meta")`."""
-    hf_weights: tuple[HFWeight, ...] = ()
-    """Names in Hugging Face's checkpoints; see `models/hf_weights.py`."""
-
-    def resolve_args(
-        self, flavor: str, overrides: Mapping[str, Any], vocab_size: int | None = None
-    ) -> ModelArgs:
-        """Return the flavor's hyper-parameters with `overrides`, checked.
-
-        `vocab_size` is the tokenizer's size, if known: it fills an unset `vocab_size` and must not
-        exceed a set one. Raises `ConfigError` with every problem found.
-        """
-        base = lookup(self.flavors, flavor, "model.flavor", f"flavor of {self.name}")
-        values = {**base.model_dump(), **overrides}
-        if values.get("vocab_size") is None:
-            values["vocab_size"] = vocab_size
-        fields = self.args_type.model_fields
-        problems = [
-            ConfigIssue(
-                f"model.args.{name}",
-                f"unknown hyper-parameter of {self.name}",
-                did_you_mean(name, fields),
-            )
-            for name in overrides
-            if name not in fields
-        ]
-        try:
-            args = self.args_type(**{name: values[name] for name in values if name in fields})
-        except ValidationError as error:
-            problems += problems_of_table(error, "model.args", self.args_type)
-            raise ConfigError(problems) from None
-        problems += args.problems()
-        if vocab_size is not None and args.vocab_size is not None and args.vocab_size < vocab_size:
-            problem = f"smaller than the tokenizer's {vocab_size} tokens"
-            fix = f"set it to at least {vocab_size}, or use the tokenizer that the flavor is for"
-            problems.append(ConfigIssue("model.args.vocab_size", problem, fix, args.vocab_size))
-        if problems:
-            raise ConfigError(problems)
-        return args
-
-    def resolve(self, model: Model, vocab_size: int | None = None) -> ModelArgs:
-        """Return `resolve_args` of the section `[model]`, `norm_type` included."""
-        overrides, problem = dict(model.args), ""
-        if model.norm_type != _DEFAULT_NORM:
-            if "norm_type" not in self.args_type.model_fields:
-                problem = f"the family {self.name} has no choice of norms"
-            elif overrides.setdefault("norm_type", model.norm_type) != model.norm_type:
-                problem = "model.args.norm_type says otherwise"
-        if problem:
-            raise ConfigError(ConfigIssue("model.norm_type", problem, "remove it", model.norm_type))
-        return self.resolve_args(model.flavor, overrides, vocab_size)
-
-
-def lookup(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
-    """Return `table[name]`; raise `ConfigError` about `key` with the nearest names if missing."""
-    if name in table:
-        return table[name]
-    raise ConfigError(ConfigIssue(key, f"unknown {kind}", did_you_mean(name, table), value=name))
-
-
-_DECLARATIONS = (
-    "head",
-    "wrap_units",
-    "blocks",
-    "tensor_parallel_plan",
-    "init_rule",
-    "flops_per_token",
-)
-
-
-def require_language_model(model: nn.Module, family: str) -> None:
-    """Raise TypeError for a model that lacks declarations of `LanguageModel`."""
-    if not isinstance(model, LanguageModel):
-        missing = [name for name in _DECLARATIONS if not hasattr(model, name)]
-        raise TypeError(f"the model of family {family} lacks {', '.join(missing)}")

@@ -9,7 +9,7 @@ chooses what to compute again, the cheapest for the memory that it takes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch._dynamo.config
@@ -18,19 +18,12 @@ from torch import nn
 
 from torchtitan.config.schema import ActivationCheckpoint
 
-_MARK = "_compile_options"
+_MARK = "_compile_backend"
 
 
-@dataclass(frozen=True)
-class CompileOptions:
-    """The options of a block that is marked for compilation."""
-
-    backend: str = "inductor"
-
-
-def mark_for_compile(block: nn.Module, options: CompileOptions) -> None:
-    """Ask for `block` to be compiled."""
-    setattr(block, _MARK, options)
+def mark_for_compile(block: nn.Module, backend: str) -> None:
+    """Ask for `block` to be compiled by `backend`."""
+    setattr(block, _MARK, backend)
 
 
 def is_marked_for_compile(block: nn.Module) -> bool:
@@ -48,16 +41,12 @@ def apply_compile(blocks: Mapping[str, nn.Module], memory_budget: float | None =
 
     Blocks that differ, in their class or in a number that they hold, are compiled apart.
     """
-    _allow_each(sum(hasattr(block, _MARK) for block in blocks.values()))
-    backends: dict[str, Any] = {}
-    for block in blocks.values():
-        options = getattr(block, _MARK, None)
-        if options is not None:
-            name = options.backend
-            if memory_budget is not None and name not in backends:
-                # One function for all blocks: what another one has compiled would not be reused.
-                backends[name] = _within(memory_budget, name)
-            block.compile(backend=backends.get(name, name), fullgraph=True)
+    marked = [block for block in blocks.values() if is_marked_for_compile(block)]
+    _allow_each(len(marked))
+    # One function for all blocks: what another one has compiled would not be reused.
+    backend_of = cache(partial(_backend, memory_budget))
+    for block in marked:
+        block.compile(backend=backend_of(getattr(block, _MARK)), fullgraph=True)
 
 
 def _allow_each(num_blocks: int) -> None:
@@ -71,8 +60,10 @@ def _allow_each(num_blocks: int) -> None:
     limits.accumulated_recompile_limit += 8 * num_blocks
 
 
-def _within(memory_budget: float, backend: str) -> Callable[..., Any]:
-    """Return the backend of this name with a memory budget for its compilations only."""
+def _backend(memory_budget: float | None, backend: str) -> str | Callable[..., Any]:
+    """Return the backend of this name, with a memory budget for its compilations only."""
+    if memory_budget is None:
+        return backend
     compile_graph: Any = torch._dynamo.lookup_backend(backend)
 
     def compile_within_budget(graph: Any, inputs: Any, **arguments: Any) -> Any:

@@ -43,12 +43,13 @@ def parallelize(
     names = {block: name for name, block in reversed(model.blocks().items())}
     blocks = {name: block for block, name in reversed(names.items())}
     # Inside compile, so that the compiler sees what is recomputed; it plans memory by that.
-    apply_activation_checkpoint(blocks, config.activation_checkpoint)
+    checkpointing = config.activation_checkpoint
+    apply_activation_checkpoint(blocks, checkpointing)
     # By hooks around the blocks, so what checkpointing does not keep is not offloaded either.
-    if config.activation_checkpoint.offload:
+    if checkpointing.offload:
         apply_activation_offload(blocks, torch.device(mesh.device_type))
     # Before data parallelism, whose hooks stay outside of the compiled graphs.
-    apply_compile(blocks, memory_budget_of(config.activation_checkpoint))
+    apply_compile(blocks, memory_budget_of(checkpointing))
     training = config.training
     apply_data_parallel(
         model,

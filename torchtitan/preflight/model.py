@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import ModelArgs, ModelFamily
+from torchtitan.models.spec import ModelArgs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -55,7 +55,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
         return []
     try:
         plan(context, args)
-        schedule = read_schedule(path, section.pipeline_parallel_degree, count)
+        _, splits_backward = read_schedule(path, section.pipeline_parallel_degree)
     except ConfigError as error:
         return error.problems
     from torchtitan.utils.torch_compat import require_runnable_schedule
@@ -63,17 +63,19 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     try:
         require_runnable_schedule(path, count)
     except ValueError as error:
-        problem = f"a rank would wait forever: {error}"
-        return [ConfigIssue(CSV_KEY, problem, "reorder the actions", path)]
-    return list(_split_backward(context, CSV_KEY, path)) if schedule.splits_backward else []
+        problem = (
+            f"cannot run a step's {count} microbatches (sequences of a rank and step /"
+            f" {SIZE_KEY}): {error}"
+        )
+        return [ConfigIssue(CSV_KEY, problem, "correct the file", path)]
+    return list(_split_backward(context, CSV_KEY, path)) if splits_backward else []
 
 
 def plan(context: RunContext, args: ModelArgs) -> PipelinePlan:
     """Return the stages of the model."""
     # The tokenizer's size, if unset: it shifts the balance, and no split depends on it.
     sized = args.model_copy(update={"vocab_size": args.vocab_size or 1})
-    count = context.pipeline_microbatches
-    return plan_pipeline(context.config.parallelism, sized.modules(), count)
+    return plan_pipeline(context.config.parallelism, sized.modules())
 
 
 def _microbatches(context: RunContext, planned: PipelinePlan) -> Iterator[ConfigIssue]:

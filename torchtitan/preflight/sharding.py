@@ -39,9 +39,10 @@ def _problems(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.conversion import convert_model
     from torchtitan.handlers.named import NamedHandler
-    from torchtitan.models.spec import require_language_model
+    from torchtitan.models.family import require_language_model
     from torchtitan.parallel.pipeline.stages import find_tied_weights
-    from torchtitan.parallel.tensor_parallel import extended_plan, plan_problems
+    from torchtitan.parallel.tensor_parallel import extended_plan
+    from torchtitan.parallel.tensor_plan_checks import plan_problems
     from torchtitan.utils.dtypes import torch_dtype
 
     config = context.config

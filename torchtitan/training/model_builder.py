@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
-from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import InitRules, convert_model
 from torchtitan.handlers.named import NamedHandler
+from torchtitan.models.family import require_language_model
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import ModelArgs, require_language_model
+from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.initialize import initialize_tensors
 from torchtitan.parallel.parallelize import parallelize
 from torchtitan.parallel.pipeline.stages import PipelinePlan, find_tied_weights, plan_pipeline
@@ -96,8 +96,7 @@ def build_model(
         logger.info("The model after its handlers:\n%s", model)
     plan, parts = None, [model]
     if dims.pp > 1:
-        context = RunContext(config, dims.world_size, device.type)
-        plan = plan_pipeline(config.parallelism, args.modules(), context.pipeline_microbatches)
+        plan = plan_pipeline(config.parallelism, args.modules())
         plan = replace(plan, tied=find_tied_weights(plan, model, dims.pp))
         parts = [
             build_stage(model, plan, stage) for stage in plan.held_by(mesh.get_local_rank("pp"))

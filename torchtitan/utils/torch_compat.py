@@ -133,7 +133,10 @@ def build_pipeline_schedule(
 
 
 def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
-    """Raise ValueError if a rank would wait forever in the schedule of `csv_file`."""
+    """Raise ValueError unless the schedule of `csv_file` trains each microbatch once.
+
+    Also if a rank would wait forever.
+    """
     from torch.distributed.pipelining import schedules
 
     with open(csv_file, newline="") as file:
@@ -143,6 +146,18 @@ def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
         sub for row in order.values() for action in row for sub in action.sub_actions or [action]
     ]
     num_stages = 1 + max(action.stage_index for action in actions)
+    B, F, W = schedules.B, schedules.F, schedules.W
+    # torch collects a stage's work in sets, and finds a microbatch's loss by its place.
+    done = set()
+    for stage, kind, microbatch, *_ in actions:
+        work = stage, B if kind == W else kind, microbatch
+        if work in done:
+            phase = "forwards" if kind == F else "backwards"
+            raise ValueError(f"stage {stage} has two {phase} of microbatch {microbatch}")
+        done.add(work)
+    last = [index for stage, kind, index, *_ in actions if (stage, kind) == (num_stages - 1, F)]
+    if last != sorted(last):
+        raise ValueError("the last stage's forwards are not in the order of the microbatches")
     try:
         stage_to_rank = schedules._validate_schedule(
             order, len(order), num_stages, num_microbatches

@@ -25,8 +25,9 @@ from torchtitan.handlers.flex_attention import FlexAttentionHandler, FlexMasks
 from torchtitan.handlers.masks import MASKS, MaskEntry, entry_of, register_mask
 from torchtitan.models import attention, registry
 from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.masks import MaskFunction, MaskInputs
-from torchtitan.models.spec import ModelArgs, ModelFamily
+from torchtitan.models.spec import ModelArgs
 from torchtitan.preflight import handlers as checks
 from torchtitan.preflight.model import build_on_meta
 
@@ -278,7 +279,7 @@ def test_blocks_of_the_kernel_are_of_the_same_masks(
     expected = InnerAttention()(q, k, v, masks.build(ids, 8, CPU))
     as_blocks: Callable[..., Any] = attention.block_mask
     with pytest.MonkeyPatch.context() as patch:
-        module = "torchtitan.handlers.flex_attention.dense"
+        module = "torchtitan.models.attention.dense"
         patch.setattr(module, as_blocks)
         mask = masks.build(ids, 8, CPU)
     assert isinstance(mask, flex_attention.BlockMask)

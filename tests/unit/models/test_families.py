@@ -9,9 +9,10 @@ from torch import nn
 
 from tests.families import FAMILIES, built_in
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.family import require_language_model
 from torchtitan.models.hf_weights import hf_names
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import LanguageModel, ModelArgs, require_language_model
+from torchtitan.models.spec import LanguageModel, ModelArgs
 from torchtitan.parallel.tensor_parallel import TensorStyles
 
 FLAVORS = [(name, flavor) for name in built_in() for flavor in get_family(name).flavors]

@@ -7,9 +7,10 @@ import torch
 
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.schema import Model, NormType, Optimizer
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.models.norms import build_norm
-from torchtitan.models.spec import ModelArgs, ModelFamily
+from torchtitan.models.spec import ModelArgs
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.optim.registry import check_patterns
 from torchtitan.parallel.initialize import initialize_parameters

@@ -13,7 +13,7 @@ from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.parallel import activation_offload
 from torchtitan.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.parallel.activation_offload import ActivationOffload, apply_activation_offload
-from torchtitan.parallel.compile import CompileOptions, apply_compile, mark_for_compile
+from torchtitan.parallel.compile import apply_compile, mark_for_compile
 
 CPU = torch.device("cpu")
 WIDTH, LENGTH = 32, 64
@@ -81,7 +81,7 @@ def test_gradients_are_the_same_bits(mode: dict[str, Any], backend: str | None) 
         offload = apply_activation_offload(blocks, CPU) if offloaded else None
         if backend is not None:
             for block in blocks.values():
-                mark_for_compile(block, CompileOptions(backend))
+                mark_for_compile(block, backend)
         apply_compile(blocks)
         loss = forward(blocks)
         if offload is not None:

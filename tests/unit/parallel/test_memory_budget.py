@@ -7,7 +7,6 @@ from torch import nn
 
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.parallel.compile import (
-    CompileOptions,
     apply_compile,
     mark_for_compile,
     memory_budget_of,
@@ -33,7 +32,7 @@ def kept_bytes(section: ActivationCheckpoint, backend: str) -> tuple[int, torch.
     torch.manual_seed(0)
     blocks = {str(n): Block() for n in range(2)}
     for block in blocks.values():
-        mark_for_compile(block, CompileOptions(backend))
+        mark_for_compile(block, backend)
     apply_compile(blocks, memory_budget_of(section))
     x = torch.randn(256, 64, requires_grad=True)
     kept = []

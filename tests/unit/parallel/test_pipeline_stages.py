@@ -21,7 +21,7 @@ def plan(
         },
     }
     section = JobConfig.model_validate({"parallelism": parallelism}).parallelism
-    return plan_pipeline(section, modules, num_microbatches=8)
+    return plan_pipeline(section, modules)
 
 
 def model(layers: int, embedding: int = 0, head: int = 0) -> dict[str, int]:

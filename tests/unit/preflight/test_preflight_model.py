@@ -39,7 +39,7 @@ def context(
         ({"rope_low_freq_factor": 4}, "rope_low_freq_factor = 4.0: not below"),
         (
             {"n_layer": 2},
-            'n_layer: unknown hyper-parameter of llama3. Fix: did you mean "n_layers"',
+            'n_layer: is unknown. Fix: did you mean "n_layers"',
         ),
         ({"tied_embeddings": 1}, "tied_embeddings = 1: needs true or false"),
     ],

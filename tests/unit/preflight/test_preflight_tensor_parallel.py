@@ -45,18 +45,18 @@ def test_accepted(degree: int) -> None:
 @pytest.mark.parametrize(
     ("degree", "args", "expected"),
     [
-        (3, {}, ["does not divide model.args.n_heads = 8", "set it to 1 or 2 or 4 or 8."]),
+        (3, {}, ["does not divide model.args.n_heads = 8", "set it to a divisor"]),
         (16, {}, ["does not divide model.args.n_heads = 8"]),
         (
             6,
             {"dim": 384, "n_heads": 12, "n_kv_heads": 4, "ffn_dim": 960},
-            ["neither divides model.args.n_kv_heads = 4 nor is a multiple", "1 or 2 or 4 or 12."],
+            ["neither divides model.args.n_kv_heads = 4 nor is a multiple"],
         ),
-        (8, {"ffn_dim": 100}, ["does not divide the feed-forward's width, 100", "1 or 2 or 4."]),
+        (8, {"ffn_dim": 100}, ["does not divide the feed-forward's width, 100"]),
         (
             4,
             {"vocab_size": 5},
-            ["leaves a rank without any of the vocabulary's 5 tokens", "set it to 1 or 2."],
+            ["leaves a rank without any of the vocabulary's 5 tokens"],
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
     from torchtitan.models.decoder.model import Decoder
 
-_MOST_TENSOR_RANKS = 1024
-"""Larger degrees are not proposed."""
 Width = Annotated[int, Field(gt=0, le=2**24)]
 
 
@@ -108,24 +105,19 @@ class DecoderArgs(ModelArgs):
 
     def tensor_parallel_problems(self, degree: int) -> list[ConfigIssue]:
         """See `ModelArgs`: heads, channels and tokens are shared out, each whole."""
-        key, found = "parallelism.tensor_parallel_degree", list(self._left_over(degree))
-        candidates = range(1, min(self.n_heads, _MOST_TENSOR_RANKS) + 1) if found else ()
-        fitting = [str(ranks) for ranks in candidates if not any(self._left_over(ranks))]
-        return [
-            ConfigIssue(key, what, f"set it to {' or '.join(fitting)}", degree) for what in found
-        ]
-
-    def _left_over(self, degree: int) -> Iterator[str]:
+        found = []
         if self.n_heads % degree:
-            yield f"does not divide model.args.n_heads = {self.n_heads}"
+            found.append(f"does not divide model.args.n_heads = {self.n_heads}")
         elif self.num_kv_heads % degree and degree % self.num_kv_heads:
-            yield f"neither divides model.args.n_kv_heads = {self.num_kv_heads} nor is a multiple"
+            heads = f"model.args.n_kv_heads = {self.num_kv_heads}"
+            found.append(f"neither divides {heads} nor is a multiple")
         if self.ffn_hidden_dim % degree:
-            yield f"does not divide the feed-forward's width, {self.ffn_hidden_dim}"
-        if self.vocab_size is not None:
-            rows = -(-self.vocab_size // degree)  # of every rank but the last ones
-            if (degree - 1) * rows >= self.vocab_size:
-                yield f"leaves a rank without any of the vocabulary's {self.vocab_size} tokens"
+            found.append(f"does not divide the feed-forward's width, {self.ffn_hidden_dim}")
+        # Every rank but the last ones has ceil(vocabulary / degree) tokens.
+        if self.vocab_size and (degree - 1) * -(-self.vocab_size // degree) >= self.vocab_size:
+            found.append(f"leaves a rank without any of the vocabulary's {self.vocab_size} tokens")
+        key, fix = "parallelism.tensor_parallel_degree", "set it to a divisor of the heads"
+        return [ConfigIssue(key, problem, fix, degree) for problem in found]
 
     def problems(self) -> list[ConfigIssue]:
         """See `ModelArgs`: sizes of heads, and heads that do not divide each other."""
@@ -135,14 +127,9 @@ class DecoderArgs(ModelArgs):
             fix = "set it to a divisor of dim, or set head_dim"
             found.append(ConfigIssue("model.args.n_heads", problem, fix, self.n_heads))
         elif self.head_size() % 2:
+            key = "n_heads" if self.head_dim is None else "head_dim"
             problem = f"RoPE needs an even head size, not {self.head_size()}"
-            if self.head_dim is None:
-                key, fix = (
-                    "n_heads",
-                    "make dim / n_heads even, or set head_dim",
-                )
-            else:
-                key, fix = "head_dim", "choose an even number"
+            fix = "choose an even head_dim, or n_heads such that dim / n_heads is even"
             found.append(ConfigIssue(f"model.args.{key}", problem, fix, getattr(self, key)))
         if self.n_heads % self.num_kv_heads:
             problem = f"does not divide model.args.n_heads = {self.n_heads}"

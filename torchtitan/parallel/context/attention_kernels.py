@@ -36,8 +36,7 @@ class Part(NamedTuple):
     """For Tq = Tk and without `visible`."""
 
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of q, k and v."""
+Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
 class Kernel(NamedTuple):
@@ -99,15 +98,13 @@ def _additive(visible: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _cuda_flash_forward(part: Part) -> tuple[Tensor, Tensor]:
-    q, k, v, visible, causal = part
-    assert visible is None
+    q, k, v, _, causal = part
     out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return out, lse
 
 
 def _cuda_flash_backward(part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-    q, k, v, visible, causal = part
-    assert visible is None
+    q, k, v, _, causal = part
     # Sequences all of one length have no table of starts, and without dropout nothing is random.
     starts = (None, None, q.size(2), k.size(2))
     random_state = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -136,7 +133,7 @@ def _formula_backward(part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> Gra
         mean = (upstream * _fold(out[:, :, rows], k)).sum(-1, keepdim=True)
         probabilities = (_scores(part, rows) - _fold(lse[:, :, rows], k).unsqueeze(-1)).exp_()
         dv += probabilities.transpose(-2, -1) @ upstream
-        of_scores = probabilities * (upstream @ v.transpose(-2, -1) - mean) * _scale(q)
+        of_scores = probabilities * (upstream @ v.transpose(-2, -1) - mean) * q.size(-1) ** -0.5
         dq.append(_unfold(of_scores @ k, part))
         dk += of_scores.transpose(-2, -1) @ _fold(q[:, :, rows], k)
     return torch.cat(dq, 2), dk, dv
@@ -152,7 +149,7 @@ def _row_slices(part: Part) -> Iterator[slice]:
 def _scores(part: Part, rows: slice) -> Tensor:
     """Return the scores of these queries, `[B, G, H/G * rows, Tk]`, -inf where not visible."""
     q, k, visible, dtype = part.q, part.k, part.visible, at_least_float32(part.q.dtype)
-    scores = _fold(q[:, :, rows].to(dtype) * _scale(q), k) @ k.to(dtype).transpose(-2, -1)
+    scores = _fold(q[:, :, rows].to(dtype) * q.size(-1) ** -0.5, k) @ k.to(dtype).transpose(-2, -1)
     if part.causal:
         square = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
         visible = square.tril_()[None, None]
@@ -160,10 +157,6 @@ def _scores(part: Part, rows: slice) -> Tensor:
         group_size = q.size(1) // k.size(1)
         scores.masked_fill_(~visible[:, :, rows].repeat(1, 1, group_size, 1), -math.inf)
     return scores
-
-
-def _scale(q: Tensor) -> float:
-    return q.size(-1) ** -0.5
 
 
 def _fold(x: Tensor, k: Tensor) -> Tensor:

@@ -80,11 +80,11 @@ class ContextParallelMaskBuilder(nn.Module):
 
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
         """Take the whole `document_ids` `[B, T]` and this rank's `positions`."""
-        context = self._context
-        window = effective_window(self._window, positions.size(1) * context.layout.degree)
+        layout, rank = self._context.layout, self._context.rank
+        window = effective_window(self._window, positions.size(1) * layout.degree)
         if document_ids is None:
             return None if window is None else (None, None, window)
-        return document_ids, visibility_levels(document_ids, context.layout, context.rank), window
+        return document_ids, visibility_levels(document_ids, layout, rank), window
 
 
 class ContextParallelAttention(nn.Module):
@@ -105,8 +105,7 @@ class UlyssesMaskBuilder(nn.Module):
 
     def __init__(self, masks: AttentionMaskBuilder, context: ContextParallel):
         super().__init__()
-        self._masks = masks
-        self._ranks = context.layout.degree
+        self._masks, self._ranks = masks, context.layout.degree
 
     def forward(self, document_ids: Tensor | None, positions: Tensor) -> Mask:
         """Take the whole `document_ids` `[B, T]` and this rank's `positions`."""
@@ -119,8 +118,7 @@ class UlyssesAttention(nn.Module):
     def __init__(self, attend: InnerAttention, context: ContextParallel):
         super().__init__()
         self._attend = attend
-        self._group = context.group
-        self._ranks = context.layout.degree
+        self._group, self._ranks = context.group, context.layout.degree
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """See `InnerAttention`, for this rank's share of the sequence.

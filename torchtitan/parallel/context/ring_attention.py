@@ -14,7 +14,7 @@ results, and fake tensors pass through it without communication.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from torchtitan.parallel.activation_checkpoint import keep_in_checkpoints
 from torchtitan.parallel.context.attention_kernels import Gradients, Part, choose_kernel, merge
-from torchtitan.parallel.context.sequence_layout import Block, Call, SequenceLayout
+from torchtitan.parallel.context.sequence_layout import Block, SequenceLayout
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import all_gather_single, reduce_scatter_single
 
-_NOTHING, _SOME, _ALL = 0, 1, 2
-"""Of `visibility_levels`."""
+_NOTHING, _SOME, _ALL = 0, 1, 2  # of `visibility_levels`
 _RESULTS = "Tensor grad, Tensor out, Tensor lse"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, Tensor? levels"
 _SETTINGS = "int? window, str method, bool balanced, str group_name"
@@ -74,11 +73,11 @@ def context_parallel_attention(
     `levels` is of `visibility_levels`, `window` is in tokens; all None means plainly causal. The
     log-sum-exp has no gradient. All ranks of the group must call it.
     """
-    exchange = _exchange(method, balanced, group_name)
+    exchange, mask = _exchange(method, balanced, group_name), (document_ids, levels, window)
     out = torch.zeros(q.shape, dtype=at_least_float32(q.dtype), device=q.device)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=out.dtype, device=q.device)
     for block, keys, values in exchange.blocks(k, v):
-        for rows, _, part in _parts(exchange, block, q, keys, values, document_ids, levels, window):
+        for rows, _, part in _parts(exchange, block, (q, keys, values), *mask):
             merge(out[:, :, rows], lse[:, :, rows], *choose_kernel(part).forward(part))
     return out.to(q.dtype), lse
 
@@ -91,13 +90,11 @@ def context_parallel_attention(
 def _context_parallel_attention_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> Gradients:
-    document_ids, levels, window, *place = settings
-    exchange = _exchange(*place)
+    exchange, mask = _exchange(*settings[3:]), settings[:3]
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     for block, keys, values in exchange.blocks(k, v):
         dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values))
-        parts = _parts(exchange, block, q, keys, values, document_ids, levels, window)
-        for rows, columns, part in parts:
+        for rows, columns, part in _parts(exchange, block, (q, keys, values), *mask):
             of_q, of_k, of_v = choose_kernel(part).backward(
                 part, grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
             )
@@ -141,20 +138,18 @@ def _exchange(method: str, balanced: bool, group_name: str) -> "_Ring | _AllGath
     """Return what brings keys and values to the queries, and their gradients back."""
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     layout = SequenceLayout(group.size(), balanced)
-    if method == "ring":
-        return _Ring(layout, group)
-    assert method == "allgather"
-    return _AllGather(layout, group)
+    return _Ring(layout, group) if method == "ring" else _AllGather(layout, group)
 
 
-class _Ring:
+class _Exchange:
+    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
+        self.layout, self.rank, self._group = layout, group.rank(), group
+
+
+class _Ring(_Exchange):
     """Passes shares from rank to rank, and their gradients after them."""
 
-    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
-        self.layout = layout
-        self.rank = group.rank()
-        self._group = group
-        self._arrive: Callable[[], Sequence[Tensor]] = tuple
+    _arrive: Callable[[], Sequence[Tensor]] = tuple
 
     def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
         keys, values = k.contiguous(), v.contiguous()
@@ -182,31 +177,24 @@ class _Ring:
         size = self.layout.degree
         after, before = (self.rank + 1) % size, (self.rank - 1) % size
         arriving = [torch.empty_like(tensor) for tensor in tensors]
-        transfers = []
-        for tensor, buffer in zip(tensors, arriving, strict=True):
-            transfers.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=after))
-            transfers.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=before))
+        peers = [(dist.isend, x, after) for x in tensors]
+        peers += [(dist.irecv, x, before) for x in arriving]
+        transfers = [dist.P2POp(op, x, group=self._group, group_peer=to) for op, x, to in peers]
         works = dist.batch_isend_irecv(transfers)
-        return partial(_wait, works, tensors, arriving)
+
+        def arrive() -> Sequence[Tensor]:
+            for work in works:
+                work.wait()
+            transfers.clear()  # it kept alive what was being sent
+            return arriving
+
+        return arrive
 
 
-def _wait(
-    works: Sequence[dist.Work], _: Sequence[Tensor], arriving: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    # What is being sent is an argument, so that it lives until it is.
-    for work in works:
-        work.wait()
-    return arriving
-
-
-class _AllGather:
+class _AllGather(_Exchange):
     """Collects all shares at once, and sums their gradients with a reduce-scatter."""
 
-    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup):
-        self.layout = layout
-        self.rank = group.rank()
-        self._group = group
-        self._gradients: Sequence[Tensor] = ()
+    _gradients: Sequence[Tensor] = ()
 
     def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
         yield self.layout.block_of_all(self.rank), self._gather(k), self._gather(v)
@@ -236,44 +224,38 @@ class _AllGather:
 def _parts(
     exchange: "_Ring | _AllGather",
     block: Block,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
     document_ids: Tensor | None,
     levels: Tensor | None,
     window: int | None,
 ) -> Iterator[tuple[slice, slice, Part]]:
-    """Yield the calls of a block: rows of `q`, columns of `keys`, and what to compute."""
-    layout, own = exchange.layout, exchange.layout.chunks(exchange.rank)
+    """Yield the calls of a block: rows of queries, columns of keys, and what to compute."""
+    (q, keys, values), layout = qkv, exchange.layout
+    own = layout.chunks(exchange.rank)
     size = q.size(2) // len(own)
     places = None if window is None else torch.arange(size * layout.num_chunks, device=q.device)
     known = _levels(levels, window, layout, own, size)
     for call in block.calls:
-        columns = [j for j in call.keys if any(known[i][block.chunks[j]] for i in call.queries)]
-        if not columns:
+        seen = [j for j in call.keys if any(known[i][block.chunks[j]] for i in call.queries)]
+        if not seen:
             continue
         # Of a call that is causal, with itself, no chunk falls away.
-        call = replace(call, keys=range(columns[0], columns[-1] + 1))
+        call = replace(call, keys=range(seen[0], seen[-1] + 1))
         chunks = [own[i] for i in call.queries], [block.chunks[j] for j in call.keys]
         visible = None
         if any(known[i][other] != _ALL for i in call.queries for other in chunks[1]):
             found = []
             if document_ids is not None:
                 ids = [layout.select(document_ids, those) for those in chunks]
-                found.append(_same_document(ids[0], ids[1], call))
+                found.append(_same_document(ids[0], ids[1]))
             if places is not None and window is not None:
                 near = [layout.select(places, those, dim=0) for those in chunks]
-                found.append(_in_window(near[0], near[1], window, call))
+                found.append(_in_window(near[0], near[1], window))
             visible = reduce(torch.logical_and, found)
-        rows = _tokens(call.queries, size)
-        part = Part(
-            q[:, :, rows],
-            keys[:, :, _tokens(call.keys, size)],
-            values[:, :, _tokens(call.keys, size)],
-            visible,
-            call.causal and visible is None,
-        )
-        yield rows, _tokens(call.keys, size), part
+            visible = visible.tril() if call.causal else visible
+        rows, columns = _tokens(call.queries, size), _tokens(call.keys, size)
+        of_part = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
+        yield rows, columns, Part(*of_part, visible, call.causal and visible is None)
 
 
 def _levels(
@@ -298,16 +280,14 @@ def _window_level(chunks_apart: int, size: int, window: int) -> int:
     return _ALL if farthest < window else _SOME
 
 
-def _same_document(queries: Tensor, keys: Tensor, call: Call) -> Tensor:
+def _same_document(queries: Tensor, keys: Tensor) -> Tensor:
     """Return the keys that each query sees by document ids, `[B, 1, Tq, Tk]`."""
-    same = queries.unsqueeze(-1) == keys.unsqueeze(-2)
-    return (same.tril_() if call.causal else same).unsqueeze(1)
+    return (queries.unsqueeze(-1) == keys.unsqueeze(-2)).unsqueeze(1)
 
 
-def _in_window(queries: Tensor, keys: Tensor, window: int, call: Call) -> Tensor:
+def _in_window(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Return the keys that each query sees by index in the sequence, `[1, 1, Tq, Tk]`."""
-    near = (queries - window).unsqueeze(-1) < keys
-    return (near.tril_() if call.causal else near)[None, None]
+    return ((queries - window).unsqueeze(-1) < keys)[None, None]
 
 
 def _tokens(chunks: range, size: int) -> slice:

@@ -70,10 +70,9 @@ class SequenceLayout:
         for step in range(1, self.degree):
             others = self.chunks((rank - step) % self.degree)
             # Queries that see anything of the share, and keys that anything of ours sees.
-            queries = [i for i, chunk in enumerate(own) if chunk > others[0]]
-            keys = [i for i, chunk in enumerate(others) if chunk < own[-1]]
-            calls = (Call(_span(queries), _span(keys), causal=False),) if queries else ()
-            blocks.append(Block(others, calls))
+            queries = range(sum(chunk < others[0] for chunk in own), len(own))
+            keys = range(sum(chunk < own[-1] for chunk in others))
+            blocks.append(Block(others, (Call(queries, keys, causal=False),) if queries else ()))
         return tuple(blocks)
 
     def block_of_all(self, rank: int) -> Block:
@@ -85,7 +84,3 @@ class SequenceLayout:
                 calls.append(Call(queries, range(chunk), causal=False))
             calls.append(Call(queries, range(chunk, chunk + 1), causal=True))
         return Block(tuple(range(self.num_chunks)), tuple(calls))
-
-
-def _span(indices: Sequence[int]) -> range:
-    return range(indices[0], indices[-1] + 1)

@@ -92,9 +92,8 @@ class PipelineRunner(RunnerBase):
         self._schedule().step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
         sum_tied_gradients(self._tied, self._group, self.device)
         self.streams.end_microbatches()
-        total = self._zero()
-        for microbatch_loss in losses:
-            total += microbatch_loss.detach()
+        dtype = at_least_float32(self._hidden.dtype)
+        total = sum(map(Tensor.detach, losses), torch.zeros((), dtype=dtype, device=self.device))
         terms = terms_of(self.loss) if self._last in self._stages else {}
         loss, self.terms = add_over_ranks(self.loss, total, terms, num_targets, self.is_loss_leader)
         return loss
@@ -123,9 +122,7 @@ class PipelineRunner(RunnerBase):
                         peer = stage_to_rank[stage + 1]
                         transfers.append(self._transfer(dist.isend, out.contiguous(), peer))
                 elif stage < self._last and stage_to_rank[stage + 1] == self._rank:
-                    hidden[stage + 1, index] = self._hidden.empty(
-                        pieces[index][self._tokens], self.device
-                    )
+                    hidden[stage + 1, index] = self._empty_hidden(pieces[index])
                     transfers.append(self._transfer(dist.irecv, hidden[stage + 1, index], rank))
             for work in dist.batch_isend_irecv(transfers) if transfers else []:
                 work.wait()
@@ -143,11 +140,7 @@ class PipelineRunner(RunnerBase):
         for stage, part in self._stages.items():
             part.train()
             set_gradient_sync(part, enabled=True)
-            received = (
-                self._hidden.empty(piece[self._tokens], self.device).requires_grad_()
-                if stage
-                else None
-            )
+            received = self._empty_hidden(piece).requires_grad_() if stage else None
             out = self._forward(stage, piece, received)
             if stage == self._last:
                 self._loss(self.loss, out, piece).backward()
@@ -222,7 +215,3 @@ class PipelineRunner(RunnerBase):
 
     def _transfer(self, op: Callable[..., object], tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, tensor, group=self._group, group_peer=peer)
-
-    def _zero(self) -> Tensor:
-        dtype = at_least_float32(self._hidden.dtype)
-        return torch.zeros((), dtype=dtype, device=self.device)

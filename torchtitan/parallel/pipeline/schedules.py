@@ -6,7 +6,6 @@ inputs) and `0W2` (for the weights). `(0F3;1B1)OVERLAP_F_B` is a pair, and an em
 """
 
 import csv
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,40 +54,32 @@ class Action(NamedTuple):
     microbatch: int
 
 
-@dataclass(frozen=True)
-class FileSchedule:
-    """The facts about a schedule from a file that the library needs."""
-
-    stage_to_rank: tuple[int, ...]
-    """The rank along the pipeline of each stage."""
-    splits_backward: bool
-
-
-def read_schedule(path: str, degree: int, num_microbatches: int) -> FileSchedule:
+def read_schedule(path: str, degree: int) -> tuple[tuple[int, ...], bool]:
     """Read the schedule at `path` for `degree` ranks.
 
-    Raises `ConfigError` if it cannot be read or would not train every microbatch once. Deadlocks
-    are left to `torch_compat.require_runnable_schedule`.
+    Returns the rank of each stage, and True if the schedule splits the backward. Raises
+    `ConfigError` if it cannot be read; `torch_compat.require_runnable_schedule` checks that it
+    trains every microbatch once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        fix = "write the path of a schedule, or leave it empty to use a named one"
-        problem = ConfigIssue(CSV_KEY, f"cannot be read: {reason}", fix, path, missing_asset=True)
-        raise ConfigError(problem) from None
-    try:
-        lines = csv.reader(text.splitlines())
+        lines = csv.reader(Path(path).read_text(encoding="utf-8").splitlines())
         ranks = [_parse_line(index, cells) for index, cells in enumerate(lines)]
         if len(ranks) != degree:
             raise ValueError(
                 f"has {len(ranks)} lines for parallelism.pipeline_parallel_degree = {degree}"
             )
-        stage_to_rank = _stage_to_rank(ranks)
-        _check_complete([action for rank in ranks for action in rank], num_microbatches)
+        found = {action.stage: rank for rank, actions in enumerate(ranks) for action in actions}
+        if missing := set(range(max(found))) - found.keys():
+            raise ValueError(f"stage {min(missing)} is missing, and stage {max(found)} is there")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        fix = "write the path of a schedule, or leave it empty to use a named one"
+        problem = ConfigIssue(CSV_KEY, f"cannot be read: {reason}", fix, path, missing_asset=True)
+        raise ConfigError(problem) from None
     except ValueError as error:
-        raise ConfigError(ConfigIssue(CSV_KEY, str(error), "mend the file", path)) from None
-    return FileSchedule(stage_to_rank, any(action.kind == "W" for rank in ranks for action in rank))
+        raise ConfigError(ConfigIssue(CSV_KEY, str(error), "correct the file", path)) from None
+    stage_to_rank = tuple(found[stage] for stage in range(len(found)))
+    return stage_to_rank, any(action.kind == "W" for actions in ranks for action in actions)
 
 
 def _parse_line(rank: int, cells: list[str]) -> list[Action]:
@@ -107,39 +98,6 @@ def _parse_line(rank: int, cells: list[str]) -> list[Action]:
     if not actions:
         raise ValueError(f"line {rank + 1} has no action")
     return actions
-
-
-def _stage_to_rank(ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
-    found: dict[int, int] = {}
-    for rank, actions in enumerate(ranks):
-        for action in actions:
-            if found.setdefault(action.stage, rank) != rank:
-                first = found[action.stage] + 1
-                raise ValueError(f"stage {action.stage} is on line {first} and on line {rank + 1}")
-    missing = set(range(max(found))) - found.keys()
-    if missing:
-        raise ValueError(f"stage {min(missing)} is missing, and stage {max(found)} is there")
-    return tuple(found[stage] for stage in range(len(found)))
-
-
-def _check_complete(actions: Sequence[Action], num_microbatches: int) -> None:
-    """Require one forward and one backward, whole or in halves, per stage and microbatch."""
-    kinds: dict[tuple[int, int], str] = {}
-    for stage, kind, microbatch in actions:
-        kinds[stage, microbatch] = "".join(sorted(kinds.get((stage, microbatch), "") + kind))
-    found, last = 1 + max(action.microbatch for action in actions), max(kinds)[0]
-    if found != num_microbatches:
-        raise ValueError(
-            f"has {found} microbatches, and a step of this config has {num_microbatches} (sequences"
-            " of a rank and step / parallelism.pipeline_parallel_microbatch_size)"
-        )
-    for place in itertools.product(range(last + 1), range(num_microbatches)):
-        if kinds.get(place) not in ("BF", "FIW"):
-            name, has = "stage {}, microbatch {}".format(*place), kinds.get(place, "nothing")
-            raise ValueError(f"{name} has {has}, and needs F and B, or F, I, W, once each")
-    order = [action.microbatch for action in actions if action[:2] == (last, "F")]
-    if order != sorted(order):  # torch finds a microbatch's loss by its place
-        raise ValueError("the last stage's forwards are not in the order of the microbatches")
 
 
 def forward_ticks(stage_to_rank: Sequence[int], num_microbatches: int) -> list[dict[int, Action]]:

@@ -25,8 +25,6 @@ SPLIT_KEY = "parallelism.pipeline_parallel_split_points"
 LAYERS_KEY = "parallelism.pipeline_parallel_layers_per_stage"
 DEGREE_KEY = "parallelism.pipeline_parallel_degree"
 SCHEDULE_KEY = "parallelism.pipeline_parallel_schedule"
-FIRST_KEY = "parallelism.pipeline_parallel_first_stage_less_layers"
-LAST_KEY = "parallelism.pipeline_parallel_last_stage_less_layers"
 
 
 @dataclass(frozen=True)
@@ -49,28 +47,13 @@ class PipelinePlan:
         """Return the stages of a rank, in order."""
         return [stage for stage, holder in enumerate(self.stage_to_rank) if holder == rank]
 
-    def stages_with(self, name: str) -> list[int]:
-        """Return the stages that hold a parameter of this full name: all, if no module has it."""
-        module = self.module_of(name)
-        if not module:
-            return list(range(len(self.stages)))
-        return [number for number, modules in enumerate(self.stages) if module in modules]
-
     def module_of(self, name: str) -> str:
         """Return the module that a parameter of this full name is in; "" for none."""
         modules = (module for stage in self.stages for module in stage)
         return next((module for module in modules if f"{name}.".startswith(f"{module}.")), "")
 
-    def tied_modules(self, stage: int) -> list[str]:
-        """Return the modules of other stages that hold a weight which `stage` shares."""
-        names = [name for name, stages in self.tied.items() if stage in stages]
-        modules = dict.fromkeys(map(self.module_of, names))
-        return [module for module in modules if module not in self.stages[stage]]
 
-
-def plan_pipeline(
-    section: Parallelism, modules: Mapping[str, int], num_microbatches: int
-) -> PipelinePlan:
+def plan_pipeline(section: Parallelism, modules: Mapping[str, int]) -> PipelinePlan:
     """Return the stages of a model with these `modules` (`ModelArgs.modules`).
 
     Reads the schedule's file, if there is one. Raises `ConfigError` for keys, or a file, that fit
@@ -82,7 +65,7 @@ def plan_pipeline(
         problem = "this model cannot be split into stages"
         raise ConfigError(ConfigIssue(DEGREE_KEY, problem, "set it to 1", degree))
     if path:
-        stage_to_rank = read_schedule(path, degree, num_microbatches).stage_to_rank
+        stage_to_rank, _ = read_schedule(path, degree)
     else:
         stage_to_rank = _stage_to_rank(section, len(blocks))
     if section.module_fqns_per_model_part:
@@ -91,10 +74,14 @@ def plan_pipeline(
         stages = _split_stages(section, modules)
     else:
         stages = _balanced_stages(section, modules, blocks, len(stage_to_rank))
-    if len(stages) != len(stage_to_rank):
-        key = NAMES_KEY if section.module_fqns_per_model_part else SPLIT_KEY
-        problem = f"makes {len(stages)} stages, and the schedule's file has {len(stage_to_rank)}"
-        raise ConfigError(ConfigIssue(key, problem, f"make {len(stage_to_rank)} stages"))
+    key, count = _split_key(section), len(stage_to_rank)
+    if len(stages) != count:
+        problem = f"makes {len(stages)} stages, and the schedule's file has {count}"
+        raise ConfigError(ConfigIssue(key, problem, f"make {count} stages"))
+    for number, stage in enumerate(stages):
+        if not any(modules[name] for name in stage):
+            problem = f"stage {number} has no parameters" + f": {_some(stage)}" * bool(stage)
+            raise ConfigError(ConfigIssue(key, problem, "give every stage a module with some"))
     return PipelinePlan(tuple(map(tuple, stages)), stage_to_rank)
 
 
@@ -107,46 +94,41 @@ def find_tied_weights(
     copy of: a second stage can keep a copy of a module such as the embedding, of which it shares
     every parameter, and not of a whole block.
     """
-    names_of: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    spread: dict[str, list[int]] = {}
-    for names in names_of.values():
-        stages = sorted({stage for name in names for stage in plan.stages_with(name)})
-        if len(stages) > 1:
-            spread[names[0]] = stages
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    for name in by_name:
+        if not plan.module_of(name):
+            problem = f"{name} is in no module of ModelArgs.modules(), so each stage would train it"
+            fix = "set it to 1, or put the parameter into one of these modules"
+            raise ConfigError(ConfigIssue(DEGREE_KEY, problem, fix, degree))
+    held = [
+        {parameter for name in stage for parameter in model.get_submodule(name).parameters()}
+        for stage in plan.stages
+    ]
     tied = {}
-    for name, stages in spread.items():
-        module = plan.module_of(name)
-        inside = [names[0] for names in names_of.values() if names[0].startswith(f"{module}.")]
-        if not module or len(stages) > 2 or any(spread.get(other) != stages for other in inside):
-            shared = next(names for names in names_of.values() if names[0] == name)
-            raise ConfigError(_torn(shared, stages, degree))
-        tied[name] = (stages[0], stages[1])
+    for name, shared in model.named_parameters():
+        stages = [number for number, parameters in enumerate(held) if shared in parameters]
+        if len(stages) > 1:
+            module = set(model.get_submodule(plan.module_of(name)).parameters())
+            if len(stages) > 2 or not all(module <= held[stage] for stage in stages):
+                names = _some([other for other in by_name if by_name[other] is shared])
+                copies = f"stages {_some(list(map(str, stages)))} would each train a copy"
+                problem = f"{names} are one parameter, and {copies}"
+                fix = f"set it to 1, or keep what is shared in one stage ({NAMES_KEY})"
+                raise ConfigError(ConfigIssue(DEGREE_KEY, problem, fix, degree))
+            tied[name] = (stages[0], stages[1])
     return tied
 
 
-def _torn(names: list[str], stages: list[int], degree: int) -> ConfigIssue:
-    copies = f"stages {_some([str(stage) for stage in stages])} would each train a copy"
-    if len(names) == 1:
-        problem = f"{names[0]} is in no module of ModelArgs.modules(), so {copies}"
-        fix = "set it to 1, or put the parameter into one of these modules"
-    else:
-        problem = f"{_some(names)} are one parameter, and {copies}"
-        fix = f"set it to 1, or keep what is shared in one stage ({NAMES_KEY})"
-    return ConfigIssue(DEGREE_KEY, problem, fix, degree)
-
-
-def number_of_stages(section: Parallelism, num_layers: int) -> int:
+def _number_of_stages(section: Parallelism, num_layers: int) -> int:
     """Return the stages of all ranks together, by the keys of the split or by the schedule.
 
     Layers per stage are counted as TorchTitan does: the embedding and the head are one layer each
     unless their keys say otherwise.
     """
-    if section.module_fqns_per_model_part:
-        return len(section.module_fqns_per_model_part)
-    if section.pipeline_parallel_split_points:
-        return len(section.pipeline_parallel_split_points) + 1
+    if named := section.module_fqns_per_model_part:
+        return len(named)
+    if points := section.pipeline_parallel_split_points:
+        return len(points) + 1
     if section.pipeline_parallel_layers_per_stage is not None:
         first = section.pipeline_parallel_first_stage_less_layers
         last = section.pipeline_parallel_last_stage_less_layers
@@ -161,14 +143,17 @@ def _stage_to_rank(section: Parallelism, num_layers: int) -> tuple[int, ...]:
 
     Raises `ConfigError` for a number of stages that the schedule cannot have.
     """
-    degree, count = section.pipeline_parallel_degree, number_of_stages(section, num_layers)
-    schedule = SCHEDULES[section.pipeline_parallel_schedule]
+    degree, count = section.pipeline_parallel_degree, _number_of_stages(section, num_layers)
+    name, key = section.pipeline_parallel_schedule, _split_key(section)
+    schedule = SCHEDULES[name]
     per_rank, left_over = divmod(count, degree)
     exactly = schedule.stages_per_rank
     if left_over or (per_rank < 2 and exactly is None) or exactly not in (None, per_rank):
-        raise ConfigError(_wrong_number_of_stages(section, count))
-    by_hand = section.module_fqns_per_model_part or section.pipeline_parallel_split_points
-    if count > num_layers and not by_hand:
+        wanted = f"{exactly * degree}" if exactly else f"{2 * degree}, {3 * degree} or so on"
+        problem = f"makes {count} stages, and {name} on {degree} pipeline ranks needs {wanted}"
+        fix = "leave it unset for a balanced split, or choose another schedule"
+        raise ConfigError(ConfigIssue(key, problem, fix))
+    if count > num_layers and key == LAYERS_KEY:
         # Before anything of that length is made: the degree may be a typing error.
         raise ConfigError(_too_many_stages(section, count, num_layers))
     if schedule.is_v:
@@ -176,18 +161,11 @@ def _stage_to_rank(section: Parallelism, num_layers: int) -> tuple[int, ...]:
     return tuple(stage % degree for stage in range(count))
 
 
-def _wrong_number_of_stages(section: Parallelism, count: int) -> ConfigIssue:
-    degree, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
-    exactly = SCHEDULES[schedule].stages_per_rank
-    wanted = f"{exactly * degree}" if exactly else f"{2 * degree}, {3 * degree} or so on"
-    problem = f"makes {count} stages, and {schedule} on {degree} pipeline ranks needs {wanted}"
-    other = "or choose another schedule"
+def _split_key(section: Parallelism) -> str:
+    """Return the key that decides the split."""
     if section.module_fqns_per_model_part:
-        return ConfigIssue(NAMES_KEY, problem, f"list the modules of {wanted} stages, {other}")
-    if section.pipeline_parallel_split_points:
-        return ConfigIssue(SPLIT_KEY, problem, f"name one fewer module than stages, {other}")
-    layers = section.pipeline_parallel_layers_per_stage
-    return ConfigIssue(LAYERS_KEY, problem, "leave it unset for a balanced split", layers)
+        return NAMES_KEY
+    return SPLIT_KEY if section.pipeline_parallel_split_points else LAYERS_KEY
 
 
 def _too_many_stages(section: Parallelism, count: int, num_layers: int) -> ConfigIssue:
@@ -222,11 +200,12 @@ def _balanced_stages(
     weights[0] += sum(modules[name] for name in before) / block if first is None else first
     weights[-1] += sum(modules[name] for name in after) / block if last is None else last
     sizes = _share_out(len(blocks), weights)
-    for key, given, stage in ((FIRST_KEY, first, 0), (LAST_KEY, last, count - 1)):
+    for end, given, stage in (("first", first, 0), ("last", last, count - 1)):
         others = [sizes[n] + weights[n] for n in range(count) if n != stage]
         if given is not None and given >= max(others):
             problem = "leaves no layer for that stage, which needs at least one"
             fix = f"set it to at most {math.ceil(max(others)) - 1}, or leave it unset"
+            key = f"parallelism.pipeline_parallel_{end}_stage_less_layers"
             raise ConfigError(ConfigIssue(key, problem, fix, given))
     ends = [sum(sizes[: stage + 1]) for stage in range(count)]
     stages = [blocks[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -259,44 +238,27 @@ def _split_stages(section: Parallelism, modules: Mapping[str, int]) -> list[list
     if starts != sorted(set(starts)):
         problem = "the modules are not in the order of the forward, each once"
         raise ConfigError(ConfigIssue(SPLIT_KEY, problem, f"order them as in {_some(names)}"))
-    stages = [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
-    _require_parameters(SPLIT_KEY, stages, modules)
-    return stages
+    return [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
 
 
 def _named_stages(section: Parallelism, modules: Mapping[str, int]) -> list[list[str]]:
-    """Return the stages that the user lists.
-
-    Raises `ConfigError` unless these are the model's modules in order.
-    """
+    """Return the listed stages; raise `ConfigError` unless they are the modules in order."""
     names = list(modules)
     stages = [list(stage) for stage in section.module_fqns_per_model_part]
     listed = [name for stage in stages for name in stage]
-    found = []
-    for name in dict.fromkeys(listed):
-        if name not in names:
-            fix = did_you_mean(name, names)
-            found.append(ConfigIssue(NAMES_KEY, f'the model has no module "{name}"', fix))
-        elif listed.count(name) > 1:
-            problem = f'"{name}" is in {listed.count(name)} places'
-            found.append(ConfigIssue(NAMES_KEY, problem, "list it once"))
-    if missing := [name for name in names if name not in listed]:
-        fix = "put each module of the model in a stage"
-        found.append(ConfigIssue(NAMES_KEY, f"leaves out {_some(missing)}", fix))
-    if not found and listed != names:
-        fix = f"list them as in {_some(names)}"
-        found.append(ConfigIssue(NAMES_KEY, "modules are not in the order of the forward", fix))
-    if found:
-        raise ConfigError(found)
-    _require_parameters(NAMES_KEY, stages, modules)
+    unknown = [
+        ConfigIssue(NAMES_KEY, f'the model has no module "{name}"', did_you_mean(name, names))
+        for name in listed
+        if name not in modules
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    if listed != names:
+        missing = [name for name in names if name not in listed]
+        problem = "the modules are not in the order of the forward, each once"
+        problem = f"leaves out {_some(missing)}" if missing else problem
+        raise ConfigError(ConfigIssue(NAMES_KEY, problem, f"list them as in {_some(names)}"))
     return stages
-
-
-def _require_parameters(key: str, stages: list[list[str]], modules: Mapping[str, int]) -> None:
-    for number, stage in enumerate(stages):
-        if not any(modules[name] for name in stage):
-            problem = f"stage {number} has no parameters" + f": {_some(stage)}" * bool(stage)
-            raise ConfigError(ConfigIssue(key, problem, "give every stage a module with some"))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from torchtitan.models.spec import LanguageModel
 from torchtitan.parallel.pipeline.stages import PipelinePlan
@@ -42,15 +42,12 @@ def build_stage(model: nn.Module, plan: PipelinePlan, stage: int) -> nn.Module:
     """
     part = deepcopy(model)
     assert isinstance(part, LanguageModel)
-    kept_for_weights = plan.tied_modules(stage)
+    sharing = {plan.module_of(name) for name, stages in plan.tied.items() if stage in stages}
+    kept_for_weights = sharing.difference(plan.stages[stage])
     part.keep_modules((*plan.stages[stage], *kept_for_weights))
     for name in kept_for_weights:
-        part.get_submodule(name).forward = _return_input  # type: ignore[attr-defined, method-assign]
+        part.get_submodule(name).forward = nn.Identity().forward  # type: ignore[attr-defined, method-assign]
     return part
-
-
-def _return_input(x: Tensor) -> Tensor:
-    return x
 
 
 def tied_weights_of(
