@@ -74,7 +74,7 @@ INTERLEAVED = {"schedule": "Interleaved1F1B"}
          "and 1F1B on 2 pipeline ranks needs at least 2. Fix: raise it, or lower "
          "parallelism.pipeline_parallel_microbatch_size"),
         (2, {"schedule": "DualPipeV", "microbatch_size": 4}, "needs at least 4. Fix: raise it"),
-        (2, {"layers_per_stage": 2}, "layers_per_stage = 2: makes 3 stages, and 1F1B on 2 pipeline "
+        (2, {"layers_per_stage": 2}, "layers_per_stage: makes 3 stages, and 1F1B on 2 pipeline "
          "ranks needs 2. Fix: leave it unset"),
         (2, {**INTERLEAVED, "layers_per_stage": 3}, "needs 4, 6 or so on. Fix: leave"),
         (2, {**INTERLEAVED, "layers_per_stage": 1}, "makes 6 stages, and the model has 4 layers"),
