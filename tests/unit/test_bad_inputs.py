@@ -231,9 +231,7 @@ VALUES = [
     value("training.mixed_precision_param", '"bf16"', "choose from"),
     value("training.document_mask", "1", "needs true or false, and this is an integer"),
     value("training.document_mask", '"true"', "write true or false, without quotes"),
-    value(
-        "parallelism.module_fqns_per_model_part", '"a"', "needs a list", "a list, for example [["
-    ),
+    value("parallelism.module_fqns_per_model_part", '"a"', "needs a list", "for example [["),
     value("parallelism.module_fqns_per_model_part", '["a"]', '[0] = "a": needs a list', '[["a"'),
     value("parallelism.module_fqns_per_model_part", "[[1]]", "[0][0] = 1: needs text"),
     value("parallelism.pipeline_parallel_schedule", '"1f1b"', 'did you mean "1F1B"?'),
@@ -334,13 +332,7 @@ ARITHMETIC_CASES = [
     ),
     Bad("pipeline", ["has 6 layers", "6"], None, ["parallelism.pipeline_parallel_degree=7"], 7),
     Bad("batch", ["8 x 2 = 16", "such as 32"], None, ["training.global_batch_size=24", LOCAL], 2),
-    Bad(
-        "small-batch",
-        ["8 x 2 = 16", "such as 16"],
-        None,
-        ["training.global_batch_size=8", LOCAL],
-        2,
-    ),
+    Bad("small", ["8 x 2 = 16", "such as 16"], None, ["training.global_batch_size=8", LOCAL], 2),
     Bad("batch-zero", ["at least 1, or -1"], None, ["training.global_batch_size=0"], 1),
     Bad("lanes", ["data.lanes"], None, ["data.lanes=3"], 1),
     Bad("lanes-mesh", ["data.lanes", "2"], None, ["data.lanes=1"], 2),
