@@ -163,7 +163,7 @@ def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
 
 
 @functools.lru_cache
-def _mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
+def mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
     """One mesh for all cases of a world that the pool keeps."""
     return dims.build_mesh("cpu")
 
@@ -174,7 +174,7 @@ def train(world: DistributedContext, case: Case) -> Result:
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
-    mesh = _mesh_of(world, dims)
+    mesh = mesh_of(world, dims)
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(
