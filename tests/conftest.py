@@ -1,15 +1,18 @@
 """Fixtures of all tests, and how they are spread over the processes of pytest-xdist."""
 
+import hashlib
 import logging
+import os
+import pickle
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from typing import Any
 
 import pytest
 
-from tests.distributed import own_models
+from tests.distributed import own_models, tiny
 from tests.forked import keep_preloaded
 from tests.pool import GlooPool
 from torchtitan.models.registry import MODELS
@@ -35,7 +38,10 @@ PARTS = {
     "tests/unit/data/test_worker_processes.py": 1,
     "tests/meta/test_linters.py": 4,
 }
-"""The files that take longest, these first, and into how many parts each is cut."""
+"""The files that take longest, these first, and into how many parts each is cut.
+
+Tests whose names agree up to a colon stay together.
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,7 +65,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByPart(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             name = nodeid.partition("::")[0]
-            return f"{name} {zlib.crc32(nodeid.encode()) % PARTS.get(name, 1)}"
+            together = nodeid.partition(": ")[0]
+            return f"{name} {zlib.crc32(together.encode()) % PARTS.get(name, 1)}"
 
     return ByPart(config, log)
 
@@ -86,4 +93,28 @@ def gloo_pool() -> Iterator[GlooPool]:
     """Processes joined by gloo; see `GlooPool.run`."""
     pool = GlooPool()
     yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def one_process(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[tiny.Case], tiny.Result]]:
+    """Return the result of a case on one process, trained once for all processes of pytest-xdist.
+
+    In a pool of its own: `gloo_pool` may have kept groups for the meshes that are compared.
+    """
+    pool, folder = GlooPool(), tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+
+    def train(case: tiny.Case) -> tiny.Result:
+        path = folder / f"one-process-{hashlib.sha256(repr(case).encode()).hexdigest()}"
+        if not path.exists():
+            own = path.with_suffix(f".{os.getpid()}")
+            own.write_bytes(pickle.dumps(pool.run(1, tiny.train, case)[0]))
+            own.replace(path)
+        return pickle.loads(path.read_bytes())  # noqa: S301 (its own)
+
+    yield train
     pool.close()

@@ -35,20 +35,32 @@ class GlooPool:
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="gloo-pool-")
         self._runs = 0
+        self._kept: tuple[int, Any] | None = None
+        """Ranks that still have their groups, and for what."""
 
     def run(
-        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = 90,
+        keep: Any = None,
     ) -> list[Any]:
         """`function(world, *args)` on `world_size` ranks; returns the results in rank order.
 
-        `function` and `args` are pickled, so the function must be importable by name.
+        `function` and `args` are pickled, so the function must be importable by name. Where the
+        next run has an equal `keep`, it gets the same world, and DTensor's caches still know it.
         """
+        if self._kept not in (None, (world_size, keep)):
+            self._leave()
+        self._kept = None if keep is None else (world_size, keep)
         self._runs += 1
         store = str(Path(self._folder.name) / f"store-{self._runs}")
         self._grow(world_size)
         workers = self._workers[:world_size]
         for rank, (_, connection) in enumerate(workers):
-            connection.send((rank, world_size, store, timeout, function, args))
+            place = rank, world_size, store, timeout
+            connection.send((place, keep is not None, function, args))
         try:
             return self._collect(workers, timeout)
         except RankFailure:
@@ -62,6 +74,13 @@ class GlooPool:
             process.join()
             connection.close()
         self._workers.clear()
+        self._kept = None
+
+    def _leave(self) -> None:
+        """End the groups that were kept."""
+        assert self._kept is not None
+        for _, connection in self._workers[: self._kept[0]]:
+            connection.send(None)
 
     def _where(self, late: list[int]) -> str:
         """The stacks of ranks that do not answer, most recent call first."""
@@ -121,20 +140,30 @@ def _serve(connection: Connection, folder: str) -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # or each collection between tests walks through all that torch has imported
+    world = None
     while True:
         try:
-            rank, world_size, store, timeout, function, args = connection.recv()
+            message = connection.recv()
         except EOFError:
             return
+        if message is None:
+            world = _leave()
+            gc.collect()
+            continue
+        place, keeps, function, args = message
         try:
-            connection.send((True, _call(rank, world_size, store, timeout, function, args)))
+            world = world or _join(*place)
+            try:
+                result = function(world, *args)
+            finally:
+                world = world if keeps else _leave()
+                gc.collect()  # a model and its mesh are a cycle
+            connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
 
 
-def _call(
-    rank: int, world_size: int, store: str, timeout: float, function: Callable[..., Any], args: Any
-) -> Any:
+def _join(rank: int, world_size: int, store: str, timeout: float) -> Any:
     from datetime import timedelta
 
     import torch
@@ -149,22 +178,25 @@ def _call(
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
-    try:
-        group = dist.group.WORLD
-        assert group is not None
-        return function(
-            DistributedContext(rank, world_size, rank, torch.device("cpu"), group), *args
-        )
-    finally:
-        dist.destroy_process_group()
-        # While a mesh lives, so do gloo's threads (18 on every rank of one with three axes), which
-        # wake a hundred times a second: after some hundred tests no processor is left to the next.
-        _forget_meshes()
-        gc.collect()  # a model and its mesh are a cycle
+    group = dist.group.WORLD
+    assert group is not None
+    return DistributedContext(rank, world_size, rank, torch.device("cpu"), group)
+
+
+def _leave() -> None:
+    """End all groups.
+
+    While a mesh lives, so do gloo's threads (18 on every rank of one with three axes), which wake
+    a hundred times a second: after some hundred tests no processor is left to the next.
+    """
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    _forget_meshes()
 
 
 def _forget_meshes() -> None:
-    """Empty DTensor's caches, whose keys are meshes.
+    """Empty DTensor's caches, whose keys are meshes, and those of tests.
 
     The next mesh of that shape would be given groups that are gone, and none would ever be freed.
     """
@@ -174,7 +206,7 @@ def _forget_meshes() -> None:
     _clear_sharding_prop_cache()
     getattr(_redistribute, "_planner_cache", {}).clear()
     for name, module in list(sys.modules.items()):
-        if name.startswith("torch.distributed.tensor"):
+        if name.startswith(("torch.distributed.tensor", "tests.distributed.tiny")):
             owners = [module, *(value for value in vars(module).values() if isclass(value))]
             for value in [value for owner in owners for value in vars(owner).values()]:
                 cached = getattr(value, "__func__", value)  # of a static method

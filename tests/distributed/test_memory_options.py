@@ -116,12 +116,18 @@ def assert_same(found: list[Trained], expected: list[Trained]) -> None:
             assert torch.equal(tensor, other.tensors[name]), name
 
 
+PLAIN: dict[str, list[Trained]] = {}
+"""By row: what it trains without options, compiled once."""
+
+
 def both(pool: GlooPool, *options: dict[str, Any], **case: Any) -> list[Trained]:
     """Train a row of the parity table with the options and without; compare; the former."""
     settings, others = case.pop("settings", []), case.pop("without", [])
     with_options = row(*settings, *options, **case)
     without = row(*settings, *others, **case)
-    expected = pool.run(without.world_size, train, without)
+    if repr(without) not in PLAIN:
+        PLAIN[repr(without)] = pool.run(without.world_size, train, without)
+    expected = PLAIN[repr(without)]
     found = pool.run(with_options.world_size, train, with_options)
     assert_same(found, expected)
     assert expected[0].left_gradients > 0 and not expected[0].is_offloaded

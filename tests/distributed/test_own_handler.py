@@ -15,6 +15,22 @@ from tests.forked import execute
 PAGE = (runs.ROOT / "docs" / "handlers.md").read_text("utf-8")
 LESSON, _, TESTING = PAGE.partition("## Testing it")
 
+FORKED = """
+import os
+import subprocess
+
+from tests.forked import execute
+
+
+def run(words, check):
+    done = execute(words, os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+subprocess.run = run
+"""
+"""A conftest.py: what is started imports nothing again."""
+
 FLOAT64 = [
     f"--training.{key}=float64"
     for key in ("dtype", "mixed_precision_param", "mixed_precision_reduce")
@@ -68,6 +84,7 @@ def test_the_pages_handler_trains(tmp_path: Path) -> None:
 def test_the_pages_test_of_it_passes(tmp_path: Path) -> None:
     (tmp_path / "my_handler.py").write_text(block("python", LESSON))
     (tmp_path / "test_my_handler.py").write_text(block("python", TESTING))
+    (tmp_path / "conftest.py").write_text(FORKED)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_handler.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True

@@ -107,41 +107,44 @@ def differences(world: DistributedContext, setting: Setting) -> list[float]:
     return [(a - share(b)).abs().max().item() for a, b in pairs]
 
 
-@pytest.mark.parametrize("documents", ["none", "short", "long", "share"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(
+METHODS = pytest.mark.parametrize(
     ("method", "balanced"),
     [*product(["ring", "allgather"], [True, False]), ("ulysses", False)],
 )
+
+
+def worst(world: DistributedContext, settings: list[Setting]) -> list[float]:
+    """The largest difference of each setting, on this rank."""
+    return [max(differences(world, setting)) for setting in settings]
+
+
+def assert_exact(pool: GlooPool, ranks: int, settings: list[Setting]) -> None:
+    for found in pool.run(ranks, worst, settings):
+        wrong = [setting for setting, far in zip(settings, found, strict=True) if far >= 1e-14]
+        assert wrong == []
+
+
+@METHODS
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_exact(
-    ranks: int, method: str, balanced: bool, kv_heads: int, documents: str, gloo_pool: GlooPool
-) -> None:
-    setting = Setting(method, balanced, documents, kv_heads=kv_heads)
-    for found in gloo_pool.run(ranks, differences, setting):
-        assert max(found) < 1e-14
+def test_exact(ranks: int, method: str, balanced: bool, gloo_pool: GlooPool) -> None:
+    settings = [
+        Setting(method, balanced, documents, kv_heads=kv_heads)
+        for documents in ("none", "short", "long", "share")
+        for kv_heads in (4, 2, 1)
+    ]
+    assert_exact(gloo_pool, ranks, settings)
 
 
-WINDOWS = [1, 2, 5, 6, 7, 12, 13, 25, 47, 48, 1000]
-"""In a sequence of 48; over 4 ranks chunks have 6 or 12 tokens."""
-
-
-def differences_of_windows(world: DistributedContext, setting: Setting) -> dict[int, float]:
-    return {n: max(differences(world, replace(setting, window=n))) for n in WINDOWS}
-
-
-@pytest.mark.parametrize("documents", ["none", "short", "long"])
-@pytest.mark.parametrize(
-    ("method", "balanced"),
-    [*product(["ring", "allgather"], [True, False]), ("ulysses", False)],
-)
+@METHODS
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_windows(
-    ranks: int, method: str, balanced: bool, documents: str, gloo_pool: GlooPool
-) -> None:
-    setting = Setting(method, balanced, documents)
-    for found in gloo_pool.run(ranks, differences_of_windows, setting):
-        assert {window: worst for window, worst in found.items() if worst >= 1e-14} == {}
+def test_windows(ranks: int, method: str, balanced: bool, gloo_pool: GlooPool) -> None:
+    """In a sequence of 48; over 4 ranks chunks have 6 or 12 tokens."""
+    settings = [
+        Setting(method, balanced, documents, window=window)
+        for documents in ("none", "short", "long")
+        for window in (1, 2, 5, 6, 7, 12, 13, 25, 47, 48, 1000)
+    ]
+    assert_exact(gloo_pool, ranks, settings)
 
 
 def calls_of_kernels(world: DistributedContext, setting: Setting) -> tuple[int, int]:

@@ -5,6 +5,7 @@ the vocabulary is a prime, and targets are spread unevenly, so that a mean per r
 over all, would show; some sequences have none at all.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import own_models
@@ -160,13 +162,19 @@ def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
     ]
 
 
+@functools.lru_cache
+def mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
+    """One mesh for all cases of a world that the pool keeps."""
+    return dims.build_mesh("cpu")
+
+
 def train(world: DistributedContext, case: Case) -> Result:
     """Train on the mesh of `case`; collective."""
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
-    mesh = dims.build_mesh("cpu")
+    mesh = mesh_of(world, dims)
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(

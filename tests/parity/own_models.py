@@ -18,6 +18,7 @@ _COMPILED = {
     "model": {"handlers": ["compile"]},
     "handlers": {"compile": {"backend": "aot_eager"}},
 }
+_PAIRS = {"parallelism": {"pipeline_parallel_microbatch_size": 2}}
 _ON_HOST = {"activation_checkpoint": {"offload": True}}
 
 
@@ -41,7 +42,7 @@ OWN_MODELS = [
         Case(2, tp=2, settings=_COMPILED),
         Case(4, cp=2, tp=2),
         Case(2, pp=2, layers=4),
-        Case(4, tp=2, pp=2, layers=4, schedule="GPipe", settings=_FULL),
+        Case(4, tp=2, pp=2, layers=4, schedule="GPipe", settings=_PAIRS | _FULL),
     ),
     *_rows(
         "one block",
@@ -54,7 +55,7 @@ OWN_MODELS = [
         Case(4, tp=4, kv_heads=2, settings=_BY_OPERATOR),
         Case(4, shard=2, tp=2, settings=_COMPILED | _FULL),
         Case(4, cp=2, tp=2),
-        Case(4, tp=2, pp=2, layers=4, schedule="ZBVZeroBubble"),
+        Case(4, tp=2, pp=2, layers=4, schedule="ZBVZeroBubble", settings=_PAIRS),
     ),
     *_rows(
         "low rank",
@@ -63,7 +64,7 @@ OWN_MODELS = [
         Case(4, tp=4, kv_heads=2, microbatches=2),
         Case(4, shard=2, tp=2, settings=_COMPILED | _BY_OPERATOR),
         Case(4, cp=2, tp=2),
-        Case(4, tp=2, pp=2, layers=4, schedule="Interleaved1F1B", settings=_FULL),
+        Case(4, tp=2, pp=2, layers=4, schedule="Interleaved1F1B", settings=_PAIRS | _FULL),
     ),
     *_rows(
         DRAWS,  # microbatches of one sequence, as the one process has them

@@ -15,8 +15,8 @@ from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.registry import loss_settings
 
-TOLERANCE = 1e-9
-"""Of every relative difference. What occurs is 1e-12 and less; a mistake shows at 1e-4 and more."""
+TOLERANCE = 1e-11
+"""Of every relative difference. What occurs is 1e-12 and less; a mistake shows at 1e-2 and more."""
 
 FULL = {"activation_checkpoint": {"mode": "full"}}
 EVERY_SECOND = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}
@@ -211,15 +211,15 @@ PIPELINE = [
     row(BY_OPERATOR, replicate=2, shard=2, pp=2, schedule="GPipe", **PACKED),
     row(shard=2, pp=2, schedule="1F1B", norm="np_layernorm"),
     row(tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
-    row(BY_OPERATOR, tp=2, pp=2, schedule="1F1B", **PACKED),
-    row(COMPILED, FULL, tp=2, pp=2, schedule="1F1B", **PACKED),
-    row(RING, COMPILED, cp=2, pp=2, schedule="1F1B", **PACKED),
-    row(RING, cp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(PAIRS, BY_OPERATOR, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(PAIRS, COMPILED, FULL, tp=2, pp=2, schedule="1F1B", **PACKED),
+    row(PAIRS, RING, COMPILED, cp=2, pp=2, schedule="1F1B", **PACKED),
+    row(PAIRS, RING, cp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
     row(ULYSSES, cp=2, pp=2, schedule="GPipe"),
-    row(ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
+    row(PAIRS, ALLGATHER, FULL, cp=2, pp=2, schedule="Interleaved1F1B", layers=4, **PACKED),
     row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, shard=2, pp=2, schedule="1F1B", **PACKED),
     row(REGULARISED, shard=2, pp=2, schedule="1F1B"),
-    row(REGULARISED, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
+    row(PAIRS, REGULARISED, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4),
 ]
 COMBINED = [
     row(RING, shard=2, cp=2, tp=2, microbatches=2, **BOTH),
@@ -232,7 +232,7 @@ COMBINED = [
     row(RING, shard=2, cp=2, pp=2, schedule="1F1B", **PACKED),
     row(ULYSSES, replicate=2, cp=2, pp=2, schedule="LoopedBFS", layers=4, **PACKED),
     row(ALLGATHER, replicate=2, shard=2, cp=2, pp=2, schedule="GPipe"),
-    row(RING, cp=2, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
+    row(PAIRS, RING, cp=2, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
     row(ALLGATHER, FULL, cp=2, tp=2, pp=2, schedule="1F1B", microbatches=2),
     row(RING, shard=2, cp=2, tp=2, pp=2, schedule="1F1B", **PACKED),
     row(ULYSSES, replicate=2, cp=2, tp=2, pp=2, schedule="DualPipeV", layers=4, **PACKED),
@@ -257,7 +257,7 @@ OPTIMIZERS = [
     row(ADAFACTOR, PARAMETERS_ON_HOST, shard=2, tp=2, **TIED),
     row(ADAFACTOR, tp=4, kv_heads=2),
     row(ADAFACTOR, RING, replicate=2, cp=2, **PACKED),
-    row(ADAFACTOR, tp=2, pp=2, schedule="GPipe"),
+    row(PAIRS, ADAFACTOR, tp=2, pp=2, schedule="GPipe"),
     row(SGD, FULL, shard=2, tp=2, **PACKED),
     row(SGD, replicate=2, pp=2, schedule="1F1B", microbatches=2),
     row(BF16_STATE, shard=2, tp=2, **TIED),
@@ -278,10 +278,10 @@ FROZEN = [
     row(FROZEN_START, FULL, ACTIVATIONS_ON_HOST, pp=2, schedule="1F1B"),
     row(FROZEN_START, pp=4, schedule="GPipe", layers=4, microbatches=2),
     row(FROZEN_ATTENTION, shard=2, pp=2, schedule="InterleavedZeroBubble", layers=4),
-    row(FROZEN_START, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
+    row(PAIRS, FROZEN_START, tp=2, pp=2, schedule="ZBVZeroBubble", layers=4, **PACKED),
     row(HEAD_ALONE, microbatches=2, **PACKED),
     row(HEAD_ALONE, shard=2, tp=2),
-    row(HEAD_ALONE, tp=2, pp=2, schedule="1F1B"),
+    row(PAIRS, HEAD_ALONE, tp=2, pp=2, schedule="1F1B"),
     row(MUON, FROZEN_START, shard=2, tp=2),
 ]
 
@@ -300,7 +300,7 @@ WINDOWED = [
     row(ULYSSES, COMPILED, cp=2, tp=2, window=11, **PACKED),
     row(FULL, pp=2, schedule="1F1B", window=5, **PACKED),
     row(COMPILED, shard=2, pp=2, schedule="Interleaved1F1B", layers=4, window=11),
-    row(RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
+    row(PAIRS, RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]

@@ -1,15 +1,17 @@
 """A checkpoint of any mesh goes on on any other: parameters and moments to the bit, the samples
 that come next, and the losses of the steps that follow."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_store
-from tests.parity.table import TIED, dims_of, name_of, row
+from tests.parity.table import PAIRS, TIED, dims_of, name_of, row
 from tests.pool import GlooPool
 from torchtitan.checkpoint.manager import CheckpointManager, RunState
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
@@ -32,7 +34,8 @@ SHARED, ADAPTED = {"family": "shared by blocks"}, {"family": "low rank"}
 
 def mesh(**degrees: object) -> Case:
     """Of a model with layers enough for two stages on each of two ranks."""
-    return row(**{"layers": 4, **degrees})  # type: ignore[arg-type]
+    halved = [PAIRS] if "pp" in degrees else []
+    return row(*halved, **{"layers": 4, **degrees})  # type: ignore[arg-type]
 
 
 MOVES = [
@@ -90,7 +93,7 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
-    device_mesh = dims.build_mesh("cpu")
+    device_mesh = tiny.mesh_of(world, dims)
     manager = CheckpointManager(Checkpoint(enable=True), make_store(world, folder), world)
     loader = builder.build_loader(context, dims, world, build_tokenizer("bytes"), manager)
     # Other weights than those of the checkpoint, should it load less than all.
@@ -126,6 +129,11 @@ def go_on(world: DistributedContext, case: Case, folder: str, last: int, save: b
     loader.close()
     leg.content = digests()
     return leg
+
+
+def on_its_mesh(pool: GlooPool, case: Case, *args: Any) -> list[Leg]:
+    """Run `go_on` on all ranks; the mesh stays for the next move, which often starts from it."""
+    return pool.run(case.world_size, go_on, case, *args, keep=dims_of(case))
 
 
 def together(contents: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -172,7 +180,7 @@ def saved(
         name = name_of(case)
         if name not in done:
             folder = str(tmp_path_factory.mktemp("saved"))
-            legs = gloo_pool.run(case.world_size, go_on, case, folder, SAVED_STEP, True)
+            legs = on_its_mesh(gloo_pool, case, folder, SAVED_STEP, True)
             done[name] = folder, together([leg.content for leg in legs])
         return done[name]
 
@@ -180,11 +188,13 @@ def saved(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), MOVES, ids=lambda case: name_of(case).replace(", allgather headtail", "")
+    ("before", "after"),
+    MOVES,
+    ids=lambda case: re.sub(", (allgather headtail|microbatch size 2)", "", name_of(case)),
 )
 def test_a_run_moves(before: Case, after: Case, gloo_pool: GlooPool, saved, uninterrupted) -> None:
     folder, content = saved(before)
-    legs = gloo_pool.run(after.world_size, go_on, after, folder, LAST_STEP, False)
+    legs = on_its_mesh(gloo_pool, after, folder, LAST_STEP, False)
     assert together([leg.loaded for leg in legs]) == content
     expected = uninterrupted(before)
     for leg in legs:

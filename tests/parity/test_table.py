@@ -6,6 +6,7 @@ after the last step, all in float64, on every rank.
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.own_models import DRAWS
-from tests.parity.table import TABLE, TOLERANCE, dims_of, name_of, reference_of
+from tests.parity.table import TABLE, TOLERANCE, dims_of, name_of, reference_of, special_of
 from tests.pool import GlooPool
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
@@ -33,34 +34,32 @@ COMPACT = ("AdamWBF16", "AdamW8bit")
 
 
 def rows() -> Iterator[Any]:
-    """Yield the rows; a compiled one on the axes of an earlier compiled one is for the night."""
-    compiled = set()
+    """Yield the rows mesh by mesh; for the night, a compiled one that compiles nothing new.
+
+    By day every axis is compiled, and every pair of them.
+    """
+    compiled: set[tuple[str, ...]] = set()
+    by_mesh: dict[str, list[Any]] = {}
     for case in TABLE:
-        axes = tuple(name for name in AXES if getattr(dims_of(case), name) > 1)
-        again = "compile" in case.config().handlers and axes in compiled
+        mesh, marks = dims_of(case), []
         if "compile" in case.config().handlers:
-            compiled.add(axes)
-        yield pytest.param(case, marks=[pytest.mark.nightly] * again, id=name_of(case))
-
-
-@pytest.fixture(scope="module")
-def reference(gloo_pool: GlooPool):
-    """What one process has of a row's model."""
-    results = {}
-
-    def train(case: Case) -> tiny.Result:
-        name = name_of(case)
-        if name not in results:
-            results[name] = gloo_pool.run(1, tiny.train, case)[0]
-        return results[name]
-
-    return train
+            axes = [name for name in AXES if getattr(mesh, name) > 1]
+            pairs = set(combinations(axes, 2)) or {tuple(axes)}
+            if pairs <= compiled:
+                marks = [pytest.mark.nightly]
+            compiled |= pairs
+        # What stands before the colon is trained by one process of the tests (tests/conftest.py).
+        name = f"{mesh.describe()}: {', '.join(special_of(case)) or 'plain'}"
+        by_mesh.setdefault(mesh.describe(), []).append(pytest.param(case, marks=marks, id=name))
+    for same in by_mesh.values():
+        yield from same
 
 
 @pytest.mark.parametrize("case", rows())
-def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, reference) -> None:
-    results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120)
-    difference = tiny.compare(results, reference(reference_of(case)))
+def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, one_process) -> None:
+    mesh = dims_of(case)
+    results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120, keep=mesh)
+    difference = tiny.compare(results, one_process(reference_of(case)))
     assert difference.worst < TOLERANCE, difference
     assert difference.between_ranks == 0, difference
 
@@ -81,7 +80,7 @@ def test_a_user_may_configure_it(case: Case) -> None:
     ids=name_of,
 )
 def test_one_process_equals_a_plain_loop(
-    case: Case, reference, monkeypatch: pytest.MonkeyPatch
+    case: Case, one_process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of PyTorch's own parts: else all rows could be wrong alike."""
     config = case.config()
@@ -120,7 +119,7 @@ def test_one_process_equals_a_plain_loop(
         result.norms.append(norm.item())
     result.evaluated = mean_losses()[1].item()
     tiny.collect([model], optimizers, result)
-    assert tiny.compare([reference(case)], result).worst < TOLERANCE
+    assert tiny.compare([one_process(case)], result).worst < TOLERANCE
     # A frozen embedding that is also the head leaves gradients too small to clip.
     if not (case.tied and "freeze" in config.handlers):
         assert min(result.norms) > tiny.MAX_NORM, "nothing is clipped"
@@ -167,7 +166,8 @@ def _optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optim
     return optimizers
 
 
-def test_the_references_differ(reference) -> None:
+def test_the_references_differ(one_process) -> None:
     """Else rows would be compared with the wrong one unnoticed."""
-    losses = [(reference(case).losses[0], reference(case).evaluated) for case in REFERENCES]
+    results = [one_process(case) for case in REFERENCES]
+    losses = [(result.losses[0], result.evaluated) for result in results]
     assert len(set(losses)) == len(losses) > 3

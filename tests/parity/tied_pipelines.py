@@ -13,6 +13,7 @@ _COMPILED = {
     "model": {"handlers": ["compile"]},
     "handlers": {"compile": {"backend": "aot_eager"}},
 }
+_PAIRS = {"parallelism": {"pipeline_parallel_microbatch_size": 2}}
 _ON_HOST = {
     "training": {"enable_cpu_offload": True},
     "activation_checkpoint": {"offload": True},
@@ -57,13 +58,21 @@ TIED_PIPELINES = [
         Case(4, replicate=2, pp=2, schedule="GPipe", microbatches=2),
         Case(8, replicate=2, shard=2, pp=2, layers=4, schedule="ZBVZeroBubble"),
         Case(4, shard=2, pp=2, document_mask=True, settings=_ON_HOST),
-        Case(4, tp=2, pp=2),
-        Case(4, tp=2, pp=2, layers=4, schedule="ZBVZeroBubble", document_mask=True),
+        Case(4, tp=2, pp=2, settings=_PAIRS),
+        Case(
+            4,
+            tp=2,
+            pp=2,
+            layers=4,
+            schedule="ZBVZeroBubble",
+            document_mask=True,
+            settings=_PAIRS,
+        ),
         Case(8, shard=2, tp=2, pp=2, layers=4, schedule="Interleaved1F1B"),
         Case(4, cp=2, pp=2, document_mask=True),
-        Case(8, cp=2, tp=2, pp=2, settings=_COMPILED | _FULL),
+        Case(8, cp=2, tp=2, pp=2, settings=_COMPILED | _FULL | _PAIRS),
         Case(4, shard=2, pp=2, settings=_optimizer("Muon")),
-        Case(4, tp=2, pp=2, settings=_optimizer("Adafactor")),
+        Case(4, tp=2, pp=2, settings=_optimizer("Adafactor") | _PAIRS),
         Case(4, shard=2, pp=2, settings=_optimizer("AdamWBF16")),
         Case(4, replicate=2, pp=2, settings=_optimizer("AdamW8bit", block_size=16)),
         Case(2, pp=2, settings=_frozen(patterns=["tok_embeddings.*", "layers.0.*"])),

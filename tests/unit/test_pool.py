@@ -60,6 +60,22 @@ def test_nothing_is_left_of_the_groups_of_earlier_tests(gloo_pool: GlooPool) -> 
     assert gloo_pool.run(2, count_threads) == before
 
 
+def count_groups(world: DistributedContext) -> int:
+    dist.new_group()
+    return dist.get_pg_count()
+
+
+def test_a_world_is_kept_for_equal_runs(gloo_pool: GlooPool) -> None:
+    def counts(world_size: int, keep: str | None = None) -> set[int]:
+        return set(gloo_pool.run(world_size, count_groups, keep=keep))
+
+    assert [counts(2, "a"), counts(2, "a"), counts(2, "a")] == [{2}, {3}, {4}]
+    assert [counts(2, "b"), counts(3, "b"), counts(1), counts(2, "b")] == [{2}, {2}, {2}, {2}]
+    threads = gloo_pool.run(3, count_threads)
+    gloo_pool.run(3, use_a_mesh, 2, keep="c")
+    assert gloo_pool.run(3, count_threads) == threads
+
+
 def preload_something_else(world: DistributedContext) -> list[str]:
     """As in a run: what the program asks for counts."""
     CONTEXT.set_forkserver_preload(["json"])
