@@ -33,6 +33,7 @@ from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
 from torchtitan.metrics.profiler import Profiler
 from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
+from torchtitan.models.registry import get_family
 from torchtitan.optim import optimizer
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
 from torchtitan.parallel.compile import is_marked_for_compile
@@ -49,6 +50,7 @@ from torchtitan.utils.environment import read_wandb
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
+from torchtitan.weights.source import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +230,16 @@ def build_validator(
 
 
 def build_checkpoint_manager(
-    config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
+    config: JobConfig,
+    world: DistributedContext,
+    folder: RunFolder,
+    dims: ParallelDims,
+    vocab_size: int,
 ) -> CheckpointManager:
-    """Build checkpointing; without `checkpoint.enable` it does nothing."""
+    """Build checkpointing; without `checkpoint.enable` it does nothing.
+
+    `vocab_size` is the tokenizer's.
+    """
     store = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
@@ -241,7 +250,15 @@ def build_checkpoint_manager(
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    return CheckpointManager(config.checkpoint, store, world, folder.decision.replaces_run)
+    family = get_family(config.model.name)
+    open_foreign = partial(
+        open_weights,
+        family=family,
+        args=family.resolve(config.model, vocab_size),
+        pads_vocabulary="vocab_size" in config.model.args,
+    )
+    replaces_run = folder.decision.replaces_run
+    return CheckpointManager(config.checkpoint, store, world, replaces_run, open_foreign)
 
 
 def build_metrics(

@@ -194,7 +194,7 @@ NOT_BUILT = (
     Feature(
         "Hugging Face checkpoints in the run",
         {
-            "checkpoint.initial_load_in_hf": (False,),
+            "checkpoint.initial_load_in_hf": (False, True),  # recognised from the content
             "checkpoint.initial_load_in_hf_quantized": (False,),
             "checkpoint.last_save_in_hf": (False,),
         },
