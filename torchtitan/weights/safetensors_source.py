@@ -40,8 +40,8 @@ class SafetensorsSource(WeightSource):
         pads_vocabulary: bool = False,
     ):
         stored = _by_our_names(path, _headers(path), table, args)
-        _check_config(path, stored)
         super().__init__(path, args, stored, pads_vocabulary)
+        _check_config(path, stored)
 
     @contextmanager
     def _open(self, file: Path) -> Iterator[GetSlice]:

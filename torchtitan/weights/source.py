@@ -86,6 +86,9 @@ class WeightSource(ABC):
         is loaded. With `pads_vocabulary`, embedding and head get rows of zeros up to
         `args.vocab_size`.
         """
+        for entry in stored.values():
+            if not entry.shape:
+                raise InvalidWeights(f"{path}: {entry.name} is a single number")
         self.path = path
         self.bytes_read = 0
         """Bytes of the files that `read` and `load` have touched; rows count whole."""

@@ -268,6 +268,10 @@ FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
         change_shard(lambda held: held.update({k: v.to(torch.int8) for k, v in held.items()})),
         "is stored as I8: quantised",
     ),
+    "a number": (
+        change_shard(lambda held: held.update({k: torch.tensor(1.0) for k in held})),
+        "is a single number",
+    ),
     "quantised": (set_config(quantization_config={"quant_method": "fp8"}), "quantization_config"),
     "config disagrees": (set_config(vocab_size=132), "vocab_size is 132, but .* has 131 rows"),
 }
