@@ -229,17 +229,14 @@ def build_validator(
     return Validator(section, config.comm, readers, fetch_ahead, runner, world, garbage)
 
 
-def build_checkpoint_manager(
+def build_manager(
     config: JobConfig,
     world: DistributedContext,
     folder: RunFolder,
     dims: ParallelDims,
-    vocab_size: int,
+    tokenizer: Tokenizer,
 ) -> CheckpointManager:
-    """Build checkpointing; without `checkpoint.enable` it does nothing.
-
-    `vocab_size` is the tokenizer's.
-    """
+    """Build checkpointing; without `checkpoint.enable` it does nothing."""
     store = None
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
@@ -254,7 +251,7 @@ def build_checkpoint_manager(
     open_foreign = partial(
         open_weights,
         family=family,
-        args=family.resolve(config.model, vocab_size),
+        args=family.resolve(config.model, tokenizer.vocab_size),
         pads_vocabulary="vocab_size" in config.model.args,
     )
     replaces_run = folder.decision.replaces_run

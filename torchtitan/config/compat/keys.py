@@ -145,6 +145,7 @@ NONE_MEANS: dict[str, Any] = {
 
 IGNORED: dict[str, tuple[Any, str]] = {
     "activation_checkpoint.early_stop": (False, ""),
+    "checkpoint.initial_load_in_hf": (False, "the content of initial_load_path says what it is"),
     "float8.force_recompute_fp8_weight_in_bwd": (False, "torchao no longer has it"),
     "job.save_config_file": (None, "every run keeps its settings in config.toml of its folder"),
     "job.use_for_integration_test": (False, ""),
@@ -194,7 +195,6 @@ NOT_BUILT = (
     Feature(
         "Hugging Face checkpoints in the run",
         {
-            "checkpoint.initial_load_in_hf": (False, True),  # recognised from the content
             "checkpoint.initial_load_in_hf_quantized": (False,),
             "checkpoint.last_save_in_hf": (False,),
         },
