@@ -12,6 +12,7 @@ from torchtitan.checkpoint.dcp_io import SafeReader, describe_tensor
 from torchtitan.checkpoint.manifest import InvalidCheckpoint
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.weights.recognise import InvalidWeights
 
 T = TypeVar("T")
 # CheckpointException is a BaseException, which `except Exception` lets pass.
@@ -78,5 +79,6 @@ def _describe(failure: BaseException, rank: int) -> str:
         rank, wrapped = sorted(failures.items())[0]
         failure = wrapped[0] if isinstance(wrapped, tuple) else wrapped
     text = str(failure).strip()
-    kind = "" if isinstance(failure, InvalidCheckpoint | OSError) else type(failure).__name__
+    told = isinstance(failure, InvalidCheckpoint | InvalidWeights | OSError)
+    kind = "" if told else type(failure).__name__
     return f"rank {rank}: {kind}{': ' if kind and text else ''}{text}"

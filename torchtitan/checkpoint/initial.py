@@ -1,12 +1,12 @@
 """The start of a new run from a checkpoint of another one. No torch.
 
-`checkpoint.initial_load_path` names a folder: a `step-N` of this library, or weights that any
-program saved with `torch.distributed.checkpoint`. Weights need the same model. Optimizer state,
-step and data position also need a manifest and the same lanes. The path is only used while the run
-has no checkpoint of its own, so it happens once, however often the job is restarted.
+`checkpoint.initial_load_path` names a folder: a `step-N` of this library, weights that any program
+saved with `torch.distributed.checkpoint`, or weights in the format of Hugging Face, Meta or GGUF.
+Weights need the same model. Optimizer state, step and data position also need a manifest and the
+same lanes. The path is only used while the run has no checkpoint of its own, so it happens once,
+however often the job is restarted.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,13 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext, default_lanes
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.weights.recognise import kind_of
 
 _KEY = "checkpoint.initial_load_path"
+_CONVERT_BIN = (
+    'convert it: python -c "from transformers import AutoModelForCausalLM as M;'
+    " M.from_pretrained('IN').save_pretrained('OUT')\""
+)
 _EXCLUDE_KEY = "checkpoint.exclude_from_loading"
 _STATE_OF_PART = {
     "optimizer": (),
@@ -146,27 +151,30 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
     def refuse(text: str, fix: str, **more: Any) -> ConfigError:
         return ConfigError(ConfigIssue(_KEY, text, fix, section.initial_load_path, **more))
 
-    whole = "name the folder of a checkpoint, such as .../checkpoint/step-1000"
+    whole = "name a checkpoint, such as .../checkpoint/step-1000 or a Hugging Face folder"
     if not path.exists():
         raise refuse("does not exist", whole, missing_asset=True)
-    if not path.is_dir():
-        fix = "convert it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
-        raise refuse("is a file, not a folder that torch.distributed.checkpoint saved", fix)
-    names = sorted(os.listdir(path))
-    if MANIFEST_NAME not in names and ".metadata" not in names:
-        steps = step_folders(path)
+    kind = kind_of(path)
+    if kind == "torch":
+        if path.is_file():
+            fix = "convert it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
+            raise refuse("is a file, not a folder that torch.distributed.checkpoint saved", fix)
+        raise refuse("holds weights of torch.save (.bin, .pt) only", _CONVERT_BIN)
+    if kind is None:
+        steps = step_folders(path) if path.is_dir() else []
         if steps:
             raise refuse(
                 f"is no checkpoint, but holds steps {', '.join(map(str, steps))}",
                 f"choose one, such as {path / step_name(steps[-1])}",
             )
-        raise refuse("was not saved by torch.distributed.checkpoint: it has no .metadata", whole)
+        text = "is no checkpoint: neither torch.distributed.checkpoint's (.metadata), nor a folder"
+        raise refuse(f"{text} of Hugging Face's or Meta's, nor GGUF", whole)
     for part in [] if section.trust_path else [path, path / MANIFEST_NAME]:
         if part.exists() and writable_by_anybody(part):
             name = "" if part == path else f"its {part.name} "
             raise refuse(f"{name}is writable by all users, who could plant a checkpoint", TRUST_FIX)
     manifest = None
-    if MANIFEST_NAME in names:
+    if kind == "step":
         try:
             manifest = read_manifest(path)
             check_listing(path, manifest)

@@ -1,7 +1,7 @@
 """Load the checkpoint that a new run starts from; see `initial`."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.weights.recognise import FOREIGN, kind_of
+from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +46,27 @@ class ChangesWeights(Protocol):
 class InitialLoad:
     """The checkpoint of `checkpoint.initial_load_path`, verified if it has a manifest.
 
-    All ranks construct it and call every method.
+    `open_foreign` opens weights of Hugging Face, Meta or GGUF for the run's model. All ranks
+    construct it and call every method.
     """
 
-    def __init__(self, section: Checkpoint, world: DistributedContext):
+    def __init__(
+        self,
+        section: Checkpoint,
+        world: DistributedContext,
+        open_foreign: Callable[[Path], WeightSource] | None = None,
+    ):
         self._world = world
         self._model_only = section.initial_load_model_only
         self._excluded = section.exclude_from_loading
         path = initial_path(section)
         self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
+        self._folder: ModelFolder | WeightSource
+        if open_foreign is not None and kind_of(path) in FOREIGN:
+            self._folder = run_on_all_ranks(world, self._what, lambda: open_foreign(path))
+            return
         self._folder = self._open(path)
-        manifest = self._folder.manifest
+        manifest = self._manifest
         if manifest is None:
             logger.warning("%s has no manifest, so damage would not be noticed.", path)
         else:
@@ -67,7 +79,7 @@ class InitialLoad:
     @property
     def state(self) -> dict[str, Any]:
         """The JSON state to continue from; empty if only weights are taken."""
-        manifest = self._folder.manifest
+        manifest = self._manifest
         if self._model_only or manifest is None:
             return {}
         return without_excluded(manifest.state, self._excluded)
@@ -75,7 +87,7 @@ class InitialLoad:
     @property
     def whole_run(self) -> tuple[Path, Manifest] | None:
         """The folder and its manifest without excluded state; None if only weights are taken."""
-        manifest = self._folder.manifest
+        manifest = self._manifest
         if self._model_only or manifest is None:
             return None
         return self._folder.path, replace(manifest, state=self.state)
@@ -95,10 +107,10 @@ class InitialLoad:
         """
         folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
         if not self._model_only:
-            assert folder.manifest is not None
+            assert self._manifest is not None
             if "optimizer" not in self._excluded:
                 wanted = wanted | dict(optimizer)
-                stored = dict(select_tensors(folder.manifest, of_handlers=False).tensors)
+                stored = dict(select_tensors(self._manifest, of_handlers=False).tensors)
         new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
         ranks = describe_on_all_ranks(self._world, wanted)
         if self._model_only:
@@ -114,19 +126,27 @@ class InitialLoad:
         differences = tensor_differences(stored, ranks)
         if differences:
             raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
-        run_on_all_ranks(
-            self._world, self._what, lambda: folder.load(wanted, self._world.control_group)
-        )
+        run_on_all_ranks(self._world, self._what, lambda: self._fill(wanted))
         if self._model_only:
             for handler in new_handlers:
                 _change(wanted, handler)
         what = "weights" if self._model_only else "the run"
         logger.info("Loaded %s from %s.", what, folder.path)
 
+    def _fill(self, wanted: Mapping[str, torch.Tensor]) -> None:
+        if isinstance(self._folder, ModelFolder):
+            self._folder.load(wanted, self._world.control_group)
+        else:
+            self._folder.load(wanted)
+
+    @property
+    def _manifest(self) -> Manifest | None:
+        return self._folder.manifest if isinstance(self._folder, ModelFolder) else None
+
     @property
     def _handlers(self) -> Sequence[str]:
         """The handlers of the run that saved it; none for another program's weights."""
-        manifest = self._folder.manifest
+        manifest = self._manifest
         config = None if manifest is None else manifest.info.get("config")
         return stored_value(config or {}, "model.handlers") or ()
 

@@ -8,6 +8,7 @@ checkpointing the methods do nothing, so that the training loop need not ask.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torchtitan.config import CheckpointError, NonFiniteError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.utils.text import some_of
+from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class CheckpointManager:
 
     All ranks call every method. Leaving it as a context waits for the save under way. Constructing
     it chooses the step to continue from: `checkpoint.load_step`, or the newest good one; none if
-    the run `replaces_run`, because the steps in the folder are the old run's.
+    the run `replaces_run`, because the steps in the folder are the old run's. `open_foreign`: see
+    `InitialLoad`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class CheckpointManager:
         store: CheckpointStore | None,
         world: DistributedContext,
         replaces_run: bool = False,
+        open_foreign: Callable[[Path], WeightSource] | None = None,
     ):
         self._section = section
         self._store = store
@@ -82,7 +86,7 @@ class CheckpointManager:
         if self.found is not None:
             self._last_saved = store.saved_step = store.protected_step = self.found.step
         elif section.initial_load_path is not None:
-            self._initial = InitialLoad(section, world)
+            self._initial = InitialLoad(section, world, open_foreign)
 
     def __enter__(self) -> "CheckpointManager":
         return self

@@ -541,8 +541,10 @@ class Checkpoint(Section):
     `job.dump_folder`, then starts from them."""
 
     initial_load_path: PathText | None = None
-    """Folder of the checkpoint that a new run starts from: a `step-N`, or weights that
-    `torch.distributed.checkpoint` saved. Once the run has checkpoints of its own, they count."""
+    """What a new run starts from: the folder of a `step-N`, weights that
+    `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
+    (`consolidated.*.pth`), or a GGUF file of a Llama. Once the run has checkpoints of its own, they
+    count."""
 
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the

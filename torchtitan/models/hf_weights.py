@@ -46,11 +46,26 @@ def from_hf(
     weights: Mapping[str, Tensor], table: Sequence[HFWeight], args: DecoderArgs
 ) -> dict[str, Tensor]:
     """Return their whole weights under our names and in our order. Raises like `hf_names`."""
-    size, rows = args.head_size(), _rows(weights, {row.theirs: row for row in table}, args)
+    size, rows = args.head_size(), our_names(weights, table, args)
     return {
-        row.ours: _swap(weights[theirs], 2, size // 2) if row.rope else weights[theirs]
+        row.ours: interleave_rope(weights[theirs], size) if row.rope else weights[theirs]
         for theirs, row in rows.items()
     }
+
+
+def our_names(
+    names: Iterable[str], table: Sequence[HFWeight], args: DecoderArgs
+) -> dict[str, HFWeight]:
+    """Return the table's row for each of their names; else like `hf_names`."""
+    return _rows(names, {row.theirs: row for row in table}, args)
+
+
+def interleave_rope(weight: Tensor, head_size: int) -> Tensor:
+    """Return whole heads in our order of rows, from Hugging Face's: two halves of a head.
+
+    `weight` is `[heads * hd, ...]`.
+    """
+    return _swap(weight, 2, head_size // 2)
 
 
 def _rows(

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.schema import Checkpoint
+from torchtitan.config.schema import Checkpoint, Model
+from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.folders import check_name, check_writable
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,11 +91,11 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     """Compare names and shapes with those in `checkpoint.initial_load_path`, for a new run.
 
-    A vocabulary that the tokenizer decides is not compared.
+    Reads headers only. A vocabulary that the tokenizer decides is not compared, and nothing if
+    handlers change the model.
     """
     config, section = context.config, context.config.checkpoint
-    adds_parameters = set(config.model.handlers) - _HARMLESS_HANDLERS
-    if not section.enable or section.initial_load_path is None or adds_parameters:
+    if not section.enable or section.initial_load_path is None:
         return []
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":
@@ -100,14 +103,17 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     except (ConfigError, OSError):
         return []  # reported by `check_environment`
     from torchtitan.checkpoint.dcp_io import describe_tensor
-    from torchtitan.checkpoint.model_folder import read_model_folder
     from torchtitan.checkpoint.state import model_tensors
 
     key, value = "checkpoint.initial_load_path", section.initial_load_path
     try:
-        stored = read_model_folder(initial_path(section)).tensors
+        stored = _stored_tensors(initial_path(section), config.model)
     except InvalidCheckpoint as error:
         return [ConfigIssue(key, f"is damaged ({error})", "choose another checkpoint", value)]
+    except InvalidWeights as error:
+        return [ConfigIssue(key, f"cannot be loaded: {error}", "choose other weights", value)]
+    if set(config.model.handlers) - _HARMLESS_HANDLERS:
+        return []
     wanted = {name: describe_tensor(tensor) for name, tensor in model_tensors([model]).items()}
     comparable = {name: _comparable(entry, stored.get(name)) for name, entry in wanted.items()}
     differences = tensor_differences(stored, [comparable])
@@ -115,6 +121,21 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
         return []
     fix = "choose another checkpoint, or the flavor and model.args of the run that saved it"
     return [ConfigIssue(key, f"does not fit the model: {differences}", fix, value)]
+
+
+def _stored_tensors(path: Path, section: Model) -> Mapping[str, dict[str, Any]]:
+    """Return type and shape of the weights in a checkpoint, as in `Manifest.tensors`."""
+    from torchtitan.checkpoint.model_folder import read_model_folder
+    from torchtitan.weights.source import open_weights
+
+    if kind_of(path) not in FOREIGN:
+        return read_model_folder(path).tensors
+    args = model_args(section)
+    assert args is not None  # the model was built from them
+    if args.vocab_size is None:
+        args = args.model_copy(update={"vocab_size": UNKNOWN_VOCAB_SIZE})
+    pads_vocabulary = "vocab_size" in section.args
+    return open_weights(path, get_family(section.name), args, pads_vocabulary).tensors
 
 
 def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:

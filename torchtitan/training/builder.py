@@ -32,6 +32,7 @@ from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
 from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
+from torchtitan.models.registry import get_family
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
 from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
@@ -48,6 +49,7 @@ from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.text import some_of
+from torchtitan.weights.source import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +221,12 @@ def build_validator(
     return Validator(section, config.comm, readers, fetch_ahead, runner, world, garbage)
 
 
-def build_checkpoint_manager(
-    config: JobConfig, world: DistributedContext, folder: RunFolder, dims: ParallelDims
+def build_manager(
+    config: JobConfig,
+    world: DistributedContext,
+    folder: RunFolder,
+    dims: ParallelDims,
+    tokenizer: Tokenizer,
 ) -> CheckpointManager:
     """Build checkpointing; without `checkpoint.enable` it does nothing."""
     store = None
@@ -233,7 +239,15 @@ def build_checkpoint_manager(
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    return CheckpointManager(config.checkpoint, store, world, folder.decision.replaces_run)
+    family = get_family(config.model.name)
+    open_foreign = partial(
+        open_weights,
+        family=family,
+        args=family.resolve(config.model, tokenizer.vocab_size),
+        pads_vocabulary="vocab_size" in config.model.args,
+    )
+    replaces_run = folder.decision.replaces_run
+    return CheckpointManager(config.checkpoint, store, world, replaces_run, open_foreign)
 
 
 def build_metrics(

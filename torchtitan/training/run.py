@@ -53,7 +53,7 @@ def train(
     mesh = dims.build_mesh(world.device.type)
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
-        manager = stack.enter_context(builder.build_checkpoint_manager(config, world, folder, dims))
+        manager = stack.enter_context(builder.build_manager(config, world, folder, dims, tokenizer))
         loader = builder.build_loader(context, dims, world, tokenizer, manager)
         stack.callback(loader.close)
         model = model_builder.build_model(
@@ -190,9 +190,9 @@ def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder
     config = context.config
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = dims.build_mesh(world.device.type)
-    vocab_size = build_tokenizer(config.model.tokenizer_path).vocab_size
-    manager = builder.build_checkpoint_manager(config, world, folder, dims)
-    model = model_builder.build_model(config, vocab_size, mesh, dims, world.device)
+    tokenizer = build_tokenizer(config.model.tokenizer_path)
+    manager = builder.build_manager(config, world, folder, dims, tokenizer)
+    model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
     manager.save_seed(model.parts)
 

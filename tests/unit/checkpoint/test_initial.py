@@ -176,6 +176,12 @@ def make_file(path: Path, name: str) -> Path:
     return path
 
 
+def pickled(path: Path) -> Path:
+    """A folder with a file that begins as those of `torch.save` do."""
+    (make_file(path, "model.pt") / "model.pt").write_bytes(b"PK\x03\x04")
+    return path
+
+
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     other = other_run(tmp_path / "other")
     damaged = other_run(tmp_path / "damaged")
@@ -184,8 +190,9 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     open_to_all.chmod(0o777)
     cases = {
         tmp_path / "gone": "does not exist",
-        make_file(tmp_path / "w", "model.pt") / "model.pt": "format_utils torch_to_dcp",
-        make_file(tmp_path / "hf", "model.safetensors"): "it has no .metadata",
+        pickled(tmp_path / "w") / "model.pt": "format_utils torch_to_dcp",
+        make_file(tmp_path / "bin", "pytorch_model.bin"): "from_pretrained('IN').save_pretrained(",
+        make_file(tmp_path / "notes", "notes.txt"): "is no checkpoint: neither torch.distributed",
         other.parent: f"holds steps 8. Fix: choose one, such as {other}",
         damaged: "is damaged",
         open_to_all: "checkpoint.trust_path",
@@ -212,6 +219,14 @@ def test_weights_alone_cannot_go_on(tmp_path: Path) -> None:
     plant_step(tmp_path / "other", 3, "other", model_only=True)
     only_model = tmp_path / "other" / "checkpoint" / "step-3"
     assert "holds only a model" in refused(tmp_path / "run", checkpoint=full(only_model))
+    for names in (["model.safetensors"], ["params.json", "consolidated.00.pth"]):
+        foreign = tmp_path / names[0]
+        for name in names:
+            make_file(foreign, name)
+        assert open_folder(
+            tmp_path / f"of {names[0]}", checkpoint={"initial_load_path": str(foreign)}
+        )
+        assert "holds only a model" in refused(tmp_path / "run", checkpoint=full(foreign))
 
 
 @pytest.mark.parametrize(

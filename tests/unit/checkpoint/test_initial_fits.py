@@ -8,7 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from folders import make_config
 
+from tests.foreign import write_hf
 from torchtitan.config.run_context import RunContext
+from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.registry import get_family
 from torchtitan.preflight.checkpoint import check_model
 from torchtitan.preflight.model import build_on_meta
@@ -60,6 +62,28 @@ def test_weights_of_another_model(tmp_path: Path, change: dict[str, Any], words:
     text = told(tmp_path / "weights", ARGS | change)
     assert text.startswith(f'checkpoint.initial_load_path = "{tmp_path / "weights"}": does not fit')
     assert words in text and "Fix: choose another checkpoint, or the flavor" in text
+
+
+def test_weights_of_hugging_face(tmp_path: Path) -> None:
+    """Headers are read, also where a handler changes the model; rows are padded only if asked."""
+    args = get_family("llama3").resolve_args("debugmodel", ARGS, 264)
+    assert isinstance(args, DecoderArgs)
+    with torch.device("meta"):
+        model = get_family("llama3").build(args)
+    weights = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    folder = tmp_path / "weights"
+    write_hf(folder, weights, args, num_shards=2)
+    assert told(folder, ARGS) == ""
+    assert told(folder, ARGS | {"vocab_size": 300}) == ""
+    assert "is float32 [264, 32] in it, float32 [200, 32]" in told(
+        folder, ARGS | {"vocab_size": 200}
+    )
+    assert "layers.1.attention.wk.weight is only in it" in told(folder, ARGS | {"n_layers": 1})
+    assert told(folder, ARGS | {"tied_embeddings": True}) == ""  # compared when it is loaded
+    next(folder.glob("*.safetensors")).unlink()
+    for handlers in ([], ["own"]):
+        text = told(folder, ARGS, handlers=handlers)
+        assert "cannot be loaded" in text and "is missing, which model.safetensors.index" in text
 
 
 def test_what_is_not_looked_at(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ NONE_MEANS: dict[str, Any] = {
 
 IGNORED = {
     "activation_checkpoint.early_stop": False,
+    "checkpoint.initial_load_in_hf": False,
     "float8.force_recompute_fp8_weight_in_bwd": False,
     "job.save_config_file": "",
     "job.use_for_integration_test": False,
@@ -131,6 +132,7 @@ IGNORED = {
 """Keys that change nothing here, with a value of their type. Recomputation stops early in any case,
 worker processes live as long as the run, and those of a validation as long as it takes."""
 REASONS = {
+    "checkpoint.initial_load_in_hf": "the content of initial_load_path says what it is",
     "float8.force_recompute_fp8_weight_in_bwd": "torchao no longer has it",
     "job.save_config_file": "every run keeps its settings in config.toml of its folder",
 }
@@ -166,7 +168,6 @@ NOT_BUILT = (
     Feature(
         "Hugging Face checkpoints in the run",
         {
-            "checkpoint.initial_load_in_hf": (False,),
             "checkpoint.initial_load_in_hf_quantized": (False,),
             "checkpoint.last_save_in_hf": (False,),
         },

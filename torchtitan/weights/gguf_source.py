@@ -1,0 +1,116 @@
+"""Read a GGUF file of a Llama; quantised types are dequantised by the package `gguf`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.spec import HFWeight
+from torchtitan.weights.recognise import InvalidWeights, gguf_file
+from torchtitan.weights.source import GetSlice, Part, StoredTensor, WeightSource, require_known
+
+_ARCHITECTURE = "llama"
+_DERIVED = ("rope_freqs.weight",)
+"""Llama 3.1's RoPE scaling, which `gguf_metadata` reads."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Where a tensor's bytes lie: rows of blocks of a GGML type."""
+
+    ggml_type: Any
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class GGUFSource(WeightSource):
+    """The weights of a GGUF file, as float32. Raises `InvalidWeights`.
+
+    Needs the extra `gguf`. GGUF's Llama has our order of rows.
+    """
+
+    kind = "gguf"
+
+    def __init__(
+        self,
+        path: Path,
+        table: Sequence[HFWeight],
+        args: DecoderArgs,
+        pads_vocabulary: bool = False,
+    ):
+        file = gguf_file(path)
+        reader = _open_reader(file)
+        names = _names(table, args.n_layers)
+        self._encoded: dict[str, _Encoded] = {}
+        stored, unknown = {}, []
+        for tensor in reader.tensors:
+            if tensor.name in _DERIVED:
+                continue
+            if tensor.name not in names:
+                unknown.append(tensor.name)
+                continue
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            self._encoded[tensor.name] = _Encoded(
+                tensor.tensor_type, int(tensor.data_offset), tensor.data.dtype, tensor.data.shape
+            )
+            part = Part(file, (0,) * len(shape), shape)
+            stored[names[tensor.name]] = StoredTensor(tensor.name, "float32", shape, (part,))
+        require_known(path, unknown)
+        super().__init__(path, args, stored, pads_vocabulary)
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[GetSlice]:
+        def get(name: str, box: tuple[slice, ...]) -> Tensor:
+            from gguf import dequantize
+
+            encoded = self._encoded[name]
+            mapped = np.memmap(
+                file, encoded.dtype, mode="r", offset=encoded.offset, shape=encoded.shape
+            )
+            rows = dequantize(np.array(mapped[box[0]]), encoded.ggml_type)
+            columns = (slice(None), *box[1:])
+            return torch.from_numpy(rows)[columns]
+
+        yield get
+
+
+def _names(table: Sequence[HFWeight], n_layers: int) -> dict[str, str]:
+    """Return our name of each of GGUF's; ours are Meta's, which the package knows."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    known = get_tensor_name_map(MODEL_ARCH.LLAMA, n_layers)
+    names = {}
+    for row in table:
+        for layer in range(n_layers) if "{n}" in row.ours else (0,):
+            ours = row.ours.replace("{n}", str(layer))
+            theirs = known.get_name(ours, try_suffixes=(".weight", ".bias"))
+            if theirs is not None:
+                names[theirs] = ours
+    return names
+
+
+def _open_reader(file: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InvalidWeights(
+            f"{file}: reading GGUF needs the package gguf: pip install 'torchtitan[gguf]'"
+        ) from error
+    try:
+        reader = GGUFReader(file)
+    except Exception as error:  # the package does not document what a damaged file raises
+        raise InvalidWeights(f"{file}: cannot be read: {error}") from error
+    field = reader.get_field("general.architecture")
+    architecture = None if field is None else field.contents()
+    if architecture != _ARCHITECTURE:
+        raise InvalidWeights(
+            f"{file}: general.architecture is {architecture!r}; only {_ARCHITECTURE!r} is read"
+        )
+    return reader
