@@ -3,7 +3,7 @@
 from typing import Any
 
 from torchtitan.models.decoder.args import build_decoder
-from torchtitan.models.llama3 import HF_WEIGHTS, LlamaArgs
+from torchtitan.models.llama3 import HF_ARCHITECTURES, HF_WEIGHTS, LlamaArgs
 from torchtitan.models.spec import ModelFamily
 
 _COMMON: dict[str, Any] = {
@@ -21,4 +21,4 @@ FLAVORS: dict[str, LlamaArgs] = {
     "70B": LlamaArgs(**_SIZED, dim=8192, n_layers=80, n_heads=64, **_70B),
 }
 
-FAMILY = ModelFamily("llama2", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS)
+FAMILY = ModelFamily("llama2", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS, HF_ARCHITECTURES)

@@ -25,6 +25,11 @@ S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 T = TypeVar("T")
 _DEFAULT_NORM = Model.model_fields["norm_type"].default
+FROM_CHECKPOINT = "from_checkpoint"
+"""The flavor whose hyper-parameters are those of `checkpoint.initial_load_path`, written to
+`model.args` when the config is resolved."""
+RESOLVED_ARG = "max_seq_len"
+"""The hyper-parameter of every family, by which `model.args` that are resolved are recognised."""
 
 
 class ModelArgs(Section):
@@ -197,6 +202,8 @@ class ModelFamily:
     """Build the model of resolved hyper-parameters; called under `torch.device("meta")`."""
     hf_weights: tuple[HFWeight, ...] = ()
     """Names in Hugging Face's checkpoints; see `models/hf_weights.py`."""
+    hf_architectures: tuple[str, ...] = ()
+    """Classes of transformers that compute the same; see `weights/hf_config.py`."""
 
     def resolve_args(
         self, flavor: str, overrides: Mapping[str, Any], vocab_size: int | None = None
@@ -206,7 +213,14 @@ class ModelFamily:
         `vocab_size` is the tokenizer's size, if known: it fills an unset `vocab_size` and must not
         exceed a set one. Raises `ConfigError` with every problem found.
         """
-        base = lookup(self.flavors, flavor, "model.flavor", f"flavor of {self.name}")
+        if flavor == FROM_CHECKPOINT:
+            base = self.args_type()
+            if RESOLVED_ARG not in overrides:
+                problem = "needs a checkpoint to take the hyper-parameters from"
+                fix = "set checkpoint.initial_load_path, or choose a flavor"
+                raise ConfigError(ConfigIssue("model.flavor", problem, fix, flavor))
+        else:
+            base = lookup(self.flavors, flavor, "model.flavor", f"flavor of {self.name}")
         values = {**base.model_dump(), **overrides}
         if values.get("vocab_size") is None:
             values["vocab_size"] = vocab_size

@@ -15,13 +15,14 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+from torchtitan.weights.hub import is_hub_path
 
 if TYPE_CHECKING:
     from torch import nn
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(
-    r"config\.toml|run_status\.json|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
+    r"config\.toml|run_status\.json|tokenizer|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
 )
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONG_RUN_STEPS = 1000
@@ -33,7 +34,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
     problems = _path_problems("job.dump_folder", config.job.dump_folder)
-    if section.initial_load_path is not None:
+    if section.initial_load_path is not None and not is_hub_path(section.initial_load_path):
         problems += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
     if not _NAME.fullmatch(section.folder) or ".." in section.folder:
         text = "is not a plain name: letters, digits, `.`, `_`, `-`, no leading dot, no `..`"
@@ -117,6 +118,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
 
     key, value = "checkpoint.initial_load_path", section.initial_load_path
     try:
+        if is_hub_path(value):
+            return []  # it has not been downloaded for this check
         stored = read_model_folder(initial_path(section)).tensors
     except InvalidCheckpoint as error:
         return [ConfigIssue(key, f"is damaged ({error})", "choose another checkpoint", value)]

@@ -1,0 +1,1 @@
+"""Weights in other programs' formats: Hugging Face, Meta, GGUF."""
