@@ -88,9 +88,8 @@ def stored_model(step: Path) -> Model | None:
     try:
         return None if stored is None else Model.model_validate(stored)
     except ValidationError as error:
-        raise ConfigError(problems_of_table(error, f"{step / 'manifest.json'}: model", Model)) from (
-            None
-        )
+        problems = problems_of_table(error, f"{step / 'manifest.json'}: model", Model)
+        raise ConfigError(problems) from None
 
 
 def _table(file: Path) -> dict[str, Any]:
