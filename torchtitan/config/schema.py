@@ -543,9 +543,10 @@ class Checkpoint(Section):
     `job.dump_folder`, then starts from them."""
 
     initial_load_path: PathText | None = None
-    """Checkpoint that a new run starts from: the folder of a `step-N`, or of weights that
-    `torch.distributed.checkpoint` saved, or a model of the Hugging Face hub,
-    `hf://owner/name[@revision]`. Once the run has checkpoints of its own, they count."""
+    """What a new run starts from: the folder of a `step-N`, weights that
+    `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
+    (`consolidated.*.pth`), a GGUF file of a Llama, or `hf://owner/name[@revision]`, which is
+    downloaded. Once the run has checkpoints of its own, they count."""
 
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the

@@ -105,6 +105,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     config, section = context.config, context.config.checkpoint
     if not section.enable or section.initial_load_path is None:
         return []
+    if is_hub_path(section.initial_load_path):
+        return []  # it has not been downloaded for this check
     if set(config.model.handlers) - _HARMLESS_HANDLERS:
         return []
     try:
@@ -118,8 +120,6 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
 
     key, value = "checkpoint.initial_load_path", section.initial_load_path
     try:
-        if is_hub_path(value):
-            return []  # it has not been downloaded for this check
         stored = read_model_folder(initial_path(section)).tensors
     except InvalidCheckpoint as error:
         return [ConfigIssue(key, f"is damaged ({error})", "choose another checkpoint", value)]

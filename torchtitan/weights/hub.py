@@ -73,7 +73,10 @@ def download(path: str, with_weights: bool = True) -> Path:
     """
     match = _PATH.fullmatch(path)
     if match is None:
-        text, fix = "does not name a repository", "write hf://owner/name or hf://owner/name@revision"
+        text, fix = (
+            "does not name a repository",
+            "write hf://owner/name or hf://owner/name@revision",
+        )
         raise ConfigError(ConfigIssue(KEY, text, fix, path))
     asked = Asked(match["repo_id"], match["revision"])
     from huggingface_hub import constants
