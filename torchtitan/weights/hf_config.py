@@ -5,6 +5,7 @@ Files of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`ro
 ours. A key that changes what the model computes is honoured or refused by name.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -136,18 +137,15 @@ _WHY = {
     "compression_config": ("quantised weights are not read", "use the original model"),
     "auto_map": ("names code of the repository, which may compute anything", "use another model"),
 }
-_NO_EFFECT = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache"
-    " initializer_range pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id"
-    " sep_token_id cls_token_id decoder_start_token_id attn_implementation _attn_implementation"
-    " _attn_implementation_autoset _attn_implementation_internal rope_theta rope_scaling"
-    " rope_parameters original_max_position_embeddings sliding_window use_sliding_window"
-    " max_window_layers layer_types attention_dropout is_llama_config output_attentions"
-    " output_hidden_states return_dict return_dict_in_generate is_encoder_decoder is_decoder"
-    " id2label label2id num_labels problem_type task_specific_params tokenizer_class"
-    " transformers.js_config chunk_size_feed_forward torchscript use_bfloat16 finetuning_task"
-    " prefix cross_attention_hidden_size add_cross_attention tie_encoder_decoder pruned_heads"
-    " name_or_path unsloth_version unsloth_fixed use_flash_attn".split()
+_NO_EFFECT = re.compile(
+    r"architectures|model_type|(torch_)?dtype|transformers_version|transformers\.js_config"
+    r"|_?name_or_path|use_cache|initializer_range|pretraining_tp|\w+_token_id|tokenizer_class"
+    r"|_?attn_implementation\w*|use_flash_attn|rope_(theta|scaling|parameters)"
+    r"|original_max_position_embeddings|(use_)?sliding_window|max_window_layers|layer_types"
+    r"|attention_dropout|is_llama_config|output_(attentions|hidden_states)|return_dict\w*"
+    r"|is_(encoder_)?decoder|id2label|label2id|num_labels|problem_type|task_specific_params"
+    r"|chunk_size_feed_forward|torchscript|use_bfloat16|finetuning_task|prefix|pruned_heads"
+    r"|cross_attention_hidden_size|add_cross_attention|tie_encoder_decoder|unsloth_\w+"
 )
 """Keys that are read elsewhere in this module, or that do not change what the model computes."""
 
@@ -281,7 +279,8 @@ def _refused(values: Mapping[str, Any], source: str) -> list[ConfigIssue]:
 def _notices(config: Mapping[str, Any], architecture: str, source: str) -> Iterator[str]:
     if config.get("attention_dropout"):
         yield f"{source}: attention_dropout = {config['attention_dropout']} is not applied."
-    unknown = [k for k in config if k not in _NO_EFFECT and k not in _NAMES and k not in _SUPPORTED]
+    known = {**_NAMES, **_SUPPORTED}
+    unknown = [key for key in config if key not in known and not _NO_EFFECT.fullmatch(key)]
     if architecture == "LlamaForCausalLM" and config.get("sliding_window"):
         unknown.append("sliding_window")
     if unknown:
