@@ -68,7 +68,7 @@ def _differences(context: RunContext, description: ModelDescription) -> list[Con
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = [f"    {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
     table = "\n".join(lines)
-    text = f"is not the model of {description.source}:\n{table}\n"
+    text = f"is not the model of {description.source}:\n{table}\nso the weights are not for it"
     return [ConfigIssue("model.flavor", text, _FIX, section.flavor)]
 
 

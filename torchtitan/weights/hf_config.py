@@ -139,7 +139,7 @@ _WHY = {
 }
 _NO_EFFECT = re.compile(
     r"architectures|model_type|(torch_)?dtype|transformers_version|transformers\.js_config"
-    r"|_?name_or_path|use_cache|initializer_range|pretraining_tp|\w+_token_id|tokenizer_class"
+    r"|_?(model_)?name_or_path|use_cache|initializer_range|pretraining_tp|\w+_token_id|tokenizer_class"
     r"|_?attn_implementation\w*|use_flash_attn|rope_(theta|scaling|parameters)"
     r"|original_max_position_embeddings|(use_)?sliding_window|max_window_layers|layer_types"
     r"|attention_dropout|is_llama_config|output_(attentions|hidden_states)|return_dict\w*"
