@@ -24,6 +24,8 @@ class FamilyRow:
     """Published channels of a head by flavor, which the number of parameters does not show."""
     common: Mapping[str, Any]
     """Published hyper-parameters that all flavors share."""
+    exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By flavor, published hyper-parameters in place of common ones."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters for tests of tiny models, in addition to the common ones."""
     variants: tuple[Mapping[str, Any], ...] = ({},)
@@ -35,6 +37,16 @@ class FamilyRow:
 # Of the 6 frequencies of a head some are stretched, some are not, and one lies between.
 SCALED_ROPE = {"rope_scaling_factor": 4.0, "rope_original_max_seq_len": 64}
 
+LINEAR_ROPE = {"rope_scaling_factor": 4.0, "rope_scaling_type": "linear"}
+SMOLLM2 = ("SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B")
+SMOLLM2_COMMON = {
+    "vocab_size": 49152,
+    "max_seq_len": 8192,
+    "rope_theta": 1e5,
+    "tied_embeddings": True,
+    "rope_scaling_factor": 1.0,
+}
+
 FAMILIES = {
     "llama3": FamilyRow(
         "Llama",
@@ -44,8 +56,11 @@ FAMILIES = {
             "8B": 8_030_261_248,
             "70B": 70_553_706_496,
             "405B": 405_853_388_800,
+            "SmolLM2-135M": 134_515_008,
+            "SmolLM2-360M": 361_821_120,
+            "SmolLM2-1.7B": 1_711_376_384,
         },
-        {"1B": 64, "3B": 128, "8B": 128, "70B": 128, "405B": 128},
+        {"1B": 64, "3B": 128, "8B": 128, "70B": 128, "405B": 128, **dict.fromkeys(SMOLLM2, 64)},
         {
             "vocab_size": 128256,
             "max_seq_len": 131072,
@@ -55,7 +70,12 @@ FAMILIES = {
             "rope_high_freq_factor": 4.0,
             "rope_original_max_seq_len": 8192,
         },
-        variants=({}, SCALED_ROPE, {"head_dim": 10}),
+        exceptions={
+            "SmolLM2-135M": SMOLLM2_COMMON,
+            "SmolLM2-360M": SMOLLM2_COMMON,
+            "SmolLM2-1.7B": {**SMOLLM2_COMMON, "rope_theta": 1.3e5},
+        },
+        variants=({}, SCALED_ROPE, LINEAR_ROPE, {"head_dim": 10}),
     ),
     "llama2": FamilyRow(
         "Llama",

@@ -48,9 +48,9 @@ def build_ours(args: DecoderArgs, dtype: torch.dtype, name: str = "llama3") -> D
 def build_theirs(name: str, args: DecoderArgs, dtype: torch.dtype, **settings: Any) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
     if getattr(args, "rope_scaling_factor", 1.0) != 1.0:
+        rope |= {"rope_type": args.rope_scaling_type, "factor": args.rope_scaling_factor}
+    if rope["rope_type"] == "llama3":
         rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
             "low_freq_factor": args.rope_low_freq_factor,
             "high_freq_factor": args.rope_high_freq_factor,
             "original_max_position_embeddings": args.rope_original_max_seq_len,

@@ -27,6 +27,7 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext, default_lanes
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import kind_of
 
 _KEY = "checkpoint.initial_load_path"
@@ -78,6 +79,9 @@ def initial_start(context: RunContext) -> InitialStart:
     batch, lanes = context.global_batch_size, context.num_lanes
     if not section.enable or section.initial_load_path is None:
         return InitialStart(0, batch, lanes)
+    if is_hub_path(section.initial_load_path):  # a check that downloads no weights
+        notice = f"The weights will be downloaded from {section.initial_load_path}."
+        return InitialStart(0, batch, lanes, (notice,))
     path = initial_path(section)
     manifest = _inspect(section, path)
     notices = _parent_notices(section, path)

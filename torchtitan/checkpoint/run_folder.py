@@ -1,9 +1,10 @@
 """The run folder: lock, config and status of one run. No torch.
 
-`job.dump_folder` belongs to one run. `config.toml` is its resolved config, `run_status.json` its
-status (for schedulers: torchrun turns every exit status into 1), and `.lock` is held while a job
-runs. `decision` determines what a start in the folder does. Rank 0 opens the folder before there is
-a process group; the other ranks learn the outcome from `share`.
+`job.dump_folder` belongs to one run. `config.toml` is its resolved config, `tokenizer/` a copy of
+its tokenizer's files, `run_status.json` its status (for schedulers: torchrun turns every exit
+status into 1), and `.lock` is held while a job runs. `decision` determines what a start in the
+folder does. Rank 0 opens the folder before there is a process group; the other ranks learn the
+outcome from `share`.
 """
 
 import json
@@ -26,11 +27,18 @@ from torchtitan.checkpoint.decision import (
 )
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, PENDING_NAME, STATUS_NAME
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    METRICS_NAME,
+    PENDING_NAME,
+    STATUS_NAME,
+    TOKENIZER_NAME,
+)
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
 from torchtitan.utils.files import sync_folder, write_atomically
+from torchtitan.weights.tokenizer_files import copy_tokenizer
 
 if TYPE_CHECKING:
     from torchtitan.distributed.context import DistributedContext
@@ -112,7 +120,9 @@ class RunFolder:
         return self._decision
 
     def begin(self) -> None:
-        """Write status and config, after moving away a run that this one replaces. Rank 0 only.
+        """Write status, config and tokenizer, after moving away a run that this one replaces.
+
+        Rank 0 only.
 
         Called when nothing can refuse the start any more: a refused start must not change what the
         next one is compared with.
@@ -128,6 +138,7 @@ class RunFolder:
         # The status comes first because it marks the folder as a run's.
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
+        copy_tokenizer(self.config.model.tokenizer_path, self.path / TOKENIZER_NAME)
 
     def keeps_status(self, error: BaseException) -> bool:
         """Return whether a start that ends with `error` leaves the stored status unchanged.
@@ -198,7 +209,7 @@ def _unwritable(path: Path, error: OSError) -> ConfigIssue:
 def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move the files of a run into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
-    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, *_SINK_FOLDERS]
+    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, TOKENIZER_NAME, *_SINK_FOLDERS]
     names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")

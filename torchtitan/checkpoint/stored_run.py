@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.toml"
 STATUS_NAME = "run_status.json"
 METRICS_NAME = "metrics.jsonl"
+TOKENIZER_NAME = "tokenizer"
+"""The folder with a copy of the tokenizer's files."""
 PENDING_NAME = ".new_run"
 """A mark: a start with `job.new_run` has been made and has not begun."""
 

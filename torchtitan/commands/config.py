@@ -18,12 +18,13 @@ from torchtitan.config.schema import JobConfig, Section
 from torchtitan.config.shipped import CLONE, FOLDER, shipped_configs
 from torchtitan.config.show import show_config
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.training.pretrained_config import with_pretrained
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what `options.action` names; exit status 0."""
     if options.action == "show":
-        loaded = load_config(options.settings)
+        loaded = with_pretrained(load_config(options.settings), with_weights=False)
         print_notices(loaded)
         for issue in unexpanded_paths(loaded.config):
             print(f"warning: {issue}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.utils.redaction import HIDDEN, redact
+from torchtitan.weights.hub import Asked
 
 T = TypeVar("T")
 _LOCAL_DIR = "torchtitan/datasets/tokenizer/"
@@ -29,14 +29,6 @@ ASSETS = {
     "safetensors": ("*.safetensors",),
 }
 """File patterns of the kinds that `--assets` takes."""
-_NETWORKS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-"""Packages whose errors mean that no answer came."""
-_LOG_IN = "set HF_TOKEN, or run `hf auth login`"
-_STATUS: dict[int | None, tuple[str, str]] = {
-    401: ("the hub does not accept the token", f"{_LOG_IN} with a token that is valid"),
-    403: ("the token does not grant access", "give it the right to read this repository"),
-}
-"""Problem and fix by HTTP status."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,19 +73,10 @@ def _download_file(name: str, folder: Path, where: dict[str, Any]) -> None:
 
 def _ask(options: argparse.Namespace, question: Callable[[dict[str, Any]], T]) -> T:
     """Return the hub's answer. Raises ConfigError if it refuses or cannot be reached."""
-    import huggingface_hub
-
     # With None, the library uses HF_TOKEN or the login.
-    where = {"repo_id": options.repo_id, "revision": options.revision}
-    where["token"] = options.hf_token or None
-    try:
-        return question(where)
-    except Exception as error:
-        token = options.hf_token or huggingface_hub.get_token()
-        problem = _hub_problem(error, options.repo_id, options.revision, token)
-        if problem is None:
-            raise
-    raise ConfigError(problem)
+    token = options.hf_token or None
+    keys = ("--repo_id", "--revision", "--local_dir")
+    return Asked(options.repo_id, options.revision, token, *keys).ask(question)
 
 
 def _chosen(names: list[str], options: argparse.Namespace) -> list[str]:
@@ -130,55 +113,3 @@ def _chosen_assets(names: list[str], options: argparse.Namespace) -> list[str]:
             raise ConfigError(ConfigIssue("--repo_id", problem, fix, options.repo_id))
         wanted += found
     return list(dict.fromkeys(wanted))
-
-
-def _hub_problem(
-    error: Exception, repo_id: str, revision: str, token: str | None
-) -> ConfigIssue | None:
-    """Return the problem behind an error of `huggingface_hub`; None for a bug.
-
-    `token` is what was sent, if anything; it is kept out of the text.
-    """
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    if isinstance(error, errors.HFValidationError):
-        return ConfigIssue("--repo_id", "is not a repository name", "write OWNER/NAME", repo_id)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        fix = "unset it, or copy the files from a machine that is connected"
-        return ConfigIssue("HF_HUB_OFFLINE", "is set, which forbids downloads", fix)
-    if isinstance(error, errors.GatedRepoError):
-        why, then = "there is no token", f"; {_LOG_IN}"
-        if token is not None:
-            why = "the token's owner has no access to it"
-            then = ", and wait until it is granted"
-        fix = f"ask for access on {page}{then}"
-        return ConfigIssue("--repo_id", f"is gated, and {why}", fix, repo_id)
-    if isinstance(error, errors.RevisionNotFoundError):
-        problem = f"{repo_id} has no branch, tag or commit of this name"
-        return ConfigIssue("--revision", problem, "leave it out for `main`", revision)
-    if isinstance(error, errors.RepositoryNotFoundError):
-        fix = "check the spelling"
-        if token is None:
-            fix += f"; if it is private, {_LOG_IN}"
-        return ConfigIssue("--repo_id", "does not exist, or is private", fix, repo_id)
-    if isinstance(error, errors.HfHubHTTPError):
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        other = (f"the hub answered with status {status}", "try later")
-        return ConfigIssue("--repo_id", *_STATUS.get(status, other), repo_id)
-    if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
-        # The message about a token that no header can hold contains the token.
-        text = redact(str(error.__cause__ or error)).partition("Bearer")[0]
-        text = text.replace(token, HIDDEN) if token else text
-        fix = "check the network, its proxy (HTTPS_PROXY), and HF_ENDPOINT if it is set"
-        return ConfigIssue("download", f"{constants.ENDPOINT} cannot be reached: {text}", fix)
-    if isinstance(error, OSError):
-        problem = f"cannot be written: {error.strerror or error}"
-        return ConfigIssue("--local_dir", problem, "use another folder")
-    return None
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return type(error).__module__.partition(".")[0] in _NETWORKS

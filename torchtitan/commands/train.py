@@ -17,6 +17,7 @@ from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.show import show_config
+from torchtitan.training.pretrained_config import with_pretrained
 from torchtitan.utils import environment as env
 from torchtitan.utils.environment import adopt_place
 from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
@@ -48,6 +49,7 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
     if problems:
         raise ConfigError(problems)
+    loaded = _with_pretrained(loaded)
     device = loaded.config.job.device
     context = RunContext(
         config=loaded.config,
@@ -81,6 +83,15 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
             raise ConfigError(issues)
 
     return run_training(loaded.config, place, check_environment, check_resolved, stop)
+
+
+def _with_pretrained(loaded: LoadedConfig, with_weights: bool = True) -> LoadedConfig:
+    """Complete the config from the checkpoint that the run starts from, and print notices."""
+    complete = with_pretrained(loaded, with_weights)
+    if not env.is_quiet_rank():
+        for notice in complete.notices[len(loaded.notices) :]:
+            print(f"notice: {notice}", file=sys.stderr)
+    return complete
 
 
 def _help(options: argparse.Namespace) -> int:
@@ -146,8 +157,9 @@ def describe_data(context: RunContext) -> list[str]:
 
 def _dry_run(loaded: LoadedConfig) -> int:
     """Run one step as one rank of WORLD_SIZE, in this process alone, and print a report."""
-    config, place = loaded.config, _read(env.read_place)
+    place = _read(env.read_place)
     context = _context_of_check(loaded, place.world_size, full=False)
+    config = context.config
     # A dry run leaves the run folder alone.
     preflight.require(context, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
 
@@ -165,6 +177,7 @@ def _context_of_check(loaded: LoadedConfig, world_size: int, full: bool) -> RunC
     problems = import_custom_modules(loaded.config)
     if problems:
         raise ConfigError(problems)
+    loaded = _with_pretrained(loaded, with_weights=full)
     device: str = loaded.config.job.device
     if device == "auto":  # without `full`, assume GPUs
         device = env.guess_device_type() if full else "cuda"

@@ -82,11 +82,13 @@ class Model(Section):
     """Model family; `torchtitan list models` prints the families with their flavors."""
 
     flavor: str = "debugmodel"
-    """Size within the family."""
+    """Size within the family. `from_checkpoint` takes family and hyper-parameters from
+    `checkpoint.initial_load_path`; what `args` set wins over them."""
 
     tokenizer_path: PathText = "bytes"
     """`bytes` (one token a byte, needs no file), a `tokenizer.json`, a `tokenizer.model` of
-    tiktoken or sentencepiece, or a folder that holds one."""
+    tiktoken or sentencepiece, or a folder that holds one. Unset: the tokenizer of
+    `checkpoint.initial_load_path`, or `bytes` without one. The run folder keeps a copy."""
 
     norm_type: NormType = "rmsnorm"
     """Norm before attention and feed-forward and at the end: `rmsnorm`; `fused_rmsnorm`, the same
@@ -543,8 +545,8 @@ class Checkpoint(Section):
     initial_load_path: PathText | None = None
     """What a new run starts from: the folder of a `step-N`, weights that
     `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
-    (`consolidated.*.pth`), or a GGUF file of a Llama. Once the run has checkpoints of its own, they
-    count."""
+    (`consolidated.*.pth`), a GGUF file of a Llama, or `hf://owner/name[@revision]`, which is
+    downloaded. Once the run has checkpoints of its own, they count."""
 
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the

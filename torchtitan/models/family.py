@@ -18,6 +18,11 @@ from torchtitan.models.spec import HFWeight, LanguageModel, ModelArgs
 if TYPE_CHECKING:
     from torch import nn
 
+FROM_CHECKPOINT = "from_checkpoint"
+"""The flavor whose hyper-parameters are those of `checkpoint.initial_load_path`, written to
+`model.args` when the config is resolved."""
+RESOLVED_ARG = "max_seq_len"
+"""The hyper-parameter of every family, by which `model.args` that are resolved are recognised."""
 _DEFAULT_NORM = Model.model_fields["norm_type"].default
 _DECLARATIONS = (
     "head",
@@ -40,6 +45,8 @@ class ModelFamily:
     """Build the model of resolved hyper-parameters; called under `torch.device("meta")`."""
     hf_weights: tuple[HFWeight, ...] = ()
     """Names in Hugging Face's checkpoints; see `models/hf_weights.py`."""
+    hf_architectures: tuple[str, ...] = ()
+    """Classes of transformers that compute the same; see `weights/hf_config.py`."""
 
     def resolve(self, model: Model, vocab_size: int | None = None) -> ModelArgs:
         """Return `resolve_args` of the section `[model]`, `norm_type` included."""
@@ -61,10 +68,15 @@ class ModelFamily:
         `vocab_size` is the tokenizer's size, if known: it fills an unset `vocab_size` and must not
         exceed a set one. Raises `ConfigError` for an unknown flavor and for wrong hyper-parameters.
         """
-        if flavor not in self.flavors:
+        if flavor == FROM_CHECKPOINT and RESOLVED_ARG not in overrides:
+            problem = "needs a checkpoint to take the hyper-parameters from"
+            fix = "set checkpoint.initial_load_path, or choose a flavor"
+            raise ConfigError(ConfigIssue("model.flavor", problem, fix, flavor))
+        if flavor not in (FROM_CHECKPOINT, *self.flavors):
             problem, fix = f"unknown flavor of {self.name}", did_you_mean(flavor, self.flavors)
             raise ConfigError(ConfigIssue("model.flavor", problem, fix, flavor))
-        values = {**self.flavors[flavor].model_dump(), **overrides}
+        base = self.flavors.get(flavor) or self.args_type()  # from_checkpoint overrides them all
+        values = {**base.model_dump(), **overrides}
         if values.get("vocab_size") is None:
             values["vocab_size"] = vocab_size
         args: ModelArgs = validated(self.args_type, values, "model.args")

@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.models.decoder.args import build_decoder
 from torchtitan.models.family import ModelFamily
-from torchtitan.models.llama3 import HF_WEIGHTS, LlamaArgs
+from torchtitan.models.llama3 import HF_ARCHITECTURES, HF_WEIGHTS, LlamaArgs
 
 _COMMON: dict[str, Any] = {
     "max_seq_len": 4096,
@@ -21,4 +21,4 @@ FLAVORS: dict[str, LlamaArgs] = {
     "70B": LlamaArgs(**_SIZED, dim=8192, n_layers=80, n_heads=64, **_70B),
 }
 
-FAMILY = ModelFamily("llama2", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS)
+FAMILY = ModelFamily("llama2", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS, HF_ARCHITECTURES)

@@ -7,7 +7,7 @@ and the RoPE scaling of Llama 3.1.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,10 @@ class LlamaArgs(DecoderArgs):
     """Base of the rotary position embedding's wavelengths."""
 
     rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
-    """Llama 3.1's stretching of long RoPE wavelengths for longer contexts; 1 is none."""
+    """Stretching of RoPE wavelengths for longer contexts; 1 is none."""
+
+    rope_scaling_type: Literal["llama3", "linear"] = "llama3"
+    """`llama3` stretches long wavelengths only, as Llama 3.1 does; `linear` stretches all."""
 
     rope_low_freq_factor: PositiveFloat = 1.0
     """Wavelengths above the original context length divided by this are stretched in full."""
@@ -58,9 +61,11 @@ class LlamaArgs(DecoderArgs):
         return -(-wanted // self.multiple_of) * self.multiple_of
 
     def scale_rope(self, frequencies: Tensor) -> Tensor:
-        """Stretch long wavelengths; `frequencies` `[hd/2]` are in radians per token."""
+        """Stretch wavelengths; `frequencies` `[hd/2]` are in radians per token."""
         if self.rope_scaling_factor == 1.0:
             return frequencies
+        if self.rope_scaling_type == "linear":
+            return frequencies / self.rope_scaling_factor
         turns = self.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched in full, 1: unchanged
@@ -83,9 +88,18 @@ def _sized(dim: int, n_layers: int, n_heads: int, **more: Any) -> LlamaArgs:
     return LlamaArgs(**{"vocab_size": 128256, "rope_scaling_factor": 8.0, **sizes, **more})
 
 
+def _smol(
+    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, **more: Any
+) -> LlamaArgs:
+    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    common = {"vocab_size": 49152, "max_seq_len": 8192, "tied_embeddings": True}
+    return LlamaArgs(**{**sizes, **common, "ffn_dim": ffn_dim, "rope_theta": 100000.0, **more})
+
+
 _SMALL: dict[str, Any] = {"rope_scaling_factor": 32.0, "tied_embeddings": True}
 
-# 8B, 70B and 405B are Llama 3.1, 1B and 3B are Llama 3.2. `debugmodel` runs on a CPU. It has
+# 8B, 70B and 405B are Llama 3.1, 1B and 3B are Llama 3.2, SmolLM2 is Llama in other sizes
+# (https://arxiv.org/abs/2502.02737). `debugmodel` runs on a CPU. It has
 # TorchTitan's width and depth, but 8 heads of 32 channels in place of 16 of 16, because the softmax
 # takes most of a CPU step and costs in proportion to the heads.
 FLAVORS: dict[str, LlamaArgs] = {
@@ -95,6 +109,9 @@ FLAVORS: dict[str, LlamaArgs] = {
     "8B": _sized(4096, 32, 32, ffn_dim_multiplier=1.3, multiple_of=1024),
     "70B": _sized(8192, 80, 64, ffn_dim_multiplier=1.3, multiple_of=4096),
     "405B": _sized(16384, 126, 128, ffn_dim_multiplier=1.2, multiple_of=4096),
+    "SmolLM2-135M": _smol(576, 30, 9, 3, 1536),
+    "SmolLM2-360M": _smol(960, 32, 15, 5, 2560),
+    "SmolLM2-1.7B": _smol(2048, 24, 32, 32, 8192, rope_theta=130000.0),
 }
 
 _OURS, _THEIRS = "layers.{n}", "model.layers.{n}"
@@ -114,4 +131,7 @@ HF_WEIGHTS = (
 )
 """Names in `LlamaForCausalLM`, and in `OlmoForCausalLM`, whose norms have no weights."""
 
-FAMILY = ModelFamily("llama3", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS)
+HF_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+"""Mistral is Llama with a sliding window."""
+
+FAMILY = ModelFamily("llama3", LlamaArgs, FLAVORS, build_decoder, HF_WEIGHTS, HF_ARCHITECTURES)

@@ -42,4 +42,6 @@ HF_WEIGHTS = (
     HFWeight(f"{_OURS}.k_norm.weight", f"{_THEIRS}.k_norm.weight", rope=True),
 )
 
-FAMILY = ModelFamily("qwen3", DecoderArgs, FLAVORS, build_decoder, HF_WEIGHTS)
+FAMILY = ModelFamily(
+    "qwen3", DecoderArgs, FLAVORS, build_decoder, HF_WEIGHTS, ("Qwen3ForCausalLM",)
+)

@@ -27,6 +27,7 @@ from torchtitan.preflight import (
     optim,
     outputs,
     pipeline_parallel,
+    pretrained,
     sharding,
     tensor_parallel,
     validation,
@@ -62,7 +63,7 @@ STATIC = (
 ENVIRONMENT = {
     FILES: (pipeline_parallel, data, validation, optim, outputs),
     HARDWARE: (hardware, handlers),
-    CHECKPOINTS: (checkpoint,),
+    CHECKPOINTS: (checkpoint, pretrained),
 }
 """Modules with `check_environment`, by phase."""
 

@@ -18,6 +18,7 @@ from torchtitan.config.schema import Checkpoint, Model
 from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.folders import check_name, check_writable
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
     issues = _path_problems("job.dump_folder", config.job.dump_folder)
-    if section.initial_load_path is not None:
+    if section.initial_load_path is not None and not is_hub_path(section.initial_load_path):
         issues += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
     issues += check_name("checkpoint.folder", section.folder)
     if section.keep_latest_k == 1:
@@ -97,6 +98,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     config, section = context.config, context.config.checkpoint
     if not section.enable or section.initial_load_path is None:
         return []
+    if is_hub_path(section.initial_load_path):
+        return []  # it has not been downloaded for this check
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":
             return []

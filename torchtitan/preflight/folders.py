@@ -8,7 +8,7 @@ from torchtitan.config.errors import ConfigIssue
 
 _NAME = re.compile(r"(?!\.|.*\.\.)[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TAKEN = re.compile(
-    r"config\.toml|run_status\.json|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
+    r"config\.toml|run_status\.json|tokenizer|metrics(\.jsonl(\.damaged-[0-9]+)?)?|wandb|previous-[0-9]+"
 )
 
 

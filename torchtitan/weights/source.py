@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.models.hf_weights import interleave_rope
 from torchtitan.models.family import ModelFamily
+from torchtitan.models.hf_weights import interleave_rope
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.utils.torch_compat import local_tensor
 from torchtitan.weights.recognise import InvalidWeights, kind_of

@@ -22,8 +22,8 @@ from tests.foreign import (
     write_meta,
 )
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.family import ModelFamily
 from torchtitan.models.registry import get_family
-from torchtitan.models.spec import ModelFamily
 from torchtitan.weights import source
 from torchtitan.weights.recognise import InvalidWeights, kind_of
 from torchtitan.weights.source import WeightSource, open_weights
