@@ -72,6 +72,7 @@ class TiktokenTokenizer:
             "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=ids
         )
         self.vocab_size = len(ranks) + len(ids)
+        self.special_ids = ids
         own = ids["<|begin_of_text|>"], ids["<|end_of_text|>"]
         self.bos_id, self.eos_id = special.find(*own, ids.get)
         self.pad_id: int | None = ids["<|finetune_right_pad_id|>"]
