@@ -12,6 +12,7 @@ import pytest
 from tests.distributed import own_models
 from tests.forked import keep_preloaded
 from tests.pool import GlooPool
+from tests.smollm2 import smollm2  # noqa: F401  (a fixture)
 from torchtitan.models.registry import MODELS
 
 keep_preloaded()
