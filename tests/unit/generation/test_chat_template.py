@@ -88,7 +88,9 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
 
 def test_a_second_folder_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    assert read_chat_template([tmp_path / "other", folder_with(tmp_path, "yes")]).render([]) == "yes"
+    assert (
+        read_chat_template([tmp_path / "other", folder_with(tmp_path, "yes")]).render([]) == "yes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,6 @@ def test_a_second_folder_is_looked_at(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not render.*unsafe"),
         ("{{ messages.append(1) }}", "does not render"),
         ("{% set x = {}.__class__.__init__.__globals__ %}{{ x['os'] }}", "does not render"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses|does not render"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path: Path, template: Any, message: str) -> None:
