@@ -1,5 +1,6 @@
 """Generation on meshes: the tokens of one process, and those of transformers on a real model."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_a_mesh_gives_the_tokens_of_one_process(
     (expected,) = gloo_pool.run(1, answer, ParallelDims(), changes, temperature)
     ranks = gloo_pool.run(dims.world_size, answer, dims, changes, temperature)
     assert len({tuple(ids) for _, ids in expected}) > 3
-    assert sorted(sum(ranks[:: dims.tp], [])) == sorted(expected)
+    assert sorted(chain(*ranks[:: dims.tp])) == sorted(expected)
     for rank, found in enumerate(ranks):  # those of a tensor-parallel group agree
         assert found == ranks[rank - rank % dims.tp]
 
@@ -153,7 +154,7 @@ def test_greedy_tokens_are_transformers(
     count: int,
 ) -> None:
     ranks = gloo_pool.run(dims.world_size, generate_smollm2, str(smollm2), dims, count, timeout=280)
-    found = dict(sum(ranks[:: dims.tp], []))
+    found = dict(chain(*ranks[:: dims.tp]))
     assert [found[number] for number in range(len(TEXTS))] == [
         ids[:count] for ids in of_transformers
     ]

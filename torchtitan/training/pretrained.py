@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,11 @@ def load_pretrained(
 
 
 def _load(found: Pretrained, world: DistributedContext, model: nn.Module) -> None:
-    if found.config is not None:
-        section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
-        InitialLoad(section, world).load(model_tensors([model]), {})
-        return
     from torchtitan.weights.source import open_weights
 
-    source = open_weights(found.path, found.family.name, found.args)
-    source.load(model_tensors([model]))
+    section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
+    open_foreign = partial(open_weights, family=found.family, args=found.args)
+    InitialLoad(section, world, open_foreign).load(model_tensors([model]), {})
 
 
 def _folder_of(tokenizer_path: str) -> Path:

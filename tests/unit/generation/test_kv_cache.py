@@ -87,7 +87,7 @@ def test_the_cache_grows() -> None:
 
 def test_the_model_is_as_before() -> None:
     model = build()
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     with KVCache(model):
         kinds = {type(module) for module in model.modules()}
         assert not kinds & {InnerAttention, AttentionMaskBuilder}
