@@ -12,8 +12,8 @@ import pytest
 from tests.distributed.runs import CONFIG, execute
 from torchtitan.cli import main
 
-MODULE = ["python", "-m", "torchtitan"]
-TORCHRUN = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "torchtitan"]
+MODULE = [sys.executable, "-m", "torchtitan"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "torchtitan"]
 
 
 @pytest.fixture(scope="module")
