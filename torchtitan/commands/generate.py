@@ -30,7 +30,7 @@ _MOST_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue: the fields of a line of --input; `where` it stands, for messages."""
+    """A text or conversation to continue, as a line of --input; `where` it stands, for messages."""
 
     where: str
     fields: dict[str, Any]

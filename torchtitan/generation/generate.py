@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass
 class Completion:
-    """What follows a prompt. `finish_reason` is "eos", "stop" (a stop string) or "length"."""
+    """The continuation of a prompt. `finish_reason` is "eos", "stop" (a stop string) or "length"."""
 
     number: int
     ids: list[int] = field(default_factory=list)
