@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass
 class Completion:
-    """The continuation of a prompt. `finish_reason` is "eos", "stop" (a stop string) or "length"."""
+    """A continuation. `finish_reason` is "eos", "stop" (a stop string) or "length"."""
 
     number: int
     ids: list[int] = field(default_factory=list)
