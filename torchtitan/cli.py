@@ -20,6 +20,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.generation_options import (
+    add_chat_arguments,
+    add_generate_arguments,
+    positive,
+)
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
@@ -95,6 +100,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
         return None
     if "settings" in options:
         options.settings += rest
+        return options
+    if "prompts" in options and not any(word.startswith("-") for word in rest):
+        options.prompts += rest  # argparse takes positional arguments in one place only
         return options
     if rest:
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
@@ -205,14 +213,14 @@ def _tokenize(parser: _Parser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=_count,
+        type=positive,
         help="processes; the output is the same for every number (default: one a core)",
     )
     parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
     parser.add_argument(
         *("--shard-mib", "--shard_mib"),
         metavar="N",
-        type=_count,
+        type=positive,
         default=256,
         help="MiB of text in each pair of files (default: 256)",
     )
@@ -312,13 +320,6 @@ def _doctor(parser: _Parser) -> None:
     """
 
 
-def _count(text: str) -> int:
-    """Return a positive integer. Raises ArgumentTypeError."""
-    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999999999")
-    return int(text)
-
-
 _COMMANDS = {
     "train": _Command(
         "train from a TOML file; --check only checks that it could start", _train, True
@@ -326,6 +327,8 @@ _COMMANDS = {
     "tokenize": _Command("tokenise a dataset into files to train on", _tokenize, True),
     "config": _Command("show, copy or convert a config; schema; docs", _config),
     "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
+    "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
+    "chat": _Command("talk with a chat model", add_chat_arguments),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),

@@ -71,6 +71,7 @@ class TiktokenTokenizer(FileTokenizer):
             "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=ids
         )
         self.vocab_size = len(ranks) + len(ids)
+        self.special_ids = ids
         self.pad_id: int | None = ids["<|finetune_right_pad_id|>"]
         own = ids["<|begin_of_text|>"], ids["<|end_of_text|>"]
         self._set_special("tiktoken-1-", *own, ids.get)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class ByteTokenizer:
     pad_id = 258
     fingerprint = "bytes-1"
     ends = Ends()
+    special_ids: Mapping[str, int] = {"<start>": 256, "<end>": 257}
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """Return the ids of `text`."""
@@ -126,6 +127,8 @@ class JsonTokenizer(ListTokenizer):
         if self.bos_id is None and special.bos is not None and special.add_bos is not False:
             raise NoToken("start", special.bos)
         self.eos_id = eos_id
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
         self.ends = special.ends(self.bos_id, _template(content, self._tokenizer))
         ids = json.dumps([self.bos_id, self.eos_id, self.pad_id])
         self.fingerprint = "json-" + hashlib.sha256((content + ids).encode()).hexdigest()
@@ -193,6 +196,11 @@ class SentencePieceTokenizer(ListTokenizer):
         eos_id = _id(self._processor.eos_id())
         if eos_id is None:
             raise ValueError("it was trained without an end-of-text token")
+        self.special_ids = {
+            self._processor.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self._processor.is_control(i)
+        }
         bos_id = _id(self._processor.bos_id())
         self._set_special("sentencepiece-1-", bos_id, eos_id, self._id_of)
 

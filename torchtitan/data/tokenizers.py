@@ -42,8 +42,9 @@ _DOWNLOAD = (
 class Tokenizer(Protocol):
     """The interface of a tokenizer. Picklable, for worker processes.
 
-    Two members are optional: `ends` (an `Ends`) says which of its two tokens go around a
-    document, both without it; `token_name(id)` is the text of a special token, for messages.
+    Three members are optional: `ends` (an `Ends`) says which of its two tokens go around a
+    document, both without it; `token_name(id)` is the text of a special token, for messages;
+    `special_ids` are the ids of special tokens by their text, for chat templates.
     """
 
     @property

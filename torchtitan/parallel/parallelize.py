@@ -63,6 +63,29 @@ def parallelize(
     )
 
 
+def parallelize_for_inference(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    dtype: torch.dtype,
+    plan_extensions: Sequence[PlanExtension] = (),
+) -> None:
+    """Shard `model` (on the meta device) in place to compute in `dtype`, without a backward."""
+    assert isinstance(model, LanguageModel)
+    if dims.tp > 1:
+        apply_tensor_parallel(model, mesh["tp"], extensions=plan_extensions)
+    if dims.shards > 1:
+        apply_data_parallel(
+            model,
+            _without_shared(model.wrap_units(), model),
+            mesh,
+            dims,
+            param_dtype=dtype,
+            reduce_dtype=dtype,
+            reshard_after_forward=True,
+        )
+
+
 def _units(model: LanguageModel, config: JobConfig, dims: ParallelDims) -> list[WrapUnit]:
     """Return the units to gather one by one; always the head if it alone is trained.
 

@@ -11,7 +11,8 @@ optimizers understand), but read as attributes they give this rank's part. Each 
 replaced by a subclass that does so, and that communicates around the forward; names stay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -308,6 +309,25 @@ def _part(name: str, style: ParallelStyle, group: TensorGroup, module: CutModule
         return local
     size = local.size(0) // style.units
     return local.narrow(0, group.rank * style.units // group.size * size, size)
+
+
+@contextmanager
+def hold_local_parts(model: nn.Module) -> Iterator[None]:
+    """While entered, read no DTensor in a forward: the local parts are taken once.
+
+    Not for parameters that FSDP shards further, or that change meanwhile.
+    """
+    modules = [module for module in model.modules() if isinstance(module, CutModule)]
+    _take_parts(modules)
+    try:
+        yield
+    finally:
+        _drop_parts(modules)
+
+
+def tensor_group(model: nn.Module) -> TensorGroup | None:
+    """Return the ranks over which the model's matrices are cut; None if they are whole."""
+    return next((m.group for m in model.modules() if isinstance(m, CutModule)), None)
 
 
 @torch.compiler.disable

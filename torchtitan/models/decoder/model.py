@@ -202,7 +202,8 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)
         if self.args.tied_embeddings and self.output is not None:
             assert self.tok_embeddings is not None  # the last stage of a pipeline has it, too
-            self.output.weight = self.tok_embeddings.weight
+            # Past the attribute: under tensor parallelism that is this rank's part.
+            self.output._parameters["weight"] = self.tok_embeddings._parameters["weight"]
         return self
 
     @property

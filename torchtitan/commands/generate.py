@@ -1,0 +1,217 @@
+"""`torchtitan generate`: prompts, from the command line or a file, continued by any checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.exit_codes import DONE
+from torchtitan.config.paths import expand_path
+from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
+
+if TYPE_CHECKING:
+    from torchtitan.commands.model_session import ModelSession
+    from torchtitan.generation.chat_template import ChatTemplate
+    from torchtitan.generation.generate import Completion, Limits, Prompt
+    from torchtitan.generation.sampling import SamplingParams
+    from torchtitan.training.pretrained import Pretrained
+
+_MOST_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text or conversation to continue, as a line of --input; `where` it stands, for messages."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check everything that needs no weights, then generate; exit status 0."""
+    requests = read_requests(options)
+    spin_briefly()  # both before torch is imported
+    tune_cpu_allocator()
+    from torchtitan.commands import model_session
+    from torchtitan.training.pretrained import describe_pretrained
+
+    place = model_session.read_place()
+    params = model_session.sampling_of(options)
+    to_file = options.output not in (None, "-") and place.rank == 0
+    problems = params.problems()
+    if to_file and os.path.lexists(expand_path(options.output)):
+        fix = "remove it, or choose another name"
+        problems.append(ConfigIssue("--output", "exists already", fix, options.output))
+    if problems:
+        raise ConfigError(problems)
+    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
+    model_session.mesh_of(options, found, place.world_size)
+    template = _template(found, requests)
+    ends = [] if template is None else [template.end_of_turn(found.tokenizer)]
+    limits = model_session.limits_of(options, found, *ends)
+    work = list(zip(requests, _prompts(found, requests, template), strict=True))
+    with ExitStack() as stack:
+        session = stack.enter_context(model_session.open_session(options, found, place))
+        output = sys.stdout if options.output == "-" else None
+        if to_file:
+            path = expand_path(options.output)
+            output = stack.enter_context(open(path, "x", encoding="utf-8"))
+        _generate(options, session, work, limits, params, output)
+    return DONE
+
+
+def read_requests(options: argparse.Namespace) -> list[Request]:
+    """Return the prompts of the command line and of --input. Raises ConfigError; needs no torch."""
+    requests = []
+    for number, text in enumerate(options.prompts, start=1):
+        where = f"PROMPT {number}" if len(options.prompts) > 1 else "PROMPT"
+        fields: dict[str, Any] = {"prompt": text}
+        if options.chat or options.system is not None:
+            system = [] if options.system is None else [("system", options.system)]
+            turns = [*system, ("user", text)]
+            fields = {"messages": [{"role": role, "content": c} for role, c in turns]}
+        requests.append(Request(where, fields))
+    if options.input is not None:
+        requests += _lines_of(Path(expand_path(options.input)))
+    elif not requests:
+        fix = 'write `torchtitan generate CHECKPOINT "a text"`, or give --input FILE.jsonl'
+        raise ConfigError(ConfigIssue("PROMPT", "is missing", fix))
+    problems = [problem for request in requests for problem in _problems(request)]
+    if problems:
+        raise ConfigError(problems[:_MOST_PROBLEMS])
+    return requests
+
+
+def _lines_of(file: Path) -> list[Request]:
+    requests = []
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    requests.append(Request(f"{file}:{number}", json.loads(line)))
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise ConfigError(ConfigIssue("--input", problem, "name a file", str(file))) from None
+    except (ValueError, RecursionError) as error:
+        text, fix = f"is not JSON: {error}", "write an object a line, in UTF-8"
+        raise ConfigError(ConfigIssue(f"{file}:{number}", text, fix)) from None
+    if not requests:
+        fix = 'write a line such as {"prompt": "a text"}'
+        raise ConfigError(ConfigIssue("--input", "holds no prompt", fix, str(file)))
+    return requests
+
+
+def _problems(request: Request) -> Iterator[ConfigIssue]:
+    from torchtitan.generation.chat_template import check_messages
+
+    fields, fix = request.fields, 'give it a "prompt" (a text) or "messages"'
+    if not isinstance(fields, dict):
+        yield ConfigIssue(request.where, "is not an object", fix)
+    elif ("prompt" in fields) == ("messages" in fields):
+        yield ConfigIssue(request.where, "has not exactly one of prompt and messages", fix)
+    elif "prompt" in fields and not isinstance(fields["prompt"], str):
+        yield ConfigIssue(request.where, "its prompt is no text", fix)
+    elif "prompt" in fields and not fields["prompt"]:
+        yield ConfigIssue(request.where, "is empty", "write something to continue")
+    elif "messages" in fields:
+        try:
+            check_messages(fields["messages"])
+        except ValueError as error:
+            yield ConfigIssue(request.where, str(error), fix)
+
+
+def _template(found: Pretrained, requests: list[Request]) -> ChatTemplate | None:
+    from torchtitan.generation.chat_template import read_chat_template
+
+    if any("messages" in request.fields for request in requests):
+        return read_chat_template(found.folders)
+    return None
+
+
+def _prompts(
+    found: Pretrained, requests: list[Request], template: ChatTemplate | None
+) -> list[Prompt]:
+    """Return the token ids of all requests. Raises ConfigError for those the model cannot take."""
+    from torchtitan.commands.model_session import encode_prompt
+    from torchtitan.generation.generate import Prompt
+
+    prompts, problems, longest = [], [], found.args.max_seq_len
+    for number, request in enumerate(requests):
+        if template is not None and "messages" in request.fields:
+            ids = template.encode(request.fields["messages"], found.tokenizer)
+        else:
+            ids = encode_prompt(found, request.fields["prompt"])
+        if not ids:
+            problems.append(ConfigIssue(request.where, "is empty: it has no tokens", "write more"))
+        elif len(ids) >= longest:
+            text = f"has {len(ids)} tokens, but the model's longest sequence is {longest}"
+            problems.append(ConfigIssue(request.where, text, "shorten it"))
+        prompts.append(Prompt(number, ids))
+    if problems:
+        raise ConfigError(problems[:_MOST_PROBLEMS])
+    return prompts
+
+
+def _generate(
+    options: argparse.Namespace,
+    session: ModelSession,
+    work: list[tuple[Request, Prompt]],
+    limits: Limits,
+    params: SamplingParams,
+    output: TextIO | None,
+) -> None:
+    """Continue all prompts, a batch on every data rank at once; rank 0 prints or writes them."""
+    world, dims = session.world, session.dims
+    streams = len(work) == 1 and options.output is None
+    start, num_tokens = time.perf_counter(), 0
+    for begin in range(0, len(work), options.batch_size * dims.dp):
+        batch = work[begin : begin + options.batch_size * dims.dp]
+        mine = [prompt for _, prompt in batch[dims.dp_rank(world.rank) :: dims.dp]]
+        completions: list[Completion] = []
+        if mine or dims.dp_shard > 1:  # who has no prompts gathers weights for the others
+            on_text = _print_piece if streams and world.is_main else None
+            completions = session.generator.generate(mine, limits, params, on_text)
+        everywhere = world.gather_json([vars(completion) for completion in completions])
+        by_number = {each["number"]: each for rank in everywhere for each in rank}
+        for request, prompt in batch:
+            completion = by_number[prompt.number]
+            num_tokens += len(completion["ids"])
+            if world.is_main and output is not None:
+                line = json.dumps(_result(request, prompt, completion), ensure_ascii=False)
+                print(line, file=output, flush=True)
+            elif world.is_main:
+                print("" if streams else f"> {_shown(request)}\n{completion['text']}\n", flush=True)
+        if world.is_main and len(work) > len(batch):
+            print(f"{begin + len(batch)} of {len(work)} prompts", file=sys.stderr)
+    if world.is_main:
+        seconds = time.perf_counter() - start
+        rate = f"{num_tokens / seconds:.1f} tokens/s"
+        print(f"{num_tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
+
+
+def _print_piece(number: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _shown(request: Request) -> str:
+    messages = request.fields.get("messages")
+    text = messages[-1]["content"] if messages else request.fields["prompt"]
+    return str(text).replace("\n", "\n> ")
+
+
+def _result(request: Request, prompt: Prompt, completion: dict[str, Any]) -> dict[str, Any]:
+    return request.fields | {
+        "completion": completion["text"],
+        "finish_reason": completion["finish_reason"],
+        "prompt_tokens": len(prompt.ids),
+        "completion_tokens": len(completion["ids"]),
+    }

@@ -1,0 +1,119 @@
+"""The arguments of `generate` and `chat`. No torch."""
+
+import argparse
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what opens a checkpoint on a mesh."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a step, a run's folder, a Hugging Face folder, Meta's, or a GGUF file",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: bfloat16 on GPUs, float32 on CPUs)",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        *("--tensor-parallel-degree", "--tensor_parallel_degree"),
+        metavar="N",
+        type=positive,
+        default=1,
+        help="under torchrun: ranks that share each matrix (default: 1)",
+    )
+    group.add_argument(
+        *("--data-parallel-shard-degree", "--data_parallel_shard_degree"),
+        metavar="N",
+        type=positive,
+        default=1,
+        help="under torchrun: ranks that share the weights by FSDP, each with prompts of its own"
+        " (default: 1; ranks that are left hold copies)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """Add what decides the next token, and the end."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        *("--max-new-tokens", "--max_new_tokens"),
+        metavar="N",
+        type=positive,
+        default=256,
+        help="longest answer (default: 256)",
+    )
+    group.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end where this text comes, without it; may be given several times",
+    )
+    numbers = (
+        ("temperature", float, temperature, "0 takes the most probable token"),
+        ("top-k", int, 0, "draw from the N most probable tokens only; 0: all"),
+        ("top-p", float, 1.0, "draw from the most probable tokens that add up to P; 1: all"),
+        ("min-p", float, 0.0, "leave out tokens below P times the most probable one"),
+        ("repetition-penalty", float, 1.0, "above 1: repeat tokens less"),
+        ("seed", int, 0, "the same seed draws the same tokens"),
+    )
+    for name, kind, default, text in numbers:
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+        letter = "N" if kind is int else "P" if name.endswith("-p") else "X"
+        group.add_argument(
+            *names, metavar=letter, type=kind, default=default, help=f"{text} (default: {default})"
+        )
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Continue prompts with any checkpoint.
+
+    One prompt is continued as the text comes; several in batches, each printed after its prompt.
+    Without --temperature the most probable tokens are taken.
+
+    A line of --input is an object with "prompt" (a text) or "messages" (a list of objects with
+    "role" and "content", for the model's chat template). Its line of the output has all its fields,
+    and "completion", "finish_reason" ("eos", "stop" or "length"), "prompt_tokens" and
+    "completion_tokens".
+
+    Under torchrun (`torchrun --nproc_per_node N -m torchtitan generate ...`) the ranks share the
+    model by --tensor-parallel-degree and --data-parallel-shard-degree, and data ranks the prompts.
+    """
+    add_model_options(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*")
+    parser.add_argument("--input", metavar="FILE.jsonl", help="prompts, a JSON object a line")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="a new file, or - for stdout")
+    parser.add_argument(
+        *("--batch-size", "--batch_size"),
+        metavar="N",
+        type=positive,
+        default=8,
+        help="prompts that a rank continues at once (default: 8)",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="each PROMPT is a user's message to a chat model"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
+    add_sampling_options(parser, temperature=0.0)
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Talk with a chat model in the terminal, or over a pipe, a message a line.
+
+    Commands: /reset forgets the conversation, /system TEXT sets the system message and starts anew,
+    /exit (or the end of the input) ends. The oldest turns are forgotten when the model's longest
+    sequence is full.
+    """
+    add_model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_sampling_options(parser, temperature=0.7)
+
+
+def positive(text: str) -> int:
+    """Return a positive integer. Raises ArgumentTypeError."""
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999999999")
+    return int(text)

@@ -1,0 +1,121 @@
+"""A checkpoint opened on the mesh that a command line asks for."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.data.document_ends import Ends
+from torchtitan.distributed.context import DistributedContext, open_context
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.generation.generate import Generator, Limits
+from torchtitan.generation.sampling import SamplingParams
+from torchtitan.training.pretrained import Pretrained, load_pretrained
+from torchtitan.utils import environment as env
+from torchtitan.utils.device import device_type, set_up_process
+from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.logging import init_logging
+from torchtitan.utils.processes import end_with_launcher
+
+_PATIENCE_SECONDS = 600
+_TP_KEY, _FSDP_KEY = "--tensor-parallel-degree", "--data-parallel-shard-degree"
+
+
+@dataclass(frozen=True)
+class ModelSession:
+    """A model that is ready to generate, and this rank's place."""
+
+    world: DistributedContext
+    dims: ParallelDims
+    generator: Generator
+
+
+def read_place() -> env.ProcessEnvironment:
+    """Return this process's place among those of a launcher. Raises ConfigError."""
+    try:
+        env.adopt_place()
+        return env.read_environment()
+    except env.EnvironmentFaults as faults:
+        raise ConfigError(
+            [ConfigIssue(f.name, f.problem, f.fix, local=True) for f in faults.faults]
+        ) from None
+
+
+def mesh_of(options: argparse.Namespace, found: Pretrained, world_size: int) -> ParallelDims:
+    """Return the mesh of the options. Raises ConfigError if the model or the ranks do not fit."""
+    tp, shards = options.tensor_parallel_degree, options.data_parallel_shard_degree
+    problems = []
+    if tp > 1:
+        problems = found.args.tensor_parallel_problems(tp)
+        problems = [ConfigIssue(_TP_KEY, p.problem, p.fix, tp) for p in problems]
+    if world_size % (tp * shards):
+        key, degree = (_FSDP_KEY, shards) if shards > 1 else (_TP_KEY, tp)
+        text = f"the ranks of the mesh, {tp * shards}, do not divide the {world_size} processes"
+        fix = f"start {tp * shards} with torchrun, or set a smaller degree"
+        problems.append(ConfigIssue(key, text, fix, degree))
+    if problems:
+        raise ConfigError(problems)
+    return ParallelDims(dp_replicate=world_size // (tp * shards), dp_shard=shards, tp=tp)
+
+
+def sampling_of(options: argparse.Namespace) -> SamplingParams:
+    """Return the distribution of the options, unchecked."""
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+
+
+def limits_of(options: argparse.Namespace, found: Pretrained, *more: int | None) -> Limits:
+    """Return the ends of a completion; `more` tokens end it, too."""
+    ends = found.eos_ids | {token for token in more if token is not None}
+    return Limits(options.max_new_tokens, frozenset(ends), tuple(filter(None, options.stop)))
+
+
+def encode_prompt(found: Pretrained, text: str) -> list[int]:
+    """Return the ids of a text, with the start token where the tokenizer says so."""
+    ends = getattr(found.tokenizer, "ends", Ends())
+    return found.tokenizer.encode(text, bos=ends.bos, eos=False)
+
+
+@contextmanager
+def open_session(
+    options: argparse.Namespace, found: Pretrained, place: env.ProcessEnvironment
+) -> Iterator[ModelSession]:
+    """Join the other ranks and load the model. All ranks enter."""
+    dims = mesh_of(options, found, place.world_size)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problem = "this process sees no GPU"
+        raise ConfigError(ConfigIssue("--device", problem, "leave it out", "cuda", local=True))
+    kind = device_type(options.device)
+    end_with_launcher()
+    init_logging(place.rank)
+    set_up_process(0, place, options.seed)
+    if place.rank == 0:
+        for notice in found.notices:
+            print(f"notice: {notice}", file=sys.stderr)
+    dtype = torch_dtype(options.dtype or ("bfloat16" if kind == "cuda" else "float32"))
+    with open_context(kind, place, _PATIENCE_SECONDS) as world:
+        mesh = dims.build_mesh(world.device.type)
+        model = load_pretrained(found, world, mesh, dims, dtype)
+
+        def any_rank(value: bool) -> bool:
+            if dims.dp_shard == 1:
+                return value
+            flag = torch.tensor(int(value))
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=world.control_group)
+            return bool(flag)
+
+        generator = Generator(
+            model, found.tokenizer.decode, found.args.max_seq_len, world.device, any_rank
+        )
+        yield ModelSession(world, dims, generator)
