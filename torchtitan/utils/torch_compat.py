@@ -151,7 +151,9 @@ def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
     done = set()
     for stage, kind, microbatch, *_ in actions:
         if microbatch >= num_microbatches:
-            raise ValueError(f"microbatch {microbatch} is more than {num_microbatches - 1}, the last")
+            raise ValueError(
+                f"microbatch {microbatch} is more than {num_microbatches - 1}, the last"
+            )
         work = stage, B if kind == W else kind, microbatch
         if work in done:
             phase = "forwards" if kind == F else "backwards"
