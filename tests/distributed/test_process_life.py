@@ -121,7 +121,7 @@ def stop_at_start(
     *arguments: str,
     processes: int = 1,
     stopped: int = 0,
-    site: str = "build_optimizers",
+    site: str = "build_update",
 ) -> Any:
     (folder.parent / "stopping.py").write_text(_STOPPED)
     env = runs.environment() | {"STOPPED_RANK": str(stopped), "STOPPED_AT": site}
@@ -132,7 +132,7 @@ def stop_at_start(
 
 @pytest.mark.parametrize(
     ("processes", "stopped", "site"),
-    [(1, 0, "build_optimizers"), (2, 1, "build_optimizers"), (1, 0, "build_metrics")],
+    [(1, 0, "build_update"), (2, 1, "build_update"), (1, 0, "build_metrics")],
 )
 def test_a_stop_before_the_first_step(
     processes: int, stopped: int, site: str, tmp_path: Path

@@ -45,14 +45,15 @@ class ParquetSource:
         }
 
     def problems(self) -> list[ConfigIssue]:
-        """Check the footers: unreadable, without the column, or without rows."""
+        """Check the footers: unreadable, without the column, or nothing but nulls."""
         problems = []
-        num_rows = 0
+        num_rows = num_nulls = 0
         for file in self.files:
             try:
                 with open_parquet(file) as parquet:
                     flaw = column_flaw(parquet.schema_arrow, self.column)
                     num_rows += parquet.metadata.num_rows
+                    num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
             except DataError as error:
                 problems.append(ConfigIssue(KEY, str(error), "correct or replace the file"))
                 continue
@@ -61,6 +62,10 @@ class ParquetSource:
                 return [*problems, ConfigIssue("data.text_column", f"{file.path}: {flaw}", fix)]
         if not problems and num_rows == 0:
             return [ConfigIssue(KEY, "the files hold no rows", "give data with content")]
+        if not problems and num_nulls == num_rows:  # with data.on_bad_row = "skip", too
+            text = f"column {self.column!r} is null in all {num_rows} rows"
+            fix = "set it to the column that holds the text"
+            return [ConfigIssue("data.text_column", text, fix, self.column)]
         return problems
 
     def shards(self, num_lanes: int) -> list[Shard]:
@@ -227,3 +232,13 @@ def _contents(
 
 def _group_sizes(metadata: Any) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _count_nulls(metadata: Any, column: str) -> int:
+    """Count the rows whose column is null by the statistics, which not every file has."""
+    count = 0
+    for group in range(metadata.num_row_groups):
+        chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
+        count += sum(found.null_count or 0 for found in statistics if found is not None)
+    return count

@@ -205,7 +205,7 @@ def _check_rows(context: RunContext, source: "Source", shards: list[Shard]) -> l
     where, reason = first
     issue = ConfigIssue(_key(context), f"{where}: {reason}", _fix_of(str(reason)))
     if reason.column is not None and not num_usable:
-        fix = f"set it to the column that holds the text, or {_SKIP}"
+        fix = "set it to the column that holds the text" + f", or {_SKIP}" * (not may_skip)
         issue = ConfigIssue("data.text_column", issue.problem, fix, reason.column)
     return [replace(issue, severity="warning" if may_skip else "error")]
 

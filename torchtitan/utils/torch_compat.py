@@ -147,9 +147,13 @@ def require_runnable_schedule(csv_file: str, num_microbatches: int) -> None:
     ]
     num_stages = 1 + max(action.stage_index for action in actions)
     B, F, W = schedules.B, schedules.F, schedules.W
-    # torch collects a stage's work in sets, and finds a microbatch's loss by its place.
+    # torch counts what is in sets for each stage, and finds a microbatch's loss by its place.
     done = set()
     for stage, kind, microbatch, *_ in actions:
+        if microbatch >= num_microbatches:
+            raise ValueError(
+                f"microbatch {microbatch} is more than {num_microbatches - 1}, the last"
+            )
         work = stage, B if kind == W else kind, microbatch
         if work in done:
             phase = "forwards" if kind == F else "backwards"

@@ -52,17 +52,19 @@ def write_parquet(file: Path, **options: Any) -> Path:
         ({"text": [1.5] * 60, "body": TEXTS}, "holds double where text is expected; the columns"),
         ({"text": [[True]] * 60}, "holds list<"),
         ({"text": pyarrow.nulls(60)}, "column 'text' is null in every row"),
-        ({"text": pyarrow.nulls(60, pyarrow.string())}, "column 'text' holds null where text"),
+        ({"text": pyarrow.nulls(60, pyarrow.string())}, "column 'text' is null in all 60 rows"),
     ],
 )
 def test_row_56_text_column(tmp_path, columns, text):
     """Also in the last of many files: every footer is looked at."""
-    if "holds null" not in text:
+    if "all 60" not in text:
         write_parquet(tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", columns=columns)
-    problem = only(look(facts_for(tmp_path)))
-    assert problem.key == "data.text_column" and text in problem.problem
-    if "holds null" not in text:
+    for policy in ("error", "skip"):
+        problem = only(look(facts_for(tmp_path, data__on_bad_row=policy)))
+        assert problem.key == "data.text_column" and text in problem.problem
+        assert problem.severity == "error" and "on_bad_row" not in problem.fix
+    if "all 60" not in text:
         assert str(tmp_path / "b.parquet") in problem.problem
         with pytest.raises(DataError, match=r"b\.parquet: .*column"):
             read_all(tmp_path)
