@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.hf_weights import to_hf
 from torchtitan.models.registry import get_family
+from torchtitan.weights.hf_config import to_hf_config
 
 INDEX = "model.safetensors.index.json"
 VOCAB_SIZE = 131
@@ -48,7 +49,8 @@ def write_hf(
     """A Hugging Face folder; tensors are dealt to the shards in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     theirs = to_hf(weights, get_family(family).hf_weights, args)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": args.vocab_size}))
+    config = to_hf_config(get_family(family), args)
+    (folder / "config.json").write_text(json.dumps(config))
     if num_shards == 1:
         save_file(theirs, folder / "model.safetensors")
         return

@@ -11,6 +11,7 @@ from tests.forked import execute
 
 ARGS = args_of(n_layers=2, dim=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=264)
 MODEL = [f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")]
+MODEL += ["--model.tokenizer_path=bytes"]
 
 
 def start(tmp_path: Path, *arguments: str, processes: int = 1):
