@@ -38,6 +38,14 @@ def test_a_run_starts_from_a_folder_and_resumes_without_it(tmp_path: Path) -> No
     assert again.returncode == 0 and "Resumed from step 4" in again.stderr, again.stderr
 
 
+def test_a_head_that_is_missing(tmp_path: Path) -> None:
+    weights = {name: w for name, w in small_weights().items() if name != "output.weight"}
+    write_hf(tmp_path / "hf", weights, ARGS)
+    done = start(tmp_path, "--check")
+    assert done.returncode == 2
+    assert "output.weight is not in it (if it is the embedding, set model.args.tied" in done.stderr
+
+
 def test_what_is_not_a_number_is_named(tmp_path: Path) -> None:
     weights = small_weights()
     weights["layers.1.attention.wk.weight"][17, 3] = float("nan")

@@ -6,8 +6,9 @@ line is reported at once; `load_pretrained` builds the model and fills each rank
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from pydantic import ValidationError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint, read_manifest
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
+from torchtitan.checkpoint.stored_run import CONFIG_NAME
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.schema import Checkpoint
@@ -36,9 +39,12 @@ from torchtitan.models.family import ModelFamily, require_language_model
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.parallelize import parallelize_for_inference
+from torchtitan.training.pretrained_config import tokenizer_of
 from torchtitan.utils.dtypes import default_dtype
+from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
+from torchtitan.weights.hub import download, is_hub_path
 
-_KEY = "CHECKPOINT"
+KEY = "CHECKPOINT"
 _TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
 """Handlers that change how a model is trained, or how fast it is, but not what it computes."""
 _GENERATION_FILES = ("generation_config.json", "config.json")
@@ -74,24 +80,53 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
 
     `tokenizer_path` replaces the checkpoint's tokenizer. Raises ConfigError.
     """
-    folder = Path(path).resolve()
-    if not folder.exists():
-        raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", path))
-    notices: tuple[str, ...] = ()
-    if (step := _newest_step(folder)) is not None:
-        folder, notices = step, (f"The newest step of {path} is {step.name}.",)
+    folder = checkpoint_path(path)
+    step, faults = newest_step(folder)
+    if step is None and faults:
+        raise CheckpointError("; ".join(faults))
+    notices = tuple(f"A step is damaged, and not used: {fault}" for fault in faults)
+    if step is not None:
+        folder, notices = step, (*notices, f"The newest step of {path} is {step.name}.")
     if os.path.lexists(folder / MANIFEST_NAME):
         return _describe_step(folder, tokenizer_path, notices)
-    return _describe_foreign(folder, tokenizer_path)
+    with under_key(KEY):
+        return _describe_foreign(folder, tokenizer_path)
 
 
-def _newest_step(folder: Path) -> Path | None:
-    """Return the newest valid step of a run's folder, or of its folder of checkpoints."""
-    for parent in (folder, folder / "checkpoint"):
-        valid = [found.step for found in inspect_steps(parent) if found.manifest is not None]
-        if valid:
-            return parent / step_name(valid[-1])
-    return None
+def checkpoint_path(given: str) -> Path:
+    """Return the absolute path of a checkpoint; `hf://owner/name` is downloaded first.
+
+    Raises ConfigError.
+    """
+    if is_hub_path(given):
+        with under_key(KEY):
+            return download(given)
+    path = Path(given).resolve()
+    if not path.exists():
+        raise ConfigError(ConfigIssue(KEY, "does not exist", "name a folder or a file", given))
+    return path
+
+
+@contextmanager
+def under_key(key: str) -> Iterator[None]:
+    """Report issues of `checkpoint.initial_load_path` under the key of a command line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            [replace(p, key=key) if p.key == INITIAL_LOAD_KEY else p for p in error.problems]
+        ) from None
+
+
+def newest_step(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest valid step in a run's folder, or in its checkpoints, and others' faults."""
+    name = stored_value(read_stored_config(folder / CONFIG_NAME) or {}, "checkpoint.folder")
+    for parent in (folder, folder / (name or Checkpoint().folder)):
+        if found := inspect_steps(parent):
+            valid = [candidate.step for candidate in found if candidate.manifest is not None]
+            faults = [candidate.fault for candidate in found if candidate.fault is not None]
+            return parent / step_name(valid[-1]) if valid else None, faults
+    return None, []
 
 
 def _describe_step(
@@ -107,7 +142,7 @@ def _describe_step(
         raise ConfigError(problems_of(error, {})) from None
     if problems := import_custom_modules(config):
         raise ConfigError(problems)
-    where = tokenizer_path or config.model.tokenizer_path
+    where = tokenizer_path or tokenizer_of(folder) or config.model.tokenizer_path
     tokenizer = build_tokenizer(where)
     family = get_family(config.model.name)
     args = family.resolve(config.model, tokenizer.vocab_size)
@@ -124,8 +159,10 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
     where = tokenizer_path or str(around)
     tokenizer = build_tokenizer(where)
     family = get_family(description.family)
-    args = family.args_type(**description.args)
-    if args.vocab_size is not None and args.vocab_size < tokenizer.vocab_size:
+    args = description.resolved()
+    if args.vocab_size is None:  # Meta's files may leave it to the tokenizer
+        args = args.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    elif args.vocab_size < tokenizer.vocab_size:
         problem = f"has {tokenizer.vocab_size} tokens, but the model only {args.vocab_size}"
         fix = "name the model's own tokenizer with --tokenizer"
         raise ConfigError(ConfigIssue("the tokenizer", problem, fix, where))
@@ -140,7 +177,7 @@ def _require_usual_masks(config: JobConfig) -> None:
     masks = handler_settings(config, "flex_attention").masks
     if others := [name for name in masks if name not in (CAUSAL, DOCUMENT, WINDOW)]:
         problem = f"was trained with the masks {', '.join(others)}, which have no cache"
-        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
+        raise ConfigError(ConfigIssue(KEY, problem, "measure it with [validation] instead"))
 
 
 def load_pretrained(

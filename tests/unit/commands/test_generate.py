@@ -37,7 +37,15 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_files_on_every_mesh(run_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "--data-parallel-shard-degree=2",
+        pytest.param("--tensor-parallel-degree=2", marks=pytest.mark.nightly),
+        pytest.param("--tensor-parallel-degree=1", marks=pytest.mark.nightly),  # two copies
+    ],
+)
+def test_files_on_a_mesh(run_folder: Path, tmp_path: Path, mesh: str) -> None:
     lines = [{"prompt": "def f" * n, "id": n} for n in (1, 3, 2)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     words = [str(run_folder), "--input", str(tmp_path / "in.jsonl"), "--max-new-tokens=9"]
@@ -49,11 +57,9 @@ def test_files_on_every_mesh(run_folder: Path, tmp_path: Path) -> None:
     assert [row["prompt_tokens"] for row in alone] == [6, 16, 11]  # and a start token
     assert {row["finish_reason"] for row in alone} <= {"length", "eos"}
     assert all(row["completion_tokens"] <= 9 for row in alone)
-    meshes = ["--tensor-parallel-degree=2"], ["--data-parallel-shard-degree=2"], []
-    for number, mesh in enumerate(meshes):
-        file = tmp_path / f"{number}.jsonl"
-        generate(*words, str(file), *mesh, "--batch-size=1", launcher=TORCHRUN)
-        assert rows(file) == alone
+    file = tmp_path / "mesh.jsonl"
+    generate(*words, str(file), mesh, "--batch-size=1", launcher=TORCHRUN)
+    assert rows(file) == alone
 
 
 def test_prompts_of_the_command_line(run_folder: Path) -> None:
