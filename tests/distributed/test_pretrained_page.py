@@ -22,7 +22,8 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.training.pretrained_config import with_pretrained
 
-PAGE = Path(__file__).parents[2] / "docs" / "start" / "pretrained.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, CONFIG = DOCS / "start" / "pretrained.md", "docs/examples/smollm2.toml"
 
 
 def blocks(language: str) -> list[str]:
@@ -57,7 +58,8 @@ def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
     pytest.importorskip("transformers")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
-    (tmp_path / "smollm2.toml").write_text(blocks("toml")[0])
+    (tmp_path / "docs").symlink_to(DOCS)
+    assert [(tmp_path / CONFIG).read_text()] == blocks("toml")
     made, look, ask, check, train, compare, ask_again = commands()
     assert made == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
     assert "a Hugging Face folder" in run(tmp_path, look, "--headers")
@@ -84,7 +86,7 @@ def first_step(folder: Path) -> StepData:
     before = os.getcwd()
     os.chdir(folder)
     try:
-        words = ["smollm2.toml", "--training.dataloader.num_workers=0"]
+        words = [CONFIG, "--training.dataloader.num_workers=0"]
         config = with_pretrained(load_config(words)).config
         context = RunContext(config, 6, "cpu")
         plan = LanePlan(context.num_lanes, 1, 0, context.global_batch_size, 2)
