@@ -65,17 +65,21 @@ def _open(given: str) -> tuple[Contents, list[str]]:
     from torchtitan.checkpoint.contents import open_contents
     from torchtitan.checkpoint.dcp_io import quiet_dcp
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
-    from torchtitan.training.pretrained import KEY, checkpoint_path, newest_step, under_key
+    from torchtitan.training.pretrained import (
+        KEY,
+        checkpoint_path,
+        damaged_steps,
+        newest_step,
+        under_key,
+    )
     from torchtitan.weights.recognise import InvalidWeights
 
     quiet_dcp()
     path = checkpoint_path(expand_path(given))
-    step, faults = newest_step(path)
-    if step is None and faults:
-        raise CheckpointError("; ".join(faults))
+    step = newest_step(path)
     try:
         with under_key(KEY):
-            return open_contents(step or path), faults
+            return open_contents(step or path), damaged_steps(path)
     except (InvalidCheckpoint, InvalidWeights) as error:
         raise CheckpointError(str(error)) from error
 

@@ -22,7 +22,7 @@ from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint, read_manifest
 from torchtitan.checkpoint.state import model_tensors
-from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
+from torchtitan.checkpoint.steps_folder import Candidate, inspect_steps, step_name
 from torchtitan.checkpoint.stored_run import CONFIG_NAME
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.custom_import import import_custom_modules
@@ -81,12 +81,10 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
     `tokenizer_path` replaces the checkpoint's tokenizer. Raises ConfigError.
     """
     folder = checkpoint_path(path)
-    step, faults = newest_step(folder)
-    if step is None and faults:
-        raise CheckpointError("; ".join(faults))
-    notices = tuple(f"A step is damaged, and not used: {fault}" for fault in faults)
-    if step is not None:
-        folder, notices = step, (*notices, f"The newest step of {path} is {step.name}.")
+    notices: tuple[str, ...] = ()
+    if (step := newest_step(folder)) is not None:
+        damaged = [f"A step is damaged, and not used: {fault}" for fault in damaged_steps(folder)]
+        folder, notices = step, (*damaged, f"The newest step of {path} is {step.name}.")
     if os.path.lexists(folder / MANIFEST_NAME):
         return _describe_step(folder, tokenizer_path, notices)
     with under_key(KEY):
@@ -118,15 +116,29 @@ def under_key(key: str) -> Iterator[None]:
         ) from None
 
 
-def newest_step(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest valid step in a run's folder, or in its checkpoints, and others' faults."""
+def newest_step(folder: Path) -> Path | None:
+    """Return the newest valid step of a run's folder, or of its folder of checkpoints.
+
+    None if there are no steps. Raises CheckpointError if all are damaged.
+    """
+    parent, steps = _steps_of(folder)
+    valid = [found.step for found in steps if found.manifest is not None]
+    if steps and not valid:
+        raise CheckpointError("; ".join(damaged_steps(folder)))
+    return parent / step_name(valid[-1]) if valid else None
+
+
+def damaged_steps(folder: Path) -> list[str]:
+    """Return what is wrong with each step, in the same places, that is not valid."""
+    return [found.fault for found in _steps_of(folder)[1] if found.fault is not None]
+
+
+def _steps_of(folder: Path) -> tuple[Path, list[Candidate]]:
     name = stored_value(read_stored_config(folder / CONFIG_NAME) or {}, "checkpoint.folder")
-    for parent in (folder, folder / (name or Checkpoint().folder)):
-        if found := inspect_steps(parent):
-            valid = [candidate.step for candidate in found if candidate.manifest is not None]
-            faults = [candidate.fault for candidate in found if candidate.fault is not None]
-            return parent / step_name(valid[-1]) if valid else None, faults
-    return None, []
+    if steps := inspect_steps(folder):
+        return folder, steps
+    checkpoints = folder / (name or Checkpoint().folder)
+    return checkpoints, inspect_steps(checkpoints)
 
 
 def _describe_step(
