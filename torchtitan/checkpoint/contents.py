@@ -101,18 +101,16 @@ class TensorStats:
 
 
 def open_contents(path: Path) -> Contents:
-    """Open a step, a folder of weights or a GGUF file, from names and headers.
+    """Open a step, a folder of weights or a GGUF file, of a kind that `kind_of` knows.
 
     Raises:
         InvalidCheckpoint, InvalidWeights: damaged, or not what its hyper-parameters say.
-        ConfigError: it is no checkpoint, or of a model that this library does not know.
+        ConfigError: it is of a model that this library does not know.
     """
     kind = kind_of(path)
     if kind in FOREIGN:
         return _open_foreign(path, kind)
-    if kind not in ("step", "dcp"):
-        describe_model(path)  # says what it is not
-        raise InvalidWeights(f"{path}: holds weights of torch.save only, which are not read here")
+    assert kind in ("step", "dcp")
     folder = read_model_folder(path)
     contents = Contents(path, kind, folder.tensors, folder)
     if folder.manifest is None:

@@ -65,21 +65,14 @@ def _open(given: str) -> tuple[Contents, list[str]]:
     from torchtitan.checkpoint.contents import open_contents
     from torchtitan.checkpoint.dcp_io import quiet_dcp
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
-    from torchtitan.training.pretrained import (
-        KEY,
-        checkpoint_path,
-        damaged_steps,
-        newest_step,
-        under_key,
-    )
+    from torchtitan.training.pretrained import KEY, find_checkpoint, under_key
     from torchtitan.weights.recognise import InvalidWeights
 
     quiet_dcp()
-    path = checkpoint_path(expand_path(given))
-    step = newest_step(path)
+    path, faults = find_checkpoint(expand_path(given))
     try:
         with under_key(KEY):
-            return open_contents(step or path), damaged_steps(path)
+            return open_contents(path), faults
     except (InvalidCheckpoint, InvalidWeights) as error:
         raise CheckpointError(str(error)) from error
 

@@ -43,6 +43,7 @@ from torchtitan.training.pretrained_config import tokenizer_of
 from torchtitan.utils.dtypes import default_dtype
 from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
 from torchtitan.weights.hub import download, is_hub_path
+from torchtitan.weights.recognise import kind_of
 
 KEY = "CHECKPOINT"
 _TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
@@ -80,29 +81,40 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
 
     `tokenizer_path` replaces the checkpoint's tokenizer. Raises ConfigError.
     """
-    folder = checkpoint_path(path)
-    notices: tuple[str, ...] = ()
-    if (step := newest_step(folder)) is not None:
-        damaged = [f"A step is damaged, and not used: {fault}" for fault in damaged_steps(folder)]
-        folder, notices = step, (*damaged, f"The newest step of {path} is {step.name}.")
+    folder, damaged = find_checkpoint(path)
+    notices = tuple(f"A step is damaged, and not used: {fault}" for fault in damaged)
     if os.path.lexists(folder / MANIFEST_NAME):
+        if folder != Path(path).resolve():
+            notices += (f"The newest step of {path} is {folder.name}.",)
         return _describe_step(folder, tokenizer_path, notices)
     with under_key(KEY):
         return _describe_foreign(folder, tokenizer_path)
 
 
-def checkpoint_path(given: str) -> Path:
-    """Return the absolute path of a checkpoint; `hf://owner/name` is downloaded first.
+def find_checkpoint(given: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint that a command line names, and what is wrong with others of its run.
 
-    Raises ConfigError.
+    Of a run's folder it is the newest step; `hf://owner/name` is downloaded first. Raises
+    ConfigError, and CheckpointError if all steps are damaged.
     """
     if is_hub_path(given):
         with under_key(KEY):
-            return download(given)
+            return download(given), []
     path = Path(given).resolve()
     if not path.exists():
         raise ConfigError(ConfigIssue(KEY, "does not exist", "name a folder or a file", given))
-    return path
+    if (step := newest_step(path)) is not None:
+        return step, damaged_steps(path)
+    kind = kind_of(path)
+    if kind == "torch":
+        text = "holds weights of torch.save only, which may run code"
+        fix = "load it with transformers and save it with save_pretrained, which writes safetensors"
+        raise ConfigError(ConfigIssue(KEY, text, fix, given))
+    if kind is None:
+        text = "is no checkpoint, and holds none"
+        fix = "name a step, a run's folder, Hugging Face's or Meta's folder, or a GGUF file"
+        raise ConfigError(ConfigIssue(KEY, text, fix, given))
+    return path, []
 
 
 @contextmanager

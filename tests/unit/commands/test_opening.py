@@ -68,8 +68,15 @@ def test_metas_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
     assert describe_pretrained(str(tmp_path / "model")).args.vocab_size == 2011
 
 
-def test_messages_name_the_argument(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*holds no hyper-parameters"):
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*is no checkpoint, and holds none"):
+        describe_pretrained(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*torch.save only.*save_pretrained"):
+        describe_pretrained(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*2 GGUF files"):
         describe_pretrained(str(tmp_path))
 
 
