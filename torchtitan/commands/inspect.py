@@ -65,13 +65,13 @@ def _open(given: str) -> tuple[Contents, list[str]]:
     from torchtitan.checkpoint.contents import open_contents
     from torchtitan.checkpoint.dcp_io import quiet_dcp
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
-    from torchtitan.training.pretrained import KEY, find_checkpoint, under_key
+    from torchtitan.training.pretrained import find_checkpoint, under_command_key
     from torchtitan.weights.recognise import InvalidWeights
 
     quiet_dcp()
     path, faults = find_checkpoint(expand_path(given))
     try:
-        with under_key(KEY):
+        with under_command_key():
             return open_contents(path), faults
     except (InvalidCheckpoint, InvalidWeights) as error:
         raise CheckpointError(str(error)) from error

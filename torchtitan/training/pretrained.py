@@ -45,7 +45,7 @@ from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
 from torchtitan.weights.hub import download, is_hub_path
 from torchtitan.weights.recognise import kind_of
 
-KEY = "CHECKPOINT"
+_KEY = "CHECKPOINT"
 _TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
 """Handlers that change how a model is trained, or how fast it is, but not what it computes."""
 _GENERATION_FILES = ("generation_config.json", "config.json")
@@ -87,7 +87,7 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
         if folder != Path(path).resolve():
             notices += (f"The newest step of {path} is {folder.name}.",)
         return _describe_step(folder, tokenizer_path, notices)
-    with under_key(KEY):
+    with under_command_key():
         return _describe_foreign(folder, tokenizer_path)
 
 
@@ -98,33 +98,33 @@ def find_checkpoint(given: str) -> tuple[Path, list[str]]:
     ConfigError, and CheckpointError if all steps are damaged.
     """
     if is_hub_path(given):
-        with under_key(KEY):
+        with under_command_key():
             return download(given), []
     path = Path(given).resolve()
     if not path.exists():
-        raise ConfigError(ConfigIssue(KEY, "does not exist", "name a folder or a file", given))
+        raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", given))
     if (step := newest_step(path)) is not None:
         return step, damaged_steps(path)
     kind = kind_of(path)
     if kind == "torch":
         text = "holds weights of torch.save only, which may run code"
         fix = "load it with transformers and save it with save_pretrained, which writes safetensors"
-        raise ConfigError(ConfigIssue(KEY, text, fix, given))
+        raise ConfigError(ConfigIssue(_KEY, text, fix, given))
     if kind is None:
         text = "is no checkpoint, and holds none"
         fix = "name a step, a run's folder, Hugging Face's or Meta's folder, or a GGUF file"
-        raise ConfigError(ConfigIssue(KEY, text, fix, given))
+        raise ConfigError(ConfigIssue(_KEY, text, fix, given))
     return path, []
 
 
 @contextmanager
-def under_key(key: str) -> Iterator[None]:
-    """Report issues of `checkpoint.initial_load_path` under the key of a command line."""
+def under_command_key() -> Iterator[None]:
+    """Report issues of `checkpoint.initial_load_path` as those of the command's argument."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(
-            [replace(p, key=key) if p.key == INITIAL_LOAD_KEY else p for p in error.problems]
+            [replace(p, key=_KEY) if p.key == INITIAL_LOAD_KEY else p for p in error.problems]
         ) from None
 
 
@@ -201,7 +201,7 @@ def _require_usual_masks(config: JobConfig) -> None:
     masks = handler_settings(config, "flex_attention").masks
     if others := [name for name in masks if name not in (CAUSAL, DOCUMENT, WINDOW)]:
         problem = f"was trained with the masks {', '.join(others)}, which have no cache"
-        raise ConfigError(ConfigIssue(KEY, problem, "measure it with [validation] instead"))
+        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
 
 
 def load_pretrained(
