@@ -322,8 +322,11 @@ def _settings(one: Contents, other: Contents) -> dict[str, Any]:
     }
 
 
-def _apart(one: Contents, other: Contents, names: Sequence[str]) -> dict[str, float]:
-    """Return the largest difference of each tensor whose values differ, the largest ones first."""
+def _apart(one: Contents, other: Contents, names: Sequence[str]) -> dict[str, float | None]:
+    """Return the largest difference of each tensor whose values differ, the largest ones first.
+
+    None stands for a difference that is not finite, which JSON has no number for.
+    """
     from torchtitan.checkpoint.contents import largest_difference, num_bytes
 
     entries = {**one.tensors, **one.optimizer}
@@ -338,7 +341,7 @@ def _apart(one: Contents, other: Contents, names: Sequence[str]) -> dict[str, fl
     except Exception as error:
         raise _damage(error) from error
     ordered = sorted(names, key=lambda name: (name not in one.tensors, -found[name]))
-    return {name: found[name] for name in ordered if found[name]}
+    return {n: found[n] if math.isfinite(found[n]) else None for n in ordered if found[n]}
 
 
 def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
@@ -358,7 +361,7 @@ def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
     what = "" if report["optimizer_compared"] else " (optimizer state is not in both)"
     lines += ["", f"{compared} compared{what}, {len(values)} differ"]
     if values:
-        shown = [(name, f"{apart:.4g}") for name, apart in values.items()]
+        shown = [(n, "not finite" if a is None else f"{a:.4g}") for n, a in values.items()]
         lines += _table([("tensor", "largest difference"), *shown])
     return [*lines, "no difference in the model was found"] if report["identical"] else lines
 

@@ -14,6 +14,7 @@ from tests.foreign import args_of, random_weights, write_gguf, write_hf, write_m
 from torchtitan.checkpoint import contents
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.cli import main
+from torchtitan.commands import inspect as command
 from torchtitan.weights.meta_params import to_meta_params
 
 ARGS = args_of(n_heads=8, n_kv_heads=4, head_dim=None, ffn_dim=96, vocab_size=132)
@@ -162,6 +163,16 @@ def test_two_steps(run_folder: Path, capsys: Any) -> None:
     assert inspect(capsys, steps / "step-8", run_folder)[0]["identical"]
 
 
+def test_progress(run_folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", -1)
+    _, errors = inspect(capsys, run_folder)
+    assert "verifying: " in errors and f"reading {run_folder}" in errors
+    _, errors = inspect(capsys, run_folder, run_folder)
+    last = [line for line in errors.splitlines() if line.startswith("comparing: ")][-1]
+    done, _, total = last.removeprefix("comparing: ").partition(" of ")
+    assert done == total
+
+
 def test_small_pieces_give_the_same(
     run_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +219,8 @@ def test_damaged_weights(tmp_path: Path, capsys: Any) -> None:
     assert "not finite: layers.0.ffn_norm.weight" in errors
     same, _ = inspect(capsys, folder, folder)
     assert same["identical"]
+    whole = write(tmp_path / "whole", "hf", random_weights(ARGS))
+    assert inspect(capsys, folder, whole)[0]["values"] == {"layers.0.ffn_norm.weight": None}
     next(folder.glob("*.safetensors")).unlink()
     assert "is missing" in refused(capsys, folder, status=4)
 
