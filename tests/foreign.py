@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.hf_weights import to_hf
 from torchtitan.models.registry import get_family
+from torchtitan.weights.hf_config import to_hf_config
 
 INDEX = "model.safetensors.index.json"
 VOCAB_SIZE = 131
@@ -48,7 +49,8 @@ def write_hf(
     """A Hugging Face folder; tensors are dealt to the shards in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     theirs = to_hf(weights, get_family(family).hf_weights, args)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": args.vocab_size}))
+    config = to_hf_config(get_family(family), args)
+    (folder / "config.json").write_text(json.dumps(config))
     if num_shards == 1:
         save_file(theirs, folder / "model.safetensors")
         return
@@ -98,13 +100,30 @@ GGUF_NAMES = {
 
 
 def write_gguf(
-    file: Path, weights: Mapping[str, Tensor], quantised: str = "F32", architecture: str = "llama"
+    file: Path,
+    weights: Mapping[str, Tensor],
+    quantised: str = "F32",
+    architecture: str = "llama",
+    args: DecoderArgs | None = None,
 ) -> dict[str, Tensor]:
-    """A GGUF file with matrices in a type of GGML's; returns what they hold."""
+    """A GGUF file with matrices in a type of GGML's; returns what they hold.
+
+    With `args` it has the hyper-parameters, too.
+    """
     import gguf
 
     kind = gguf.GGMLQuantizationType[quantised]
     writer = gguf.GGUFWriter(file, architecture)
+    if args is not None:
+        writer.add_embedding_length(args.dim)
+        writer.add_block_count(args.n_layers)
+        writer.add_head_count(args.n_heads)
+        writer.add_head_count_kv(args.num_kv_heads)
+        writer.add_key_length(args.head_size())
+        writer.add_feed_forward_length(args.ffn_hidden_dim)
+        writer.add_context_length(args.max_seq_len)
+        writer.add_layer_norm_rms_eps(args.norm_eps)
+        writer.add_rope_freq_base(args.rope_theta)
     held = {}
     for name, weight in weights.items():
         parts = name.removesuffix(".weight").split(".")

@@ -25,6 +25,7 @@ from torchtitan.commands.generation_options import (
     add_generate_arguments,
     positive,
 )
+from torchtitan.commands.inspect_options import add_inspect_arguments
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
@@ -43,10 +44,8 @@ from torchtitan.utils.environment import (
 from torchtitan.utils.processes import StopRequested
 from torchtitan.utils.redaction import redact
 
-_PATIENCE_SECONDS = 60.0
-"""How long a failing rank waits for rank 0, which may look at many files before it answers."""
-_TO_PRINT_SECONDS = 5.0
-"""How long other ranks leave rank 0 to print a problem that all have."""
+_PATIENCE_SECONDS = 60.0  # of a failing rank for rank 0, which may look at many files first
+_TO_PRINT_SECONDS = 5.0  # that other ranks leave rank 0 to print a problem that all have
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -329,6 +328,7 @@ _COMMANDS = {
     "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
     "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
     "chat": _Command("talk with a chat model", add_chat_arguments),
+    "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),

@@ -11,6 +11,7 @@ from tests.forked import execute
 
 ARGS = args_of(n_layers=2, dim=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=264)
 MODEL = [f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")]
+MODEL += ["--model.tokenizer_path=bytes"]
 
 
 def start(tmp_path: Path, *arguments: str, processes: int = 1):
@@ -35,6 +36,14 @@ def test_a_run_starts_from_a_folder_and_resumes_without_it(tmp_path: Path) -> No
     (tmp_path / "hf").rename(tmp_path / "gone")
     again = start(tmp_path, "--training.steps=6")
     assert again.returncode == 0 and "Resumed from step 4" in again.stderr, again.stderr
+
+
+def test_a_head_that_is_missing(tmp_path: Path) -> None:
+    weights = {name: w for name, w in small_weights().items() if name != "output.weight"}
+    write_hf(tmp_path / "hf", weights, ARGS)
+    done = start(tmp_path, "--check")
+    assert done.returncode == 2
+    assert "output.weight is not in it (if it is the embedding, set model.args.tied" in done.stderr
 
 
 def test_what_is_not_a_number_is_named(tmp_path: Path) -> None:

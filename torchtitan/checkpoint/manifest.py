@@ -27,6 +27,7 @@ HANDLER_PREFIX = "handler_state."
 """The prefix, before the handler's name, of the names of tensors that a model handler keeps."""
 HANDLERS_STATE = "handlers"
 """The key in the JSON state of what handlers keep apart from tensors."""
+_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
@@ -119,7 +120,13 @@ def tensor_differences(
         for name, entry in tensors.items()
         if name in saved and saved[name] != entry
     ]
-    texts += [f"{name} is not in it" for name in sorted(wanted) if name not in saved]
+    ties = _EMBEDDING in saved and _HEAD in wanted
+    hint = " (if it is the embedding, set model.args.tied_embeddings = true)"
+    texts += [
+        f"{name} is not in it{hint if ties and name == _HEAD else ''}"
+        for name in sorted(wanted)
+        if name not in saved
+    ]
     texts += [f"{name} is only in it" for name in saved if name not in wanted]
     return some_of(list(dict.fromkeys(texts)), most=8, separator="; ")
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torchtitan.generation.sampling import SamplingParams
     from torchtitan.training.pretrained import Pretrained
 
+_PATIENCE_SECONDS = 7 * 24 * 3600
+"""How long ranks wait for rank 0, which waits for the user. torchrun ends all if one dies."""
 _HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit ends"
 
 
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     conversation.prompt_with("x")  # finds a template that does not render
     conversation.turns = []
     limits = model_session.limits_of(options, found, template.end_of_turn(found.tokenizer))
-    with model_session.open_session(options, found, place) as session:
+    with model_session.open_session(options, found, place, _PATIENCE_SECONDS) as session:
         if session.world.is_main and sys.stdin.isatty():
             print(_HELP, file=sys.stderr)
         while (line := _next_line(session)) is not None:

@@ -8,7 +8,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a step, a run's folder, a Hugging Face folder, Meta's, or a GGUF file",
+        help="a step, a run's folder, a Hugging Face folder, Meta's, a GGUF file, or hf://owner/name",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")

@@ -22,7 +22,6 @@ from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.processes import end_with_launcher
 
-_PATIENCE_SECONDS = 600
 _TP_KEY, _FSDP_KEY = "--tensor-parallel-degree", "--data-parallel-shard-degree"
 
 
@@ -89,9 +88,15 @@ def encode_prompt(found: Pretrained, text: str) -> list[int]:
 
 @contextmanager
 def open_session(
-    options: argparse.Namespace, found: Pretrained, place: env.ProcessEnvironment
+    options: argparse.Namespace,
+    found: Pretrained,
+    place: env.ProcessEnvironment,
+    patience_seconds: int = 600,
 ) -> Iterator[ModelSession]:
-    """Join the other ranks and load the model. All ranks enter."""
+    """Join the other ranks and load the model. All ranks enter.
+
+    `patience_seconds`: how long a rank waits for another one, in the chat for the user.
+    """
     dims = mesh_of(options, found, place.world_size)
     if options.device == "cuda" and not torch.cuda.is_available():
         problem = "this process sees no GPU"
@@ -104,7 +109,7 @@ def open_session(
         for notice in found.notices:
             print(f"notice: {notice}", file=sys.stderr)
     dtype = torch_dtype(options.dtype or ("bfloat16" if kind == "cuda" else "float32"))
-    with open_context(kind, place, _PATIENCE_SECONDS) as world:
+    with open_context(kind, place, patience_seconds) as world:
         mesh = dims.build_mesh(world.device.type)
         model = load_pretrained(found, world, mesh, dims, dtype)
 

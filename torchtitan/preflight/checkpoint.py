@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.checkpoint.decision import decide, starts_anew
 from torchtitan.checkpoint.disk_space import free_space, space_problems
 from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
-from torchtitan.checkpoint.initial import initial_path, setting_problems
+from torchtitan.checkpoint.initial import initial_path, initial_start, setting_problems
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
@@ -65,7 +65,12 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     config, section = context.config, context.config.checkpoint
     dump_folder = Path(config.job.dump_folder)
     if not context.full and not os.path.lexists(dump_folder):
-        return []  # it will lie on another machine
+        # It will lie on another machine; the weights that the run starts from may be here.
+        try:
+            initial_start(context)
+        except ConfigError as error:
+            return error.problems
+        return []
     issues = check_writable("job.dump_folder", dump_folder.absolute(), str(dump_folder))
     if issues:
         return issues

@@ -6,8 +6,9 @@ line is reported at once; `load_pretrained` builds the model and fills each rank
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from pydantic import ValidationError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint, read_manifest
 from torchtitan.checkpoint.state import model_tensors
-from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
+from torchtitan.checkpoint.steps_folder import Candidate, inspect_steps, step_name
+from torchtitan.checkpoint.stored_run import CONFIG_NAME
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.schema import Checkpoint
@@ -36,7 +39,11 @@ from torchtitan.models.family import ModelFamily, require_language_model
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.parallelize import parallelize_for_inference
+from torchtitan.training.pretrained_config import tokenizer_of
 from torchtitan.utils.dtypes import default_dtype
+from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
+from torchtitan.weights.hub import download, is_hub_path
+from torchtitan.weights.recognise import kind_of
 
 _KEY = "CHECKPOINT"
 _TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
@@ -74,24 +81,76 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
 
     `tokenizer_path` replaces the checkpoint's tokenizer. Raises ConfigError.
     """
-    folder = Path(path).resolve()
-    if not folder.exists():
-        raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", path))
-    notices: tuple[str, ...] = ()
-    if (step := _newest_step(folder)) is not None:
-        folder, notices = step, (f"The newest step of {path} is {step.name}.",)
+    folder, damaged = find_checkpoint(path)
+    notices = tuple(f"A step is damaged, and not used: {fault}" for fault in damaged)
     if os.path.lexists(folder / MANIFEST_NAME):
+        if folder != Path(path).resolve():
+            notices += (f"The newest step of {path} is {folder.name}.",)
         return _describe_step(folder, tokenizer_path, notices)
-    return _describe_foreign(folder, tokenizer_path)
+    with under_command_key():
+        return _describe_foreign(folder, tokenizer_path)
 
 
-def _newest_step(folder: Path) -> Path | None:
-    """Return the newest valid step of a run's folder, or of its folder of checkpoints."""
-    for parent in (folder, folder / "checkpoint"):
-        valid = [found.step for found in inspect_steps(parent) if found.manifest is not None]
-        if valid:
-            return parent / step_name(valid[-1])
-    return None
+def find_checkpoint(given: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint that a command line names, and what is wrong with others of its run.
+
+    Of a run's folder it is the newest step; `hf://owner/name` is downloaded first. Raises
+    ConfigError, and CheckpointError if all steps are damaged.
+    """
+    if is_hub_path(given):
+        with under_command_key():
+            return download(given), []
+    path = Path(given).resolve()
+    if not path.exists():
+        raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", given))
+    if (step := newest_step(path)) is not None:
+        return step, damaged_steps(path)
+    kind = kind_of(path)
+    if kind == "torch":
+        text = "holds weights of torch.save only, which may run code"
+        fix = "load it with transformers and save it with save_pretrained, which writes safetensors"
+        raise ConfigError(ConfigIssue(_KEY, text, fix, given))
+    if kind is None:
+        text = "is no checkpoint, and holds none"
+        fix = "name a step, a run's folder, Hugging Face's or Meta's folder, or a GGUF file"
+        raise ConfigError(ConfigIssue(_KEY, text, fix, given))
+    return path, []
+
+
+@contextmanager
+def under_command_key() -> Iterator[None]:
+    """Report issues of `checkpoint.initial_load_path` as those of the command's argument."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            [replace(p, key=_KEY) if p.key == INITIAL_LOAD_KEY else p for p in error.problems]
+        ) from None
+
+
+def newest_step(folder: Path) -> Path | None:
+    """Return the newest valid step of a run's folder, or of its folder of checkpoints.
+
+    None if there are no steps. Raises CheckpointError if all are damaged.
+    """
+    parent, steps = _steps_of(folder)
+    valid = [found.step for found in steps if found.manifest is not None]
+    if steps and not valid:
+        raise CheckpointError("; ".join(damaged_steps(folder)))
+    return parent / step_name(valid[-1]) if valid else None
+
+
+def damaged_steps(folder: Path) -> list[str]:
+    """Return what is wrong with each step, in the same places, that is not valid."""
+    return [found.fault for found in _steps_of(folder)[1] if found.fault is not None]
+
+
+def _steps_of(folder: Path) -> tuple[Path, list[Candidate]]:
+    name = stored_value(read_stored_config(folder / CONFIG_NAME) or {}, "checkpoint.folder")
+    if steps := inspect_steps(folder):
+        return folder, steps
+    checkpoints = folder / (name or Checkpoint().folder)
+    return checkpoints, inspect_steps(checkpoints)
 
 
 def _describe_step(
@@ -107,7 +166,7 @@ def _describe_step(
         raise ConfigError(problems_of(error, {})) from None
     if problems := import_custom_modules(config):
         raise ConfigError(problems)
-    where = tokenizer_path or config.model.tokenizer_path
+    where = tokenizer_path or tokenizer_of(folder) or config.model.tokenizer_path
     tokenizer = build_tokenizer(where)
     family = get_family(config.model.name)
     args = family.resolve(config.model, tokenizer.vocab_size)
@@ -124,8 +183,10 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
     where = tokenizer_path or str(around)
     tokenizer = build_tokenizer(where)
     family = get_family(description.family)
-    args = family.args_type(**description.args)
-    if args.vocab_size is not None and args.vocab_size < tokenizer.vocab_size:
+    args = description.resolved()
+    if args.vocab_size is None:  # Meta's files may leave it to the tokenizer
+        args = args.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    elif args.vocab_size < tokenizer.vocab_size:
         problem = f"has {tokenizer.vocab_size} tokens, but the model only {args.vocab_size}"
         fix = "name the model's own tokenizer with --tokenizer"
         raise ConfigError(ConfigIssue("the tokenizer", problem, fix, where))

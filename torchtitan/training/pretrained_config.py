@@ -112,7 +112,7 @@ def _of_checkpoint(section: Model, path: Path) -> _Found:
         origins["model.name"] = description.source
         notices = description.notices
     if "tokenizer_path" not in section.model_fields_set and path.exists():
-        tokenizer = _tokenizer_of(path)
+        tokenizer = tokenizer_of(path)
         if tokenizer is not None:
             model["tokenizer_path"] = tokenizer
             origins[_TOKENIZER] = str(path)
@@ -130,7 +130,7 @@ def _family_name(section: Model, description: ModelDescription) -> str:
     raise ConfigError(ConfigIssue("model.name", text, fix, section.name))
 
 
-def _tokenizer_of(path: Path) -> str | None:
+def tokenizer_of(path: Path) -> str | None:
     """Return the `model.tokenizer_path` that comes with a checkpoint; None to keep the default."""
     kind = kind_of(path)
     if kind == "step":

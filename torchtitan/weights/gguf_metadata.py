@@ -1,6 +1,7 @@
 """Metadata of a GGUF file to our hyper-parameters. No torch; needs the package `gguf`."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,28 @@ def _llama3_scaling(path: Path, factors: np.ndarray, theta: float) -> dict[str, 
     return args if factor != 1.0 else {}
 
 
+def gguf_reader(path: Path) -> Any:
+    """Return the `GGUFReader` of a file. Raises ImportError without the package, and anything.
+
+    The last one is kept: the package takes seconds for a vocabulary, and a start reads it often.
+    """
+    status = path.stat()
+    return _reader(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _reader(path: Path, _mtime_ns: int, _size: int) -> Any:
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
+
+
 def _open(path: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        return gguf_reader(path)
     except ImportError:
         fix = "pip install 'torchtitan[gguf]'"
         raise ConfigError(ConfigIssue(str(path), "needs the package gguf", fix)) from None
-    try:
-        return GGUFReader(path)
     except Exception as error:  # a damaged header raises anything
         text = f"is not a readable GGUF file: {error}"
         raise ConfigError(ConfigIssue(str(path), text, "get the file again")) from error

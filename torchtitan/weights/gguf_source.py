@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.spec import HFWeight
+from torchtitan.weights.gguf_metadata import gguf_reader
 from torchtitan.weights.recognise import InvalidWeights, gguf_file
 from torchtitan.weights.source import GetSlice, Part, StoredTensor, WeightSource, require_known
 
@@ -98,13 +99,11 @@ def _names(table: Sequence[HFWeight], n_layers: int) -> dict[str, str]:
 
 def _open_reader(file: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        reader = gguf_reader(file)
     except ImportError as error:
         raise InvalidWeights(
             f"{file}: reading GGUF needs the package gguf: pip install 'torchtitan[gguf]'"
         ) from error
-    try:
-        reader = GGUFReader(file)
     except Exception as error:  # the package does not document what a damaged file raises
         raise InvalidWeights(f"{file}: cannot be read: {error}") from error
     field = reader.get_field("general.architecture")

@@ -1,5 +1,6 @@
 """`torchtitan generate` and `chat`: files, pipes, meshes, and what is rejected before loading."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.runs import CONFIG, execute
+from tests.foreign import args_of, random_weights, write_hf
 from torchtitan.cli import main
 
 MODULE = [sys.executable, "-m", "torchtitan"]
@@ -37,7 +39,15 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_files_on_every_mesh(run_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "--data-parallel-shard-degree=2",
+        pytest.param("--tensor-parallel-degree=2", marks=pytest.mark.nightly),
+        pytest.param("--tensor-parallel-degree=1", marks=pytest.mark.nightly),  # two copies
+    ],
+)
+def test_files_on_a_mesh(run_folder: Path, tmp_path: Path, mesh: str) -> None:
     lines = [{"prompt": "def f" * n, "id": n} for n in (1, 3, 2)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     words = [str(run_folder), "--input", str(tmp_path / "in.jsonl"), "--max-new-tokens=9"]
@@ -49,11 +59,9 @@ def test_files_on_every_mesh(run_folder: Path, tmp_path: Path) -> None:
     assert [row["prompt_tokens"] for row in alone] == [6, 16, 11]  # and a start token
     assert {row["finish_reason"] for row in alone} <= {"length", "eos"}
     assert all(row["completion_tokens"] <= 9 for row in alone)
-    meshes = ["--tensor-parallel-degree=2"], ["--data-parallel-shard-degree=2"], []
-    for number, mesh in enumerate(meshes):
-        file = tmp_path / f"{number}.jsonl"
-        generate(*words, str(file), *mesh, "--batch-size=1", launcher=TORCHRUN)
-        assert rows(file) == alone
+    file = tmp_path / "mesh.jsonl"
+    generate(*words, str(file), mesh, "--batch-size=1", launcher=TORCHRUN)
+    assert rows(file) == alone
 
 
 def test_prompts_of_the_command_line(run_folder: Path) -> None:
@@ -129,3 +137,38 @@ def test_a_conversation_over_a_pipe(smollm2: Path) -> None:
     assert third != second  # it was forgotten what about Italy was asked
     assert "/no is not a command" in done.stderr
     assert "starts anew" in done.stderr
+
+
+TEMPLATE = """{% for m in messages %}{{ m['role'][0] + m['content'] }}
+{% endfor %}{% if add_generation_prompt %}a{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a template, whose longest sequence is 48 tokens."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree("tests/assets/tokenizer", folder)
+    args = args_of(n_heads=4, n_kv_heads=2, head_dim=8, vocab_size=2048, max_seq_len=48)
+    write_hf(folder, random_weights(args), args)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_conversation_on_a_mesh(chat_model: Path) -> None:
+    text, words = "Hello\nHow are you?\n/exit\n", ["--temperature=0", "--max-new-tokens=6"]
+    alone = chat(chat_model, text, *words)
+    both = chat(chat_model, text, *words, "--tensor-parallel-degree=2", launcher=TORCHRUN)
+    assert len(alone.stdout.split()) >= 2
+    assert both.stdout == alone.stdout
+
+
+def test_the_oldest_turns_are_forgotten(
+    chat_model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "one two three\n" * 4 + "word " * 60 + "\nfour\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["chat", str(chat_model), "--temperature=0", "--max-new-tokens=16"]) == 0
+    printed = capsys.readouterr()
+    assert "The oldest 2 turns are forgotten" in printed.err
+    assert "which leave no room in the model's 48" in printed.err
+    assert printed.err.index("leave no room") < printed.err.rindex("Cut off after 16 tokens")

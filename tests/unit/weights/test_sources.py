@@ -25,6 +25,7 @@ from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.family import ModelFamily
 from torchtitan.models.registry import get_family
 from torchtitan.weights import source
+from torchtitan.weights.description import describe_model
 from torchtitan.weights.recognise import InvalidWeights, kind_of
 from torchtitan.weights.source import WeightSource, open_weights
 
@@ -81,6 +82,25 @@ def test_gguf_file(tmp_path: Path, quantised: str) -> None:
     for path in (tmp_path, tmp_path / "any.gguf"):
         assert kind_of(path) == "gguf"
         assert_equal(load(path, args), held)
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary takes seconds; a file that has changed is read anew."""
+    gguf = pytest.importorskip("gguf")
+    parsed: list[Path] = []
+
+    class Counting(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def __init__(self, path: Path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    args = args_of(n_heads=8, n_kv_heads=4, head_dim=4, ffn_dim=96)
+    for number in (1, 2):
+        write_gguf(tmp_path / "a.gguf", random_weights(args), ["F16", "F32"][number - 1], args=args)
+        describe_model(tmp_path)
+        open_weights(tmp_path, LLAMA, args)
+        assert len(parsed) == number
 
 
 def test_pieces_are_small_and_files_are_closed(

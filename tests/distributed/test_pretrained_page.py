@@ -1,0 +1,114 @@
+"""The commands of docs/start/pretrained.md on a real model, whose first loss is transformers'."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.distributed.runs import environment
+from tests.forked import execute
+from torchtitan.config.load import load_config
+from torchtitan.config.run_context import RunContext
+from torchtitan.data.loader import LanePlan, StepData, build_loader
+from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.models.batch import IGNORE_INDEX
+from torchtitan.training.pretrained_config import with_pretrained
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, CONFIG = DOCS / "start" / "pretrained.md", "docs/examples/smollm2.toml"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+
+
+def run(folder: Path, words: list[str], *more: str) -> str:
+    """What a command of the page prints."""
+    if words[0] == "torchrun":
+        words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
+    else:
+        words = ["-m", *words]
+    done = execute([sys.executable, *words, *more], environment(), folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--parallelism.data_parallel_shard_degree=1", "--training.steps=2"],
+        pytest.param([], marks=pytest.mark.nightly),
+    ],
+    ids=["3 ranks, 2 steps", "as it stands"],
+)
+def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    (tmp_path / "docs").symlink_to(DOCS)
+    assert [(tmp_path / CONFIG).read_text()] == blocks("toml")
+    made, *others = commands()
+    assert made == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
+    printed: dict[str, list[str]] = {}
+    for words in others:
+        more = []
+        if settings and words[0] == "torchrun":
+            words[2], more = "3", settings
+        name = words[words.index("torchtitan") + 1]
+        printed.setdefault(name, []).append(run(tmp_path, words, *more))
+    look, compare = printed["inspect"]
+    assert "a Hugging Face folder" in look
+    assert all("Paris" in answer for answer in printed["generate"])
+    rows = (tmp_path / "outputs" / "smollm2" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(rows[0])
+    assert first["step"] == 1
+    expected = loss_of_transformers(smollm2, first_step(tmp_path))
+    assert first["loss"] == pytest.approx(expected, abs=1e-4)
+    assert "272 tensors compared" in compare and "only in" not in compare
+    assert "hyper-parameters" not in compare
+    shutil.rmtree(tmp_path / "outputs")  # half a gigabyte
+
+
+def first_step(folder: Path) -> StepData:
+    """The batches of the first step, of all ranks."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        words = [CONFIG, "--training.dataloader.num_workers=0"]
+        config = with_pretrained(load_config(words)).config
+        context = RunContext(config, 6, "cpu")
+        plan = LanePlan(context.num_lanes, 1, 0, context.global_batch_size, 2)
+        tokenizer = build_tokenizer(config.model.tokenizer_path)
+        loader = build_loader(config.training, config.data, config.debug.seed, tokenizer, plan)
+        step = loader.next_step()
+        loader.close()
+    finally:
+        os.chdir(before)
+    return step
+
+
+def loss_of_transformers(folder: Path, step: StepData) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in step.microbatches:
+            labels = batch["labels"].flatten()
+            logits = model(batch["tokens"]).logits.flatten(0, 1)
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != IGNORE_INDEX).sum())
+    assert count > 300
+    return total / count
