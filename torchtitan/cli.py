@@ -20,11 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
-from torchtitan.commands.generation_options import (
-    add_chat_arguments,
-    add_generate_arguments,
-    positive,
-)
+from torchtitan.commands import evaluation_options, generation_options
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
@@ -213,14 +209,14 @@ def _tokenize(parser: _Parser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=positive,
+        type=generation_options.positive,
         help="processes; the output is the same for every number (default: one a core)",
     )
     parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
     parser.add_argument(
         *("--shard-mib", "--shard_mib"),
         metavar="N",
-        type=positive,
+        type=generation_options.positive,
         default=256,
         help="MiB of text in each pair of files (default: 256)",
     )
@@ -327,8 +323,11 @@ _COMMANDS = {
     "tokenize": _Command("tokenise a dataset into files to train on", _tokenize, True),
     "config": _Command("show, copy or convert a config; schema; docs", _config),
     "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
-    "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
-    "chat": _Command("talk with a chat model", add_chat_arguments),
+    "generate": _Command(
+        "continue prompts with any checkpoint", generation_options.add_generate_arguments
+    ),
+    "chat": _Command("talk with a chat model", generation_options.add_chat_arguments),
+    "evaluate": _Command("measure on lm-eval's tasks", evaluation_options.add_evaluate_arguments),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),
