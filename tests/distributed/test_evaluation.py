@@ -93,7 +93,12 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     ("number", "dims", "batch_size"),
-    [(0, ParallelDims(), 4), (1, ParallelDims(), 3), (0, ParallelDims(tp=3), 8)],
+    [
+        (0, ParallelDims(), 4),
+        (1, ParallelDims(), 3),
+        (0, ParallelDims(tp=3), 8),
+        (1, ParallelDims(dp_shard=2), 2),
+    ],
 )
 def test_equals_the_hugging_face_backend(
     gloo_pool: GlooPool,

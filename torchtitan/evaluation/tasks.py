@@ -1,7 +1,7 @@
 """Tasks of lm-eval by name: loaded and checked before anything runs, then measured.
 
-lm-eval is imported where it is used. It draws its few-shot examples from generators of its own; the
-global ones, which it seeds or uses in places, are put back.
+lm-eval, and torch, are imported where they are used. Tasks draw solved examples from generators of
+their own; the state of the global ones, which some use, is put back.
 """
 
 import importlib.util
@@ -12,13 +12,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.schema import Evaluation
 from torchtitan.config.suggest import nearest
 from torchtitan.utils.environment import is_quiet_rank
 
@@ -49,6 +48,19 @@ class TaskChoice:
     dir_key: str = "--task-dir"
 
 
+def chosen_tasks(section: Evaluation) -> TaskChoice:
+    """Return the tasks of `[evaluation]`."""
+    return TaskChoice(
+        section.tasks,
+        section.task_dir,
+        section.num_fewshot,
+        section.limit,
+        section.apply_chat_template,
+        key="evaluation.tasks",
+        dir_key="evaluation.task_dir",
+    )
+
+
 class Measure(NamedTuple):
     """One metric of a task, or of a group of tasks."""
 
@@ -57,11 +69,6 @@ class Measure(NamedTuple):
     value: float
     stderr: float | None
     num_examples: int | None
-
-    @property
-    def place(self) -> str:
-        """The name of the metric in records."""
-        return f"{self.task}/{self.metric}"
 
 
 class Tasks:
@@ -138,12 +145,11 @@ def load_tasks(choice: TaskChoice) -> Tasks:
     if (missing := missing_package(choice.key, ",".join(choice.names))) is not None:
         raise ConfigError(missing)
     import lm_eval.api.task
-    from tqdm import tqdm
 
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for each rank and task
+    lm_eval.api.task.tqdm = lambda items, **_: items  # else every rank shows a bar for each task
     if is_quiet_rank():
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _manager(choice)
+    manager = find_tasks(choice)
     with _kept_random_state():
         try:
             loaded = manager.load(list(dict.fromkeys(choice.names)))
@@ -158,8 +164,11 @@ def load_tasks(choice: TaskChoice) -> Tasks:
     return Tasks(choice, loaded)
 
 
-def _manager(choice: TaskChoice) -> Any:
-    """Return the index of tasks; lm-eval's own thousands only if a name is not in the folder."""
+def find_tasks(choice: TaskChoice) -> Any:
+    """Return lm-eval's index of tasks, in which all names are. Raises ConfigError.
+
+    lm-eval's own thousands, which take seconds, are left out if all names are in the folder.
+    """
     from lm_eval.tasks import TaskManager
 
     if choice.task_dir is not None:
@@ -218,6 +227,8 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
+    import torch
+
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=()):

@@ -31,6 +31,7 @@ from torchtitan.training.ending import (
     leave_now,
     set_status,
 )
+from torchtitan.training.evaluation import build_evaluator
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -83,6 +84,9 @@ def train(
         )
         validator = builder.build_validator(
             context, dims, world, tokenizer, runner, progress.stop, garbage
+        )
+        evaluator = build_evaluator(
+            context, dims, world, tokenizer, model, mesh, runner, progress.stop
         )
         logger.info(builder.describe(context, dims, world, model))
 
@@ -151,9 +155,10 @@ def train(
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            if validator.is_due(step, last=step == training.steps):
-                nonfinite_guard.flush()
-                validator.run(step, metrics)
+            for measurement in (validator, evaluator):
+                if measurement.is_due(step, last=step == training.steps):
+                    nonfinite_guard.flush()
+                    measurement.run(step, metrics)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -163,8 +168,9 @@ def train(
 
         nonfinite_guard.flush()
         ended_early = progress.status == "data_exhausted" and step > first_step
-        if ended_early and validator.is_due(step, last=True):
-            validator.run(step, metrics)
+        for measurement in (validator, evaluator):
+            if ended_early and measurement.is_due(step, last=True):
+                measurement.run(step, metrics)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
