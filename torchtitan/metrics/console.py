@@ -94,8 +94,11 @@ def format_measures(record: Record, step_width: int = 1, color: bool = False) ->
     parts = {"step": f"step: {record['step']:{step_width}d}"}
     for key, value in record.items():
         figure = key.rpartition("/")[2]
-        if figure in ("loss", "perplexity") or key.startswith("evaluation/"):
-            parts[figure] = f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+        is_of_task = key.startswith("evaluation/")
+        if is_of_task or figure in ("loss", "perplexity"):
+            parts[key if is_of_task else figure] = (
+                f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+            )
     return _line(parts, color)
 
 
