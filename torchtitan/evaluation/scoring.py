@@ -49,7 +49,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """What all measurements of a model need."""
+    """The ranks that answer requests, and how many at once."""
 
     world: DistributedContext
     dims: ParallelDims

@@ -91,7 +91,6 @@ def train(
         evaluator = build_evaluator(
             context, dims, world, tokenizer, model, mesh, runner, progress.stop
         )
-        measurements = validator, evaluator
         logger.info(builder.describe(context, dims, world, model))
 
         def save(finished: bool, last: bool) -> None:
@@ -159,7 +158,7 @@ def train(
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            measure(measurements, step, step == training.steps, metrics, nonfinite_guard)
+            measure((validator, evaluator), step, step == training.steps, metrics, nonfinite_guard)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -168,9 +167,8 @@ def train(
             garbage.step(step)
 
         nonfinite_guard.flush()
-        ended_early = progress.status == "data_exhausted" and step > first_step
-        if ended_early:
-            measure(measurements, step, True, metrics, nonfinite_guard)
+        if progress.status == "data_exhausted" and step > first_step:
+            measure((validator, evaluator), step, True, metrics, nonfinite_guard)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
