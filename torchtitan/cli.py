@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.generation_options import (
     add_chat_arguments,
     add_generate_arguments,
-    positive,
 )
 from torchtitan.commands.inspect_options import add_inspect_arguments
 from torchtitan.config.errors import (
@@ -212,14 +212,14 @@ def _tokenize(parser: _Parser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=positive,
+        type=generation_options.positive,
         help="processes; the output is the same for every number (default: one a core)",
     )
     parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
     parser.add_argument(
         *("--shard-mib", "--shard_mib"),
         metavar="N",
-        type=positive,
+        type=generation_options.positive,
         default=256,
         help="MiB of text in each pair of files (default: 256)",
     )
@@ -328,6 +328,7 @@ _COMMANDS = {
     "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
     "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
     "chat": _Command("talk with a chat model", add_chat_arguments),
+    "evaluate": _Command("measure on lm-eval's tasks", add_evaluate_arguments),
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),

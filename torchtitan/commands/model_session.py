@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.data.document_ends import Ends
@@ -31,6 +33,8 @@ class ModelSession:
 
     world: DistributedContext
     dims: ParallelDims
+    mesh: DeviceMesh
+    model: nn.Module
     generator: Generator
 
 
@@ -123,4 +127,4 @@ def open_session(
         generator = Generator(
             model, found.tokenizer.decode, found.args.max_seq_len, world.device, any_rank
         )
-        yield ModelSession(world, dims, generator)
+        yield ModelSession(world, dims, mesh, model, generator)

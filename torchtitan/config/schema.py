@@ -646,6 +646,32 @@ class Validation(Section):
     """Reading processes, which live as long as one validation of one set."""
 
 
+class Evaluation(Section):
+    """Benchmarks of lm-eval, for which the extra `eval` is needed."""
+
+    tasks: Names = ()
+    """Tasks, groups or tags to measure the model on, during the run and at its end. Empty: none."""
+
+    task_dir: PathText | None = None
+    """Folder of YAML files with tasks of your own, in lm-eval's format."""
+
+    freq: PositiveInt | None = None
+    """Steps between two evaluations; the last step of the run is always followed by one. Unset:
+    only that one."""
+
+    num_fewshot: NonNegativeInt | None = None
+    """Solved examples in each prompt. Unset: as many as each task says."""
+
+    limit: PositiveInt | None = None
+    """Only the first so many examples of each task. Unset: all."""
+
+    local_batch_size: PositiveInt = 8
+    """Requests per data-parallel rank in one forward; changes no figure."""
+
+    apply_chat_template: bool = False
+    """Put each request as a user's message, by the chat template of the tokenizer's folder."""
+
+
 class Metrics(Section):
     """Logging."""
 
@@ -766,6 +792,7 @@ class JobConfig(Section):
     activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     validation: Validation = Field(default_factory=Validation)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     metrics: Metrics = Field(default_factory=Metrics)
 
     sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)

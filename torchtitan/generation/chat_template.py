@@ -85,14 +85,7 @@ class ChatTemplate:
         marked = messages
         if special is not None:
             marked = [_marked(message, special) for message in messages]
-        text = self.render(marked, add_generation_prompt)
-        ids, special_ids = list[int](), _special_ids(tokenizer)
-        for part in [text] if special is None else special.split(text):
-            if part in special_ids:
-                ids.append(special_ids[part])
-            elif part:
-                ids += tokenizer.encode(part.replace(_MARK, ""), bos=False, eos=False)
-        return ids
+        return encode_rendered(self.render(marked, add_generation_prompt), tokenizer)
 
     def end_of_turn(self, tokenizer: ChatTokenizer) -> int | None:
         """Return the special token that ends an assistant's turn; None if there is none."""
@@ -107,6 +100,18 @@ class ChatTemplate:
 
     def _error(self, problem: str) -> ConfigError:
         return ConfigError(ConfigIssue(_KEY, problem, f"correct {self._origin}", self._origin))
+
+
+def encode_rendered(text: str, tokenizer: ChatTokenizer) -> list[int]:
+    """Return the ids of a text in which the texts of special tokens are these tokens."""
+    special, special_ids = _special_pattern(tokenizer), _special_ids(tokenizer)
+    ids = list[int]()
+    for part in [text] if special is None else special.split(text):
+        if part in special_ids:
+            ids.append(special_ids[part])
+        elif part:
+            ids += tokenizer.encode(part.replace(_MARK, ""), bos=False, eos=False)
+    return ids
 
 
 def read_chat_template(folders: Sequence[Path]) -> ChatTemplate:

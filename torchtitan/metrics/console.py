@@ -51,7 +51,7 @@ class ConsoleSink:
         """Log the record as a line, and show its loss and speed beside the bar."""
         width = len(str(self._steps))
         if "loss" not in record:
-            logger.info(format_validation(record, width, self._color))
+            logger.info(format_measures(record, width, self._color))
             return
         logger.info(format_line(record, width, self._color))
         if self._bar is not None:
@@ -89,20 +89,23 @@ def format_line(record: Record, step_width: int = 1, color: bool = False) -> str
     return _line({name: f"{name}: {figure}" for name, figure in figures.items()}, color)
 
 
-def format_validation(record: Record, step_width: int = 1, color: bool = False) -> str:
-    """Return loss and perplexity of a validation set as a line, under their metric names."""
+def format_measures(record: Record, step_width: int = 1, color: bool = False) -> str:
+    """Return a validation set's loss and perplexity, or a task's metrics, as a line."""
     parts = {"step": f"step: {record['step']:{step_width}d}"}
     for key, value in record.items():
         figure = key.rpartition("/")[2]
-        if figure in ("loss", "perplexity"):
-            parts[figure] = f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+        is_of_task = key.startswith("evaluation/")
+        if is_of_task or figure in ("loss", "perplexity"):
+            parts[key if is_of_task else figure] = (
+                f"{key}: {value:.4f}" if value < 1e6 else f"{key}: {value:.4g}"
+            )
     return _line(parts, color)
 
 
 def _line(parts: dict[str, str], color: bool) -> str:
     if not color:
         return "  ".join(parts.values())
-    return "  ".join(f"\x1b[{_COLORS[name]}m{part}\x1b[0m" for name, part in parts.items())
+    return "  ".join(f"\x1b[{_COLORS.get(name, 32)}m{part}\x1b[0m" for name, part in parts.items())
 
 
 class _ProgressBar:

@@ -184,6 +184,12 @@ class MetricsLogger:
         }
         self._each_sink(lambda sink: sink.write(record))
 
+    def log_evaluation(self, step: int, task: str, values: Mapping[str, float]) -> None:
+        """Log the metrics of a task after `step`, by name."""
+        record: Record = {"step": step}
+        record |= {f"evaluation/{task}/{name}": value for name, value in values.items()}
+        self._each_sink(lambda sink: sink.write(record))
+
     def flush(self) -> None:
         """Return when every record is on the disk. Call before a checkpoint commits."""
         self._each_sink(lambda sink: sink.flush())

@@ -1,7 +1,8 @@
 """Sinks of metric records: JSON lines, TensorBoard, and those registered by name. No torch.
 
-A sink takes one record per logged step and per validation set. It may raise at any of them (disk
-full, folder gone); `MetricsLogger` decides what happens then. wandb has a module of its own.
+A sink takes one record per logged step, validation set and evaluated task. It may raise at any of
+them (disk full, folder gone); `MetricsLogger` decides what happens then. wandb has a module of its
+own.
 
 A third party adds one by the decorator `register_sink`, in a module that `job.custom_import` names,
 or by an entry point of the group `torchtitan.sinks`. Either gives a class that is made by
@@ -44,6 +45,7 @@ TENSORBOARD_TAGS = {
     "data_seconds": "time_metrics/data_loading(s)",
     "checkpoint_seconds": "time_metrics/checkpoint(s)",
     "validation_seconds": "time_metrics/validation(s)",
+    "evaluation_seconds": "time_metrics/evaluation(s)",
     "data_fraction": "time_metrics/data_loading(%)",
     "memory_active_gib": "memory/max_active(GiB)",
     "memory_active_fraction": "memory/max_active(%)",
@@ -82,7 +84,8 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take a record; `record["step"]` never falls.
 
-        A validation record has no `loss`, but `validation/NAME/loss` and more under that name.
+        A validation record has no `loss`, but `validation/NAME/loss` and more under that name; that
+        of a task has its metrics as `evaluation/TASK/METRIC`.
         """
 
     def flush(self) -> None:

@@ -51,8 +51,11 @@ class Runner(Protocol):
         ranks must call it.
         """
 
-    def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
-        """Return the evaluation loss summed over the targets of all ranks' microbatches."""
+    def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
+        """Return the evaluation loss summed over the targets of all ranks' microbatches.
+
+        `loss` is summed instead of the evaluation loss.
+        """
 
 
 class RunnerBase:
@@ -119,12 +122,12 @@ class SPMDRunner(RunnerBase):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in microbatches:
-            total += self._sum(self.evaluation_loss, batch)
+            total += self._sum(loss or self.evaluation_loss, batch)
         free_gathered(self.model)
         return over_ranks(total, self.is_loss_leader)
 

@@ -19,6 +19,7 @@ from torchtitan.preflight import (
     checkpoint,
     context_parallel,
     data,
+    evaluation,
     handlers,
     hardware,
     memory,
@@ -61,7 +62,7 @@ STATIC = (
 )
 """Modules with `check_static`, in the order of their issues."""
 ENVIRONMENT = {
-    FILES: (pipeline_parallel, data, validation, optim, outputs),
+    FILES: (pipeline_parallel, data, validation, evaluation, optim, outputs),
     HARDWARE: (hardware, handlers),
     CHECKPOINTS: (checkpoint, pretrained),
 }

@@ -110,7 +110,7 @@ def build_runner(
 ) -> Runner:
     """Build what computes the losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
-    shard = _vocab_shard(config, model, mesh, dims)
+    shard = vocab_shard(config, model, mesh, dims)
     loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, shard)
     section = config.parallelism
     shard_batch = None
@@ -139,9 +139,10 @@ def build_runner(
     return PipelineRunner(local, loss, device, names, **common)
 
 
-def _vocab_shard(
+def vocab_shard(
     config: JobConfig, model: BuiltModel, mesh: DeviceMesh, dims: ParallelDims
 ) -> VocabShard | None:
+    """Return this rank's part of the vocabulary; None without tensor parallelism."""
     if dims.tp == 1:
         return None
     total, group = model.args.vocab_size, mesh["tp"].get_group()

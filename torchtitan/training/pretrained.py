@@ -170,8 +170,9 @@ def _describe_step(
     tokenizer = build_tokenizer(where)
     family = get_family(config.model.name)
     args = family.resolve(config.model, tokenizer.vocab_size)
-    if "flex_attention" in config.model.handlers:
-        _require_usual_masks(config)
+    if masks := masks_without_cache(config):
+        problem = f"was trained with the masks {', '.join(masks)}, which have no cache"
+        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
     return Pretrained(folder, family, args, tokenizer, (_folder_of(where),), config, notices)
 
 
@@ -196,12 +197,12 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
     )
 
 
-def _require_usual_masks(config: JobConfig) -> None:
-    """Raise ConfigError for masks that a cache of keys and values does not know."""
+def masks_without_cache(config: JobConfig) -> list[str]:
+    """Return the masks of the model that a cache of keys and values does not know."""
+    if "flex_attention" not in config.model.handlers:
+        return []
     masks = handler_settings(config, "flex_attention").masks
-    if others := [name for name in masks if name not in (CAUSAL, DOCUMENT, WINDOW)]:
-        problem = f"was trained with the masks {', '.join(others)}, which have no cache"
-        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
+    return [name for name in masks if name not in (CAUSAL, DOCUMENT, WINDOW)]
 
 
 def load_pretrained(

@@ -1,7 +1,7 @@
 """The training run: `train` is the loop, `run` the life of one process."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.metrics.profiler import Profiler
 from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
 from torchtitan.optim.optimizer import build_optimizers
@@ -31,7 +32,10 @@ from torchtitan.training.ending import (
     leave_now,
     set_status,
 )
+from torchtitan.training.evaluation import Evaluator, build_evaluator
+from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.garbage import GarbageCollection
@@ -83,6 +87,9 @@ def train(
         )
         validator = builder.build_validator(
             context, dims, world, tokenizer, runner, progress.stop, garbage
+        )
+        evaluator = build_evaluator(
+            context, dims, world, tokenizer, model, mesh, runner, progress.stop
         )
         logger.info(builder.describe(context, dims, world, model))
 
@@ -151,9 +158,7 @@ def train(
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            if validator.is_due(step, last=step == training.steps):
-                nonfinite_guard.flush()
-                validator.run(step, metrics)
+            measure((validator, evaluator), step, step == training.steps, metrics, nonfinite_guard)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -162,9 +167,8 @@ def train(
             garbage.step(step)
 
         nonfinite_guard.flush()
-        ended_early = progress.status == "data_exhausted" and step > first_step
-        if ended_early and validator.is_due(step, last=True):
-            validator.run(step, metrics)
+        if progress.status == "data_exhausted" and step > first_step:
+            measure((validator, evaluator), step, True, metrics, nonfinite_guard)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
@@ -173,6 +177,20 @@ def train(
         with metrics.timing("checkpoint"):
             manager.wait()
         report_saved()
+
+
+def measure(
+    measurements: Sequence[Validator | Evaluator],
+    step: int,
+    last: bool,
+    metrics: MetricsLogger,
+    nonfinite_guard: NonFiniteGuard,
+) -> None:
+    """Take the measurements that are due after `step`; `last`: no step follows."""
+    for measurement in measurements:
+        if measurement.is_due(step, last):
+            nonfinite_guard.flush()
+            measurement.run(step, metrics)
 
 
 def begin(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import CONTEXT, execute, serve
-from torchtitan.metrics.console import format_line, format_validation
+from torchtitan.metrics.console import format_line, format_measures
 
 RECORD = {
     "step": 30,
@@ -92,10 +92,17 @@ def test_coloured_line_of_a_validation() -> None:
         "validation/web/num_targets": 5,
     }
     plain = "step:   30  validation/web/loss: 3.2500  validation/web/perplexity: 1e+07"
-    assert format_validation(record, 4) == plain
-    colored = format_validation(record, 4, color=True)
+    assert format_measures(record, 4) == plain
+    colored = format_measures(record, 4, color=True)
     assert colored.count("\x1b[0m") == 3
     assert "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b[")) == plain
+
+
+def test_all_metrics_of_a_task_are_shown() -> None:
+    record = {"step": 30, "evaluation/gsm8k/match/strict": 0.5, "evaluation/gsm8k/loose/strict": 1}
+    plain = "step: 30  evaluation/gsm8k/match/strict: 0.5000  evaluation/gsm8k/loose/strict: 1.0000"
+    assert format_measures(record) == plain
+    assert format_measures(record, color=True).count("\x1b[32mevaluation") == 2
 
 
 def test_terminal_gets_a_bar_below_whole_lines(tmp_path: Path) -> None:

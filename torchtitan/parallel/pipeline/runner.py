@@ -99,7 +99,7 @@ class PipelineRunner(RunnerBase):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`. Takes any number of microbatches of any size."""
         self._connect()
         for part in self._stages.values():
@@ -115,7 +115,7 @@ class PipelineRunner(RunnerBase):
                 if rank == self._rank:
                     out = self._forward(stage, pieces[index], hidden.pop((stage, index), None))
                     if stage == self._last:
-                        total += self._loss(self.evaluation_loss, out, pieces[index])
+                        total += self._loss(loss or self.evaluation_loss, out, pieces[index])
                     elif stage_to_rank[stage + 1] == rank:
                         hidden[stage + 1, index] = out
                     else:

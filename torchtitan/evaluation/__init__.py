@@ -1,0 +1,1 @@
+"""Benchmarks of EleutherAI's lm-eval, on any mesh; needs the extra `eval`."""
