@@ -4,13 +4,10 @@ In two phases: `describe_pretrained` reads names and sizes, so that whatever is 
 line is reported at once; `load_pretrained` builds the model and fills each rank's part.
 """
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -37,6 +34,7 @@ from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.parallelize import parallelize_for_inference
 from torchtitan.utils.dtypes import default_dtype
+from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
 
 _KEY = "CHECKPOINT"
 _TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
@@ -63,7 +61,7 @@ class Pretrained:
         """The tokens that end a text, by the tokenizer and by the files next to the weights."""
         found = {self.tokenizer.eos_id}
         for file in (folder / name for folder in self.folders for name in _GENERATION_FILES):
-            ids = _read_json(file).get("eos_token_id")
+            ids = read_json(file).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             found |= {token for token in ids if isinstance(token, int)}
         return frozenset(found)
@@ -78,14 +76,14 @@ def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrai
     if not folder.exists():
         raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", path))
     notices: tuple[str, ...] = ()
-    if (step := _newest_step(folder)) is not None:
+    if (step := newest_step(folder)) is not None:
         folder, notices = step, (f"The newest step of {path} is {step.name}.",)
     if os.path.lexists(folder / MANIFEST_NAME):
         return _describe_step(folder, tokenizer_path, notices)
     return _describe_foreign(folder, tokenizer_path)
 
 
-def _newest_step(folder: Path) -> Path | None:
+def newest_step(folder: Path) -> Path | None:
     """Return the newest valid step of a run's folder, or of its folder of checkpoints."""
     for parent in (folder, folder / "checkpoint"):
         valid = [found.step for found in inspect_steps(parent) if found.manifest is not None]
@@ -113,7 +111,9 @@ def _describe_step(
     args = family.resolve(config.model, tokenizer.vocab_size)
     if "flex_attention" in config.model.handlers:
         _require_usual_masks(config)
-    return Pretrained(folder, family, args, tokenizer, (_folder_of(where),), config, notices)
+    return Pretrained(
+        folder, family, args, tokenizer, (folder_of_tokenizer(where),), config, notices
+    )
 
 
 def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
@@ -129,10 +129,21 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
         problem = f"has {tokenizer.vocab_size} tokens, but the model only {args.vocab_size}"
         fix = "name the model's own tokenizer with --tokenizer"
         raise ConfigError(ConfigIssue("the tokenizer", problem, fix, where))
-    folders = tuple(dict.fromkeys((_folder_of(where), around)))
+    folders = tuple(dict.fromkeys((folder_of_tokenizer(where), around)))
     return Pretrained(
         path, family, args, tokenizer, folders, notices=tuple(map(str, description.notices))
     )
+
+
+def require_plain_model(config: JobConfig) -> None:
+    """Raise ConfigError for handlers that change what the family's model computes."""
+    changing = set(config.model.handlers) - _TRAINING_ONLY - {"flex_attention"}
+    if changing:
+        problem = f"was trained with {', '.join(sorted(changing))}, which other programs lack"
+        fix = "convert it to a .pt file instead, which holds its tensors as they are"
+        raise ConfigError(ConfigIssue("model.handlers", problem, fix))
+    if "flex_attention" in config.model.handlers:
+        _require_usual_masks(config)
 
 
 def _require_usual_masks(config: JobConfig) -> None:
@@ -181,16 +192,3 @@ def _load(found: Pretrained, world: DistributedContext, model: nn.Module) -> Non
     section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
     open_foreign = partial(open_weights, family=found.family, args=found.args)
     InitialLoad(section, world, open_foreign).load(model_tensors([model]), {})
-
-
-def _folder_of(tokenizer_path: str) -> Path:
-    path = Path(os.path.expanduser(tokenizer_path))
-    return path.parent if path.is_file() else path
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
