@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     if len(paths) != 2:
         options.parser.error(f"takes IN and OUT, not {len(paths)} paths")
     from torchtitan.training import export
+    from torchtitan.training.open_model import open_model, open_tensors
     from torchtitan.utils.logging import init_logging
 
     source, out = (Path(expand_path(path)) for path in paths)
@@ -31,9 +32,9 @@ def run(options: argparse.Namespace) -> int:
     format = options.format or _BY_SUFFIX.get(out.suffix, "hf")
     target = export.Target(out, format, options.dtype, options.max_shard_size)
     if format in ("dcp", "pt"):
-        print(export.write_tensors(export.open_tensors(source.resolve()), target))
+        print(export.write_tensors(open_tensors(source.resolve()), target))
     else:
-        model = export.open_model(source, options.tokenizer, options.model)
+        model = open_model(source, options.tokenizer, options.model)
         print(export.write_model(model, target))
     return DONE
 

@@ -10,7 +10,8 @@ from torchtitan.config.paths import expand_path
 
 def run(options: argparse.Namespace) -> int:
     """Check the paths, then write; exit status 0. Raises ConfigError and CheckpointError."""
-    from torchtitan.training.export import Target, check_target, open_model, write_model
+    from torchtitan.training.export import Target, check_target, write_model
+    from torchtitan.training.open_model import open_model
     from torchtitan.utils.logging import init_logging
 
     out = Path(expand_path(options.out))

@@ -28,7 +28,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import convert_model
 from torchtitan.handlers.masks import CAUSAL, DOCUMENT, WINDOW
 from torchtitan.handlers.named import NamedHandler
-from torchtitan.handlers.registry import LOW_PRECISION, handler_settings
+from torchtitan.handlers.registry import TRAINING_ONLY, changes_model, handler_settings
 from torchtitan.models.family import ModelFamily, require_language_model
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
@@ -37,8 +37,6 @@ from torchtitan.utils.dtypes import default_dtype
 from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
 
 _KEY = "CHECKPOINT"
-_TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
-"""Handlers that change how a model is trained, or how fast it is, but not what it computes."""
 _GENERATION_FILES = ("generation_config.json", "config.json")
 
 
@@ -137,9 +135,8 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
 
 def require_plain_model(config: JobConfig) -> None:
     """Raise ConfigError for handlers that change what the family's model computes."""
-    changing = set(config.model.handlers) - _TRAINING_ONLY - {"flex_attention"}
-    if changing:
-        problem = f"was trained with {', '.join(sorted(changing))}, which other programs lack"
+    if changing := changes_model(config.model.handlers):
+        problem = f"was trained with {', '.join(changing)}, which other programs lack"
         fix = "convert it to a .pt file instead, which holds its tensors as they are"
         raise ConfigError(ConfigIssue("model.handlers", problem, fix))
     if "flex_attention" in config.model.handlers:
@@ -172,7 +169,7 @@ def load_pretrained(
     require_language_model(model, found.family.name)
     handlers: list[NamedHandler] = []
     if found.config is not None:
-        names = [name for name in found.config.model.handlers if name not in _TRAINING_ONLY]
+        names = [name for name in found.config.model.handlers if name not in TRAINING_ONLY]
         handlers = [NamedHandler(name, found.config, dims) for name in names]
         convert_model(model, handlers, dtype)
     model.requires_grad_(False)

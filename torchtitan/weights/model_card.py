@@ -10,13 +10,18 @@ if TYPE_CHECKING:
     from torchtitan.weights.stored_model import StoredModel
 
 _SECTIONS = ("model", "optimizer", "lr_scheduler", "loss", "training", "data", "handlers")
-"""What decides the weights; the mesh does not."""
-_OF_THE_MESH = (
+"""What decides the weights."""
+_NOT_SHOWN = (
+    "tokenizer_path",
+    "print_after_conversion",
+    "dataset_path",
+    "dataloader",
     "local_batch_size",
     "enable_cpu_offload",
     "gc_freq",
     "gc_debug",
 )
+"""Settings of the mesh and the machine, and paths on it."""
 
 
 def model_card(model: "StoredModel", num_parameters: int, dtype: str) -> str:
@@ -52,15 +57,21 @@ def _training(training: Mapping[str, Any], config: Mapping[str, Any]) -> Iterato
     for source in sources:
         names = [source.get(key) for key in ("dataset", "dataset_path") if source.get(key)]
         if names:
-            yield f"- Data: {', '.join(map(str, names))}"
+            yield f"- Data: {', '.join(map(_public, names))}"
     if section.get("seq_len"):
         yield f"- Sequence length: {section['seq_len']:,}"
     start = (config.get("checkpoint") or {}).get("initial_load_path")
     if start:
-        yield f"- Started from: {start}"
+        yield f"- Started from: {_public(start)}"
     versions = training.get("versions")
     if isinstance(versions, Mapping):
         yield f"- Versions: {', '.join(f'{name} {of}' for name, of in versions.items())}"
+
+
+def _public(path: Any) -> str:
+    """Return a path without the folders of this machine that it lies in."""
+    text = str(path)
+    return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "~", ".")) else text
 
 
 def _config(config: Mapping[str, Any]) -> Iterator[str]:
@@ -70,7 +81,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(values, Mapping):
             continue
         known = {
-            k: v for k, v in values.items() if v not in (None, {}, [], -1) and k not in _OF_THE_MESH
+            k: v for k, v in values.items() if v not in (None, {}, [], -1) and k not in _NOT_SHOWN
         }
         if known:
             yield f"[{section}]"

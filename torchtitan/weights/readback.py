@@ -23,7 +23,7 @@ from torchtitan.utils.host import available_bytes
 from torchtitan.weights.description import describe_model, differences
 from torchtitan.weights.recognise import InvalidWeights
 from torchtitan.weights.source import WeightSource, open_weights
-from torchtitan.weights.stored_model import StoredModel, convert, load
+from torchtitan.weights.stored_model import DtypeOf, StoredModel, convert, load
 
 SAME_WEIGHTS = 1e-6
 """Bound of the KL divergence, in nats per token, of models whose weights are equal."""
@@ -45,9 +45,7 @@ class Readback:
     why_not: str = ""
 
 
-def read_back(
-    model: StoredModel, written: Path, dtype_of: Callable[[str], torch.dtype], ties: bool = True
-) -> Readback:
+def read_back(model: StoredModel, written: Path, dtype_of: DtypeOf, ties: bool = True) -> Readback:
     """Compare the model in `written` with the original.
 
     `dtype_of` is the type in which a tensor was written. With `ties` false the format stores tied
@@ -97,7 +95,7 @@ def divergence(expected: Tensor, found: Tensor) -> float:
     return worst
 
 
-def _bound(model: StoredModel, dtype_of: Callable[[str], torch.dtype]) -> float:
+def _bound(model: StoredModel, dtype_of: DtypeOf) -> float:
     tensors = model.weights.tensors
     rounded = {
         str(dtype_of(name)).removeprefix("torch.")
@@ -119,7 +117,7 @@ def _require_same_tensors(model: StoredModel, source: WeightSource) -> None:
 def _fill_equal(
     model: StoredModel,
     source: WeightSource,
-    dtype_of: Callable[[str], torch.dtype],
+    dtype_of: DtypeOf,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Fill tensors from the export; raise `InvalidWeights` for one that is not the original's."""

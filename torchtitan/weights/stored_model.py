@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,9 @@ from torchtitan.models.family import ModelFamily
 from torchtitan.weights.recognise import InvalidWeights
 
 logger = logging.getLogger(__name__)
+
+DtypeOf = Callable[[str], torch.dtype]
+"""Returns the type in which the tensor of a name is written."""
 
 _BATCH_BYTES = 64 * 2**20
 _SECONDS_BETWEEN_LINES = 10.0
@@ -56,9 +59,9 @@ def target_dtype(entry: Mapping[str, Any], dtype: str | None) -> torch.dtype:
 
 
 def read_tensors(
-    weights: Weights, names: Iterable[str], dtype: str | None = None
+    weights: Weights, names: Iterable[str], dtype: str | DtypeOf | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors whole, in order, converted to `dtype`.
+    """Yield tensors whole, in order, converted to `dtype`, which may be a function of the name.
 
     Holds no more than the largest tensor, or 64 MiB, and what the caller keeps. Raises
     `InvalidWeights` if the files are damaged, and for a value that `dtype` cannot hold.
@@ -73,7 +76,8 @@ def read_tensors(
         held = {name: _empty(tensors[name]) for name in batch}
         load(weights, held)
         for name in batch:
-            yield name, convert(name, held.pop(name), target_dtype(tensors[name], dtype))
+            target = dtype(name) if callable(dtype) else target_dtype(tensors[name], dtype)
+            yield name, convert(name, held.pop(name), target)
 
 
 def load(weights: Weights, tensors: Mapping[str, Tensor]) -> None:
