@@ -21,9 +21,15 @@ from typing import Any, NamedTuple, NoReturn
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
+from torchtitan.commands.export_options import (
+    add_convert_arguments,
+    add_export_arguments,
+    add_upload_arguments,
+)
 from torchtitan.commands.generation_options import (
     add_chat_arguments,
     add_generate_arguments,
+    positive,
 )
 from torchtitan.commands.inspect_options import add_inspect_arguments
 from torchtitan.config.errors import (
@@ -212,14 +218,14 @@ def _tokenize(parser: _Parser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=generation_options.positive,
+        type=positive,
         help="processes; the output is the same for every number (default: one a core)",
     )
     parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
     parser.add_argument(
         *("--shard-mib", "--shard_mib"),
         metavar="N",
-        type=generation_options.positive,
+        type=positive,
         default=256,
         help="MiB of text in each pair of files (default: 256)",
     )
@@ -237,26 +243,6 @@ def _config_copy(parser: _Parser) -> None:
 def _config_convert(parser: _Parser) -> None:
     parser.add_argument("old", metavar="OLD.toml")
     parser.add_argument("new", metavar="NEW.toml", nargs="?", help="default: stdout")
-
-
-def _convert(parser: _Parser) -> None:
-    parser.add_commands(_CONVERT_COMMANDS, dest="kind")
-
-
-def _dcp_to_torch(parser: _Parser) -> None:
-    """Write the weights of a checkpoint as one file of torch.save.
-
-    The checkpoint is one of this program (.../checkpoint/step-N) or any other that
-    torch.distributed.checkpoint has saved. torch.load(FILE, weights_only=True, mmap=True) and
-    torchtune read the file. Needs as much memory as the file is large.
-    """
-    parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("file", metavar="FILE", help="a new file")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="convert to this type (default: keep the types)",
-    )
 
 
 def _list(parser: _Parser) -> None:
@@ -325,7 +311,9 @@ _COMMANDS = {
     ),
     "tokenize": _Command("tokenise a dataset into files to train on", _tokenize, True),
     "config": _Command("show, copy or convert a config; schema; docs", _config),
-    "convert": _Command("convert a checkpoint to a file of torch.save", _convert),
+    "export": _Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
+    "convert": _Command("convert a checkpoint to another format", add_convert_arguments),
+    "upload": _Command("upload a folder to the Hugging Face hub", add_upload_arguments),
     "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
     "chat": _Command("talk with a chat model", add_chat_arguments),
     "evaluate": _Command("measure on lm-eval's tasks", add_evaluate_arguments),
@@ -340,9 +328,6 @@ _CONFIG_COMMANDS = {
     "convert": _Command("write a TOML of an older TorchTitan with today's keys", _config_convert),
     "schema": _Command("print the JSON schema of the TOML file, for editors"),
     "docs": _Command("print the reference page, in Markdown"),
-}
-_CONVERT_COMMANDS = {
-    "dcp-to-torch": _Command("write the weights of a checkpoint for torch.load", _dcp_to_torch),
 }
 
 

@@ -29,6 +29,7 @@ from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.stored_run import (
     CONFIG_NAME,
+    HF_NAME,
     METRICS_NAME,
     PENDING_NAME,
     STATUS_NAME,
@@ -209,7 +210,7 @@ def _unwritable(path: Path, error: OSError) -> ConfigIssue:
 def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move the files of a run into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
-    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, TOKENIZER_NAME, *_SINK_FOLDERS]
+    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, TOKENIZER_NAME, HF_NAME, *_SINK_FOLDERS]
     names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")

@@ -531,9 +531,13 @@ class Checkpoint(Section):
     last_save_model_only: bool = False
     """Save only the model at the last step: smaller, but the run cannot be continued from there."""
 
+    last_save_in_hf: bool = False
+    """Export the last step when the run is over, as `torchtitan export` does: to the Hugging Face
+    folder `hf/step-N` in `job.dump_folder`, in the type `export_dtype`."""
+
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights that `last_save_model_only` saves; `float32` leaves them in
-    theirs. `float16` holds nothing beyond 65504."""
+    """Number format of the weights that `last_save_model_only` and `last_save_in_hf` write;
+    `float32` leaves them in theirs. `float16` holds nothing beyond 65504."""
 
     load_only: bool = False
     """Load as usual, and save nothing."""

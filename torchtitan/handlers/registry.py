@@ -73,6 +73,8 @@ def require_handler(name: str, thing: Any) -> None:
 HANDLERS: Registry[HandlerEntry] = Registry("model.handlers", "torchtitan.handlers", entry_of)
 LOW_PRECISION = ("float8", "mxfp8", "int8", "bitnet")
 """Handlers that make linears compute in another format: a model has one of them."""
+TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
+"""Handlers that change how a model is trained, or how fast it is, but not what it computes."""
 
 
 def _low_precision(name: str, path: str, settings: type[Section], **more: Any) -> HandlerEntry:
@@ -140,3 +142,8 @@ def handler_settings(config: JobConfig, name: str) -> Any:
     """
     settings = HANDLERS[name].settings
     return validated(settings, config.handlers.get(name, {}), f"handlers.{name}")
+
+
+def changes_model(names: Iterable[str]) -> list[str]:
+    """Return the handlers after which a model is no longer its family's, so no export knows it."""
+    return sorted(set(names) - TRAINING_ONLY - {"flex_attention"})

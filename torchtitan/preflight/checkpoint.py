@@ -15,9 +15,12 @@ from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint, Model
+from torchtitan.handlers.registry import changes_model
+from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.folders import check_name, check_writable
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+from torchtitan.weights.hf_config import to_hf_config
 from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_NEEDS_ENABLE = (
+    "load_step",
+    "initial_load_path",
+    "load_only",
+    "create_seed_checkpoint",
+    "last_save_in_hf",
+)
 _LONG_RUN_STEPS = 1000
 _HARMLESS_HANDLERS = {"compile"}
 """Handlers that add no parameters."""
@@ -41,11 +51,12 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         text = "would leave nothing to fall back to when the only checkpoint is damaged"
         fix = "use 2 or more, or 0 for all"
         issues.append(ConfigIssue("checkpoint.keep_latest_k", text, fix, 1))
-    if section.export_dtype != "float32" and not section.last_save_model_only:
-        text = "only applies to a last checkpoint without optimizer state, which is not set"
-        fix = 'set checkpoint.last_save_model_only, or leave it at "float32"'
+    writes_weights = section.last_save_model_only or section.last_save_in_hf
+    if section.export_dtype != "float32" and not writes_weights:
+        text = "only applies to weights that are saved at the end, which is not set"
+        fix = "set checkpoint.last_save_model_only or last_save_in_hf, or leave it at float32"
         issues.append(ConfigIssue("checkpoint.export_dtype", text, fix, section.export_dtype))
-    issues += setting_problems(section) + _seed_problems(context)
+    issues += setting_problems(section) + _seed_problems(context) + _export_problems(context)
     return issues + _enable_problems(section, config.training.steps)
 
 
@@ -168,13 +179,35 @@ def _enable_problems(section: Checkpoint, steps: int) -> list[ConfigIssue]:
     text = "has no effect, because checkpoint.enable is false"
     issues = [
         ConfigIssue(f"checkpoint.{key}", text, "set checkpoint.enable", getattr(section, key))
-        for key in ("load_step", "initial_load_path", "load_only", "create_seed_checkpoint")
+        for key in _NEEDS_ENABLE
         if getattr(section, key) != Checkpoint.model_fields[key].default
     ]
     if not issues and is_long:
         text = f"means that a run of {steps} steps cannot be resumed when it is stopped"
         return [warning("checkpoint.enable", text, "set it to true", False)]
     return issues
+
+
+def _export_problems(context: RunContext) -> list[ConfigIssue]:
+    """Return why the last step could not be exported: better now than after the training."""
+    config, key = context.config, "checkpoint.last_save_in_hf"
+    args = model_args(config.model) if config.checkpoint.last_save_in_hf else None
+    if args is None:
+        return []
+    problem = ""
+    if config.checkpoint.load_only:
+        problem = "saves nothing, because checkpoint.load_only is set"
+    elif handlers := changes_model(config.model.handlers):
+        problem = f"does not know what {', '.join(handlers)} changes in the model"
+    elif not isinstance(args, DecoderArgs):
+        problem = f"does not know the family {config.model.name}"
+    else:
+        try:
+            to_hf_config(get_family(config.model.name), args)
+        except ValueError as error:
+            problem = f"cannot write the model: {error}"
+    fix = "leave it out; `torchtitan convert STEP OUT.pt` writes the tensors as they are"
+    return [ConfigIssue(key, problem, fix, True)] if problem else []
 
 
 def _seed_problems(context: RunContext) -> list[ConfigIssue]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from torchtitan.checkpoint.run_folder import RunFolder, Status
+from torchtitan.checkpoint.stored_run import HF_NAME
 from torchtitan.config import (
     CheckpointError,
     ConfigError,
@@ -28,6 +29,7 @@ from torchtitan.config.exit_codes import (
 )
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.roll_call import Ending, explain
+from torchtitan.training.pretrained import newest_step
 from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.torch_compat import lost_contact
 
@@ -174,6 +176,30 @@ def _describe_stop(progress: Progress) -> str:
     if progress.saved_step:
         return f"{text} The last saved step is {progress.saved_step}."
     return f"{text} Nothing is saved, as checkpoint.enable is false or checkpoint.load_only is set."
+
+
+def export_last_step(config: JobConfig, folder: RunFolder) -> int:
+    """Export the newest step if `checkpoint.last_save_in_hf` is set; return the exit status.
+
+    An export that is there stays. Needs no other rank; nothing of the run is lost if it fails.
+    """
+    from torchtitan.training import export, open_model
+
+    section, steps = config.checkpoint, folder.path / config.checkpoint.folder
+    step = newest_step(steps) if section.last_save_in_hf else None
+    if step is None or (folder.path / HF_NAME / step.name).exists():
+        return DONE
+    dtype = None if section.export_dtype == "float32" else section.export_dtype
+    target = folder.path / HF_NAME / step.name
+    try:
+        target.parent.mkdir(exist_ok=True)
+        model = open_model.open_model(step)
+        logger.info(export.write_model(model, export.Target(target, dtype=dtype)))
+    except (ConfigError, CheckpointError, OSError) as error:
+        again = f"torchtitan export {step} OUT"
+        logger.error("checkpoint.last_save_in_hf: %s. The run is saved; see `%s`", error, again)
+        return CHECKPOINT
+    return DONE
 
 
 def describe_folder(config: JobConfig, folder: RunFolder) -> str:

@@ -4,14 +4,12 @@ In two phases: `describe_pretrained` reads names and sizes, so that whatever is 
 line is reported at once; `load_pretrained` builds the model and fills each rank's part.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -34,7 +32,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import convert_model
 from torchtitan.handlers.masks import CAUSAL, DOCUMENT, WINDOW
 from torchtitan.handlers.named import NamedHandler
-from torchtitan.handlers.registry import LOW_PRECISION, handler_settings
+from torchtitan.handlers.registry import TRAINING_ONLY, changes_model, handler_settings
 from torchtitan.models.family import ModelFamily, require_language_model
 from torchtitan.models.registry import get_family
 from torchtitan.models.spec import ModelArgs
@@ -44,10 +42,9 @@ from torchtitan.utils.dtypes import default_dtype
 from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
 from torchtitan.weights.hub import download, is_hub_path
 from torchtitan.weights.recognise import kind_of
+from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
 
 _KEY = "CHECKPOINT"
-_TRAINING_ONLY = frozenset({"compile", "freeze", *LOW_PRECISION} - {"bitnet"})
-"""Handlers that change how a model is trained, or how fast it is, but not what it computes."""
 _GENERATION_FILES = ("generation_config.json", "config.json")
 
 
@@ -70,7 +67,7 @@ class Pretrained:
         """The tokens that end a text, by the tokenizer and by the files next to the weights."""
         found = {self.tokenizer.eos_id}
         for file in (folder / name for folder in self.folders for name in _GENERATION_FILES):
-            ids = _read_json(file).get("eos_token_id")
+            ids = read_json(file).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             found |= {token for token in ids if isinstance(token, int)}
         return frozenset(found)
@@ -170,10 +167,10 @@ def _describe_step(
     tokenizer = build_tokenizer(where)
     family = get_family(config.model.name)
     args = family.resolve(config.model, tokenizer.vocab_size)
-    if masks := masks_without_cache(config):
-        problem = f"was trained with the masks {', '.join(masks)}, which have no cache"
-        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
-    return Pretrained(folder, family, args, tokenizer, (_folder_of(where),), config, notices)
+    require_cached_masks(config)
+    return Pretrained(
+        folder, family, args, tokenizer, (folder_of_tokenizer(where),), config, notices
+    )
 
 
 def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
@@ -191,10 +188,26 @@ def _describe_foreign(path: Path, tokenizer_path: str | None) -> Pretrained:
         problem = f"has {tokenizer.vocab_size} tokens, but the model only {args.vocab_size}"
         fix = "name the model's own tokenizer with --tokenizer"
         raise ConfigError(ConfigIssue("the tokenizer", problem, fix, where))
-    folders = tuple(dict.fromkeys((_folder_of(where), around)))
+    folders = tuple(dict.fromkeys((folder_of_tokenizer(where), around)))
     return Pretrained(
         path, family, args, tokenizer, folders, notices=tuple(map(str, description.notices))
     )
+
+
+def require_plain_model(config: JobConfig) -> None:
+    """Raise ConfigError for handlers that change what the family's model computes."""
+    if changing := changes_model(config.model.handlers):
+        problem = f"was trained with {', '.join(changing)}, which other programs lack"
+        fix = "convert it to a .pt file instead, which holds its tensors as they are"
+        raise ConfigError(ConfigIssue("model.handlers", problem, fix))
+    require_cached_masks(config)
+
+
+def require_cached_masks(config: JobConfig) -> None:
+    """Raise ConfigError for masks that a cache of keys and values does not know."""
+    if masks := masks_without_cache(config):
+        problem = f"was trained with the masks {', '.join(masks)}, which have no cache"
+        raise ConfigError(ConfigIssue(_KEY, problem, "measure it with [validation] instead"))
 
 
 def masks_without_cache(config: JobConfig) -> list[str]:
@@ -223,7 +236,7 @@ def load_pretrained(
     require_language_model(model, found.family.name)
     handlers: list[NamedHandler] = []
     if found.config is not None:
-        names = [name for name in found.config.model.handlers if name not in _TRAINING_ONLY]
+        names = [name for name in found.config.model.handlers if name not in TRAINING_ONLY]
         handlers = [NamedHandler(name, found.config, dims) for name in names]
         convert_model(model, handlers, dtype)
     model.requires_grad_(False)
@@ -243,16 +256,3 @@ def _load(found: Pretrained, world: DistributedContext, model: nn.Module) -> Non
     section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
     open_foreign = partial(open_weights, family=found.family, args=found.args)
     InitialLoad(section, world, open_foreign).load(model_tensors([model]), {})
-
-
-def _folder_of(tokenizer_path: str) -> Path:
-    path = Path(os.path.expanduser(tokenizer_path))
-    return path.parent if path.is_file() else path
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -130,15 +130,20 @@ def _family_name(section: Model, description: ModelDescription) -> str:
     raise ConfigError(ConfigIssue("model.name", text, fix, section.name))
 
 
+def tokenizer_of_step(path: Path) -> str | None:
+    """Return the tokenizer of a step's run, where it was, or the run's copy; None without any."""
+    copied = path.resolve().parent.parent / TOKENIZER_NAME
+    section = stored_model(path)
+    if section is None or (copied.is_dir() and not Path(section.tokenizer_path).exists()):
+        return str(copied) if copied.is_dir() else None
+    return section.tokenizer_path
+
+
 def tokenizer_of(path: Path) -> str | None:
     """Return the `model.tokenizer_path` that comes with a checkpoint; None to keep the default."""
     kind = kind_of(path)
     if kind == "step":
-        copied = path.resolve().parent.parent / TOKENIZER_NAME
-        section = stored_model(path)
-        if section is None or (copied.is_dir() and not Path(section.tokenizer_path).exists()):
-            return str(copied) if copied.is_dir() else None
-        return section.tokenizer_path
+        return tokenizer_of_step(path)
     folder = tokenizer_folder(path)
     if folder is not None:
         return str(folder)

@@ -29,6 +29,7 @@ from torchtitan.training.ending import (
     after_error,
     after_success,
     describe_folder,
+    export_last_step,
     leave_now,
     set_status,
 )
@@ -261,7 +262,7 @@ def run(
                 logger.info(notice)
             if decision.action == "finished":
                 logger.info(describe_folder(config, folder))
-                return DONE
+                return export_last_step(config, folder) if is_main else DONE
             progress.step = progress.first_step = decision.step
             context = replace(context, config=folder.config)
             if config.checkpoint.create_seed_checkpoint:
@@ -280,4 +281,7 @@ def run(
         return failed
     finally:
         folder.close()
-    return after_success(config, is_main, folder, progress)
+    code = after_success(config, is_main, folder, progress)
+    if is_main and progress.status in ("completed", "data_exhausted"):
+        return export_last_step(config, folder)
+    return code

@@ -48,7 +48,7 @@ class GGUFSource(WeightSource):
     ):
         file = gguf_file(path)
         reader = _open_reader(file)
-        names = _names(table, args.n_layers)
+        names = gguf_names(table, args.n_layers)
         self._encoded: dict[str, _Encoded] = {}
         stored, unknown = {}, []
         for tensor in reader.tensors:
@@ -82,7 +82,7 @@ class GGUFSource(WeightSource):
         yield get
 
 
-def _names(table: Sequence[HFWeight], n_layers: int) -> dict[str, str]:
+def gguf_names(table: Sequence[HFWeight], n_layers: int) -> dict[str, str]:
     """Return our name of each of GGUF's; ours are Meta's, which the package knows."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 

@@ -84,8 +84,10 @@ def to_meta_params(args: LlamaArgs) -> dict[str, Any]:
 
     Raises ValueError for a model that Meta's code does not compute.
     """
-    if args.sliding_window or args.qk_norm or args.qkv_bias or args.head_dim:
-        raise ValueError("Meta's code has no sliding window, normalised heads, biases, or head_dim")
+    if args.sliding_window or args.qk_norm or args.qkv_bias:
+        raise ValueError("Meta's code has no sliding window, normalised heads or biases")
+    if args.head_size() * args.n_heads != args.dim:
+        raise ValueError("Meta's code has no head_dim but dim / n_heads")
     scaled = args.rope_scaling_factor != 1.0
     if scaled and (args.rope_scaling_type, args.rope_original_max_seq_len) != ("llama3", 8192):
         raise ValueError("Meta's code has no RoPE scaling but Llama 3.1's")

@@ -54,7 +54,7 @@ class MetaSource(WeightSource):
 
     @contextmanager
     def _open(self, file: Path) -> Iterator[GetSlice]:
-        tensors = _load(file)
+        tensors = load_tensors(file)
         yield lambda name, box: tensors[name][box]
         tensors.clear()  # or the file stays mapped
 
@@ -71,14 +71,14 @@ def _files(path: Path) -> list[Path]:
 def _read_headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return type and shape of each tensor; what they hold is not read."""
     found = {}
-    for name, tensor in _load(file).items():
+    for name, tensor in load_tensors(file).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         require_float(file, name, dtype)
         found[name] = (dtype, tuple(tensor.shape))
     return found
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, mapped; runs no code."""
     try:
         loaded: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251

@@ -1,7 +1,9 @@
 """The files of a tokenizer, which stay together: vocabulary, special tokens, chat template."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 TOKENIZER_FILES = (
@@ -26,6 +28,12 @@ def tokenizer_folder(path: Path) -> Path | None:
     return next((folder for name in VOCABULARIES if (folder / name).is_file()), None)
 
 
+def folder_of_tokenizer(tokenizer_path: str) -> Path:
+    """Return the folder of the file or folder that `model.tokenizer_path` names."""
+    path = Path(tokenizer_path).expanduser()
+    return path.parent if path.is_file() else path
+
+
 def copy_tokenizer(tokenizer_path: str, target: Path) -> bool:
     """Copy the files of `model.tokenizer_path` into `target`; return whether there are any.
 
@@ -42,3 +50,12 @@ def copy_tokenizer(tokenizer_path: str, target: Path) -> bool:
         if file.is_file() and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
     return True
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a small file such as `generation_config.json`; empty without one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -49,7 +49,7 @@ def test_file_has_the_weights(step: Any, tmp_path: Path, capsys: Any) -> None:
     assert all(type(tensor) is torch.Tensor for tensor in weights.values())
     printed = capsys.readouterr()
     assert "3 tensors" in printed.out
-    assert "verifying file" in printed.err and "reading" in printed.err
+    assert "verifying file" in printed.err and "reading it back" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -74,7 +74,7 @@ def test_values_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
     dcp.save({"a": torch.tensor([1e5])}, checkpoint_id=tmp_path / "w", no_dist=True)
     arguments = ["convert", "dcp-to-torch", str(tmp_path / "w"), str(tmp_path / "a.pt")]
     assert main([*arguments, "--dtype", "float16"]) == 4
-    assert "a has values that are too large for torch.float16" in capsys.readouterr().err
+    assert "a has a value of 100000, which is too large for float16" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
@@ -116,11 +116,10 @@ def test_bad_arguments(step: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "there.pt").write_text("keep me")
     new = str(tmp_path / "new.pt")
     cases = {
-        (): "the following arguments are required: FOLDER, FILE",
+        (): "takes IN and OUT, not 1 paths",
         (str(step[0]), str(tmp_path / "there.pt")): "exists already",
         (str(step[0].parent), new): f"holds several checkpoints. Fix: name one, such as {step[0]}",
         (str(tmp_path / "gone"), new): "does not exist",
-        (str(tmp_path / "there.pt"), new): "is not a folder",
         (str(step[0]), str(tmp_path / "no" / "new.pt")): "a folder that does not exist",
         (str(step[0]), new, "--dtype", "int8"): "invalid choice: 'int8'",
         (str(step[0]), new, "--dtype"): "--dtype: expected one argument",
@@ -129,8 +128,7 @@ def test_bad_arguments(step: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     for arguments, text in cases.items():
         assert main(["convert", "dcp-to-torch", *arguments]) == 2
         assert text in capsys.readouterr().err
-    assert main(["convert", "dcp-to-pt"]) == 2
-    assert 'did you mean "dcp-to-torch"' in capsys.readouterr().err
     assert (tmp_path / "there.pt").read_text() == "keep me"
-    assert main(["convert", "dcp-to-torch", str(tmp_path), new]) == 4
-    assert ".metadata" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", "dcp-to-torch", str(tmp_path / "empty"), new]) == 2
+    assert "is no checkpoint" in capsys.readouterr().err

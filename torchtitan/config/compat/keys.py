@@ -169,7 +169,6 @@ NOT_BUILT = (
         "Hugging Face checkpoints in the run",
         {
             "checkpoint.initial_load_in_hf_quantized": (False,),
-            "checkpoint.last_save_in_hf": (False,),
         },
     ),
     Feature(

@@ -1,0 +1,82 @@
+"""The arguments of `export`, `convert` and `upload`. No torch."""
+
+import argparse
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Write a checkpoint for other programs, and verify it.
+
+    OUT is a folder for transformers, vLLM and others (hf: safetensors, configs, tokenizer, model
+    card), a folder for Meta's code (meta), or a file for llama.cpp (gguf; needs the extra `gguf`).
+    It is the same, whatever mesh wrote the step. It appears when it is complete: what was written
+    is read back, compared bit by bit, and run on a probe batch next to the original, by
+    transformers, too, where that is installed.
+    """
+    parser.add_argument(
+        "step", metavar="STEP", help="a step, a run's folder (its newest step), or other weights"
+    )
+    parser.add_argument("out", metavar="OUT", help="a new folder, or file for gguf")
+    parser.add_argument("--format", choices=("hf", "gguf", "meta"), help="default: hf, or by OUT")
+    _add_writing(parser)
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Convert a checkpoint to another format.
+
+    IN is a step or run's folder of this library, any folder of torch.distributed.checkpoint, a
+    Hugging Face folder, Meta's, a GGUF file of a Llama, or a .pt file of torch.save. What it is, is
+    recognised from its content. OUT is new: a folder (hf, meta, dcp), or a file (gguf, pt).
+
+    dcp and pt hold tensors without hyper-parameters, and take as much memory as they are large.
+    torch.load(OUT, weights_only=True, mmap=True) reads a .pt file. `torchtitan convert dcp-to-torch
+    IN OUT` writes one, too.
+    """
+    parser.add_argument("paths", metavar="IN OUT", nargs="+")
+    parser.add_argument(
+        "--format",
+        choices=("dcp", "hf", "meta", "gguf", "pt"),
+        help="default: gguf or pt if OUT ends with .gguf, .pt or .pth, else hf",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FAMILY/FLAVOR",
+        help="the model of a .pt file or foreign DCP folder, such as llama3/8B",
+    )
+    _add_writing(parser)
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="convert to this type (default: keep the types)"
+    )
+    parser.add_argument(
+        *("--max-shard-size", "--max_shard_size"),
+        metavar="SIZE",
+        type=_size,
+        default="5GB",
+        help="largest safetensors file, such as 500MB (default: 5GB)",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+
+
+def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
+    """Upload a folder, such as an export, to the Hugging Face hub.
+
+    A repository that does not exist is made, private unless --public is given. An upload that was
+    interrupted continues: files that the hub has are not sent again. Needs a token that may write:
+    set HF_TOKEN, or run `hf auth login`.
+    """
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("repo_id", metavar="OWNER/NAME")
+    parser.add_argument("--public", action="store_true", help="everybody may read a new repository")
+    parser.add_argument("--revision", help="branch (default: main)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+
+
+def _size(text: str) -> str:
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    if not number.isdecimal() or int(number) == 0 or not text.upper().endswith("B"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 500MB or 5GB")
+    return text.upper()

@@ -1,0 +1,220 @@
+"""Write a model in any format, all or nothing, and read it back."""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from torchtitan.checkpoint.dcp_io import StepWriter
+from torchtitan.checkpoint.manifest import InvalidCheckpoint
+from torchtitan.checkpoint.model_folder import read_model_folder
+from torchtitan.config import CheckpointError, ConfigIssue
+from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.utils.files import sync_folder
+from torchtitan.utils.text import format_bytes
+from torchtitan.weights.gguf_writer import gguf_dtype, write_gguf
+from torchtitan.weights.meta_writer import write_meta
+from torchtitan.weights.readback import read_back
+from torchtitan.weights.recognise import InvalidWeights
+from torchtitan.weights.stored_model import (
+    DtypeOf,
+    StoredModel,
+    Weights,
+    read_tensors,
+    target_dtype,
+)
+from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
+from torchtitan.weights.torch_file import TorchFile
+from torchtitan.weights.writer import write_hf
+
+logger = logging.getLogger(__name__)
+
+_OUT = "OUT"
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The file or folder to write, and how; see `torchtitan export --help`."""
+
+    path: Path
+    format: str = "hf"
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+
+
+def check_target(path: Path) -> list[ConfigIssue]:
+    """Return the issues of a file or folder to be made."""
+    if os.path.lexists(path):
+        fix = "remove it, or choose another name"
+        return [ConfigIssue(_OUT, "exists already", fix, str(path))]
+    if not path.absolute().parent.is_dir():
+        text = "lies in a folder that does not exist"
+        return [ConfigIssue(_OUT, text, "make the folder", str(path))]
+    return []
+
+
+def write_model(model: StoredModel, target: Target) -> str:
+    """Write a model, read it back, and give it its name; return a sentence about it.
+
+    Nothing is there unless all of it is right. Raises CheckpointError.
+    """
+    return _written(target, model.weights, lambda new: _OF_MODELS[target.format](model, new))
+
+
+def write_tensors(weights: Weights, target: Target) -> str:
+    """Write tensors only, as `write_model` does."""
+    return _written(target, weights, lambda new: _OF_TENSORS[target.format](weights, new))
+
+
+def _written(target: Target, weights: Weights, write: "Callable[[Target], _Check]") -> str:
+    logger.info("writing %s", target.path)
+    try:
+        with _new_path(target.path.absolute()) as temporary:
+            check = write(replace(target, path=temporary))
+            logger.info("reading it back")
+            text = check(temporary)
+            size = _size(temporary)
+    except (InvalidWeights, InvalidCheckpoint) as error:
+        raise CheckpointError(f"{target.path} was not written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        raise CheckpointError(f"{target.path} could not be written: {error}") from error
+    return f"{target.path}: {len(weights.tensors)} tensors, {format_bytes(size)}; {text}"
+
+
+_Check = Callable[[Path], str]
+"""Reads what was written back; returns what it found."""
+
+
+def _write_hf(model: StoredModel, target: Target) -> _Check:
+    target.path.mkdir()
+    write_hf(target.path, model, token_ids(model), target.dtype, target.max_shard_size)
+    return partial(_read_back, model, partial(_dtype_of, model, target.dtype))
+
+
+def _write_meta(model: StoredModel, target: Target) -> _Check:
+    target.path.mkdir()
+    write_meta(target.path, model, target.dtype)
+    return partial(_read_back, model, partial(_dtype_of, model, target.dtype), ties=False)
+
+
+def _write_gguf(model: StoredModel, target: Target) -> _Check:
+    write_gguf(target.path, model, target.dtype)
+    return partial(_read_back, model, partial(gguf_dtype, model, target.dtype))
+
+
+def _write_dcp(weights: Weights, target: Target) -> _Check:
+    target.path.mkdir()
+    tensors = dict(read_tensors(weights, weights.tensors, target.dtype))
+    dcp.save(tensors, storage_writer=StepWriter(target.path), no_dist=True)
+    return lambda path: _compare(weights, read_model_folder(path), target.dtype)
+
+
+def _write_torch(weights: Weights, target: Target) -> _Check:
+    tensors = dict(read_tensors(weights, weights.tensors, target.dtype))
+    torch.save(tensors, target.path)
+    return lambda path: _compare(weights, TorchFile(path), target.dtype)
+
+
+_OF_MODELS: Mapping[str, Callable[[StoredModel, Target], _Check]] = {
+    "hf": _write_hf,
+    "meta": _write_meta,
+    "gguf": _write_gguf,
+}
+_OF_TENSORS: Mapping[str, Callable[[Weights, Target], _Check]] = {
+    "dcp": _write_dcp,
+    "pt": _write_torch,
+}
+"""Formats that need no hyper-parameters."""
+
+
+def _dtype_of(model: StoredModel, dtype: str | None, name: str) -> torch.dtype:
+    return target_dtype(model.weights.tensors[name], dtype)
+
+
+def _read_back(model: StoredModel, dtype_of: DtypeOf, path: Path, ties: bool = True) -> str:
+    found = read_back(model, path, dtype_of, ties)
+    text = f"reads back with a KL divergence of {found.ours:.1g} (bound {found.bound:.0e})"
+    if found.transformers is not None:
+        return f"{text}, in transformers {found.transformers:.1g}"
+    return f"{text}; transformers was not asked: {found.why_not}"
+
+
+def _compare(weights: Weights, written: Weights, dtype: str | None) -> str:
+    """Compare every tensor. Raises `InvalidWeights` naming one that differs."""
+    names = list(weights.tensors)
+    pairs = zip(read_tensors(weights, names, dtype), read_tensors(written, names))
+    for (name, ours), (_, theirs) in pairs:
+        if not torch.equal(ours, theirs):
+            raise InvalidWeights(f"{name} differs in what was written")
+    return "reads back bit by bit"
+
+
+def token_ids(model: StoredModel) -> dict[str, Any]:
+    """Return the ids of the tokens that begin, end and pad a text, as configs name them."""
+    if model.tokenizer_path is None:
+        return {}
+    tokenizer = build_tokenizer(model.tokenizer_path)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    stored = read_json(folder_of_tokenizer(model.tokenizer_path) / "config.json")
+    return ids | {key: stored[key] for key in _TOKEN_KEYS if stored.get(key) is not None}
+
+
+@contextmanager
+def _new_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what is made there gets the name `path` in the end.
+
+    Raises FileExistsError if that exists by then.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.iterdir():
+                _sync(file)
+            sync_folder(temporary)
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} has appeared meanwhile")
+            os.rename(temporary, path)
+        else:
+            _sync(temporary)
+            _link(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _link(temporary: Path, file: Path) -> None:
+    """Rename a finished file. Raises FileExistsError if the name is taken."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has hard links
+        with open(file, "xb"):
+            pass  # reserve the name
+        try:
+            os.replace(temporary, file)
+        except OSError:
+            file.unlink()
+            raise
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else list(path.iterdir())
+    return sum(file.stat().st_size for file in files)
