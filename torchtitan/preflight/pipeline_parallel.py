@@ -1,6 +1,7 @@
 """Checks of pipeline parallelism."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
@@ -115,9 +116,21 @@ def _split_backward(context: RunContext, key: str, value: str) -> Iterator[Confi
             config.parallelism.fsdp_reshard_after_forward == "always",
             'set parallelism.fsdp_reshard_after_forward to "default"',
         ),
+        f"torch {version('torch')} has faults in that": (
+            not torch_splits_backward(),
+            "install torch 2.13 or newer",
+        ),
     }
     for reason, (applies, fix) in excluded.items():
         if applies:
             problem = f"computes the gradients of weights later than those of inputs, and {reason}"
             fix += ", or choose another schedule, such as Interleaved1F1B"
             yield ConfigIssue(key, problem, fix, value)
+
+
+def torch_splits_backward() -> bool:
+    """Return whether this torch can compute the gradients of weights after those of inputs.
+
+    Before 2.13 it fails on autograd functions there, or counts gradients twice.
+    """
+    return tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 13)

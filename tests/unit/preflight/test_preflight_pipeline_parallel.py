@@ -128,6 +128,16 @@ def test_what_a_split_backward_excludes(
     assert bool(message) == SCHEDULES[schedule].splits_backward
 
 
+@pytest.mark.parametrize(("installed", "splits"), [("2.11.0+cu130", False), ("2.13.0", True)])
+def test_a_split_backward_needs_a_torch_that_can(
+    installed: str, splits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_checks, "version", lambda _: installed)
+    message = errors(2, schedule="ZBVZeroBubble")
+    assert ("install torch 2.13 or newer" in message) == (not splits)
+    assert "torch" not in errors(2, schedule="1F1B")
+
+
 def test_a_batch_fills_rounds() -> None:
     sections = {"training": {"local_batch_size": 3}, "model": {"args": {"n_layers": 8}}}
     (problem,) = pipeline_checks.check_static(context(2, sections, **INTERLEAVED))
