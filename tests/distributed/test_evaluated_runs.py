@@ -70,7 +70,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Any]]:
     """What is logged of the initial model, and all answers; collective."""
     torch._dynamo.reset()
-    section = {"tasks": names, "task_dir": tasks, "num_fewshot": 0, "local_batch_size": 2}
+    section = {"tasks": names, "task_dir": tasks, "num_fewshot": 0, "batch_size": 2}
     settings = {**case.settings, "evaluation": section}
     config = replace(case, settings=settings).config()
     context = RunContext(config, world.world_size, "cpu")

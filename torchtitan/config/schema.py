@@ -669,7 +669,7 @@ class Evaluation(Section):
     limit: PositiveInt | None = None
     """Only the first so many examples of each task. Unset: all."""
 
-    local_batch_size: PositiveInt = 8
+    batch_size: PositiveInt = 8
     """Requests per data-parallel rank in one forward; changes no figure."""
 
     apply_chat_template: bool = False

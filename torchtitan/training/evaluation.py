@@ -112,7 +112,7 @@ def build_evaluator(
         return any(world.gather_json(value)) if dims.dp_shard > 1 else value
 
     section, seq_len = config.evaluation, config.training.seq_len
-    place = Place(world, dims, section.local_batch_size, seq_len, check_stop)
+    place = Place(world, dims, section.batch_size, seq_len, check_stop)
     blocks = [block for part in model.parts for block in part.blocks().values()]
     is_compiled = any(map(is_marked_for_compile, blocks))
     generator = template = None

@@ -18,7 +18,7 @@ TABLES = [key for key in known_keys().values() if key.item is not None]
 def is_called_a_path(key: Key) -> bool:
     return key.kind == "str" and (
         key.last_name.endswith(("path", "_csv"))
-        or key.name in ("job.config_file", "job.dump_folder")
+        or key.name in ("job.config_file", "job.dump_folder", "evaluation.task_dir")
     )
 
 
