@@ -70,3 +70,12 @@ def test_check_reads_headers(tmp_path: Path, argument: str, words: str) -> None:
     done = start(tmp_path, argument, "--check")
     assert (done.returncode == 0) == (not words), done.stderr
     assert words in done.stderr
+
+
+def test_the_last_step_is_exported(tmp_path: Path) -> None:
+    words = ("--checkpoint.last_save_in_hf", "--training.steps=2")
+    command = runs.command(tmp_path / "run", *words, processes=2)
+    done = execute(command, env=runs.environment())
+    assert done.returncode == 0, done.stderr
+    assert "reads back with a KL divergence" in done.stderr
+    assert (tmp_path / "run" / "hf" / "step-2" / "model.safetensors").is_file()

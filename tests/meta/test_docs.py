@@ -127,7 +127,10 @@ def _problem_of_command(*words: str) -> str | None:
         return f"no such list: {unknown}"
     if words[:2] == ("config", "copy") and options.name not in shipped_configs():
         return f"no such config: {options.name}"
-    return _problem_of_outputs([options.folder]) if options.command == "convert" else None
+    if options.command != "convert":
+        return None
+    paths = [path for path in options.paths if path != "dcp-to-torch"]
+    return _problem_of_outputs(paths[:1]) if len(paths) == 2 else "takes IN and OUT"
 
 
 def _problem_of_data(config: JobConfig) -> str | None:
