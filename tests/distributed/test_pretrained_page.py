@@ -38,6 +38,8 @@ def run(folder: Path, words: list[str], *more: str) -> str:
     """What a command of the page prints."""
     if words[0] == "torchrun":
         words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
+    elif words[0] == sys.executable:
+        words = words[1:]
     else:
         words = ["-m", *words]
     done = execute([sys.executable, *words, *more], environment(), folder)
@@ -55,6 +57,7 @@ def run(folder: Path, words: list[str], *more: str) -> str:
 )
 def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("lm_eval")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
     (tmp_path / "docs").symlink_to(DOCS)
@@ -78,6 +81,11 @@ def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
     assert first["loss"] == pytest.approx(expected, abs=1e-4)
     assert "272 tensors compared" in compare and "only in" not in compare
     assert "hyper-parameters" not in compare
+    (score,) = re.findall(r"capitals.*?acc.*?([01]\.\d+)", *printed["evaluate"])
+    assert float(score) >= 0.75, "chance is a third"
+    (code,) = blocks("python")
+    answer = run(tmp_path, [sys.executable, "-c", code])
+    assert "Paris" in answer
     shutil.rmtree(tmp_path / "outputs")  # half a gigabyte
 
 

@@ -1,5 +1,6 @@
 """How tests are spread over the processes of pytest-xdist."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,9 @@ ROOT = Path(__file__).parents[2]
 def test_files_that_are_cut_exist(name: str) -> None:
     """One that was renamed would be run last, in one part."""
     assert (ROOT / name).is_file()
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Folders of tests are no packages, so pytest would import one in place of the other."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

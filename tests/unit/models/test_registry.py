@@ -34,6 +34,9 @@ def test_the_feed_forward_follows_the_width_unless_set():
         "8B": 14336,
         "70B": 28672,
         "405B": 53248,
+        "SmolLM2-135M": 1536,
+        "SmolLM2-360M": 2560,
+        "SmolLM2-1.7B": 8192,
     }
     assert FAMILY.resolve_args("debugmodel", {"dim": 512}).ffn_hidden_dim == 1536
     assert FAMILY.resolve_args("debugmodel", {"ffn_dim": 100}).ffn_hidden_dim == 100
