@@ -1,4 +1,4 @@
-"""What loading a Hugging Face folder costs each rank: seconds, memory, bytes read.
+"""Measure loading a Hugging Face folder on each rank: seconds, memory, bytes read.
 
     python scripts/bench_initial_load.py [--flavor 1B] [--ranks 1 2 4] [--mesh fsdp] [--shards 4]
 

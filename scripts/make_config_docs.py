@@ -36,7 +36,7 @@ def _keys() -> Iterator[str]:
 
 
 def _values(name: str) -> str:
-    """How values of an old key are written today, where that differs."""
+    """Today's spelling of an old key's values, if it differs."""
     if name == tables.MICROBATCHES:
         return ", sequences of one microbatch: `local_batch_size` divided by the old number"
     if name == tables.CUSTOM_IMPORT:

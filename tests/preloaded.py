@@ -1,4 +1,4 @@
-"""What the fork server imports once for all its processes; see `tests/forked.py`.
+"""Imports that the fork server makes once for its processes; see `tests/forked.py`.
 
 Nothing that reads the environment when it is imported, as `datasets` does: a test may set it.
 """

@@ -34,7 +34,7 @@ CASES = {
     "ring, by inductor": over(2, "ring", 2, settings=INDUCTOR, **PACKED),
     "ulysses, by inductor": over(2, "ulysses", 2, "none", settings=INDUCTOR, **PACKED),
 }
-"""Of these the parity table has each part, but not the whole."""
+"""Combinations whose parts, but not the whole, are in the parity table."""
 
 
 NIGHTLY = {"ulysses, by inductor"}

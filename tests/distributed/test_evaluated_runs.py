@@ -28,7 +28,7 @@ COMPILED = {
     "handlers": {"compile": {"backend": "aot_eager"}},
 }
 SCORED = NAMES[:2]
-"""What pipelines and context parallelism can run."""
+"""Cases that pipelines and context parallelism can run."""
 CASES = {
     "fsdp 3": (Case(3), NAMES),
     "ddp 2": (Case(2, replicate=2, shard=1), NAMES),
@@ -68,7 +68,7 @@ class Records:
 def evaluate(
     world: DistributedContext, case: Case, tasks: str, names: list[str], stopping_rank: int = -1
 ) -> tuple[dict[str, Any], list[Any]]:
-    """What is logged of the initial model, and all answers; collective."""
+    """Log records of the initial model, and all answers; collective."""
     torch._dynamo.reset()
     section = {"tasks": names, "task_dir": tasks, "num_fewshot": 0, "batch_size": 2}
     settings = {**case.settings, "evaluation": section}

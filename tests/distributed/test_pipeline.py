@@ -51,7 +51,7 @@ CASES = {
         4, pp=2, layers=4, document_mask=True, schedule="ZBVZeroBubble", loss_chunks=1
     ),
 }
-"""Of these the parity table has each part, but not the whole."""
+"""Combinations whose parts, but not the whole, are in the parity table."""
 
 
 @pytest.mark.parametrize("name", CASES)

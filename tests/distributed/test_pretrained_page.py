@@ -35,7 +35,7 @@ def commands() -> list[list[str]]:
 
 
 def run(folder: Path, words: list[str], *more: str) -> str:
-    """What a command of the page prints."""
+    """Return the output of a command of the page."""
     if words[0] == "torchrun":
         words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
     elif words[0] == sys.executable:

@@ -55,7 +55,7 @@ RARELY = [
     *places("llama3_405b", 0.4, world_size=4096),
 ]
 FEWEST_LAYERS = 2
-"""Of a rank of a pipeline, one for each stage that an interleaved schedule gives it."""
+"""Layers traced on a pipeline rank: one for each stage that an interleaved schedule gives it."""
 
 
 _MEASURED = """

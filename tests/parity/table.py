@@ -16,7 +16,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.registry import loss_settings
 
 TOLERANCE = 1e-11
-"""Of every relative difference. What occurs is 1e-12 and less; a mistake shows at 1e-2 and more."""
+"""Bound of every relative difference: 1e-12 and less occurs; a mistake shows at 1e-2 and more."""
 
 FULL = {"activation_checkpoint": {"mode": "full"}}
 EVERY_SECOND = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}

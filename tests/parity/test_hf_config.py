@@ -149,7 +149,7 @@ def test_a_missing_key_has_their_default(kind, key):
     ],
 )
 def test_refused_fields_change_their_logits(kind, fields, effect, tmp_path):
-    """What is refused matters: without it their model computes something else."""
+    """Each rejected key matters: without it their model computes something else."""
     plain = their_model(table(kind), tmp_path)
     theirs = their_model(table(kind, **fields), tmp_path)
     theirs.load_state_dict(plain.state_dict(), strict=False)

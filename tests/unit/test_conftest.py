@@ -1,4 +1,4 @@
-"""How tests are spread over the processes of pytest-xdist."""
+"""Spread of the tests over the processes of pytest-xdist."""
 
 from collections import Counter
 from pathlib import Path

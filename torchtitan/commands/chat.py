@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.training.pretrained import Pretrained
 
 _PATIENCE_SECONDS = 7 * 24 * 3600
-"""How long ranks wait for rank 0, which waits for the user. torchrun ends all if one dies."""
+"""Limit of waiting for rank 0, which waits for the user. torchrun ends all if one dies."""
 _HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit ends"
 
 

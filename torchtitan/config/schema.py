@@ -547,7 +547,7 @@ class Checkpoint(Section):
     `job.dump_folder`, then starts from them."""
 
     initial_load_path: PathText | None = None
-    """What a new run starts from: the folder of a `step-N`, weights that
+    """Start of a new run: the folder of a `step-N`, weights that
     `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
     (`consolidated.*.pth`), a GGUF file of a Llama, or `hf://owner/name[@revision]`, which is
     downloaded. Once the run has checkpoints of its own, they count."""

@@ -57,7 +57,7 @@ class Pretrained:
     args: ModelArgs
     tokenizer: Tokenizer
     folders: tuple[Path, ...]
-    """Where the tokenizer's files are, and what belongs to the model: templates, end tokens."""
+    """Folders of the tokenizer's files and of the model's: templates, end tokens."""
     config: JobConfig | None = None
     """The config of the run that saved it; None for weights from elsewhere."""
     notices: tuple[str, ...] = ()

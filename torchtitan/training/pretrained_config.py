@@ -33,7 +33,7 @@ _TOKENIZER = "model.tokenizer_path"
 
 @dataclass(frozen=True)
 class _Found:
-    """What is taken over: fields of `[model]`, and from where."""
+    """Fields of `[model]` that are taken over, and their origins."""
 
     model: Mapping[str, Any]
     origins: Mapping[str, str]

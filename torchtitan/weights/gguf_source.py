@@ -23,7 +23,7 @@ _DERIVED = ("rope_freqs.weight",)
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Where a tensor's bytes lie: rows of blocks of a GGML type."""
+    """Place of a tensor's bytes: rows of blocks of a GGML type."""
 
     ggml_type: Any
     offset: int

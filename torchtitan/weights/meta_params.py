@@ -31,7 +31,7 @@ _DEFAULTS = {
     "norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
-"""Of Llama 2's code. Files of Llama 3 always have `rope_theta`."""
+"""Default of Llama 2's code. Files of Llama 3 always have `rope_theta`."""
 _NO_EFFECT = ("max_seq_len", "max_batch_size", "use_scaled_rope", "model_type")
 _SCALING_FACTOR = 8.0
 """Llama 3.1's, in Meta's code. Llama 3.2's files do not say that theirs is another."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torchtitan.weights.stored_model import StoredModel
 
 _SECTIONS = ("model", "optimizer", "lr_scheduler", "loss", "training", "data", "handlers")
-"""What decides the weights."""
+"""Settings that decide the weights."""
 _NOT_SHOWN = (
     "tokenizer_path",
     "print_after_conversion",

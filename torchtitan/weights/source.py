@@ -12,10 +12,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -112,7 +111,7 @@ class WeightSource(ABC):
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return a copy of a box of the tensor with our `name`, in our order and its own type."""
         target = torch.empty(tuple(sizes), dtype=torch_dtype_of(self._stored[name].dtype))
-        with _OpenFiles(self._open) as files:
+        with closing(_OpenFiles(self._open)) as files:
             self._fill(name, target, tuple(offsets), files)
         return target
 
@@ -128,7 +127,7 @@ class WeightSource(ABC):
                 logger.info("%s is padded from %d to %d rows, with zeros.", name, *rows)
         total = sum(local_tensor(tensor).nbytes for tensor in tensors.values())
         done, printed = 0, time.monotonic()
-        with _OpenFiles(self._open) as files:
+        with closing(_OpenFiles(self._open)) as files:
             for name in sorted(tensors, key=self._place):
                 local = local_tensor(tensors[name])
                 for inner, outer in _boxes(tensors[name]):
@@ -215,27 +214,17 @@ class _OpenFiles:
         self._open: dict[Path, GetSlice] = {}
         self._mapped = 0
 
-    def __enter__(self) -> "_OpenFiles":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
     def get(self, file: Path, num_bytes: int) -> GetSlice:
         """Return an open file, of which `num_bytes` will be read."""
         if self._mapped + num_bytes > _MAPPED_BYTES:
-            self._close()
+            self.close()
         self._mapped += num_bytes
         if file not in self._open:
             self._open[file] = self._stack.enter_context(self._opener(file))
         return self._open[file]
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close all files."""
         self._open.clear()
         self._stack.close()
         self._mapped = 0

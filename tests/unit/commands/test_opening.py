@@ -1,4 +1,4 @@
-"""Which checkpoint a command line opens, and with which tokenizer."""
+"""The checkpoint and the tokenizer that a command line opens."""
 
 import json
 import shutil

@@ -97,7 +97,7 @@ print(json.dumps({{name: eval(name) for name in {cases!r}}}))
 
 
 def ask(home: Path, endpoint: str, cases: list[str], **environment: str) -> dict[str, Any]:
-    """What each of the expressions gives in a process of its own, which reads the variables."""
+    """Evaluate the expressions in a process of their own, which reads the variables."""
     folders = [str(Path(__file__).parent), str(Path(torchtitan.__file__).parents[1])]
     known = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
     known.pop("HF_TOKEN", None)

@@ -235,7 +235,7 @@ CHECK = ("--job.dump_folder", "run", "--training.seq_len", "64", "--job.device",
 
 
 def differences(folder: Path, *settings: str) -> list[str]:
-    """What preflight says of a chosen flavor."""
+    """Return preflight's issues with a chosen flavor."""
     from torchtitan.config.load import load_config
     from torchtitan.config.run_context import RunContext
     from torchtitan.preflight import pretrained
