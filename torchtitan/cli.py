@@ -29,6 +29,7 @@ from torchtitan.commands.export_options import (
 from torchtitan.commands.generation_options import (
     add_chat_arguments,
     add_generate_arguments,
+    add_option,
     positive,
 )
 from torchtitan.commands.inspect_options import add_inspect_arguments
@@ -222,8 +223,9 @@ def _tokenize(parser: _Parser) -> None:
         help="processes; the output is the same for every number (default: one a core)",
     )
     parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
-    parser.add_argument(
-        *("--shard-mib", "--shard_mib"),
+    add_option(
+        parser,
+        "shard-mib",
         metavar="N",
         type=positive,
         default=256,

@@ -1,6 +1,9 @@
 """`[evaluation]`: the same answers on every mesh, and a training that it does not change."""
 
-from contextlib import contextmanager
+import json
+import signal
+import time
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,33 @@ def test_a_rank_that_is_asked_to_stop_ends_it_for_all(gloo_pool: GlooPool, tasks
     assert gloo_pool.run(3, evaluate, Case(3), tasks, NAMES, 1) == [({}, [])] * 3
 
 
+def test_a_task_that_fails_ends_no_training(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """Alike on all ranks: no figure, and the run goes on."""
+    tasks = str(write_tasks(tmp_path, num_capitals=3))
+    (tmp_path / "capitals.jsonl").write_text(
+        '{"country": "Peru", "choices": ["a", null], "label": 0}'
+    )
+    for records, answers in gloo_pool.run(2, evaluate, Case(2), tasks, ["capitals"]):
+        assert records == {} and len(answers) == 2
+
+
+def evaluate_own(world: DistributedContext, case: Case, folders: list[str], name: str) -> Any:
+    return evaluate(world, case, folders[world.rank], [name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_with_different_tasks_do_not_wait_for_each_other(
+    gloo_pool: GlooPool, tmp_path: Path, name: str
+) -> None:
+    folders = []
+    for number in (2, 3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        folders.append(str(write_tasks(folder, num_capitals=number, prose_words=8 * number)))
+    for records, _ in gloo_pool.run(2, evaluate_own, Case(2), folders, name):
+        assert records == {}
+
+
 def rejection(world: DistributedContext, case: Case, tasks: str, names: list[str]) -> str:
     with pytest.raises(ConfigError) as caught:
         evaluate(world, case, tasks, names)
@@ -159,6 +189,46 @@ def test_it_trains_as_without(tasks: str, tmp_path: Path) -> None:
     again = [row for row in runs.records(two) if "loss" not in row]
     for row, other in zip(again, measured, strict=True):
         assert row == pytest.approx(other, rel=1e-3)
+
+
+def test_a_stop_during_an_evaluation(tmp_path: Path) -> None:
+    """One rank is asked: all leave the evaluation, save and end. The same command goes on, and
+    evaluates no step twice."""
+    rows = [{"country": str(n), "choices": ["a", "b", "c"], "label": 0} for n in range(9000)]
+    tasks, folder, off = write_tasks(tmp_path), tmp_path / "run", tmp_path / "off"
+    (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--evaluation.tasks=capitals", f"--evaluation.task_dir={tasks}"]
+    words += ["--evaluation.freq=5", "--evaluation.batch_size=2", "--checkpoint.interval=4"]
+    ranks = runs.start_ranks(folder, *words, folders=[tmp_path, tmp_path])
+    with closing(ranks[0]), closing(ranks[1]):
+        deadline = time.monotonic() + 200
+        while not (folder / "metrics.jsonl").exists() or len(runs.records(folder)) < 5:
+            assert time.monotonic() < deadline and ranks[0].poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        ranks[1].send_signal(signal.SIGTERM)
+        output = ranks[0].wait(100).stderr
+        ranks[1].wait(100)
+    assert "left the evaluation after step 5" in output, output
+    assert (runs.status(folder)["status"], runs.status(folder)["step"]) == ("preempted", 5)
+    runs.run(folder, *words, "--evaluation.limit=2", processes=2)
+    assert [row["step"] for row in runs.records(folder) if "loss" not in row] == [10]
+    runs.run(off, processes=2)
+    trained = [row for row in runs.records(folder) if "loss" in row]
+    assert [(row["step"], row["loss"], row["grad_norm"]) for row in trained] == runs.curve(off)
+
+
+def test_the_end_of_the_data_is_evaluated(tasks: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "{"row " * (n % 7 + 1)}{n}"}}\n' for n in range(120)))
+    words = ["--training.dataset=json", f"--training.dataset_path={data}", "--data.epochs=1"]
+    words += ["--data.lanes=4", "--training.steps=1000", "--evaluation.freq=1000"]
+    words += ["--evaluation.tasks=prose", f"--evaluation.task_dir={tasks}"]
+    runs.run(tmp_path / "run", *words)
+    status = runs.status(tmp_path / "run")
+    assert status["status"] == "data_exhausted"
+    measured = [row for row in runs.records(tmp_path / "run") if "loss" not in row]
+    assert [row["step"] for row in measured] == [status["step"]]
 
 
 def test_what_is_wrong_is_named_before_the_start(tasks: str, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
     tasks = str(write_tasks(tmp_path_factory.mktemp("eval"), num_capitals=3, prose_words=100))
     plain = TaskChoice(NAMES, tasks, num_fewshot=0)
-    return [plain, replace(plain, names=["capitals", "answers"], num_fewshot=1, limit=2)]
+    chat = replace(plain, names=["capitals", "answers"], num_fewshot=1, apply_chat_template=True)
+    return [plain, replace(chat, limit=2)]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from scripts.bench_generate import TEXTS
 from tests.pool import GlooPool
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext
@@ -21,16 +22,6 @@ from torchtitan.utils.dtypes import default_dtype
 
 IDS = [[5, 3, 9, 60, 2, 7, 8], [11], [4, 4, 100], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [70, 71]]
 SIZES: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 131}
-TEXTS = [
-    "The capital of France is",
-    "Once upon a time, in a land far away,",
-    "def fibonacci(n):",
-    "The three laws of motion are as follows: first,",
-    "Water boils at",
-    "In 1969, humans first",
-    "My favourite recipe for pancakes starts with flour, eggs and",
-    "List of prime numbers: 2, 3, 5,",
-]
 
 
 def build_tiny(dims: ParallelDims, changes: dict[str, Any]) -> nn.Module:

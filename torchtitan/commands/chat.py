@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
-from torchtitan.config.paths import expand_path
-from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
+from torchtitan.utils.host import prepare_host
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
@@ -26,18 +25,12 @@ _HELP = "/reset forgets the conversation, /system TEXT sets the system message, 
 
 def run(options: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input; exit status 0."""
-    spin_briefly()  # both before torch is imported
-    tune_cpu_allocator()
+    prepare_host()
     from torchtitan.commands import model_session
     from torchtitan.generation.chat_template import read_chat_template
-    from torchtitan.training.pretrained import describe_pretrained
 
-    place = model_session.read_place()
     params = model_session.sampling_of(options)
-    if problems := params.problems():
-        raise ConfigError(problems)
-    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
-    model_session.mesh_of(options, found, place.world_size)
+    place, found = model_session.look_at(options, params.problems())
     template = read_chat_template(found.folders)
     conversation = Conversation(found, template, options.max_new_tokens, options.system)
     conversation.prompt_with("x")  # finds a template that does not render

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
-from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
+from torchtitan.utils.host import prepare_host
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
@@ -24,25 +24,14 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace) -> int:
     """Check everything that needs no weights, then measure; exit status 0."""
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    problems = []
     if not names:
-        problems.append(ConfigIssue("--tasks", "names no task", "name one", options.tasks))
-    spin_briefly()  # both before torch is imported
-    tune_cpu_allocator()
+        raise ConfigError(ConfigIssue("--tasks", "names no task", "name one", options.tasks))
+    prepare_host()
     from torchtitan.commands import model_session
     from torchtitan.evaluation.tasks import TaskChoice, load_tasks
     from torchtitan.generation.chat_template import read_chat_template
-    from torchtitan.training.pretrained import describe_pretrained
 
-    place = model_session.read_place()
-    writes = options.output is not None and place.rank == 0
-    if writes and os.path.lexists(expand_path(options.output)):
-        fix = "remove it, or choose another name"
-        problems.append(ConfigIssue("--output", "exists already", fix, options.output))
-    if problems:
-        raise ConfigError(problems)
-    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
-    model_session.mesh_of(options, found, place.world_size)
+    place, found = model_session.look_at(options)
     template = read_chat_template(found.folders) if options.apply_chat_template else None
     choice = TaskChoice(
         names,
@@ -55,11 +44,11 @@ def run(options: argparse.Namespace) -> int:
     with model_session.open_session(options, found, place) as session:
         model = harness_model(session, found, options.batch_size, template)
         tasks.try_first(model)
-        measures, report = tasks.measure(model, with_errors=session.world.is_main)
+        measures, report = tasks.measure(model, with_errors=True)
         if session.world.is_main:
             print(_table(measures))
-        if writes:
-            _write(expand_path(options.output), options, measures, report)
+            if options.output is not None:
+                _write(expand_path(options.output), options, measures, report)
     return DONE
 
 
@@ -111,12 +100,17 @@ def _table(measures: list[Measure]) -> str:
     return "\n".join(lines)
 
 
+def _number(value: float) -> float | None:
+    """Return the value; None if it is not finite, which JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
 def _write(
     path: str, options: argparse.Namespace, measures: list[Measure], report: dict[str, Any]
 ) -> None:
     content = {
         "checkpoint": options.checkpoint,
-        "results": [measure._asdict() for measure in measures],
+        "results": [measure._asdict() | {"value": _number(measure.value)} for measure in measures],
         "num_fewshot": report["n-shot"],
         "versions": report["versions"],
         "limit": options.limit,

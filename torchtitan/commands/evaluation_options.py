@@ -2,7 +2,12 @@
 
 import argparse
 
-from torchtitan.commands.generation_options import add_model_options, positive
+from torchtitan.commands.generation_options import (
+    add_batch_size,
+    add_model_options,
+    add_option,
+    positive,
+)
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,30 +24,17 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", metavar="NAME[,NAME...]", required=True, help="what to measure, by commas"
     )
-    parser.add_argument(
-        *("--task-dir", "--task_dir"), metavar="DIR", help="a folder of YAML files with more tasks"
+    add_option(
+        parser, "task-dir", metavar="DIR", help="a folder of YAML files with tasks of your own"
     )
-    parser.add_argument(
-        *("--num-fewshot", "--num_fewshot"),
-        metavar="N",
-        type=_not_negative,
-        help="solved examples in each prompt (default: the task's)",
-    )
+    text = "solved examples in each prompt (default: the task's)"
+    add_option(parser, "num-fewshot", metavar="N", type=_not_negative, help=text)
     parser.add_argument(
         "--limit", metavar="N", type=positive, help="only the first N examples of each task"
     )
-    parser.add_argument(
-        *("--batch-size", "--batch_size"),
-        metavar="N",
-        type=positive,
-        default=8,
-        help="requests that a rank answers at once; changes no figure (default: 8)",
-    )
-    parser.add_argument(
-        *("--apply-chat-template", "--apply_chat_template"),
-        action="store_true",
-        help="put each request as a user's message to a chat model",
-    )
+    add_batch_size(parser, "requests that a rank answers at once; changes no figure")
+    text = "put each request as a user's message to a chat model"
+    add_option(parser, "apply-chat-template", action="store_true", help=text)
     parser.add_argument("--output", metavar="FILE.json", help="a new file for all figures")
 
 

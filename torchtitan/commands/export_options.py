@@ -2,6 +2,8 @@
 
 import argparse
 
+from torchtitan.commands.generation_options import add_option
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,8 +53,9 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="convert to this type (default: keep the types)"
     )
-    parser.add_argument(
-        *("--max-shard-size", "--max_shard_size"),
+    add_option(
+        parser,
+        "max-shard-size",
         metavar="SIZE",
         type=_size,
         default="5GB",

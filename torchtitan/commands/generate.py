@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
-from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
+from torchtitan.utils.host import prepare_host
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
@@ -39,22 +38,11 @@ class Request:
 def run(options: argparse.Namespace) -> int:
     """Check everything that needs no weights, then generate; exit status 0."""
     requests = read_requests(options)
-    spin_briefly()  # both before torch is imported
-    tune_cpu_allocator()
+    prepare_host()
     from torchtitan.commands import model_session
-    from torchtitan.training.pretrained import describe_pretrained
 
-    place = model_session.read_place()
     params = model_session.sampling_of(options)
-    to_file = options.output not in (None, "-") and place.rank == 0
-    problems = params.problems()
-    if to_file and os.path.lexists(expand_path(options.output)):
-        fix = "remove it, or choose another name"
-        problems.append(ConfigIssue("--output", "exists already", fix, options.output))
-    if problems:
-        raise ConfigError(problems)
-    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
-    model_session.mesh_of(options, found, place.world_size)
+    place, found = model_session.look_at(options, params.problems())
     template = _template(found, requests)
     ends = [] if template is None else [template.end_of_turn(found.tokenizer)]
     limits = model_session.limits_of(options, found, *ends)
@@ -62,9 +50,8 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         session = stack.enter_context(model_session.open_session(options, found, place))
         output = sys.stdout if options.output == "-" else None
-        if to_file:
-            path = expand_path(options.output)
-            output = stack.enter_context(open(path, "x", encoding="utf-8"))
+        if options.output not in (None, "-") and place.rank == 0:
+            output = stack.enter_context(_new_file(Path(expand_path(options.output))))
         _generate(options, session, work, limits, params, output)
     return DONE
 
@@ -72,10 +59,14 @@ def run(options: argparse.Namespace) -> int:
 def read_requests(options: argparse.Namespace) -> list[Request]:
     """Return the prompts of the command line and of --input. Raises ConfigError; needs no torch."""
     requests = []
+    is_chat = options.chat or options.system is not None
+    if is_chat and options.input is not None:
+        fix = 'write "messages" instead of "prompt" into its lines'
+        raise ConfigError(ConfigIssue("--chat", "does not apply to --input", fix))
     for number, text in enumerate(options.prompts, start=1):
         where = f"PROMPT {number}" if len(options.prompts) > 1 else "PROMPT"
         fields: dict[str, Any] = {"prompt": text}
-        if options.chat or options.system is not None:
+        if is_chat:
             system = [] if options.system is None else [("system", options.system)]
             turns = [*system, ("user", text)]
             fields = {"messages": [{"role": role, "content": c} for role, c in turns]}
@@ -89,6 +80,17 @@ def read_requests(options: argparse.Namespace) -> list[Request]:
     if problems:
         raise ConfigError(problems[:_MOST_PROBLEMS])
     return requests
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """Open a file that gets its name when complete; what a killed command left is replaced."""
+    partial = path.with_name(path.name + ".part")
+    if partial.exists():
+        print(f"notice: {partial}, left by a command that was ended, is replaced", file=sys.stderr)
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
+    partial.rename(path)
 
 
 def _lines_of(file: Path) -> list[Request]:

@@ -1,6 +1,7 @@
 """The arguments of `generate` and `chat`. No torch."""
 
 import argparse
+from typing import Any
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -17,16 +18,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="type of the weights (default: bfloat16 on GPUs, float32 on CPUs)",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument(
-        *("--tensor-parallel-degree", "--tensor_parallel_degree"),
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: a GPU where there is one",
+    )
+    add_option(
+        group,
+        "tensor-parallel-degree",
         metavar="N",
         type=positive,
         default=1,
         help="under torchrun: ranks that share each matrix (default: 1)",
     )
-    group.add_argument(
-        *("--data-parallel-shard-degree", "--data_parallel_shard_degree"),
+    add_option(
+        group,
+        "data-parallel-shard-degree",
         metavar="N",
         type=positive,
         default=1,
@@ -38,8 +46,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Add what decides the next token, and the end."""
     group = parser.add_argument_group("text")
-    group.add_argument(
-        *("--max-new-tokens", "--max_new_tokens"),
+    add_option(
+        group,
+        "max-new-tokens",
         metavar="N",
         type=positive,
         default=256,
@@ -61,11 +70,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) ->
         ("seed", int, 0, "the same seed draws the same tokens"),
     )
     for name, kind, default, text in numbers:
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
         letter = "N" if kind is int else "P" if name.endswith("-p") else "X"
-        group.add_argument(
-            *names, metavar=letter, type=kind, default=default, help=f"{text} (default: {default})"
-        )
+        text = f"{text} (default: {default})"
+        add_option(group, name, metavar=letter, type=kind, default=default, help=text)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,20 +90,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     model by --tensor-parallel-degree and --data-parallel-shard-degree, and data ranks the prompts.
     """
     add_model_options(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a text to continue")
     parser.add_argument("--input", metavar="FILE.jsonl", help="prompts, a JSON object a line")
     parser.add_argument("--output", metavar="FILE.jsonl", help="a new file, or - for stdout")
-    parser.add_argument(
-        *("--batch-size", "--batch_size"),
-        metavar="N",
-        type=positive,
-        default=8,
-        help="prompts that a rank continues at once (default: 8)",
-    )
+    add_batch_size(parser, "prompts that a rank continues at once")
     parser.add_argument(
         "--chat", action="store_true", help="each PROMPT is a user's message to a chat model"
     )
-    parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
+    parser.add_argument("--system", metavar="TEXT", help="the system message; implies --chat")
     add_sampling_options(parser, temperature=0.0)
 
 
@@ -110,6 +111,18 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_options(parser, temperature=0.7)
+
+
+def add_batch_size(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--batch-size`."""
+    text = f"{text} (default: 8)"
+    add_option(parser, "batch-size", metavar="N", type=positive, default=8, help=text)
+
+
+def add_option(parser: argparse._ActionsContainer, name: str, **settings: Any) -> None:
+    """Add the option `--name`, which may be written with underscores, too."""
+    names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+    parser.add_argument(*names, **settings)
 
 
 def positive(text: str) -> int:

@@ -66,15 +66,15 @@ def _open(given: str) -> tuple[Contents, list[str]]:
     from torchtitan.checkpoint.dcp_io import quiet_dcp
     from torchtitan.checkpoint.manifest import InvalidCheckpoint
     from torchtitan.training.pretrained import find_checkpoint, under_command_key
-    from torchtitan.weights.recognise import InvalidWeights
+    from torchtitan.weights.recognise import InvalidWeights, UnreadableDescription
 
     quiet_dcp()
     path, faults = find_checkpoint(expand_path(given))
-    try:
-        with under_command_key():
+    with under_command_key():
+        try:
             return open_contents(path), faults
-    except (InvalidCheckpoint, InvalidWeights) as error:
-        raise CheckpointError(str(error)) from error
+        except (InvalidCheckpoint, InvalidWeights, UnreadableDescription) as error:
+            raise CheckpointError(str(error)) from error
 
 
 def _verify(contents: Contents) -> None:

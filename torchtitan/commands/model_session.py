@@ -1,10 +1,12 @@
 """A checkpoint opened on the mesh that a command line asks for."""
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.paths import expand_path
 from torchtitan.data.document_ends import Ends
 from torchtitan.distributed.context import DistributedContext, open_context
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.generation.generate import Generator, Limits
 from torchtitan.generation.sampling import SamplingParams
-from torchtitan.training.pretrained import Pretrained, load_pretrained
+from torchtitan.training.pretrained import Pretrained, describe_pretrained, load_pretrained
 from torchtitan.utils import environment as env
 from torchtitan.utils.device import device_type, set_up_process
 from torchtitan.utils.dtypes import torch_dtype
@@ -36,6 +39,33 @@ class ModelSession:
     mesh: DeviceMesh
     model: nn.Module
     generator: Generator
+
+
+def look_at(
+    options: argparse.Namespace, problems: Sequence[ConfigIssue] = ()
+) -> tuple[env.ProcessEnvironment, Pretrained]:
+    """Return this process's place and the checkpoint, after the checks that need no weights.
+
+    Raises ConfigError with `problems` and what is wrong with the output.
+    """
+    place = read_place()
+    output = getattr(options, "output", None)
+    if output not in (None, "-") and place.rank == 0:
+        problems = [*problems, *_output_problems(Path(expand_path(output)))]
+    if problems:
+        raise ConfigError(problems)
+    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
+    mesh_of(options, found, place.world_size)
+    return place, found
+
+
+def _output_problems(file: Path) -> Iterator[ConfigIssue]:
+    if os.path.lexists(file):
+        fix = "remove it, or choose another name"
+        yield ConfigIssue("--output", "exists already", fix, str(file))
+    elif not os.access(file.parent, os.W_OK | os.X_OK):
+        problem = "its folder does not exist, or cannot be written to"
+        yield ConfigIssue("--output", problem, "make the folder first", str(file))
 
 
 def read_place() -> env.ProcessEnvironment:

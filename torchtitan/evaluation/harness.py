@@ -5,7 +5,8 @@ below it, and every rank gets all answers.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torchtitan.evaluation.scoring import Place, ScoredText, Scorer
 from torchtitan.generation.chat_template import ChatTemplate, encode_rendered
 from torchtitan.generation.generate import Generator, Limits, Prompt
 from torchtitan.generation.sampling import SamplingParams
+from torchtitan.utils.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class HarnessModel(TemplateLM):
 
     `generator` may be None where no task generates.
     """
+
+    is_answering = False
+    """A request is being answered, or failed to be: the model's error, not a task's."""
 
     def __init__(
         self,
@@ -90,12 +95,14 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and if it is the greedy one."""
-        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+        with self._answering():
+            return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         most = self._place.max_seq_len + 1  # the last token is no input
+        self._warn_of_cut([len(c) + len(targets) - 1 for _, c, targets in requests], most - 1)
         texts = [
             ScoredText((context + targets)[-most:], min(len(targets), most - 1))
             for _, context, targets in requests
@@ -104,6 +111,10 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each text, read in windows with the longest contexts."""
+        with self._answering():
+            return self._rolling(requests)
+
+    def _rolling(self, requests: Any) -> list[float]:
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -123,6 +134,11 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         """Return a continuation of each context, up to one of its stop strings."""
+        with self._answering():
+            self._place.require_same([request.args for request in requests])
+            return self._continuations(requests)
+
+    def _continuations(self, requests: Any) -> list[str]:
         by_arguments: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_arguments.setdefault(repr(request.args[1]), []).append(number)
@@ -138,10 +154,9 @@ class HarnessModel(TemplateLM):
         limits, params = self._limits(arguments), self._sampling(arguments)
         place, dims, texts = self._place, self._place.dims, dict[int, str]()
         room = place.max_seq_len - limits.max_new_tokens
-        prompts = [
-            Prompt(number, self.tok_encode(text)[-room:] or [self.prefix_token_id])
-            for number, text in contexts.items()
-        ]
+        ids = {number: self.tok_encode(text) for number, text in contexts.items()}
+        self._warn_of_cut([len(each) for each in ids.values()], room)
+        prompts = [Prompt(n, each[-room:] or [self.prefix_token_id]) for n, each in ids.items()]
         prompts.sort(key=lambda prompt: -len(prompt.ids))
         report = place.progress("prompts", len(prompts))
         for begin in range(0, len(prompts), place.requests_at_once):
@@ -181,6 +196,24 @@ class HarnessModel(TemplateLM):
         elif "temperature" not in given:
             given["temperature"] = 1.0
         return SamplingParams(**given)
+
+    def require_same(self, value: object) -> None:
+        """Raise DataError, on all ranks, unless all have the same value. All must call it."""
+        self._place.require_same(value)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        self.is_answering = True
+        yield
+        self.is_answering = False
+
+    def _warn_of_cut(self, lengths: Sequence[int], most: int) -> None:
+        longer = sum(length > most for length in lengths)
+        if longer:
+            self._warn(
+                f"{longer:,} of {plural(len(lengths), 'request')} exceed {most:,} tokens, so their"
+                " beginnings are left out"
+            )
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:

@@ -65,6 +65,12 @@ class Place:
         """Requests of all ranks in one forward."""
         return self.batch_size * self.dims.dp
 
+    def require_same(self, value: object) -> None:
+        """Raise DataError, on all ranks, unless the `repr` of `value` is the same on all."""
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()
+        if len(set(self.world.gather_json(digest))) > 1:
+            raise DataError("the ranks see different tasks; every machine must see the same files")
+
     def progress(self, what: str, total: int) -> "Callable[[int], None]":
         """Return what reports the number of requests done, where it takes long."""
         logged = time.monotonic()
@@ -99,9 +105,7 @@ class Scorer:
     def score(self, texts: Sequence[ScoredText]) -> list[Score]:
         """Return the scores, in order. Raises DataError if the ranks have different texts."""
         place, dims = self._place, self._place.dims
-        digest = hashlib.sha256(repr([[*t.tokens, t.num_targets] for t in texts]).encode())
-        if len(set(place.world.gather_json(digest.hexdigest()))) > 1:
-            raise DataError("the ranks see different tasks; every machine must see the same files")
+        place.require_same([[*text.tokens, text.num_targets] for text in texts])
         device = place.world.device
         sums = _TargetSums(len(texts), self._shard, device)
         order = sorted(range(len(texts)), key=lambda n: -len(texts[n].tokens))

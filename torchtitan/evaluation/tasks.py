@@ -9,14 +9,17 @@ import logging
 import math
 import os
 import random
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.schema import Evaluation
 from torchtitan.config.suggest import nearest
 from torchtitan.utils.environment import is_quiet_rank
@@ -29,9 +32,10 @@ GENERATES = "generate_until"
 _FEWSHOT_SEED = 1234
 _RESAMPLES = 1000
 """For the standard errors of metrics that have no formula for it."""
+_CORRECT = "correct its file or its data"
 _OFFLINE = (
-    "correct its file; or, if its data are on the hub, run once where that can be reached, or give"
-    " local files as `dataset_path: json`, `dataset_kwargs: {data_files: ...}`"
+    "run once where the hub can be reached, or give local files as `dataset_path: json`,"
+    " `dataset_kwargs: {data_files: ...}`"
 )
 
 
@@ -92,30 +96,45 @@ class Tasks:
             except ConfigError:
                 raise
             except Exception as error:  # a task is a program
-                raise self._cannot(name, error, "correct its file") from error
+                problem = f"makes no request: {_text(error)}"
+                raise ConfigError(ConfigIssue(self._choice.key, problem, _CORRECT, name)) from error
 
     def measure(self, model: "HarnessModel", with_errors: bool) -> tuple[list[Measure], Any]:
         """Return the metrics, and lm-eval's own report. All ranks must call it.
 
-        `with_errors` estimates standard errors, which can take a while.
+        `with_errors` estimates standard errors, which can take a while. Raises DataError, on all
+        ranks, where a task fails on its documents or the model's answers.
         """
-        from lm_eval.evaluator import evaluate
-
         os.environ["DISABLE_MULTIPROC"] = "1"  # a fork of this process would share its devices
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        report, failure = None, None
+        model.is_answering = False
         with _kept_random_state():
-            report = evaluate(
-                lm=model,
-                task_dict=self._loaded,
-                limit=self._choice.limit,
-                bootstrap_iters=_RESAMPLES if with_errors else 0,
-                log_samples=False,
-                apply_chat_template=self._choice.apply_chat_template,
-                fewshot_as_multiturn=self._choice.apply_chat_template,
-            )
-        assert report is not None
+            try:
+                report = self._evaluate(model, with_errors)
+            except Exception as error:  # a task is a program
+                if model.is_answering:
+                    raise
+                failure = error
+        model.require_same(type(failure).__name__)
+        if failure is not None:
+            name = _task_of(failure) or ",".join(self._choice.names)
+            raise DataError(f"the task {name} fails: {_text(failure)}; {_CORRECT}") from failure
         return list(_measures(report)), report
+
+    def _evaluate(self, model: "HarnessModel", with_errors: bool) -> Any:
+        from lm_eval.evaluator import evaluate
+
+        return evaluate(
+            lm=model,
+            task_dict=self._loaded,
+            limit=self._choice.limit,
+            bootstrap_iters=_RESAMPLES if with_errors else 0,
+            log_samples=False,
+            apply_chat_template=self._choice.apply_chat_template,
+            fewshot_as_multiturn=self._choice.apply_chat_template,
+        )
 
     def _chat(self, model: "HarnessModel") -> dict[str, Any]:
         if not self._choice.apply_chat_template:
@@ -126,10 +145,6 @@ class Tasks:
             "chat_template": model.apply_chat_template,
             "tokenizer_name": model.tokenizer_name,
         }
-
-    def _cannot(self, name: str, error: Exception, fix: str) -> ConfigError:
-        problem = f"makes no request: {type(error).__name__}: {error}"
-        return ConfigError(ConfigIssue(self._choice.key, problem, fix, name))
 
 
 def missing_package(key: str, value: Any) -> ConfigIssue | None:
@@ -150,18 +165,30 @@ def load_tasks(choice: TaskChoice) -> Tasks:
     if is_quiet_rank():
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = find_tasks(choice)
+    built, issues = list[Any](), list[ConfigIssue]()
     with _kept_random_state():
-        try:
-            loaded = manager.load(list(dict.fromkeys(choice.names)))
-            for name, task in loaded["tasks"].items():
-                _prepare(choice, name, task)
-        except ConfigError:
-            raise
-        except Exception as error:  # a task is a program, and reads files and the hub
-            problem = f"cannot be loaded: {type(error).__name__}: {error}"
-            names = ",".join(choice.names)
-            raise ConfigError(ConfigIssue(choice.key, problem, _OFFLINE, names)) from error
-    return Tasks(choice, loaded)
+        for name in dict.fromkeys(choice.names):
+            try:
+                found = manager.load([name])
+                for task_name, task in found["tasks"].items():
+                    _prepare(choice, task_name, task)
+            except ConfigError as error:
+                issues += error.problems
+            except Exception as error:  # a task is a program, and reads files and the hub
+                problem = f"cannot be loaded: {_text(error)}"
+                fix = _OFFLINE if isinstance(error, OSError) else _CORRECT
+                issues.append(ConfigIssue(choice.key, problem, fix, name))
+            else:
+                groups = found.get("groups", {})
+                built += [groups[name]] if name in groups else found["tasks"].values()
+    if issues:
+        raise ConfigError(issues)
+    try:
+        return Tasks(choice, manager.load(built))
+    except ValueError as error:  # a task that is in two of the groups
+        fix = "leave one of the two out"
+        names = ",".join(choice.names)
+        raise ConfigError(ConfigIssue(choice.key, str(error), fix, names)) from None
 
 
 def find_tasks(choice: TaskChoice) -> Any:
@@ -169,16 +196,14 @@ def find_tasks(choice: TaskChoice) -> Any:
 
     lm-eval's own thousands, which take seconds, are left out if all names are in the folder.
     """
-    from lm_eval.tasks import TaskManager
-
     if choice.task_dir is not None:
         if not os.path.isdir(choice.task_dir):
             problem, fix = "is not a folder", "name a folder of lm-eval's YAML files"
             raise ConfigError(ConfigIssue(choice.dir_key, problem, fix, choice.task_dir))
-        manager = TaskManager(include_path=choice.task_dir, include_defaults=False)
+        manager = _index(choice.task_dir, include_defaults=False)
         if set(choice.names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=choice.task_dir)
+    manager = _index(choice.task_dir, include_defaults=True)
     known = manager.all_tasks
     issues = []
     for name in choice.names:
@@ -187,8 +212,28 @@ def find_tasks(choice: TaskChoice) -> Any:
             fix = f'did you mean "{match}"?' if match else "run `lm-eval ls tasks` for all names"
             issues.append(ConfigIssue(choice.key, "is not a task", fix, name))
     if issues:
-        raise ConfigError(issues)
+        raise ConfigError([*issues, *_unreadable(choice.task_dir)])
     return manager
+
+
+@cache
+def _index(task_dir: str | None, include_defaults: bool) -> Any:
+    """Read lm-eval's index once a process: a run's checks and its start both need it."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_dir, include_defaults=include_defaults)
+
+
+def _unreadable(task_dir: str | None) -> Iterator[ConfigIssue]:
+    """Yield the YAML files of a folder that lm-eval passes over, as it cannot read them."""
+    import yaml
+
+    for file in [] if task_dir is None else sorted(Path(task_dir).glob("**/*.yaml")):
+        try:
+            list(yaml.parse(file.read_text(encoding="utf-8")))
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            text = " ".join(str(error).split())
+            yield ConfigIssue(str(file), f"is not readable YAML: {text}", "correct it")
 
 
 def _prepare(choice: TaskChoice, name: str, task: Any) -> None:
@@ -216,13 +261,25 @@ def _measures(report: Mapping[str, Any]) -> Iterator[Measure]:
             error = values.get(f"{metric}_stderr,{of_filter}")
             shown = metric if of_filter == "none" else f"{metric}/{of_filter}"
             count = report["n-samples"].get(task, {}).get("effective")
-            yield Measure(
-                task, shown, float(value), float(error) if _is_number(error) else None, count
-            )
+            known = _is_number(error) and not math.isnan(error)
+            yield Measure(task, shown, float(value), float(error) if known else None, count)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not math.isnan(float(value))
+    return isinstance(value, int | float | np.number)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _task_of(error: Exception) -> str | None:
+    """Return the name of the task whose method raised the error; None outside of methods."""
+    from lm_eval.api.task import Task
+
+    frames = traceback.walk_tb(error.__traceback__)
+    owners = (frame.f_locals.get("self") for frame, _ in frames)
+    return next((str(owner.task_name) for owner in owners if isinstance(owner, Task)), None)
 
 
 @contextmanager

@@ -177,15 +177,17 @@ class _CachedAttention(nn.Module):
                 q, keys, values, attn_mask=step.mask, is_causal=is_causal, enable_gqa=grouped
             )
         queries, rows = q.size(2), step.rows
-        q, k, v = (x.squeeze(0).transpose(0, 1)[:rows] for x in (q, k, v))  # [B, heads, hd]
-        keys, values = self._write(k.unsqueeze(2), v.unsqueeze(2), step)
-        # Queries that share a head of keys are queries of one sequence: no head is copied.
-        q = q.unflatten(1, (k.size(1), -1))  # [B, G, H/G, hd]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=step.mask)
-        out = out.flatten(1, 2)  # [B, H, hd]
+        q, k, v = q.transpose(0, 2), k.transpose(0, 2), v.transpose(0, 2)  # [B, heads, 1, hd]
         if queries > rows:
-            out = F.pad(out, (0, 0, 0, 0, 0, queries - rows))
-        return out.transpose(0, 1).unsqueeze(0)
+            q, k, v = q[:rows], k[:rows], v[:rows]
+        keys, values = self._write(k, v, step)
+        # Queries that share a head of keys are queries of one sequence: no head is copied.
+        of_heads = q.reshape(rows, k.size(1), -1, q.size(3))  # [B, G, H/G, hd]
+        out = F.scaled_dot_product_attention(of_heads, keys, values, attn_mask=step.mask)
+        out = out.reshape(q.shape)
+        if queries > rows:
+            out = F.pad(out, (0, 0, 0, 0, 0, 0, 0, queries - rows))
+        return out.transpose(0, 2)
 
     def _write(self, k: Tensor, v: Tensor, step: CacheStep) -> tuple[Tensor, Tensor]:
         """Store the columns of a step; return all that it sees, `[B, G, end - first, hd]`."""
@@ -194,10 +196,10 @@ class _CachedAttention(nn.Module):
         if self._keys is None or self._keys.size(2) < step.end:
             self._grow(k, step)
         assert self._keys is not None and self._values is not None
-        self._keys[:, :, step.start : step.end] = k
-        self._values[:, :, step.start : step.end] = v
-        seen = slice(step.first, step.end)
-        return self._keys[:, :, seen], self._values[:, :, seen]
+        self._keys.narrow(2, step.start, k.size(2)).copy_(k)
+        self._values.narrow(2, step.start, k.size(2)).copy_(v)
+        seen = step.first, step.end - step.first
+        return self._keys.narrow(2, *seen), self._values.narrow(2, *seen)
 
     def _grow(self, like: Tensor, step: CacheStep) -> None:
         columns = max(2 * step.start, step.end + _FIRST_COLUMNS)

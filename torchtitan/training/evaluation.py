@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config import ConfigError, ConfigIssue, JobConfig
+from torchtitan.config import ConfigError, ConfigIssue, DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext, timeout
@@ -76,6 +76,9 @@ class Evaluator:
                 measures, _ = self._tasks.measure(self._harness, with_errors=False)
             except _Stopped:
                 logger.info("Asked to stop: left the evaluation after step %d", step)
+                return
+            except DataError as error:  # on all ranks; the run is worth more than a figure
+                logger.error("No evaluation after step %d, training continues: %s", step, error)
                 return
             for task, of_task in groupby(measures, key=lambda measure: measure.task):
                 metrics.log_evaluation(step, task, {m.metric: m.value for m in of_task})

@@ -19,10 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint, read_manifest
-from torchtitan.checkpoint.state import model_tensors
+from torchtitan.checkpoint.state import model_tensors, non_finite_tensors
 from torchtitan.checkpoint.steps_folder import Candidate, inspect_steps, step_name
 from torchtitan.checkpoint.stored_run import CONFIG_NAME
-from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
+from torchtitan.config import (
+    CheckpointError,
+    ConfigError,
+    ConfigIssue,
+    JobConfig,
+    NonFiniteError,
+)
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.value_errors import problems_of
@@ -39,6 +45,7 @@ from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.parallelize import parallelize_for_inference
 from torchtitan.training.pretrained_config import tokenizer_of
 from torchtitan.utils.dtypes import default_dtype
+from torchtitan.utils.text import some_of
 from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
 from torchtitan.weights.hub import download, is_hub_path
 from torchtitan.weights.recognise import kind_of
@@ -103,6 +110,9 @@ def find_checkpoint(given: str) -> tuple[Path, list[str]]:
     if (step := newest_step(path)) is not None:
         return step, damaged_steps(path)
     kind = kind_of(path)
+    if kind in ("torch", None) and path.is_file() and kind_of(path.parent) not in ("torch", None):
+        text = "is one file of a checkpoint"
+        raise ConfigError(ConfigIssue(_KEY, text, f"name its folder, {path.parent}", given))
     if kind == "torch":
         text = "holds weights of torch.save only, which may run code"
         fix = "load it with transformers and save it with save_pretrained, which writes safetensors"
@@ -227,8 +237,11 @@ def load_pretrained(
 ) -> nn.Module:
     """Return the model in evaluation mode, its weights of `dtype` loaded and verified.
 
-    `dims` has tensor parallelism, FSDP and copies only. All ranks must call it. Raises
-    CheckpointError for damage, and for weights that do not fit the hyper-parameters.
+    `dims` has tensor parallelism, FSDP and copies only. All ranks must call it.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit the hyper-parameters.
+        NonFiniteError: a weight is NaN or infinite, or beyond the range of `dtype`.
     """
     assert dims.pp == dims.cp == 1
     with torch.device("meta"), default_dtype(dtype):
@@ -245,6 +258,9 @@ def load_pretrained(
     )
     model.to_empty(device=world.device)
     _load(found, world, model)
+    if names := non_finite_tensors(world, model_tensors([model]), [model]):
+        which = f"these hold NaN or infinity in {dtype}: {some_of(names)}"
+        raise NonFiniteError(f"{found.path} cannot be used: {which}")
     for handler in handlers:
         handler.after_load(model)
     return model.eval()

@@ -45,6 +45,12 @@ def tune_cpu_allocator() -> bool:
     return all(mallopt(name, value) == 1 for name, value in _SETTINGS)
 
 
+def prepare_host() -> None:
+    """Set up the allocator and waiting threads. To be called before torch is imported."""
+    spin_briefly()
+    tune_cpu_allocator()
+
+
 _SPIN_COUNT = "10000"
 
 

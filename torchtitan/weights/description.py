@@ -18,6 +18,7 @@ from torchtitan.models.spec import ModelArgs
 from torchtitan.weights.recognise import (
     META_PARAMS,
     InvalidWeights,
+    UnreadableDescription,
     gguf_file,
     kind_of,
     read_json_object,
@@ -98,7 +99,7 @@ def _table(file: Path) -> dict[str, Any]:
         return read_json_object(file)
     except InvalidWeights as error:
         text, fix = str(error).removeprefix(f"{file}: "), "get the file again"
-        raise ConfigError(ConfigIssue(str(file), text, fix)) from error
+        raise UnreadableDescription(ConfigIssue(str(file), text, fix)) from error
 
 
 def complete(

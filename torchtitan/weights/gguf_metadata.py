@@ -10,6 +10,7 @@ import numpy as np
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.models.llama3 import FAMILY
 from torchtitan.weights.description import ModelDescription, complete
+from torchtitan.weights.recognise import UnreadableDescription
 
 _NAMES = {
     "embedding_length": "dim",
@@ -132,7 +133,7 @@ def _open(path: Path) -> Any:
         raise ConfigError(ConfigIssue(str(path), "needs the package gguf", fix)) from None
     except Exception as error:  # a damaged header raises anything
         text = f"is not a readable GGUF file: {error}"
-        raise ConfigError(ConfigIssue(str(path), text, "get the file again")) from error
+        raise UnreadableDescription(ConfigIssue(str(path), text, "get the file again")) from error
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from torchtitan.config.errors import ConfigError
+
 Kind = Literal["step", "dcp", "hf", "meta", "gguf", "torch"]
 """A step of this library, another folder of `torch.distributed.checkpoint`, a Hugging Face folder
 with safetensors, Meta's `consolidated.*.pth`, a GGUF file, or files of `torch.save`."""
@@ -21,6 +23,10 @@ _TORCH_MAGICS = (b"PK\x03\x04", b"\x80\x02")
 
 class InvalidWeights(Exception):
     """Weights cannot be used; the message says why and names the file."""
+
+
+class UnreadableDescription(ConfigError):
+    """The file that says what model the weights are of is damaged."""
 
 
 def kind_of(path: Path) -> Kind | None:

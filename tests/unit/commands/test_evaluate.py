@@ -71,6 +71,8 @@ def test_what_is_wrong_is_named(
     (tmp_path / "out.json").touch()
     output = f"--output={tmp_path / 'out.json'}"
     assert "exists already" in rejected(capsys, run_folder, "--tasks=capitals", output)
+    output = f"--output={tmp_path / 'no' / 'out.json'}"
+    assert "its folder does not exist" in rejected(capsys, run_folder, "--tasks=capitals", output)
     chat = "--apply-chat-template"
     assert "the chat template: is missing" in rejected(capsys, run_folder, "--tasks=a", chat)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -78,14 +80,53 @@ def test_what_is_wrong_is_named(
     assert "needs the package lm-eval" in text and "torchtitan[eval]" in text
 
 
-def test_wrong_tasks_are_named(run_folder: str, tasks: str, tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra eval")
+def test_wrong_tasks_are_named(
+    run_folder: str, tasks: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="needs the extra eval")
+    read = []
+
+    class Manager(lm_eval.TaskManager):  # type: ignore[name-defined, misc]
+        def __init__(self, include_defaults: bool = True, **given: Any):
+            read.append(include_defaults)
+            super().__init__(include_defaults=include_defaults, **given)
+
+    monkeypatch.setattr(lm_eval, "TaskManager", Manager)
     folder = f"--task-dir={tasks}"
     text = rejected(capsys, run_folder, "--tasks=capital,prose", folder)
     assert '--tasks = "capital": is not a task' in text and 'did you mean "capitals"?' in text
+    broken = Path(tasks) / "broken.yaml"
+    broken.write_text("task: broken\ndataset_path: [json\n")
+    text = rejected(capsys, run_folder, "--tasks=broken", folder)
+    broken.unlink()
+    assert '--tasks = "broken": is not a task' in text
+    assert f"{broken}: is not readable YAML" in text and "Fix: correct it" in text
+    assert sorted(read) == [False, True]  # which takes seconds, once
     text = rejected(capsys, run_folder, "--tasks=prose", f"--task-dir={tmp_path / 'no'}")
     assert "--task-dir = " in text and "is not a folder" in text
     lost = Path(write_tasks(tmp_path))
     (tmp_path / "prose.jsonl").unlink()
-    text = rejected(capsys, run_folder, "--tasks=prose", f"--task-dir={lost}")
+    with (lost / "capitals.yaml").open("a") as file:
+        file.write("fewshot_split: nowhere\n")
+    (lost / "answers.yaml").write_text("task: answers\noutput_type: generate_until\n")
+    names = "--tasks=prose,capitals,answers"
+    text = rejected(capsys, run_folder, names, f"--task-dir={lost}")
     assert '--tasks = "prose": cannot be loaded' in text and "local files" in text
+    assert '--tasks = "answers": cannot be loaded' in text and "correct its file" in text
+    assert '"capitals"' not in text
+
+
+def test_documents_that_do_not_fit(
+    run_folder: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """A fault that shows after the answers, and requests longer than the model's 64 tokens."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    folder = f"--task-dir={write_tasks(tmp_path)}"
+    rows = [{"country": "Peru " * n, "choices": ["a", "b"], "label": 0} for n in (1, 40)]
+    file = tmp_path / "capitals.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", run_folder, "--tasks=capitals", folder]) == 0
+    assert "2 of 4 requests exceed 64 tokens" in capsys.readouterr().err
+    file.write_text(json.dumps({"country": "Peru", "choices": ["a", None], "label": 0}) + "\n")
+    assert main(["evaluate", run_folder, "--tasks=capitals,prose", folder]) == 3
+    assert "error: the task capitals fails: TypeError" in capsys.readouterr().err

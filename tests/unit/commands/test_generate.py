@@ -13,6 +13,7 @@ import pytest
 from tests.distributed.runs import CONFIG, execute
 from tests.foreign import args_of, random_weights, write_hf
 from torchtitan.cli import main
+from torchtitan.generation.generate import Generator
 
 MODULE = [sys.executable, "-m", "torchtitan"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "torchtitan"]
@@ -74,6 +75,45 @@ def test_prompts_of_the_command_line(run_folder: Path) -> None:
     assert json.loads(piped)["completion"] == one[:-1]
 
 
+def test_an_output_is_complete_or_has_another_name(
+    run_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that was ended leaves the answers that it had, and the next one can start."""
+    file, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    words = [str(run_folder), "a", "b", "c", "--batch-size=1", "--max-new-tokens=3", "--output"]
+    whole, count = Generator.generate, 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    assert main(["generate", *words, str(file)]) != 0
+    assert len(rows(partial)) == 2 and not file.exists()
+    capsys.readouterr()
+    assert main(["generate", *words, str(file)]) == 0
+    assert f"notice: {partial}" in capsys.readouterr().err
+    assert len(rows(file)) == 3 and not partial.exists()
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree("tests/assets/tokenizer", folder)
+    args = args_of(n_heads=4, n_kv_heads=2, head_dim=8, vocab_size=2048)
+    weights = random_weights(args)
+    weights["layers.1.attention.wq.weight"][3, 4] = 1e6
+    write_hf(folder, weights, args)
+    words = ["generate", str(folder), "a", "--max-new-tokens=1"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--dtype=float16"]) == 5  # its largest number is 65504
+    text = capsys.readouterr().err
+    assert "NaN or infinity in torch.float16: layers.1.attention.wq.weight" in text
+
+
 def rejected(capsys: Any, *words: str, command: str = "generate") -> str:
     assert main([command, *words]) == 2
     return str(capsys.readouterr().err)
@@ -87,7 +127,9 @@ def test_what_is_wrong_is_named(run_folder: Path, tmp_path: Path, capsys: Any) -
     assert "--dtype" in rejected(capsys, checkpoint, "a", "--dtype=float8")
     assert "--top-p = 2.0" in rejected(capsys, checkpoint, "a", "--top-p=2")
     assert "has 64 tokens" in rejected(capsys, checkpoint, "x" * 63)
-    assert "--output" in rejected(capsys, checkpoint, "a", "--output", checkpoint)
+    assert "exists already" in rejected(capsys, checkpoint, "a", "--output", checkpoint)
+    nowhere = str(tmp_path / "no" / "out")
+    assert "folder does not exist" in rejected(capsys, checkpoint, "a", "--output", nowhere)
     assert "chat template: is missing" in rejected(capsys, checkpoint, "a", "--chat")
     assert "chat template: is missing" in rejected(capsys, checkpoint, command="chat")
     wrong = rejected(capsys, checkpoint, "a", "--tensor-parallel-degree=3")
@@ -104,6 +146,7 @@ def test_what_is_wrong_is_named(run_folder: Path, tmp_path: Path, capsys: Any) -
         file.write_text(text)
         assert message in rejected(capsys, checkpoint, "--input", str(file))
     assert "--input" in rejected(capsys, checkpoint, "--input", str(tmp_path / "none"))
+    assert "does not apply to --input" in rejected(capsys, checkpoint, "--input=x", "--chat")
 
 
 def test_a_damaged_step_is_named(run_folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -223,6 +223,11 @@ def test_damaged_weights(tmp_path: Path, capsys: Any) -> None:
     assert inspect(capsys, folder, whole)[0]["values"] == {"layers.0.ffn_norm.weight": None}
     next(folder.glob("*.safetensors")).unlink()
     assert "is missing" in refused(capsys, folder, status=4)
+    (whole / "config.json").write_text('{"dim"')
+    assert "config.json: cannot be read" in refused(capsys, whole, status=4)
+    file = write(tmp_path / "gguf", "gguf", random_weights(ARGS)) / "model.gguf"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file}: is not a readable GGUF file" in refused(capsys, file, status=4)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: Any) -> None:

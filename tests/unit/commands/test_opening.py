@@ -74,6 +74,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*torch.save only.*save_pretrained"):
         describe_pretrained(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    step = plant_step(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match=r"one file of a checkpoint. Fix: name its folder, .*-3"):
+        describe_pretrained(str(step / "manifest.json"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*2 GGUF files"):
