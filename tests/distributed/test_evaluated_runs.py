@@ -123,12 +123,11 @@ def test_a_rank_that_is_asked_to_stop_ends_it_for_all(gloo_pool: GlooPool, tasks
 
 def test_a_task_that_fails_ends_no_training(gloo_pool: GlooPool, tmp_path: Path) -> None:
     """Alike on all ranks: no figure, and the run goes on."""
-    tasks = str(write_tasks(tmp_path, num_capitals=3))
-    (tmp_path / "capitals.jsonl").write_text(
-        '{"country": "Peru", "choices": ["a", null], "label": 0}'
-    )
+    tasks = str(write_tasks(tmp_path))
+    rows = [{"country": "Peru", "choices": ["a", b], "label": 0} for b in ("b", None)]
+    (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for records, answers in gloo_pool.run(2, evaluate, Case(2), tasks, ["capitals"]):
-        assert records == {} and len(answers) == 2
+        assert records == {} and len(answers) == 4
 
 
 def evaluate_own(world: DistributedContext, case: Case, folders: list[str], name: str) -> Any:
@@ -210,7 +209,9 @@ def test_a_stop_during_an_evaluation(tmp_path: Path) -> None:
         output = ranks[0].wait(100).stderr
         ranks[1].wait(100)
     assert "left the evaluation after step 5" in output, output
-    assert (runs.status(folder)["status"], runs.status(folder)["step"]) == ("preempted", 5)
+    status = runs.status(folder)
+    assert (status["status"], status["step"]) == ("preempted", 6)  # fetched before step 5 ended
+    assert (folder / "checkpoint" / "step-6").is_dir()
     runs.run(folder, *words, "--evaluation.limit=2", processes=2)
     assert [row["step"] for row in runs.records(folder) if "loss" not in row] == [10]
     runs.run(off, processes=2)

@@ -106,8 +106,6 @@ def test_wrong_tasks_are_named(
     assert "--task-dir = " in text and "is not a folder" in text
     lost = Path(write_tasks(tmp_path))
     (tmp_path / "prose.jsonl").unlink()
-    with (lost / "capitals.yaml").open("a") as file:
-        file.write("fewshot_split: nowhere\n")
     (lost / "answers.yaml").write_text("task: answers\noutput_type: generate_until\n")
     names = "--tasks=prose,capitals,answers"
     text = rejected(capsys, run_folder, names, f"--task-dir={lost}")
@@ -127,6 +125,7 @@ def test_documents_that_do_not_fit(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["evaluate", run_folder, "--tasks=capitals", folder]) == 0
     assert "2 of 4 requests exceed 64 tokens" in capsys.readouterr().err
-    file.write_text(json.dumps({"country": "Peru", "choices": ["a", None], "label": 0}) + "\n")
+    rows = [{"country": "Peru", "choices": ["a", b], "label": 0} for b in ("b", None)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["evaluate", run_folder, "--tasks=capitals,prose", folder]) == 3
     assert "error: the task capitals fails: TypeError" in capsys.readouterr().err
