@@ -60,6 +60,8 @@ class Hub(ThreadingHTTPServer):
         """Status and message for the paths that contain a text."""
         self.sent: list[tuple[str, str | None]] = []
         """Path and token of all requests."""
+        self.ranges: list[str | None] = []
+        """The parts of files that all requests ask for."""
         self.blobs: dict[str, bytes] = {}
         """Large files that have arrived, by their SHA-256."""
         self.commits: list[str] = []
@@ -87,8 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Authorization")
         token = header.removeprefix("Bearer ") if header else None
         self.server.sent.append((path, token))
+        self.server.ranges.append(self.headers.get("Range"))
         cut = next((cut for cut in self.server.cuts if cut[0] in path), None)
-        if cut is not None:
+        if cut is not None and self.command in ("GET", "PUT"):
             self._lose_connection(cut)
             return
         status, headers, body = self._answer(unquote(path), query, token, self._body())
