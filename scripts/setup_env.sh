@@ -32,6 +32,7 @@ needed = ["torch", "datasets", "jinja2", "sentencepiece", "tiktoken"]
 if extra == "dev":
     needed += ["pytest", "pytest_timeout", "xdist", "ruff", "mypy", "importlinter", "transformers"]
     needed += ["filelock", "gguf", "lm_eval"]
+    needed += ["xllamacpp"] if sys.platform == "linux" else []
 sys.exit(not (ours and all(find_spec(name) for name in needed)))
 PYTHON
 }

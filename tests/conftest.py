@@ -15,7 +15,7 @@ import pytest
 from tests.distributed import own_models, tiny
 from tests.forked import keep_preloaded
 from tests.pool import GlooPool
-from tests.smollm2 import smollm2  # noqa: F401  (a fixture)
+from tests.smollm2 import smollm2, smollm2_gguf  # noqa: F401  (fixtures)
 from torchtitan.models.registry import MODELS
 from torchtitan.parallel.pipeline.schedules import SCHEDULES
 from torchtitan.preflight.pipeline_parallel import torch_splits_backward

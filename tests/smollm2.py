@@ -18,14 +18,25 @@ def smollm2() -> Path:
 
     Where the model cannot be had the test is skipped; in CI it fails.
     """
+    if not FOLDER.exists():
+        _make(FOLDER)
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file from which the folder is made."""
+    return Path(_make("--gguf").strip())
+
+
+def _make(*words: object) -> str:
+    """Run the script, once at a time; return what it prints."""
     FOLDER.parent.mkdir(exist_ok=True)
     with FileLock(FOLDER.parent / "smollm2.lock"):
-        if FOLDER.exists():
-            return FOLDER
-        command = [sys.executable, str(ROOT / "scripts" / "make_smollm2.py")]
+        command = [sys.executable, str(ROOT / "scripts" / "make_smollm2.py"), *map(str, words)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
-        return FOLDER
+        return result.stdout
     reason = f"SmolLM2 cannot be made: {result.stderr.strip().splitlines()[-1:]}"
     if os.environ.get("CI"):
         pytest.fail(reason)

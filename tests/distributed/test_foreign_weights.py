@@ -60,6 +60,11 @@ def load(world: DistributedContext, path: str, case: Case, args: DecoderArgs) ->
     return {"held": held, "bytes": opened[0].bytes_read, "sharded": sharded}
 
 
+def load_own(world: DistributedContext, paths: list[str], *rest: Any) -> dict[str, Any]:
+    """The same from a folder of each rank's own."""
+    return load(world, paths[world.rank], *rest)
+
+
 SIZES = {"head_dim": 6, "ffn_dim": 90}
 MESHES = {
     "fsdp 2": Case(2, heads=9, kv_heads=3),
@@ -110,6 +115,12 @@ def test_a_flaw_ends_every_rank(gloo_pool: GlooPool, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     one, other = gloo_pool.run(2, load, str(tmp_path), case, args)
     assert one == other and f"{file.name}: cannot be read" in one["error"]
+    # A branch of the hub that moved between the downloads of two machines.
+    commits = [tmp_path / "a" / "snapshots" / "1ce1", tmp_path / "b" / "snapshots" / "2ce2"]
+    for folder in commits:
+        write_hf(folder, random_weights(args), args)
+    one, other = gloo_pool.run(2, load_own, [str(folder) for folder in commits], case, args)
+    assert one == other and "2ce2 is not the commit that rank 0 has, 1ce1" in one["error"]
     write_hf(tmp_path / "other", random_weights(args_of(dim=64)), args_of(dim=64))
     one, other = gloo_pool.run(2, load, str(tmp_path / "other"), case, args)
     assert one == other and "is float64 [131, 64] in it" in one["error"]

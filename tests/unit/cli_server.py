@@ -1,7 +1,8 @@
 """A process that runs command lines one after another, so that a test does not start one each.
 
 Started as a program, it reads requests and writes answers, a line of JSON each. With the argument
-`--without-torch` every import of torch fails in it, so whatever works there needs no torch.
+`--without-torch` every import of torch fails in it, so whatever works there needs no torch; with
+`--without-pauses` nothing waits before it tries again.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,8 @@ def _answer(request: dict) -> tuple[int, str, str]:
 if __name__ == "__main__":
     if "--without-torch" in sys.argv:
         sys.meta_path.insert(0, _NoTorch())  # type: ignore[arg-type]
+    if "--without-pauses" in sys.argv:
+        time.sleep = lambda _: None
     sys.path.remove(str(Path(__file__).parent))
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)

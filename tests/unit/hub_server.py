@@ -1,16 +1,20 @@
 """A hub on this machine, which answers as the Hugging Face hub does, for the libraries that ask it.
 
-It knows the requests with which `huggingface_hub` downloads files and `datasets` streams them.
+It knows the requests with which `huggingface_hub` downloads and uploads files and `datasets`
+streams them.
 """
 
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
+
+from tests.unit import hub_uploads
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _REPO = r"([\w.-]+/[\w.-]+)"
@@ -31,19 +35,37 @@ class Repository:
     """Tokens that open the files of a gated repository; None is one for everybody."""
     refusal: str | None = None
     """The error code with which the hub answers whatever is asked about it."""
+    private: bool = False
 
 
 class Hub(ThreadingHTTPServer):
     """The server; use it in a `with` statement, which runs it."""
 
-    def __init__(self, repositories: dict[str, Repository], tokens: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        repositories: dict[str, Repository],
+        tokens: tuple[str, ...] = (),
+        writers: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
-        self.tokens = tokens
+        self.tokens = (*tokens, *writers)
         """All that are valid."""
+        self.writers = writers
+        """Those that may make repositories, see private ones and write to all."""
         self.broken = False
+        self.cuts: list[tuple[str, int]] = []
+        """Parts of paths, and how many bytes of a body arrive before the connection is lost."""
+        self.refusals: dict[str, tuple[int, str]] = {}
+        """Status and message for the paths that contain a text."""
         self.sent: list[tuple[str, str | None]] = []
         """Path and token of all requests."""
+        self.ranges: list[str | None] = []
+        """The parts of files that all requests ask for."""
+        self.blobs: dict[str, bytes] = {}
+        """Large files that have arrived, by their SHA-256."""
+        self.commits: list[str] = []
+        """The messages of all commits."""
 
     @property
     def url(self) -> str:
@@ -67,8 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Authorization")
         token = header.removeprefix("Bearer ") if header else None
         self.server.sent.append((path, token))
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        status, headers, body = self._answer(unquote(path), query, token, unquote(asked.decode()))
+        self.server.ranges.append(self.headers.get("Range"))
+        cut = next((cut for cut in self.server.cuts if cut[0] in path), None)
+        if cut is not None and self.command in ("GET", "PUT"):
+            self._lose_connection(cut)
+            return
+        status, headers, body = self._answer(unquote(path), query, token, self._body())
         self.send_response(status)
         length = {"Content-Length": str(len(body))}
         for name, value in ({"X-Repo-Commit": COMMIT} | headers | length).items():
@@ -77,22 +103,55 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _lose_connection(self, cut: tuple[str, int]) -> None:
+        """In the middle of what is sent, or of what is asked for."""
+        self.server.cuts.remove(cut)
+        self.close_connection = True
+        if self.command != "GET":
+            self.rfile.read(cut[1])
+        else:
+            _, headers, body = self._answer(unquote(self.path.partition("?")[0]), "", None, b"")
+            self.send_response(200)
+            for name, value in ({"X-Repo-Commit": COMMIT} | headers).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: cut[1]])
+            self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def _answer(self, path: str, query: str, token: str | None, asked: str) -> Answer:
+    def _answer(self, path: str, query: str, token: str | None, asked: bytes) -> Answer:
         api, file = _API.fullmatch(path), _FILE.fullmatch(path)
         match = api or file
         if self.server.broken:
             return 500, {}, b""
+        refused = next((of for part, of in self.server.refusals.items() if part in path), None)
+        if refused is not None:
+            return refused[0], {"X-Error-Message": refused[1]}, b"{}"
         if token is not None and token not in self.server.tokens:
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
+        uploaded = hub_uploads.answer(self.server, self.command, path, token, asked)
+        if uploaded is not None:
+            return uploaded
         if match is None:
             return 404, {}, b"{}"
         repository = self.server.repositories.get(match[1])
-        if repository is None:
+        if repository is None or (repository.private and token not in self.server.writers):
             return _refused(401 if token is None else 404, "RepoNotFound")
         if repository.refusal is not None:
             return _refused(403, repository.refusal)
@@ -100,7 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
             return _refused(404, "RevisionNotFound")
         if api:
             recursive = "recursive=true" in query.lower()
-            about = _about(repository.files, api[1], api[2], api[4] or "", recursive, asked)
+            named = unquote(asked.decode())
+            about = _about(repository.files, api[1], api[2], api[4] or "", recursive, named)
+            if isinstance(about, dict):
+                about["private"] = repository.private
             return 200, {"Content-Type": "application/json"}, json.dumps(about).encode()
         if repository.readers is not None and token not in repository.readers:
             return _refused(401 if token is None else 403, "GatedRepo")
@@ -137,7 +199,7 @@ def _about(
     if what == "paths-info":
         return [entry for entry in entries if entry["path"] in asked]
     siblings = [{"rfilename": name} for name in files]
-    return {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
+    return {"id": repo, "sha": COMMIT, "siblings": siblings}
 
 
 def _inside(entries: list[dict[str, Any]], folder: str, recursive: bool) -> list[dict[str, Any]]:

@@ -161,8 +161,8 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
     kind = kind_of(path)
     if kind == "torch":
         if path.is_file():
-            fix = "convert it: python -m torch.distributed.checkpoint.format_utils torch_to_dcp"
-            raise refuse("is a file, not a folder that torch.distributed.checkpoint saved", fix)
+            fix = f"convert it: torchtitan convert {path} OUT --format dcp"
+            raise refuse("is a file of torch.save, which is not loaded directly", fix)
         raise refuse("holds weights of torch.save (.bin, .pt) only", _CONVERT_BIN)
     if kind is None:
         steps = step_folders(path) if path.is_dir() else []

@@ -24,7 +24,7 @@ from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.weights.recognise import FOREIGN, kind_of
+from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,10 @@ class InitialLoad:
         self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
         self._folder: ModelFolder | WeightSource
         if open_foreign is not None and kind_of(path) in FOREIGN:
-            self._folder = run_on_all_ranks(world, self._what, lambda: open_foreign(path))
+            commit = run_on_rank0(world, self._what, lambda: _commit(path))
+            self._folder = run_on_all_ranks(
+                world, self._what, lambda: open_foreign(_require_commit(path, commit))
+            )
             return
         self._folder = self._open(path)
         manifest = self._manifest
@@ -175,6 +178,20 @@ class InitialLoad:
         }
         for before, after in sorted(changed):
             logger.info("Weights are converted from %s to %s.", before, after)
+
+
+def _commit(path: Path) -> str | None:
+    """Return the commit of a repository in the hub's cache; None elsewhere."""
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def _require_commit(path: Path, commit: str | None) -> Path:
+    """Return `path` if it is rank 0's `commit`: a branch may have moved between two downloads."""
+    if _commit(path) != commit:
+        raise InvalidWeights(
+            f"{path} is not the commit that rank 0 has, {commit}: name it, as hf://OWNER/NAME@COMMIT"
+        )
+    return path
 
 
 def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if issues:
         raise ConfigError(issues)
     init_logging(0)
-    format = options.format or _BY_SUFFIX.get(out.suffix, "hf")
+    format = options.format or _BY_SUFFIX.get(out.suffix.lower(), "hf")
     target = export.Target(out, format, options.dtype, options.max_shard_size)
     if format in ("dcp", "pt"):
         print(export.write_tensors(open_tensors(source.resolve()), target))

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     if issues := check_target(out):
         raise ConfigError(issues)
     init_logging(0)
-    format = options.format or ("gguf" if out.suffix == ".gguf" else "hf")
+    format = options.format or ("gguf" if out.suffix.lower() == ".gguf" else "hf")
     target = Target(out, format, options.dtype, options.max_shard_size)
     model = open_model(Path(expand_path(options.step)), options.tokenizer)
     print(write_model(model, target))

@@ -1,5 +1,6 @@
 """Write a model in any format, all or nothing, and read it back."""
 
+import glob
 import logging
 import os
 import secrets
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.dcp_io import StepWriter
-from torchtitan.checkpoint.manifest import InvalidCheckpoint
+from torchtitan.checkpoint.dcp_io import METADATA_NAME, StepWriter
+from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint
 from torchtitan.checkpoint.model_folder import read_model_folder
+from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config import CheckpointError, ConfigIssue
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.utils.files import sync_folder
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _OUT = "OUT"
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,19 @@ def check_target(path: Path) -> list[ConfigIssue]:
     if not path.absolute().parent.is_dir():
         text = "lies in a folder that does not exist"
         return [ConfigIssue(_OUT, text, "make the folder", str(path))]
+    if _would_damage(path.absolute()):
+        text = "would count as a part of a run's checkpoints, and as damage"
+        return [ConfigIssue(_OUT, text, "choose a folder outside of them", str(path))]
     return []
+
+
+def _would_damage(path: Path) -> bool:
+    """Return whether a path lies in a step, or has a step's name among those of a run."""
+    if any((parent / METADATA_NAME).is_file() for parent in path.parents):
+        return True
+    steps = [path.parent / step_name(step) for step in step_folders(path.parent)]
+    is_of_run = any((step / MANIFEST_NAME).exists() for step in steps)
+    return is_of_run and path.name.startswith("step-")
 
 
 def write_model(model: StoredModel, target: Target) -> str:
@@ -68,6 +84,7 @@ def write_model(model: StoredModel, target: Target) -> str:
 
     Nothing is there unless all of it is right. Raises CheckpointError.
     """
+    _require_rows(model)
     return _written(target, model.weights, lambda new: _OF_MODELS[target.format](model, new))
 
 
@@ -86,8 +103,9 @@ def _written(target: Target, weights: Weights, write: "Callable[[Target], _Check
             size = _size(temporary)
     except (InvalidWeights, InvalidCheckpoint) as error:
         raise CheckpointError(f"{target.path} was not written: {error}") from error
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        raise CheckpointError(f"{target.path} could not be written: {error}") from error
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch's writers raise these
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{target.path} could not be written: {first}") from error
     return f"{target.path}: {len(weights.tensors)} tensors, {format_bytes(size)}; {text}"
 
 
@@ -137,6 +155,17 @@ _OF_TENSORS: Mapping[str, Callable[[Weights, Target], _Check]] = {
 """Formats that need no hyper-parameters."""
 
 
+def _require_rows(model: StoredModel) -> None:
+    """Raise CheckpointError if the tokenizer has tokens that the embedding has no row for."""
+    rows = model.args.vocab_size
+    if model.tokenizer_path is None or rows is None:
+        return
+    tokens = build_tokenizer(model.tokenizer_path).vocab_size
+    if tokens > rows:
+        text = f"{model.tokenizer_path} has {tokens} tokens, but the model only {rows} rows"
+        raise CheckpointError(f"{text}; name its own tokenizer with --tokenizer")
+
+
 def _dtype_of(model: StoredModel, dtype: str | None, name: str) -> torch.dtype:
     return target_dtype(model.weights.tensors[name], dtype)
 
@@ -175,7 +204,9 @@ def _new_path(path: Path) -> Iterator[Path]:
 
     Raises FileExistsError if that exists by then.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        logger.warning("%s is of an export that was killed, unless one runs; remove it", left)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         yield temporary
         if temporary.is_dir():
@@ -190,8 +221,10 @@ def _new_path(path: Path) -> Iterator[Path]:
             _link(temporary, path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(file: Path) -> None:

@@ -167,6 +167,7 @@ def open_tensors(path: Path) -> Weights:
 
     Raises like `open_model`.
     """
+    path = newest_step(path) or path
     kind = kind_of(path) if path.is_dir() or path.is_file() else None
     if kind not in ("step", "dcp", "torch"):
         return open_model(path).weights

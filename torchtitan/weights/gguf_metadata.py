@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.models.llama3 import FAMILY
+from torchtitan.models import llama3, qwen3
 from torchtitan.weights.description import ModelDescription, complete
 from torchtitan.weights.recognise import UnreadableDescription
 
+_FAMILIES = {"llama": llama3.FAMILY, "qwen3": qwen3.FAMILY}
+"""Families of GGUF's architectures."""
 _NAMES = {
     "embedding_length": "dim",
     "block_count": "n_layers",
@@ -24,7 +26,7 @@ _NAMES = {
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "rope_scaling_factor",
 }
-"""Keys after `llama.`, and our names."""
+"""Keys after the architecture and a dot, and our names."""
 _NEEDED = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
 _READ_ELSEWHERE = (
     "vocab_size",
@@ -39,18 +41,19 @@ _ROPE_TENSOR = "rope_freqs.weight"
 
 
 def describe_gguf(path: Path) -> ModelDescription:
-    """Return the hyper-parameters of a Llama in a GGUF file.
+    """Return the hyper-parameters of a Llama or Qwen3 in a GGUF file.
 
     Raises `ConfigError` for another architecture, and naming each key that is not supported.
     """
     reader = _open(path)
     fields = {name: field for name, field in reader.fields.items() if "tokenizer." not in name}
     values = {name: _plain(field.contents()) for name, field in fields.items()}
-    values = {name.removeprefix("llama."): value for name, value in values.items()}
     architecture = values.get("general.architecture")
-    if architecture != "llama":
-        fix = 'use a file whose architecture is "llama"'
-        raise ConfigError(_issue(path, "general.architecture", "not a Llama", fix, architecture))
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        fix = f"use a file whose architecture is {' or '.join(_FAMILIES)}"
+        raise ConfigError(_issue(path, "general.architecture", "unknown", fix, architecture))
+    values = {name.removeprefix(f"{architecture}."): value for name, value in values.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     args: dict[str, Any] = {ours: values.get(theirs) for theirs, ours in _NAMES.items()}
     args["rope_theta"] = values.get("rope.freq_base", 10000.0)
@@ -59,19 +62,24 @@ def describe_gguf(path: Path) -> ModelDescription:
     args["tied_embeddings"] = "output.weight" not in tensors
     problems = _problems(path, values)
     kind = values.get("rope.scaling.type", "none")
-    if kind == "linear":
+    scales = "rope_scaling_type" in family.args_type.model_fields
+    if kind == "linear" and scales:
         args["rope_scaling_type"] = kind
     elif kind == "none":
         args.pop("rope_scaling_factor")
     else:
-        text = "is not supported, only none and linear"
+        text = f"is not supported, only {'none and linear' if scales else 'none'}"
         problems.append(_issue(path, "rope.scaling.type", text, "use another model", kind))
+    if _ROPE_TENSOR in tensors and not scales:
+        problems.append(_issue(path, _ROPE_TENSOR, "is not supported", "use another model"))
     if problems:
         raise ConfigError(problems)
     if _ROPE_TENSOR in tensors:
         args |= _llama3_scaling(path, np.array(tensors[_ROPE_TENSOR].data), args["rope_theta"])
-    names = {ours: f"llama.{theirs}" for theirs, ours in _NAMES.items()}
-    return complete(FAMILY, args, str(path), names=names)
+    if family is qwen3.FAMILY:
+        args["qk_norm"] = True
+    names = {ours: f"{architecture}.{theirs}" for theirs, ours in _NAMES.items()}
+    return complete(family, args, str(path), names=names)
 
 
 def _problems(path: Path, values: Mapping[str, Any]) -> list[ConfigIssue]:

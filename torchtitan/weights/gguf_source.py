@@ -1,8 +1,8 @@
-"""Read a GGUF file of a Llama; quantised types are dequantised by the package `gguf`."""
+"""Read a GGUF file of a Llama or Qwen3; the package `gguf` dequantises quantised types."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torchtitan.weights.gguf_metadata import gguf_reader
 from torchtitan.weights.recognise import InvalidWeights, gguf_file
 from torchtitan.weights.source import GetSlice, Part, StoredTensor, WeightSource, require_known
 
-_ARCHITECTURE = "llama"
+IN_HALVES = {"llama": False, "qwen3": True}
+"""GGUF's architectures that are read and written. True: RoPE pairs the halves of a head, and rows
+are in Hugging Face's order; else they are in ours."""
 _DERIVED = ("rope_freqs.weight",)
 """Llama 3.1's RoPE scaling, which `gguf_metadata` reads."""
 
@@ -34,7 +36,7 @@ class _Encoded:
 class GGUFSource(WeightSource):
     """The weights of a GGUF file, as float32. Raises `InvalidWeights`.
 
-    Needs the extra `gguf`. GGUF's Llama has our order of rows.
+    Needs the extra `gguf`.
     """
 
     kind = "gguf"
@@ -47,8 +49,8 @@ class GGUFSource(WeightSource):
         pads_vocabulary: bool = False,
     ):
         file = gguf_file(path)
-        reader = _open_reader(file)
-        names = gguf_names(table, args.n_layers)
+        reader, architecture = _open_reader(file)
+        names = gguf_names(table, args.n_layers, architecture)
         self._encoded: dict[str, _Encoded] = {}
         stored, unknown = {}, []
         for tensor in reader.tensors:
@@ -62,7 +64,8 @@ class GGUFSource(WeightSource):
                 tensor.tensor_type, int(tensor.data_offset), tensor.data.dtype, tensor.data.shape
             )
             part = Part(file, (0,) * len(shape), shape)
-            stored[names[tensor.name]] = StoredTensor(tensor.name, "float32", shape, (part,))
+            row = names[tensor.name]
+            stored[row.ours] = StoredTensor(tensor.name, "float32", shape, (part,), row.rope)
         require_known(path, unknown)
         super().__init__(path, args, stored, pads_vocabulary)
 
@@ -82,22 +85,26 @@ class GGUFSource(WeightSource):
         yield get
 
 
-def gguf_names(table: Sequence[HFWeight], n_layers: int) -> dict[str, str]:
-    """Return our name of each of GGUF's; ours are Meta's, which the package knows."""
+def gguf_names(table: Sequence[HFWeight], n_layers: int, architecture: str) -> dict[str, HFWeight]:
+    """Return the table's row of each of GGUF's names, with the layer's number filled in.
+
+    The package knows Hugging Face's names. `rope` is set where rows have their order.
+    """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    known = get_tensor_name_map(MODEL_ARCH.LLAMA, n_layers)
+    known = get_tensor_name_map(MODEL_ARCH[architecture.upper()], n_layers)
     names = {}
     for row in table:
         for layer in range(n_layers) if "{n}" in row.ours else (0,):
-            ours = row.ours.replace("{n}", str(layer))
-            theirs = known.get_name(ours, try_suffixes=(".weight", ".bias"))
-            if theirs is not None:
-                names[theirs] = ours
+            ours, theirs = (side.replace("{n}", str(layer)) for side in (row.ours, row.theirs))
+            name = known.get_name(theirs, try_suffixes=(".weight", ".bias"))
+            if name is not None:
+                rope = row.rope and IN_HALVES[architecture]
+                names[name] = replace(row, ours=ours, theirs=theirs, rope=rope)
     return names
 
 
-def _open_reader(file: Path) -> Any:
+def _open_reader(file: Path) -> tuple[Any, str]:
     try:
         reader = gguf_reader(file)
     except ImportError as error:
@@ -108,8 +115,9 @@ def _open_reader(file: Path) -> Any:
         raise InvalidWeights(f"{file}: cannot be read: {error}") from error
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
-    if architecture != _ARCHITECTURE:
+    if architecture not in IN_HALVES:
+        known = " and ".join(IN_HALVES)
         raise InvalidWeights(
-            f"{file}: general.architecture is {architecture!r}; only {_ARCHITECTURE!r} is read"
+            f"{file}: general.architecture is {architecture!r}; only {known} are read"
         )
-    return reader
+    return reader, architecture

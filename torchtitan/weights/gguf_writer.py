@@ -1,6 +1,6 @@
-"""Write a Llama as a GGUF file, as llama.cpp reads it. Needs the package `gguf`.
+"""Write a Llama or Qwen3 as a GGUF file, as llama.cpp reads it. Needs the package `gguf`.
 
-Our rows are in the order of GGUF's Llama. Vectors (norms) are float32, as llama.cpp wants them.
+Vectors (norms) are float32, as llama.cpp wants them.
 """
 
 import json
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchtitan.models import qwen3
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.hf_weights import to_hf
 from torchtitan.models.llama3 import LlamaArgs
 from torchtitan.weights.gguf_source import gguf_names
 from torchtitan.weights.recognise import InvalidWeights
@@ -22,12 +25,17 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace("{1,3}", "")
 _BYTES = {"type": "ByteLevel", "use_regex": True}
 _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
     "llama-bpe": [
         {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}},
+        {"type": "ByteLevel", "use_regex": False},
+    ],
+    "qwen2": [
+        {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}},
         {"type": "ByteLevel", "use_regex": False},
     ],
 }
@@ -48,7 +56,7 @@ def write_gguf(file: Path, model: StoredModel, dtype: str | None = None) -> None
     Raises `InvalidWeights` for a model or tokenizer that llama.cpp does not have, and what
     `read_tensors` raises; OSError.
     """
-    args = _require_llama(model)
+    architecture, args = _architecture(model), model.args
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError as error:
@@ -59,12 +67,14 @@ def write_gguf(file: Path, model: StoredModel, dtype: str | None = None) -> None
         torch.bfloat16: GGMLQuantizationType.BF16,
         torch.float16: GGMLQuantizationType.F16,
     }
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture)
     try:
         _add_args(writer, args)
         _add_tokenizer(writer, model)
-        theirs = {
-            ours: name for name, ours in gguf_names(model.family.hf_weights, args.n_layers).items()
+        table = model.family.hf_weights
+        rows = {
+            row.ours: (name, row)
+            for name, row in gguf_names(table, args.n_layers, architecture).items()
         }
         names, dtype_of = list(model.weights.tensors), partial(gguf_dtype, model, dtype)
         scaling = _rope_factors(args)
@@ -72,14 +82,17 @@ def write_gguf(file: Path, model: StoredModel, dtype: str | None = None) -> None
             target, shape = dtype_of(name), model.weights.tensors[name]["shape"]
             num_bytes = int(np.prod(shape)) * target.itemsize
             kind = kinds[target]
-            writer.add_tensor_info(theirs[name], shape, np.dtype("f4"), num_bytes, raw_dtype=kind)
+            theirs = rows[name][0]
+            writer.add_tensor_info(theirs, shape, np.dtype("f4"), num_bytes, raw_dtype=kind)
         if scaling is not None:
             size = scaling.nbytes
             writer.add_tensor_info("rope_freqs.weight", scaling.shape, scaling.dtype, size)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in read_tensors(model.weights, names, dtype_of):
+        for name, tensor in read_tensors(model.weights, names, dtype_of):
+            if rows[name][1].rope:
+                (tensor,) = to_hf({name: tensor}, table, args).values()
             writer.write_tensor_data(tensor.view(-1).view(torch.uint8).numpy())
         if scaling is not None:
             writer.write_tensor_data(scaling)
@@ -87,22 +100,25 @@ def write_gguf(file: Path, model: StoredModel, dtype: str | None = None) -> None
         writer.close()
 
 
-def _require_llama(model: StoredModel) -> LlamaArgs:
+def _architecture(model: StoredModel) -> str:
+    """Return GGUF's name of the architecture. Raises `InvalidWeights` if it has none."""
     args = model.args
+    is_qwen3 = model.family is qwen3.FAMILY
     problem = None
-    if not isinstance(args, LlamaArgs):
+    if not is_qwen3 and not isinstance(args, LlamaArgs):
         problem = f"the family {model.family.name}"
-    elif args.sliding_window or args.qk_norm or args.qkv_bias:
-        problem = "a sliding window, normalised heads or biases"
+    elif args.sliding_window or args.qkv_bias:
+        problem = "a sliding window or biases"
+    elif args.qk_norm != is_qwen3:
+        problem = f"qk_norm = {args.qk_norm}"
     elif args.norm_type not in ("rmsnorm", "fused_rmsnorm"):
         problem = f"norm_type = {args.norm_type}"
     if problem is not None:
-        raise InvalidWeights(f"GGUF is written for plain Llamas, not for {problem}")
-    assert isinstance(args, LlamaArgs)
-    return args
+        raise InvalidWeights(f"GGUF is written for plain Llamas and Qwen3, not for {problem}")
+    return "qwen3" if is_qwen3 else "llama"
 
 
-def _add_args(writer: Any, args: LlamaArgs) -> None:
+def _add_args(writer: Any, args: DecoderArgs) -> None:
     from gguf import RopeScalingType
 
     writer.add_vocab_size(args.vocab_size)
@@ -117,13 +133,17 @@ def _add_args(writer: Any, args: LlamaArgs) -> None:
     writer.add_rope_dimension_count(args.head_size())
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
+    if not isinstance(args, LlamaArgs):
+        return
     if args.rope_scaling_factor != 1.0 and args.rope_scaling_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(args.rope_scaling_factor)
 
 
-def _rope_factors(args: LlamaArgs) -> np.ndarray | None:
+def _rope_factors(args: DecoderArgs) -> np.ndarray | None:
     """Return how much Llama 3.1's scaling stretches each wavelength, `[hd/2]`; None without it."""
+    if not isinstance(args, LlamaArgs):
+        return None
     if args.rope_scaling_factor == 1.0 or args.rope_scaling_type != "llama3":
         return None
     exponents = torch.arange(0, args.head_size(), 2, dtype=torch.float64) / args.head_size()

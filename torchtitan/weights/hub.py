@@ -8,10 +8,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.utils.redaction import HIDDEN, redact
@@ -39,6 +39,8 @@ class Asked:
     repo_key: str = KEY
     revision_key: str = KEY
     folder_key: str = "HF_HOME"
+    access: Literal["read", "write"] = "read"
+    """What is asked for: files, or that the hub takes some."""
 
     def ask(self, question: Callable[[dict[str, Any]], T]) -> T:
         """Return the hub's answer; `question` takes arguments for `huggingface_hub`.
@@ -53,7 +55,10 @@ class Asked:
         except ConfigError:
             raise
         except Exception as error:
-            problem = _hub_problem(error, self, self.token or huggingface_hub.get_token())
+            token = self.token or huggingface_hub.get_token()
+            # Threads that upload wrap what ended them.
+            problems = (_hub_problem(cause, self, token) for cause in _causes(error))
+            problem = next((found for found in problems if found is not None), None)
             if problem is None:
                 raise
         raise ConfigError(problem)
@@ -188,8 +193,11 @@ def _hub_problem(error: Exception, asked: Asked, token: str | None) -> ConfigIss
     if isinstance(error, errors.HFValidationError):
         return ConfigIssue(key, "is not a repository name", "write OWNER/NAME", repo_id)
     if isinstance(error, errors.OfflineModeIsEnabled):
+        text = "is set, which forbids downloads"
         fix = "unset it, or copy the files from a machine that is connected"
-        return ConfigIssue("HF_HUB_OFFLINE", "is set, which forbids downloads", fix)
+        if asked.access == "write":
+            text, fix = "is set, which forbids uploads", "unset it"
+        return ConfigIssue("HF_HUB_OFFLINE", text, fix)
     if isinstance(error, errors.GatedRepoError):
         if token is None:
             problem, fix = "is gated, and there is no token", f"ask for access on {page}; {_LOG_IN}"
@@ -207,30 +215,53 @@ def _hub_problem(error: Exception, asked: Asked, token: str | None) -> ConfigIss
             fix += f"; if it is private, {_LOG_IN}"
         return ConfigIssue(key, "does not exist, or is private", fix, repo_id)
     if isinstance(error, errors.HfHubHTTPError):
-        return _answered(error, key, repo_id)
+        return _answered(error, asked, token)
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
         # The message about a token that no header can hold contains the token.
         text = redact(str(error.__cause__ or error)).partition("Bearer")[0]
         text = text.replace(token, HIDDEN) if token else text
         fix = "check the network, its proxy (HTTPS_PROXY), and HF_ENDPOINT if it is set"
-        return ConfigIssue("download", f"{constants.ENDPOINT} cannot be reached: {text}", fix)
+        if asked.access == "write":
+            fix += "; then the same command continues"
+        where = "download" if asked.access == "read" else "upload"
+        return ConfigIssue(where, f"{constants.ENDPOINT} cannot be reached: {text}", fix)
     if isinstance(error, OSError):
-        problem = f"cannot be written: {error.strerror or error}"
+        verb = "written" if asked.access == "read" else "read"
+        problem = f"cannot be {verb}: {error.strerror or error}"
         return ConfigIssue(asked.folder_key, problem, "use another folder")
+    if isinstance(error, ValueError) and "LFS batch" in str(error):
+        text = redact(str(error)).partition("\n")[2]
+        return ConfigIssue(key, f"the hub does not take a file: {text}", "see its page", repo_id)
     return None
 
 
-def _answered(error: Exception, key: str, repo_id: str) -> ConfigIssue:
+def _causes(error: BaseException | None) -> Iterator[Exception]:
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__
+
+
+def _answered(error: Exception, asked: Asked, token: str | None) -> ConfigIssue:
     """Return the problem behind an HTTP status."""
+    key, repo_id = asked.repo_key, asked.repo_id
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    said = redact(getattr(error, "server_message", None) or "")
+    reason = f" ({said})" if said else ""
+    if status == 401 and token is None:
+        return ConfigIssue(key, f"needs a token that may {asked.access} it", _LOG_IN, repo_id)
     if status == 401:
         fix = f"{_LOG_IN} with a token that is valid"
         return ConfigIssue(key, "the hub does not accept the token", fix, repo_id)
     if status == 403:
         fix = "give it the right to read this repository (or gated ones), on the hub's page"
-        return ConfigIssue(key, "the token does not grant access", fix, repo_id)
-    return ConfigIssue(key, f"the hub answered with status {status}", "try later", repo_id)
+        if asked.access == "write":
+            fix = f"give it the right to write to {repo_id}, on the hub's page, or use another name"
+        return ConfigIssue(key, f"the token does not grant access{reason}", fix, repo_id)
+    if status in (409, 412):
+        text = f"somebody else has changed the repository meanwhile{reason}"
+        return ConfigIssue(key, text, "look at it, then run the command again", repo_id)
+    return ConfigIssue(key, f"the hub answered with status {status}{reason}", "try later", repo_id)
 
 
 def _is_of_the_network(error: Exception) -> bool:

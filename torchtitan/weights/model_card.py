@@ -1,6 +1,7 @@
 """The README.md of an exported model: what it is, and what it was trained on. No torch."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("model", "optimizer", "lr_scheduler", "loss", "training", "data", "handlers")
 """Settings that decide the weights."""
+_CACHED = re.compile(r"/models--(.+?)--(.+)/snapshots/(\w+)/?$")
+"""A repository in the hub's cache: owner, name and commit."""
 _NOT_SHOWN = (
     "tokenizer_path",
     "print_after_conversion",
@@ -71,6 +74,8 @@ def _training(training: Mapping[str, Any], config: Mapping[str, Any]) -> Iterato
 def _public(path: Any) -> str:
     """Return a path without the folders of this machine that it lies in."""
     text = str(path)
+    if cached := _CACHED.search(text):
+        return f"hf://{cached[1]}/{cached[2]}@{cached[3]}"
     return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "~", ".")) else text
 
 

@@ -39,7 +39,7 @@ class SafetensorsSource(WeightSource):
         args: DecoderArgs,
         pads_vocabulary: bool = False,
     ):
-        stored = _by_our_names(path, _headers(path), table, args)
+        stored = _by_our_names(path, read_headers(path), table, args)
         super().__init__(path, args, stored, pads_vocabulary)
         _check_config(path, stored)
 
@@ -69,7 +69,7 @@ def _by_our_names(
     return stored
 
 
-def _headers(path: Path) -> dict[str, StoredTensor]:
+def read_headers(path: Path) -> dict[str, StoredTensor]:
     """Return what the files hold, by their names."""
     index = _read_index(path)
     files = [_only_file(path)] if index is None else _indexed_files(path, set(index.values()))

