@@ -5,20 +5,21 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.distributed import own_models, tiny
 from tests.forked import keep_preloaded
 from tests.pool import GlooPool
 from tests.smollm2 import smollm2, smollm2_gguf  # noqa: F401  (fixtures)
 from torchtitan.models.registry import MODELS
-from torchtitan.parallel.pipeline.schedules import SCHEDULES
-from torchtitan.preflight.pipeline_parallel import torch_splits_backward
+
+if TYPE_CHECKING:  # torch takes seconds to import, which would delay the start of all processes
+    from tests.distributed import tiny
 
 keep_preloaded()
 
@@ -77,8 +78,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the schedules that are rejected with this version of torch."""
     call = getattr(item, "callspec", None)
-    cases = [] if call is None or torch_splits_backward() else call.params.values()
-    for case in cases:
+    if call is None or "tests.distributed.tiny" not in sys.modules:
+        return
+    from tests.distributed import tiny
+    from torchtitan.parallel.pipeline.schedules import SCHEDULES
+    from torchtitan.preflight.pipeline_parallel import torch_splits_backward
+
+    for case in [] if torch_splits_backward() else call.params.values():
         if isinstance(case, tiny.Case) and SCHEDULES[case.schedule].splits_backward:
             pytest.skip("torch cannot split the backward")
 
@@ -86,7 +92,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def own_families_are_unknown() -> None:
     """Forget the families of other tests: some tests list all that are registered."""
-    for family in own_models.FAMILIES:
+    own_models: Any = sys.modules.get("tests.distributed.own_models")
+    for family in own_models.FAMILIES if own_models else ():
         MODELS._registered.pop(family.name, None)
 
 
@@ -111,11 +118,13 @@ def gloo_pool() -> Iterator[GlooPool]:
 @pytest.fixture(scope="session")
 def one_process(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[tiny.Case], tiny.Result]]:
+) -> "Iterator[Callable[[tiny.Case], tiny.Result]]":
     """Return the result of a case on one process, trained once for all processes of pytest-xdist.
 
     In a pool of its own: `gloo_pool` may have kept groups for the meshes that are compared.
     """
+    from tests.distributed import tiny
+
     pool, folder = GlooPool(), tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         folder = folder.parent
