@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,16 +33,39 @@ def by_llama_cpp(file: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SHARPENED = {**YARN, "attention_factor": 1.3}
+
+
+def with_rope(folder: Path, scaling: dict[str, Any], copy: Path) -> Path:
+    """The model with another scaling of RoPE, which it was not trained with."""
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k != "rope_parameters"}
+    config |= {"rope_theta": 1e5, "rope_scaling": scaling}
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scaling"),
+    [("float32", None), ("bfloat16", None), ("float32", YARN), ("float32", SHARPENED)],
+    ids=["float32", "bfloat16", "yarn", "yarn sharpened"],
+)
 def test_llama_cpp_writes_the_same_text(
     smollm2: Path,  # noqa: F811
     tmp_path: Path,
     dtype: str,
+    scaling: dict[str, Any] | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     file = tmp_path / "model.gguf"
-    assert main(["export", str(smollm2), str(file), "--dtype", dtype]) == 0
+    folder = smollm2 if scaling is None else with_rope(smollm2, scaling, tmp_path / "scaled")
+    assert main(["export", str(folder), str(file), "--dtype", dtype]) == 0
     theirs = by_llama_cpp(file)
     capsys.readouterr()
     output = tmp_path / "out.jsonl"
