@@ -52,6 +52,16 @@ def test_meta_s_files_are_the_flavors(params, family, flavor):
     assert differences(get_family(family).resolve_args(flavor, {}), found) == {}
 
 
+def test_how_far_rope_is_stretched_follows_from_the_sizes():
+    """Meta's files say that it is, but not how far: 8 in Llama 3.1, 32 in Llama 3.2."""
+    extended = from_meta_params(LLAMA32_1B | {"vocab_size": 128264}, "params.json")
+    assert extended.args["rope_scaling_factor"] == 32
+    assert extended.notices == ("params.json: use_scaled_rope is a rope_scaling_factor of 32.",)
+    pruned = from_meta_params(LLAMA32_1B | {"n_layers": 12}, "params.json")
+    assert pruned.args["rope_scaling_factor"] == 8
+    assert "set model.args.rope_scaling_factor to 32" in pruned.notices[0]
+
+
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
 def test_every_flavor_to_meta_and_back(name):
     for flavor, args in get_family(name).flavors.items():
