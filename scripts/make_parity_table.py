@@ -61,6 +61,7 @@ a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsno
 parameters are not trained. *Muon by name*: other matrices, and other settings of it. *On the host*:
 parameters, gradients and moments, or activations, wait in host memory (on a CPU in other memory).
 *z-loss*, *label smoothing*: of weight 0.01 and 0.1, in what is minimised, not in `evaluate`.
+*yarn*: RoPE is stretched by YaRN, four times.
 *Tied naively*, *shared by blocks*, *one block*, *biased*, *low rank*: families from outside (the
 first's head takes the embedding's matrix without declaring it; two blocks share a feed-forward and
 a matrix; all blocks are one; every linear has a bias, and attention a parameter of its own; linears

@@ -38,6 +38,9 @@ class FamilyRow:
 SCALED_ROPE = {"rope_scaling_factor": 4.0, "rope_original_max_seq_len": 64}
 
 LINEAR_ROPE = {"rope_scaling_factor": 4.0, "rope_scaling_type": "linear"}
+
+YARN = {**SCALED_ROPE, "rope_scaling_type": "yarn", "rope_beta_fast": 6.0}
+"""Of the 6 pairs of channels the last two are stretched in full, two in part."""
 SMOLLM2 = ("SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B")
 SMOLLM2_COMMON = {
     "vocab_size": 49152,
@@ -75,7 +78,7 @@ FAMILIES = {
             "SmolLM2-360M": SMOLLM2_COMMON,
             "SmolLM2-1.7B": {**SMOLLM2_COMMON, "rope_theta": 1.3e5},
         },
-        variants=({}, SCALED_ROPE, LINEAR_ROPE, {"head_dim": 10}),
+        variants=({}, SCALED_ROPE, LINEAR_ROPE, YARN, {"head_dim": 10}),
     ),
     "llama2": FamilyRow(
         "Llama",
@@ -104,6 +107,7 @@ FAMILIES = {
         {
             "vocab_size": 151936,
             "max_seq_len": 40960,
+            "rope_original_max_seq_len": 32768,
             "n_kv_heads": 8,
             "norm_eps": 1e-6,
             "rope_theta": 1e6,

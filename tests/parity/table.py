@@ -303,8 +303,28 @@ WINDOWED = [
     row(PAIRS, RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
 ]
 
+YARN = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
+    "rope_original_max_seq_len": 16,
+    "rope_theta": 10.0,
+    "rope_beta_fast": 2.0,
+    "rope_beta_slow": 0.5,
+}
+"""Of the two pairs of channels one is stretched, in part. Queries and keys are 1.14 times as
+long."""
+STRETCHED: dict[str, Any] = {"args": YARN}
+LONG_CONTEXT = [
+    row(FULL, shard=2, microbatches=2, **PACKED, **STRETCHED),
+    row(BY_OPERATOR, tp=2, **STRETCHED),
+    row(RING, cp=2, **PACKED, **STRETCHED),
+    row(ULYSSES, COMPILED, cp=2, **STRETCHED),
+    row(pp=2, schedule="1F1B", microbatches=2, **PACKED, **STRETCHED),
+    row(ALLGATHER, FULL, shard=2, cp=2, tp=2, **TIED, **STRETCHED),
+]
+
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
-TABLE += [*OWN_MODELS, *TIED_PIPELINES]
+TABLE += [*LONG_CONTEXT, *OWN_MODELS, *TIED_PIPELINES]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -345,6 +365,8 @@ def special_of(case: Case) -> Iterator[str]:
         yield "packed"
     if case.window is not None:
         yield f"window of {case.window}"
+    if case.args.get("rope_scaling_type"):
+        yield case.args["rope_scaling_type"]
     if recompute.mode != "none":
         option = recompute.selective_ac_option if recompute.mode == "selective" else recompute.mode
         yield f"checkpointing {option.replace('_', ' ')}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.models.decoder.model import Decoder
+from torchtitan.models.decoder.model import Decoder, rope_rotations
 from torchtitan.models.hf_weights import from_hf
 from torchtitan.models.registry import get_family
 from torchtitan.weights.description import effective
@@ -34,6 +34,36 @@ LLAMA3_ROPE = {
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 OLD_ROPE = {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}}
 NEW_ROPE = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3_ROPE}}
+DYNAMIC = {
+    "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+    "max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARNS: list[dict[str, Any]] = [
+    {},
+    {"factor": 1.0},
+    {"rope_theta": 30.0, "original_max_position_embeddings": 40},
+    {"truncate": False},
+    {"truncate": None},
+    {"beta_fast": 2.5, "beta_slow": 0.3},
+    {"beta_fast": None, "beta_slow": None, "attention_factor": None},
+    {"attention_factor": 1.7},
+    {"mscale": 0.7},
+    {"mscale_all_dim": 0.7},
+    {"mscale": 0.707, "mscale_all_dim": 1.3},
+    {"mscale": 0.707, "mscale_all_dim": 0},
+    {"mscale": 2.0, "mscale_all_dim": 1.0, "attention_factor": 0.8},
+    {"original_max_position_embeddings": 64},
+]
+"""Changes to `YARN`."""
+
+
+def yarn(**more: Any) -> dict[str, Any]:
+    """Return the keys of transformers 4 for YaRN."""
+    scaling = {**YARN, **more}
+    return {"rope_theta": scaling.pop("rope_theta", 500.0), "rope_scaling": scaling}
+
+
 HONOURED = [
     ("llama", {}),
     ("llama", {"num_key_value_heads": 4}),
@@ -45,6 +75,14 @@ HONOURED = [
     ("llama", OLD_ROPE),
     ("llama", NEW_ROPE),
     ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    *(("llama", yarn(**more)) for more in YARNS),
+    ("llama", {"rope_parameters": {"rope_theta": 500.0, **YARN}}),
+    ("llama", {**yarn(), "original_max_position_embeddings": 8}),  # which goes before
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "finetuned": True}}),
+    ("llama", {"head_dim": 12, **yarn()}),
+    ("qwen3", yarn()),
+    ("qwen3", OLD_ROPE),
+    ("mistral", yarn()),
     ("llama", {"sliding_window": 5}),  # which their Llama does not read
     ("mistral", {}),
     ("mistral", {"sliding_window": 5}),
@@ -111,6 +149,23 @@ def test_honoured_fields(kind, fields, tmp_path):
     assert effective(again.resolved()) == effective(ours.args)
 
 
+@pytest.mark.parametrize("fields", [OLD_ROPE, *(yarn(**more) for more in YARNS)], ids=str)
+@pytest.mark.parametrize("sizes", [{"head_dim": 8}, {"head_dim": 64, "rope_theta": 1e6}], ids=str)
+def test_cosines_and_sines(fields, sizes, tmp_path):
+    config = table("llama", **{**fields, **sizes})
+    theirs = their_model(config, tmp_path).model.rotary_emb.float()
+    args = from_hf_config(config, "config.json").resolved()
+    assert isinstance(args, DecoderArgs)
+    positions = torch.arange(64).unsqueeze(0)
+    cosines, sines = theirs(torch.zeros(1), positions)  # [B, T, hd]: both halves alike
+    for dtype in (torch.float32, torch.float64):
+        ours = rope_rotations(positions, args, dtype)[:, :, 0]
+        halves = torch.view_as_real(ours).unbind(-1)
+        for half, reference in zip(halves, (cosines, sines), strict=True):
+            expected = reference.chunk(2, -1)[0].to(dtype)
+            torch.testing.assert_close(half, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "fields"), HONOURED, ids=str)
 def test_the_config_that_we_write(kind, fields, tmp_path):
     description = from_hf_config(table(kind, **fields), "config.json")
@@ -142,7 +197,8 @@ def test_a_missing_key_has_their_default(kind, key):
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ("llama", DYNAMIC, "dynamic"),
+        ("llama", yarn(factor=1.0, attention_factor=2.0), "attention_factor = 2.0"),
         ("mistral", {"hidden_act": "relu"}, "hidden_act"),
         ("qwen3", {**SLIDING, "max_window_layers": 1}, "max_window_layers"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),

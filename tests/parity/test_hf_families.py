@@ -27,6 +27,17 @@ LENGTHS = (50, 3, 27)
 """Tokens of the documents packed into a sequence."""
 TINY = {"dim": 48, "n_layers": 3, "n_heads": 4, "ffn_dim": 80, "rope_theta": 10000.0}
 TOLERANCES = [(torch.float32, 2e-5), (torch.float64, 2e-6)]
+THEIR_NAMES = {
+    "rope_scaling_type": "rope_type",
+    "rope_scaling_factor": "factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_truncate": "truncate",
+    "rope_attention_factor": "attention_factor",
+}
 CASES = [(name, variant) for name, row in FAMILIES.items() for variant in row.variants]
 
 
@@ -46,15 +57,8 @@ def build_ours(args: DecoderArgs, dtype: torch.dtype, name: str = "llama3") -> D
 
 
 def build_theirs(name: str, args: DecoderArgs, dtype: torch.dtype, **settings: Any) -> Any:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if getattr(args, "rope_scaling_factor", 1.0) != 1.0:
-        rope |= {"rope_type": args.rope_scaling_type, "factor": args.rope_scaling_factor}
-    if rope["rope_type"] == "llama3":
-        rope |= {
-            "low_freq_factor": args.rope_low_freq_factor,
-            "high_freq_factor": args.rope_high_freq_factor,
-            "original_max_position_embeddings": args.rope_original_max_seq_len,
-        }
+    scaling = {THEIR_NAMES[name]: value for name, value in args.rope_scaling().items()}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta, **scaling}
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCAB,
         hidden_size=args.dim,

@@ -11,9 +11,9 @@ and the memory of activations.
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,8 @@ from torchtitan.utils.device import memory_peak
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.text import format_bytes
 from torchtitan.utils.torch_compat import local_tensor
+
+T = TypeVar("T")
 
 STAND_IN_VOCAB_SIZE = 128256
 """Used when neither the tokenizer nor the model's flavor gives a size."""
@@ -134,6 +136,9 @@ def _step(
     """Run the step as `train` does; return this rank's gradients."""
     training = context.config.training
     model_builder.call_after_load(model)
+    if context.config.optimizer.early_step_in_backward:  # not around compiled blocks
+        for optimizer in optimizers:
+            optimizer.step = _reading_ones(optimizer.step)  # type: ignore[method-assign]
     update = builder.build_update(context.config, model, optimizers, dims)
     runner = builder.build_runner(context.config, model, mesh, dims, _DEVICE)
     if isinstance(runner, PipelineRunner):
@@ -166,6 +171,16 @@ class _ReadsGiveOne(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
+
+
+def _reading_ones(function: Callable[..., T]) -> Callable[..., T]:
+    """Return `function`, run under `_ReadsGiveOne`."""
+
+    def run(*args: Any) -> T:
+        with _ReadsGiveOne():
+            return function(*args)
+
+    return run
 
 
 def _vocab_size(config: JobConfig) -> int:

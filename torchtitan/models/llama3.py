@@ -1,24 +1,16 @@
 """Llama 3: the decoder's hyper-parameters, sizes and Hugging Face names. No torch.
 
-The model is `decoder/model.py`; what only Llama has is here: the rule for the feed-forward's width
-and the RoPE scaling of Llama 3.1.
+The model is `decoder/model.py`; what only Llama has is here: the rule for the feed-forward's width.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.schema import PositiveFloat, PositiveInt
+from torchtitan.config.schema import PositiveFloat
 from torchtitan.models.decoder.args import DecoderArgs, Width, build_decoder
 from torchtitan.models.family import ModelFamily
 from torchtitan.models.spec import HFWeight
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class LlamaArgs(DecoderArgs):
@@ -37,21 +29,6 @@ class LlamaArgs(DecoderArgs):
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's wavelengths."""
 
-    rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
-    """Stretching of RoPE wavelengths for longer contexts; 1 is none."""
-
-    rope_scaling_type: Literal["llama3", "linear"] = "llama3"
-    """`llama3` stretches long wavelengths only, as Llama 3.1 does; `linear` stretches all."""
-
-    rope_low_freq_factor: PositiveFloat = 1.0
-    """Wavelengths above the original context length divided by this are stretched in full."""
-
-    rope_high_freq_factor: PositiveFloat = 4.0
-    """Wavelengths below the original context length divided by this are not stretched."""
-
-    rope_original_max_seq_len: PositiveInt = 8192
-    """Context length before the stretching."""
-
     @property
     def ffn_hidden_dim(self) -> int:
         """Hidden width of the feed-forward, resolved."""
@@ -59,28 +36,6 @@ class LlamaArgs(DecoderArgs):
             return self.ffn_dim
         wanted = int(self.ffn_dim_multiplier * (8 * self.dim // 3))
         return -(-wanted // self.multiple_of) * self.multiple_of
-
-    def scale_rope(self, frequencies: Tensor) -> Tensor:
-        """Stretch wavelengths; `frequencies` `[hd/2]` are in radians per token."""
-        if self.rope_scaling_factor == 1.0:
-            return frequencies
-        if self.rope_scaling_type == "linear":
-            return frequencies / self.rope_scaling_factor
-        turns = self.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the old context
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched in full, 1: unchanged
-        return frequencies * (kept + (1 - kept) / self.rope_scaling_factor)
-
-    def problems(self) -> list[ConfigIssue]:
-        """See `ModelArgs`."""
-        found = super().problems()
-        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            key = "model.args.rope_low_freq_factor"
-            problem = f"not below model.args.rope_high_freq_factor = {self.rope_high_freq_factor}"
-            found.append(
-                ConfigIssue(key, problem, "set a smaller value", self.rope_low_freq_factor)
-            )
-        return found
 
 
 def _sized(dim: int, n_layers: int, n_heads: int, **more: Any) -> LlamaArgs:

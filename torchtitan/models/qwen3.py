@@ -16,6 +16,7 @@ def _sized(*, n_kv_heads: int = 8, head_dim: int = 128, **sizes: Any) -> Decoder
         norm_eps=1e-6,
         rope_theta=1e6,
         max_seq_len=40960,
+        rope_original_max_seq_len=32768,
         **sizes,
     )
 

@@ -147,11 +147,13 @@ def effective(args: ModelArgs) -> dict[str, Any]:
             "ffn_dim": args.ffn_hidden_dim,
             "norm_type": args.norm_type.removeprefix("fused_"),
         }
-    if values.get("rope_scaling_factor") == 1:
-        values = {k: v for k, v in values.items() if not k.startswith("rope_") or k == "rope_theta"}
-    elif values.get("rope_scaling_type") == "linear":
-        plain = ("rope_theta", "rope_scaling_factor", "rope_scaling_type")
-        values = {k: v for k, v in values.items() if not k.startswith("rope_") or k in plain}
+        values = {
+            name: value
+            for name, value in values.items()
+            if not name.startswith("rope_") or name == "rope_theta"
+        } | args.rope_scaling()
+        if "rope_attention_factor" in values:
+            values["rope_attention_factor"] = args.attention_factor
     return values
 
 

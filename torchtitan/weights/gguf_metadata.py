@@ -1,5 +1,6 @@
 """Metadata of a GGUF file to our hyper-parameters. No torch; needs the package `gguf`."""
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ _NAMES = {
     "attention.layer_norm_rms_epsilon": "norm_eps",
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "rope_scaling_factor",
+    "rope.scaling.original_context_length": "rope_original_max_seq_len",
 }
 """Keys after the architecture and a dot, and our names."""
 _NEEDED = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
@@ -33,10 +35,17 @@ _READ_ELSEWHERE = (
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
     "attention.value_length",
 )
-_NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "logit_scale": 1.0}
+_NEUTRAL = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "logit_scale": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
 _ROPE_TENSOR = "rope_freqs.weight"
 
 
@@ -62,15 +71,14 @@ def describe_gguf(path: Path) -> ModelDescription:
     args["tied_embeddings"] = "output.weight" not in tensors
     problems = _problems(path, values)
     kind = values.get("rope.scaling.type", "none")
-    scales = "rope_scaling_type" in family.args_type.model_fields
-    if kind == "linear" and scales:
+    if kind in ("linear", "yarn"):
         args["rope_scaling_type"] = kind
     elif kind == "none":
         args.pop("rope_scaling_factor")
     else:
-        text = f"is not supported, only {'none and linear' if scales else 'none'}"
+        text = "is not supported, only none, linear and yarn"
         problems.append(_issue(path, "rope.scaling.type", text, "use another model", kind))
-    if _ROPE_TENSOR in tensors and not scales:
+    if _ROPE_TENSOR in tensors and family is qwen3.FAMILY:
         problems.append(_issue(path, _ROPE_TENSOR, "is not supported", "use another model"))
     if problems:
         raise ConfigError(problems)
@@ -78,6 +86,8 @@ def describe_gguf(path: Path) -> ModelDescription:
         args |= _llama3_scaling(path, np.array(tensors[_ROPE_TENSOR].data), args["rope_theta"])
     if family is qwen3.FAMILY:
         args["qk_norm"] = True
+    if kind == "yarn":
+        args |= _yarn_scaling(values)
     names = {ours: f"{architecture}.{theirs}" for theirs, ours in _NAMES.items()}
     return complete(family, args, str(path), names=names)
 
@@ -115,6 +125,18 @@ def _llama3_scaling(path: Path, factors: np.ndarray, theta: float) -> dict[str, 
         text = "is not the RoPE scaling of Llama 3.1"
         raise ConfigError(_issue(path, _ROPE_TENSOR, text, "use another model"))
     return args if factor != 1.0 else {}
+
+
+def _yarn_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp takes where a key is missing, and YaRN's factor of the attention."""
+    args: dict[str, Any] = {}
+    if "rope.scaling.original_context_length" not in values:
+        args["rope_original_max_seq_len"] = values.get("context_length")
+    by = values.get("rope.scaling.attn_factor", 1.0)
+    if by != 1:  # of the usual one
+        usual = 0.1 * math.log(max(values.get("rope.scaling.factor", 1.0), 1.0)) + 1
+        args["rope_attention_factor"] = _plain(by * usual)
+    return args
 
 
 def gguf_reader(path: Path) -> Any:

@@ -41,6 +41,8 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 }
 """llama.cpp's names of the ways in which a text is split before byte-pair encoding, and what of
 `pre_tokenizer` in a `tokenizer.json` decides."""
+_YARN = {"rope_beta_fast": 32, "rope_beta_slow": 1, "rope_truncate": True}
+"""The only values that llama.cpp has: of a Llama's file it ignores others."""
 
 
 def gguf_dtype(model: StoredModel, dtype: str | None, name: str) -> torch.dtype:
@@ -113,6 +115,13 @@ def _architecture(model: StoredModel) -> str:
         problem = f"qk_norm = {args.qk_norm}"
     elif args.norm_type not in ("rmsnorm", "fused_rmsnorm"):
         problem = f"norm_type = {args.norm_type}"
+    elif is_qwen3 and args.rope_scaling().get("rope_scaling_type") == "llama3":
+        problem = "a Qwen3 with rope_scaling_type = llama3"
+    else:
+        scaling = args.rope_scaling()
+        for name, only in _YARN.items():
+            if scaling.get(name, only) != only:
+                problem = f"{name} = {scaling[name]}"
     if problem is not None:
         raise InvalidWeights(f"GGUF is written for plain Llamas and Qwen3, not for {problem}")
     return "qwen3" if is_qwen3 else "llama"
@@ -133,18 +142,20 @@ def _add_args(writer: Any, args: DecoderArgs) -> None:
     writer.add_rope_dimension_count(args.head_size())
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
-    if not isinstance(args, LlamaArgs):
-        return
-    if args.rope_scaling_factor != 1.0 and args.rope_scaling_type == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    scaling = args.rope_scaling()
+    if scaling.get("rope_scaling_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(scaling["rope_scaling_type"]))
         writer.add_rope_scaling_factor(args.rope_scaling_factor)
+    if scaling.get("rope_scaling_type") == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(args.rope_original_max_seq_len)
+        if args.rope_attention_factor is not None:
+            usual = args.model_copy(update={"rope_attention_factor": None}).attention_factor
+            writer.add_rope_scaling_attn_factors(args.rope_attention_factor / usual)
 
 
 def _rope_factors(args: DecoderArgs) -> np.ndarray | None:
     """Return how much Llama 3.1's scaling stretches each wavelength, `[hd/2]`; None without it."""
-    if not isinstance(args, LlamaArgs):
-        return None
-    if args.rope_scaling_factor == 1.0 or args.rope_scaling_type != "llama3":
+    if args.rope_scaling().get("rope_scaling_type") != "llama3":
         return None
     exponents = torch.arange(0, args.head_size(), 2, dtype=torch.float64) / args.head_size()
     frequencies = args.rope_theta**-exponents

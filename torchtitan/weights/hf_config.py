@@ -5,6 +5,7 @@ Files of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`ro
 ours. A key that changes what the model computes is honoured or refused by name.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -71,13 +72,28 @@ _MODEL_TYPES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _THETA = 10000.0
-_LLAMA3_SCALING = {
+_SCALING = {
     "factor": "rope_scaling_factor",
+    "original_max_position_embeddings": "rope_original_max_seq_len",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
-    "original_max_position_embeddings": "rope_original_max_seq_len",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "truncate": "rope_truncate",
+    "attention_factor": "rope_attention_factor",
 }
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3_SCALING}
+"""Their names and ours within RoPE's scaling."""
+_MSCALE = ("mscale", "mscale_all_dim")
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": tuple(_SCALING)[:4],
+    "yarn": (*tuple(_SCALING)[:2], *tuple(_SCALING)[4:], *_MSCALE),
+}
+"""The keys that each type of scaling reads."""
+_NEEDED = tuple(_SCALING)[:4]
+"""Keys without which transformers does not load a type of scaling that reads them."""
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", *_SCALING}
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -159,7 +175,7 @@ def from_hf_config(config: Mapping[str, Any], source: str) -> ModelDescription:
     given = {key: value for key, value in config.items() if value is not None or key in _NAMES}
     given |= {"sliding_window": None} if config.get("sliding_window", 0) is None else {}
     values = {**DEFAULTS.get(architecture, {}), **given}
-    rope, problems = _rope_args(config, family, source)
+    rope, problems = _rope_args(values, source)
     problems += _refused(values, source)
     window, more = _window(architecture, values, source)
     missing = [name for name in _NAMES if name not in values]
@@ -173,7 +189,7 @@ def from_hf_config(config: Mapping[str, Any], source: str) -> ModelDescription:
     args |= {**rope, "sliding_window": window}
     if "qk_norm" in family.args_type.model_fields:
         args["qk_norm"] = any(row.ours.endswith("q_norm.weight") for row in family.hf_weights)
-    names = {ours: theirs for theirs, ours in (_NAMES | _LLAMA3_SCALING).items()}
+    names = {ours: theirs for theirs, ours in (_NAMES | _SCALING).items()}
     return complete(family, args, source, tuple(_notices(config, architecture, source)), names)
 
 
@@ -198,9 +214,7 @@ def _architecture(config: Mapping[str, Any], source: str) -> tuple[str, ModelFam
     raise ConfigError(_issue(source, key, problem or "", fix, config.get(key)))
 
 
-def _rope_args(
-    config: Mapping[str, Any], family: ModelFamily, source: str
-) -> tuple[dict[str, Any], list[ConfigIssue]]:
+def _rope_args(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """Return RoPE's hyper-parameters and what of the config is not supported."""
     both = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     key = "rope_scaling" if both[0] else "rope_parameters"
@@ -216,28 +230,45 @@ def _rope_args(
         if both[0][name] != both[1][name]:
             text = f"is {both[1][name]} in rope_parameters"
             problems.append(_issue(source, f"rope_scaling.{name}", text, "remove one of the two"))
-    for name in sorted(scaling.keys() - _ROPE_KEYS):
-        refuse(name, "is not supported", "use another model", scaling[name])
     if scaling.get("partial_rotary_factor") not in (None, 1):
         text = "is not supported: all channels of a head are rotated"
         refuse("partial_rotary_factor", text, "use another model", scaling["partial_rotary_factor"])
-    supported = ["default"]
-    supported += ["llama3", "linear"] * ("rope_scaling_type" in family.args_type.model_fields)
-    if kind not in supported:
-        text = f"is not supported for {family.name}, which has {', '.join(supported)}"
+    read = _SCALINGS.get(kind, ())
+    for name in sorted(scaling.keys() - _ROPE_KEYS - {*read}):
+        refuse(name, "is not supported", "use another model", scaling[name])
+    if kind not in _SCALINGS:
+        text = f"is not supported, only {', '.join(_SCALINGS)}"
         fix = "use another model, or remove the scaling if the model was trained without it"
         refuse("rope_type", text, fix, kind)
-    elif kind == "linear":
-        args |= {"rope_scaling_type": kind, "rope_scaling_factor": scaling.get("factor")}
-    elif kind == "llama3":
-        usual = config.get("max_position_embeddings")
-        usual = config.get("original_max_position_embeddings", usual)
-        values = {"original_max_position_embeddings": usual, **scaling}
-        args |= {ours: values.get(theirs) for theirs, ours in _LLAMA3_SCALING.items()}
-    for name, ours in _LLAMA3_SCALING.items():
-        if ours in args and args[ours] is None:
+    length = config.get("max_position_embeddings")
+    found = {"original_max_position_embeddings": length, **scaling}
+    # transformers prefers the key of this name that is outside.
+    found |= {k: config[k] for k in read if k.startswith("original_") and k in config}
+    for name in read:
+        value = found.get(name)
+        if value is None and name in _NEEDED:
             refuse(name, "is missing", "add it", None)
+        elif value is not None and not isinstance(value, int | float):
+            refuse(name, "is not a number", "correct the file, or get it again", value)
+    if read and not problems:
+        args |= {"rope_scaling_type": kind}
+        args |= {ours: found.get(theirs) for theirs, ours in _SCALING.items() if theirs in read}
+    if kind == "yarn" and not problems:
+        args["rope_truncate"] = bool(found.get("truncate", True))
+        args["rope_attention_factor"] = factor = _attention_factor(found)
+        if found["factor"] == 1 and factor not in (None, 1):
+            text, fix = "is not supported with factor = 1", "use another model"
+            refuse("attention_factor", text, fix, factor)
     return args, problems
+
+
+def _attention_factor(scaling: Mapping[str, Any]) -> float | None:
+    """Return YaRN's factor of queries and keys; None: the one that follows from its scaling."""
+    over, under = (scaling.get(name) for name in _MSCALE)
+    if scaling.get("attention_factor") is not None or not (over and under):
+        return scaling.get("attention_factor")
+    log = 0.1 * math.log(max(scaling["factor"], 1))
+    return (over * log + 1) / (under * log + 1)
 
 
 def _window(
@@ -325,7 +356,7 @@ def to_hf_config(
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
-        **_rope_keys(values),
+        **_rope_keys(args),
         **token_ids,
     }
     if architecture == "MistralForCausalLM":
@@ -341,16 +372,13 @@ def to_hf_config(
     return config
 
 
-def _rope_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_keys(args: DecoderArgs) -> dict[str, Any]:
     """Return RoPE's keys in the styles of transformers 4 and 5."""
-    theta, factor = values["rope_theta"], values.get("rope_scaling_factor", 1.0)
+    theta = args.rope_theta
+    found = args.rope_scaling()
     scaling: dict[str, Any] | None = None
-    if factor != 1:
-        scaling = {"rope_type": values["rope_scaling_type"], "factor": factor}
-        if scaling["rope_type"] == "llama3":
-            scaling = {
-                "rope_type": "llama3",
-                **{name: values[ours] for name, ours in _LLAMA3_SCALING.items()},
-            }
+    if found:
+        scaling = {"rope_type": found["rope_scaling_type"]}
+        scaling |= {k: found[ours] for k, ours in _SCALING.items() if found.get(ours) is not None}
     parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}

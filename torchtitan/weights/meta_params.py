@@ -62,7 +62,13 @@ def from_meta_params(params: Mapping[str, Any], source: str) -> ModelDescription
         known = _flavor_like(values)
         factor = _SCALING_FACTOR if known is None else known.rope_scaling_factor
         values |= {"rope_scaling_factor": factor, "max_seq_len": 131072}
-        notices.append(f"{source}: use_scaled_rope is a rope_scaling_factor of {factor:g}.")
+        notice = f"{source}: use_scaled_rope is a rope_scaling_factor of {factor:g}"
+        if known is None:
+            notice += (
+                ", as in Llama 3.1, because these sizes are of no known model: set"
+                " model.args.rope_scaling_factor to 32 if it descends from Llama 3.2"
+            )
+        notices.append(f"{notice}.")
         if known is not None and known.tied_embeddings:
             values["tied_embeddings"] = True
     names = {ours: theirs for theirs, ours in _NAMES.items()}
@@ -70,8 +76,8 @@ def from_meta_params(params: Mapping[str, Any], source: str) -> ModelDescription
 
 
 def _flavor_like(values: Mapping[str, Any]) -> LlamaArgs | None:
-    """Return the flavor of Llama 3 that has these sizes."""
-    sizes = ("dim", "n_layers", "n_heads", "vocab_size")
+    """Return the flavor of Llama 3 that has these sizes; its vocabulary may have been extended."""
+    sizes = ("dim", "n_layers", "n_heads")
     for args in FAMILY.flavors.values():
         assert isinstance(args, LlamaArgs)
         if all(getattr(args, name) == values[name] for name in sizes):

@@ -78,6 +78,21 @@ def test_any_optimizer_steps(optimizer: dict[str, Any]):
     assert rank.optimizer_bytes / rank.parameter_bytes == pytest.approx(ratio, rel=0.25)
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamWBF16"])
+def test_steps_in_the_backward_of_compiled_blocks(name: str):
+    case = Case(
+        settings={
+            "optimizer": {"name": name, "early_step_in_backward": True},
+            "training": {"max_norm": float("inf")},
+            "model": {"handlers": ["compile"]},
+            "activation_checkpoint": {"mode": "full"},
+        }
+    )
+    rank = run(case, 0)
+    assert rank.gradient_bytes == 0
+    assert rank.optimizer_bytes > 0
+
+
 def test_copies_hold_the_same():
     plain, copied = (run(Case(world_size=2 * n, replicate=n), 1) for n in (1, 2))
     assert plain.num_parameters == copied.num_parameters

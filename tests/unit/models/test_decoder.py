@@ -139,6 +139,20 @@ def test_rope_scaling_stretches_long_wavelengths_only():
     assert ((between > 1) & (between < 8)).all() and len(between) == 64 - 58
 
 
+def test_yarn_stretches_long_wavelengths_and_sharpens_attention():
+    sizes = {"dim": 128, "n_heads": 1, "rope_theta": 1e4}
+    args = LlamaArgs(**sizes, rope_scaling_type="yarn", rope_scaling_factor=4.0)
+    one = torch.tensor([[1]])
+    scaled = rope_rotations(one, args, torch.float64).flatten()
+    plain = rope_rotations(one, LlamaArgs(**sizes), torch.float64).flatten()
+    ratio, turns = plain.angle() / scaled.angle(), 8192 * plain.angle() / (2 * math.pi)
+    torch.testing.assert_close(ratio[turns > 33], torch.ones(1).double().expand(26))
+    torch.testing.assert_close(ratio[turns < 1], torch.full((14,), 4.0).double())
+    assert (ratio.diff() >= -1e-12).all()
+    length = 0.1 * math.log(4) + 1
+    torch.testing.assert_close(scaled.abs(), torch.full((64,), length).double())
+
+
 class ParallelBlock(Block):
     def forward(self, x, rotations, mask):
         attended = self.attention(self.attention_norm(x), rotations, mask)

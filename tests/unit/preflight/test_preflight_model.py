@@ -37,6 +37,8 @@ def context(
         ({"norm_eps": float("nan")}, "norm_eps = nan: is not a finite number"),
         ({"rope_scaling_factor": 0.5}, "rope_scaling_factor = 0.5: must be at least 1"),
         ({"rope_low_freq_factor": 4}, "rope_low_freq_factor = 4.0: not below"),
+        ({"rope_beta_slow": 32}, "rope_beta_slow = 32.0: not below"),
+        ({"rope_scaling_type": "dynamic"}, 'rope_scaling_type = "dynamic"'),
         (
             {"n_layer": 2},
             'n_layer: is unknown. Fix: did you mean "n_layers"',

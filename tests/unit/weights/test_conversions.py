@@ -80,8 +80,18 @@ def test_every_direction_keeps_every_bit(
 
 
 @pytest.mark.parametrize("kind", ["gguf", "hf"])
-def test_tied_weights_and_scaled_rope(tmp_path: Path, kind: str) -> None:
-    make(tmp_path / "in", TIED)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_scaling_type": "linear"},
+        {"rope_scaling_type": "yarn"},
+        {"rope_scaling_type": "yarn", "rope_attention_factor": 1.25},
+    ],
+    ids=str,
+)
+def test_tied_weights_and_scaled_rope(tmp_path: Path, kind: str, rope: dict[str, Any]) -> None:
+    make(tmp_path / "in", TIED.model_copy(update=rope))
     between = tmp_path / f"{kind}{SUFFIXES[kind]}"
     convert(tmp_path / "in", between)
     convert(between, tmp_path / "back-hf")
@@ -140,8 +150,19 @@ def test_what_a_format_cannot_hold(tmp_path: Path, capsys: Any) -> None:
         out = str(tmp_path / f"out{SUFFIXES[kind]}")
         assert main(["convert", str(tmp_path / "in"), out, "--format", kind]) == 4
         assert text in capsys.readouterr().err
+    for name, value in {"rope_beta_fast": 8.0, "rope_truncate": False}.items():
+        changed = {"rope_scaling_type": "yarn", name: value}
+        make(tmp_path / name, TIED.model_copy(update=changed))
+        out = str(tmp_path / "out.gguf")
+        assert main(["convert", str(tmp_path / name), out, "--format", "gguf"]) == 4
+        assert f"not for {name} = {value}" in capsys.readouterr().err
     make(tmp_path / "scaled", TIED)
     out = str(tmp_path / "out")
     assert main(["convert", str(tmp_path / "scaled"), out, "--format", "meta"]) == 4
     assert "rope_scaling_factor is 8.0, not 4.0" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "scaled"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in",
+        "rope_beta_fast",
+        "rope_truncate",
+        "scaled",
+    ]

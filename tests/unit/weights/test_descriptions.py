@@ -1,6 +1,7 @@
 """Hyper-parameters in Meta's, GGUF's and our own files. No torch."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,16 @@ def test_meta_s_files_are_the_flavors(params, family, flavor):
     assert differences(get_family(family).resolve_args(flavor, {}), found) == {}
 
 
+def test_how_far_rope_is_stretched_follows_from_the_sizes():
+    """Meta's files say that it is, but not how far: 8 in Llama 3.1, 32 in Llama 3.2."""
+    extended = from_meta_params(LLAMA32_1B | {"vocab_size": 128264}, "params.json")
+    assert extended.args["rope_scaling_factor"] == 32
+    assert extended.notices == ("params.json: use_scaled_rope is a rope_scaling_factor of 32.",)
+    pruned = from_meta_params(LLAMA32_1B | {"n_layers": 12}, "params.json")
+    assert pruned.args["rope_scaling_factor"] == 8
+    assert "set model.args.rope_scaling_factor to 32" in pruned.notices[0]
+
+
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
 def test_every_flavor_to_meta_and_back(name):
     for flavor, args in get_family(name).flavors.items():
@@ -66,7 +77,8 @@ def test_meta_s_other_models_are_refused(key):
 
 
 def test_what_meta_s_code_cannot_say():
-    for change in ({"sliding_window": 8}, {"rope_scaling_type": "linear"}, {"ffn_dim": 1001}):
+    scaled = ({"rope_scaling_type": "linear"}, {"rope_scaling_type": "yarn"})
+    for change in ({"sliding_window": 8}, *scaled, {"ffn_dim": 1001}):
         args = get_family("llama3").resolve_args("1B", change)
         with pytest.raises(ValueError, match=r"Meta|odd"):
             to_meta_params(args)
@@ -121,6 +133,15 @@ def test_gguf_scalings(tmp_path):
     linear = gguf_file(tmp_path, rope__scaling__type="linear", rope__scaling__factor=4.0)
     args = describe_model(linear).args
     assert (args["rope_scaling_type"], args["rope_scaling_factor"]) == ("linear", 4.0)
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+    args = describe_model(gguf_file(tmp_path, **yarn)).args
+    assert (args["rope_scaling_type"], args["rope_scaling_factor"]) == ("yarn", 4.0)
+    assert args["rope_original_max_seq_len"] == 512  # the context of the file
+    assert "rope_attention_factor" not in args
+    yarn |= {"rope__scaling__original_context_length": 128, "rope__scaling__attn_factor": 0.5}
+    args = describe_model(gguf_file(tmp_path, **yarn)).args
+    assert args["rope_original_max_seq_len"] == 128
+    assert args["rope_attention_factor"] == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
     llama = get_family("llama3").resolve_args("8B", {"rope_theta": 10000.0})
     import torch
 
@@ -137,7 +158,8 @@ def test_gguf_scalings(tmp_path):
     [
         ({"architecture": "qwen2"}, "general.architecture"),
         ({"expert_count": 8}, "expert_count"),
-        ({"rope__scaling__type": "yarn"}, "rope.scaling.type"),
+        ({"rope__scaling__type": "longrope"}, "rope.scaling.type"),
+        ({"rope__scaling__type": "yarn", "rope__scaling__yarn_beta_fast": 8.0}, "yarn_beta_fast"),
         ({"rope__dimension_count": 8}, "rope.dimension_count"),
         ({"attention__clamp_kqv": 1.0}, "attention.clamp_kqv"),
     ],

@@ -68,12 +68,13 @@ def test_a_refused_field_is_named_with_its_value(key, value):
     assert str(shown).lower() in problems[key].lower()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "su", "mrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope", "proportional"])
 @pytest.mark.parametrize("name", ["type", "rope_type"])
-def test_every_other_rope_scaling_is_refused(kind, name):
-    problems = refused({**LLAMA, "rope_scaling": {name: kind, "factor": 2.0}})
+@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
+def test_every_other_rope_scaling_is_refused(kind, name, config):
+    problems = refused({**config, "rope_scaling": {name: kind, "factor": 2.0}})
     assert kind in problems["rope_scaling.rope_type"]
-    assert "default, llama3, linear" in problems["rope_scaling.rope_type"]
+    assert "default, linear, llama3, yarn" in problems["rope_scaling.rope_type"]
 
 
 def test_what_is_wrong_within_the_rope_scaling():
@@ -87,13 +88,32 @@ def test_what_is_wrong_within_the_rope_scaling():
     assert "rope_scaling.factor" in refused({**LLAMA, **both})
     turned = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     assert "rope_parameters.partial_rotary_factor" in refused({**LLAMA, **turned})
-    # Qwen3 has no scaling here.
-    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    assert "rope_scaling.rope_type" in refused({**QWEN, **scaled})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"factor": None}, "rope_scaling.factor"),
+        ({"factor": 0.5}, "factor"),
+        ({"factor": "four"}, "rope_scaling.factor"),
+        ({"factor": 1.0, "attention_factor": 2.0}, "rope_scaling.attention_factor"),
+        ({"attention_factor": -1.0}, "attention_factor"),
+        ({"mscale": [1]}, "rope_scaling.mscale"),
+        ({"extrapolation_factor": 2.0}, "rope_scaling.extrapolation_factor"),
+        ({"beta_slow": 64}, "beta_slow"),
+        ({"original_max_position_embeddings": 2}, "original_max_position_embeddings"),
+        ({"original_max_position_embeddings": 10**15}, "original_max_position_embeddings"),
+        ({"rope_theta": 1.0}, "rope_theta"),
+    ],
+)
+def test_what_is_wrong_within_yarn(change, key):
+    length = {"original_max_position_embeddings": 2048}
+    scaling = {"rope_type": "yarn", "factor": 4.0, **length, **change}
+    assert refused({**LLAMA, "rope_scaling": scaling}).keys() == {key}
 
 
 def test_everything_wrong_is_said_at_once():
-    problems = refused({**LLAMA, "mlp_bias": True, "rope_scaling": {"type": "yarn"}, "alibi": True})
+    problems = refused({**LLAMA, "mlp_bias": True, "rope_scaling": {"type": "su"}, "alibi": True})
     assert problems.keys() == {"mlp_bias", "alibi", "rope_scaling.rope_type"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
     from torchtitan.models.decoder.model import Decoder
 
 Width = Annotated[int, Field(gt=0, le=2**24)]
+RopeScalingType = Literal["llama3", "linear", "yarn"]
+
+_ROPE_SCALINGS: dict[RopeScalingType, tuple[str, ...]] = {
+    "llama3": ("rope_original_max_seq_len", "rope_low_freq_factor", "rope_high_freq_factor"),
+    "linear": (),
+    "yarn": (
+        "rope_original_max_seq_len",
+        "rope_beta_fast",
+        "rope_beta_slow",
+        "rope_truncate",
+        "rope_attention_factor",
+    ),
+}
+"""Settings that each type of scaling reads in addition to its factor."""
 
 
 class DecoderArgs(ModelArgs):
@@ -54,6 +69,36 @@ class DecoderArgs(ModelArgs):
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding's wavelengths."""
 
+    rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
+    """Stretching of RoPE wavelengths for longer contexts; 1 is none."""
+
+    rope_scaling_type: RopeScalingType = "llama3"
+    """`llama3` and `yarn` stretch long wavelengths only, as Llama 3.1 and YaRN do; `linear`
+    stretches all."""
+
+    rope_original_max_seq_len: PositiveInt = 8192
+    """`llama3`, `yarn`: context length before the stretching."""
+
+    rope_low_freq_factor: PositiveFloat = 1.0
+    """`llama3`: wavelengths above the original context length divided by this are stretched in
+    full."""
+
+    rope_high_freq_factor: PositiveFloat = 4.0
+    """`llama3`: wavelengths below the original context length divided by this are not stretched."""
+
+    rope_beta_fast: PositiveFloat = 32.0
+    """`yarn`: channels that make more turns than this in the original context are not stretched."""
+
+    rope_beta_slow: PositiveFloat = 1.0
+    """`yarn`: channels that make fewer turns than this in the original context are stretched in
+    full."""
+
+    rope_truncate: bool = True
+    """`yarn`: round the range of channels between these two outwards to whole channels."""
+
+    rope_attention_factor: PositiveFloat | None = None
+    """`yarn`: factor of queries and of keys. Unset: 0.1 ln(`rope_scaling_factor`) + 1."""
+
     sliding_window: PositiveInt | None = None
     """Each token attends to this many of the latest tokens, itself included. Unset: to all."""
 
@@ -70,9 +115,54 @@ class DecoderArgs(ModelArgs):
         """Hidden width of the feed-forward, resolved."""
         return 4 * self.dim if self.ffn_dim is None else self.ffn_dim
 
+    @property
+    def attention_factor(self) -> float:
+        """Factor of queries and of keys, resolved: 1 but for YaRN."""
+        if self.rope_scaling_factor == 1.0 or self.rope_scaling_type != "yarn":
+            return 1.0
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        return 0.1 * math.log(self.rope_scaling_factor) + 1.0
+
+    def rope_scaling(self) -> dict[str, Any]:
+        """Return the settings of RoPE's scaling that have an effect; none without scaling."""
+        if self.rope_scaling_factor == 1.0:
+            return {}
+        more = _ROPE_SCALINGS[self.rope_scaling_type]
+        return {n: getattr(self, n) for n in ("rope_scaling_type", "rope_scaling_factor", *more)}
+
     def scale_rope(self, frequencies: Tensor) -> Tensor:
         """Return RoPE's frequencies `[hd/2]`, in radians per token, adapted to long contexts."""
-        return frequencies
+        if self.rope_scaling_factor == 1.0:
+            return frequencies
+        if self.rope_scaling_type == "linear":
+            return frequencies / self.rope_scaling_factor
+        if self.rope_scaling_type == "llama3":
+            turns = self.rope_original_max_seq_len * frequencies / (2 * math.pi)
+            low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        else:
+            first, last = self._yarn_range()
+            channels = frequencies.new_tensor(range(len(frequencies)))
+            kept = 1 - ((channels - first) / (last - first or 0.001)).clamp(0, 1)
+        # kept: 0 is stretched in full, 1 is unchanged
+        return frequencies * (kept + (1 - kept) / self.rope_scaling_factor)
+
+    def _yarn_range(self) -> tuple[float, float]:
+        """Return the last channel pair that is not stretched, and the first stretched in full.
+
+        They may be fractions, and lie outside of the head.
+        """
+        head = self.head_size()
+        first, last = (
+            head
+            * math.log(self.rope_original_max_seq_len / (turns * 2 * math.pi))
+            / (2 * math.log(self.rope_theta))
+            for turns in (self.rope_beta_fast, self.rope_beta_slow)
+        )
+        if self.rope_truncate:
+            first, last = math.floor(first), math.ceil(last)
+        return max(first, 0), min(last, head - 1)
 
     def modules(self) -> dict[str, int]:
         """See `ModelArgs`."""
@@ -135,7 +225,32 @@ class DecoderArgs(ModelArgs):
             problem = f"does not divide model.args.n_heads = {self.n_heads}"
             fix = f"set it to a divisor of {self.n_heads}"
             found.append(ConfigIssue("model.args.n_kv_heads", problem, fix, self.n_kv_heads))
-        return found
+        for low, high in (
+            ("rope_low_freq_factor", "rope_high_freq_factor"),
+            ("rope_beta_slow", "rope_beta_fast"),
+        ):
+            if getattr(self, low) >= getattr(self, high):
+                problem = f"not below model.args.{high} = {getattr(self, high)}"
+                value = getattr(self, low)
+                found.append(
+                    ConfigIssue(f"model.args.{low}", problem, "set a smaller value", value)
+                )
+        return found or self._yarn_problems()
+
+    def _yarn_problems(self) -> list[ConfigIssue]:
+        """Return why YaRN cannot stretch these wavelengths."""
+        if "rope_beta_fast" not in self.rope_scaling():
+            return []
+        if self.rope_theta <= 1:
+            problem, fix = "YaRN needs wavelengths that grow", "set it above 1"
+            return [ConfigIssue("model.args.rope_theta", problem, fix, self.rope_theta)]
+        first, last = self._yarn_range()
+        if first <= last:
+            return []
+        problem = "YaRN finds no channels to stretch in a context of this length"
+        fix = "set it to the length that the model was trained with"
+        key, value = "model.args.rope_original_max_seq_len", self.rope_original_max_seq_len
+        return [ConfigIssue(key, problem, fix, value)]
 
 
 def build_decoder(args: DecoderArgs) -> Decoder:

@@ -41,12 +41,13 @@ def rope_rotations(positions: Tensor, args: DecoderArgs, dtype: torch.dtype) -> 
     """Return each position's turn in each pair of channels, as complex numbers e^(i * angle).
 
     `positions` is int64 `[B, T]`; the result is `[B, T, 1, hd/2]`, complex, with parts of `dtype`.
+    YaRN's are longer than 1, by `attention_factor`.
     """
     head_dim = args.head_size()
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
     frequencies = args.rope_theta ** (-exponents / head_dim)  # [hd/2], radians per token
     angles = positions.unsqueeze(-1) * args.scale_rope(frequencies)  # [B, T, hd/2]
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
+    return torch.polar(torch.full_like(angles, args.attention_factor), angles).unsqueeze(2)
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
