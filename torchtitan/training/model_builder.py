@@ -4,6 +4,7 @@ The order matters, so every model of this library, trained or evaluated, is buil
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,6 +119,14 @@ def build_model(
     if plan is None:
         return built
     return replace(built, tied=tied_weights_of(plan, mesh.get_local_rank("pp"), parts))
+
+
+def initialize_added(model: BuiltModel, without: Iterable[NamedHandler] = ()) -> None:
+    """Call `initialize_added` of the handlers but those whose added tensors were loaded."""
+    loaded = list(without)
+    for handler in model.handlers:
+        if handler not in loaded:
+            handler.initialize_added(model.part_or_parts)
 
 
 def call_after_load(model: BuiltModel) -> None:
