@@ -38,6 +38,8 @@ NUM_SEQUENCES = 8
 NUM_STEPS = 3
 MAX_NORM = 0.3
 """Below the norms that occur, so that clipping always acts."""
+LORA_B = InitRule("normal", std=0.1)
+"""The start of adapters: at zero, as in a run, only one of the two factors has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def train(world: DistributedContext, case: Case) -> Result:
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = mesh_of(world, dims)
-    with patch.object(lora, "B_RULE", InitRule("normal", std=0.1)):  # else A has no gradient
+    with patch.object(lora, "B_RULE", LORA_B):
         model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     model_builder.initialize_added(model)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
