@@ -40,8 +40,10 @@ class ChangesWeights(Protocol):
     name: str
     added: frozenset[str]
     """Names of the parameters and buffers that it has added to the model."""
-    refers_to_base: bool
-    """Checkpoints leave out what is not trained."""
+
+    @property
+    def refers_to_base(self) -> bool:
+        """Return whether checkpoints leave out what is not trained."""
 
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a replacement for this rank's part of a weight, or the part itself."""

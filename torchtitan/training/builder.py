@@ -59,7 +59,8 @@ def load(
 ) -> None:
     """Load the start of the run; handlers see the weights before they get their state."""
     manager.load(model.parts, optimizers, model.handlers)
-    initialize_added(model, without=filter(manager.has_loaded_added, model.handlers))
+    loaded = [handler for handler in model.handlers if manager.has_loaded_added(handler)]
+    initialize_added(model, without=loaded)
     call_after_load(model)
     manager.load_handlers(model.handlers, model.parts, optimizers)
 
