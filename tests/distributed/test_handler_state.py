@@ -17,8 +17,8 @@ from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_store
 from tests.pool import GlooPool
 from torchtitan.checkpoint.dcp_io import SafeReader
-from torchtitan.checkpoint.manager import CheckpointManager, RunState
-from torchtitan.checkpoint.manifest import read_manifest
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import RunState, read_manifest
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext

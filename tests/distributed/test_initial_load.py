@@ -12,7 +12,8 @@ from tests.faults.damage import flip
 from tests.faults.saving import Trainer, digest, make_store
 from tests.pool import GlooPool
 from torchtitan.checkpoint.initial_load import InitialLoad
-from torchtitan.checkpoint.manager import CheckpointManager, RunState
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import RunState
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import CheckpointError

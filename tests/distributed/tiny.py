@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers import lora
 from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
+from torchtitan.models.spec import InitRule
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.parallel.initialize import local_indices
@@ -35,6 +38,8 @@ NUM_SEQUENCES = 8
 NUM_STEPS = 3
 MAX_NORM = 0.3
 """Below the norms that occur, so that clipping always acts."""
+LORA_B = InitRule("normal", std=0.1)
+"""The start of adapters: at zero, as in a run, only one of the two factors has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,9 @@ def train(world: DistributedContext, case: Case) -> Result:
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = mesh_of(world, dims)
-    model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    with patch.object(lora, "B_RULE", LORA_B):
+        model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    model_builder.initialize_added(model)
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names

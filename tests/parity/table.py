@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
+from tests.parity.adapted import ADAPTED, kept_handlers, kind_of
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -324,7 +325,7 @@ LONG_CONTEXT = [
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
-TABLE += [*LONG_CONTEXT, *OWN_MODELS, *TIED_PIPELINES]
+TABLE += [*LONG_CONTEXT, *OWN_MODELS, *TIED_PIPELINES, *ADAPTED]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -380,6 +381,8 @@ def special_of(case: Case) -> Iterator[str]:
     if "freeze" in config.model.handlers:
         settings = case.settings["handlers"]["freeze"]
         yield f"frozen {next(words for words, other in FREEZES.items() if other == settings)}"
+    if adapters := kind_of(case):
+        yield adapters
     if "compile" in config.model.handlers:
         yield f"compiled {case.settings['handlers']['compile']['backend']}"
     if mesh.fsdp_reshard_after_forward != "default":
@@ -411,8 +414,6 @@ def reference_of(case: Case) -> Case:
     model = ("family", "args", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
-    frozen = case.settings.get("handlers", {}).get("freeze")
-    if frozen:
-        settings |= {"model": {"handlers": ["freeze"]}, "handlers": {"freeze": frozen}}
+    settings |= kept_handlers(case)
     same = {name: getattr(case, name) for name in model}
     return Case(norm=norm, settings=settings, microbatches=reference_microbatches(case), **same)

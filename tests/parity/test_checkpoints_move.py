@@ -13,7 +13,8 @@ from tests.distributed.tiny import Case
 from tests.faults.saving import digest, make_store
 from tests.parity.table import PAIRS, TIED, dims_of, name_of, row
 from tests.pool import GlooPool
-from torchtitan.checkpoint.manager import CheckpointManager, RunState
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import RunState
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint

@@ -10,6 +10,7 @@ A folder with only a seed checkpoint is a run that has not begun: a run that sta
 have the same model and checkpoint folder, and may differ in everything else.
 """
 
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
-from torchtitan.checkpoint.manifest import HANDLERS_STATE
+from torchtitan.checkpoint.manifest import HANDLERS_STATE, base_of
 from torchtitan.checkpoint.steps_folder import step_folders, step_problems
 from torchtitan.checkpoint.stored_run import (
     CONFIG_NAME,
@@ -116,6 +117,8 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
         if start.step:
             step, notices = start.step, []
         notices += start.notices
+    elif base := base_of(stored.newest):
+        notices.append(f"What is frozen comes from {base['path']}, or from where that is now.")
     elif config.checkpoint.initial_load_path is not None:
         notices.append("checkpoint.initial_load_path is ignored: the run has its own checkpoints.")
     batch, lanes, warmup, more = _open_values(context, {} if stored.is_seed else stored.config)
@@ -269,6 +272,11 @@ def _continuation_problems(
             f" checkpoint.last_save_model_only = false; {WAYS_OUT}"
         )
         return [ConfigIssue(key, text, fix, value)]
+    base, given = base_of(newest), checkpoint.initial_load_path
+    if base and not any(os.path.exists(path) for path in (base["path"], given or "")):
+        text = f"the run's checkpoints refer to the base model {base['path']}, which is missing"
+        fix = "restore it, or set this to where it is now"
+        return [ConfigIssue("checkpoint.initial_load_path", text, fix, given)]
     return step_problems(checkpoint, folder)
 
 

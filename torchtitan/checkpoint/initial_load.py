@@ -1,7 +1,7 @@
 """Load the checkpoint that a new run starts from; see `initial`."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from torchtitan.checkpoint.base import digest_of_files, digest_of_manifest, require_same_base
 from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks, run_on_rank0
 from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial import initial_path, without_excluded
 from torchtitan.checkpoint.manifest import (
     Manifest,
+    base_of,
     manifest_from_json,
     manifest_to_json,
     select_tensors,
@@ -39,6 +41,10 @@ class ChangesWeights(Protocol):
     added: frozenset[str]
     """Names of the parameters and buffers that it has added to the model."""
 
+    @property
+    def refers_to_base(self) -> bool:
+        """Return whether checkpoints leave out what is not trained."""
+
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a replacement for this rank's part of a weight, or the part itself."""
 
@@ -46,8 +52,8 @@ class ChangesWeights(Protocol):
 class InitialLoad:
     """The checkpoint of `checkpoint.initial_load_path`, verified if it has a manifest.
 
-    `open_foreign` opens weights of Hugging Face, Meta or GGUF for the run's model. All ranks
-    construct it and call every method.
+    `open_foreign` opens weights of Hugging Face, Meta or GGUF for the run's model. A checkpoint
+    that refers to a base is loaded together with it. All ranks construct it and call every method.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class InitialLoad:
         self._excluded = section.exclude_from_loading
         path = initial_path(section)
         self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
+        self._digest: str | None = None
+        self._base: InitialLoad | None = None
         self._folder: ModelFolder | WeightSource
         if open_foreign is not None and kind_of(path) in FOREIGN:
             commit = run_on_rank0(world, self._what, lambda: _commit(path))
@@ -78,6 +86,27 @@ class InitialLoad:
                 self._what,
                 lambda: verify_share(path, manifest, world.rank, world.world_size),
             )
+            self._base = open_base(section, manifest, world, open_foreign)
+
+    def base_record(self) -> dict[str, str]:
+        """Return path and digest of the weights without adapters: these, or their own base.
+
+        Reads all files unless a manifest has their digests. Collective.
+        """
+        if self._base is not None:
+            return self._base.base_record()
+        if self._digest is None and self._manifest is not None:
+            self._digest = digest_of_manifest(self._manifest)
+        elif self._digest is None:
+            self._digest = digest_of_files(self._world, self._what, self._folder.files)
+        return {"path": str(self._folder.path), "digest": self._digest}
+
+    @property
+    def handlers(self) -> Sequence[str]:
+        """The handlers of the run that saved it; none for another program's weights."""
+        manifest = self._manifest
+        config = None if manifest is None else manifest.info.get("config")
+        return stored_value(config or {}, "model.handlers") or ()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -100,21 +129,28 @@ class InitialLoad:
         model: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, torch.Tensor],
         handlers: Sequence[ChangesWeights] = (),
+        elsewhere: Collection[str] = (),
     ) -> None:
-        """Fill the tensors in place.
+        """Fill the tensors in place, apart from those whose values are `elsewhere`.
 
         If only weights are taken, they may have another floating point type, and `handlers` that
         their run did not have may change them, in order; tensors that these handlers have added
         keep their values if the weights lack them. Raises `CheckpointError`, before any tensor was
         written, if the tensors differ from the checkpoint's.
         """
-        folder, wanted, stored = self._folder, dict(model), dict(self._folder.tensors)
+        folder = self._folder
+        if self._base is not None:
+            self._base.load(model, {}, handlers, elsewhere=[*elsewhere, *folder.tensors])
+            elsewhere = [*elsewhere, *(name for name in model if name not in folder.tensors)]
+        skipped = set(elsewhere)
+        wanted = {name: tensor for name, tensor in model.items() if name not in skipped}
+        stored = {name: entry for name, entry in folder.tensors.items() if name not in skipped}
         if not self._model_only:
             assert self._manifest is not None
             if "optimizer" not in self._excluded:
                 wanted = wanted | dict(optimizer)
                 stored = dict(select_tensors(self._manifest, of_handlers=False).tensors)
-        new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
+        new_handlers = [handler for handler in handlers if handler.name not in self.handlers]
         ranks = describe_on_all_ranks(self._world, wanted)
         if self._model_only:
             added = {name for handler in new_handlers for name in handler.added} - stored.keys()
@@ -145,13 +181,6 @@ class InitialLoad:
     @property
     def _manifest(self) -> Manifest | None:
         return self._folder.manifest if isinstance(self._folder, ModelFolder) else None
-
-    @property
-    def _handlers(self) -> Sequence[str]:
-        """The handlers of the run that saved it; none for another program's weights."""
-        manifest = self._manifest
-        config = None if manifest is None else manifest.info.get("config")
-        return stored_value(config or {}, "model.handlers") or ()
 
     def _open(self, path: Path) -> ModelFolder:
         """Return the folder as rank 0 sees it."""
@@ -192,6 +221,38 @@ def _require_commit(path: Path, commit: str | None) -> Path:
             f"{path} is not the commit that rank 0 has, {commit}: name it, as hf://OWNER/NAME@COMMIT"
         )
     return path
+
+
+def open_base(
+    section: Checkpoint,
+    manifest: Manifest,
+    world: DistributedContext,
+    open_foreign: Callable[[Path], WeightSource] | None,
+    moved_to: str | None = None,
+) -> InitialLoad | None:
+    """Open the base that a checkpoint refers to: at `moved_to`, if that exists, or its path.
+
+    None for a whole checkpoint. Raises `CheckpointError` for a base that is missing or changed.
+    """
+    recorded = base_of(manifest)
+    if recorded is None:
+        return None
+    places = [place for place in (moved_to, recorded["path"]) if place is not None]
+    path = run_on_rank0(
+        world,
+        "the base model cannot be looked for",
+        lambda: next((place for place in places if Path(place).exists()), None),
+    )
+    if path is None:
+        raise CheckpointError(
+            f"the base model {recorded['path']}, which the checkpoint refers to, does not exist."
+            " Fix: restore it, or set checkpoint.initial_load_path to where it is now"
+        )
+    place = {"initial_load_path": path, "initial_load_model_only": True}
+    base = InitialLoad(section.model_copy(update=place), world, open_foreign)
+    found = base.base_record()
+    require_same_base(recorded, Path(found["path"]), found["digest"])
+    return base
 
 
 def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:

@@ -7,17 +7,24 @@ checkpointing the methods do nothing, so that the training loop need not ask.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchtitan.checkpoint.base import without_base
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.handler_state import HandlerState, KeepsState, load_handler_state
-from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad
-from torchtitan.checkpoint.manifest import HANDLERS_STATE, InvalidCheckpoint, select_tensors
+from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad, open_base
+from torchtitan.checkpoint.manifest import (
+    BASE_STATE,
+    HANDLERS_STATE,
+    InvalidCheckpoint,
+    RunState,
+    select_tensors,
+)
 from torchtitan.checkpoint.state import (
     exported_tensors,
     fill_copies,
@@ -28,6 +35,7 @@ from torchtitan.checkpoint.state import (
 from torchtitan.checkpoint.steps_folder import (
     inspect_step,
     move_aside,
+    quarantine,
     step_folders,
     step_name,
 )
@@ -40,19 +48,6 @@ from torchtitan.utils.text import some_of
 from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The state of a run after a step, apart from its tensors."""
-
-    step: int = 0
-    num_tokens_seen: int = 0
-    lane_states: Mapping[str, dict[str, Any]] | None = None
-    """By number, of all lanes; None at the start of the data."""
-    data_fingerprint: str | None = None
-    data_summary: Mapping[str, Any] | None = None
-    """The facts behind the fingerprint, to report differences."""
 
 
 class CheckpointManager:
@@ -80,11 +75,15 @@ class CheckpointManager:
         self.found: VerifiedStep | None = None
         """The step of this run to continue from."""
         self._initial: InitialLoad | None = None
+        self._base: InitialLoad | None = None
+        """The weights that checkpoints of this run refer to; None if they are whole."""
         if store is None:
             return
         self.found = None if replaces_run else self._find(store)
         if self.found is not None:
             self._last_saved = store.saved_step = store.protected_step = self.found.step
+            manifest, moved_to = self.found.manifest, section.initial_load_path
+            self._base = open_base(section, manifest, world, open_foreign, moved_to)
         elif section.initial_load_path is not None:
             self._initial = InitialLoad(section, world, open_foreign)
 
@@ -187,8 +186,11 @@ class CheckpointManager:
             return
         model = model_tensors(model_parts)
         optimizer = optimizer_tensors(model_parts, optimizers)
+        if self._initial is not None and any(handler.refers_to_base for handler in handlers):
+            self._base = self._initial
+        own = self._own(model, model_parts)
         if not self._section.load_only:
-            self._store.require_space(model | optimizer)
+            self._store.require_space(own | optimizer)
         if self._initial is not None:
             self._initial.load(model, optimizer, handlers)
             fill_copies(model_parts, optimizers)
@@ -200,10 +202,24 @@ class CheckpointManager:
         manifest = self.found.manifest
         is_seed = manifest.model_only and self.found.step == 0
         found = replace(self.found, manifest=select_tensors(manifest, of_handlers=False))
-        self._store.load(found, model if is_seed else model | optimizer)
+        if self._base is not None:
+            self._base.load(model, {}, handlers, elsewhere=manifest.tensors)
+        self._store.load(found, own if is_seed else own | optimizer)
         fill_copies(model_parts, optimizers)
         self._require_finite_start(self.found.path, model | optimizer, model_parts)
         logger.info("Resumed from step %d (%s).", self.found.step, self.found.path)
+
+    def _own(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors of the model that checkpoints hold: all, or those not of the base."""
+        return dict(tensors) if self._base is None else without_base(tensors, parts)
+
+    def has_loaded_added(self, handler: ChangesWeights) -> bool:
+        """Return whether what the handler added to the model had values in the checkpoint."""
+        if self.found is not None:
+            return True
+        return self._initial is not None and handler.name in self._initial.handlers
 
     def load_handlers(
         self,
@@ -221,8 +237,9 @@ class CheckpointManager:
         state = HandlerState(handlers)
         if state.kept and not self._section.load_only:
             state.agreed_values(self._world)
-            whole = model_tensors(model_parts) | optimizer_tensors(model_parts, optimizers)
-            self._store.require_space(whole | state.tensors())
+            own = self._own(model_tensors(model_parts), model_parts)
+            own |= optimizer_tensors(model_parts, optimizers)
+            self._store.require_space(own | state.tensors())
         found = self.found
         if found is not None and not found.manifest.model_only:
             load_handler_state(self._world, found.path, found.manifest, handlers)
@@ -240,7 +257,7 @@ class CheckpointManager:
 
         def move() -> None:
             for step, fault in self._damaged.items():
-                _quarantine(store, step, fault)
+                quarantine(store.folder, step, fault)
             for later in step_folders(store.folder) if self.found is not None else ():
                 if later > store.protected_step and later not in self._damaged:
                     moved = move_aside(store.folder, later, "rewound")
@@ -286,7 +303,7 @@ class CheckpointManager:
         for part in self._world.gather_json({str(k): v for k, v in lane_states.items()}):
             lanes.update(part)
         model_only = finished and self._section.last_save_model_only
-        tensors = model_tensors(model_parts)
+        tensors = self._own(model_tensors(model_parts), model_parts)
         kept = HandlerState(() if model_only else handlers)
         if model_only:
             tensors = exported_tensors(self._world, tensors, self._section.export_dtype)
@@ -297,6 +314,8 @@ class CheckpointManager:
         ordered = dict(sorted(lanes.items(), key=lambda lane: int(lane[0])))
         whole = asdict(replace(state, lane_states=ordered)) | {"finished": finished}
         whole[HANDLERS_STATE] = kept.agreed_values(self._world)
+        if self._base is not None:
+            whole[BASE_STATE] = self._base.base_record()
         self._store.save(state.step, tensors, whole, model_only, blocking=last)
         self._last_saved = state.step
         if kept.tensors() or any(True for part in model_parts for _ in part.buffers()):
@@ -373,15 +392,7 @@ class CheckpointManager:
         store, step = self._store, self.found.step
         assert store is not None
         what = f"{self.found.path} could not be moved aside"
-        run_on_rank0(self._world, what, lambda: _quarantine(store, step, fault))
+        run_on_rank0(self._world, what, lambda: quarantine(store.folder, step, fault))
         raise NonFiniteError(
             f"{fault}. It is moved aside: the same command continues from the step before, if any"
         )
-
-
-def _quarantine(store: CheckpointStore, step: int, fault: str) -> None:
-    try:
-        moved = str(move_aside(store.folder, step, "quarantine"))
-    except OSError as error:
-        moved = f"where it was, because it cannot be moved ({error})"
-    logger.error("CHECKPOINT DAMAGED: %s. Step %d is now %s.", fault, step, moved)

@@ -27,6 +27,8 @@ HANDLER_PREFIX = "handler_state."
 """The prefix, before the handler's name, of the names of tensors that a model handler keeps."""
 HANDLERS_STATE = "handlers"
 """The key in the JSON state of what handlers keep apart from tensors."""
+BASE_STATE = "base"
+"""The key in the JSON state of the path and digest of weights that are not in the checkpoint."""
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
@@ -61,6 +63,19 @@ class Manifest:
     def num_bytes(self) -> int:
         """The bytes of all files."""
         return sum(record.size for record in self.files.values())
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run after a step, apart from its tensors."""
+
+    step: int = 0
+    num_tokens_seen: int = 0
+    lane_states: Mapping[str, dict[str, Any]] | None = None
+    """By number, of all lanes; None at the start of the data."""
+    data_fingerprint: str | None = None
+    data_summary: Mapping[str, Any] | None = None
+    """The facts behind the fingerprint, to report differences."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -131,6 +146,12 @@ def tensor_differences(
     return some_of(list(dict.fromkeys(texts)), most=8, separator="; ")
 
 
+def base_of(manifest: Manifest | None) -> dict[str, str] | None:
+    """Return `path` and `digest` of the base that a checkpoint refers to; None for a whole one."""
+    base: dict[str, str] | None = None if manifest is None else manifest.state.get(BASE_STATE)
+    return base
+
+
 def select_tensors(manifest: Manifest, of_handlers: bool) -> Manifest:
     """Return `manifest` with the tensors of handlers only, or with all but these."""
     tensors = {
@@ -156,6 +177,12 @@ def record_file(path: Path) -> FileRecord:
     """Sync a file to disk, and digest what can be read back from it."""
     with open_regular(path) as file:
         os.fsync(file.fileno())
+        return _record(file)
+
+
+def record_of(path: Path) -> FileRecord:
+    """Digest a file that another program wrote. Follows links, as caches of downloads have them."""
+    with path.open("rb") as file:
         return _record(file)
 
 

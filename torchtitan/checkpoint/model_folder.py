@@ -48,6 +48,11 @@ class ModelFolder:
     tensors: Mapping[str, dict[str, Any]]
     prefix: str = ""
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return [self.path / METADATA_NAME, *sorted(self.path.glob("*.distcp"))]
+
     def load(
         self, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None
     ) -> None:

@@ -6,6 +6,7 @@ deleted). `quarantine-step-N-...` (damaged) and `rewound-step-N-...` (later than
 went back to) stay until a user removes them.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -25,6 +26,8 @@ from torchtitan.checkpoint.manifest import (
 from torchtitan.config import ConfigIssue
 from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.files import sync_folder
+
+logger = logging.getLogger(__name__)
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
 
@@ -198,3 +201,12 @@ def delete_leftovers(folder: Path, run_id: str) -> list[str]:
             shutil.rmtree(entry.path)
             removed.append(entry.name)
     return removed
+
+
+def quarantine(folder: Path, step: int, fault: str) -> None:
+    """Move a damaged step aside, and log its fault."""
+    try:
+        moved = str(move_aside(folder, step, "quarantine"))
+    except OSError as error:
+        moved = f"where it was, because it cannot be moved ({error})"
+    logger.error("CHECKPOINT DAMAGED: %s. Step %d is now %s.", fault, step, moved)

@@ -36,6 +36,10 @@ class ModelHandler:
     excludes: tuple[str, ...] = ()
     """Handlers that cannot be combined with this one."""
 
+    refers_to_base: bool = False
+    """Checkpoints of a run that starts from `checkpoint.initial_load_path` leave out what is not
+    trained, and refer to that path: it must not be changed afterwards."""
+
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         pass
 
@@ -67,6 +71,12 @@ class ModelHandler:
         part of each parameter and buffer.
         """
         return tensor
+
+    def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
+        """Change the first values of what the handler added, now that the model's own are in place.
+
+        Called before `after_load` in a new run, unless it starts from a run with this handler.
+        """
 
     def after_load(self, model: nn.Module | list[nn.Module]) -> None:
         """React to the weights being in place, initial, loaded or resumed."""

@@ -48,7 +48,7 @@ def convert_model(
     Raises:
         HandlerError: a handler keeps a tensor as a plain attribute of a module; nothing would ever
             give it values.
-        ConfigError: an added parameter or buffer has no init rule.
+        ConfigError: an added parameter or buffer has no init rule, or nothing is left to train.
     """
     assert isinstance(model, nn.Module)
     own = _names(model)
@@ -65,6 +65,9 @@ def convert_model(
                 ' or make it with device="cpu"'
             )
         origins |= dict.fromkeys(_names(model).keys() - names.keys(), handler)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problem, names_of = "leave no parameter to train", [handler.name for handler in handlers]
+        raise ConfigError(ConfigIssue("model.handlers", problem, "freeze less", names_of))
     added = {name: origins[name] for name in _names(model) if name not in own}
     for handler in handlers:
         handler.added = frozenset(name for name, origin in added.items() if origin is handler)

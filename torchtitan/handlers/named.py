@@ -80,6 +80,16 @@ class NamedHandler:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
         return changed
 
+    @property
+    def refers_to_base(self) -> bool:
+        """Return whether checkpoints leave out what is not trained, see `ModelHandler`."""
+        return self.handler.refers_to_base
+
+    def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
+        """Let the handler change the first values of what it added."""
+        with self._errors_of("initialize_added"):
+            self.handler.initialize_added(model)
+
     def after_load(self, model: nn.Module | list[nn.Module]) -> None:
         """Tell the handler that the weights are in place."""
         with self._errors_of("after_load"):

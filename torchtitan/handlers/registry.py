@@ -93,6 +93,11 @@ for _name, _entry in {
     "freeze": HandlerEntry(
         settings.FreezeSettings, lazily("torchtitan.handlers.freeze:FreezeHandler")
     ),
+    "lora": HandlerEntry(
+        settings.LoraSettings,
+        lazily("torchtitan.handlers.lora:LoraHandler"),
+        excludes=LOW_PRECISION,  # they swap plain linears only
+    ),
     "flex_attention": HandlerEntry(
         settings.FlexAttentionSettings,
         lazily("torchtitan.handlers.flex_attention:FlexAttentionHandler"),

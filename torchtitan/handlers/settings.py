@@ -6,17 +6,18 @@ a config is checked, listed and documented without either.
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
-from torchtitan.config.schema import Names, PositiveInt, Section
+from torchtitan.config.schema import Names, PositiveFloat, PositiveInt, Section
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.handlers.masks import CAUSAL, DOCUMENT, MASKS, WINDOW
 from torchtitan.models.registry import model_args
 
+Probability = Annotated[float, Field(ge=0, lt=1)]
 FLOAT8_MULTIPLE, INT8_MULTIPLE, MXFP8_BLOCK = 16, 16, 32
 AUTO_FILTER = "auto_filter_small_kn"
 EMULATED = "mxfp8_emulated"
@@ -55,6 +56,34 @@ class FreezeSettings(Section):
                 ' ["layers.0.*"], or only = ["output.*"], or leave the handler out'
             )
         return value
+
+
+class LoraSettings(Section):
+    """Settings of `lora`."""
+
+    rank: PositiveInt = 8
+    """Columns of B and rows of A, which add `scale * B A` to a matrix."""
+
+    alpha: PositiveFloat = 16.0
+    """The scale is `alpha / rank`."""
+
+    rslora: bool = False
+    """The scale is `alpha / sqrt(rank)`, which keeps updates alike for all ranks
+    (https://arxiv.org/abs/2312.03732)."""
+
+    dora: bool = False
+    """Also train the length of each row of an adapted matrix (https://arxiv.org/abs/2402.09353)."""
+
+    dropout: Probability = 0.0
+    """Probability with which an adapter drops elements of its input; less than 1."""
+
+    targets: Names = ()
+    """Globs over full names of linears, or their last parts, such as `w[qv]`: these get adapters.
+    Empty: all linears in the model's blocks."""
+
+    base_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
+    """The type in which the frozen weights are held. Unset: `training.mixed_precision_param`, to
+    which each step rounds them anyway, unless `training.dtype` is smaller."""
 
 
 class LinearSettings(Section):

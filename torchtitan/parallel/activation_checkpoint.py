@@ -6,12 +6,13 @@ operator: what is dear to compute and small to keep (attention, every second mat
 in every block, and the rest, which is cheap, is computed again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import (
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.parallel.compile import is_marked_for_compile
+from torchtitan.parallel.token_dropout import TokenDropout, token_dropouts
 
 _ATEN = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset([_ATEN.mm.default, _ATEN.addmm.default, _ATEN.linear.default])
@@ -55,7 +58,12 @@ def apply_activation_checkpoint(
     for number, block in enumerate(blocks.values(), start=1):
         if number % every == 0:
             is_trained = any(parameter.requires_grad for parameter in block.parameters())
-            block.forward = _checkpointed(block.forward, arguments, is_trained)
+            by_block = arguments
+            # A compiled graph keeps what it has read; it cannot take these contexts.
+            if (dropouts := token_dropouts(block)) and not is_marked_for_compile(block):
+                contexts = partial(_token_contexts, dropouts, arguments.get("context_fn"))
+                by_block = {**arguments, "context_fn": contexts}
+            block.forward = _checkpointed(block.forward, by_block, is_trained)
 
 
 def _require_rng_state(blocks: Mapping[str, nn.Module], section: ActivationCheckpoint) -> None:
@@ -78,6 +86,32 @@ def _checkpointed(
         return checkpoint(forward, *args, use_reentrant=False, **arguments, **kwargs)
 
     return recomputed
+
+
+def _token_contexts(
+    dropouts: Sequence[TokenDropout], inner: Callable[[], Any] | None
+) -> tuple[Any, Any]:
+    """Return the contexts of a forward, whose tokens the second one, its recomputation, sees again.
+
+    Meanwhile a pipeline may have begun another microbatch.
+    """
+    forward, recompute = (nullcontext(), nullcontext()) if inner is None else inner()
+    return forward, _tokens_again(recompute, [(dropout, dropout.rows) for dropout in dropouts])
+
+
+@contextmanager
+def _tokens_again(
+    inner: AbstractContextManager[Any], then: Sequence[tuple[TokenDropout, Tensor | None]]
+) -> Iterator[None]:
+    now = [(dropout, dropout.rows) for dropout, _ in then]
+    for dropout, rows in then:
+        dropout.rows = rows
+    try:
+        with inner:
+            yield
+    finally:
+        for dropout, rows in now:
+            dropout.rows = rows
 
 
 def _operator_contexts() -> Any:

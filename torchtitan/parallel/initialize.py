@@ -69,6 +69,11 @@ def hashed_bits(tensor: Tensor, label: str) -> Tensor:
     return _hash(rows.unsqueeze(1) + columns, _key(0, label)).view(local.shape)
 
 
+def hash_values(values: Tensor, seed: int, label: str) -> Tensor:
+    """Return 64 random bits (int64) for each int64 value, a function of it, seed and label."""
+    return _hash(values.clone(), _key(seed, label))
+
+
 def local_indices(tensor: Tensor) -> list[Tensor]:
     """Return, for each dimension, the indices of the elements that this rank holds.
 

@@ -10,6 +10,8 @@ do not share a mask. "Part" is the rank among those that share a sequence, in co
 parallelism: between cut modules each has a part of the tokens, inside them a part of the channels.
 What tensor ranks have alike is in `GatheredDropout` and in the head, whose stream they share.
 
+Only `TokenDropout` needs no equal microbatches, and no parts: it hashes the token's own place.
+
 Outside of the model's forward, in handlers' hooks, all ranks draw the same.
 """
 
@@ -18,9 +20,14 @@ from collections import Counter
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtitan.models.spec import LanguageModel
+from torchtitan.parallel.initialize import hash_values
+from torchtitan.parallel.token_dropout import TokenDropout, low_bits, token_dropouts
+
+TOKEN_INDEX = "token_index"
+"""The tensor of a batch, int64 `[B, T]`, that numbers the tokens of each whole sequence."""
 
 
 class RandomStreams:
@@ -49,6 +56,14 @@ class RandomStreams:
         self._part = part
         self._sequence = 0
         self._uses: Counter[nn.Module] = Counter()
+        self._dropouts: dict[nn.Module, list[TokenDropout]] = {}
+        self._tokens: Tensor | None = None
+        self._token_hashes: dict[int, Tensor] = {}
+
+    @property
+    def needs_token_index(self) -> bool:
+        """Return whether `begin_microbatch` has to be given `TOKEN_INDEX`."""
+        return any(self._dropouts.values())
 
     def attach(self, model: nn.Module) -> None:
         """Seed before each top-level module of `model`, or of a stage of it, while it trains."""
@@ -62,13 +77,29 @@ class RandomStreams:
             # Tensor ranks have the head's input, and in some losses its logits, whole.
             part = (context,) if module is head else (context, tensor)
             module.register_forward_pre_hook(partial(self._before_module, name, part))
+            self._dropouts[module] = token_dropouts(module)
+        for name, module in model.named_modules():
+            if isinstance(module, TokenDropout):
+                module.name_channels(self._seed, name, tensor, self._device)
 
-    def begin_microbatch(self, index: int) -> None:
-        """Seed for a microbatch whose first sequence is number `index` of this rank's step."""
-        turn, lane = divmod(index, self._own_lanes)
-        self._sequence = turn * self._num_lanes + self._first_lane + lane
+    def begin_microbatch(self, index: int, token_index: Tensor | None = None) -> None:
+        """Seed for a microbatch whose first sequence is number `index` of this rank's step.
+
+        `token_index`: its `TOKEN_INDEX`, of the tokens that this rank has of each sequence.
+        """
+        self._sequence = int(self._number(torch.tensor(index)))
         self._uses.clear()
+        self._token_hashes.clear()
+        self._tokens = None
+        if token_index is not None:
+            rows = index + torch.arange(len(token_index), device=token_index.device)
+            self._tokens = (self._number(rows).unsqueeze(-1) << 32) + token_index
         self._reseed("microbatch", self._sequence, *self._part)
+
+    def _number(self, index: Tensor) -> Tensor:
+        """Return the number within the step of this rank's sequences."""
+        turn, lane = index // self._own_lanes, index % self._own_lanes
+        return turn * self._num_lanes + self._first_lane + lane
 
     def end_microbatches(self) -> None:
         """Seed for the hooks after the last backward, the same on all ranks."""
@@ -82,7 +113,18 @@ class RandomStreams:
         if module.training:
             if torch._C._current_graph_task_id() == -1:  # not a model's own recomputation
                 self._uses[module] += 1
-            self._reseed("module", self._sequence, name, self._uses[module], *part)
+            use = self._uses[module]
+            self._reseed("module", self._sequence, name, use, *part)
+            for dropout in self._dropouts[module]:
+                dropout.rows = self._rows(use)
+
+    def _rows(self, use: int) -> Tensor:
+        """Return the tokens' hashes, int32 `[B, T]`, for a module's forward number `use`."""
+        if use not in self._token_hashes:
+            assert self._tokens is not None, "begin_microbatch was not given the tokens' indices"
+            label = f"tokens/{self.step}/{use}"
+            self._token_hashes[use] = low_bits(hash_values(self._tokens, self._seed, label))
+        return self._token_hashes[use]
 
     def _reseed(self, *place: object) -> None:
         where = "/".join(map(str, (self._seed, self.step, *place)))

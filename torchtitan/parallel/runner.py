@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.batch import Batch
 from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
-from torchtitan.parallel.random_streams import RandomStreams
+from torchtitan.parallel.random_streams import TOKEN_INDEX, RandomStreams
 
 
 class Loss(Protocol):
@@ -91,6 +91,10 @@ class RunnerBase:
     def _prepare(self, batch: Batch) -> Batch:
         """Return this rank's share of the batch on the device."""
         batch = batch.to(self.device, non_blocking=True)
+        if self.streams.needs_token_index:
+            tokens = batch["tokens"]
+            numbers = torch.arange(tokens.size(1), device=tokens.device)
+            batch = Batch({**batch, TOKEN_INDEX: numbers.expand_as(tokens)})
         return batch if self._shard_batch is None else self._shard_batch(batch)
 
 
@@ -110,7 +114,8 @@ class SPMDRunner(RunnerBase):
         total, num_sequences = None, 0
         for index, batch in enumerate(microbatches):
             set_gradient_sync(self.model, enabled=index == len(microbatches) - 1)
-            self.streams.begin_microbatch(num_sequences)
+            batch = self._prepare(batch)
+            self.streams.begin_microbatch(num_sequences, batch.get(TOKEN_INDEX))
             num_sequences += len(batch["tokens"])
             loss = self._sum(self.loss, batch) / num_targets
             loss.backward()
@@ -127,12 +132,11 @@ class SPMDRunner(RunnerBase):
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in microbatches:
-            total += self._sum(loss or self.evaluation_loss, batch)
+            total += self._sum(loss or self.evaluation_loss, self._prepare(batch))
         free_gathered(self.model)
         return over_ranks(total, self.is_loss_leader)
 
     def _sum(self, loss: Loss, batch: Batch) -> Tensor:
-        batch = self._prepare(batch)
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
 

@@ -10,7 +10,12 @@ from torchtitan.checkpoint.decision import decide, starts_anew
 from torchtitan.checkpoint.disk_space import free_space, space_problems
 from torchtitan.checkpoint.files import TRUST_FIX, unprotected_parent
 from torchtitan.checkpoint.initial import initial_path, initial_start, setting_problems
-from torchtitan.checkpoint.manifest import InvalidCheckpoint, tensor_differences
+from torchtitan.checkpoint.manifest import (
+    InvalidCheckpoint,
+    base_of,
+    read_manifest,
+    tensor_differences,
+)
 from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
@@ -36,8 +41,8 @@ _NEEDS_ENABLE = (
     "last_save_in_hf",
 )
 _LONG_RUN_STEPS = 1000
-_HARMLESS_HANDLERS = {"compile"}
-"""Handlers that add no parameters."""
+_HARMLESS_HANDLERS = {"compile", "freeze", "lora"}
+"""Handlers with which the family's parameters are loaded under their names and shapes."""
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
@@ -109,7 +114,7 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     """Compare names and shapes with those in `checkpoint.initial_load_path`, for a new run.
 
     Reads headers only. A vocabulary that the tokenizer decides is not compared, and nothing if
-    handlers change the model.
+    handlers change the model, or the checkpoint holds adapters only.
     """
     config, section = context.config, context.config.checkpoint
     if not section.enable or section.initial_load_path is None:
@@ -126,6 +131,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
 
     key, value = "checkpoint.initial_load_path", section.initial_load_path
     try:
+        if _refers_to_base(initial_path(section)):
+            return []
         stored = _stored_tensors(initial_path(section), config.model)
     except InvalidCheckpoint as error:
         return [ConfigIssue(key, f"is damaged ({error})", "choose another checkpoint", value)]
@@ -140,6 +147,11 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
         return []
     fix = "choose another checkpoint, or the flavor and model.args of the run that saved it"
     return [ConfigIssue(key, f"does not fit the model: {differences}", fix, value)]
+
+
+def _refers_to_base(path: Path) -> bool:
+    """Return whether a step leaves out what was not trained."""
+    return kind_of(path) == "step" and base_of(read_manifest(path)) is not None
 
 
 def _stored_tensors(path: Path, section: Model) -> Mapping[str, dict[str, Any]]:

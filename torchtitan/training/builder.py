@@ -39,7 +39,7 @@ from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Runner, SPMDRunner
-from torchtitan.training.model_builder import BuiltModel, call_after_load
+from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
@@ -59,6 +59,8 @@ def load(
 ) -> None:
     """Load the start of the run; handlers see the weights before they get their state."""
     manager.load(model.parts, optimizers, model.handlers)
+    loaded = [handler for handler in model.handlers if manager.has_loaded_added(handler)]
+    initialize_added(model, without=loaded)
     call_after_load(model)
     manager.load_handlers(model.handlers, model.parts, optimizers)
 

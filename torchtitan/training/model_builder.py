@@ -4,13 +4,14 @@ The order matters, so every model of this library, trained or evaluated, is buil
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config import ConfigError, ConfigIssue, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import InitRules, convert_model
 from torchtitan.handlers.named import NamedHandler
@@ -87,11 +88,6 @@ def build_model(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     handlers = build_handlers(config, dims)
     rules = convert_model(model, handlers, dtype)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        problem = "leave no parameter to train"
-        raise ConfigError(
-            ConfigIssue("model.handlers", problem, "freeze less", config.model.handlers)
-        )
     if config.model.print_after_conversion:
         logger.info("The model after its handlers:\n%s", model)
     plan, parts = None, [model]
@@ -118,6 +114,13 @@ def build_model(
     if plan is None:
         return built
     return replace(built, tied=tied_weights_of(plan, mesh.get_local_rank("pp"), parts))
+
+
+def initialize_added(model: BuiltModel, without: Collection[NamedHandler] = ()) -> None:
+    """Call `initialize_added` of the handlers but those whose added tensors were loaded."""
+    for handler in model.handlers:
+        if handler not in without:
+            handler.initialize_added(model.part_or_parts)
 
 
 def call_after_load(model: BuiltModel) -> None:

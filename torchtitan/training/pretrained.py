@@ -252,6 +252,7 @@ def load_pretrained(
         names = [name for name in found.config.model.handlers if name not in TRAINING_ONLY]
         handlers = [NamedHandler(name, found.config, dims) for name in names]
         convert_model(model, handlers, dtype)
+        model.to(dtype)  # a handler may keep what it freezes in a type of its own
     model.requires_grad_(False)
     parallelize_for_inference(
         model, mesh, dims, dtype, [handler.extend_tp_plan for handler in handlers]

@@ -9,7 +9,8 @@ import torch
 
 from torchtitan.checkpoint.async_save import is_saving
 from torchtitan.checkpoint.collective import run_on_rank0
-from torchtitan.checkpoint.manager import CheckpointManager, RunState
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import RunState
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
@@ -212,6 +213,7 @@ def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder
     tokenizer = build_tokenizer(config.model.tokenizer_path)
     manager = builder.build_manager(config, world, folder, dims, tokenizer)
     model = model_builder.build_model(config, tokenizer.vocab_size, mesh, dims, world.device)
+    model_builder.initialize_added(model)
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
     manager.save_seed(model.parts)
 

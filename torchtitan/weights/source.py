@@ -104,6 +104,12 @@ class WeightSource(ABC):
                 shape = self.tensors[name]["shape"]
                 shape[0] = max(shape[0], args.vocab_size or 0)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        entries = [*self._stored.values(), *filter(None, [self._second_head])]
+        return sorted({part.file for entry in entries for part in entry.parts})
+
     @abstractmethod
     def _open(self, file: Path) -> AbstractContextManager[GetSlice]:
         """Open a file for reading slices."""

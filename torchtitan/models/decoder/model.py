@@ -278,15 +278,17 @@ class Decoder(nn.Module):
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """Return 6 per weight of a matrix product and 12 per channel and attended position.
 
-        Of 6, 2 are for the forward and 4 for the backward. All positions count, or those within the
+        Of 6, 2 are for the forward, 2 for the gradient of the input, and 2 for that of the weight,
+        which a frozen one does not need. All positions count, or those within the
         window; `causal` subtracts those that do not exist yet, half of all without a window.
         """
-        num_weights = sum(parameter.numel() for parameter in self.parameters())
+        products = set(self.parameters())
         if self.tok_embeddings is not None and not self.args.tied_embeddings:
-            num_weights -= self.tok_embeddings.weight.numel()  # a look-up, no product
+            products.discard(self.tok_embeddings.weight)  # a look-up
+        of_weights = sum(w.numel() * (6 if w.requires_grad else 4) for w in products)
         window = self.masks.window
         attended: float = seq_len if window is None else min(window, seq_len)
         if causal:  # the first queries of a window's length see half of it
             attended -= attended**2 / (2 * seq_len)
         channels = len(self.layers) * self.args.n_heads * self.args.head_size()
-        return 6 * num_weights + 12 * channels * attended
+        return of_weights + 12 * channels * attended

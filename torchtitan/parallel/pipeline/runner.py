@@ -20,6 +20,7 @@ from torchtitan.parallel.data_parallel import free_gathered, set_gradient_sync
 from torchtitan.parallel.pipeline.schedules import forward_ticks
 from torchtitan.parallel.pipeline.stages import PipelinePlan
 from torchtitan.parallel.pipeline.tied_weights import TiedWeight, sum_tied_gradients
+from torchtitan.parallel.random_streams import TOKEN_INDEX
 from torchtitan.parallel.runner import Loss, RunnerBase, add_over_ranks, over_ranks, terms_of
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import (
@@ -139,6 +140,7 @@ class PipelineRunner(RunnerBase):
         piece = self._split([batch])[0]
         for stage, part in self._stages.items():
             part.train()
+            self.streams.begin_microbatch(0, piece.get(TOKEN_INDEX))
             set_gradient_sync(part, enabled=True)
             received = self._empty_hidden(piece).requires_grad_() if stage else None
             out = self._forward(stage, piece, received)
@@ -197,7 +199,7 @@ class PipelineRunner(RunnerBase):
 
     def _begin_microbatch(self, index: int) -> None:
         sizes = [len(piece[self._tokens]) for piece in self._pieces[:index]]
-        self.streams.begin_microbatch(sum(sizes))
+        self.streams.begin_microbatch(sum(sizes), self._pieces[index].get(TOKEN_INDEX))
 
     def _empty_hidden(self, piece: Batch) -> Tensor:
         return self._hidden.empty(piece[self._tokens], self.device)

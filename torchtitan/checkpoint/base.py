@@ -1,0 +1,61 @@
+"""The base of a run: frozen weights that its checkpoints refer to instead of holding them.
+
+A checkpoint records the path of the base and a digest of its content, by which a base that was
+changed, or is another one, is recognised before anything is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchtitan.checkpoint.collective import run_on_all_ranks
+from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_of
+from torchtitan.config import CheckpointError
+from torchtitan.distributed.context import DistributedContext
+
+
+def digest_of_manifest(manifest: Manifest) -> str:
+    """Return the digest of the files of a step, which the manifest vouches for."""
+    return _digest(manifest.files)
+
+
+def digest_of_files(world: DistributedContext, what: str, files: Iterable[Path]) -> str:
+    """Read every file, each rank its share, and return the digest of all. Collective."""
+
+    def read() -> dict[str, FileRecord]:
+        by_size = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
+        return {file.name: record_of(file) for file in by_size[world.rank :: world.world_size]}
+
+    records = run_on_all_ranks(world, what, read)
+    listed = {name: [record.size, record.sha256] for name, record in records.items()}
+    whole: dict[str, FileRecord] = {}
+    for part in world.gather_json(listed):
+        whole.update({name: FileRecord(*entry) for name, entry in part.items()})
+    return _digest(whole)
+
+
+def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> None:
+    """Raise `CheckpointError` unless the base at `path` is the recorded one."""
+    if recorded["digest"] != digest:
+        place = "" if str(path) == recorded["path"] else f" (it was {recorded['path']})"
+        raise CheckpointError(
+            f"the base model {path}{place} is not the one that the checkpoint was trained on: its"
+            " content differs. Fix: restore it, or set checkpoint.initial_load_path to where the"
+            " unchanged base is now"
+        )
+
+
+def without_base(tensors: Mapping[str, Tensor], parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the tensors of the model that are not parameters without training."""
+    named = (pair for part in parts for pair in part.named_parameters(remove_duplicate=False))
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+
+
+def _digest(files: Mapping[str, FileRecord]) -> str:
+    listed = sorted((name, record.size, record.sha256) for name, record in files.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

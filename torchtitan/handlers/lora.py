@@ -1,0 +1,217 @@
+"""The handler `lora`: train low-rank adapters of linears, and freeze everything else.
+
+LoRA (https://arxiv.org/abs/2106.09685) adds `scale * B A x` to a linear's output. A starts normal
+and B at zero, so the first loss is the base model's. DoRA (https://arxiv.org/abs/2402.09353) also
+trains the length of each row of the adapted matrix; its own length is a constant to the gradient.
+
+The names of the base's parameters stay, so that weights without adapters load as they are.
+Checkpoints leave the base out, and name it. Under tensor parallelism A and B are cut along the
+dimension that they share with the matrix, and no further sequence is exchanged: where the matrix is
+cut by rows, `B A x` is a term of the sum that is exchanged anyway.
+"""
+
+import math
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
+from torchtitan.config.suggest import fix_of_glob
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.base import ModelHandler
+from torchtitan.handlers.linears import linears_of
+from torchtitan.handlers.registry import handler_settings
+from torchtitan.handlers.settings import LoraSettings
+from torchtitan.models.spec import InitRule, LanguageModel
+from torchtitan.parallel.initialize import local_indices
+from torchtitan.parallel.tensor_parallel import ParallelStyle, TensorGroup
+from torchtitan.parallel.token_dropout import TokenDropout
+from torchtitan.utils.dtypes import at_least_float32, torch_dtype
+from torchtitan.utils.torch_compat import local_tensor
+
+_C10D = torch.ops._c10d_functional
+
+B_RULE = InitRule("constant", value=0.0)
+"""The first values of `lora_b`."""
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear with an adapter: `W x + scale * B A dropout(x) + bias`.
+
+    With a `magnitude` m, DoRA: `m / |W + scale * B A| * (W x + scale * B A dropout(x)) + bias`, by
+    rows.
+    """
+
+    lora_a: Tensor
+    """`[rank, in]`."""
+    lora_b: Tensor
+    """`[out, rank]`."""
+    magnitude: Tensor | None
+    """`[out]`; None for plain LoRA."""
+    scale: float
+    dropout: TokenDropout
+    group: TensorGroup | None = None
+    """The ranks that hold the shards of the matrix, with tensor parallelism."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., in]` to `[..., out]`."""
+        down = F.linear(self.dropout(input), self.lora_a).flatten(0, -2)
+        # What is kept of dropout is not scaled by itself: one number scales the whole branch.
+        kept = 1 - self.dropout.p if self.training else 1.0
+        magnitude, bias = self.magnitude, self.bias
+        weight = self.weight
+        out = F.linear(input, weight, bias if magnitude is None else None).flatten(0, -2)
+        out = torch.addmm(out, down, self.lora_b.t(), alpha=self.scale / kept)
+        if magnitude is not None:
+            out = out * (magnitude / self._row_norms(weight).to(magnitude.dtype))
+            out = out if bias is None else out + bias
+        return out.unflatten(0, input.shape[:-1])
+
+    @torch.no_grad()
+    def _row_norms(self, weight: Tensor) -> Tensor:
+        """Return the lengths of the rows of `W + scale * B A`, `[out]`, without forming it."""
+        dtype = at_least_float32(weight.dtype)
+        a, b = self.lora_a, self.lora_b.to(dtype)
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()  # [out]
+        cross = F.linear(weight, a).to(dtype)  # W A^T, [out, rank]
+        gram = F.linear(a, a).to(dtype)  # A A^T, [rank, rank]
+        if self.group is not None and weight.size(1) < self.in_features:
+            # These are sums over inputs, of which a rank has some.
+            parts = torch.cat([squares, cross.flatten(), gram.flatten()])
+            whole = _C10D.wait_tensor(_C10D.all_reduce(parts, "sum", self.group.name))
+            squares, flat, gram = whole.split([squares.numel(), cross.numel(), gram.numel()])
+            cross, gram = flat.view_as(cross), gram.view(len(a), len(a))
+        inner = 2 * self.scale * cross + self.scale**2 * (b @ gram)
+        return (squares + (b * inner).sum(1)).sqrt()
+
+
+class LoraHandler(ModelHandler):
+    """Adds adapters to linears."""
+
+    name = "lora"
+    refers_to_base = True
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self.settings: LoraSettings = handler_settings(job_config, self.name)
+        training = job_config.training
+        kept = self.settings.base_dtype or training.mixed_precision_param
+        dtypes = torch_dtype(training.dtype), torch_dtype(kept)
+        # What computes in fewer bits rounds the base to them at each step anyway.
+        self.base_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        if self.settings.base_dtype is not None:
+            self.base_dtype = dtypes[1]
+        self._adapted: dict[str, int] = {}
+        """Inputs of each adapted linear, by all of its names."""
+
+    def check(self, model: nn.Module) -> list[ConfigIssue]:
+        """Find patterns that match no linear, and matrices that the rank does not fit."""
+        linears = dict(linears_of(model))
+        problems = []
+        for index, glob in enumerate(self.settings.targets):
+            if not any(_matches(name, glob) for name in linears):
+                problem, fix = "it matches no linear of the model", fix_of_glob(glob, linears)
+                key = f"handlers.{self.name}.targets[{index}]"
+                problems.append(ConfigIssue(key, problem, fix, value=glob))
+        if problems:
+            return problems
+        rank, key = self.settings.rank, f"handlers.{self.name}.rank"
+        for name, linear in self._targets(model):
+            least = min(linear.in_features, linear.out_features)
+            if rank > least:
+                shape = f"{linear.out_features} x {linear.in_features}"
+                problem = f"is more than the matrix {name}, {shape}, has"
+                fix = f"set it to at most {least}, or leave {name} out of the targets"
+                return [ConfigIssue(key, problem, fix, rank)]
+        return []
+
+    def convert(self, model: nn.Module) -> None:
+        """Freeze the model and add the adapters. Raises ConfigError for the problems of `check`."""
+        if problems := self.check(model):
+            raise ConfigError(problems)
+        dtype = torch.get_default_dtype()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            if parameter.dtype == dtype:
+                parameter.data = parameter.data.to(self.base_dtype)
+        targets = {linear for _, linear in self._targets(model)}
+        for linear in targets:
+            self._adapt(linear)
+        named = model.named_modules(remove_duplicate=False)
+        self._adapted = {name: linear.in_features for name, linear in named if linear in targets}  # type: ignore[misc]
+
+    def _adapt(self, linear: nn.Linear) -> None:
+        chosen, rank = self.settings, self.settings.rank
+        linear.__class__ = LoraLinear
+        assert isinstance(linear, LoraLinear)
+        linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features))
+        linear.lora_b = nn.Parameter(torch.empty(linear.out_features, rank))
+        magnitude = nn.Parameter(torch.empty(linear.out_features)) if chosen.dora else None
+        linear.register_parameter("magnitude", magnitude)
+        linear.scale = chosen.alpha / (math.sqrt(rank) if chosen.rslora else rank)
+        linear.dropout = TokenDropout(chosen.dropout, linear.in_features)
+
+    def init_rule(self, name: str) -> InitRule | None:
+        """Return the rule of an adapter's parameter."""
+        linear, _, key = name.rpartition(".")
+        if linear not in self._adapted:
+            return None
+        return {
+            # The variance of torch's default for linears.
+            "lora_a": InitRule("normal", std=(3 * self._adapted[linear]) ** -0.5),
+            "lora_b": B_RULE,
+            "magnitude": InitRule("constant", value=1.0),  # until `initialize_added`
+        }.get(key)
+
+    def extend_tp_plan(self, plan: dict[str, ParallelStyle]) -> None:
+        """Cut A and B along the dimension that each shares with its matrix."""
+        for name in plan.keys() & self._adapted.keys():
+            style = plan[name]
+            cut_by_rows = style.placement == Shard(1)
+            whole = ("lora_b", "magnitude") if cut_by_rows else ("lora_a",)
+            plan[name] = replace(style, whole=(*style.whole, *whole))
+
+    def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
+        """Start DoRA's magnitudes at the lengths of the matrices' rows. Collective."""
+        for part in model if isinstance(model, list) else [model]:
+            for linear in part.modules():
+                if isinstance(linear, LoraLinear) and linear._parameters["magnitude"] is not None:
+                    _set_magnitude(linear)
+
+    def _targets(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
+        if globs := self.settings.targets:
+            return [
+                (name, linear)
+                for name, linear in linears_of(model)
+                if any(_matches(name, glob) for glob in globs)
+            ]
+        assert isinstance(model, LanguageModel)
+        inside = {module for block in model.blocks().values() for module in block.modules()}
+        return [(name, linear) for name, linear in linears_of(model) if linear in inside]
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Match the whole name, or its last part."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[2], glob)
+
+
+@torch.no_grad()
+def _set_magnitude(linear: LoraLinear) -> None:
+    """Set the magnitude to the lengths of the rows, of which a rank may hold a part."""
+    weight, magnitude = linear._parameters["weight"], linear._parameters["magnitude"]
+    assert weight is not None and magnitude is not None
+    squares = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    norms = torch.linalg.vector_norm(local_tensor(weight), dim=1, dtype=torch.float64)
+    squares[local_indices(weight)[0]] = norms.square()
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        squares = squares.to(mesh.device_type)  # parameters may be in host memory
+        for axis, placement in enumerate(weight.placements):
+            if not isinstance(placement, Replicate):
+                dist.all_reduce(squares, group=mesh.get_group(axis))
+    held = local_indices(magnitude)[0].to(squares.device)
+    local_tensor(magnitude).copy_(squares.sqrt()[held])
