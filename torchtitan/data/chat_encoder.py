@@ -58,6 +58,8 @@ class Encoded(NamedTuple):
     """The units of a row of the data, and what became of it."""
 
     units: Sequence[Unit]
+    num_tokens: int
+    """Tokens of the row before anything is cut off or left out."""
     truncated: bool = False
     """A part was cut off; or it was cut into several samples, with `split`."""
     dropped: bool = False
@@ -122,7 +124,8 @@ class ChatEncoder:
                 if trained[part][1:].any():
                     own = tokens[part]
                     units.append(Unit(own, trained[part], (len(own),)))
-        return Encoded(units, truncated, dropped, untrained=not units and not dropped)
+        total = sum(len(tokens) for tokens, _ in documents)
+        return Encoded(units, total, truncated, dropped, untrained=not units and not dropped)
 
     def documents(
         self, of: Conversation, may_unroll: bool = True
@@ -263,20 +266,20 @@ class ChatEncoder:
             except BadRow as error:
                 raise BadRow(f"{name}: {error}") from None
         sizes = [len(tokens) - 1 for tokens, _ in found]
-        is_long = sum(sizes) > self._seq_len
+        total, is_long = sum(sizes) + 2, sum(sizes) > self._seq_len
         if is_long and self._on_long == "drop":
-            return Encoded([], dropped=True)
+            return Encoded([], total, dropped=True)
         half = self._seq_len // 2
         kept = []
         for (tokens, trained), other in zip(found, reversed(sizes)):
             # Half of the row, and what the other one leaves of its half.
             part = self._cut(len(tokens), max(half, self._seq_len - other) + 1)
             if not trained[part][1:].any():
-                return Encoded([], is_long, untrained=True)
+                return Encoded([], total, is_long, untrained=True)
             kept.append((tokens[part], trained[part]))
         tokens, trained = (np.concatenate(arrays) for arrays in zip(*kept))
         unit = Unit(tokens, trained, tuple(len(own) for own, _ in kept))
-        return Encoded([unit], truncated=is_long)
+        return Encoded([unit], total, truncated=is_long)
 
 
 def chat_encoder(training: Training, data: Data, tokenizer: Tokenizer) -> ChatEncoder | None:

@@ -141,7 +141,8 @@ def test_only_the_first_epoch_is_counted(tmp_path: Path) -> None:
     for message in rows[5]["messages"]:
         message["train"] = False
     for on_long, expected in (("truncate_right", (1, 0, 1)), ("drop", (0, 1, 1))):
-        run = ChatRun(chat_config(write_rows(tmp_path, rows), epochs=3, on_long=on_long))
+        config = chat_config(write_rows(tmp_path, rows), epochs=3, on_long=on_long, seq_len=400)
+        run = ChatRun(config)
         list(run.steps())
         assert run.counts == expected
         run.close()
@@ -171,6 +172,6 @@ def test_without_packing_rows_of_a_batch_are_of_like_length() -> None:
     given = [packer.next_sample() for _ in sizes]
     found = np.array([len(item[0].tokens) - 1 for item in given if item]).reshape(-1, 8)
     assert sorted(found.reshape(-1)) == sorted(sizes)
-    assert found.sum() / (found.max(axis=1).sum() * 8) > 0.85
+    assert found.sum() / (found.max(axis=1).sum() * 8) > 0.75  # in any order it is 0.45
     order = found.mean(axis=1)
     assert not np.all(np.diff(order[:8]) > 0)  # not from short to long in every window
