@@ -13,7 +13,7 @@ from torchtitan.utils.host import prepare_host
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
-    from torchtitan.generation.chat_template import ChatTemplate, Message
+    from torchtitan.data.chat_template import ChatTemplate, Message
     from torchtitan.generation.generate import Limits
     from torchtitan.generation.sampling import SamplingParams
     from torchtitan.training.pretrained import Pretrained
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input; exit status 0."""
     prepare_host()
     from torchtitan.commands import model_session
-    from torchtitan.generation.chat_template import read_chat_template
+    from torchtitan.data.chat_template import read_chat_template
 
     params = model_session.sampling_of(options)
     place, found = model_session.look_at(options, params.problems())

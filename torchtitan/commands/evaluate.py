@@ -15,9 +15,9 @@ from torchtitan.utils.host import prepare_host
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
+    from torchtitan.data.chat_template import ChatTemplate
     from torchtitan.evaluation.harness import HarnessModel
     from torchtitan.evaluation.tasks import Measure
-    from torchtitan.generation.chat_template import ChatTemplate
     from torchtitan.training.pretrained import Pretrained
 
 
@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(ConfigIssue("--tasks", "names no task", "name one", options.tasks))
     prepare_host()
     from torchtitan.commands import model_session
+    from torchtitan.data.chat_template import read_chat_template
     from torchtitan.evaluation.tasks import TaskChoice, load_tasks
-    from torchtitan.generation.chat_template import read_chat_template
 
     place, found = model_session.look_at(options)
     template = read_chat_template(found.folders) if options.apply_chat_template else None
