@@ -21,13 +21,13 @@ from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.training import builder, model_builder
+from torchtitan.training.frozen_model import with_frozen_model
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -150,11 +150,43 @@ def sequences() -> Batch:
     )
 
 
+def pairs() -> Batch:
+    """The data of every step of a preference loss: one to three pairs a row, and padding.
+
+    A pair has its prompt twice, without targets, and each row ends with padding of another length.
+    """
+    generator = torch.Generator().manual_seed(1)
+    batch = Batch({name: torch.zeros_like(tensor) for name, tensor in sequences().items()})
+    batch["labels"].fill_(IGNORE_INDEX)
+    for row in range(NUM_SEQUENCES):
+        place = 0
+        for pair in range(1 + row % 3):
+            prompt = torch.randint(0, VOCAB_SIZE, (1 + (row + pair) % 2,), generator=generator)
+            for side, length in enumerate((1 + (row + pair) % 3, 1 + row % 2)):
+                answer = torch.randint(0, VOCAB_SIZE, (length,), generator=generator)
+                text = torch.cat([prompt, answer])
+                end = place + len(text)
+                batch["tokens"][row, place:end] = text
+                batch["labels"][row, place + len(prompt) - 1 : end - 1] = answer
+                batch["document_ids"][row, place:end] = 2 * pair + side
+                batch["positions"][row, place:end] = torch.arange(len(text))
+                place = end
+        assert place < SEQ_LEN
+        batch["document_ids"][row, place:] = 2 * pair + 2
+        batch["positions"][row, place:] = torch.arange(SEQ_LEN - place)
+    return batch
+
+
+def data_of(case: Case) -> Batch:
+    """The data of every step."""
+    return pairs() if case.config().loss.name == "dpo" else sequences()
+
+
 def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
     """This rank's share of the sequences, in microbatches."""
     size = NUM_SEQUENCES // dims.dp
     start = dims.dp_rank(rank) * size
-    mine = {name: tensor[start : start + size] for name, tensor in sequences().items()}
+    mine = {name: tensor[start : start + size] for name, tensor in data_of(case).items()}
     parts = {name: tensor.chunk(case.microbatches) for name, tensor in mine.items()}
     return [
         Batch({name: chunks[index] for name, chunks in parts.items()})
@@ -176,12 +208,20 @@ def train(world: DistributedContext, case: Case) -> Result:
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = mesh_of(world, dims)
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
-    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    runner, _ = with_frozen_model(
+        config,
+        builder.build_runner(config, model, mesh, dims, world.device),
+        model,
+        VOCAB_SIZE,
+        mesh,
+        dims,
+        world,
+    )
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
     batches = microbatches_of(case, dims, world.rank)
-    num_targets = int(CrossEntropyLoss().count(sequences()))
+    num_targets = int(runner.loss.count(data_of(case)))
     result = Result()
     for step in range(1, NUM_STEPS + 1):
         runner.streams.step = step

@@ -159,6 +159,12 @@ def record_file(path: Path) -> FileRecord:
         return _record(file)
 
 
+def digest_file(path: Path) -> FileRecord:
+    """Return size and digest of a file."""
+    with open_regular(path) as file:
+        return _record(file)
+
+
 def verify_file(path: Path, expected: FileRecord) -> None:
     """Raise `InvalidCheckpoint` unless the file is, to the byte, the one that was recorded."""
     try:
