@@ -208,8 +208,10 @@ def train(world: DistributedContext, case: Case) -> Result:
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = mesh_of(world, dims)
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
+    # A reference of its own, from which the start differs, too.
+    of_reference = config.model_copy(update={"debug": config.debug.model_copy(update={"seed": 5})})
     runner, _ = with_frozen_model(
-        config,
+        of_reference,
         builder.build_runner(config, model, mesh, dims, world.device),
         model,
         VOCAB_SIZE,

@@ -10,13 +10,13 @@ gives what records the sums there, and the fields that it adds to the batches.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn import functional as dist_functional
+from torch.autograd.function import once_differentiable
 
 from torchtitan.loss.chunked import chunk_size
 from torchtitan.loss.registry import DPOSettings
@@ -25,6 +25,24 @@ from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
 _REFERENCE = "reference_log_probs"
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors; the gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class Answers(NamedTuple):
@@ -108,7 +126,7 @@ class DPOLoss:
         documents = batch.get("token_document_ids", whole).expand_as(per_token)
         sums = _sums_of_documents(per_token.flatten(0, 1), documents.flatten(0, 1), whole.size(1))
         if self.sequence_group is not None:
-            sums = dist_functional.all_reduce(sums, group=self.sequence_group)
+            sums = _SumOverRanks.apply(sums, self.sequence_group)
         return Answers(*sums.unflatten(0, (2, -1)).unbind())
 
     def frozen_pass(self) -> "ReferencePass | None":

@@ -219,7 +219,8 @@ class TRL:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 tmp_path / f"{scale}", dtype=torch.float32
             )
-            dpo.add_fused_lm_head(model)
+            outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+            dpo.add_fused_lm_head(model, outputs=outputs)
             self.models.append(model)
 
     def loss(self, kind: str, beta: float, label_smoothing: float) -> tuple[Tensor, dict[str, Any]]:
@@ -245,6 +246,7 @@ class TRL:
             label_smoothing=label_smoothing,
             _metrics=metrics,
             _total_train_tokens=0,
+            _tp_size=1,
         )
         loss = self._dpo._compute_loss(trainer, self.models[0], self._inputs, False)
         return loss, metrics["train"]
