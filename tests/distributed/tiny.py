@@ -36,6 +36,9 @@ NUM_STEPS = 3
 MAX_NORM = 0.3
 """Below the norms that occur, so that clipping always acts."""
 
+REFERENCE_SEED = 5
+"""Of the model that preference losses compare with, from which the start differs, too."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -208,8 +211,9 @@ def train(world: DistributedContext, case: Case) -> Result:
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
     mesh = mesh_of(world, dims)
     model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
-    # A reference of its own, from which the start differs, too.
-    of_reference = config.model_copy(update={"debug": config.debug.model_copy(update={"seed": 5})})
+    of_reference = config.model_copy(
+        update={"debug": config.debug.model_copy(update={"seed": REFERENCE_SEED})}
+    )
     runner, _ = with_frozen_model(
         of_reference,
         builder.build_runner(config, model, mesh, dims, world.device),
