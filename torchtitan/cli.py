@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.data_options import add_show_arguments
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
@@ -235,6 +236,10 @@ def _config(parser: _Parser) -> None:
     parser.add_commands(_CONFIG_COMMANDS, dest="action")
 
 
+def _data(parser: _Parser) -> None:
+    parser.add_commands(_DATA_COMMANDS, dest="action")
+
+
 def _config_copy(parser: _Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="one of `torchtitan list configs`")
     parser.add_argument("file", metavar="FILE", help="a new file, or a folder")
@@ -310,6 +315,7 @@ _COMMANDS = {
         "train from a TOML file; --check only checks that it could start", _train, True
     ),
     "tokenize": _Command("tokenise a dataset into files to train on", _tokenize, True),
+    "data": _Command("show rows as they are trained", _data),
     "config": _Command("show, copy or convert a config; schema; docs", _config),
     "export": _Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
     "convert": _Command("convert a checkpoint to another format", add_convert_arguments),
@@ -321,6 +327,9 @@ _COMMANDS = {
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),
+}
+_DATA_COMMANDS = {
+    "show": _Command("print rows with the trained tokens marked", add_show_arguments, True),
 }
 _CONFIG_COMMANDS = {
     "show": _Command("print the resolved values, each with its origin", takes_settings=True),

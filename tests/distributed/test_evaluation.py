@@ -25,8 +25,8 @@ def evaluate(
 ) -> tuple[list[Any], list[Any]]:
     from torchtitan.commands.evaluate import harness_model
     from torchtitan.commands.model_session import ModelSession
+    from torchtitan.data.chat_template import read_chat_template
     from torchtitan.evaluation.tasks import load_tasks
-    from torchtitan.generation.chat_template import read_chat_template
     from torchtitan.generation.generate import Generator
     from torchtitan.training.pretrained import describe_pretrained, load_pretrained
 

@@ -106,6 +106,8 @@ class Case:
             "activation_checkpoint": {"mode": "none"},
             "optimizer": {"lr": 1e-2},
         }
+        if self.settings.get("loss", {}).get("name") == "dpo":
+            sections["data"] = {"format": "preference"}
         for name, values in self.settings.items():
             sections[name] = {**sections.get(name, {}), **values}
         return JobConfig.model_validate(sections)

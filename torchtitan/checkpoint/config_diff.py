@@ -56,6 +56,8 @@ MAY_DIFFER: dict[str, str] = {
     "data.restart": "where to continue in other data, which are compared by content",
     "data.add_bos": "a checkpoint knows its tokenizer, including these tokens",
     "data.add_eos": "like data.add_bos",
+    "data.chat_template": "compared by content, with the data",
+    "data.pad_to_multiple": "speed; the same samples",
 }
 """Keys (globs) that may differ from the run in the folder, and why."""
 

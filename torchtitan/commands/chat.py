@@ -14,7 +14,7 @@ from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
-    from torchtitan.generation.chat_template import ChatTemplate, Message
+    from torchtitan.data.chat_template import ChatTemplate, Message
     from torchtitan.generation.generate import Limits
     from torchtitan.generation.sampling import SamplingParams
     from torchtitan.training.pretrained import Pretrained
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     spin_briefly()  # both before torch is imported
     tune_cpu_allocator()
     from torchtitan.commands import model_session
-    from torchtitan.generation.chat_template import read_chat_template
+    from torchtitan.data.chat_template import read_chat_template
     from torchtitan.training.pretrained import describe_pretrained
 
     place = model_session.read_place()

@@ -15,9 +15,9 @@ from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
+    from torchtitan.data.chat_template import ChatTemplate
     from torchtitan.evaluation.harness import HarnessModel
     from torchtitan.evaluation.tasks import Measure
-    from torchtitan.generation.chat_template import ChatTemplate
     from torchtitan.training.pretrained import Pretrained
 
 
@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> int:
     spin_briefly()  # both before torch is imported
     tune_cpu_allocator()
     from torchtitan.commands import model_session
+    from torchtitan.data.chat_template import read_chat_template
     from torchtitan.evaluation.tasks import TaskChoice, load_tasks
-    from torchtitan.generation.chat_template import read_chat_template
     from torchtitan.training.pretrained import describe_pretrained
 
     place = model_session.read_place()

@@ -20,7 +20,7 @@ from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
-    from torchtitan.generation.chat_template import ChatTemplate
+    from torchtitan.data.chat_template import ChatTemplate
     from torchtitan.generation.generate import Completion, Limits, Prompt
     from torchtitan.generation.sampling import SamplingParams
     from torchtitan.training.pretrained import Pretrained
@@ -111,7 +111,7 @@ def _lines_of(file: Path) -> list[Request]:
 
 
 def _problems(request: Request) -> Iterator[ConfigIssue]:
-    from torchtitan.generation.chat_template import check_messages
+    from torchtitan.data.chat_template import check_messages
 
     fields, fix = request.fields, 'give it a "prompt" (a text) or "messages"'
     if not isinstance(fields, dict):
@@ -130,7 +130,7 @@ def _problems(request: Request) -> Iterator[ConfigIssue]:
 
 
 def _template(found: Pretrained, requests: list[Request]) -> ChatTemplate | None:
-    from torchtitan.generation.chat_template import read_chat_template
+    from torchtitan.data.chat_template import read_chat_template
 
     if any("messages" in request.fields for request in requests):
         return read_chat_template(found.folders)

@@ -161,8 +161,8 @@ def _epochs(lane: Mapping[str, Any]) -> list[int]:
 
 
 def _tokenizer(path: Path) -> dict[str, Any] | None:
+    from torchtitan.data.chat_template import read_chat_template
     from torchtitan.data.tokenizers import build_tokenizer
-    from torchtitan.generation.chat_template import read_chat_template
     from torchtitan.training.pretrained_config import tokenizer_of
 
     try:

@@ -88,6 +88,12 @@ def _prepare(
         text = f"lies in the data, {data_path}, and would be read as data"
         raise _bad_output(folder, text, "choose a folder outside")
     source = build_source(config.training, config.data)
+    if config.data.format != "text":
+        text = "conversations are tokenised as they are read: a folder of tokens has no mask"
+        fix = "train on the rows themselves; `torchtitan data show` shows them as tokens"
+        raise ConfigError(
+            named.under_own_key(ConfigIssue("data.format", text, fix, config.data.format))
+        )
     if isinstance(source, TokenSource):
         problem = ConfigIssue(
             "training.dataset_path",

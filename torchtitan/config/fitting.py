@@ -25,6 +25,8 @@ def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
         sizes = [n for n in range(1, _default(training, "local_batch_size") + 1) if share % n == 0]
         size = max((n for n in sizes if n % unit == 0), default=training.local_batch_size)
         training = _with_default(training, "local_batch_size", size)
+    if _has_conversations(config):
+        training = _with_default(training, "document_mask", True)
     length = profiling.profiler_warmup + profiling.profiler_active
     profile_freq = max(length, _default(profiling, "profile_freq"))
     profiling = _with_default(profiling, "profile_freq", profile_freq)
@@ -49,12 +51,20 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue
             yield _notice(key, value, reason.format(default))
 
 
+def _has_conversations(config: JobConfig) -> bool:
+    """Return whether any data are conversations that have to be kept apart."""
+    data = config.data
+    tables = [*data.sources, *(config.validation.sets if config.validation.enable else ())]
+    formats = {data.format, *(table.format for table in tables)} - {"text", None}
+    return bool(formats) and (data.packing or "preference" in formats)
+
+
 def _notice(key: str, value: int | None, reason: str) -> ConfigIssue:
     problem = f"is unset, and {value} in this run, since {reason}"
     return ConfigIssue(key, problem, "set it to choose another value", severity="warning")
 
 
-def _with_default(section: S, name: str, value: int) -> S:
+def _with_default(section: S, name: str, value: int | bool) -> S:
     """Return the section with another value of a key that is unset, and remains so."""
     if name in section.model_fields_set or getattr(section, name) == value:
         return section

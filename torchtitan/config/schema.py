@@ -24,6 +24,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 """A TOML array of strings."""
 NormType = Literal["rmsnorm", "layernorm", "np_layernorm", "fused_rmsnorm"]
+DataFormat = Literal["text", "chat", "instruct", "preference"]
+TrainOn = Literal["assistant", "last", "all"]
+OnLong = Literal["truncate_right", "truncate_left", "split", "drop"]
 PipelineSchedule = Literal[
     "GPipe",
     "1F1B",
@@ -158,7 +161,8 @@ class Training(Section):
     """Type in which gradients are summed over ranks."""
 
     document_mask: bool = False
-    """Documents packed into one sequence do not attend to, or predict, each other."""
+    """Documents packed into one sequence do not attend to, or predict, each other. Unset: on where
+    `data.format` is not `text`."""
 
     loss_chunks: PositiveInt | None = None
     """The head and the loss work on a microbatch in this many parts, so that the logits of only one
@@ -218,6 +222,15 @@ class DataSource(Section):
     """Name in messages and metrics. Unset: the last part of `path`, without its suffix, or
     `dataset`."""
 
+    format: DataFormat | None = None
+    """What a row holds, as `data.format`. Unset: `data.format`."""
+
+    columns: dict[str, str] | None = None
+    """Other names of columns and keys, as `data.columns`. Unset: `data.columns`."""
+
+    roles: dict[str, str] | None = None
+    """Other names of roles, as `data.roles`. Unset: `data.roles`."""
+
 
 class Data(Section):
     """Reading documents and packing them into sequences."""
@@ -229,6 +242,39 @@ class Data(Section):
     lanes: PositiveInt | None = None
     """Independent data streams; must divide `global_batch_size`, and the data-parallel degree must
     divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
+
+    format: DataFormat = "text"
+    """What a row holds: `text`; `chat`, a conversation in `messages` or `conversations`;
+    `instruct`, a question and its answer (`instruction`, `input`, `output`, or `prompt`,
+    `completion`); `preference`, two answers (`prompt`, `chosen`, `rejected`)."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names in these data of the columns that `format` reads, and of `role` and `content` in a
+    message, for example `{messages = "dialogue", content = "text"}`."""
+
+    roles: dict[str, str] = Field(default_factory=dict)
+    """Roles of these data as `system`, `developer`, `user`, `assistant` or `tool`, for example
+    `{customer = "user"}`. ShareGPT's `human` and `gpt` are known."""
+
+    chat_template: PathText | None = None
+    """Jinja template that writes a conversation as text: a file, or `chatml`, `llama3`, `mistral`
+    or `qwen3`. Unset: the tokenizer's own, or `chatml` for one without."""
+
+    train_on: TrainOn = "assistant"
+    """Tokens of a conversation that are trained: the `assistant`'s turns, the `last` one of these,
+    or `all`. A message's own `weight` or `train` wins."""
+
+    on_long: OnLong = "truncate_right"
+    """Policy for a conversation longer than `training.seq_len`: cut off its end, or (with
+    `truncate_left`) its beginning, `split` it into several, or `drop` it. They are counted."""
+
+    packing: bool = True
+    """Put several whole conversations into a sequence, as many as fit. `false`: one a sequence, and
+    a batch is as long as its longest."""
+
+    pad_to_multiple: PositiveInt = 64
+    """Without `packing`: batches are padded to a multiple of so many tokens, at most
+    `training.seq_len`."""
 
     text_column: str = "text"
     """Column (field of a JSON row) that holds the text, or a list of tokens."""
@@ -608,6 +654,15 @@ class ValidationSet(Section):
 
     streaming: bool = True
     """Stream a Hugging Face dataset, as `data.streaming`."""
+
+    format: DataFormat | None = None
+    """What a row holds, as `data.format`. Unset: `data.format`."""
+
+    columns: dict[str, str] | None = None
+    """Other names of columns and keys, as `data.columns`. Unset: `data.columns`."""
+
+    roles: dict[str, str] | None = None
+    """Other names of roles, as `data.roles`. Unset: `data.roles`."""
 
 
 class Validation(Section):

@@ -6,17 +6,22 @@ A lane does not depend on ranks or processes: whichever process serves it gets t
 a resume needs only the `Position` that came with the last one.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from torchtitan.config import DataError
+from torchtitan.data.chat_encoder import ChatEncoder, Encoded, Unit
 from torchtitan.data.document_ends import DocumentTokenizer
-from torchtitan.data.packing import Packer, Piece, Position, Sample
+from torchtitan.data.packing import COUNTS, Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
+from torchtitan.data.row_packing import RowPacker, RowRule, Units
 from torchtitan.data.shuffle import combine, permutation
-from torchtitan.data.sources import BadRow, Row, SkippedRows, Source, row_tokens
+from torchtitan.data.sources import BadRow, Row, SkippedRows, Source, row_record, row_tokens
+
+C = TypeVar("C", bound=Sized)
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 2**20
@@ -41,6 +46,17 @@ class LaneSettings:
     max_bad_rows: int
     may_be_empty: bool = False
     """A lane without documents has ended; otherwise it is an error."""
+    chat: ChatEncoder | None = None
+    """Reads rows as conversations, which stay whole; None for text."""
+    pad_to_multiple: int | None = None
+    """A sequence holds one conversation, padded to a multiple; None: as many as fit."""
+
+    def description(self, describe: Callable[[Source], Any]) -> Any:
+        """Return what identifies the data (JSON), with what `describe` says of the source."""
+        facts = describe(self.source)
+        if self.chat is None:
+            return facts
+        return {**facts, "chat": self.chat.description, "packing": self.pad_to_multiple is None}
 
 
 class Lane:
@@ -53,8 +69,16 @@ class Lane:
         self._index = index
         self._skipped = SkippedRows(settings.on_bad_row, settings.max_bad_rows, position.bad_rows)
         self._first_epoch = position.first_epoch
-        self._stream = self._documents(position)
-        self._packer = Packer(self._stream, settings.seq_len)
+        self._counts = {name: getattr(position, name) for name in COUNTS}
+        self._stream: Generator[Any, None, None]
+        self._packer: Packer | RowPacker
+        if settings.chat is None:
+            self._stream = self._documents(position)
+            self._packer = Packer(self._stream, settings.seq_len)
+        else:
+            self._stream = self._conversations(position._replace(taken=0), settings.chat)
+            rule = RowRule(settings.seq_len, settings.pad_to_multiple is None, settings.seed)
+            self._packer = RowPacker(self._stream, rule, position.taken)
 
     def close(self) -> None:
         """Close open files.
@@ -80,28 +104,42 @@ class Lane:
         return sample
 
     def _documents(self, start: Position) -> Generator[Piece, None, None]:
+        unfinished: Position | None = None
+        for here, shard, row, tokens in self._contents(start, self._tokens):
+            # A piece of a document is a block of its own, so the next piece is the next block.
+            after = here.epoch, here.shard, here.block - 1
+            continues = (
+                not row.begins
+                and unfinished is not None
+                and (unfinished.epoch, unfinished.shard, unfinished.block) == after
+            )
+            unfinished = None if row.ends or shard.stride > 1 else here
+            yield Piece(here, tokens[here.token :], continues)
+
+    def _conversations(self, start: Position, chat: ChatEncoder) -> Generator[Units, None, None]:
+        def encode(row: Row) -> Sequence[Unit]:
+            return self._counted(chat.encode(row_record(self._settings.source, row)))
+
+        for here, _, _, units in self._contents(start, encode):
+            yield Units(here, tuple(units))
+
+    def _contents(
+        self, start: Position, read: Callable[[Row], C | None]
+    ) -> Iterator[tuple[Position, Shard, Row, C]]:
+        """Yield the rows from `start` on, with what `read` makes of them, unless it is empty."""
         settings = self._settings
         epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:
             found = epoch == start.epoch and start != self._start_of(epoch)
-            unfinished: Position | None = None
             for position, shard, row in self._rows(epoch, start):
                 here = position._replace(
-                    bad_rows=self._skipped.count, first_epoch=self._first_epoch
+                    bad_rows=self._skipped.count, first_epoch=self._first_epoch, **self._counts
                 )
-                tokens = self._tokens(shard, row, epoch)
-                if tokens is None or not len(tokens):
+                content = self._read(shard, row, epoch, read)
+                if content is None or not len(content):
                     continue
                 found = True
-                # A piece of a document is a block of its own, so the next piece is the next block.
-                after = here.shard, here.block - 1
-                continues = (
-                    not row.begins
-                    and unfinished is not None
-                    and (unfinished.shard, unfinished.block) == after
-                )
-                unfinished = None if row.ends or shard.stride > 1 else here
-                yield Piece(here, tokens[here.token :], continues)
+                yield here, shard, row, content
             num_empty = 0 if found else num_empty + 1
             if num_empty == _MOST_EMPTY_EPOCHS and not settings.may_be_empty:
                 raise DataError(
@@ -136,26 +174,37 @@ class Lane:
                     yield position, shard, rows[order[place]]
 
     def _start_of(self, epoch: int) -> Position:
-        return Position(epoch=epoch, bad_rows=self._skipped.count, first_epoch=self._first_epoch)
+        bad_rows, first_epoch = self._skipped.count, self._first_epoch
+        return Position(epoch, bad_rows=bad_rows, first_epoch=first_epoch, **self._counts)
 
     def _order(self, length: int, *key: int) -> np.ndarray:
         if not self._settings.shuffle:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _tokens(self, shard: Shard, row: Row, epoch: int) -> np.ndarray | None:
-        """Return the tokens of a row; None for one without text and for one that is skipped.
+    def _read(self, shard: Shard, row: Row, epoch: int, read: Callable[[Row], C]) -> C | None:
+        """Return what `read` makes of a row; None for one that is skipped.
 
         Raises DataError as configured.
         """
         settings = self._settings
+        self._is_counted = epoch == self._first_epoch
         try:
-            return row_tokens(settings.source, settings.tokenizer, row)
+            return read(row)
         except BadRow as error:
             # In a later epoch it was counted already: a few rows must not end a run by repeating.
-            if epoch == self._first_epoch or settings.on_bad_row == "error":
+            if self._is_counted or settings.on_bad_row == "error":
                 self._skipped.add(f"{settings.source.locate(shard, row)}: {error}")
         return None
+
+    def _tokens(self, row: Row) -> np.ndarray | None:
+        return row_tokens(self._settings.source, self._settings.tokenizer, row)
+
+    def _counted(self, encoded: Encoded) -> Sequence[Unit]:
+        if self._is_counted:
+            for name in COUNTS:
+                self._counts[name] += getattr(encoded, name)
+        return encoded.units
 
 
 def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:

@@ -14,6 +14,7 @@ import torch
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.schema import Data, Training
+from torchtitan.data.chat_encoder import chat_encoder
 from torchtitan.data.document_ends import DocumentTokenizer, document_tokenizer
 from torchtitan.data.identity import (
     data_facts,
@@ -30,7 +31,7 @@ from torchtitan.data.named_sources import (
     describe_source,
     named_sources,
 )
-from torchtitan.data.packing import Sample, make_batch
+from torchtitan.data.packing import COUNTS, Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
 from torchtitan.data.sources import Source
@@ -85,6 +86,8 @@ class StepData:
     """Set when all lanes of this rank had ended before the step: it holds padding only."""
     bad_rows: int
     """Rows that this rank's lanes have skipped since the start of the run."""
+    counts: tuple[int, ...] = (0,) * len(COUNTS)
+    """Conversations that this rank's lanes have changed or left out, in the order of COUNTS."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each source since the start of the run, over all ranks; empty for one source."""
 
@@ -107,8 +110,11 @@ class LaneReader(SampleStream):
     def batch(self, samples: Sequence[Sample | None]) -> Batch:
         """Return the batch `[len(samples), seq_len]`; None becomes padding without targets."""
         settings = self.mixture.sources[0]
-        pad_id = settings.tokenizer.pad_id
-        batch = make_batch(samples, settings.seq_len, self._document_mask, pad_id)
+        seq_len, pad_id = settings.seq_len, settings.tokenizer.pad_id
+        if multiple := self.mixture.pad_to_multiple:
+            longest = max((sample.num_inputs for sample in samples if sample), default=1)
+            seq_len = min(seq_len, -(-longest // multiple) * multiple)
+        batch = make_batch(samples, seq_len, self._document_mask, pad_id)
         return batch.pin_memory() if self._pin_memory else batch
 
 
@@ -154,9 +160,10 @@ class Loader:
         ]
         states = {lane: position.state() for lane, position in self._positions.items()}
         bad_rows = sum(position.bad_rows for position in self._positions.values())
+        counts = tuple(map(sum, zip(*(p.counts for p in self._positions.values()))))
         ended = all(sample is None for sample in samples)
         source_tokens = self._reader.mixture.source_tokens(self._positions[plan.lanes[0]])
-        return StepData(batches, states, ended, bad_rows, source_tokens)
+        return StepData(batches, states, ended, bad_rows, counts, source_tokens)
 
     def names_data(self, stored: str | None) -> bool:
         """Tell whether a stored fingerprint is that of this loader's data; None is of any."""
@@ -184,8 +191,8 @@ def build_loader(
 
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
-    logger.info("%s", document_tokenizer(tokenizer, data).describe())
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
+    logger.info("%s", mixture.describe())
     if logger.isEnabledFor(logging.INFO):  # describing opens files, for each rank that logs it
         for named, settings in zip(named_sources(training, data), mixture.sources):
             logger.info("Reads %s", describe_source(named, settings.source))
@@ -255,6 +262,7 @@ def lane_settings(
 ) -> LaneSettings:
     """Return one dataset as all lanes see it."""
     data = named.data
+    is_padded = data.format != "text" and not data.packing
     return LaneSettings(
         source=source,
         shards=source.shards(num_lanes),
@@ -266,6 +274,8 @@ def lane_settings(
         epochs=data.epochs,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
+        chat=chat_encoder(named.training, data, tokenizer.tokenizer),
+        pad_to_multiple=data.pad_to_multiple if is_padded else None,
     )
 
 

@@ -39,7 +39,9 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class Shares:
     """The split of a round's tokens over the sources. Pure arithmetic on integers."""
 
-    def __init__(self, weights: Sequence[float], num_lanes: int, seq_len: int):
+    def __init__(self, weights: Sequence[float], num_lanes: int, seq_len: int, whole: bool = False):
+        """`whole`: sequences cannot consist of parts of several sources."""
+        self._whole = whole
         # As they are written: 0.1 is a tenth here, not the nearest binary fraction.
         fractions = [Fraction(str(weight)) for weight in weights]
         scale = lcm(*(fraction.denominator for fraction in fractions))
@@ -56,7 +58,8 @@ class Shares:
         sequence.
         """
         before, others = sum(taken), max(1, len(taken) - 1)
-        unit = self._seq_len if before >= EXACTNESS * others * self._seq_len else 1
+        are_few = before >= EXACTNESS * others * self._seq_len
+        unit = self._seq_len if are_few or self._whole else 1
         round_size = self._num_lanes * self._seq_len
         # In tokens times the sum of the weights, so that all stay integers.
         whole = unit * self._sum
@@ -102,6 +105,11 @@ class MixedPosition(NamedTuple):
         """Rows left out before this place."""
         return sum(position.bad_rows for position in self.sources)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The counts of conversations, in the order of COUNTS."""
+        return tuple(map(sum, zip(*(position.counts for position in self.sources))))
+
     def state(self) -> dict[str, Any]:
         """Return the position as JSON values."""
         sources = [position.state() for position in self.sources]
@@ -123,11 +131,29 @@ class Mixture:
     names: tuple[str, ...]
     weights: tuple[float, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether conversations are among the data, which are not cut."""
+        return any(settings.chat is not None for settings in self.sources)
+
+    @property
+    def pad_to_multiple(self) -> int | None:
+        """The multiple to which batches are padded; None if they are all of `seq_len`."""
+        return next(filter(None, (settings.pad_to_multiple for settings in self.sources)), None)
+
+    def describe(self) -> str:
+        """Describe in one line how rows become documents."""
+        said = (
+            settings.tokenizer.describe() if settings.chat is None else settings.chat.describe()
+            for settings in self.sources
+        )
+        return "; ".join(dict.fromkeys(said))
+
     @cached_property
     def shares(self) -> Shares:
         """The split of a round over the sources."""
         first = self.sources[0]
-        return Shares(self.weights, first.num_lanes, first.seq_len)
+        return Shares(self.weights, first.num_lanes, first.seq_len, self.is_whole)
 
     def start(self) -> AnyPosition:
         """Return the position at which a lane starts."""
@@ -153,9 +179,9 @@ class Mixture:
     def description(self, describe: Callable[[Source], Any]) -> Any:
         """Return what identifies the data (JSON), with what `describe` says of each source."""
         if len(self.sources) == 1:
-            return describe(self.sources[0].source)
+            return self.sources[0].description(describe)
         return [
-            {"weight": weight, "data": describe(settings.source)}
+            {"weight": weight, "data": settings.description(describe)}
             for weight, settings in zip(self.weights, self.sources)
         ]
 

@@ -26,6 +26,8 @@ HUB_KEYS = ("subset", "split", "revision", "streaming")
 """Say which part of a Hugging Face dataset to read; each table has its own."""
 FILE_KEYS = ("encoding", "document_separator")
 """Say how files are read; a table without them has those of `[data]`."""
+ROW_KEYS = ("format", "columns", "roles")
+"""Say what a row holds; a table without them has those of `[data]`."""
 VALIDATION = "validation"
 SETS = "validation.sets"
 ONLY_NAME = "validation"
@@ -67,13 +69,13 @@ def keys_of_table(place: str, path: str) -> dict[str, str]:
         "training.dataset_path": f"{place}.{path}",
         "training.dataset": f"{place}.dataset",
         "data.text_column": f"{place}.column",
-        **{f"data.{name}": f"{place}.{name}" for name in (*HUB_KEYS, *FILE_KEYS)},
+        **{f"data.{name}": f"{place}.{name}" for name in (*HUB_KEYS, *FILE_KEYS, *ROW_KEYS)},
     }
 
 
-def file_keys(table: Any, data: Data) -> dict[str, str | None]:
-    """Return how the files of a table are read."""
-    own = {key: getattr(table, key) for key in FILE_KEYS}
+def own_or_shared(table: Any, data: Data) -> dict[str, Any]:
+    """Return how the files and rows of a table are read."""
+    own = {key: getattr(table, key) for key in (*FILE_KEYS, *ROW_KEYS)}
     return {key: getattr(data, key) if value is None else value for key, value in own.items()}
 
 
@@ -94,7 +96,7 @@ def named_sources(training: Training, data: Data) -> list[NamedSource]:
                     "sources": (),
                     "text_column": table.column or data.text_column,
                     **{key: getattr(table, key) for key in HUB_KEYS},
-                    **file_keys(table, data),
+                    **own_or_shared(table, data),
                 }
             ),
             place=f"{TABLES}[{index}]",
@@ -239,7 +241,7 @@ def _validation_set(config: JobConfig, table: ValidationSet, place: str) -> Name
                 "text_column": table.column or config.data.text_column,
                 "split": table.split or default_split,
                 **hub,
-                **file_keys(table, config.data),
+                **own_or_shared(table, config.data),
             }
         ),
         place=place,

@@ -15,6 +15,9 @@ import torch
 
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
+COUNTS = ("truncated", "dropped", "untrained")
+"""Fields of Position that count conversations."""
+
 
 class Position(NamedTuple):
     """The place of a token in a lane's stream, by which the stream can be entered again."""
@@ -34,12 +37,26 @@ class Position(NamedTuple):
     """From which the source goes on at the beginning of the block, if it can seek."""
     first_epoch: int = 0
     """Epoch with which the data were begun; above 0 after `data.restart`."""
+    taken: int = 0
+    """Sequences of the window that begins here which were given (`row_packing.py`)."""
+    truncated: int = 0
+    """Conversations that were cut before this place, because they are too long."""
+    dropped: int = 0
+    """Conversations that were left out before this place, because they are too long."""
+    untrained: int = 0
+    """Conversations without a trained token that were left out before this place."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The counts of conversations, in the order of COUNTS."""
+        return self.truncated, self.dropped, self.untrained
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON values."""
         state = self._asdict()
-        if not self.first_epoch:
-            del state["first_epoch"]  # an older release can read it
+        for name in ("first_epoch", *COUNTS, "taken"):
+            if not state[name]:
+                del state[name]  # an older release can read it
         return state
 
     def without_cursor(self) -> "Position":
@@ -59,6 +76,13 @@ class Sample(NamedTuple):
 
     Empty for a sequence of one stream.
     """
+    trained: np.ndarray | None = None
+    """bool `[num_tokens]`, the tokens that are targets; None for all."""
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions that it takes in a sequence, at most."""
+        return len(self.tokens) - len(self.parts)
 
     def split(self) -> "Iterator[Sample]":
         """Yield the parts, each from one stream."""
@@ -68,7 +92,9 @@ class Sample(NamedTuple):
             own: list[int] = []
             while sum(own) < size:
                 own.append(next(lengths))
-            yield Sample(self.tokens[start : start + size], tuple(own))
+            place = slice(start, start + size)
+            trained = None if self.trained is None else self.trained[place]
+            yield Sample(self.tokens[place], tuple(own), trained=trained)
             start += size
 
 
@@ -145,8 +171,9 @@ def make_batch(
     """Return the batch `[len(samples), seq_len]`; None (no data left) becomes padding.
 
     Padding is a document of its own without targets, and so is each part of a sample of several
-    parts, with targets. With `document_mask`, positions restart in every document, and the
-    first token of a document is not a target.
+    parts, with targets: its conversations, or the sides of its pairs, of which the even documents
+    are chosen and the odd ones rejected. With `document_mask`, positions restart in every document,
+    and the first token of a document is not a target.
     """
     shape = (len(samples), seq_len)
     tokens = np.full(shape, pad_id, dtype=np.int64)
@@ -163,11 +190,15 @@ def make_batch(
             end = min(start + last + (not sample.parts), seq_len)
             tokens[b, start:end] = part.tokens[: end - start]
             labels[b, start : start + last] = part.tokens[1:]
+            if part.trained is not None:
+                labels[b, start : start + last][~part.trained[1:]] = IGNORE_INDEX
             borders = start + np.cumsum(part.lengths)
             documents[b, borders[(borders <= end) & (borders < seq_len)]] = 1
             documents[b, start] = start > 0
             if document_mask:
                 labels[b, borders[borders <= end] - 1] = IGNORE_INDEX
+        if end < seq_len:
+            documents[b, end] = 1
         starts = np.flatnonzero(documents[b])
         documents[b] = np.cumsum(documents[b])
         if document_mask:

@@ -80,11 +80,12 @@ class Row(NamedTuple):
 class Source(Protocol):
     """A dataset. Picklable, for worker processes.
 
-    Three members are optional. `problems()` lists what is wrong with the data as a whole; it is
+    Four members are optional. `problems()` lists what is wrong with the data as a whole; it is
     asked once, before a run. `num_documents()` counts them for the log, or returns None. And the
     iterator that `rows` returns may have a method `cursor()`: a text from which `rows(shard,
     cursor)` goes on after the rows given so far, by seeking. Without it (or with an empty one) a
-    resume goes through the shard's rows again, up to its place.
+    resume goes through the shard's rows again, up to its place. `record(row)` returns the columns
+    of a row, for chat data; it raises BadRow.
     """
 
     description: dict[str, Any]
@@ -123,6 +124,16 @@ def row_tokens(source: Source, tokenizer: "DocumentTokenizer", row: Row) -> np.n
         odd, size = int(document.argmax()), tokenizer.vocab_size
         raise BadRow(f"element {odd}: token {highest} is not one of the tokenizer's {size}")
     return document
+
+
+def row_record(source: Source, row: Row) -> Mapping[str, Any]:
+    """Return the columns of a row. Raises BadRow."""
+    if row.flaw:
+        raise BadRow(row.flaw)
+    item = source.record(row)  # type: ignore[attr-defined]
+    if not isinstance(item, Mapping):
+        raise BadRow(f"the row holds {kind_of(item)} where columns are expected")
+    return item
 
 
 def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import did_you_mean
+from torchtitan.data.chat_formats import chat_format
 from torchtitan.data.files import DataFile
 from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource, in_short
@@ -59,7 +60,7 @@ def hub_source(path: str, training: Training, data: Data) -> Source:
         description["files"] = [
             [os.path.relpath(os.path.abspath(file.path), folder), file.size] for file in files
         ]
-    dataset = _select(dataset, data.text_column)
+    dataset = _select(dataset, data)
     name = os.path.basename(os.path.normpath(path)) if is_local else path
     kind = MapSource if hasattr(dataset, "__len__") else StreamSource
     source = kind(dataset, name, data.text_column, data.max_document_bytes, **description)
@@ -113,11 +114,16 @@ def _files_of(builder: Any, split: str) -> list[str]:
     return [str(file) for file in files.get(split, ())]
 
 
-def _select(dataset: Any, column: str) -> Any:
-    """The dataset with nothing but the column of the text, if its columns are known."""
-    features = dataset.features
+def _select(dataset: Any, data: Data) -> Any:
+    """The dataset with nothing but the columns that are read, if its columns are known."""
+    features, column, chat = dataset.features, data.text_column, chat_format(data)
     if features is None:
         return dataset
+    if chat is not None:
+        if flaw := chat.missing(list(features)):
+            fix = "set it to what they hold, or name them in data.columns"
+            raise ConfigError(ConfigIssue("data.format", flaw, fix, data.format))
+        return dataset.select_columns([name for name in chat.columns if name in features])
     if column not in features:
         names = ", ".join(map(repr, features)) or "none"
         problem = f"there is no column {column!r}; the columns are {names}"

@@ -96,12 +96,16 @@ class JsonSource(FileSource):
 
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""
+        return read_document(self.record(row), self.column, self.max_document_bytes)
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """Return the object of a row. Raises BadRow."""
         if row.flaw:
             raise BadRow(row.flaw)
         item = row.content if not isinstance(row.content, bytes) else _parse(row)
         if not isinstance(item, dict):
             raise BadRow(f"expected a JSON object, found {kind_of(item)}")
-        return read_document(item, self.column, self.max_document_bytes)
+        return item
 
 
 def _is_whole_line(line: bytes) -> bool | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from torchtitan.config import ConfigIssue, DataError
 from torchtitan.config.schema import Data
+from torchtitan.data.chat_formats import chat_format
 from torchtitan.data.files import KEY, DataFile, relative_names
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, read_document
@@ -35,6 +36,7 @@ class ParquetSource:
         self.files = list(files)
         self.column = data.text_column
         self.max_document_bytes = data.max_document_bytes
+        self._chat = chat_format(data)
         self._num_groups: dict[int, int] = {}
         """Row groups with rows, by file; filled by `shards`."""
         sizes = [file.size for file in self.files]
@@ -51,12 +53,16 @@ class ParquetSource:
         for file in self.files:
             try:
                 with open_parquet(file) as parquet:
-                    flaw = column_flaw(parquet.schema_arrow, self.column)
+                    flaw = self._flaw(parquet.schema_arrow)
                     num_rows += parquet.metadata.num_rows
-                    num_nulls += 0 if flaw else _count_nulls(parquet.metadata, self.column)
+                    if not flaw and self._chat is None:
+                        num_nulls += _count_nulls(parquet.metadata, self.column)
             except DataError as error:
                 problems.append(ConfigIssue(KEY, str(error), "correct or replace the file"))
                 continue
+            if flaw and self._chat is not None:
+                fix = "set data.format to what they hold, or name them in data.columns"
+                return [*problems, ConfigIssue("data.format", f"{file.path}: {flaw}", fix)]
             if flaw:
                 fix = "set it to the column that holds the text"
                 return [*problems, ConfigIssue("data.text_column", f"{file.path}: {flaw}", fix)]
@@ -106,7 +112,30 @@ class ParquetSource:
 
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
         """Yield the rows of a shard."""
-        return _ParquetRows(self.files[shard.file], self.column, shard, int(cursor or 0))
+        return _ParquetRows(self, self.files[shard.file], shard, int(cursor or 0))
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether rows are conversations."""
+        return self._chat is not None
+
+    def columns(self, schema: Any, path: str) -> list[str]:
+        """Return the columns to read. Raises DataError."""
+        if flaw := self._flaw(schema):
+            raise DataError(f"{path}: {flaw}")
+        if self._chat is None:
+            return [self.column]
+        return [name for name in self._chat.columns if name in schema.names]
+
+    def _flaw(self, schema: Any) -> str:
+        if self._chat is None:
+            return column_flaw(schema, self.column)
+        return self._chat.missing(schema.names)
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """Return the columns of a row."""
+        content: dict[str, Any] = row.content
+        return content
 
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""
@@ -122,10 +151,10 @@ class ParquetSource:
 class _ParquetRows(Iterator[Row]):
     """The rows of a shard from row `start` of the file on."""
 
-    def __init__(self, file: DataFile, column: str, shard: Shard, start: int):
+    def __init__(self, source: ParquetSource, file: DataFile, shard: Shard, start: int):
         self._next = start
         """The row of the file that comes next, or one before it that is not of this shard."""
-        self._rows = self._read(file, column, shard)
+        self._rows = self._read(source, file, shard)
 
     def __next__(self) -> Row:
         row = next(self._rows)
@@ -135,11 +164,9 @@ class _ParquetRows(Iterator[Row]):
     def cursor(self) -> str:
         return str(self._next)
 
-    def _read(self, file: DataFile, column: str, shard: Shard) -> Iterator[Row]:
+    def _read(self, source: ParquetSource, file: DataFile, shard: Shard) -> Iterator[Row]:
         with open_parquet(file) as parquet:
-            flaw = column_flaw(parquet.schema_arrow, column)
-            if flaw:
-                raise DataError(f"{file.path}: {flaw}")
+            columns = source.columns(parquet.schema_arrow, file.path)
             sizes = _group_sizes(parquet.metadata)
             starts = [0, *itertools.accumulate(sizes)]
             groups = range(len(sizes)) if shard.end is None else range(shard.start, shard.end)
@@ -148,13 +175,14 @@ class _ParquetRows(Iterator[Row]):
                 first = starts[group]
                 if starts[group + 1] <= self._next:
                     continue
-                for place, content in enumerate(_contents(file, parquet, group, column), first):
+                contents = _contents(file, parquet, group, columns, source.is_chat)
+                for place, content in enumerate(contents, first):
                     if place < self._next or (place - origin) % shard.stride != shard.offset:
                         continue
                     if isinstance(content, Row):
                         yield content._replace(place=place)
                     else:
-                        yield Row(place, 0 if content is None else len(content), content)
+                        yield Row(place, size_of(content), content)
 
 
 def open_parquet(file: DataFile) -> Any:
@@ -205,15 +233,30 @@ def column_flaw(schema: Any, column: str) -> str:
     return f"column {column!r} holds {kind} where text is expected{hint}"
 
 
+def size_of(value: Any) -> int:
+    """Return about the bytes of a value, by its content alone, as it decides on the order."""
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    if isinstance(value, list) and value and not isinstance(value[0], int):
+        return sum(map(size_of, value))
+    return len(value) if hasattr(value, "__len__") else 0
+
+
 def _contents(
-    file: DataFile, parquet: Any, group: int, column: str
-) -> Iterator[bytes | list[int] | Row | None]:
-    """Yield the values of a row group; where it is damaged, a Row with a flaw as the last one."""
+    file: DataFile, parquet: Any, group: int, columns: list[str], as_dicts: bool
+) -> Iterator[bytes | list[int] | dict[str, Any] | Row | None]:
+    """Yield the values of a row group: of its column, or `as_dicts` of columns.
+
+    Where it is damaged, the last one is a Row with a flaw.
+    """
     import pyarrow
 
     try:
-        batches = parquet.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False)
+        batches = parquet.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False)
         for batch in batches:
+            if as_dicts:
+                yield from _dicts(batch)
+                continue
             values = batch.column(0)
             if pyarrow.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
@@ -228,6 +271,17 @@ def _contents(
             raise DataError(f"{file.path}: cannot be read: {error}") from error
         reason = str(error).split("\n")[0]
         yield Row(0, 0, None, f"row group {group} is damaged ({reason})")
+
+
+def _dicts(batch: Any) -> Iterator[dict[str, Any] | Row]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # of some row
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield Row(0, 0, None, f"a column holds invalid UTF-8: {error}")
 
 
 def _group_sizes(metadata: Any) -> list[int]:

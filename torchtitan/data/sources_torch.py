@@ -75,11 +75,14 @@ class MapSource(_DatasetSource):
 
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""
+        return read_document(self.record(row), self.column, self.max_document_bytes)
+
+    def record(self, row: Row) -> Any:
+        """Return the item of a row. Raises BadRow."""
         try:
-            item = self.dataset[row.place]
+            return self.dataset[row.place]
         except Exception as error:
             raise BadRow(f"reading it failed: {in_short(error)}") from error
-        return read_document(item, self.column, self.max_document_bytes)
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Return where a row is, for a message."""
@@ -138,8 +141,8 @@ class StreamSource(_DatasetSource):
     def _shown(self, row: Row) -> str:
         try:
             return str(self.text(row))
-        except BadRow as error:
-            return str(error)
+        except BadRow:  # conversations, for one
+            return str(row.content)
 
     def shards(self, num_lanes: int) -> list[Shard]:
         """Cut the data into shards for `num_lanes` lanes."""
@@ -156,6 +159,10 @@ class StreamSource(_DatasetSource):
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""
         return read_document(row.content, self.column, self.max_document_bytes)
+
+    def record(self, row: Row) -> Any:
+        """Return the item of a row."""
+        return row.content
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Return where a row is, for a message."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class FileTokenizer:
     eos_id: int
     _content: Any
     special: SpecialTokens
+    folder: Path | None = None
+    """Where its files lie; not known in worker processes."""
 
     def _set_special(
         self, fingerprint: str, bos: int | None, eos: int, id_of: Callable[[str], int | None]

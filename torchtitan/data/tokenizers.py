@@ -24,6 +24,7 @@ from torchtitan.data.document_ends import NoToken, SpecialTokens, read_special_t
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
 from torchtitan.data.tokenizer_formats import (
     ByteTokenizer,
+    FileTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
 )
@@ -42,9 +43,10 @@ _DOWNLOAD = (
 class Tokenizer(Protocol):
     """The interface of a tokenizer. Picklable, for worker processes.
 
-    Three members are optional: `ends` (an `Ends`) says which of its two tokens go around a
+    Four members are optional: `ends` (an `Ends`) says which of its two tokens go around a
     document, both without it; `token_name(id)` is the text of a special token, for messages;
-    `special_ids` are the ids of special tokens by their text, for chat templates.
+    `special_ids` are the ids of special tokens by their text, and `folder` is where its files lie,
+    both for chat templates.
     """
 
     @property
@@ -125,10 +127,12 @@ def build_tokenizer(path: str) -> Tokenizer:
         special = read_special_tokens(file.parent)
     except ValueError as error:
         raise ConfigError(ConfigIssue(KEY, str(error), "download the file again", path)) from None
-    return _read(file, path, special)
+    tokenizer = _read(file, path, special)
+    tokenizer.folder = file.parent
+    return tokenizer
 
 
-def _read(file: Path, path: str, special: SpecialTokens) -> Tokenizer:
+def _read(file: Path, path: str, special: SpecialTokens) -> FileTokenizer:
     """Return the tokenizer in `file`, by its content; `path` is what the user set."""
     try:
         size = file.stat().st_size

@@ -52,7 +52,7 @@ class SetReader:
         """The digest of the data and how they are cut; it must be the same on all ranks."""
         settings = self.mixture.sources[0]
         facts = {
-            "data": settings.source.description,
+            "data": settings.description(lambda source: source.description),
             "tokenizer": settings.tokenizer.fingerprint,
             "num_lanes": settings.num_lanes,
             "seq_len": settings.seq_len,

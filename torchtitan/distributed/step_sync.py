@@ -32,6 +32,8 @@ class StepInfo:
     """A checkpoint that was written in the background was not saved."""
     bad_rows: int = 0
     """Rows that all lanes have left out since the start of the run."""
+    row_counts: tuple[int, ...] = ()
+    """Further counts of rows, of all lanes since the start of the run."""
 
 
 class PendingStepInfo:
@@ -44,8 +46,9 @@ class PendingStepInfo:
     def wait(self) -> StepInfo:
         """Return the facts as soon as all ranks have sent theirs."""
         self._work.wait()
-        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows = (
-            self._values.tolist()
+        values = self._values.tolist()
+        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows, *counts = (
+            values
         )
         return StepInfo(
             num_targets=targets,
@@ -56,6 +59,7 @@ class PendingStepInfo:
             failed_rank=failed_ranks if failed == 1 else None,
             save_failed=unsaved > 0,
             bad_rows=bad_rows,
+            row_counts=tuple(counts),
         )
 
 
@@ -70,6 +74,7 @@ def start_step_sync(
     is_data_leader: bool,
     save_failed: bool = False,
     bad_rows: int = 0,
+    row_counts: tuple[int, ...] = (),
 ) -> PendingStepInfo:
     """Send this rank's facts; every rank must call it once a step.
 
@@ -85,6 +90,7 @@ def start_step_sync(
             world.rank if failed else 0,
             1 if save_failed else 0,
             bad_rows if is_data_leader else 0,
+            *(count if is_data_leader else 0 for count in row_counts),
         ]
     )
     work = dist.all_reduce(values, group=world.control_group, async_op=True)

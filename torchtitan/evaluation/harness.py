@@ -13,10 +13,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from torchtitan.data.chat_template import ChatTemplate, encode_rendered
 from torchtitan.data.document_ends import Ends
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.evaluation.scoring import Place, ScoredText, Scorer
-from torchtitan.generation.chat_template import ChatTemplate, encode_rendered
 from torchtitan.generation.generate import Generator, Limits, Prompt
 from torchtitan.generation.sampling import SamplingParams
 

@@ -130,6 +130,7 @@ class MetricsLogger:
         loss_terms: Mapping[str, Tensor] | None = None,
         source_tokens: Mapping[str, int] | None = None,
         bad_rows: int = 0,
+        row_counts: Mapping[str, int] | None = None,
     ) -> None:
         """Count a finished step, and log it if it is due.
 
@@ -145,6 +146,7 @@ class MetricsLogger:
             loss_terms: further means reported by the loss, by name.
             source_tokens: tokens of each source of a mixture so far.
             bad_rows: rows skipped by all lanes so far.
+            row_counts: rows that all lanes have changed or left out so far, by what was done.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -163,6 +165,9 @@ class MetricsLogger:
                 record[f"source_tokens/{name}"] = count
             if bad_rows:
                 record["bad_rows"] = bad_rows
+            for name, count in (row_counts or {}).items():
+                if count:
+                    record[f"rows_{name}"] = count
             self._each_sink(lambda sink: sink.write(record))
         else:
             self._start_interval(self._clock())

@@ -44,8 +44,9 @@ def _slow(context: RunContext, window: int | None) -> Iterator[ConfigIssue]:
     yield warning("parallelism.context_parallel_method", problem, fix, method)
 
 
-def _sequence(context: RunContext) -> list[ConfigIssue]:
-    section, seq_len = context.config.parallelism, context.config.training.seq_len
+def sequence_divisor(context: RunContext) -> int:
+    """Return the number of which the length of every batch must be a multiple."""
+    section = context.config.parallelism
     degree, tensor_degree = section.context_parallel_degree, section.tensor_parallel_degree
     balanced = (
         degree > 1
@@ -53,12 +54,18 @@ def _sequence(context: RunContext) -> list[ConfigIssue]:
         and section.context_parallel_method != "ulysses"
     )
     # Each rank's share is cut in two for balance, and over the ranks of tensor parallelism.
-    divisor = degree * math.lcm(2 if balanced else 1, tensor_degree)
+    return degree * math.lcm(2 if balanced else 1, tensor_degree)
+
+
+def _sequence(context: RunContext) -> list[ConfigIssue]:
+    section, seq_len = context.config.parallelism, context.config.training.seq_len
+    divisor = sequence_divisor(context)
     if seq_len % divisor == 0:
         return []
     problem = (
-        f"is not a multiple of {divisor}, as context_parallel_degree = {degree} and"
-        f" tensor_parallel_degree = {tensor_degree} need"
+        f"is not a multiple of {divisor}, as context_parallel_degree ="
+        f" {section.context_parallel_degree} and tensor_parallel_degree ="
+        f" {section.tensor_parallel_degree} need"
     )
     fix = f"set it to a multiple, such as {divisor * (seq_len // divisor + 1)}"
     return [ConfigIssue("training.seq_len", problem, fix, seq_len)]

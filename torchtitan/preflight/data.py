@@ -8,6 +8,7 @@ from torchtitan.config.schema import Data, Dataloader
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family, model_args
+from torchtitan.preflight.chat import check_chat, check_rows_of
 from torchtitan.preflight.data_files import check_files
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.preflight.tensor_parallel import model_problems
@@ -31,6 +32,7 @@ def check_data(context: RunContext) -> list[ConfigIssue]:
     issues = check_sources(config.training, config.data)
     if issues:
         return issues
+    issues += check_chat(context)
     for named in named_sources(config.training, config.data):
         issues += [named.under_own_key(problem) for problem in check_dataset(named)]
     return issues
@@ -82,6 +84,7 @@ def check_dataset(named: NamedSource) -> list[ConfigIssue]:
     if entry is None:
         return [unknown_dataset(training.dataset)]
     issues = [*_check_hub_keys(named.data, entry), *_check_file_keys(named.data)]
+    issues += check_rows_of(named.data)
     path = training.dataset_path
     if path is None:
         return [*issues, *([missing_path(training.dataset)] if entry.needs_path else [])]

@@ -16,6 +16,7 @@ from torchtitan.data.decode import DAMAGED_FILE
 from torchtitan.data.named_sources import NamedSource
 from torchtitan.data.pieces import Shard, too_few_shards
 from torchtitan.data.registry import build_source
+from torchtitan.preflight.chat import open_encoder
 
 if TYPE_CHECKING:
     from torchtitan.data.files import FileSource
@@ -117,12 +118,17 @@ def _source_problems(context: RunContext, source: "Source") -> list[ConfigIssue]
         return [ConfigIssue(_key(context), "holds no document", "give data with content")]
     if len(shards) < context.num_lanes:
         return [too_few_shards(len(shards), context.num_lanes, context.config.data.lanes)]
+    is_chat = context.config.data.format != "text"
+    if is_chat and not hasattr(source, "record"):
+        fix = 'give JSON, Parquet or a dataset with columns, or set data.format = "text"'
+        problem = f"format {context.config.data.format!r} needs columns, and these data have none"
+        return [ConfigIssue("data.format", problem, fix, context.config.data.format)]
     if isinstance(source, TokenSource):
         return _check_tokens(context, source)
     issues = _check_rows(context, source, shards)
     is_rejected = any(problem.severity == "error" for problem in issues)
     if not is_rejected and isinstance(source, FileSource):
-        if not any(file.compression for file in source.files):
+        if not is_chat and not any(file.compression for file in source.files):
             issues += _check_amount(context, sum(file.size for file in source.files), "bytes")
         return issues + _check_whole_files(context, source, shards)
     if not is_rejected:
@@ -181,8 +187,14 @@ def _check_rows(context: RunContext, source: "Source", shards: list[Shard]) -> l
     The first unusable row is an error where the policy for rows makes it one. Rows without any
     text get a warning.
     """
-    from torchtitan.data.sources import BadRow
+    from torchtitan.data.sources import BadRow, row_record
     from torchtitan.data.sources_torch import StreamSource
+
+    data, encoder, notes = context.config.data, None, list[ConfigIssue]()
+    if data.format != "text":
+        encoder, notes = open_encoder(context, data)
+        if encoder is None:
+            return notes
 
     # Each part of a stream may need a separate connection.
     num_sampled = 1 if isinstance(source, StreamSource) else _SAMPLED_SHARDS
@@ -191,23 +203,30 @@ def _check_rows(context: RunContext, source: "Source", shards: list[Shard]) -> l
     for shard in shards[:: -(-len(shards) // num_sampled)]:
         for row in islice(source.rows(shard), _SAMPLED_ROWS):
             try:
-                num_usable += len(source.text(row)) > 0
+                if encoder is None:
+                    num_usable += len(source.text(row)) > 0
+                else:
+                    num_usable += len(encoder.encode(row_record(source, row)).units) > 0
             except BadRow as error:
                 first = first or (source.locate(shard, row), error)
             if row.flaw:  # what comes after it may be far away
                 break
-    may_skip = context.config.data.on_bad_row == "skip"
+    may_skip = data.on_bad_row == "skip"
     if num_usable and (first is None or may_skip):
-        return []
+        return notes
     if first is None:
         fix = "check that these are the right data"
-        return [warning(_key(context), "the first rows hold no text", fix)]
+        what = "hold no text" if encoder is None else "hold nothing that is trained"
+        return [*notes, warning(_key(context), f"the first rows {what}", fix)]
     where, reason = first
     issue = ConfigIssue(_key(context), f"{where}: {reason}", _fix_of(str(reason)))
     if reason.column is not None and not num_usable:
         fix = "set it to the column that holds the text" + f", or {_SKIP}" * (not may_skip)
         issue = ConfigIssue("data.text_column", issue.problem, fix, reason.column)
-    return [replace(issue, severity="warning" if may_skip else "error")]
+        if encoder is not None:
+            fix = "correct it, or name the columns of these data in data.columns"
+            issue = ConfigIssue("data.format", issue.problem, fix, data.format)
+    return [*notes, replace(issue, severity="warning" if may_skip else "error")]
 
 
 def _fix_of(flaw: str) -> str:

@@ -11,7 +11,7 @@ from torchtitan.config.registry import Registry
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.data.named_sources import NamedSource, named_sources, validation_sets
+from torchtitan.data.named_sources import named_sources, validation_sets
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.loss.registry import LOSSES, DPOSettings, LossEntry, loss_settings
 from torchtitan.optim.lr_scheduler import BUILT_IN_NAME, SCHEDULES, Schedule, schedule_settings
@@ -167,24 +167,16 @@ def _loss(context: RunContext) -> list[ConfigIssue]:
 
 
 def _pairs(context: RunContext, entry: LossEntry) -> Iterator[ConfigIssue]:
-    """Check that a loss of pairs gets pairs, which see only themselves, and no other loss does."""
+    """Check that a loss of pairs gets pairs."""
     config = context.config
-    sets = [*named_sources(config.training, config.data), *validation_sets(config)]
-    for named in sets:
-        has_pairs = _format_of(named, entry) == _PAIRS
-        if has_pairs == entry.reads_pairs:
-            continue
-        if entry.reads_pairs:
-            problem = f"the loss {config.loss.name} compares two answers, and these data have none"
-            fix = f'set it to "{_PAIRS}", for data with chosen and rejected answers'
-        else:
-            problem = f"the loss {config.loss.name} would train on rejected answers, too"
-            fix = 'set loss.name = "dpo"'
-        issue = ConfigIssue("data.format", problem, fix, _format_of(named, entry))
-        yield named.under_own_key(issue)
-    if entry.reads_pairs and not config.training.document_mask:
-        problem = "answers that are compared must not see each other"
-        yield ConfigIssue("training.document_mask", problem, "set it to true", False)
+    if not entry.reads_pairs:
+        return
+    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
+        if named.data.format != _PAIRS:
+            problem = f"the loss {config.loss.name} compares two answers, and these data have one"
+            fix = f'set it to "{_PAIRS}", for rows with a chosen and a rejected answer'
+            issue = ConfigIssue("data.format", problem, fix, named.data.format)
+            yield named.under_own_key(issue)
 
 
 def _reference(context: RunContext) -> Iterator[ConfigIssue]:
@@ -205,8 +197,3 @@ def _reference(context: RunContext) -> Iterator[ConfigIssue]:
         fix = "name a step, a Hugging Face folder, Meta's or a GGUF, or leave it out"
         issue = ConfigIssue("loss.args.reference_path", problem, fix, path)
         yield replace(issue, missing_asset=not Path(path).exists())
-
-
-def _format_of(named: NamedSource, entry: LossEntry) -> str:
-    # Until data have a format, a loss is trusted to get what it reads.
-    return getattr(named.data, "format", _PAIRS if entry.reads_pairs else "text")

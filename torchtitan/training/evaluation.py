@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
+from torchtitan.data.chat_template import read_chat_template
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext, timeout
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.evaluation.scoring import Place, Scorer
 from torchtitan.evaluation.tasks import Tasks, chosen_tasks, load_tasks
-from torchtitan.generation.chat_template import read_chat_template
 from torchtitan.generation.generate import Generator
 from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.parallel.compile import is_marked_for_compile

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torchtitan.config import DataError
 from torchtitan.data.loader import StepData
+from torchtitan.data.packing import COUNTS
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.step_sync import PendingStepInfo, StepInfo, start_step_sync
 from torchtitan.parallel.runner import Loss
@@ -79,6 +80,7 @@ class Prefetch:
             is_data_leader=self._is_data_leader,
             save_failed=self._save_failed(),
             bad_rows=0 if data is None else data.bad_rows,
+            row_counts=(0,) * len(COUNTS) if data is None else data.counts,
         )
         self._fetched = _Fetched(data, error, pending)
 

@@ -14,6 +14,7 @@ from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
+from torchtitan.data.packing import COUNTS
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
@@ -166,6 +167,7 @@ def train(
                 num_tokens=agreed.num_tokens,
                 source_tokens=data.source_tokens,
                 bad_rows=agreed.bad_rows,
+                row_counts=dict(zip(COUNTS, agreed.row_counts)),
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from torchtitan.config import ConfigError
+from torchtitan.data.chat_template import ChatTemplate, check_messages, read_chat_template
 from torchtitan.data.tokenizers import build_tokenizer
-from torchtitan.generation.chat_template import ChatTemplate, check_messages, read_chat_template
 
 MESSAGES = [
     {"role": "user", "content": "Hi!  What is 2 + 2?\n"},
