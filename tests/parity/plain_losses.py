@@ -81,9 +81,7 @@ def _preference(case: Case, model: nn.Module, settings: DPOSettings) -> Callable
             if variant == "ipo":
                 scores = [scores[n - first] / lengths[n] for n in both]
             x = scores[0] - scores[1]
-            right, wrong = (
-                F.softplus(sign * (settings.margin - beta * x)) for sign in (1.0, -1.0)
-            )
+            right, wrong = (F.softplus(sign * (settings.margin - beta * x)) for sign in (1.0, -1.0))
             loss = (1 - smoothing) * right + smoothing * wrong
             if variant == "ipo":
                 loss = (x - 1 / (2 * beta)) ** 2

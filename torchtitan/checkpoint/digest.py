@@ -27,4 +27,3 @@ def weights_digest(path: Path, world: DistributedContext) -> str:
     found = run_on_all_ranks(world, f"{path} cannot be read", digests)
     merged = sorted(item for part in world.gather_json(found) for item in part.items())
     return hashlib.sha256(json.dumps(merged).encode()).hexdigest()
-

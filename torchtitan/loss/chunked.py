@@ -149,9 +149,7 @@ def chunk_size(num_tokens: int, num_chunks: int | None) -> int:
 class HeadGradients:
     """The gradients of `hidden` `[N, D]` and `weight` `[V, D]`, from those of chunks of logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, no_target: Tensor, want: tuple[bool, ...]
-    ):
+    def __init__(self, hidden: Tensor, weight: Tensor, no_target: Tensor, want: tuple[bool, ...]):
         """Create them for the inputs that `want` says; tokens with `no_target` `[N]` add nothing.
 
         Their gradients are zeroed at the narrow ends of the products, not in the logits.

@@ -1,7 +1,7 @@
 """Preference losses over pairs of a chosen and a rejected answer: DPO, IPO, SimPO.
 
-A row of a batch holds whole pairs: documents 2k and 2k + 1 are a pair, the chosen answer first, each
-behind the same prompt, which has no targets. Documents without targets at the end of a row are
+A row of a batch holds whole pairs: documents 2k and 2k + 1 are a pair, the chosen answer first,
+each behind the same prompt, which has no targets. Documents without targets at the end of a row are
 padding. The loss needs the log-probability of each answer: token log-probabilities, summed over
 each document, and, where context parallelism cuts documents, over its ranks.
 
@@ -118,7 +118,9 @@ class DPOLoss:
 
         def consume(hidden: Tensor, weight: Tensor) -> Tensor:
             size = chunk_size(labels.numel(), self.num_chunks)
-            return token_log_probs(hidden.flatten(0, -2), weight, labels.flatten(), size, self.shard)
+            return token_log_probs(
+                hidden.flatten(0, -2), weight, labels.flatten(), size, self.shard
+            )
 
         log_probs = head(hidden, consume).view_as(labels)
         per_token = torch.stack([log_probs, (labels != IGNORE_INDEX).to(log_probs.dtype)])

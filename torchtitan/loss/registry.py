@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from torchtitan.config.registry import Registry, lazily, settings_of, validated
 from torchtitan.config.paths import PathText
+from torchtitan.config.registry import Registry, lazily, settings_of, validated
 from torchtitan.config.schema import Loss, NonNegativeFloat, PositiveFloat, Section
 
 L = TypeVar("L", bound=type)
@@ -59,8 +59,8 @@ class DPOSettings(Section):
     model without its adapters, which takes no memory."""
 
     reference_path: PathText | None = None
-    """Weights of the frozen copy, in any format of `checkpoint.initial_load_path`. Unset: those that
-    the run starts from."""
+    """Weights of the frozen copy, in any format of `checkpoint.initial_load_path`. Unset: those
+    that the run starts from."""
 
     @field_validator("label_smoothing", "margin", "reference_path")
     @classmethod

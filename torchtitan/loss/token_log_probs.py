@@ -93,9 +93,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None
 
 
-def _local_classes(
-    labels: Tensor, rows: int, shard: VocabShard | None
-) -> tuple[Tensor, Tensor]:
+def _local_classes(labels: Tensor, rows: int, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
     """Return the row of each label in this rank's part of the head, and where it has none."""
     classes = labels.clamp_min(0)
     if shard is not None:

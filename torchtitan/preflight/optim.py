@@ -21,7 +21,6 @@ from torchtitan.optim.registry import (
     check_patterns,
     optimizer_settings,
 )
-
 from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import kind_of
 
