@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
+from tests.parity.frozen_models import FROZEN_MODELS, words_of
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.loss.registry import DPOSettings, loss_settings
+from torchtitan.loss.registry import loss_settings
 
 TOLERANCE = 1e-11
 """Bound of every relative difference: 1e-12 and less occurs; a mistake shows at 1e-2 and more."""
@@ -303,37 +304,8 @@ WINDOWED = [
     row(PAIRS, RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
 ]
 
-DPO, SMOOTHED, ROBUST, IPO, SIMPO = (
-    {"loss": {"name": "dpo", "args": args}}
-    for args in (
-        {"beta": 0.5},
-        {"beta": 2.0, "label_smoothing": 0.1},
-        {"beta": 1.0, "variant": "robust", "label_smoothing": 0.1},
-        {"beta": 0.5, "variant": "ipo"},
-        {"beta": 4.0, "variant": "simpo", "margin": 4.0},
-    )
-)
-PREFERENCES = [
-    row(DPO, FULL, microbatches=2, **PACKED),
-    row(DPO, COMPILED, shard=2, **BOTH),
-    row(DPO, PARAMETERS_ON_HOST, replicate=2, shard=2, microbatches=2, **PACKED),
-    row(DPO, tp=2, **PACKED),
-    row(DPO, RING, shard=2, cp=2, **PACKED),
-    row(DPO, ULYSSES, COMPILED, cp=2, tp=2, microbatches=2, **PACKED),
-    row(DPO, PAIRS, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, **PACKED),
-    row(DPO, shard=2, pp=2, schedule="1F1B", **BOTH),
-    row(SMOOTHED, tp=4, kv_heads=2, loss_chunks=1, **PACKED),
-    row(ROBUST, replicate=2, pp=2, schedule="GPipe", microbatches=2, **PACKED),
-    row(IPO, ALLGATHER, cp=2, tp=2, **PACKED),
-    row(IPO, FROZEN_START, shard=2, pp=2, schedule="1F1B", **PACKED),
-    row(SIMPO, RING, PAIRS, cp=2, pp=2, schedule="1F1B", **PACKED),
-    row(SIMPO, BY_OPERATOR, shard=2, tp=2, **BOTH),
-    row(DPO, RING, shard=2, cp=2, tp=2, **PACKED),
-]
-
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
-TABLE += PREFERENCES
-TABLE += [*OWN_MODELS, *TIED_PIPELINES]
+TABLE += [*OWN_MODELS, *TIED_PIPELINES, *FROZEN_MODELS]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -393,7 +365,7 @@ def special_of(case: Case) -> Iterator[str]:
         yield f"reshard {mesh.fsdp_reshard_after_forward}"
     if case.loss_chunks != Case.loss_chunks:
         yield f"loss chunks {case.loss_chunks}"
-    yield from _loss_of(loss_settings(config.loss))
+    yield from words_of(loss_settings(config.loss))
     if mesh.disable_loss_parallel:
         yield "logits gathered"
     if case.kv_heads != Case.kv_heads:
@@ -402,16 +374,6 @@ def special_of(case: Case) -> Iterator[str]:
         yield f"{case.layers} layers"
     if case.norm != Case.norm:
         yield case.norm
-
-
-def _loss_of(settings: Any) -> Iterator[str]:
-    if isinstance(settings, DPOSettings):
-        kind = {"sigmoid": "DPO", "robust": "robust DPO", "ipo": "IPO", "simpo": "SimPO"}
-        yield kind[settings.variant]
-    elif settings.z_loss_weight:
-        yield "z-loss"
-    if settings.label_smoothing:
-        yield "label smoothing"
 
 
 def name_of(case: Case) -> str:
