@@ -23,7 +23,6 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers import lora
-from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
@@ -31,6 +30,7 @@ from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.training import builder, model_builder
+from torchtitan.training.frozen_model import with_frozen_model
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -40,6 +40,9 @@ MAX_NORM = 0.3
 """Below the norms that occur, so that clipping always acts."""
 LORA_B = InitRule("normal", std=0.1)
 """The start of adapters: at zero, as in a run, only one of the two factors has a gradient."""
+
+REFERENCE_SEED = 5
+"""Of the model that preference losses compare with, from which the start differs, too."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Case:
             "activation_checkpoint": {"mode": "none"},
             "optimizer": {"lr": 1e-2},
         }
+        if self.settings.get("loss", {}).get("name") == "dpo":
+            sections["data"] = {"format": "preference"}
         for name, values in self.settings.items():
             sections[name] = {**sections.get(name, {}), **values}
         return JobConfig.model_validate(sections)
@@ -155,11 +160,43 @@ def sequences() -> Batch:
     )
 
 
+def pairs() -> Batch:
+    """The data of every step of a preference loss: one to three pairs a row, and padding.
+
+    A pair has its prompt twice, without targets, and each row ends with padding of another length.
+    """
+    generator = torch.Generator().manual_seed(1)
+    batch = Batch({name: torch.zeros_like(tensor) for name, tensor in sequences().items()})
+    batch["labels"].fill_(IGNORE_INDEX)
+    for row in range(NUM_SEQUENCES):
+        place = 0
+        for pair in range(1 + row % 3):
+            prompt = torch.randint(0, VOCAB_SIZE, (1 + (row + pair) % 2,), generator=generator)
+            for side, length in enumerate((1 + (row + pair) % 3, 1 + row % 2)):
+                answer = torch.randint(0, VOCAB_SIZE, (length,), generator=generator)
+                text = torch.cat([prompt, answer])
+                end = place + len(text)
+                batch["tokens"][row, place:end] = text
+                batch["labels"][row, place + len(prompt) - 1 : end - 1] = answer
+                batch["document_ids"][row, place:end] = 2 * pair + side
+                batch["positions"][row, place:end] = torch.arange(len(text))
+                place = end
+        assert place < SEQ_LEN
+        batch["document_ids"][row, place:] = 2 * pair + 2
+        batch["positions"][row, place:] = torch.arange(SEQ_LEN - place)
+    return batch
+
+
+def data_of(case: Case) -> Batch:
+    """The data of every step."""
+    return pairs() if case.config().loss.name == "dpo" else sequences()
+
+
 def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
     """This rank's share of the sequences, in microbatches."""
     size = NUM_SEQUENCES // dims.dp
     start = dims.dp_rank(rank) * size
-    mine = {name: tensor[start : start + size] for name, tensor in sequences().items()}
+    mine = {name: tensor[start : start + size] for name, tensor in data_of(case).items()}
     parts = {name: tensor.chunk(case.microbatches) for name, tensor in mine.items()}
     return [
         Batch({name: chunks[index] for name, chunks in parts.items()})
@@ -183,12 +220,23 @@ def train(world: DistributedContext, case: Case) -> Result:
     with patch.object(lora, "B_RULE", LORA_B):
         model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     model_builder.initialize_added(model)
-    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    of_reference = config.model_copy(
+        update={"debug": config.debug.model_copy(update={"seed": REFERENCE_SEED})}
+    )
+    runner, _ = with_frozen_model(
+        of_reference,
+        builder.build_runner(config, model, mesh, dims, world.device),
+        model,
+        VOCAB_SIZE,
+        mesh,
+        dims,
+        world,
+    )
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
     batches = microbatches_of(case, dims, world.rank)
-    num_targets = int(CrossEntropyLoss().count(sequences()))
+    num_targets = int(runner.loss.count(data_of(case)))
     result = Result()
     for step in range(1, NUM_STEPS + 1):
         runner.streams.step = step

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.distributed.tiny import Case
 from tests.parity.adapted import ADAPTED, kept_handlers, kind_of
+from tests.parity.frozen_models import FROZEN_MODELS, words_of
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -325,7 +326,7 @@ LONG_CONTEXT = [
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]
-TABLE += [*LONG_CONTEXT, *OWN_MODELS, *TIED_PIPELINES, *ADAPTED]
+TABLE += [*LONG_CONTEXT, *OWN_MODELS, *TIED_PIPELINES, *ADAPTED, *FROZEN_MODELS]
 
 
 def dims_of(case: Case) -> ParallelDims:
@@ -389,11 +390,7 @@ def special_of(case: Case) -> Iterator[str]:
         yield f"reshard {mesh.fsdp_reshard_after_forward}"
     if case.loss_chunks != Case.loss_chunks:
         yield f"loss chunks {case.loss_chunks}"
-    loss = loss_settings(config.loss)
-    if loss.z_loss_weight:
-        yield "z-loss"
-    if loss.label_smoothing:
-        yield "label smoothing"
+    yield from words_of(loss_settings(config.loss))
     if mesh.disable_loss_parallel:
         yield "logits gathered"
     if case.kv_heads != Case.kv_heads:

@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case
 from tests.parity.adapted import without_dropout, write_out
 from tests.parity.own_models import DRAWS
+from tests.parity.plain_losses import plain_losses
 from tests.parity.table import TABLE, TOLERANCE, dims_of, name_of, reference_of, special_of
 from tests.pool import GlooPool
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.parallel_dims import AXES
-from torchtitan.loss.registry import loss_settings
-from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.models.registry import get_family
 from torchtitan.parallel.initialize import initialize_parameters
 from torchtitan.preflight import ARITHMETIC, errors_of, preflight
@@ -96,31 +94,19 @@ def test_one_process_equals_a_plain_loop(
     optimizers = _optimizers(model, config.optimizer)
     # torch's Muon would orthogonalise in bfloat16.
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
-    batch, result = tiny.sequences(), tiny.Result()
-    inputs = [batch["tokens"], batch["positions"]] + [batch["document_ids"]] * case.document_mask
-
-    labels, settings = batch["labels"].flatten(), loss_settings(config.loss)
-
-    def mean_losses() -> tuple[torch.Tensor, torch.Tensor]:
-        """What is minimised, and the plain cross entropy."""
-        logits = model.head(model(*inputs)).flatten(0, 1)
-        smoothed = F.cross_entropy(
-            logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=settings.label_smoothing
-        )
-        log_z = logits[labels != IGNORE_INDEX].logsumexp(-1)
-        loss = smoothed + settings.z_loss_weight * log_z.square().mean()
-        return loss, F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-
+    result, losses = tiny.Result(), plain_losses(case, model)
     for _ in range(tiny.NUM_STEPS):
-        loss, plain = mean_losses()
+        loss, *terms = losses()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.MAX_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        result.losses += [loss.item()] if settings.plain else [loss.item(), plain.item()]
+        result.losses += [loss.item(), *map(float, terms)]
         result.norms.append(norm.item())
-    result.evaluated = mean_losses()[1].item()
+    # The plain cross entropy where it is a term, and preference losses themselves.
+    loss, *terms = losses()
+    result.evaluated = terms[0].item() if len(terms) == 1 else loss.item()
     tiny.collect([model], optimizers, result)
     assert tiny.compare([one_process(case)], result).worst < TOLERANCE
     # A frozen embedding that is also the head leaves gradients too small to clip; so do adapters.

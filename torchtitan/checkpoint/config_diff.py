@@ -40,6 +40,7 @@ MAY_DIFFER: dict[str, str] = {
     "checkpoint.create_seed_checkpoint": "the weights that the run would start from without it",
     "checkpoint.async_mode": "speed; the same files",
     "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
+    "loss.args.reference_path": "a path; a checkpoint knows its reference by content",
     "validation.*": "what is measured, not what is trained",
     "evaluation.*": "like validation",
     "metrics.*": "logging",

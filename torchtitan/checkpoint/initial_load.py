@@ -42,7 +42,7 @@ class ChangesWeights(Protocol):
     """Names of the parameters and buffers that it has added to the model."""
 
     @property
-    def refers_to_base(self) -> bool:
+    def adds_adapters(self) -> bool:
         """Return whether checkpoints leave out what is not trained."""
 
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ class CheckpointManager:
             return
         model = model_tensors(model_parts)
         optimizer = optimizer_tensors(model_parts, optimizers)
-        if self._initial is not None and any(handler.refers_to_base for handler in handlers):
+        if self._initial is not None and any(handler.adds_adapters for handler in handlers):
             self._base = self._initial
         own = self._own(model, model_parts)
         if not self._section.load_only:

@@ -76,6 +76,8 @@ class RunState:
     data_fingerprint: str | None = None
     data_summary: Mapping[str, Any] | None = None
     """The facts behind the fingerprint, to report differences."""
+    reference_digest: str | None = None
+    """The weights that the loss compares with; None for the initial ones, and for other losses."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -86,7 +86,7 @@ class RunFolder:
             return cls(path, config, None, None)
         lock = _lock(path)
         try:
-            decision = decide(config, context, path)
+            decision = decide(context.config, context, path)
             resolved = replace(context, config=resolved_config(config, decision)).config
             folder = cls(path, resolved, decision, lock)
             if decision.action != "finished":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigIssue, JobConfig
@@ -36,9 +37,10 @@ class ModelHandler:
     excludes: tuple[str, ...] = ()
     """Handlers that cannot be combined with this one."""
 
-    refers_to_base: bool = False
-    """Checkpoints of a run that starts from `checkpoint.initial_load_path` leave out what is not
-    trained, and refer to that path: it must not be changed afterwards."""
+    adds_adapters: bool = False
+    """True if the handler trains adapters next to a base that it leaves as it is. Checkpoints of a
+    run that starts from `checkpoint.initial_load_path` then leave out what is not trained, and
+    refer to that path: it must not be changed afterwards."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         pass
@@ -90,6 +92,15 @@ class ModelHandler:
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Run after the optimizer step."""
+
+    def without_adapters(
+        self, model: nn.Module | list[nn.Module]
+    ) -> AbstractContextManager[object]:
+        """Return a context in which the model computes without what the handler adds to it.
+
+        For handlers that set `adds_adapters`: DPO's reference is then the model itself.
+        """
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what checkpoints store, by name; None for a handler without state.

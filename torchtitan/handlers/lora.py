@@ -11,6 +11,8 @@ cut by rows, `B A x` is a term of the sum that is exchanged anyway.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -57,9 +59,13 @@ class LoraLinear(nn.Linear):
     dropout: TokenDropout
     group: TensorGroup | None = None
     """The ranks that hold the shards of the matrix, with tensor parallelism."""
+    adapted: bool = True
+    """False computes without the adapter."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
+        if not self.adapted:
+            return F.linear(input, self.weight, self.bias)
         down = F.linear(self.dropout(input), self.lora_a).flatten(0, -2)
         # What is kept of dropout is not scaled by itself: one number scales the whole branch.
         kept = 1 - self.dropout.p if self.training else 1.0
@@ -94,7 +100,7 @@ class LoraHandler(ModelHandler):
     """Adds adapters to linears."""
 
     name = "lora"
-    refers_to_base = True
+    adds_adapters = True
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.settings: LoraSettings = handler_settings(job_config, self.name)
@@ -181,6 +187,19 @@ class LoraHandler(ModelHandler):
             for linear in part.modules():
                 if isinstance(linear, LoraLinear) and linear._parameters["magnitude"] is not None:
                     _set_magnitude(linear)
+
+    @contextmanager
+    def without_adapters(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
+        """Compute what the base computes while entered."""
+        parts = model if isinstance(model, list) else [model]
+        linears = [m for part in parts for m in part.modules() if isinstance(m, LoraLinear)]
+        for linear in linears:
+            linear.adapted = False
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.adapted = True
 
     def _targets(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
         if globs := self.settings.targets:

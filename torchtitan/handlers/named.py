@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,9 +81,9 @@ class NamedHandler:
         return changed
 
     @property
-    def refers_to_base(self) -> bool:
+    def adds_adapters(self) -> bool:
         """Return whether checkpoints leave out what is not trained, see `ModelHandler`."""
-        return self.handler.refers_to_base
+        return self.handler.adds_adapters
 
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
         """Let the handler change the first values of what it added."""
@@ -104,6 +104,13 @@ class NamedHandler:
         """Run the hook after the optimizer step."""
         with self._errors_of("post_optimizer_hook"):
             self.handler.post_optimizer_hook(model)
+
+    def without_adapters(
+        self, model: nn.Module | list[nn.Module]
+    ) -> AbstractContextManager[object]:
+        """Return a context in which the model computes without what the handler adds."""
+        with self._errors_of("without_adapters"):
+            return self.handler.without_adapters(model)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state by name, None for a handler without state."""

@@ -46,6 +46,8 @@ class HandlerEntry:
     """Checks the devices of this machine. May import torch."""
     dry_run_settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that a dry run uses instead, where the kernels need real numbers on real GPUs."""
+    adds_adapters: bool = False
+    """See `ModelHandler.adds_adapters`."""
 
 
 def entry_of(name: str, thing: Any) -> HandlerEntry:
@@ -58,7 +60,13 @@ def entry_of(name: str, thing: Any) -> HandlerEntry:
         return thing
     require_handler(name, thing)
     settings = settings_of(thing, f"the handler {name}")
-    return HandlerEntry(settings, lambda: thing, tuple(thing.after), tuple(thing.excludes))
+    return HandlerEntry(
+        settings,
+        lambda: thing,
+        tuple(thing.after),
+        tuple(thing.excludes),
+        adds_adapters=thing.adds_adapters,
+    )
 
 
 def require_handler(name: str, thing: Any) -> None:
@@ -97,6 +105,7 @@ for _name, _entry in {
         settings.LoraSettings,
         lazily("torchtitan.handlers.lora:LoraHandler"),
         excludes=LOW_PRECISION,  # they swap plain linears only
+        adds_adapters=True,
     ),
     "flex_attention": HandlerEntry(
         settings.FlexAttentionSettings,

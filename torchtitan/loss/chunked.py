@@ -83,8 +83,7 @@ class ChunkedLoss:
 
     def chunk_size(self, num_tokens: int) -> int:
         """Return the number of tokens in a chunk of a microbatch."""
-        chunks = self.num_chunks or max(1, min(_MOST_CHUNKS, num_tokens // _LEAST_TOKENS))
-        return -(-num_tokens // chunks)
+        return chunk_size(num_tokens, self.num_chunks)
 
     def chunk(self, logits: Tensor, labels: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sum over the targets of a chunk, and its gradient for the `logits`.
@@ -141,6 +140,47 @@ class ChunkedLoss:
         return sums
 
 
+def chunk_size(num_tokens: int, num_chunks: int | None) -> int:
+    """Return the number of tokens in a chunk; `num_chunks` None is as many as cost no time."""
+    chunks = num_chunks or max(1, min(_MOST_CHUNKS, num_tokens // _LEAST_TOKENS))
+    return -(-num_tokens // chunks)
+
+
+class HeadGradients:
+    """The gradients of `hidden` `[N, D]` and `weight` `[V, D]`, from those of chunks of logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, no_target: Tensor, want: tuple[bool, ...]):
+        """Create them for the inputs that `want` says; tokens with `no_target` `[N]` add nothing.
+
+        Their gradients are zeroed at the narrow ends of the products, not in the logits.
+        """
+        self._hidden, self._weight, self._want_weight = hidden, weight, want[1]
+        self._no_target = no_target.unsqueeze(1)
+        self._of_hidden = torch.empty_like(hidden) if want[0] else None
+        self._of_weight: Tensor | None = None
+
+    def add(self, part: slice, grad_logits: Tensor) -> None:
+        """Add the gradient of the logits `[n, V]` of the tokens in `part`."""
+        hidden = self._hidden[part]
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self._of_hidden is not None:
+            torch.mm(grad_logits, self._weight, out=self._of_hidden[part])
+        if not self._want_weight:
+            return
+        product = grad_logits.t() @ hidden.masked_fill(self._no_target[part], 0)
+        # Kept wide, whatever the weight's type: it is a sum over all tokens.
+        if self._of_weight is None:
+            self._of_weight = product.to(at_least_float32(hidden.dtype))
+        else:
+            self._of_weight.add_(product)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return both gradients, the weight's in at least float32; None where not wanted."""
+        if self._of_hidden is not None:
+            self._of_hidden.masked_fill_(self._no_target, 0)
+        return self._of_hidden, self._of_weight
+
+
 class _InChunks(torch.autograd.Function):
     """The `loss` of `hidden` `[N, D]` @ `weight` `[V, D]`^T against `labels` `[N]`.
 
@@ -151,33 +191,19 @@ class _InChunks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: ChunkedLoss, train: bool
     ) -> Tensor:
-        want_hidden, want_weight = (train and needed for needed in ctx.needs_input_grad[:2])
+        want = tuple(train and needed for needed in ctx.needs_input_grad[:2])
         dtype = at_least_float32(hidden.dtype)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
-        no_target = (labels == IGNORE_INDEX).unsqueeze(1)
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight: Tensor | None = None
+        gradients = HeadGradients(hidden, weight, labels == IGNORE_INDEX, want)
         for start in range(0, len(hidden), size := loss.chunk_size(len(hidden))):
             part = slice(start, start + size)
             # No name for the logits here, which would keep them for one chunk too long.
             of_chunk, grad_logits = loss.chunk(hidden[part] @ weight.t(), labels[part], train)
             total += of_chunk
-            if grad_logits is None:
-                continue
-            grad_logits = grad_logits.to(hidden.dtype)
-            # Rows without a target are zeroed at the narrow ends of the products, not at this one.
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if want_weight:
-                product = grad_logits.t() @ hidden[part].masked_fill(no_target[part], 0)
-                # Kept wide, whatever the weight's type: it is a sum over all tokens.
-                grad_weight = (
-                    product.to(dtype) if grad_weight is None else grad_weight.add_(product)
-                )
+            if grad_logits is not None:
+                gradients.add(part, grad_logits)
             del grad_logits  # before the next chunk's logits are there
-        if grad_hidden is not None:
-            grad_hidden.masked_fill_(no_target, 0)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(*gradients.finish())
         ctx.weight_dtype = weight.dtype
         return total
 

@@ -71,14 +71,22 @@ class CrossEntropyLoss(ChunkedLoss):
 
 
 def build_losses(
-    section: LossSection, num_chunks: int | None, shard: VocabShard | None
+    section: LossSection,
+    num_chunks: int | None,
+    shard: VocabShard | None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> tuple[Loss, Loss]:
     """Return the training loss and the evaluation loss.
+
+    `sequence_group` are the ranks that each hold a share of every sequence, for a loss of whole
+    documents.
 
     Evaluation uses the plain cross entropy, so that runs with different losses compare, unless the
     loss has an `evaluation` of its own.
     """
     loss = LOSSES[section.name].load()(loss_settings(section), num_chunks, shard)
+    if hasattr(loss, "sequence_group"):
+        loss.sequence_group = sequence_group
     evaluation: Loss | None = getattr(loss, "evaluation", None)
     if evaluation is None:
         evaluation = CrossEntropyLoss(num_chunks=num_chunks, shard=shard)

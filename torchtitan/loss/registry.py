@@ -7,12 +7,13 @@ config imports no torch) a `LossEntry` that imports the class when it is used.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from torchtitan.config.paths import PathText
 from torchtitan.config.registry import Registry, lazily, settings_of, validated
-from torchtitan.config.schema import Loss, NonNegativeFloat, Section
+from torchtitan.config.schema import Loss, NonNegativeFloat, PositiveFloat, Section
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")
@@ -35,6 +36,59 @@ class CrossEntropySettings(Section):
         return not self.z_loss_weight and not self.label_smoothing
 
 
+class DPOSettings(Section):
+    """Settings of `dpo`."""
+
+    variant: Literal["sigmoid", "robust", "ipo", "simpo"] = "sigmoid"
+    """The loss of a pair: DPO's, robust DPO's, IPO's (of log-probabilities a token), or SimPO's (of
+    log-probabilities a token, without a reference)."""
+
+    beta: PositiveFloat = 0.1
+    """Scales the rewards: the larger, the closer the model stays to the reference. SimPO takes
+    values around 2; 1 / (2 beta) is the target of IPO."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs that are labelled the wrong way round; for `sigmoid` (conservative DPO),
+    `robust` and `simpo`."""
+
+    margin: NonNegativeFloat = 0.0
+    """The reward by which the chosen answer should lead, SimPO's gamma; for `simpo`."""
+
+    reference: Literal["start", "base"] = "start"
+    """The model to compare with: a frozen copy of the weights that the run started from, or the
+    model without its adapters, which takes no memory."""
+
+    reference_path: PathText | None = None
+    """Weights of the frozen copy, in any format of `checkpoint.initial_load_path`. Unset: those
+    that the run starts from."""
+
+    @field_validator("label_smoothing", "margin", "reference_path")
+    @classmethod
+    def _of_the_variant(cls, value: Any, info: ValidationInfo) -> Any:
+        variant = info.data.get("variant")
+        ignored = {
+            "label_smoothing": variant == "ipo",
+            "margin": variant != "simpo",
+            "reference_path": variant == "simpo" or info.data.get("reference") == "base",
+        }
+        if value and variant and info.field_name and ignored[info.field_name]:
+            reason = f'the variant "{variant}"'
+            if info.field_name == "reference_path" and variant != "simpo":
+                reason = 'reference = "base"'
+            raise ValueError(f"is not used by {reason}. Fix: leave it out")
+        return value
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss compares with a reference."""
+        return self.variant != "simpo"
+
+    @property
+    def averages(self) -> bool:
+        """True if the loss is of log-probabilities a token instead of their sums."""
+        return self.variant in ("ipo", "simpo")
+
+
 @dataclass(frozen=True)
 class LossEntry:
     """A loss: its settings model, and a function that imports and returns its class.
@@ -47,6 +101,8 @@ class LossEntry:
     load: Callable[[], Callable[..., Any]]
     supports_vocab_parallel: bool = False
     """True if it is correct where a rank has the logits of a part of the vocabulary only."""
+    reads_pairs: bool = False
+    """True if its batches are pairs of a chosen and a rejected answer."""
 
 
 def entry_of(name: str, thing: Any) -> LossEntry:
@@ -60,7 +116,10 @@ def entry_of(name: str, thing: Any) -> LossEntry:
         raise TypeError(f"the loss {name} lacks {', '.join(missing)}")
     settings = settings_of(thing, f"the loss {name}")
     return LossEntry(
-        settings, lambda: thing, bool(getattr(thing, "supports_vocab_parallel", False))
+        settings,
+        lambda: thing,
+        bool(getattr(thing, "supports_vocab_parallel", False)),
+        bool(getattr(thing, "reads_pairs", False)),
     )
 
 
@@ -68,6 +127,10 @@ LOSSES: Registry[LossEntry] = Registry("loss.name", "torchtitan.losses", entry_o
 LOSSES.add_built_in(
     "cross_entropy",
     LossEntry(CrossEntropySettings, lazily("torchtitan.loss.cross_entropy:CrossEntropyLoss"), True),
+)
+LOSSES.add_built_in(
+    "dpo",
+    LossEntry(DPOSettings, lazily("torchtitan.loss.preference:DPOLoss"), True, reads_pairs=True),
 )
 
 

@@ -172,21 +172,27 @@ class MetricsLogger:
         else:
             self._start_interval(self._clock())
 
-    def log_validation(self, step: int, name: str, loss: Tensor | float, num_targets: int) -> None:
+    def log_validation(
+        self,
+        step: int,
+        name: str,
+        loss: Tensor | float,
+        num_targets: int,
+        has_perplexity: bool = True,
+    ) -> None:
         """Log the evaluation of the set `name` after `step`.
 
         Waits for the device on ranks that show it. `loss` is the mean over the set's `num_targets`
-        targets on all ranks, `[]`.
+        targets on all ranks, `[]`; `has_perplexity`: it is in nats a token.
         """
         if not self._sinks:
             return
         value, place = float(loss), f"validation/{name}"
-        record = {
-            "step": step,
-            f"{place}/loss": value,
-            f"{place}/perplexity": math.inf if value > _LARGEST_EXPONENT else math.exp(value),
-            f"{place}/num_targets": num_targets,
-        }
+        record: Record = {"step": step, f"{place}/loss": value}
+        if has_perplexity:
+            perplexity = math.inf if value > _LARGEST_EXPONENT else math.exp(value)
+            record[f"{place}/perplexity"] = perplexity
+        record[f"{place}/num_targets"] = num_targets
         self._each_sink(lambda sink: sink.write(record))
 
     def log_evaluation(self, step: int, task: str, values: Mapping[str, float]) -> None:

@@ -23,6 +23,9 @@ class Loss(Protocol):
     Optional members:
 
     - `evaluation`: the `Loss` to evaluate with, instead of the plain cross entropy;
+    - `has_perplexity`: False where the exponential of its mean means nothing;
+    - `frozen_pass()`: see `training.frozen_model`;
+    - `sequence_group`: set to the ranks that each hold a share of every sequence, or None;
     - `terms`: names of further values to log, and `take_terms()`, which returns and resets their
       sums over the targets of the microbatches so far, by name.
     """

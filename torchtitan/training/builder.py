@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.text import some_of
-from torchtitan.weights.source import open_weights
+from torchtitan.weights.source import WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,14 @@ def build_runner(
     """Build what computes the losses and gradients of a step."""
     names = ["tokens", "positions"] + ["document_ids"] * config.training.document_mask
     shard = vocab_shard(config, model, mesh, dims)
-    loss, evaluation_loss = build_losses(config.loss, config.training.loss_chunks, shard)
     section = config.parallelism
-    shard_batch = None
+    shard_batch = sequence_group = None
     if dims.cp > 1:
+        sequence_group = mesh["cp"].get_group()
         shard_batch = ContextParallel.from_section(section, mesh["cp"]).shard_batch
+    loss, evaluation_loss = build_losses(
+        config.loss, config.training.loss_chunks, shard, sequence_group
+    )
     streams = RandomStreams(
         config.debug.seed,
         device,
@@ -242,15 +246,20 @@ def build_manager(
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
         )
-    family = get_family(config.model.name)
-    open_foreign = partial(
-        open_weights,
-        family=family,
-        args=family.resolve(config.model, tokenizer.vocab_size),
-        pads_vocabulary="vocab_size" in config.model.args,
-    )
+    open_foreign = foreign_opener(config, tokenizer.vocab_size)
     replaces_run = folder.decision.replaces_run
     return CheckpointManager(config.checkpoint, store, world, replaces_run, open_foreign)
+
+
+def foreign_opener(config: JobConfig, vocab_size: int) -> Callable[[Path], WeightSource]:
+    """Return what opens weights of other programs for the model of the config."""
+    family = get_family(config.model.name)
+    return partial(
+        open_weights,
+        family=family,
+        args=family.resolve(config.model, vocab_size),
+        pads_vocabulary="vocab_size" in config.model.args,
+    )
 
 
 def build_metrics(

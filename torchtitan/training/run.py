@@ -36,6 +36,7 @@ from torchtitan.training.ending import (
     set_status,
 )
 from torchtitan.training.evaluation import Evaluator, build_evaluator
+from torchtitan.training.frozen_model import with_frozen_model
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
@@ -72,7 +73,16 @@ def train(
         schedule = Schedule(config.lr_scheduler, training.steps)
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
-        runner = builder.build_runner(config, model, mesh, dims, world.device)
+        runner, reference = with_frozen_model(
+            config,
+            builder.build_runner(config, model, mesh, dims, world.device),
+            model,
+            tokenizer.vocab_size,
+            mesh,
+            dims,
+            world,
+            manager.state.reference_digest,
+        )
         step = first_step = progress.step = progress.first_step = manager.state.step
         progress.saved_step = manager.saved_step
         profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)
@@ -100,7 +110,7 @@ def train(
             nonfinite_guard.flush()
             metrics.flush()
             seen, summary = metrics.num_tokens_seen, loader.data_summary
-            state = RunState(step, seen, None, loader.fingerprint, summary)
+            state = RunState(step, seen, None, loader.fingerprint, summary, reference)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
             with timeout(world, comm.init_timeout_seconds, comm.train_timeout_seconds):
                 parts, handlers = model.parts, model.handlers

@@ -92,5 +92,7 @@ class Validator:
         if num_targets == 0:
             logger.warning("Validation set %s has no targets", data.name)
         else:
-            metrics.log_validation(step, data.name, total / num_targets, num_targets)
+            has_perplexity = getattr(self._runner.evaluation_loss, "has_perplexity", True)
+            loss = total / num_targets
+            metrics.log_validation(step, data.name, loss, num_targets, has_perplexity)
         return True

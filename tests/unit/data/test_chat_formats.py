@@ -19,7 +19,11 @@ GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
     "as text": ("chat", {"messages": json.dumps(MESSAGES)}),
     "in parts": (
         "chat",
-        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
+        {
+            "messages": [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES
+            ]
+        },
     ),
     "sharegpt": (
         "chat",

@@ -46,13 +46,18 @@ class ContextParallel:
         return self.group.rank()
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """Return this rank's share, `[B, T/n]`, of every tensor `[B, T]` but the document ids."""
+        """Return this rank's share, `[B, T/n]`, of every tensor `[B, T]` but the document ids.
+
+        Attention needs these whole; `token_document_ids` are those of this rank's tokens.
+        """
         shape, chunks = batch["tokens"].shape, self.layout.chunks(self.rank)
         sharded = {
             name: self.layout.select(tensor, chunks)
             for name, tensor in batch.items()
             if tensor.shape == shape and name != "document_ids"
         }
+        if "document_ids" in batch:
+            sharded["token_document_ids"] = self.layout.select(batch["document_ids"], chunks)
         return Batch({**batch, **sharded})
 
 

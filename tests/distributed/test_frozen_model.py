@@ -1,0 +1,82 @@
+"""The reference below adapters, by the seam that handlers have for it, equals a frozen copy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed import tiny
+from tests.distributed.tiny import Case, Result
+from tests.pool import GlooPool
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.handlers.base import ModelHandler
+from torchtitan.handlers.registry import register_handler
+from torchtitan.models.norms import RMSNorm
+from torchtitan.models.spec import InitRule
+
+
+class ShiftedNorm(RMSNorm):
+    """A norm with a trained shift of its output."""
+
+    shift: nn.Parameter
+    is_on: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + self.shift if self.is_on else out
+
+
+@register_handler("shifts")
+class Shifts(ModelHandler):
+    """Freezes the model and adds a shift before the head, which starts at zero."""
+
+    adds_adapters = True
+
+    def convert(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        norm = model.norm
+        norm.__class__ = ShiftedNorm
+        norm.shift = nn.Parameter(torch.empty_like(norm.weight))
+        norm.is_on = True
+
+    def init_rule(self, name: str) -> InitRule | None:
+        return InitRule("constant") if name.endswith(".shift") else None
+
+    @contextmanager
+    def without_adapters(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
+        parts = model if isinstance(model, list) else [model]
+        found = [m for part in parts for m in part.modules() if isinstance(m, ShiftedNorm)]
+        for module in found:
+            module.is_on = False
+        yield
+        for module in found:
+            module.is_on = True
+
+
+def train_with_shifts(world: DistributedContext, case: Case) -> Result:
+    return tiny.train(world, case)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"shard": 2}, {"cp": 2}, {"pp": 2}], ids=str)
+def test_base_equals_a_frozen_copy(
+    gloo_pool: GlooPool, mesh: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has the handler, too, and its shift stays at zero."""
+    results = []
+    for reference in ("base", "start"):
+        settings = {
+            "model": {"handlers": ["shifts"]},
+            "loss": {"name": "dpo", "args": {"beta": 0.5, "reference": reference}},
+            "debug": {"seed": tiny.REFERENCE_SEED},  # the start is the reference
+        }
+        world_size = 2 if mesh else 1
+        case = Case(world_size, document_mask=True, settings=settings, **mesh)
+        results.append(gloo_pool.run(world_size, train_with_shifts, case)[0])
+    base, copy = results
+    assert base.losses[0] == copy.losses[0] == pytest.approx(0.6931471805599453, rel=1e-15)
+    assert base.losses == pytest.approx(copy.losses, rel=1e-12, abs=1e-15)
+    assert base.evaluated == pytest.approx(copy.evaluated, rel=1e-12)
+    assert base.losses[-1] > base.losses[1], "margins grow"

@@ -1,0 +1,119 @@
+"""Runs on a file of pairs: on several meshes, resumed, validated; and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import runs
+from tests.foreign import args_of, random_weights, write_hf
+
+ARGS = args_of(n_layers=2, dim=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=264)
+DPO = (
+    "--data.format=preference",
+    "--loss.name=dpo",
+    "--loss.args.beta=0.5",
+    "--training.dataset=json",
+    "--training.seq_len=256",
+    "--training.global_batch_size=4",
+    "--optimizer.lr=0.01",
+    "--model.tokenizer_path=bytes",
+)
+START = (*(f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")),)
+TERMS = [f"loss/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+
+
+def write_pairs(path: Path, number: int = 64) -> str:
+    """Ask for a letter: right is the capital, wrong the small one, twice."""
+    rows = []
+    for index in range(number):
+        letter = chr(ord("a") + index % 26)
+        rows.append({"prompt": letter, "chosen": letter.upper(), "rejected": 2 * letter})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--training.dataset_path={path}"
+
+
+def write_start(folder: Path, scale: float = 0.1) -> None:
+    weights = {
+        name: weight * (scale if weight.dim() == 2 else 1)
+        for name, weight in random_weights(ARGS).items()
+    }
+    write_hf(folder, weights, ARGS)
+
+
+def curve(folder: Path, *keys: str) -> list[list[float]]:
+    rows = [row for row in runs.records(folder) if "loss" in row]
+    return [[row[key] for key in keys] for row in rows]
+
+
+def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
+    """The reference is loaded at every start: the weights that the run once started from."""
+    write_start(tmp_path / "hf")
+    words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
+    words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--training.steps=6")
+    words += ("--validation.enable", "--validation.dataset=json", "--validation.freq=3")
+    words += (f"--validation.dataset_path={tmp_path / 'pairs.jsonl'}",)
+    whole = runs.run(tmp_path / "whole", *words)
+    assert "The reference is a frozen copy of " in whole.stderr
+    losses = curve(tmp_path / "whole", "loss", "grad_norm", *TERMS)
+    assert losses[0][0] == pytest.approx(0.6931472, rel=1e-6), "it starts as the reference"
+    assert losses[0][2:] == [0.0] * 4 and losses[-1][4] > 0.2 and losses[-1][5] > 0.7
+    measured = [row for row in runs.records(tmp_path / "whole") if "loss" not in row]
+    assert len(measured) == 2 and measured[1]["validation/validation/num_targets"] == 64
+    assert measured[1]["validation/validation/loss"] < losses[0][0] - 0.05
+    assert "validation/validation/perplexity" not in measured[1]
+
+    parts = (*words, "--checkpoint.interval=3")
+    mesh = ("--parallelism.tensor_parallel_degree=2",)
+    runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
+    mesh = ("--parallelism.context_parallel_degree=2",)
+    runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
+    parts_losses = curve(tmp_path / "parts", "loss", "grad_norm", *TERMS)
+    for one, other in zip(losses, parts_losses, strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
+
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    longer = (*words, "--training.steps=7")
+    gone = runs.run(tmp_path / "whole", *longer, expect=2)
+    assert "loss.args.reference_path" in gone.stderr and "does not exist" in gone.stderr
+    write_start(tmp_path / "hf", scale=0.2)
+    other = runs.run(tmp_path / "whole", *longer, expect=4)
+    assert "the reference of the run was other weights than those of" in other.stderr
+    runs.run(tmp_path / "whole", *longer, f"--loss.args.reference_path={tmp_path / 'moved'}")
+    assert len(curve(tmp_path / "whole", "loss")) == 7
+
+
+def test_simpo_has_no_reference(tmp_path: Path) -> None:
+    words = (*DPO, write_pairs(tmp_path / "pairs.jsonl"), "--loss.args.variant=simpo")
+    done = runs.run(tmp_path / "run", *words, "--training.steps=3", "--checkpoint.enable=false")
+    assert "frozen copy" not in done.stderr
+    losses = curve(tmp_path / "run", "loss", *TERMS)
+    assert losses[-1][0] < losses[0][0] and losses[0][1] < 0, "log-probabilities themselves"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data.format=chat"], 'data.format = "chat": the loss dpo compares two answers'),
+        (["--training.document_mask=false"], "training.document_mask = false"),
+        (["--loss.name=cross_entropy"], "trains on the rejected answers"),
+        (["--loss.args.reference=base"], "no handler in model.handlers adds adapters"),
+        (["--loss.args.reference_path=nowhere"], 'reference_path = "nowhere": does not exist'),
+        (["--loss.args.margin=1.0"], 'is not used by the variant "sigmoid"'),
+        (["--data.on_long=split"], "a pair cannot be split"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path: Path, more: list[str], words: str) -> None:
+    given = [word for word in DPO if not (more == ["--loss.name=cross_entropy"] and "loss" in word)]
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    done = runs.run(tmp_path / "run", *given, pairs, *more, expect=2)
+    assert words in done.stderr, done.stderr
+
+
+def test_equal_answers_are_named(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    row = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    done = runs.run(tmp_path / "run", *DPO, pairs, "--check", expect=2)
+    assert "chosen and rejected are equal" in done.stderr, done.stderr

@@ -1,0 +1,85 @@
+"""Rows of losses that compare with a frozen model, such as DPO's reference.
+
+`table.py` has them among its own, so they cannot be made with what it has.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from tests.distributed.tiny import Case
+from torchtitan.loss.registry import CrossEntropySettings, DPOSettings
+
+_FULL = {"activation_checkpoint": {"mode": "full"}}
+_BY_OPERATOR = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
+_COMPILED = {
+    "model": {"handlers": ["compile"]},
+    "handlers": {"compile": {"backend": "aot_eager"}},
+}
+_FROZEN = {
+    "model": {"handlers": ["freeze"]},
+    "handlers": {"freeze": {"patterns": ["tok_embeddings.*", "layers.0.*"]}},
+}
+_ON_HOST = {"training": {"enable_cpu_offload": True}}
+_PAIRS = {"pipeline_parallel_microbatch_size": 2}
+_ULYSSES = {"context_parallel_method": "ulysses", "context_parallel_load_balancer": "none"}
+_RING = {"context_parallel_method": "ring"}
+_ALLGATHER = {"context_parallel_method": "allgather"}
+
+
+def _rows(args: dict[str, Any], *rows: Case) -> list[Case]:
+    """Give each row the loss, and documents that do not see each other."""
+    loss = {"loss": {"name": "dpo", "args": args}}
+    return [
+        replace(row, settings=row.settings | loss, shard=max(1, row.shard), document_mask=True)
+        for row in rows
+    ]
+
+
+def _mesh(**values: Any) -> dict[str, dict[str, Any]]:
+    return {"parallelism": values}
+
+
+FROZEN_MODELS = [
+    *_rows(
+        {"beta": 0.5},
+        Case(1, microbatches=2, settings=_FULL),
+        Case(2, shard=2, tied=True, settings=_COMPILED),
+        Case(4, replicate=2, shard=2, microbatches=2, settings=_ON_HOST),
+        Case(2, tp=2),
+        Case(4, shard=2, cp=2, settings=_mesh(**_RING)),
+        Case(4, cp=2, tp=2, microbatches=2, settings=_mesh(**_ULYSSES) | _COMPILED),
+        Case(4, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, settings=_mesh(**_PAIRS)),
+        Case(4, shard=2, pp=2, tied=True),
+        Case(8, shard=2, cp=2, tp=2, settings=_mesh(**_RING)),
+    ),
+    *_rows(
+        {"beta": 2.0, "label_smoothing": 0.1},
+        Case(4, tp=4, kv_heads=2, loss_chunks=1),
+    ),
+    *_rows(
+        {"beta": 1.0, "variant": "robust", "label_smoothing": 0.1},
+        Case(4, replicate=2, pp=2, schedule="GPipe", microbatches=2),
+    ),
+    *_rows(
+        {"beta": 0.5, "variant": "ipo"},
+        Case(4, cp=2, tp=2, settings=_mesh(**_ALLGATHER)),
+        Case(4, shard=2, pp=2, settings=_FROZEN),
+    ),
+    *_rows(
+        {"beta": 4.0, "variant": "simpo", "margin": 4.0},
+        Case(4, cp=2, pp=2, settings=_mesh(**_RING, **_PAIRS)),
+        Case(4, shard=2, tp=2, tied=True, settings=_BY_OPERATOR),
+    ),
+]
+
+
+def words_of(settings: DPOSettings | CrossEntropySettings) -> Iterator[str]:
+    """Yield a loss's settings in words; nothing for the plain cross entropy."""
+    if isinstance(settings, DPOSettings):
+        kind = {"sigmoid": "DPO", "robust": "robust DPO", "ipo": "IPO", "simpo": "SimPO"}
+        yield kind[settings.variant]
+    elif settings.z_loss_weight:
+        yield "z-loss"
+    if settings.label_smoothing:
+        yield "label smoothing"
