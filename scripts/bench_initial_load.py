@@ -76,10 +76,11 @@ def sized(flavor: str):
     from torchtitan.models.registry import get_family
 
     family = get_family("llama3")
-    return family, family.resolve_args(flavor, {})
+    own = {} if family.flavors[flavor].vocab_size else {"vocab_size": 2048}
+    return family, family.resolve_args(flavor, own)
 
 
-def make_folder(folder: Path, flavor: str, shards: int) -> None:
+def make_folder(folder: Path, flavor: str, shards: int, std: float = 0.02) -> None:
     """Write random weights, whole layers to a file, as Hugging Face's writer does."""
     import torch
     from safetensors.torch import save_file
@@ -100,7 +101,7 @@ def make_folder(folder: Path, flavor: str, shards: int) -> None:
         file = f"model-{number:05}-of-{shards:05}.safetensors"
         tensors = {rows[n].theirs: torch.empty(shapes[n], dtype=torch.bfloat16) for n in names}
         for tensor in tensors.values():
-            tensor.normal_(std=0.02)
+            tensor.normal_(std=std)
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}

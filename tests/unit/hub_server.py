@@ -6,7 +6,6 @@ streams them.
 
 import json
 import re
-import socket
 import threading
 from dataclasses import dataclass, field
 from hashlib import sha1
@@ -60,8 +59,6 @@ class Hub(ThreadingHTTPServer):
         """Status and message for the paths that contain a text."""
         self.sent: list[tuple[str, str | None]] = []
         """Path and token of all requests."""
-        self.ranges: list[str | None] = []
-        """The parts of files that all requests ask for."""
         self.blobs: dict[str, bytes] = {}
         """Large files that have arrived, by their SHA-256."""
         self.commits: list[str] = []
@@ -89,10 +86,11 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Authorization")
         token = header.removeprefix("Bearer ") if header else None
         self.server.sent.append((path, token))
-        self.server.ranges.append(self.headers.get("Range"))
         cut = next((cut for cut in self.server.cuts if cut[0] in path), None)
-        if cut is not None and self.command in ("GET", "PUT"):
-            self._lose_connection(cut)
+        if cut is not None:
+            self.server.cuts.remove(cut)
+            self.rfile.read(cut[1])
+            self.close_connection = True
             return
         status, headers, body = self._answer(unquote(path), query, token, self._body())
         self.send_response(status)
@@ -114,23 +112,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return b"".join(parts)
-
-    def _lose_connection(self, cut: tuple[str, int]) -> None:
-        """In the middle of what is sent, or of what is asked for."""
-        self.server.cuts.remove(cut)
-        self.close_connection = True
-        if self.command != "GET":
-            self.rfile.read(cut[1])
-        else:
-            _, headers, body = self._answer(unquote(self.path.partition("?")[0]), "", None, b"")
-            self.send_response(200)
-            for name, value in ({"X-Repo-Commit": COMMIT} | headers).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: cut[1]])
-            self.wfile.flush()
-        self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -28,8 +28,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Convert a checkpoint to another format.
 
     IN is a step or run's folder of this library, any folder of torch.distributed.checkpoint, a
-    Hugging Face folder, Meta's, a GGUF file of a Llama, or a .pt file of torch.save. What it is, is
-    recognised from its content. OUT is new: a folder (hf, meta, dcp), or a file (gguf, pt).
+    Hugging Face folder, Meta's, a GGUF file of a Llama or Qwen3, or a .pt file of torch.save. Its
+    kind is recognised from its content. OUT is new: a folder (hf, meta, dcp), or a file (gguf, pt).
 
     dcp and pt hold tensors without hyper-parameters, and take as much memory as they are large.
     torch.load(OUT, weights_only=True, mmap=True) reads a .pt file. `torchtitan convert dcp-to-torch
@@ -67,9 +67,10 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
     """Upload a folder, such as an export, to the Hugging Face hub.
 
-    A repository that does not exist is made, private unless --public is given. An upload that was
-    interrupted continues: files that the hub has are not sent again. Needs a token that may write:
-    set HF_TOKEN, or run `hf auth login`.
+    A repository that does not exist is made, private unless --public is given; one that everybody
+    may read needs --public, too. Weights of an earlier upload that FOLDER lacks are removed. An
+    upload that was interrupted continues: files that the hub has are not sent again. Needs a token
+    that may write: set HF_TOKEN, or run `hf auth login`.
     """
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("repo_id", metavar="OWNER/NAME")

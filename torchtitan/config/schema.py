@@ -597,8 +597,8 @@ class Checkpoint(Section):
     initial_load_path: PathText | None = None
     """Start of a new run: the folder of a `step-N`, weights that
     `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
-    (`consolidated.*.pth`), a GGUF file of a Llama, or `hf://owner/name[@revision]`, which is
-    downloaded. Once the run has checkpoints of its own, they count."""
+    (`consolidated.*.pth`), a GGUF file of a Llama or Qwen3, or `hf://owner/name[@revision]`,
+    which is downloaded. Once the run has checkpoints of its own, they count."""
 
     initial_load_model_only: bool = True
     """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the

@@ -58,7 +58,7 @@ def describe_gguf(path: Path) -> ModelDescription:
     fields = {name: field for name, field in reader.fields.items() if "tokenizer." not in name}
     values = {name: _plain(field.contents()) for name, field in fields.items()}
     architecture = values.get("general.architecture")
-    family = _FAMILIES.get(architecture)
+    family = _FAMILIES.get(str(architecture))
     if family is None:
         fix = f"use a file whose architecture is {' or '.join(_FAMILIES)}"
         raise ConfigError(_issue(path, "general.architecture", "unknown", fix, architecture))

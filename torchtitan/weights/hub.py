@@ -1,7 +1,7 @@
 """Repositories of the Hugging Face hub as checkpoints: `hf://owner/name[@revision]`. No torch.
 
-Files lie in the cache of `huggingface_hub`, where other programs find them and an interrupted
-download continues.
+Files lie in the cache of `huggingface_hub`, where other programs find them. A download that was
+interrupted continues with the files that are not there yet.
 """
 
 import json

@@ -22,13 +22,13 @@ from torchtitan.utils.dtypes import default_dtype
 from torchtitan.utils.host import available_bytes
 from torchtitan.weights.description import describe_model, differences
 from torchtitan.weights.recognise import InvalidWeights
-from torchtitan.weights.source import WeightSource, open_weights
+from torchtitan.weights.source import PIECE_BYTES, WeightSource, open_weights
 from torchtitan.weights.stored_model import DtypeOf, StoredModel, convert, load
 
 SAME_WEIGHTS = 1e-6
 """Bound of the KL divergence, in nats per token, of models whose weights are equal."""
-BOUNDS = {"bfloat16": 2e-2, "float16": 1e-3}
-"""The same where the export rounds the weights to this type."""
+BOUNDS = {"bfloat16": 1e-1, "float16": 1e-3}
+"""The same where the export rounds the weights to this type: docs/export.md has measurements."""
 _PROBE = (2, 128)
 """Sequences and tokens of the probe batch."""
 
@@ -126,9 +126,10 @@ def _fill_equal(
         entry = model.weights.tensors[name]
         original = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         load(model.weights, {name: original})
-        wanted = convert(name, original, dtype_of(name)).to(tensor.dtype)
-        if not torch.equal(wanted, tensor):
-            raise InvalidWeights(f"{name} differs in the export")
+        rows = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
+        for ours, theirs in zip(original.split(rows), tensor.split(rows), strict=True):
+            if not torch.equal(convert(name, ours, dtype_of(name)).to(theirs.dtype), theirs):
+                raise InvalidWeights(f"{name} differs in the export")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.training import model_builder
-from torchtitan.weights import writer
+from torchtitan.weights import model_card, writer
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "tokenizer"
 VOCAB_SIZE = 2304
@@ -138,6 +138,13 @@ def test_the_folder_is_complete(tmp_path: Path, step: Path) -> None:
     assert "- Steps: 9\n- Tokens: 4,608\n- Data: stdlib" in card and "global_batch_size = 8" in card
     assert str(TOKENIZER) not in card and "parallel" not in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_names_a_start_from_the_hub() -> None:
+    cached = "/home/me/.cache/huggingface/hub/models--own--small-1B/snapshots/1ce1"
+    config = {"checkpoint": {"initial_load_path": cached}}
+    start = "- Started from: hf://own/small-1B@1ce1"
+    assert start in model_card._training({"step": 1}, config)
 
 
 def test_float16_has_a_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
