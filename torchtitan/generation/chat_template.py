@@ -22,7 +22,7 @@ _CONFIG_NAME = "tokenizer_config.json"
 _MARK = "\ue0f7"
 """A character for private use, which no vocabulary has a token for."""
 _KEY = "the chat template"
-_FIX = "use a model that was tuned for chat, or give plain prompts to `torchtitan generate`"
+_FIX = "use a model that was tuned for chat, or plain prompts without a template"
 
 Message: TypeAlias = Mapping[str, Any]
 """`role` ("system", "user", "assistant") and `content`."""
