@@ -246,5 +246,6 @@ def test_what_is_wrong_is_named_before_the_start(tasks: str, tmp_path: Path) -> 
     )
     text = rejected("--evaluation.tasks=capitals", "--evaluation.task_dir=none")
     assert "evaluation.task_dir = " in text and "is not a folder" in text
-    text = rejected("--evaluation.tasks=capitals", folder, "--evaluation.apply_chat_template")
+    chat = "--evaluation.apply_chat_template"
+    text = rejected("--evaluation.tasks=capitals", folder, chat, "--check")
     assert "the chat template: is missing" in text

@@ -119,6 +119,24 @@ def test_steps_without_any_target_are_left_out(gloo_pool: GlooPool) -> None:
     assert gloo_pool.run(2, _targets_of_steps) == [[2, 2], [2, 2]]
 
 
+def _only_empty_steps(world: DistributedContext) -> str:
+    from torchtitan.loss.cross_entropy import CrossEntropyLoss
+    from torchtitan.training.prefetch import Prefetch
+    from torchtitan.utils.processes import StopRequest
+
+    data = _Data([_step(num_targets=0)] * 1001)
+    ahead = Prefetch(data, CrossEntropyLoss(), world, StopRequest(), True)  # type: ignore[arg-type]
+    ahead.start()
+    with pytest.raises(DataError) as caught:
+        ahead.wait()
+    return str(caught.value)
+
+
+def test_row_65_data_without_any_target_end_the_run(gloo_pool: GlooPool) -> None:
+    (text,) = gloo_pool.run(1, _only_empty_steps)
+    assert "1000 steps in a row have no targets" in text
+
+
 def _fetch_where_rank_1_fails(world: DistributedContext) -> str:
     from torchtitan.loss.cross_entropy import CrossEntropyLoss
     from torchtitan.training.prefetch import Prefetch

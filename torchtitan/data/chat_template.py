@@ -29,7 +29,7 @@ _MARK, _OPEN, _CLOSE = "\ue0f7", "\ue0f8", "\ue0f9"
 _MARKS = re.compile(f"[{_MARK}{_OPEN}{_CLOSE}]")
 _GENERATED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 _KEY = "the chat template"
-_FIX = "use a model that was tuned for chat, or give plain prompts to `torchtitan generate`"
+_FIX = "use a model that was tuned for chat, or plain prompts without a template"
 
 Message: TypeAlias = Mapping[str, Any]
 """`role` ("system", "user", "assistant", "tool") and `content`, and `tool_calls` and the like."""

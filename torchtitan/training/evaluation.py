@@ -6,9 +6,7 @@ changes.
 """
 
 import logging
-import os
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +27,7 @@ from torchtitan.training.builder import vocab_shard
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.training.pretrained import masks_without_cache
 from torchtitan.utils.processes import StopRequest
+from torchtitan.weights.tokenizer_files import folder_of_tokenizer
 
 if TYPE_CHECKING:
     from torchtitan.evaluation.harness import HarnessModel
@@ -123,8 +122,7 @@ def build_evaluator(
         part = model.parts[0]
         generator = Generator(part, tokenizer.decode, seq_len, world.device, any_rank)
     if section.apply_chat_template:
-        path = Path(os.path.expanduser(config.model.tokenizer_path))
-        template = read_chat_template([path.parent if path.is_file() else path])
+        template = read_chat_template([folder_of_tokenizer(config.model.tokenizer_path)])
     shard = vocab_shard(config, model, mesh, dims)
     scorer = Scorer(runner, place, shard, is_compiled)
     harness = HarnessModel(scorer, place, tokenizer, generator=generator, template=template)
