@@ -43,6 +43,7 @@ YARNS: list[dict[str, Any]] = [
     {},
     {"factor": 1.0},
     {"rope_theta": 30.0, "original_max_position_embeddings": 40},
+    {"rope_theta": 30.0, "original_max_position_embeddings": 10000},  # the range leaves the head
     {"truncate": False},
     {"truncate": None},
     {"beta_fast": 2.5, "beta_slow": 0.3},
