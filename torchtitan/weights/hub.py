@@ -213,7 +213,7 @@ def _hub_problem(error: Exception, asked: Asked, token: str | None) -> ConfigIss
         text = redact(str(error.__cause__ or error)).partition("Bearer")[0]
         text = text.replace(token, HIDDEN) if token else text
         fix = "check the network, its proxy (HTTPS_PROXY), and HF_ENDPOINT if it is set"
-        return ConfigIssue("download", f"{constants.ENDPOINT} cannot be reached: {text}", fix)
+        return ConfigIssue(key, f"{constants.ENDPOINT} cannot be reached: {text}", fix, repo_id)
     if isinstance(error, OSError):
         problem = f"cannot be written: {error.strerror or error}"
         return ConfigIssue(asked.folder_key, problem, "use another folder")
