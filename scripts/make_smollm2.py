@@ -26,6 +26,10 @@ def main(folder: Path) -> None:
     """Write the folder, unless it exists. It appears under its name only when it is complete."""
     if folder.exists():
         return
+    missing = [name for name in ("gguf", "transformers") if find_spec(name) is None]
+    if missing:
+        install = "pip install -e '.[dev]' -c constraints.txt"
+        sys.exit(f"This needs {' and '.join(missing)}, which are not installed: {install}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
         made = Path(scratch) / "made"

@@ -118,6 +118,9 @@ def test_dry_run_of_all_layers(place: Place, tmp_path: Path):
     outcome = check(place, tmp_path)
     assert outcome.seconds < MOST_SECONDS
     assert outcome.peak_gib < MOST_GIB
+    stated = first_comment(ROOT / f"train_configs/{place.config}.toml")
+    for amount in re.findall(r"[\d.]+ [GM]iB", stated):
+        assert amount in outcome.output
 
 
 def test_the_largest_are_among_them():

@@ -12,6 +12,7 @@ from typing import Any
 from tests.distributed.tiny import Case
 from tests.parity.adapted import ADAPTED, kept_handlers, kind_of
 from tests.parity.frozen_models import FROZEN_MODELS, words_of
+from tests.parity.long_context import LONG_CONTEXT
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -303,26 +304,6 @@ WINDOWED = [
     row(FULL, pp=2, schedule="1F1B", window=5, **PACKED),
     row(COMPILED, shard=2, pp=2, schedule="Interleaved1F1B", layers=4, window=11),
     row(PAIRS, RING, cp=2, tp=2, pp=2, schedule="GPipe", window=11, **PACKED),
-]
-
-YARN = {
-    "rope_scaling_type": "yarn",
-    "rope_scaling_factor": 4.0,
-    "rope_original_max_seq_len": 16,
-    "rope_theta": 10.0,
-    "rope_beta_fast": 2.0,
-    "rope_beta_slow": 0.5,
-}
-"""Of the two pairs of channels one is stretched, in part. Queries and keys are 1.14 times as
-long."""
-STRETCHED: dict[str, Any] = {"args": YARN}
-LONG_CONTEXT = [
-    row(FULL, shard=2, microbatches=2, **PACKED, **STRETCHED),
-    row(BY_OPERATOR, tp=2, **STRETCHED),
-    row(RING, cp=2, **PACKED, **STRETCHED),
-    row(ULYSSES, COMPILED, cp=2, **STRETCHED),
-    row(pp=2, schedule="1F1B", microbatches=2, **PACKED, **STRETCHED),
-    row(ALLGATHER, FULL, shard=2, cp=2, tp=2, **TIED, **STRETCHED),
 ]
 
 TABLE = [*ONE, *DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMBINED, *OPTIMIZERS, *FROZEN, *WINDOWED]

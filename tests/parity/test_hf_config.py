@@ -43,6 +43,8 @@ YARNS: list[dict[str, Any]] = [
     {},
     {"factor": 1.0},
     {"rope_theta": 30.0, "original_max_position_embeddings": 40},
+    # The range of channels leaves the head.
+    {"rope_theta": 30.0, "original_max_position_embeddings": 10000, "beta_fast": 500.0},
     {"truncate": False},
     {"truncate": None},
     {"beta_fast": 2.5, "beta_slow": 0.3},

@@ -223,8 +223,7 @@ def _hub_problem(error: Exception, asked: Asked, token: str | None) -> ConfigIss
         fix = "check the network, its proxy (HTTPS_PROXY), and HF_ENDPOINT if it is set"
         if asked.access == "write":
             fix += "; then the same command continues"
-        where = "download" if asked.access == "read" else "upload"
-        return ConfigIssue(where, f"{constants.ENDPOINT} cannot be reached: {text}", fix)
+        return ConfigIssue(key, f"{constants.ENDPOINT} cannot be reached: {text}", fix, repo_id)
     if isinstance(error, OSError):
         verb = "written" if asked.access == "read" else "read"
         problem = f"cannot be {verb}: {error.strerror or error}"

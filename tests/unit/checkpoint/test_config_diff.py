@@ -93,6 +93,7 @@ def test_keys_of_the_list_exist() -> None:
         "training.dataset_path",
         "data.sources.path",
         "checkpoint.initial_load_path",
+        "loss.args.reference_path",
         "data.add_bos",
         "data.add_eos",
     }

@@ -182,4 +182,4 @@ def test_nothing_left_to_train() -> None:
 
 
 def test_the_class_names_its_base() -> None:
-    assert LoraHandler.refers_to_base
+    assert LoraHandler.adds_adapters

@@ -9,6 +9,7 @@ import pytest
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.models.registry import get_family
+from torchtitan.models.spec import ModelArgs
 from torchtitan.weights.description import describe_model, differences
 from torchtitan.weights.meta_params import from_meta_params, to_meta_params
 
@@ -82,6 +83,22 @@ def test_what_meta_s_code_cannot_say():
         args = get_family("llama3").resolve_args("1B", change)
         with pytest.raises(ValueError, match=r"Meta|odd"):
             to_meta_params(args)
+
+
+def test_only_settings_of_its_own_scaling_make_a_model_another():
+    def scaled(**more: object) -> ModelArgs:
+        yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0}
+        return get_family("llama3").resolve_args("SmolLM2-135M", {**yarn, **more})
+
+    same = {"rope_attention_factor": 0.1 * math.log(4) + 1, "rope_low_freq_factor": 2.0}
+    assert differences(scaled(), scaled(**same)) == {}
+    changed = {"rope_beta_fast": 16.0, "rope_truncate": False, "rope_original_max_seq_len": 4096}
+    found = differences(scaled(), scaled(**changed))
+    assert {name: theirs for name, (_, theirs) in found.items()} == changed
+    sharper = differences(scaled(), scaled(rope_attention_factor=1.5))
+    assert sharper["rope_attention_factor"] == (0.1 * math.log(4) + 1, 1.5)
+    assert differences(scaled(rope_scaling_factor=1.0), scaled(rope_scaling_type="linear")) != {}
+    assert differences(scaled(rope_scaling_factor=1.0), scaled(**same, rope_scaling_factor=1)) == {}
 
 
 def gguf_file(folder: Path, tensors: dict[str, np.ndarray] | None = None, **more: object) -> Path:

@@ -142,8 +142,10 @@ class DecoderArgs(ModelArgs):
             low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
             kept = ((turns - low) / (high - low)).clamp(0, 1)
         else:
+            from torch import arange
+
             first, last = self._yarn_range()
-            channels = frequencies.new_tensor(range(len(frequencies)))
+            channels = arange(len(frequencies), device=frequencies.device)
             kept = 1 - ((channels - first) / (last - first or 0.001)).clamp(0, 1)
         # kept: 0 is stretched in full, 1 is unchanged
         return frequencies * (kept + (1 - kept) / self.rope_scaling_factor)
