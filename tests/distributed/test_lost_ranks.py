@@ -26,7 +26,7 @@ class Rank:
         self.process.start()
 
     def end(self, seconds: float = 60) -> tuple[int, str]:
-        """The exit status and the output."""
+        """The exit status and the output. `seconds` are less than ranks wait for each other."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, self._output.read_text()
         return self.process.exitcode, self._output.read_text()
@@ -81,13 +81,11 @@ def test_a_refusal_ends_all_ranks_with_the_same_message(
     folder = tmp_path / "run"
     if "lr" in "".join(first):
         runs.run(folder, "--training.steps=1", "--lr_scheduler.warmup_steps=1")
-    started = time.monotonic()
     with ranks_of(folder, [first, second], [slurm(0), slurm(1)]) as ranks:
         for status, output in [rank.end() for rank in ranks]:
             assert status == 2, output
             assert output.count(words) == 1, output
             assert output.count("nothing was started") == 1, output
-    assert time.monotonic() - started < 30
 
 
 def test_processes_of_srun_are_ranks_of_one_run(tmp_path: Path) -> None:

@@ -39,6 +39,26 @@ def test_a_rank_that_does_not_answer_is_asked_where_it_is() -> None:
     assert "in wait_there" in second and "in wait_here" not in second
 
 
+def answer_late(world: DistributedContext) -> str:
+    return "late"
+
+
+def test_an_answer_that_is_no_longer_waited_for_is_not_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after the time-out of a test, which pytest raises while the ranks are at work."""
+
+    def end_test(*given: object, **named: object) -> None:
+        raise TimeoutError
+
+    pool = GlooPool()
+    with monkeypatch.context() as patched, pytest.raises(TimeoutError):
+        patched.setattr("tests.pool.wait", end_test)
+        pool.run(1, answer_late)
+    assert pool.run(1, count_threads) != ["late"]
+    pool.close()
+
+
 def use_a_mesh(world: DistributedContext, size: int) -> None:
     mesh = dist.init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("a", "b"))["a"]
     tensor = distribute_tensor(torch.ones(size, size), mesh, [Shard(0)])
