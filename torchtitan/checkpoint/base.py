@@ -38,6 +38,11 @@ def digest_of_files(world: DistributedContext, what: str, files: Iterable[Path])
     return _digest(whole)
 
 
+def digest_here(files: Iterable[Path]) -> str:
+    """Return the digest of all files, read by this process alone."""
+    return _digest({file.name: record_of(file) for file in files})
+
+
 def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> None:
     """Raise `CheckpointError` unless the base at `path` is the recorded one."""
     if recorded["digest"] != digest:

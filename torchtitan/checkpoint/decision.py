@@ -117,10 +117,8 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
         if start.step:
             step, notices = start.step, []
         notices += start.notices
-    elif base := base_of(stored.newest):
-        notices.append(f"What is frozen comes from {base['path']}, or from where that is now.")
-    elif config.checkpoint.initial_load_path is not None:
-        notices.append("checkpoint.initial_load_path is ignored: the run has its own checkpoints.")
+    else:
+        notices += _notices_of_start(config, stored)
     batch, lanes, warmup, more = _open_values(context, {} if stored.is_seed else stored.config)
     notices += [*more, *_older_rule(stored, warmup)] if action == "resume" else []
     return Decision(
@@ -177,6 +175,15 @@ def _new(context: RunContext, run_id: str, problems: list[ConfigIssue]) -> Decis
         warmup_steps=context.warmup_steps,
         notices=start.notices,
     )
+
+
+def _notices_of_start(config: JobConfig, stored: StoredRun) -> list[str]:
+    """Return what becomes of `checkpoint.initial_load_path` in a run with checkpoints."""
+    if base := base_of(stored.newest):
+        return [f"What is frozen comes from {base['path']}, or from where that is now."]
+    if config.checkpoint.initial_load_path is None:
+        return []
+    return ["checkpoint.initial_load_path is ignored: the run has its own checkpoints."]
 
 
 def _replacement(context: RunContext) -> Decision:

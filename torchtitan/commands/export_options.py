@@ -15,12 +15,22 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     It is the same, whatever mesh wrote the step. It appears when it is complete: what was written
     is read back, compared bit by bit, and run on a probe batch next to the original, by
     transformers, too, where that is installed.
+
+    A step of adapters is written merged into its base (--merge), in any format, or alone
+    (--adapter): a folder that peft loads.
     """
     parser.add_argument(
         "step", metavar="STEP", help="a step, a run's folder (its newest step), or other weights"
     )
     parser.add_argument("out", metavar="OUT", help="a new folder, or file for gguf")
     parser.add_argument("--format", choices=("hf", "gguf", "meta"), help="default: hf, or by OUT")
+    adapters = parser.add_mutually_exclusive_group()
+    adapters.add_argument(
+        "--merge", action="store_true", help="of a step of adapters: merge them into the base"
+    )
+    adapters.add_argument(
+        "--adapter", action="store_true", help="of a step of adapters: write these, for peft"
+    )
     _add_writing(parser)
 
 

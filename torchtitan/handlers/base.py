@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config import ConfigIssue, JobConfig
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.models.spec import InitRule
     from torchtitan.parallel.tensor_parallel import ParallelStyle
+    from torchtitan.weights.stored_model import StoredModel
 
 
 class ModelHandler:
@@ -79,6 +82,25 @@ class ModelHandler:
 
         Called before `after_load` in a new run, unless it starts from a run with this handler.
         """
+
+    def merge_added(self, name: str, weight: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """Return the plain weight that computes what `weight` does with what the handler added.
+
+        `added` has the added parameters of the same module by their last names, whole like
+        `weight`. For handlers with `adds_adapters`, whose models are exported so.
+        """
+        raise NotImplementedError
+
+    def write_added(self, folder: Path, added: Mapping[str, Tensor], base: StoredModel) -> None:
+        """Write all added parameters, whole and by full name, in the format of other programs.
+
+        For handlers with `adds_adapters`.
+        """
+        raise NotImplementedError
+
+    def read_added(self, folder: Path, base: StoredModel) -> dict[str, Tensor]:
+        """Return what `write_added` has written."""
+        raise NotImplementedError
 
     def after_load(self, model: nn.Module | list[nn.Module]) -> None:
         """React to the weights being in place, initial, loaded or resumed."""

@@ -11,10 +11,11 @@ cut by rows, `B A x` is a term of the sum that is exchanged anyway.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,14 +28,19 @@ from torchtitan.config.suggest import fix_of_glob
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.linears import linears_of
+from torchtitan.handlers.peft import read_peft, read_peft_config, write_peft
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.handlers.settings import LoraSettings
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.registry import get_family
 from torchtitan.models.spec import InitRule, LanguageModel
-from torchtitan.parallel.initialize import local_indices
+from torchtitan.parallel.initialize import fill_part, local_indices
 from torchtitan.parallel.tensor_parallel import ParallelStyle, TensorGroup
 from torchtitan.parallel.token_dropout import TokenDropout
 from torchtitan.utils.dtypes import at_least_float32, torch_dtype
 from torchtitan.utils.torch_compat import local_tensor
+from torchtitan.weights.recognise import InvalidWeights
+from torchtitan.weights.stored_model import StoredModel
 
 _C10D = torch.ops._c10d_functional
 
@@ -111,6 +117,9 @@ class LoraHandler(ModelHandler):
         self.base_dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
         if self.settings.base_dtype is not None:
             self.base_dtype = dtypes[1]
+        chosen = self.settings
+        self._scale = chosen.alpha / (math.sqrt(chosen.rank) if chosen.rslora else chosen.rank)
+        self._family = get_family(job_config.model.name)
         self._adapted: dict[str, int] = {}
         """Inputs of each adapted linear, by all of its names."""
 
@@ -133,6 +142,50 @@ class LoraHandler(ModelHandler):
                 problem = f"is more than the matrix {name}, {shape}, has"
                 fix = f"set it to at most {least}, or leave {name} out of the targets"
                 return [ConfigIssue(key, problem, fix, rank)]
+        return [] if self.settings.adapter is None else self._check_adapter(model)
+
+    def _check_adapter(self, model: nn.Module) -> list[ConfigIssue]:
+        """Compare PEFT's adapter with the settings and the targets."""
+        chosen, path = self.settings, self.settings.adapter
+        assert path is not None
+        fix = "choose settings like the adapter's, or another adapter"
+
+        def issue(key: str, problem: str, value: object) -> ConfigIssue:
+            return ConfigIssue(f"handlers.{self.name}.{key}", problem, fix, value)
+
+        try:
+            config = read_peft_config(Path(path))
+            adapters = read_peft(Path(path), self._family, _args_of(model))
+        except InvalidWeights as error:
+            return [issue("adapter", f"cannot be loaded: {error}", path)]
+        theirs = {
+            "rank": config.get("r", 8),
+            "alpha": config.get("lora_alpha", 8),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
+        }
+        issues = [
+            issue(key, f"is {value} in {path}", getattr(chosen, key))
+            for key, value in theirs.items()
+            if getattr(chosen, key) != value
+        ]
+        if issues:
+            return issues
+        rank, wanted = chosen.rank, {}
+        for name, linear in self._targets(model):
+            wanted[f"{name}.lora_a"] = [rank, linear.in_features]
+            wanted[f"{name}.lora_b"] = [linear.out_features, rank]
+            if chosen.dora:
+                wanted[f"{name}.magnitude"] = [linear.out_features]
+        for name in [*wanted, *adapters]:
+            here, there = wanted.get(name), adapters.get(name)
+            if there is None:
+                return [issue("targets", f"{name} is not in {path}", list(chosen.targets))]
+            if here is None:
+                return [issue("targets", f"{name} is only in {path}", list(chosen.targets))]
+            if here != list(there.shape):
+                problem = f"is of another model: its {name} is {list(there.shape)}, not {here}"
+                return [issue("adapter", problem, path)]
         return []
 
     def convert(self, model: nn.Module) -> None:
@@ -158,7 +211,7 @@ class LoraHandler(ModelHandler):
         linear.lora_b = nn.Parameter(torch.empty(linear.out_features, rank))
         magnitude = nn.Parameter(torch.empty(linear.out_features)) if chosen.dora else None
         linear.register_parameter("magnitude", magnitude)
-        linear.scale = chosen.alpha / (math.sqrt(rank) if chosen.rslora else rank)
+        linear.scale = self._scale
         linear.dropout = TokenDropout(chosen.dropout, linear.in_features)
 
     def init_rule(self, name: str) -> InitRule | None:
@@ -182,11 +235,37 @@ class LoraHandler(ModelHandler):
             plan[name] = replace(style, whole=(*style.whole, *whole))
 
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
-        """Start DoRA's magnitudes at the lengths of the matrices' rows. Collective."""
-        for part in model if isinstance(model, list) else [model]:
-            for linear in part.modules():
-                if isinstance(linear, LoraLinear) and linear._parameters["magnitude"] is not None:
-                    _set_magnitude(linear)
+        """Start DoRA's magnitudes at the lengths of the matrices' rows, or load all of PEFT's.
+
+        Collective.
+        """
+        parts = model if isinstance(model, list) else [model]
+        if self.settings.adapter is not None:
+            adapters = read_peft(Path(self.settings.adapter), self._family, _args_of(parts[0]))
+            for name, parameter in (pair for part in parts for pair in part.named_parameters()):
+                if name in adapters:
+                    fill_part(parameter, adapters[name])
+            return
+        for linear in (module for part in parts for module in part.modules()):
+            if isinstance(linear, LoraLinear) and linear._parameters["magnitude"] is not None:
+                _set_magnitude(linear)
+
+    def merge_added(self, name: str, weight: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """Return `W + scale * B A`, its rows scaled to the magnitudes, in the type of `weight`."""
+        merged = torch.addmm(weight, added["lora_b"], added["lora_a"], alpha=self._scale)
+        if "magnitude" in added:
+            merged *= (added["magnitude"] / merged.norm(dim=1)).unsqueeze(1)
+        return merged
+
+    def write_added(self, folder: Path, added: Mapping[str, Tensor], base: StoredModel) -> None:
+        """Write PEFT's format."""
+        names, place = base.weights.tensors, str(base.path)
+        settings, family, args = self.settings, base.family, base.args
+        write_peft(folder, added, settings, family, args, weights=names, base=place)
+
+    def read_added(self, folder: Path, base: StoredModel) -> dict[str, Tensor]:
+        """Read PEFT's format."""
+        return read_peft(folder, base.family, base.args)
 
     @contextmanager
     def without_adapters(self, model: nn.Module | list[nn.Module]) -> Iterator[None]:
@@ -211,6 +290,12 @@ class LoraHandler(ModelHandler):
         assert isinstance(model, LanguageModel)
         inside = {module for block in model.blocks().values() for module in block.modules()}
         return [(name, linear) for name, linear in linears_of(model) if linear in inside]
+
+
+def _args_of(model: nn.Module) -> DecoderArgs:
+    args = model.args
+    assert isinstance(args, DecoderArgs)
+    return args
 
 
 def _matches(name: str, glob: str) -> bool:

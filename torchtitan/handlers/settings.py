@@ -81,6 +81,10 @@ class LoraSettings(Section):
     """Globs over full names of linears, or their last parts, such as `w[qv]`: these get adapters.
     Empty: all linears in the model's blocks."""
 
+    adapter: str | None = None
+    """A folder of PEFT's with the adapters to start from, of the same rank, scale and targets.
+    Unset: A is random and B zero."""
+
     base_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """The type in which the frozen weights are held. Unset: `training.mixed_precision_param`, to
     which each step rounds them anyway, unless `training.dtype` is smaller."""

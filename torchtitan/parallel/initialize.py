@@ -100,6 +100,15 @@ def local_indices(tensor: Tensor) -> list[Tensor]:
     return indices
 
 
+@torch.no_grad()
+def fill_part(tensor: Tensor, whole: Tensor) -> None:
+    """Copy to `tensor` the elements that this rank holds of it from a tensor of its whole shape."""
+    held = torch.meshgrid(
+        *(index.to(whole.device) for index in local_indices(tensor)), indexing="ij"
+    )
+    local_tensor(tensor).copy_(whole[held])
+
+
 def _linear_indices(shape: torch.Size, held: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows and columns whose sums are the held elements' indices in the whole tensor, row by row.
 

@@ -22,12 +22,21 @@ from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config import CheckpointError, ConfigIssue
 from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.training.adapters import AdaptedModel
 from torchtitan.utils.files import sync_folder
 from torchtitan.utils.text import format_bytes
 from torchtitan.weights.gguf_writer import gguf_dtype, write_gguf
 from torchtitan.weights.meta_writer import write_meta
-from torchtitan.weights.readback import read_back
-from torchtitan.weights.recognise import InvalidWeights
+from torchtitan.weights.readback import (
+    BOUNDS,
+    SAME_WEIGHTS,
+    divergence,
+    logits_of_peft,
+    probe,
+    read_back,
+    why_no_transformers,
+)
+from torchtitan.weights.recognise import InvalidWeights, kind_of
 from torchtitan.weights.stored_model import (
     DtypeOf,
     StoredModel,
@@ -91,6 +100,44 @@ def write_model(model: StoredModel, target: Target) -> str:
 def write_tensors(weights: Weights, target: Target) -> str:
     """Write tensors only, as `write_model` does."""
     return _written(target, weights, lambda new: _OF_TENSORS[target.format](weights, new))
+
+
+def write_adapter(adapted: AdaptedModel, target: Target) -> str:
+    """Write adapters in PEFT's format, as `write_model` does."""
+    return _written(target, adapted.model.weights, lambda new: _write_adapter(adapted, new))
+
+
+def _write_adapter(adapted: AdaptedModel, target: Target) -> "_Check":
+    target.path.mkdir()
+    weights = adapted.model.weights
+    written = dict(read_tensors(weights, weights.tensors, target.dtype))
+    adapted.handler.handler.write_added(target.path, written, adapted.base)
+    return partial(_read_adapter_back, adapted, written)
+
+
+def _read_adapter_back(
+    adapted: AdaptedModel, written: Mapping[str, torch.Tensor], path: Path
+) -> str:
+    """Compare the adapters, and the base's logits with them. Raises `InvalidWeights`."""
+    found = adapted.handler.handler.read_added(path, adapted.base)
+    for name in written.keys() | found.keys():
+        if name not in found or name not in written or not torch.equal(found[name], written[name]):
+            raise InvalidWeights(f"{name} differs in what was written")
+    tokens = probe(adapted.base.args)
+    expected = adapted.logits(tokens)
+    ours = divergence(expected, adapted.logits(tokens, found))
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in written.values()}
+    bound = max(BOUNDS.get(name, SAME_WEIGHTS) for name in types)
+    text = f"reads back with a KL divergence of {ours:.1g} (bound {bound:.0e})"
+    if not ours < bound:
+        raise InvalidWeights(f"{text}: the adapters compute something else")
+    why_not = why_no_transformers(adapted.base, "peft")
+    if why_not or kind_of(adapted.base.path) != "hf":
+        return f"{text}; peft was not asked: {why_not or 'it reads Hugging Face folders'}"
+    theirs = divergence(expected, logits_of_peft(adapted.base.path, path, tokens))
+    if not theirs < bound:
+        raise InvalidWeights(f"peft computes something else: a KL divergence of {theirs:.2g}")
+    return f"{text}, in peft {theirs:.1g}"
 
 
 def _written(target: Target, weights: Weights, write: "Callable[[Target], _Check]") -> str:

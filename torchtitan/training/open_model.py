@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from torchtitan.checkpoint.dcp_io import quiet_dcp
-from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, verify_file
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, base_of, verify_file
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.custom_import import import_custom_modules
@@ -56,7 +57,7 @@ def open_model(
             return StoredModel(path, family, args, weights, tokenizer_path)
         description = describe_model(path)
         family = get_family(description.family)
-        args = _decoder_args(family, description.resolved())
+        args = decoder_args(family, description.resolved())
         source = open_weights(path, family, args)
         args = _with_vocabulary(args, source)
         if kind == "meta" and not args.tied_embeddings and _is_tied(source):
@@ -76,27 +77,37 @@ def _open_step(path: Path, tokenizer_path: str | None) -> StoredModel:
     manifest = folder.manifest
     assert manifest is not None
     verify_files(path, manifest)
+    config = config_of_step(manifest)
+    if base_of(manifest) is not None:
+        text = "holds adapters without their base"
+        fix = "merge them with --merge, or write them alone with --adapter (torchtitan export)"
+        raise ConfigError(ConfigIssue(_IN, text, fix, str(path)))
+    require_plain_model(config)
+    family = get_family(config.model.name)
+    rows = folder.tensors.get(_EMBEDDING, {}).get("shape", [None])[0]
+    args = decoder_args(family, family.resolve(config.model, rows))
+    if "flex_attention" in config.model.handlers:
+        masks = handler_settings(config, "flex_attention")
+        args = args.model_copy(update={"sliding_window": masks.chosen_window(args.sliding_window)})
+    tokenizer = tokenizer_path or tokenizer_of_step(path)
+    return StoredModel(path, family, args, folder, tokenizer, record_of_training(manifest))
+
+
+def config_of_step(manifest: Manifest) -> JobConfig:
+    """Return the config of the run that saved a step; its own modules are imported."""
     try:
         config = JobConfig.model_validate(manifest.info.get("config"))
     except ValidationError as error:
         raise ConfigError(problems_of(error, {})) from None
     if problems := import_custom_modules(config):
         raise ConfigError(problems)
-    require_plain_model(config)
-    family = get_family(config.model.name)
-    rows = folder.tensors.get(_EMBEDDING, {}).get("shape", [None])[0]
-    args = _decoder_args(family, family.resolve(config.model, rows))
-    if "flex_attention" in config.model.handlers:
-        masks = handler_settings(config, "flex_attention")
-        args = args.model_copy(update={"sliding_window": masks.chosen_window(args.sliding_window)})
-    tokenizer = tokenizer_path or tokenizer_of_step(path)
-    training = {
-        "step": manifest.step,
-        "state": manifest.state,
-        "config": manifest.info["config"],
-        "versions": manifest.info.get("versions"),
-    }
-    return StoredModel(path, family, args, folder, tokenizer, training)
+    return config
+
+
+def record_of_training(manifest: Manifest) -> dict[str, Any]:
+    """Return `StoredModel.training` of a step."""
+    info = {key: manifest.info.get(key) for key in ("config", "versions")}
+    return {"step": manifest.step, "state": manifest.state, **info}
 
 
 def verify_files(path: Path, manifest: Manifest) -> None:
@@ -124,7 +135,7 @@ def _chosen(path: Path, choice: str | None, weights: Weights) -> tuple[ModelFami
         raise ConfigError(ConfigIssue(_IN, text, fix, str(path)))
     name, _, flavor = choice.partition("/")
     family = get_family(name)
-    args = _with_vocabulary(_decoder_args(family, family.resolve_args(flavor, {})), weights)
+    args = _with_vocabulary(decoder_args(family, family.resolve_args(flavor, {})), weights)
     with torch.device("meta"):
         wanted = dict(family.build(args).named_parameters())
     for key in [*wanted, *weights.tensors]:
@@ -136,7 +147,8 @@ def _chosen(path: Path, choice: str | None, weights: Weights) -> tuple[ModelFami
     return family, args
 
 
-def _decoder_args(family: ModelFamily, args: ModelArgs) -> DecoderArgs:
+def decoder_args(family: ModelFamily, args: ModelArgs) -> DecoderArgs:
+    """Return `args`; raise ConfigError for a family that no other program knows."""
     if isinstance(args, DecoderArgs) and family.hf_weights:
         return args
     text = "declares no names of Hugging Face's, so its weights cannot be exported"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.family import ModelFamily
+from torchtitan.models.spec import LanguageModel
 from torchtitan.utils.dtypes import default_dtype
 from torchtitan.utils.host import available_bytes
 from torchtitan.weights.description import describe_model, differences
@@ -32,7 +33,7 @@ BOUNDS = {"bfloat16": 1e-1, "float16": 1e-3}
 _PROBE = (2, 128)
 """Sequences and tokens of the probe batch."""
 
-_Fill = Callable[[Mapping[str, Tensor]], None]
+Fill = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,12 @@ def read_back(model: StoredModel, written: Path, dtype_of: DtypeOf, ties: bool =
         raise InvalidWeights(f"the export's hyper-parameters differ: {', '.join(texts)}")
     source = open_weights(written, model.family, args)
     _require_same_tensors(model, source)
-    tokens = _probe(args)
-    expected = _logits(model.family, model.args, partial(load, model.weights), tokens)
-    found = _logits(model.family, args, partial(_fill_equal, model, source, dtype_of), tokens)
+    tokens = probe(args)
+    if model.reference is None:
+        expected = logits_of(model.family, model.args, partial(load, model.weights), tokens)
+    else:
+        expected = model.reference(tokens)
+    found = logits_of(model.family, args, partial(_fill_equal, model, source, dtype_of), tokens)
     bound = _bound(model, dtype_of)
     ours = divergence(expected, found)
     if not ours < bound:
@@ -73,7 +77,7 @@ def read_back(model: StoredModel, written: Path, dtype_of: DtypeOf, ties: bool =
         )
     if source.kind != "hf":
         return Readback(ours, bound, why_not="it reads Hugging Face folders")
-    why_not = _why_no_transformers(model)
+    why_not = why_no_transformers(model)
     if why_not:
         return Readback(ours, bound, why_not=why_not)
     theirs = divergence(found, _logits_of_transformers(written, tokens))
@@ -100,7 +104,7 @@ def _bound(model: StoredModel, dtype_of: DtypeOf) -> float:
     rounded = {
         str(dtype_of(name)).removeprefix("torch.")
         for name, entry in tensors.items()
-        if getattr(torch, entry["dtype"]) != dtype_of(name)
+        if model.reference is not None or getattr(torch, entry["dtype"]) != dtype_of(name)
     }
     return max([SAME_WEIGHTS, *(BOUNDS.get(name, SAME_WEIGHTS) for name in rounded)])
 
@@ -133,11 +137,22 @@ def _fill_equal(
 
 
 @torch.no_grad()
-def _logits(family: ModelFamily, args: DecoderArgs, fill: _Fill, tokens: Tensor) -> Tensor:
-    """Return logits `[B, T, V]` in float32; `fill` fills tensors by name."""
+def logits_of(
+    family: ModelFamily,
+    args: DecoderArgs,
+    fill: Fill,
+    tokens: Tensor,
+    change: Callable[[LanguageModel], object] = lambda model: None,
+) -> Tensor:
+    """Return logits `[B, T, V]` in float32; `fill` fills tensors by name.
+
+    `change` may add to the model, which is on the meta device, or change its modules.
+    """
     args = args.model_copy(update={"norm_type": args.norm_type.removeprefix("fused_")})
     with torch.device("meta"), default_dtype(torch.float32):
         model = family.build(args)
+    change(model)  # type: ignore[arg-type]
+    model.eval()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks: dict[str, nn.Module] = model.blocks()  # type: ignore[operator]
     of_blocks = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
@@ -160,7 +175,7 @@ def _logits(family: ModelFamily, args: DecoderArgs, fill: _Fill, tokens: Tensor)
     return head(model(tokens, positions))  # type: ignore[no-any-return]
 
 
-def _fill_block(names: list[str], fill: _Fill, block: nn.Module, _: Any) -> None:
+def _fill_block(names: list[str], fill: Fill, block: nn.Module, _: Any) -> None:
     block.to_empty(device="cpu")
     parameters = zip(names, block.parameters(), strict=True)
     fill({name: parameter.data for name, parameter in parameters})
@@ -170,7 +185,8 @@ def _empty_block(block: nn.Module, *_: Any) -> None:
     block.to_empty(device="meta")
 
 
-def _probe(args: DecoderArgs) -> Tensor:
+def probe(args: DecoderArgs) -> Tensor:
+    """Return tokens `[B, T]` to compare models by."""
     assert args.vocab_size is not None
     batch, length = _PROBE
     generator = torch.Generator().manual_seed(0)
@@ -178,9 +194,9 @@ def _probe(args: DecoderArgs) -> Tensor:
     return torch.randint(args.vocab_size, shape, generator=generator)
 
 
-def _why_no_transformers(model: StoredModel) -> str:
-    """Return why transformers is not asked; empty if it is."""
-    if find_spec("transformers") is None:
+def why_no_transformers(model: StoredModel, package: str = "transformers") -> str:
+    """Return why transformers, or a package on top of it, is not asked; empty if it is."""
+    if find_spec("transformers") is None or find_spec(package) is None:
         return "it is not installed"
     num_bytes = 4 * sum(
         torch.empty(entry["shape"], device="meta").numel()
@@ -199,4 +215,17 @@ def _logits_of_transformers(folder: Path, tokens: Tensor) -> Tensor:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     logits: Tensor = model.eval()(tokens).logits
+    return logits
+
+
+@torch.no_grad()
+def logits_of_peft(base: Path, adapter: Path, tokens: Tensor) -> Tensor:
+    """Return the logits `[B, T, V]` of a Hugging Face folder with an adapter, in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    logits: Tensor = PeftModel.from_pretrained(model, adapter).eval()(tokens).logits
     return logits

@@ -50,6 +50,9 @@ class StoredModel:
     weights: Weights
     tokenizer_path: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    reference: Callable[[Tensor], Tensor] | None = None
+    """Returns the logits `[B, T, V]` of tokens `[B, T]` that the weights stand for, rounded to
+    their types; None: those of the weights themselves."""
 
 
 def target_dtype(entry: Mapping[str, Any], dtype: str | None) -> torch.dtype:

@@ -1,0 +1,170 @@
+"""A step that holds adapters, as other programs read it: merged into its base, or alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan.checkpoint.base import digest_here, digest_of_manifest, require_same_base
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, base_of
+from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
+from torchtitan.config import CheckpointError, ConfigError, ConfigIssue
+from torchtitan.config.schema import Model
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.conversion import convert_model
+from torchtitan.handlers.named import NamedHandler
+from torchtitan.handlers.registry import TRAINING_ONLY
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.family import ModelFamily
+from torchtitan.models.registry import get_family
+from torchtitan.training.open_model import (
+    config_of_step,
+    decoder_args,
+    record_of_training,
+    verify_files,
+)
+from torchtitan.training.pretrained import newest_step
+from torchtitan.training.pretrained_config import tokenizer_of_step
+from torchtitan.weights.readback import logits_of
+from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
+from torchtitan.weights.source import open_weights
+from torchtitan.weights.stored_model import StoredModel, Weights, load
+
+_IN = "IN"
+_EMBEDDING = "tok_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """Adapters, the handler that made them, and the base, which is verified."""
+
+    model: StoredModel
+    """The adapters; its tokenizer and record are those of the run."""
+    base: StoredModel
+    handler: NamedHandler
+
+    def logits(self, tokens: Tensor, adapters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits `[B, T, V]` of the base with its own, or other, `adapters`."""
+        own, others = self.model.weights, self.base.weights
+
+        def fill(tensors: Mapping[str, Tensor]) -> None:
+            added = {name: tensor for name, tensor in tensors.items() if name in own.tensors}
+            if adapters is None:
+                load(own, added)
+            else:
+                for name, tensor in added.items():
+                    tensor.copy_(adapters[name])
+            load(others, {name: t for name, t in tensors.items() if name not in added})
+
+        def convert(model: Any) -> None:
+            convert_model(model, [self.handler], torch.float32)
+            model.float()
+
+        return logits_of(self.base.family, self.base.args, fill, tokens, convert)
+
+    def merged(self, dtype: str | None) -> StoredModel:
+        """Return the merged model; adapted weights have `dtype`, by default the base's type."""
+        weights = _MergedWeights(self, dtype)
+        return replace(self.model, weights=weights, reference=self.logits)
+
+
+class _MergedWeights:
+    """The base's weights, with adapters merged into them as they are read."""
+
+    def __init__(self, adapted: AdaptedModel, dtype: str | None):
+        self._base, self._own = adapted.base.weights, adapted.model.weights
+        self._handler = adapted.handler.handler
+        added: dict[str, list[str]] = {}
+        for name in self._own.tensors:
+            added.setdefault(f"{name.rpartition('.')[0]}.weight", []).append(name)
+        self._added = added
+        self.tensors: dict[str, dict[str, Any]] = {
+            name: entry | ({"dtype": dtype} if dtype is not None and name in added else {})
+            for name, entry in self._base.tensors.items()
+        }
+        """See `Weights`."""
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Weights`; merges in at least float32."""
+        plain = {name: t for name, t in tensors.items() if name not in self._added}
+        if plain:
+            self._base.load(plain)
+        for name in tensors.keys() - plain.keys():
+            weight = torch.empty(self.tensors[name]["shape"], dtype=torch.float32)
+            self._base.load({name: weight})
+            added = {
+                key: torch.empty(self._own.tensors[key]["shape"], dtype=torch.float32)
+                for key in self._added[name]
+            }
+            self._own.load(added)
+            by_last_name = {key.rpartition(".")[2]: tensor for key, tensor in added.items()}
+            tensors[name].copy_(self._handler.merge_added(name, weight, by_last_name))
+
+
+def open_adapted(path: Path, tokenizer_path: str | None = None) -> AdaptedModel:
+    """Open a step of adapters, or the newest of a run, and verify its files and its base.
+
+    Raises ConfigError for a checkpoint without adapters, CheckpointError for damage and for a base
+    that is missing or changed.
+    """
+    path = newest_step(path) or path
+    if not path.exists():
+        raise ConfigError(ConfigIssue(_IN, "does not exist", "name a step", str(path)))
+    try:
+        folder = read_model_folder(path) if kind_of(path) == "step" else None
+        recorded = None if folder is None else base_of(folder.manifest)
+        if folder is None or recorded is None:
+            text = "holds no adapters: it is a whole model, or one that is merged already"
+            fix = "leave out --adapter and --merge, or name a step of a run with adapters"
+            raise ConfigError(ConfigIssue(_IN, text, fix, str(path)))
+        return _open(path, folder, recorded, tokenizer_path)
+    except (InvalidWeights, InvalidCheckpoint) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _open(
+    path: Path, folder: ModelFolder, recorded: Mapping[str, str], tokenizer_path: str | None
+) -> AdaptedModel:
+    manifest = folder.manifest
+    assert manifest is not None
+    verify_files(path, manifest)
+    config = config_of_step(manifest)
+    names = [name for name in config.model.handlers if name not in TRAINING_ONLY]
+    handlers = [NamedHandler(name, config, ParallelDims()) for name in names]
+    makers = [handler for handler in handlers if handler.refers_to_base]
+    if len(handlers) != 1 or not makers:
+        problem = f"was trained with {', '.join(names)}, and only adapters can be exported"
+        fix = "convert it to a .pt file instead, which holds its tensors as they are"
+        raise ConfigError(ConfigIssue("model.handlers", problem, fix))
+    place, family = Path(recorded["path"]), get_family(config.model.name)
+    if not place.exists():
+        text, fix = "the base model that it refers to is missing", "restore it"
+        raise ConfigError(ConfigIssue(_IN, text, fix, str(place)))
+    base, args, digest = _open_base(place, config.model, family)
+    require_same_base(recorded, place, digest)
+    tokenizer, training = tokenizer_path or tokenizer_of_step(path), record_of_training(manifest)
+    model = StoredModel(path, family, args, folder, tokenizer, training)
+    return AdaptedModel(model, replace(model, path=place, weights=base), makers[0])
+
+
+def _open_base(
+    place: Path, section: Model, family: ModelFamily
+) -> tuple[Weights, DecoderArgs, str]:
+    """Return the base's weights, its hyper-parameters, and a digest of its files."""
+    if kind_of(place) in FOREIGN:
+        # Any size of the vocabulary opens it; the files know the right one.
+        source = open_weights(place, family, decoder_args(family, family.resolve(section, 1)))
+        rows = source.tensors[_EMBEDDING]["shape"][0]
+        args = decoder_args(family, family.resolve(section, rows))
+        source = open_weights(place, family, args, "vocab_size" in section.args)
+        return source, args, digest_here(source.files)
+    folder = read_model_folder(place)
+    args = decoder_args(family, family.resolve(section, folder.tensors[_EMBEDDING]["shape"][0]))
+    if folder.manifest is None:
+        return folder, args, digest_here(folder.files)
+    verify_files(place, folder.manifest)
+    return folder, args, digest_of_manifest(folder.manifest)
