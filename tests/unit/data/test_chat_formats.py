@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_data import all_steps, chat_config, texts, write_rows
 
+from tests.chat_data import all_steps, chat_config, texts, write_rows
 from torchtitan.config import ConfigError
 from torchtitan.data.chat_formats import ChatFormat
 from torchtitan.data.registry import build_source
@@ -19,7 +19,11 @@ GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
     "as text": ("chat", {"messages": json.dumps(MESSAGES)}),
     "in parts": (
         "chat",
-        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
+        {
+            "messages": [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES
+            ]
+        },
     ),
     "sharegpt": (
         "chat",
