@@ -10,7 +10,6 @@ cannot be used: nothing is guessed.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -100,12 +99,12 @@ class ChatEncoder:
     @property
     def description(self) -> dict[str, Any]:
         """Identifies what the same rows become (JSON)."""
-        source = json.dumps([self.template.source, self.template.variables], sort_keys=True)
+        source = self.template.source.encode()
         return {
             "version": _VERSION,
             "format": self.rows.name,
             "names": self.rows.description,
-            "template": hashlib.sha256(source.encode()).hexdigest()[:16],
+            "template": hashlib.sha256(source).hexdigest()[:16],
             "train_on": self._train_on,
             "on_long": self._on_long,
         }
