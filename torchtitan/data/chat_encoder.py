@@ -28,6 +28,7 @@ from torchtitan.data.chat_template import (
     trim_after_special,
 )
 from torchtitan.data.chat_templates import find_chat_template
+from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.sources import BadRow
 from torchtitan.data.tokenizers import Tokenizer
 
@@ -279,6 +280,12 @@ class ChatEncoder:
         tokens, trained = (np.concatenate(arrays) for arrays in zip(*kept))
         unit = Unit(tokens, trained, tuple(len(own) for own, _ in kept))
         return Encoded([unit], total, truncated=is_long)
+
+
+def describe_rows(training: Training, data: Data, tokenizer: Tokenizer) -> str:
+    """Describe in one line how rows become documents. Raises ConfigError."""
+    encoder = chat_encoder(training, data, tokenizer)
+    return document_tokenizer(tokenizer, data).describe() if encoder is None else encoder.describe()
 
 
 def chat_encoder(training: Training, data: Data, tokenizer: Tokenizer) -> ChatEncoder | None:

@@ -4,7 +4,9 @@ The numbers are those of the table of bad inputs.
 """
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,12 @@ from test_bad_data import facts_for, only
 from tests.chat_data import ChatRun, chat_config, chat_rows, pair_rows, write_rows
 from torchtitan import cli
 from torchtitan.config import DataError
+from torchtitan.data.chat_template import read_chat_template
+from torchtitan.data.chat_templates import find_chat_template
+from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.preflight.data import check_environment as look
 from torchtitan.preflight.data import check_static
+from torchtitan.training.builder import keep_chat_template
 
 
 def facts(path: object, **options: Any) -> Any:
@@ -167,3 +173,20 @@ def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "show", str(config), "--rows=1", "--data.train_on=all"]) == 0
     assert "all turns trained" in capsys.readouterr().out
     assert cli.main(["data", "show", json.dumps("nothing")]) == 2
+
+
+def test_a_run_keeps_its_template_for_chat_and_a_resume(tmp_path: Path, data: str) -> None:
+    own = tmp_path / "tokenizer"
+    shutil.copytree("tests/assets/tokenizer", own)
+    tokenizer = build_tokenizer(str(own))
+    config = chat_config(data)
+    default = find_chat_template(None, tokenizer)
+    folder: Any = SimpleNamespace(path=tmp_path)
+    keep_chat_template(config, folder, tokenizer)
+    messages = chat_rows(1)[0]["messages"]
+    assert read_chat_template([own]).render(messages) == default.render(messages)
+    assert find_chat_template(None, build_tokenizer(str(own))).source == default.source
+    other = tmp_path / "text"
+    (other / "tokenizer").mkdir(parents=True)
+    keep_chat_template(chat_config(data, format="text"), SimpleNamespace(path=other), tokenizer)  # type: ignore[arg-type]
+    assert not list((other / "tokenizer").iterdir())
