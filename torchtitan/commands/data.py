@@ -18,7 +18,7 @@ from torchtitan.config.exit_codes import DONE
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
-from torchtitan.data.chat_encoder import Encoded, Unit, chat_encoder
+from torchtitan.data.chat_encoder import Encoded, Unit, chat_encoder, describe_rows
 from torchtitan.data.chat_formats import ChatFormat
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.named_sources import NamedSource, named_sources
@@ -120,7 +120,7 @@ def _show(
     source = build_source(training, data)
     encoder = chat_encoder(training, data, tokenizer)
     documents = document_tokenizer(tokenizer, data)
-    described = documents.describe() if encoder is None else encoder.describe()
+    described = describe_rows(training, data, tokenizer)
     console.print(
         Text(
             f"{named.training.dataset_path or named.name}: format {data.format}; {described}",

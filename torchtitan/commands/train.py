@@ -149,20 +149,20 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
 
 def describe_data(context: RunContext) -> list[str]:
     """Return a line about each dataset that can be read, for `--check`."""
-    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.chat_encoder import describe_rows
     from torchtitan.data.named_sources import describe_source, named_sources, validation_sets
     from torchtitan.data.registry import build_source
     from torchtitan.data.tokenizers import build_tokenizer
 
     config = context.config
-    lines = []
+    lines, said = list[str](), list[str]()
     for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
         with suppress(ConfigError, DataError):
             lines.append(describe_source(named, build_source(named.training, named.data)))
-    with suppress(ConfigError):
-        tokenizer = build_tokenizer(config.model.tokenizer_path)
-        lines.append(document_tokenizer(tokenizer, config.data).describe())
-    return lines
+        with suppress(ConfigError):
+            tokenizer = build_tokenizer(config.model.tokenizer_path)
+            said.append(describe_rows(named.training, named.data, tokenizer))
+    return [*lines, *dict.fromkeys(said)]
 
 
 def _dry_run(loaded: LoadedConfig) -> int:

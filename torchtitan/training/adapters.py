@@ -135,7 +135,7 @@ def _open(
     config = config_of_step(manifest)
     names = [name for name in config.model.handlers if name not in TRAINING_ONLY]
     handlers = [NamedHandler(name, config, ParallelDims()) for name in names]
-    makers = [handler for handler in handlers if handler.refers_to_base]
+    makers = [handler for handler in handlers if handler.adds_adapters]
     if len(handlers) != 1 or not makers:
         problem = f"was trained with {', '.join(names)}, and only adapters can be exported"
         fix = "convert it to a .pt file instead, which holds its tensors as they are"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torchtitan.data.chat_templates import NAMED
+from torchtitan.data.chat_templates import NAMED, find_chat_template
 
 SPECIAL = (
     *("<s>", "</s>", "<bos>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
@@ -87,7 +87,7 @@ QWEN25 = """{% if messages[0]['role'] == 'system' %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""  # a default system
 
-QWEN3 = NAMED["qwen3"]  # drops the reasoning of earlier turns
+QWEN3 = find_chat_template("qwen3", ManySpecials()).source  # drops the reasoning of earlier turns
 THINKING_PROMPT = QWEN25.replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% endif")
 """Its prompt is not how it writes the turn afterwards."""
 TEMPLATES = {
@@ -97,7 +97,7 @@ TEMPLATES = {
     "phi3": PHI3,
     "qwen2.5": QWEN25,
     "qwen3": QWEN3,
-    **{f"our {name}": text for name, text in NAMED.items()},
+    **{f"our {name}": find_chat_template(name, ManySpecials()).source for name in NAMED},
 }
 UNROLLED = ("phi3", "qwen3", "our qwen3")
 """Templates that write earlier turns in another way once others follow."""

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_data import all_steps, chat_config, texts, write_rows
 
+from tests.chat_data import all_steps, chat_config, texts, write_rows
 from torchtitan.config import ConfigError
 from torchtitan.data.chat_formats import ChatFormat
 from torchtitan.data.registry import build_source
@@ -48,7 +48,13 @@ GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
 def test_the_usual_columns(name: str, row: dict[str, Any]) -> None:
     found = ChatFormat(name, {}, {}).conversation(row)
     assert [(m["role"], m["content"]) for m in found.messages] == TURNS
-    assert found.flags[-1] is None and found.tools is None
+    assert found.flags == [None] * 3 and found.tools is None
+
+
+def test_answers_in_a_prompt_are_not_trained() -> None:
+    row = {"prompt": [*MESSAGES, MESSAGES[1]], "completion": MESSAGES[2:]}
+    found = ChatFormat("instruct", {}, {}).conversation(row)
+    assert found.flags == [None, None, False, None, None]
 
 
 def test_the_input_of_alpaca_follows_the_instruction() -> None:

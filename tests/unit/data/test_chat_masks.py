@@ -47,7 +47,7 @@ CONVERSATIONS = {
 
 
 def encoder_of(source: str, train_on: Any = "assistant", **options: Any) -> ChatEncoder:
-    names = {"bos_token": "<s>", "eos_token": "</s>", "has_im_end": "yes"}
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
     template = ChatTemplate(source, names, "here", DAY)
     name = options.pop("name", "chat")
     rows = ChatFormat(name, options.pop("columns", {}), options.pop("roles", {}))
