@@ -77,7 +77,7 @@ FROZEN_MODELS = [
         Case(4, shard=2, tp=2, tied=True, settings=_BY_OPERATOR),
     ),
     *_rows(
-        {"teacher_path": str(TEACHER), "weight": 0.7, "temperature": 4.0},
+        {"teacher_path": str(TEACHER), "weight": 0.7, "temperature": 2.0},
         Case(1, microbatches=2, settings=_FULL),
         Case(2, shard=2, microbatches=2, settings=_COMPILED),
         Case(4, replicate=2, shard=2, tied=True, settings=_ON_HOST),
