@@ -54,7 +54,7 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     words += ("--validation.enable", "--validation.dataset=json", "--validation.freq=3")
     words += (f"--validation.dataset_path={tmp_path / 'pairs.jsonl'}",)
     whole = runs.run(tmp_path / "whole", *words)
-    assert "The reference is a frozen copy of " in whole.stderr
+    assert "The loss compares with a frozen model, in float32: " in whole.stderr
     losses = curve(tmp_path / "whole", "loss", "grad_norm", *TERMS)
     assert losses[0][0] == pytest.approx(0.6931472, rel=1e-6), "it starts as the reference"
     assert losses[0][2:] == [0.0] * 4 and losses[-1][4] > 0.2 and losses[-1][5] > 0.7
@@ -78,7 +78,7 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     assert "loss.args.reference_path" in gone.stderr and "does not exist" in gone.stderr
     write_start(tmp_path / "hf", scale=0.2)
     other = runs.run(tmp_path / "whole", *longer, expect=4)
-    assert "the reference of the run was other weights than those of" in other.stderr
+    assert "the run compared with other weights than those of" in other.stderr
     runs.run(tmp_path / "whole", *longer, f"--loss.args.reference_path={tmp_path / 'moved'}")
     assert len(curve(tmp_path / "whole", "loss")) == 7
 
@@ -86,7 +86,7 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
 def test_simpo_has_no_reference(tmp_path: Path) -> None:
     words = (*DPO, write_pairs(tmp_path / "pairs.jsonl"), "--loss.args.variant=simpo")
     done = runs.run(tmp_path / "run", *words, "--training.steps=3", "--checkpoint.enable=false")
-    assert "frozen copy" not in done.stderr
+    assert "frozen model" not in done.stderr
     losses = curve(tmp_path / "run", "loss", *TERMS)
     assert losses[-1][0] < losses[0][0] and losses[0][1] < 0, "log-probabilities themselves"
 

@@ -5,10 +5,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tests.distributed.tiny import Case
-from torchtitan.loss.registry import CrossEntropySettings, DPOSettings
+from torchtitan.loss.registry import CrossEntropySettings, DistillationSettings, DPOSettings
 
 _FULL = {"activation_checkpoint": {"mode": "full"}}
 _BY_OPERATOR = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
@@ -27,9 +28,13 @@ _RING = {"context_parallel_method": "ring"}
 _ALLGATHER = {"context_parallel_method": "allgather"}
 
 
+TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
+"""A Qwen3 with the vocabulary of the table's models, of random weights."""
+
+
 def _rows(args: dict[str, Any], *rows: Case) -> list[Case]:
     """Give each row the loss, and documents that do not see each other."""
-    loss = {"loss": {"name": "dpo", "args": args}}
+    loss = {"loss": {"name": "distillation" if "teacher_path" in args else "dpo", "args": args}}
     return [
         replace(row, settings=row.settings | loss, shard=max(1, row.shard), document_mask=True)
         for row in rows
@@ -71,15 +76,38 @@ FROZEN_MODELS = [
         Case(4, cp=2, pp=2, settings=_mesh(**_RING, **_PAIRS)),
         Case(4, shard=2, tp=2, tied=True, settings=_BY_OPERATOR),
     ),
+    *_rows(
+        {"teacher_path": str(TEACHER), "weight": 0.7, "temperature": 2.0},
+        Case(1, microbatches=2, settings=_FULL),
+        Case(2, shard=2, microbatches=2, settings=_COMPILED),
+        Case(4, replicate=2, shard=2, tied=True, settings=_ON_HOST),
+        Case(4, shard=2, tp=2, settings=_BY_OPERATOR),
+        Case(4, cp=2, tp=2, settings=_mesh(**_RING)),
+        Case(4, tp=2, pp=2, schedule="InterleavedZeroBubble", layers=4, settings=_mesh(**_PAIRS)),
+        Case(8, shard=2, cp=2, pp=2, settings=_mesh(**_ULYSSES)),
+    ),
+    *_rows(
+        {"teacher_path": str(TEACHER), "weight": 0.8, "top_k": 7},
+        Case(2, tp=2, microbatches=2, loss_chunks=1),
+        Case(4, shard=2, cp=2, settings=_mesh(**_ALLGATHER)),
+        Case(4, shard=2, pp=2),
+    ),
 ]
 
 
-def words_of(settings: DPOSettings | CrossEntropySettings) -> Iterator[str]:
+def words_of(
+    settings: DPOSettings | DistillationSettings | CrossEntropySettings,
+) -> Iterator[str]:
     """Yield a loss's settings in words; nothing for the plain cross entropy."""
+    if isinstance(settings, DistillationSettings):
+        yield f"teacher's top {settings.top_k}" if settings.top_k else "teacher"
+        return
     if isinstance(settings, DPOSettings):
-        kind = {"sigmoid": "DPO", "robust": "robust DPO", "ipo": "IPO", "simpo": "SimPO"}
-        yield kind[settings.variant]
-    elif settings.z_loss_weight:
+        kind = {"robust": "robust DPO", "ipo": "IPO", "simpo": "SimPO"}
+        plain = "conservative DPO" if settings.label_smoothing else "DPO"
+        yield kind.get(settings.variant, plain)
+        return
+    if settings.z_loss_weight:
         yield "z-loss"
     if settings.label_smoothing:
         yield "label smoothing"

@@ -96,17 +96,15 @@ def test_one_process_equals_a_plain_loop(
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     result, losses = tiny.Result(), plain_losses(case, model)
     for _ in range(tiny.NUM_STEPS):
-        loss, *terms = losses()
-        loss.backward()
+        plain = losses()
+        plain.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.MAX_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        result.losses += [loss.item(), *map(float, terms)]
+        result.losses += [plain.loss.item(), *map(float, plain.terms)]
         result.norms.append(norm.item())
-    # The plain cross entropy where it is a term, and preference losses themselves.
-    loss, *terms = losses()
-    result.evaluated = terms[0].item() if len(terms) == 1 else loss.item()
+    result.evaluated = losses().evaluated.item()
     tiny.collect([model], optimizers, result)
     assert tiny.compare([one_process(case)], result).worst < TOLERANCE
     # A frozen embedding that is also the head leaves gradients too small to clip; so do adapters.

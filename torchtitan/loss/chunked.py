@@ -52,6 +52,8 @@ class ChunkedLoss:
         self.settings = settings
         self.num_chunks = num_chunks
         self.shard = shard
+        self.part = slice(None)
+        """The tokens of the chunk at hand, among those of the microbatch."""
         self._sums: dict[str, Tensor] = {}
         self._trains = False
         self._no_target: Tensor | None = None  # bool [n], of the tokens that token_losses is given
@@ -196,7 +198,7 @@ class _InChunks(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         gradients = HeadGradients(hidden, weight, labels == IGNORE_INDEX, want)
         for start in range(0, len(hidden), size := loss.chunk_size(len(hidden))):
-            part = slice(start, start + size)
+            part = loss.part = slice(start, start + size)
             # No name for the logits here, which would keep them for one chunk too long.
             of_chunk, grad_logits = loss.chunk(hidden[part] @ weight.t(), labels[part], train)
             total += of_chunk

@@ -9,7 +9,6 @@ The reference is a frozen model that sees each batch before the one in training 
 gives what records the sums there, and the fields that it adds to the batches.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchtitan.loss.chunked import chunk_size
+from torchtitan.loss.recording import Recording
 from torchtitan.loss.registry import DPOSettings
 from torchtitan.loss.token_log_probs import token_log_probs
 from torchtitan.loss.vocab_parallel import VocabShard
@@ -154,35 +154,17 @@ class DPOLoss:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
 
-class ReferencePass:
-    """Records the reference's log-probabilities of answers where a loss would be. A `Loss`."""
+class ReferencePass(Recording):
+    """Records the reference's log-probabilities of answers."""
 
     def __init__(self, loss: DPOLoss):
+        super().__init__()
         self._loss = loss
-        self._recorded: list[Tensor] = []
-
-    def count(self, batch: Batch) -> Tensor:
-        """Return the number of pairs."""
-        return self._loss.count(batch)
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
         """Record a microbatch; return zero."""
-        self._recorded.append(self._loss.answers(hidden, head, batch).log_probs)
+        self.record(_REFERENCE, self._loss.answers(hidden, head, batch).log_probs)
         return hidden.new_zeros(())
-
-    def annotated(self, microbatches: Sequence[Batch]) -> list[Batch]:
-        """Return the batches, which were evaluated in this order, with what was recorded.
-
-        Ranks without the end of the model have recorded nothing, and need nothing.
-        """
-        if not self._recorded:
-            return list(microbatches)
-        rows = [len(batch["tokens"]) for batch in microbatches]
-        parts = torch.cat(self._recorded).split(rows)
-        return [
-            Batch({**batch, _REFERENCE: part})
-            for batch, part in zip(microbatches, parts, strict=True)
-        ]
 
 
 def _sums_of_documents(values: Tensor, documents: Tensor, length: int) -> Tensor:

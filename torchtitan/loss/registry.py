@@ -13,7 +13,14 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from torchtitan.config.paths import PathText
 from torchtitan.config.registry import Registry, lazily, settings_of, validated
-from torchtitan.config.schema import Loss, NonNegativeFloat, PositiveFloat, Section
+from torchtitan.config.schema import (
+    Fraction,
+    Loss,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 L = TypeVar("L", bound=type)
 _REQUIRED = ("count", "sum")
@@ -89,6 +96,31 @@ class DPOSettings(Section):
         return self.variant in ("ipo", "simpo")
 
 
+class DistillationSettings(Section):
+    """Settings of `distillation`."""
+
+    teacher_path: PathText | None = None
+    """The teacher: a step of this library, a Hugging Face folder, Meta's or a GGUF, with the same
+    tokenizer. It may be of another family and size."""
+
+    weight: Fraction = 0.5
+    """The share of the divergence in the loss; the rest is the cross entropy."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both models: above 1 unlikely tokens count more."""
+
+    top_k: PositiveInt | None = None
+    """Compare only the teacher's most likely tokens, which are recorded as numbers of them. Unset:
+    the whole vocabulary."""
+
+    @field_validator("teacher_path")
+    @classmethod
+    def _is_set(cls, value: str | None) -> str:
+        if value is None:
+            raise ValueError("is unset. Fix: name the teacher's weights")
+        return value
+
+
 @dataclass(frozen=True)
 class LossEntry:
     """A loss: its settings model, and a function that imports and returns its class.
@@ -131,6 +163,10 @@ LOSSES.add_built_in(
 LOSSES.add_built_in(
     "dpo",
     LossEntry(DPOSettings, lazily("torchtitan.loss.preference:DPOLoss"), True, reads_pairs=True),
+)
+LOSSES.add_built_in(
+    "distillation",
+    LossEntry(DistillationSettings, lazily("torchtitan.loss.distillation:DistillationLoss"), True),
 )
 
 

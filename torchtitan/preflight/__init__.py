@@ -20,6 +20,7 @@ from torchtitan.preflight import (
     context_parallel,
     data,
     evaluation,
+    frozen_model,
     handlers,
     hardware,
     memory,
@@ -56,13 +57,14 @@ STATIC = (
     data,
     validation,
     optim,
+    frozen_model,
     outputs,
     handlers,
     checkpoint,
 )
 """Modules with `check_static`, in the order of their issues."""
 ENVIRONMENT = {
-    FILES: (pipeline_parallel, data, validation, evaluation, optim, outputs),
+    FILES: (pipeline_parallel, data, validation, evaluation, optim, frozen_model, outputs),
     HARDWARE: (hardware, handlers),
     CHECKPOINTS: (checkpoint, pretrained),
 }

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
@@ -11,9 +9,7 @@ from torchtitan.config.registry import Registry
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import LRScheduler, Section
 from torchtitan.config.suggest import fix_of_registered
-from torchtitan.data.named_sources import named_sources, validation_sets
-from torchtitan.handlers.registry import HANDLERS
-from torchtitan.loss.registry import LOSSES, DPOSettings, LossEntry, loss_settings
+from torchtitan.loss.registry import LOSSES, loss_settings
 from torchtitan.optim.lr_scheduler import BUILT_IN_NAME, SCHEDULES, Schedule, schedule_settings
 from torchtitan.optim.registry import (
     OPTIMIZERS,
@@ -21,13 +17,10 @@ from torchtitan.optim.registry import (
     check_patterns,
     optimizer_settings,
 )
-from torchtitan.weights.hub import is_hub_path
-from torchtitan.weights.recognise import kind_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-_PAIRS = "preference"
 _SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]
 
 
@@ -151,48 +144,12 @@ def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
 def _loss(context: RunContext) -> list[ConfigIssue]:
     section = context.config.loss
     found = _named(section, "loss.name", "a loss", LOSSES, loss_settings)
-    if found:
-        return found
-    entry, degree = LOSSES[section.name], context.config.parallelism.tensor_parallel_degree
-    found = [*_pairs(context, entry), *_reference(context)]
-    if degree == 1 or entry.supports_vocab_parallel:
+    degree = context.config.parallelism.tensor_parallel_degree
+    if found or degree == 1 or LOSSES[section.name].supports_vocab_parallel:
         return found
     problem = (
         "this loss needs the logits of the whole vocabulary, and a rank has a part of them with"
         f" parallelism.tensor_parallel_degree = {degree}"
     )
     fix = "derive the loss from ChunkedLoss (docs/losses.md), or set the degree to 1"
-    return [*found, ConfigIssue("loss.name", problem, fix, section.name)]
-
-
-def _pairs(context: RunContext, entry: LossEntry) -> Iterator[ConfigIssue]:
-    """Check that a loss of pairs gets pairs."""
-    config = context.config
-    if not entry.reads_pairs:
-        return
-    for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
-        if named.data.format != _PAIRS:
-            problem = f"the loss {config.loss.name} compares two answers, and these data have one"
-            fix = f'set it to "{_PAIRS}", for rows with a chosen and a rejected answer'
-            issue = ConfigIssue("data.format", problem, fix, named.data.format)
-            yield named.under_own_key(issue)
-
-
-def _reference(context: RunContext) -> Iterator[ConfigIssue]:
-    """Check the reference of DPO."""
-    config = context.config
-    settings = loss_settings(config.loss)
-    if not isinstance(settings, DPOSettings) or not settings.needs_reference:
-        return
-    if settings.reference == "base":
-        entries = [HANDLERS.get(name) for name in config.model.handlers]
-        if not any(entry is not None and entry.adds_adapters for entry in entries):
-            problem = "no handler in model.handlers adds adapters, so there is no base below them"
-            fix = 'add one that does, or set it to "start"'
-            yield ConfigIssue("loss.args.reference", problem, fix, settings.reference)
-    path = settings.reference_path
-    if path is not None and not is_hub_path(path) and kind_of(Path(path)) is None:
-        problem = "is no checkpoint" if Path(path).exists() else "does not exist"
-        fix = "name a step, a Hugging Face folder, Meta's or a GGUF, or leave it out"
-        issue = ConfigIssue("loss.args.reference_path", problem, fix, path)
-        yield replace(issue, missing_asset=not Path(path).exists())
+    return [ConfigIssue("loss.name", problem, fix, section.name)]

@@ -1,4 +1,4 @@
-"""A frozen model that sees each batch before the one in training does, such as DPO's reference.
+"""A frozen model that sees each batch before the one in training: DPO's reference, or a teacher.
 
 A loss that needs one has `frozen_pass()`: it returns what the frozen model is evaluated with, which
 records what the loss wants to know and adds it to the batches. The frozen model is sharded like the
@@ -17,23 +17,28 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.checkpoint.digest import weights_digest
 from torchtitan.checkpoint.initial_load import InitialLoad
+from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import fill_copies, model_tensors
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
-from torchtitan.config.schema import Checkpoint
+from torchtitan.config.schema import Checkpoint, Model, Parallelism
+from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.loss.registry import DPOSettings, loss_settings
+from torchtitan.loss.registry import DistillationSettings, DPOSettings, loss_settings
 from torchtitan.models.batch import Batch
-from torchtitan.parallel.random_streams import RandomStreams
+from torchtitan.models.family import FROM_CHECKPOINT
+from torchtitan.models.registry import get_family
 from torchtitan.parallel.runner import Loss, Runner
 from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.weights.description import describe_model
 from torchtitan.weights.hub import download, is_hub_path
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_PATH = "loss.args.reference_path"
+TEACHER_PATH = "loss.args.teacher_path"
 
 
 class FrozenPass(Loss, Protocol):
@@ -59,31 +64,17 @@ class FrozenModelRunner:
         self._runner = runner
         self._frozen = frozen
         self._context = context
-
-    @property
-    def loss(self) -> Loss:
-        """See `Runner`."""
-        return self._runner.loss
-
-    @property
-    def evaluation_loss(self) -> Loss:
-        """See `Runner`."""
-        return self._runner.evaluation_loss
-
-    @property
-    def streams(self) -> RandomStreams:
-        """See `Runner`."""
-        return self._runner.streams
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """See `Runner`."""
-        return self._runner.terms
+        self.loss = runner.loss
+        self.evaluation_loss = runner.evaluation_loss
+        self.streams = runner.streams
+        self.terms: Mapping[str, Tensor] = {}
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
         annotated = self._annotated(microbatches, self.loss)
-        return self._runner.forward_backward(annotated, num_targets)
+        loss = self._runner.forward_backward(annotated, num_targets)
+        self.terms = self._runner.terms
+        return loss
 
     def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`."""
@@ -105,6 +96,22 @@ def frozen_pass_of(loss: Loss) -> FrozenPass | None:
     return make()
 
 
+def build_runner(
+    config: JobConfig,
+    tokenizer: Tokenizer,
+    model: BuiltModel,
+    mesh: DeviceMesh,
+    dims: ParallelDims,
+    world: DistributedContext,
+    manager: CheckpointManager,
+) -> tuple[Runner, str | None]:
+    """Return the runner of a run, and what `with_frozen_model` says of the frozen model."""
+    runner = builder.build_runner(config, model, mesh, dims, world.device)
+    known = manager.state.reference_digest
+    size = tokenizer.vocab_size
+    return with_frozen_model(config, runner, model, size, mesh, dims, world, known)
+
+
 def with_frozen_model(
     config: JobConfig,
     runner: Runner,
@@ -123,39 +130,72 @@ def with_frozen_model(
     if frozen_pass_of(runner.loss) is None:
         return runner, None
     settings = loss_settings(config.loss)
-    assert isinstance(settings, DPOSettings)
-    if settings.reference == "base":
-        return FrozenModelRunner(runner, runner, _without_adapters(model)), known_digest
-    path, digest = reference_path(config, settings), None
-    if path is not None:
-        digest = weights_digest(path, world)
+    path: Path | None
+    if isinstance(settings, DistillationSettings):
+        assert settings.teacher_path is not None
+        key, given = TEACHER_PATH, settings.teacher_path
+        path = found_path(key, given)
+        config = teacher_config(config, path, vocab_size)
+    else:
+        assert isinstance(settings, DPOSettings)
+        if settings.reference == "base":
+            return FrozenModelRunner(runner, runner, _without_adapters(model)), known_digest
+        start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
+        key, given = REFERENCE_PATH, settings.reference_path or start or ""
+        path = found_path(key, given) if given else None
+    digest = None if path is None else weights_digest(path, world)
     if known_digest not in (None, digest):
         raise CheckpointError(
-            f"the reference of the run was other weights than those of {path}. Set"
-            f" {REFERENCE_PATH} to the weights that the run started from"
+            f"the run compared with other weights than those of {path}. Set {key} to these"
         )
-    frozen = build_frozen_copy(config, path, vocab_size, mesh, dims, world)
-    return FrozenModelRunner(
-        runner, builder.build_runner(config, frozen, mesh, dims, world.device)
-    ), digest
+    frozen = build_frozen_model(config, path, vocab_size, mesh, dims, world)
+    frozen_runner = builder.build_runner(config, frozen, mesh, dims, world.device)
+    return FrozenModelRunner(runner, frozen_runner), digest
 
 
-def reference_path(config: JobConfig, settings: DPOSettings) -> Path | None:
-    """Return the weights of the frozen copy; None for the initial weights of the seed."""
-    path, checkpoint = settings.reference_path, config.checkpoint
-    if path is None and checkpoint.enable:
-        path = checkpoint.initial_load_path
-    if path is None:
-        return None
-    found = download(path) if is_hub_path(path) else Path(path).resolve()
-    if not found.exists():
-        text = "does not exist, and the reference is loaded from it at every start of the run"
-        fix = f"restore it, or set {REFERENCE_PATH} to a copy"
-        raise ConfigError(ConfigIssue(REFERENCE_PATH, text, fix, path))
-    return found
+def found_path(key: str, given: str) -> Path:
+    """Return the folder or file of weights that `given` names, downloaded if it is remote."""
+    path = download(given) if is_hub_path(given) else Path(given).resolve()
+    if not path.exists():
+        text = "does not exist, and these weights are loaded at every start of the run"
+        raise ConfigError(ConfigIssue(key, text, f"restore them, or set {key} to a copy", given))
+    return path
 
 
-def build_frozen_copy(
+def teacher_config(config: JobConfig, path: Path, vocab_size: int) -> JobConfig:
+    """Return the config with the model at `path` in place of its own, without handlers.
+
+    Raises ConfigError for another vocabulary.
+    """
+    description = describe_model(path)
+    args = dict(description.args)
+    norm = args.pop("norm_type", None) or Model().norm_type
+    section = Model(
+        name=description.family,
+        flavor=FROM_CHECKPOINT,
+        norm_type=norm,
+        args=args,
+        tokenizer_path=config.model.tokenizer_path,
+    )
+    own = get_family(config.model.name).resolve(config.model, vocab_size).vocab_size
+    theirs = get_family(section.name).resolve(section, vocab_size).vocab_size
+    if own != theirs:
+        text = f"has a vocabulary of {theirs} tokens, and the model of {own}"
+        fix = "choose a teacher with the same tokenizer"
+        raise ConfigError(ConfigIssue(TEACHER_PATH, text, fix, str(path)))
+    defaults = Parallelism()
+    names = (
+        "module_fqns_per_model_part",
+        "pipeline_parallel_layers_per_stage",
+        "pipeline_parallel_first_stage_less_layers",
+        "pipeline_parallel_last_stage_less_layers",
+    )
+    update = {name: getattr(defaults, name) for name in names}  # those are of the model's layers
+    parallelism = config.parallelism.model_copy(update=update)
+    return config.model_copy(update={"model": section, "parallelism": parallelism})
+
+
+def build_frozen_model(
     config: JobConfig,
     path: Path | None,
     vocab_size: int,
@@ -163,7 +203,7 @@ def build_frozen_copy(
     dims: ParallelDims,
     world: DistributedContext,
 ) -> BuiltModel:
-    """Build the model of the config once more, with the weights at `path` or those of the seed.
+    """Build the model of the config, frozen, with the weights at `path` or those of the seed.
 
     It is kept in the type that it computes in, where that is the smaller one: the values are those
     that the model in training would compute with.
@@ -187,7 +227,7 @@ def build_frozen_copy(
     for parameter in model.parameters:
         parameter.requires_grad_(False)
     origin = "the initial weights" if path is None else str(path)
-    logger.info("The reference is a frozen copy of %s, in %s", origin, dtype)
+    logger.info("The loss compares with a frozen model, in %s: %s", dtype, origin)
     return model
 
 

@@ -37,7 +37,7 @@ from torchtitan.training.ending import (
     set_status,
 )
 from torchtitan.training.evaluation import Evaluator, build_evaluator
-from torchtitan.training.frozen_model import with_frozen_model
+from torchtitan.training.frozen_model import build_runner
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
@@ -74,16 +74,7 @@ def train(
         schedule = Schedule(config.lr_scheduler, training.steps)
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
-        runner, reference = with_frozen_model(
-            config,
-            builder.build_runner(config, model, mesh, dims, world.device),
-            model,
-            tokenizer.vocab_size,
-            mesh,
-            dims,
-            world,
-            manager.state.reference_digest,
-        )
+        runner, reference = build_runner(config, tokenizer, model, mesh, dims, world, manager)
         step = first_step = progress.step = progress.first_step = manager.state.step
         progress.saved_step = manager.saved_step
         profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)
