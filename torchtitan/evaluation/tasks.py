@@ -108,7 +108,8 @@ class Tasks:
         os.environ["DISABLE_MULTIPROC"] = "1"  # a fork of this process would share its devices
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        report, failure = None, None
+        report: Any = None
+        failure: Exception | None = None
         model.is_answering = False
         with _kept_random_state():
             try:
