@@ -7,6 +7,7 @@ import pytest
 
 from tests.distributed import runs
 from tests.foreign import args_of, random_weights, write_hf
+from tests.forked import execute
 
 ARGS = args_of(n_layers=2, dim=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=264)
 DPO = (
@@ -83,12 +84,45 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     assert len(curve(tmp_path / "whole", "loss")) == 7
 
 
+def test_a_reference_is_not_added_later(tmp_path: Path) -> None:
+    """A run that compares with the initial weights of the seed."""
+    words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
+    runs.run(tmp_path / "run", *words, "--training.steps=2")
+    write_start(tmp_path / "hf")
+    more = ("--training.steps=3", f"--loss.args.reference_path={tmp_path / 'hf'}")
+    done = runs.run(tmp_path / "run", *words, *more, expect=4)
+    assert "the run compared with other weights than those of" in done.stderr
+    runs.run(tmp_path / "run", *words, "--training.steps=3")
+
+
 def test_simpo_has_no_reference(tmp_path: Path) -> None:
     words = (*DPO, write_pairs(tmp_path / "pairs.jsonl"), "--loss.args.variant=simpo")
     done = runs.run(tmp_path / "run", *words, "--training.steps=3", "--checkpoint.enable=false")
     assert "frozen model" not in done.stderr
     losses = curve(tmp_path / "run", "loss", *TERMS)
     assert losses[-1][0] < losses[0][0] and losses[0][1] < 0, "log-probabilities themselves"
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+@pytest.mark.parametrize("loss", ["dpo", "distillation"])
+def test_dry_runs(tmp_path: Path, axis: str, loss: str) -> None:
+    """Of a loss that needs a frozen model, in whose place the model stands."""
+    write_start(tmp_path / "hf")
+    words = [write_pairs(tmp_path / "pairs.jsonl"), f"--parallelism.{axis}_parallel_degree=2"]
+    words += ["--comm.mode=fake_backend", *DPO]
+    if loss == "distillation":
+        words = [word for word in words if "loss" not in word and "format" not in word]
+        words += [
+            "--data.text_column=chosen",
+            "--loss.name=distillation",
+            f"--loss.args.teacher_path={tmp_path / 'hf'}",
+        ]
+    done = execute(
+        runs.command(tmp_path / "run", *words),
+        env=runs.environment() | {"WORLD_SIZE": "2", "RANK": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "runs on rank 1" in done.stdout
 
 
 @pytest.mark.parametrize(

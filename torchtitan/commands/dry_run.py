@@ -36,6 +36,7 @@ from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.training import builder, model_builder
+from torchtitan.training.frozen_model import FrozenModelRunner
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.utils.device import memory_peak
 from torchtitan.utils.dtypes import torch_dtype
@@ -146,7 +147,8 @@ def _step(
         for batch in batches:
             runner.dry_run(batch)
     else:
-        loss = runner.forward_backward(batches, context.global_batch_size * training.seq_len)
+        own = FrozenModelRunner(runner, runner)  # the model is its own frozen model
+        loss = own.forward_backward(batches, context.global_batch_size * training.seq_len)
     norm = update.gradient_norm()
     clip_gradients(model.parameters, norm, training.max_norm)
     for handler in model.handlers:

@@ -24,7 +24,8 @@ class Loss(Protocol):
 
     - `evaluation`: the `Loss` to evaluate with, instead of the plain cross entropy;
     - `has_perplexity`: False where the exponential of its mean means nothing;
-    - `frozen_pass()`: see `training.frozen_model`;
+    - `frozen_pass()`: what to evaluate a frozen model with before each step, a `FrozenPass`, or
+      None;
     - `sequence_group`: set to the ranks that each hold a share of every sequence, or None;
     - `terms`: names of further values to log, and `take_terms()`, which returns and resets their
       sums over the targets of the microbatches so far, by name.
@@ -35,6 +36,13 @@ class Loss(Protocol):
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
         """Return the sum over a microbatch's targets, a scalar; `hidden` is `[B, T, D]`."""
+
+
+class FrozenPass(Loss, Protocol):
+    """Records what a loss wants to know from a frozen model, where its loss would be computed."""
+
+    def annotated(self, microbatches: Sequence[Batch]) -> list[Batch]:
+        """Return the batches, which were evaluated in this order, with what was recorded."""
 
 
 class Runner(Protocol):
@@ -142,6 +150,12 @@ class SPMDRunner(RunnerBase):
     def _sum(self, loss: Loss, batch: Batch) -> Tensor:
         hidden = self.model(**{name: batch[name] for name in self.input_names})
         return loss.sum(hidden, self.model.head, batch)  # type: ignore[arg-type]
+
+
+def frozen_pass_of(loss: Loss) -> FrozenPass | None:
+    """Return what `loss` wants a frozen model to be evaluated with; None if it needs none."""
+    make: Callable[[], FrozenPass | None] = getattr(loss, "frozen_pass", lambda: None)
+    return make()
 
 
 def over_ranks(total: Tensor, is_loss_leader: bool) -> Tensor:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +27,7 @@ from torchtitan.loss.registry import DistillationSettings, DPOSettings, loss_set
 from torchtitan.models.batch import Batch
 from torchtitan.models.family import FROM_CHECKPOINT
 from torchtitan.models.registry import get_family
-from torchtitan.parallel.runner import Loss, Runner
+from torchtitan.parallel.runner import Loss, Runner, frozen_pass_of
 from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.utils.dtypes import torch_dtype
@@ -39,13 +38,8 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_PATH = "loss.args.reference_path"
 TEACHER_PATH = "loss.args.teacher_path"
-
-
-class FrozenPass(Loss, Protocol):
-    """Records what a loss wants to know from a frozen model, where its loss would be computed."""
-
-    def annotated(self, microbatches: Sequence[Batch]) -> list[Batch]:
-        """Return the batches, which were evaluated in this order, with what was recorded."""
+INITIAL_WEIGHTS = "initial weights"
+"""In place of the digest of files."""
 
 
 class FrozenModelRunner:
@@ -90,12 +84,6 @@ class FrozenModelRunner:
         return frozen_pass.annotated(microbatches)
 
 
-def frozen_pass_of(loss: Loss) -> FrozenPass | None:
-    """Return what `loss` wants a frozen model to be evaluated with; None if it needs none."""
-    make: Callable[[], FrozenPass | None] = getattr(loss, "frozen_pass", lambda: None)
-    return make()
-
-
 def build_runner(
     config: JobConfig,
     tokenizer: Tokenizer,
@@ -124,7 +112,7 @@ def with_frozen_model(
 ) -> tuple[Runner, str | None]:
     """Return `runner` with the frozen model that its loss needs, and the digest of its weights.
 
-    All ranks must call it. The digest is None for weights that no file holds. Raises
+    All ranks must call it. The digest is None without a frozen model of its own. Raises
     CheckpointError if it is not the `known_digest` of the checkpoint that the run starts from.
     """
     if frozen_pass_of(runner.loss) is None:
@@ -143,10 +131,11 @@ def with_frozen_model(
         start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
         key, given = REFERENCE_PATH, settings.reference_path or start or ""
         path = found_path(key, given) if given else None
-    digest = None if path is None else weights_digest(path, world)
+    digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
     if known_digest not in (None, digest):
         raise CheckpointError(
-            f"the run compared with other weights than those of {path}. Set {key} to these"
+            f"the run compared with other weights than those of {path or INITIAL_WEIGHTS}. Set"
+            f" {key} to the weights that it compared with"
         )
     frozen = build_frozen_model(config, path, vocab_size, mesh, dims, world)
     frozen_runner = builder.build_runner(config, frozen, mesh, dims, world.device)

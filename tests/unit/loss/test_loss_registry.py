@@ -142,5 +142,5 @@ def test_list_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     rows = capsys.readouterr().out.splitlines()
     rows = [row for row in rows if not row.startswith("tests.")]  # of other test files
     assert rows[0].split(None, 1) == ["cross_entropy", "settings: z_loss_weight, label_smoothing"]
-    assert [row.split()[0] for row in rows] == ["cross_entropy", "distillation", "dpo", "own"]
+    assert [row.split()[0] for row in rows] == ["cross_entropy", "dpo", "distillation", "own"]
     assert rows[3].split(None, 1) == ["own", f"settings: gamma (from {__name__})"]

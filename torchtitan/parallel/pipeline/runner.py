@@ -21,7 +21,14 @@ from torchtitan.parallel.pipeline.schedules import forward_ticks
 from torchtitan.parallel.pipeline.stages import PipelinePlan
 from torchtitan.parallel.pipeline.tied_weights import TiedWeight, sum_tied_gradients
 from torchtitan.parallel.random_streams import TOKEN_INDEX
-from torchtitan.parallel.runner import Loss, RunnerBase, add_over_ranks, over_ranks, terms_of
+from torchtitan.parallel.runner import (
+    Loss,
+    RunnerBase,
+    add_over_ranks,
+    frozen_pass_of,
+    over_ranks,
+    terms_of,
+)
 from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.utils.torch_compat import (
     PipelineSchedule,
@@ -135,7 +142,7 @@ class PipelineRunner(RunnerBase):
         """Run forward and backward of this rank's stages for one microbatch of `batch`.
 
         Stages exchange nothing and receive made-up hidden states, so this shows the memory and time
-        they need. Gradients accumulate as in a step.
+        they need. Gradients accumulate as in a step. The model is its own frozen model.
         """
         piece = self._split([batch])[0]
         for stage, part in self._stages.items():
@@ -145,6 +152,10 @@ class PipelineRunner(RunnerBase):
             received = self._empty_hidden(piece).requires_grad_() if stage else None
             out = self._forward(stage, piece, received)
             if stage == self._last:
+                if frozen_pass := frozen_pass_of(self.loss):
+                    with torch.no_grad():
+                        self._loss(frozen_pass, out, piece)
+                    [piece] = frozen_pass.annotated([piece])
                 self._loss(self.loss, out, piece).backward()
             else:
                 out.backward(self._empty_hidden(piece))
