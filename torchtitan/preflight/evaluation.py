@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
+from torchtitan.data.chat_template import read_chat_template
 from torchtitan.data.tokenizers import TOKENIZERS
 from torchtitan.evaluation.tasks import chosen_tasks, find_tasks, missing_package
-from torchtitan.data.chat_template import read_chat_template
 from torchtitan.weights.tokenizer_files import folder_of_tokenizer
 
 
