@@ -64,7 +64,9 @@ def train_with_shifts(world: DistributedContext, case: Case) -> Result:
 MESHES = [{}, {"shard": 2}, {"cp": 2}, {"pp": 2}]
 HANDLERS: dict[str, dict[str, Any]] = {
     "shifts": {"model": {"handlers": ["shifts"]}},
-    **{kind: {"model": {"handlers": ["lora"]}, "handlers": {"lora": KINDS[kind]}} for kind in KINDS},
+    **{
+        kind: {"model": {"handlers": ["lora"]}, "handlers": {"lora": KINDS[kind]}} for kind in KINDS
+    },
 }
 
 
