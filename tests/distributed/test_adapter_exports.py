@@ -188,9 +188,14 @@ def test_an_adapter_that_does_not_fit(step: tuple[str, Path], tmp_path: Path) ->
     (found,) = issues_of(kind, adapter=str(tmp_path / "nothing"))
     assert "handlers.lora.adapter = " in found and "cannot be read" in found
     config = json.loads((adapter / CONFIG_NAME).read_text())
-    (adapter / CONFIG_NAME).write_text(json.dumps({**config, "bias": "all"}))
-    (found,) = issues_of(kind, adapter=str(adapter))
-    assert "bias = 'all' is not supported" in found
+    for key, value, words in (
+        ("bias", "all", "bias = 'all' is not supported"),
+        ("layer_replication", [[0, 1]], "layer_replication = [[0, 1]] is not supported"),
+        ("init_lora_weights", "pissa_niter_4", "changes the base's weights"),
+    ):
+        (adapter / CONFIG_NAME).write_text(json.dumps({**config, key: value}))
+        (found,) = issues_of(kind, adapter=str(adapter))
+        assert words in found
 
 
 def test_names_of_pefts_adapter(step: tuple[str, Path], tmp_path: Path) -> None:
