@@ -104,8 +104,8 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGE_BASE):
         raise InvalidWeights(
-            f"{file}: init_lora_weights = {start!r} changes the base's weights; save the adapter for"
-            " the unchanged ones, with peft's path_initial_model_for_weight_conversion"
+            f"{file}: init_lora_weights = {start!r} changes the base's weights; save the adapter"
+            " for the unchanged ones, with peft's path_initial_model_for_weight_conversion"
         )
     return config
 

@@ -214,7 +214,7 @@ def build_frozen_model(
         load = InitialLoad(section, world, open_foreign)
         load.load(model_tensors(model.parts), {}, model.handlers)
         fill_copies(model.parts, [])
-        loaded = [handler for handler in model.handlers if handler.name in load.handlers]
+        loaded = [handler for handler in model.handlers if load.holds_any(handler.added)]
     model_builder.initialize_added(model, without=loaded)
     model_builder.call_after_load(model)
     for parameter in model.parameters:
