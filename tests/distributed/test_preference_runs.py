@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chat_data import pair_rows, write_rows
 from tests.distributed import runs
 from tests.foreign import args_of, random_weights, write_hf
 from tests.forked import execute
@@ -101,6 +102,18 @@ def test_simpo_has_no_reference(tmp_path: Path) -> None:
     assert "frozen model" not in done.stderr
     losses = curve(tmp_path / "run", "loss", *TERMS)
     assert losses[-1][0] < losses[0][0] and losses[0][1] < 0, "log-probabilities themselves"
+
+
+def test_batches_of_several_lengths_in_a_step(tmp_path: Path) -> None:
+    """Each gets its own records: the start equals its reference."""
+    path = write_rows(tmp_path, pair_rows(40))
+    words = (*DPO, f"--training.dataset_path={path}", "--data.packing=false")
+    words += ("--data.pad_to_multiple=2", "--training.steps=2", "--checkpoint.enable=false")
+    words += ("--training.global_batch_size=16",)
+    runs.run(tmp_path / "run", *words)
+    losses = curve(tmp_path / "run", "loss", *TERMS)
+    assert losses[0] == [pytest.approx(0.6931472, rel=1e-6), 0.0, 0.0, 0.0, 0.0]
+    assert losses[1][3] != 0
 
 
 @pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])

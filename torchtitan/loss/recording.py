@@ -30,6 +30,8 @@ class Recording:
         batches = list(microbatches)
         rows = [len(batch["tokens"]) for batch in batches]
         for name, values in self._recorded.items():
-            parts = torch.cat(values).split(rows)
+            parts: Sequence[Tensor] = values
+            if [len(value) for value in values] != rows:  # a pipeline's, all of one length
+                parts = torch.cat(values).split(rows)
             batches = [Batch({**batch, name: part}) for batch, part in zip(batches, parts)]
         return batches
