@@ -64,16 +64,26 @@ def train_with_shifts(world: DistributedContext, case: Case) -> Result:
 MESHES = [{}, {"shard": 2}, {"cp": 2}, {"pp": 2}]
 HANDLERS: dict[str, dict[str, Any]] = {
     "shifts": {"model": {"handlers": ["shifts"]}},
+    "compiled": {
+        "model": {"handlers": ["lora", "compile"]},
+        "handlers": {"lora": KINDS["DoRA with dropout"], "compile": {"backend": "aot_eager"}},
+        "activation_checkpoint": {"mode": "full"},
+    },
     **{
         kind: {"model": {"handlers": ["lora"]}, "handlers": {"lora": KINDS[kind]}} for kind in KINDS
     },
 }
 
 
-def base_and_copy(pool: GlooPool, handler: str, mesh: dict[str, Any]) -> list[list[Result]]:
+def base_and_copy(
+    pool: GlooPool,
+    handler: str,
+    mesh: dict[str, Any],
+    references: tuple[str, ...] = ("base", "start"),
+) -> list[list[Result]]:
     """All ranks' results with the reference below the adapters, and with a frozen copy."""
     results = []
-    for reference in ("base", "start"):
+    for reference in references:
         settings = {
             **HANDLERS[handler],
             "loss": {"name": "dpo", "args": {"beta": 0.5, "reference": reference}},
@@ -107,3 +117,9 @@ def test_the_base_of_lora_equals_a_frozen_copy_on_every_mesh(
         assert abs(alone.losses[0] - 0.6931471805599453) > 1e-4, "the adapters count"
         assert tiny.compare(base, alone).worst < 1e-9
         assert tiny.compare(copy, alone).worst < 1e-9
+
+
+def test_compiled_blocks_leave_the_adapters_out(gloo_pool: GlooPool) -> None:
+    kinds = ("DoRA with dropout", "compiled")
+    plain, compiled = (base_and_copy(gloo_pool, kind, {}, ("base",))[0][0] for kind in kinds)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-9)
