@@ -20,7 +20,7 @@ from torchtitan.checkpoint.steps_folder import inspect_steps, unprotected_parts
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint, Model
-from torchtitan.handlers.registry import changes_model
+from torchtitan.handlers.registry import HANDLERS, changes_model
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.folders import check_name, check_writable
@@ -206,11 +206,13 @@ def _export_problems(context: RunContext) -> list[ConfigIssue]:
     args = model_args(config.model) if config.checkpoint.last_save_in_hf else None
     if args is None:
         return []
-    problem = ""
+    problem, command = "", "convert STEP OUT.pt` writes the tensors as they are"
     if config.checkpoint.load_only:
         problem = "saves nothing, because checkpoint.load_only is set"
     elif handlers := changes_model(config.model.handlers):
         problem = f"does not know what {', '.join(handlers)} changes in the model"
+        if all(getattr(HANDLERS.get(name), "adds_adapters", False) for name in handlers):
+            command = "export STEP OUT --merge` writes the merged model"
     elif not isinstance(args, DecoderArgs):
         problem = f"does not know the family {config.model.name}"
     else:
@@ -218,7 +220,7 @@ def _export_problems(context: RunContext) -> list[ConfigIssue]:
             to_hf_config(get_family(config.model.name), args)
         except ValueError as error:
             problem = f"cannot write the model: {error}"
-    fix = "leave it out; `torchtitan convert STEP OUT.pt` writes the tensors as they are"
+    fix = f"leave it out; `torchtitan {command}"
     return [ConfigIssue(key, problem, fix, True)] if problem else []
 
 

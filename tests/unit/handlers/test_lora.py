@@ -180,6 +180,11 @@ def test_low_precision_is_refused() -> None:
     assert any("cannot be combined with int8" in text for text in issues_of(config))
 
 
+def test_an_export_at_the_end_names_the_merge() -> None:
+    found = issues_of(config_of({"checkpoint": {"enable": True, "last_save_in_hf": True}}))
+    assert any("`torchtitan export STEP OUT --merge`" in text for text in found), found
+
+
 def test_nothing_left_to_train() -> None:
     handlers = {"freeze": {"patterns": ["*.lora_?"]}, "lora": {}}
     model = {"handlers": ["lora", "freeze"], "args": config_of().model.args}
