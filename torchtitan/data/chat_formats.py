@@ -111,7 +111,7 @@ class ChatFormat:
                 messages = self._messages(prompt, "the prompt", "user")[0] + messages
                 messages = self._system(row) + messages
             sides.append(messages)
-            flags.append([None] * (len(messages) - len(own)) + own)
+            flags.append([*[None] * (len(messages) - len(own)), *own])
         common = 0
         while common < min(map(len, sides)) and sides[0][common] == sides[1][common]:
             common += 1
@@ -120,7 +120,7 @@ class ChatFormat:
         if any(common == len(side) for side in sides):
             raise BadRow("one of chosen and rejected is the beginning of the other")
         first, second = (
-            Conversation(side, [False] * common + own[common:], tools)
+            Conversation(side, [*[False] * common, *own[common:]], tools)
             for side, own in zip(sides, flags)
         )
         return first, second
@@ -183,11 +183,10 @@ class ChatFormat:
         return {"role": role, "content": content or "", **message}, flag
 
     def _take(self, message: dict[str, Any], key: str) -> Any:
-        """Remove the key of a message, under whatever name, and return its value."""
-        for name in (self._names.get(key), *MESSAGE_KEYS[key]):
-            if name is not None and name in message:
-                return message.pop(name)
-        return None
+        """Remove the key of a message, under all of its names, and return the first one's value."""
+        names = (self._names.get(key, key), *MESSAGE_KEYS[key])
+        found = [message.pop(name) for name in names if name in message]
+        return found[0] if found else None
 
     def _tools(self, row: Mapping[str, Any]) -> list[Any] | None:
         tools = self._value(row, "tools")

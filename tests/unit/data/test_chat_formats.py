@@ -105,6 +105,14 @@ def test_pairs(row: dict[str, Any]) -> None:
         assert side.flags == [False, None]
 
 
+def test_a_mapped_key_wins_over_the_usual_one() -> None:
+    rows = ChatFormat("chat", {"content": "clean", "role": "speaker"}, {})
+    message = {"speaker": "user", "role": "assistant", "clean": "a", "content": "<b>a</b>"}
+    answer = {"role": "assistant", "content": "b"}
+    found = rows.conversation({"messages": [message, answer]})
+    assert found.messages == [{"role": "user", "content": "a"}, answer]
+
+
 def test_flags_of_pairs() -> None:
     """Of the prompt nothing is trained, of the answers what their flags say."""
     sides = {
