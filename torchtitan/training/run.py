@@ -90,11 +90,11 @@ def train(
             manager.save_failed,
             config.data.max_bad_rows,
         )
-        validator = builder.build_validator(
-            context, dims, world, tokenizer, runner, progress.stop, garbage
-        )
-        evaluator = build_evaluator(
-            context, dims, world, tokenizer, model, mesh, runner, progress.stop
+        measurements = (
+            builder.build_validator(
+                context, dims, world, tokenizer, runner, progress.stop, garbage
+            ),
+            build_evaluator(context, dims, world, tokenizer, model, mesh, runner, progress.stop),
         )
         logger.info(builder.describe(context, dims, world, model))
 
@@ -114,9 +114,8 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, manager, progress)
         keep_template = partial(builder.keep_chat_template, config, folder, tokenizer)
-        run_on_rank0(world, f"the run folder {folder.path} cannot be written", keep_template)
+        begin(world, folder, manager, progress, keep_template)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -166,7 +165,7 @@ def train(
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            measure((validator, evaluator), step, step == training.steps, metrics, nonfinite_guard)
+            measure(measurements, step, step == training.steps, metrics, nonfinite_guard)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -176,7 +175,7 @@ def train(
 
         nonfinite_guard.flush()
         if progress.status == "data_exhausted" and step > first_step:
-            measure((validator, evaluator), step, True, metrics, nonfinite_guard)
+            measure(measurements, step, True, metrics, nonfinite_guard)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
@@ -202,11 +201,23 @@ def measure(
 
 
 def begin(
-    world: DistributedContext, folder: RunFolder, manager: CheckpointManager, progress: Progress
+    world: DistributedContext,
+    folder: RunFolder,
+    manager: CheckpointManager,
+    progress: Progress,
+    write_more: Callable[[], None],
 ) -> None:
-    """Change the run folder, now that nothing can prevent the start. All ranks call it."""
+    """Change the run folder, now that nothing can prevent the start. All ranks call it.
+
+    Rank 0 also calls `write_more`.
+    """
+
+    def write() -> None:
+        folder.begin()
+        write_more()
+
     progress.stop.at_once = False  # from here on the loop ends the run
-    run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
+    run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)
     progress.may_write = True
     manager.begin()
 
