@@ -59,7 +59,7 @@ def train(
     """
     config, training, comm = context.config, context.config.training, context.config.comm
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
-    mesh = dims.build_mesh(world.device.type)
+    mesh, stop = dims.build_mesh(world.device.type), progress.stop
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         manager = stack.enter_context(builder.build_manager(config, world, folder, dims, tokenizer))
@@ -85,16 +85,14 @@ def train(
             loader,
             runner.loss,
             world,
-            progress.stop,
+            stop,
             dims.is_data_leader(world.rank),
             manager.save_failed,
             config.data.max_bad_rows,
         )
         measurements = (
-            builder.build_validator(
-                context, dims, world, tokenizer, runner, progress.stop, garbage
-            ),
-            build_evaluator(context, dims, world, tokenizer, model, mesh, runner, progress.stop),
+            builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
+            build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
         )
         logger.info(builder.describe(context, dims, world, model))
 
