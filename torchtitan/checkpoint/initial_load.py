@@ -101,12 +101,9 @@ class InitialLoad:
             self._digest = digest_of_files(self._world, self._what, self._folder.files)
         return {"path": str(self._folder.path), "digest": self._digest}
 
-    @property
-    def handlers(self) -> Sequence[str]:
-        """The handlers of the run that saved it; none for another program's weights."""
-        manifest = self._manifest
-        config = None if manifest is None else manifest.info.get("config")
-        return stored_value(config or {}, "model.handlers") or ()
+    def holds_any(self, names: Collection[str]) -> bool:
+        """Return whether it has a tensor of one of these names, not counting its base."""
+        return any(name in self._folder.tensors for name in names)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -150,7 +147,7 @@ class InitialLoad:
             if "optimizer" not in self._excluded:
                 wanted = wanted | dict(optimizer)
                 stored = dict(select_tensors(self._manifest, of_handlers=False).tensors)
-        new_handlers = [handler for handler in handlers if handler.name not in self.handlers]
+        new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
         ranks = describe_on_all_ranks(self._world, wanted)
         if self._model_only:
             added = {name for handler in new_handlers for name in handler.added} - stored.keys()
@@ -177,6 +174,13 @@ class InitialLoad:
             self._folder.load(wanted, self._world.control_group)
         else:
             self._folder.load(wanted)
+
+    @property
+    def _handlers(self) -> Sequence[str]:
+        """The handlers of the run that saved it; none for another program's weights."""
+        manifest = self._manifest
+        config = None if manifest is None else manifest.info.get("config")
+        return stored_value(config or {}, "model.handlers") or ()
 
     @property
     def _manifest(self) -> Manifest | None:

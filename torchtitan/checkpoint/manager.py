@@ -219,7 +219,7 @@ class CheckpointManager:
         """Return whether what the handler added to the model had values in the checkpoint."""
         if self.found is not None:
             return True
-        return self._initial is not None and handler.name in self._initial.handlers
+        return self._initial is not None and self._initial.holds_any(handler.added)
 
     def load_handlers(
         self,

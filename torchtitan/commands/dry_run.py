@@ -254,7 +254,8 @@ def _accumulated_bytes(context: RunContext, model: BuiltModel, dims: ParallelDim
     if num_microbatches == 1:
         return 0
     itemsize = torch_dtype(context.config.training.mixed_precision_reduce).itemsize
-    return itemsize * sum(_gathered_size(parameter) for parameter in model.parameters)
+    trained = (parameter for parameter in model.parameters if parameter.requires_grad)
+    return itemsize * sum(map(_gathered_size, trained))
 
 
 def _gathered_size(parameter: Tensor) -> int:

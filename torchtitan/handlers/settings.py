@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.paths import PathText
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Names, PositiveFloat, PositiveInt, Section
 from torchtitan.config.suggest import fix_of_registered
@@ -81,7 +82,7 @@ class LoraSettings(Section):
     """Globs over full names of linears, or their last parts, such as `w[qv]`: these get adapters.
     Empty: all linears in the model's blocks."""
 
-    adapter: str | None = None
+    adapter: PathText | None = None
     """A folder of PEFT's with the adapters to start from, of the same rank, scale and targets.
     Unset: A is random and B zero."""
 
