@@ -51,7 +51,7 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     if problems:
         raise ConfigError(problems)
     loaded = _with_pretrained(loaded)
-    device = loaded.config.job.device
+    device: str = loaded.config.job.device
     if device == "auto":
         device = env.guess_device_type()
     context = RunContext(loaded.config, place.world_size, device)

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.schema import DEFAULT_WARMUP, JobConfig, Section
+from torchtitan.config.schema import (
+    DEFAULT_WARMUP,
+    DataSource,
+    JobConfig,
+    Section,
+    ValidationSet,
+)
 
 S = TypeVar("S", bound=Section)
 _REASONS = {
@@ -64,7 +70,8 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue
 def _has_conversations(config: JobConfig) -> bool:
     """Return whether any data are conversations that have to be kept apart."""
     data = config.data
-    tables = [*data.sources, *(config.validation.sets if config.validation.enable else ())]
+    tables: list[DataSource | ValidationSet] = [*data.sources]
+    tables += config.validation.sets if config.validation.enable else ()
     formats = {data.format, *(table.format for table in tables)} - {"text", None}
     return bool(formats) and (data.packing or "preference" in formats)
 
