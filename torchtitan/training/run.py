@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,8 +15,7 @@ from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
-from torchtitan.data.packing import COUNTS
-from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -39,7 +37,7 @@ from torchtitan.training.ending import (
 from torchtitan.training.evaluation import Evaluator, build_evaluator
 from torchtitan.training.frozen_model import build_runner
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
-from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.prefetch import Prefetch, row_counts
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -112,8 +110,7 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        keep_template = partial(builder.keep_chat_template, config, folder, tokenizer)
-        begin(world, folder, manager, progress, keep_template)
+        begin(world, folder, manager, progress, tokenizer)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -158,8 +155,7 @@ def train(
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
                 source_tokens=data.source_tokens,
-                bad_rows=agreed.bad_rows,
-                row_counts=dict(zip(COUNTS, agreed.row_counts)),
+                row_counts=row_counts(agreed),
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
@@ -203,16 +199,13 @@ def begin(
     folder: RunFolder,
     manager: CheckpointManager,
     progress: Progress,
-    write_more: Callable[[], None],
+    tokenizer: Tokenizer,
 ) -> None:
-    """Change the run folder, now that nothing can prevent the start. All ranks call it.
-
-    Rank 0 also calls `write_more`.
-    """
+    """Change the run folder, now that nothing can prevent the start. All ranks call it."""
 
     def write() -> None:
         folder.begin()
-        write_more()
+        builder.keep_chat_template(folder.config, folder, tokenizer)
 
     progress.stop.at_once = False  # from here on the loop ends the run
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)
