@@ -18,7 +18,7 @@ from torchtitan.config.exit_codes import DONE
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
-from torchtitan.data.chat_encoder import Encoded, Unit, chat_encoder
+from torchtitan.data.chat_encoder import Encoded, Unit, chat_encoder, describe_rows
 from torchtitan.data.chat_formats import ChatFormat
 from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.named_sources import NamedSource, named_sources
@@ -120,8 +120,13 @@ def _show(
     source = build_source(training, data)
     encoder = chat_encoder(training, data, tokenizer)
     documents = document_tokenizer(tokenizer, data)
-    described = documents.describe() if encoder is None else encoder.describe()
-    console.print(Text(f"{named.name}: format {data.format}; {described}", style="bold"))
+    described = describe_rows(training, data, tokenizer)
+    console.print(
+        Text(
+            f"{named.training.dataset_path or named.name}: format {data.format}; {described}",
+            style="bold",
+        )
+    )
     found = _Found()
     for shard, row in islice(_rows(source), options.rows):
         try:
@@ -212,7 +217,7 @@ def _report(found: _Found, seq_len: int, data: Data) -> Iterator[str]:
 
 def _histogram(lengths: list[int]) -> Iterator[str]:
     yield "tokens of a row:"
-    counts, borders = np.histogram(lengths, bins=_BARS, range=(0, max(lengths) + 1))
+    counts, borders = np.histogram(lengths, _BARS, (min(lengths), max(lengths) + _BARS))
     for count, low, high in zip(counts.tolist(), borders, borders[1:]):
         bar = "#" * -(-_BAR_WIDTH * count // int(counts.max()))
         yield f"{int(np.ceil(low)):>8} - {int(np.ceil(high)) - 1:<8} {count:>7} {bar}"
@@ -235,8 +240,8 @@ def _padding(units: list[Unit], seq_len: int, data: Data) -> Iterator[str]:
         total += len(batch) * min(seq_len, -(-max(batch) // multiple) * multiple)
     chosen = " (not chosen)" if data.packing else ""
     yield (
-        f"one a sequence{chosen}: {plural(len(rows), 'sequence')}, in batches of {_BATCH}"
-        f" {_share(total - used, total)} padding"
+        f"one a sequence{chosen}: {plural(len(rows), 'sequence')}, in batches of {_BATCH},"
+        f" {_share(total - used, total)} of them padding"
     )
 
 

@@ -17,6 +17,7 @@ from torchtitan.config.exit_codes import DONE, NOT_FOUND
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.show import show_config
+from torchtitan.training.epoch_steps import with_epoch_steps
 from torchtitan.training.pretrained_config import with_pretrained
 from torchtitan.utils import environment as env
 from torchtitan.utils.environment import adopt_place
@@ -51,11 +52,11 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
         raise ConfigError(problems)
     loaded = _with_pretrained(loaded)
     device = loaded.config.job.device
-    context = RunContext(
-        config=loaded.config,
-        world_size=place.world_size,
-        device_type=env.guess_device_type() if device == "auto" else device,
-    )
+    if device == "auto":
+        device = env.guess_device_type()
+    context = RunContext(loaded.config, place.world_size, device)
+    loaded = _with_epoch_steps(loaded, context)
+    context = replace(context, config=loaded.config)
     phases = [preflight.ARITHMETIC]
     if place.rank == 0:
         phases += [preflight.FILES, preflight.CHECKPOINTS]
@@ -87,7 +88,16 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
 
 def _with_pretrained(loaded: LoadedConfig, with_weights: bool = True) -> LoadedConfig:
     """Complete the config from the checkpoint that the run starts from, and print notices."""
-    complete = with_pretrained(loaded, with_weights)
+    return _with_notices(with_pretrained(loaded, with_weights), loaded)
+
+
+def _with_epoch_steps(loaded: LoadedConfig, context: RunContext) -> LoadedConfig:
+    """Set the steps of a run that only says its epochs, and print a notice."""
+    return _with_notices(with_epoch_steps(loaded, context), loaded)
+
+
+def _with_notices(complete: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
+    """Print what `complete` says that `loaded` does not, and return it."""
     if not env.is_quiet_rank():
         for notice in complete.notices[len(loaded.notices) :]:
             print(f"notice: {notice}", file=sys.stderr)
@@ -139,20 +149,20 @@ def _check(loaded: LoadedConfig, full: bool) -> int:
 
 def describe_data(context: RunContext) -> list[str]:
     """Return a line about each dataset that can be read, for `--check`."""
-    from torchtitan.data.document_ends import document_tokenizer
+    from torchtitan.data.chat_encoder import describe_rows
     from torchtitan.data.named_sources import describe_source, named_sources, validation_sets
     from torchtitan.data.registry import build_source
     from torchtitan.data.tokenizers import build_tokenizer
 
     config = context.config
-    lines = []
+    lines, said = list[str](), list[str]()
     for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
         with suppress(ConfigError, DataError):
             lines.append(describe_source(named, build_source(named.training, named.data)))
-    with suppress(ConfigError):
-        tokenizer = build_tokenizer(config.model.tokenizer_path)
-        lines.append(document_tokenizer(tokenizer, config.data).describe())
-    return lines
+        with suppress(ConfigError):
+            tokenizer = build_tokenizer(config.model.tokenizer_path)
+            said.append(describe_rows(named.training, named.data, tokenizer))
+    return [*lines, *dict.fromkeys(said)]
 
 
 def _dry_run(loaded: LoadedConfig) -> int:
@@ -181,7 +191,10 @@ def _context_of_check(loaded: LoadedConfig, world_size: int, full: bool) -> RunC
     device: str = loaded.config.job.device
     if device == "auto":  # without `full`, assume GPUs
         device = env.guess_device_type() if full else "cuda"
-    return RunContext(loaded.config, world_size, device, full=full)
+    context = RunContext(loaded.config, world_size, device, full=full)
+    if not full:
+        return context
+    return replace(context, config=_with_epoch_steps(loaded, context).config)
 
 
 def summary(context: RunContext) -> str:

@@ -146,7 +146,8 @@ class Training(Section):
     """Tokens per sequence."""
 
     steps: PositiveInt = 10000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Unset, with `data.epochs`: as many as the epochs are, where
+    the data are files of at most 256 MiB."""
 
     max_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to at most this global 2-norm; `inf` switches clipping off."""
@@ -311,8 +312,9 @@ class Data(Section):
     """Shuffle the documents anew in every epoch, by `debug.seed`."""
 
     epochs: PositiveInt | None = None
-    """Passes over the data after which the run ends, even before `training.steps`. Unset: as many
-    as the steps need. Of several `sources` each has its own passes, and this must be unset."""
+    """Passes over the data after which the run ends, even before `training.steps`; may grow later.
+    Unset: as many as the steps need. Of several `sources` each has its own passes, and this must be
+    unset."""
 
     restart: bool = False
     """Start the data anew, with the next epoch, if a resume finds other data than the checkpoint's.

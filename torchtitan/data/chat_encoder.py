@@ -10,7 +10,6 @@ cannot be used: nothing is guessed.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from torchtitan.data.chat_template import (
     trim_after_special,
 )
 from torchtitan.data.chat_templates import find_chat_template
+from torchtitan.data.document_ends import document_tokenizer
 from torchtitan.data.sources import BadRow
 from torchtitan.data.tokenizers import Tokenizer
 
@@ -100,12 +100,12 @@ class ChatEncoder:
     @property
     def description(self) -> dict[str, Any]:
         """Identifies what the same rows become (JSON)."""
-        source = json.dumps([self.template.source, self.template.variables], sort_keys=True)
+        source = self.template.source.encode()
         return {
             "version": _VERSION,
             "format": self.rows.name,
             "names": self.rows.description,
-            "template": hashlib.sha256(source.encode()).hexdigest()[:16],
+            "template": hashlib.sha256(source).hexdigest()[:16],
             "train_on": self._train_on,
             "on_long": self._on_long,
         }
@@ -280,6 +280,12 @@ class ChatEncoder:
         tokens, trained = (np.concatenate(arrays) for arrays in zip(*kept))
         unit = Unit(tokens, trained, tuple(len(own) for own, _ in kept))
         return Encoded([unit], total, truncated=is_long)
+
+
+def describe_rows(training: Training, data: Data, tokenizer: Tokenizer) -> str:
+    """Describe in one line how rows become documents. Raises ConfigError."""
+    encoder = chat_encoder(training, data, tokenizer)
+    return document_tokenizer(tokenizer, data).describe() if encoder is None else encoder.describe()
 
 
 def chat_encoder(training: Training, data: Data, tokenizer: Tokenizer) -> ChatEncoder | None:

@@ -132,7 +132,9 @@ class ChatFormat:
             messages[-1]["content"] += f"\n\n{more}"
         messages = self._system(row) + messages
         answers, flags = self._messages(row[answer], f"column {answer!r}", "assistant")
-        return messages + answers, [False] * len(messages) + flags
+        # The assistant's turns in a prompt are not what is to be learned.
+        of_prompt = [False if m["role"] == "assistant" else None for m in messages]
+        return messages + answers, of_prompt + flags
 
     def _system(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         system = self._value(row, "system")

@@ -4,6 +4,7 @@ The named ones are short versions of what the families use, for tokenizers that 
 template; none of them writes tools.
 """
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ the one that Llama 3's template falls back on."""
 _CHATML = """\
 {%- for m in messages -%}
     {{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' -}}
-    {%- if m['role'] == 'assistant' and not has_im_end -%}{{- eos_token -}}{%- endif -%}
+    {%- if m['role'] == 'assistant' -%}{{- turn_end -}}{%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
@@ -86,12 +87,12 @@ def find_chat_template(setting: str | None, tokenizer: Any) -> ChatTemplate:
     """
     variables = _variables(tokenizer)
     if setting in NAMED:
-        return ChatTemplate(NAMED[setting], variables, f'data.chat_template = "{setting}"', _TODAY)
+        return _named(setting, variables, tokenizer, f'data.chat_template = "{setting}"')
     try:
         if setting is None:
             folder: Path | None = getattr(tokenizer, "folder", None)
             if folder is None or not _has_template(folder):
-                return ChatTemplate(NAMED[DEFAULT], variables, f"the default, {DEFAULT}", _TODAY)
+                return _named(DEFAULT, variables, tokenizer, f"the default, {DEFAULT}")
             found = read_chat_template([folder])
             return ChatTemplate(
                 found.source, {**variables, **found.variables}, found.origin, _TODAY
@@ -110,6 +111,20 @@ def find_chat_template(setting: str | None, tokenizer: Any) -> ChatTemplate:
         raise ConfigError(ConfigIssue(KEY, problem, "correct it", setting)) from None
 
 
+def _named(name: str, variables: dict[str, str], tokenizer: Any, origin: str) -> ChatTemplate:
+    """Return a named template, with the special tokens in it: it will do without its tokenizer."""
+    tokens = dict(variables)
+    if name == DEFAULT:  # where <|im_end|> is ordinary text, an end token must follow it
+        is_special = "<|im_end|>" in getattr(tokenizer, "special_ids", {})
+        tokens["turn_end"] = "" if is_special else variables["eos_token"]
+    head = "".join(
+        f"{{%- set {key} = {json.dumps(text)} -%}}\n"
+        for key, text in tokens.items()
+        if key in NAMED[name]
+    )
+    return ChatTemplate(head + NAMED[name], {}, origin, _TODAY)
+
+
 _FIX = f"correct the template, or set one of {', '.join(sorted(NAMED))}"
 
 
@@ -125,5 +140,4 @@ def _variables(tokenizer: Any) -> dict[str, str]:
     special: dict[str, int] = getattr(tokenizer, "special_ids", {})
     names = {number: text for text, number in special.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    found = {name: names.get(number, "") for name, number in ids.items()}
-    return found | ({"has_im_end": "yes"} if "<|im_end|>" in special else {})
+    return {name: names.get(number, "") for name, number in ids.items()}

@@ -133,7 +133,19 @@ def row_record(source: Source, row: Row) -> Mapping[str, Any]:
     item = source.record(row)  # type: ignore[attr-defined]
     if not isinstance(item, Mapping):
         raise BadRow(f"the row holds {kind_of(item)} where columns are expected")
+    most: int | None = getattr(source, "max_document_bytes", None)
+    if most is not None:
+        _check_size(size_of(item), most)
     return item
+
+
+def size_of(value: Any) -> int:
+    """Return about the bytes of a value, by its content alone, as it decides on the order."""
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    if isinstance(value, list) and value and not isinstance(value[0], int):
+        return sum(map(size_of, value))
+    return len(value) if hasattr(value, "__len__") else 0
 
 
 def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:
@@ -162,10 +174,14 @@ def read_document(item: Any, column: str, max_bytes: int) -> str | np.ndarray:
         if tokens is None:
             raise BadRow(f"{what} holds {kind_of(item)} where text is expected", name)
         item, size = tokens, len(tokens) * _TOKEN_BYTES
+    _check_size(size, max_bytes)
+    return item
+
+
+def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         limit = f"data.max_document_mib ({max_bytes / 2**20:g})"
         raise BadRow(f"the document has {size / 2**20:.3g} MiB, more than {limit}")
-    return item
 
 
 def kind_of(item: Any) -> str:

@@ -15,7 +15,7 @@ from torchtitan.config.schema import Data
 from torchtitan.data.chat_formats import chat_format
 from torchtitan.data.files import KEY, DataFile, relative_names
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
-from torchtitan.data.sources import BadRow, Row, read_document
+from torchtitan.data.sources import BadRow, Row, read_document, size_of
 
 if TYPE_CHECKING:
     from torchtitan.data.listing import Listing
@@ -231,15 +231,6 @@ def column_flaw(schema: Any, column: str) -> str:
     ]
     hint = f"; the columns of text are {', '.join(map(repr, texts))}" if texts else ""
     return f"column {column!r} holds {kind} where text is expected{hint}"
-
-
-def size_of(value: Any) -> int:
-    """Return about the bytes of a value, by its content alone, as it decides on the order."""
-    if isinstance(value, dict):
-        return sum(map(size_of, value.values()))
-    if isinstance(value, list) and value and not isinstance(value[0], int):
-        return sum(map(size_of, value))
-    return len(value) if hasattr(value, "__len__") else 0
 
 
 def _contents(

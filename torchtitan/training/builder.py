@@ -17,12 +17,15 @@ from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.checkpoint.store import CheckpointStore
+from torchtitan.checkpoint.stored_run import TOKENIZER_NAME
 from torchtitan.config import DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.data import loader as data_loader
+from torchtitan.data.chat_template import TEMPLATE_NAME
+from torchtitan.data.chat_templates import find_chat_template
 from torchtitan.data.identity import differences
 from torchtitan.data.loader import LanePlan, Loader
-from torchtitan.data.named_sources import validation_sets
+from torchtitan.data.named_sources import named_sources, validation_sets
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
 from torchtitan.distributed.context import DistributedContext
@@ -46,6 +49,7 @@ from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.environment import read_wandb
+from torchtitan.utils.files import write_atomically
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
@@ -192,6 +196,18 @@ def build_loader(
         if loader.change and world.is_main:
             logger.warning("%s", loader.change)
     return loader
+
+
+def keep_chat_template(config: JobConfig, folder: RunFolder, tokenizer: Tokenizer) -> None:
+    """Write the template of chat data to the run's copy of the tokenizer, for chat and export.
+
+    Raises OSError.
+    """
+    target = folder.path / TOKENIZER_NAME
+    formats = {named.data.format for named in named_sources(config.training, config.data)}
+    if formats != {"text"} and target.is_dir():
+        template = find_chat_template(config.data.chat_template, tokenizer)
+        write_atomically(target / TEMPLATE_NAME, template.source)
 
 
 def build_validator(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -113,6 +114,8 @@ def train(
                     set_status(folder, "running", manager.saved_step)
 
         begin(world, folder, manager, progress)
+        keep_template = partial(builder.keep_chat_template, config, folder, tokenizer)
+        run_on_rank0(world, f"the run folder {folder.path} cannot be written", keep_template)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_data import (
+
+from tests.chat_data import (
     SEQ_LEN,
     ChatRun,
     all_steps,
@@ -17,7 +18,6 @@ from chat_data import (
     texts,
     write_rows,
 )
-
 from torchtitan.data.chat_encoder import Unit
 from torchtitan.data.packing import Position
 from torchtitan.data.row_packing import RowPacker, RowRule, Units
