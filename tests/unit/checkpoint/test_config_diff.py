@@ -95,6 +95,8 @@ def test_keys_of_the_list_exist() -> None:
         "checkpoint.initial_load_path",
         "data.add_bos",
         "data.add_eos",
+        "loss.args.reference_path",
+        "loss.args.teacher_path",
     }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern
