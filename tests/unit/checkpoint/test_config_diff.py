@@ -95,6 +95,7 @@ def test_keys_of_the_list_exist() -> None:
         "checkpoint.initial_load_path",
         "data.add_bos",
         "data.add_eos",
+        "data.chat_template",
         "loss.args.reference_path",
         "loss.args.teacher_path",
     }
