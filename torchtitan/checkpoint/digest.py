@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from torchtitan.checkpoint.collective import run_on_all_ranks
-from torchtitan.checkpoint.manifest import digest_file
+from torchtitan.checkpoint.manifest import record_of
 from torchtitan.distributed.context import DistributedContext
 
 _SUFFIXES = (".safetensors", ".distcp", ".gguf", ".pth", ".pt")
@@ -22,7 +22,7 @@ def weights_digest(path: Path, world: DistributedContext) -> str:
         files = [path] if path.is_file() else sorted(path.iterdir())
         files = [file for file in files if file.suffix in _SUFFIXES]
         own = files[world.rank :: world.world_size]
-        return {file.name: digest_file(file.resolve()).sha256 for file in own}
+        return {file.name: record_of(file).sha256 for file in own}
 
     found = run_on_all_ranks(world, f"{path} cannot be read", digests)
     merged = sorted(item for part in world.gather_json(found) for item in part.items())

@@ -159,9 +159,9 @@ def record_file(path: Path) -> FileRecord:
         return _record(file)
 
 
-def digest_file(path: Path) -> FileRecord:
-    """Return size and digest of a file."""
-    with open_regular(path) as file:
+def record_of(path: Path) -> FileRecord:
+    """Digest a file that another program wrote. Follows links, as caches of downloads have them."""
+    with path.open("rb") as file:
         return _record(file)
 
 
