@@ -64,6 +64,18 @@ def test_a_checkpoint_holds_what_is_trained(
     assert manifest.state[BASE_STATE]["path"] == str(base)
 
 
+def test_a_frozen_adapter_is_kept(gloo_pool: GlooPool, base: Path, tmp_path: Path) -> None:
+    """The base lacks it, so nothing else could give it its values."""
+    freeze = {"model": {"handlers": ["lora", "freeze"]}}
+    tables = {"lora": {"dora": True}, "freeze": {"patterns": ["*.lora_a", "*.magnitude"]}}
+    case = Case(shard=1, settings={**freeze, "handlers": tables})
+    [first] = on(gloo_pool, case, tmp_path, base, 1)
+    names = {name.split(".")[-1] for name in read_manifest(tmp_path / "step-1").tensors}
+    assert {"lora_a", "lora_b", "magnitude"} <= names
+    [again] = on(gloo_pool, case, tmp_path, base, 2)
+    assert not again.error and again.loaded == first.content
+
+
 def test_the_first_loss_is_the_base_models(gloo_pool: GlooPool, base: Path, tmp_path: Path) -> None:
     """To the bit without DoRA, whose quotient of two lengths is rounded."""
     lora = {"model": {"handlers": ["lora"]}, "handlers": {"lora": {"dropout": 0.5}}}

@@ -1,6 +1,8 @@
 """Adapters in PEFT's format and merged: what other programs compute with them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import torch
 from tests.distributed.adapted_runs import on, write_base
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
+from torchtitan.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.run_context import RunContext
 from torchtitan.handlers.peft import CONFIG_NAME, WEIGHTS_NAME, read_peft
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.registry import get_family
 from torchtitan.preflight import MODEL, preflight
-from torchtitan.training.adapters import open_adapted
+from torchtitan.training.adapters import AdaptedModel, open_adapted
 from torchtitan.training.export import Target, write_adapter, write_model
 from torchtitan.training.open_model import open_model
 from torchtitan.weights.readback import divergence, logits_of_peft, probe
+from torchtitan.weights.stored_model import StoredModel, read_tensors
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 8.0, "targets": ["w[qk]", "w2"]},
@@ -49,6 +53,11 @@ def step(
     return request.param, folder / "run" / "step-3"
 
 
+def merged_of(adapted: AdaptedModel, dtype: str | None = None) -> StoredModel:
+    """The merged model, without the run's tokenizer, which has more tokens."""
+    return replace(adapted.merged(dtype), tokenizer_path=None)
+
+
 def test_an_adapter_in_peft(step: tuple[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     kind, path = step
@@ -69,7 +78,7 @@ def test_an_adapter_in_peft(step: tuple[str, Path], tmp_path: Path) -> None:
 def test_a_merged_model(step: tuple[str, Path], tmp_path: Path) -> None:
     """transformers computes what the adapter does on its base."""
     adapted = open_adapted(step[1])
-    text = write_model(adapted.merged(None), Target(tmp_path / "merged"))
+    text = write_model(merged_of(adapted), Target(tmp_path / "merged"))
     assert "reads back with a KL divergence of" in text and "in transformers" in text
     merged = open_model(tmp_path / "merged")
     assert merged.weights.tensors.keys() == adapted.base.weights.tensors.keys()
@@ -81,7 +90,43 @@ def test_a_merge_in_few_bits_is_compared_with_their_rounding(
     step: tuple[str, Path], tmp_path: Path
 ) -> None:
     target = Target(tmp_path / "merged", dtype="bfloat16")
-    assert "bound 2e-02" in write_model(open_adapted(step[1]).merged("bfloat16"), target)
+    assert "bound 1e-01" in write_model(merged_of(open_adapted(step[1]), "bfloat16"), target)
+
+
+def test_a_merge_in_float64_is_as_exact(
+    step: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the base's type."""
+    adapted = open_adapted(step[1])
+    types: set[torch.dtype] = set()
+    merge = adapted.handler.handler.merge_added
+
+    def record(name: str, weight: torch.Tensor, added: Any) -> torch.Tensor:
+        types.update(tensor.dtype for tensor in (weight, *added.values()))
+        return merge(name, weight, added)
+
+    monkeypatch.setattr(adapted.handler.handler, "merge_added", record)
+    for given, wide in (("float64", torch.float64), ("bfloat16", torch.float32)):
+        weights = adapted.merged(given).weights
+        dict(read_tensors(weights, weights.tensors))
+        assert types == {wide}
+        types.clear()
+
+
+def test_a_handler_that_computes_the_same_may_be_there(
+    step: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Its window is the model's."""
+    copy = tmp_path / "step-3"
+    shutil.copytree(step[1], copy)
+    manifest = read_manifest(copy)
+    config = manifest.info["config"]
+    config["model"]["handlers"] += ["flex_attention"]
+    config["handlers"]["flex_attention"] = {"window": 5}
+    (copy / MANIFEST_NAME).unlink()
+    write_manifest(copy, manifest)
+    adapted = open_adapted(copy)
+    assert adapted.handler.name == "lora" and adapted.base.args.sliding_window == 5
 
 
 def test_a_wrong_merge_is_not_written(
@@ -89,7 +134,7 @@ def test_a_wrong_merge_is_not_written(
 ) -> None:
     adapted = open_adapted(step[1])
     monkeypatch.setattr(adapted.handler.handler, "merge_added", lambda name, weight, added: weight)
-    merged = adapted.merged(None)
+    merged = merged_of(adapted)
     with pytest.raises(CheckpointError, match="the export computes something else"):
         write_model(merged, Target(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
@@ -116,6 +161,9 @@ def test_a_run_starts_from_pefts_adapter(
     expected = {n: d for n, d in again[0].loaded.items() if not n.startswith("optimizer.")}
     assert {name: loaded[name] for name in expected} == expected
     assert legs[0].losses == pytest.approx(again[0].losses, rel=1e-5)
+    shutil.rmtree(tmp_path / "adapter")  # the run's own checkpoints do without it
+    trained = open_adapted(tmp_path / "new" / "step-1")
+    assert trained.logits(probe(trained.base.args)).isfinite().all()
 
 
 def issues_of(kind: str, **settings: Any) -> list[str]:
@@ -140,9 +188,14 @@ def test_an_adapter_that_does_not_fit(step: tuple[str, Path], tmp_path: Path) ->
     (found,) = issues_of(kind, adapter=str(tmp_path / "nothing"))
     assert "handlers.lora.adapter = " in found and "cannot be read" in found
     config = json.loads((adapter / CONFIG_NAME).read_text())
-    (adapter / CONFIG_NAME).write_text(json.dumps({**config, "bias": "all"}))
-    (found,) = issues_of(kind, adapter=str(adapter))
-    assert "bias = 'all' is not supported" in found
+    for key, value, words in (
+        ("bias", "all", "bias = 'all' is not supported"),
+        ("layer_replication", [[0, 1]], "layer_replication = [[0, 1]] is not supported"),
+        ("init_lora_weights", "pissa_niter_4", "changes the base's weights"),
+    ):
+        (adapter / CONFIG_NAME).write_text(json.dumps({**config, key: value}))
+        (found,) = issues_of(kind, adapter=str(adapter))
+        assert words in found
 
 
 def test_names_of_pefts_adapter(step: tuple[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.distributed import tiny
 from tests.distributed.tiny import Case, Result
+from tests.parity.adapted import KINDS
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.handlers.base import ModelHandler
@@ -60,23 +61,49 @@ def train_with_shifts(world: DistributedContext, case: Case) -> Result:
     return tiny.train(world, case)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"shard": 2}, {"cp": 2}, {"pp": 2}], ids=str)
-def test_base_equals_a_frozen_copy(
-    gloo_pool: GlooPool, mesh: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The copy has the handler, too, and its shift stays at zero."""
+MESHES = [{}, {"shard": 2}, {"cp": 2}, {"pp": 2}]
+HANDLERS: dict[str, dict[str, Any]] = {
+    "shifts": {"model": {"handlers": ["shifts"]}},
+    **{
+        kind: {"model": {"handlers": ["lora"]}, "handlers": {"lora": KINDS[kind]}} for kind in KINDS
+    },
+}
+
+
+def base_and_copy(pool: GlooPool, handler: str, mesh: dict[str, Any]) -> list[list[Result]]:
+    """All ranks' results with the reference below the adapters, and with a frozen copy."""
     results = []
     for reference in ("base", "start"):
         settings = {
-            "model": {"handlers": ["shifts"]},
+            **HANDLERS[handler],
             "loss": {"name": "dpo", "args": {"beta": 0.5, "reference": reference}},
             "debug": {"seed": tiny.REFERENCE_SEED},  # the start is the reference
         }
         world_size = 2 if mesh else 1
         case = Case(world_size, document_mask=True, settings=settings, **mesh)
-        results.append(gloo_pool.run(world_size, train_with_shifts, case)[0])
-    base, copy = results
+        results.append(pool.run(world_size, train_with_shifts, case))
+    return results
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_base_equals_a_frozen_copy(gloo_pool: GlooPool, mesh: dict[str, Any]) -> None:
+    """The copy has the handler, too, and its shift stays at zero."""
+    [base, *_], [copy, *_] = base_and_copy(gloo_pool, "shifts", mesh)
     assert base.losses[0] == copy.losses[0] == pytest.approx(0.6931471805599453, rel=1e-15)
     assert base.losses == pytest.approx(copy.losses, rel=1e-12, abs=1e-15)
     assert base.evaluated == pytest.approx(copy.evaluated, rel=1e-12)
     assert base.losses[-1] > base.losses[1], "margins grow"
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA with dropout"])
+def test_the_base_of_lora_equals_a_frozen_copy_on_every_mesh(
+    gloo_pool: GlooPool, kind: str
+) -> None:
+    """B is not zero in the model in training, and zero in the copy."""
+    alone: Result | None = None
+    for mesh in ({}, {"shard": 2}, {"tp": 2}):
+        base, copy = base_and_copy(gloo_pool, kind, mesh)
+        alone = alone or base[0]
+        assert abs(alone.losses[0] - 0.6931471805599453) > 1e-4, "the adapters count"
+        assert tiny.compare(base, alone).worst < 1e-9
+        assert tiny.compare(copy, alone).worst < 1e-9

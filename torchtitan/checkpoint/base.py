@@ -6,7 +6,7 @@ changed, or is another one, is recognised before anything is loaded.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,13 @@ def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> N
         )
 
 
-def without_base(tensors: Mapping[str, Tensor], parts: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Return the tensors of the model that are not parameters without training."""
+def without_base(
+    tensors: Mapping[str, Tensor], parts: Sequence[nn.Module], added: Collection[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of the model that are trained, or `added`: what no base has."""
     named = (pair for part in parts for pair in part.named_parameters(remove_duplicate=False))
     frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+    return {name: t for name, t in tensors.items() if name in added or name not in frozen}
 
 
 def _digest(files: Mapping[str, FileRecord]) -> str:

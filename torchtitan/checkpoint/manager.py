@@ -77,6 +77,8 @@ class CheckpointManager:
         self._initial: InitialLoad | None = None
         self._base: InitialLoad | None = None
         """The weights that checkpoints of this run refer to; None if they are whole."""
+        self._added: frozenset[str] = frozenset()
+        """What handlers added to the model: no base has it."""
         if store is None:
             return
         self.found = None if replaces_run else self._find(store)
@@ -188,6 +190,7 @@ class CheckpointManager:
         optimizer = optimizer_tensors(model_parts, optimizers)
         if self._initial is not None and any(handler.adds_adapters for handler in handlers):
             self._base = self._initial
+        self._added = frozenset[str]().union(*(handler.added for handler in handlers))
         own = self._own(model, model_parts)
         if not self._section.load_only:
             self._store.require_space(own | optimizer)
@@ -213,7 +216,7 @@ class CheckpointManager:
         self, tensors: Mapping[str, torch.Tensor], parts: Sequence[nn.Module]
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of the model that checkpoints hold: all, or those not of the base."""
-        return dict(tensors) if self._base is None else without_base(tensors, parts)
+        return dict(tensors) if self._base is None else without_base(tensors, parts, self._added)
 
     def has_loaded_added(self, handler: ChangesWeights) -> bool:
         """Return whether what the handler added to the model had values in the checkpoint."""

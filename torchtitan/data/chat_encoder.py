@@ -277,6 +277,8 @@ class ChatEncoder:
             if not trained[part][1:].any():
                 return Encoded([], total, is_long, untrained=True)
             kept.append((tokens[part], trained[part]))
+        if np.array_equal(kept[0][0], kept[1][0]):  # where they differ was cut off
+            return Encoded([], total, is_long, untrained=True)
         tokens, trained = (np.concatenate(arrays) for arrays in zip(*kept))
         unit = Unit(tokens, trained, tuple(len(own) for own, _ in kept))
         return Encoded([unit], total, truncated=is_long)

@@ -98,27 +98,31 @@ class ChatFormat:
 
         Raises BadRow.
         """
-        prompt, tools, sides = self._value(row, "prompt"), self._tools(row), []
+        prompt, tools = self._value(row, "prompt"), self._tools(row)
+        sides, flags = list[list[dict[str, Any]]](), list[list[bool | None]]()
         for column in ("chosen", "rejected"):
             name = self._first(row, (column,))
             answer = row[name]
             if isinstance(answer, str) and prompt is None:
                 named = self._names.get("prompt", "prompt")
                 raise BadRow(f"column {name!r} is text, and there is no column {named!r}", named)
-            messages, _ = self._messages(answer, f"column {name!r}", "assistant")
+            messages, own = self._messages(answer, f"column {name!r}", "assistant")
             if messages[0]["role"] == "assistant" and prompt is not None:
                 messages = self._messages(prompt, "the prompt", "user")[0] + messages
                 messages = self._system(row) + messages
             sides.append(messages)
+            flags.append([None] * (len(messages) - len(own)) + own)
         common = 0
         while common < min(map(len, sides)) and sides[0][common] == sides[1][common]:
             common += 1
         if sides[0] == sides[1]:
             raise BadRow("chosen and rejected are equal, so there is nothing to prefer")
-        flags = [[False] * common + [None] * (len(side) - common) for side in sides]
         if any(common == len(side) for side in sides):
             raise BadRow("one of chosen and rejected is the beginning of the other")
-        first, second = (Conversation(side, flag, tools) for side, flag in zip(sides, flags))  # type: ignore[arg-type]
+        first, second = (
+            Conversation(side, [False] * common + own[common:], tools)
+            for side, own in zip(sides, flags)
+        )
         return first, second
 
     def _instruct(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[bool | None]]:

@@ -124,7 +124,11 @@ class LoraHandler(ModelHandler):
         """Inputs of each adapted linear, by all of its names."""
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """Find patterns that match no linear, and matrices that the rank does not fit."""
+        """Find patterns that match no linear, a rank that does not fit, and another's adapter."""
+        found = self._check_targets(model)
+        return found or ([] if self.settings.adapter is None else self._check_adapter(model))
+
+    def _check_targets(self, model: nn.Module) -> list[ConfigIssue]:
         linears = dict(linears_of(model))
         problems = []
         for index, glob in enumerate(self.settings.targets):
@@ -142,7 +146,7 @@ class LoraHandler(ModelHandler):
                 problem = f"is more than the matrix {name}, {shape}, has"
                 fix = f"set it to at most {least}, or leave {name} out of the targets"
                 return [ConfigIssue(key, problem, fix, rank)]
-        return [] if self.settings.adapter is None else self._check_adapter(model)
+        return []
 
     def _check_adapter(self, model: nn.Module) -> list[ConfigIssue]:
         """Compare PEFT's adapter with the settings and the targets."""
@@ -189,8 +193,8 @@ class LoraHandler(ModelHandler):
         return []
 
     def convert(self, model: nn.Module) -> None:
-        """Freeze the model and add the adapters. Raises ConfigError for the problems of `check`."""
-        if problems := self.check(model):
+        """Freeze the model and add the adapters. Raises ConfigError for targets that do not fit."""
+        if problems := self._check_targets(model):  # a step needs no adapter to start from
             raise ConfigError(problems)
         dtype = torch.get_default_dtype()
         for parameter in model.parameters():

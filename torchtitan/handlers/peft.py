@@ -34,8 +34,18 @@ _UNSUPPORTED: dict[str, Any] = {
     "fan_in_fan_out": False,
     "trainable_token_indices": None,
     "lora_bias": False,
+    "layer_replication": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
 """Settings of PEFT that change the model in ways that `lora` does not have; what is plain."""
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which the adapter is for other weights than the base's."""
 
 
 def write_peft(
@@ -91,6 +101,12 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     for key, plain in _UNSUPPORTED.items():
         if config.get(key) and config[key] != plain:
             raise InvalidWeights(f"{file}: {key} = {config[key]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGE_BASE):
+        raise InvalidWeights(
+            f"{file}: init_lora_weights = {start!r} changes the base's weights; save the adapter"
+            " for the unchanged ones, with peft's path_initial_model_for_weight_conversion"
+        )
     return config
 
 

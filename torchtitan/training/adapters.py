@@ -16,7 +16,7 @@ from torchtitan.config.schema import Model
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import convert_model
 from torchtitan.handlers.named import NamedHandler
-from torchtitan.handlers.registry import TRAINING_ONLY
+from torchtitan.handlers.registry import changes_model
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.family import ModelFamily
 from torchtitan.models.registry import get_family
@@ -25,9 +25,11 @@ from torchtitan.training.open_model import (
     decoder_args,
     record_of_training,
     verify_files,
+    with_window,
 )
-from torchtitan.training.pretrained import newest_step
+from torchtitan.training.pretrained import newest_step, require_cached_masks
 from torchtitan.training.pretrained_config import tokenizer_of_step
+from torchtitan.utils.dtypes import at_least_float32
 from torchtitan.weights.readback import logits_of
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.source import open_weights
@@ -94,10 +96,11 @@ class _MergedWeights:
         if plain:
             self._base.load(plain)
         for name in tensors.keys() - plain.keys():
-            weight = torch.empty(self.tensors[name]["shape"], dtype=torch.float32)
+            wide = at_least_float32(tensors[name].dtype)
+            weight = torch.empty(self.tensors[name]["shape"], dtype=wide)
             self._base.load({name: weight})
             added = {
-                key: torch.empty(self._own.tensors[key]["shape"], dtype=torch.float32)
+                key: torch.empty(self._own.tensors[key]["shape"], dtype=wide)
                 for key in self._added[name]
             }
             self._own.load(added)
@@ -133,7 +136,8 @@ def _open(
     assert manifest is not None
     verify_files(path, manifest)
     config = config_of_step(manifest)
-    names = [name for name in config.model.handlers if name not in TRAINING_ONLY]
+    require_cached_masks(config)
+    names = changes_model(config.model.handlers)
     handlers = [NamedHandler(name, config, ParallelDims()) for name in names]
     makers = [handler for handler in handlers if handler.adds_adapters]
     if len(handlers) != 1 or not makers:
@@ -146,6 +150,7 @@ def _open(
         raise ConfigError(ConfigIssue(_IN, text, fix, str(place)))
     base, args, digest = _open_base(place, config.model, family)
     require_same_base(recorded, place, digest)
+    args = with_window(config, args)
     tokenizer, training = tokenizer_path or tokenizer_of_step(path), record_of_training(manifest)
     model = StoredModel(path, family, args, folder, tokenizer, training)
     return AdaptedModel(model, replace(model, path=place, weights=base), makers[0])

@@ -23,6 +23,7 @@ from torchtitan.config.schema import Checkpoint, Model, Parallelism
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.handlers.named import NamedHandler
 from torchtitan.loss.registry import DistillationSettings, DPOSettings, loss_settings
 from torchtitan.models.batch import Batch
 from torchtitan.models.family import FROM_CHECKPOINT
@@ -206,12 +207,15 @@ def build_frozen_model(
     model = model_builder.build_model(
         config, vocab_size, mesh, dims, world.device, initialise=path is None
     )
+    loaded: list[NamedHandler] = []
     if path is not None:
         section = Checkpoint(initial_load_path=str(path), initial_load_model_only=True)
         open_foreign = builder.foreign_opener(config, vocab_size)
         load = InitialLoad(section, world, open_foreign)
         load.load(model_tensors(model.parts), {}, model.handlers)
         fill_copies(model.parts, [])
+        loaded = [handler for handler in model.handlers if load.holds_any(handler.added)]
+    model_builder.initialize_added(model, without=loaded)
     model_builder.call_after_load(model)
     for parameter in model.parameters:
         parameter.requires_grad_(False)

@@ -86,9 +86,7 @@ def _open_step(path: Path, tokenizer_path: str | None) -> StoredModel:
     family = get_family(config.model.name)
     rows = folder.tensors.get(_EMBEDDING, {}).get("shape", [None])[0]
     args = decoder_args(family, family.resolve(config.model, rows))
-    if "flex_attention" in config.model.handlers:
-        masks = handler_settings(config, "flex_attention")
-        args = args.model_copy(update={"sliding_window": masks.chosen_window(args.sliding_window)})
+    args = with_window(config, args)
     tokenizer = tokenizer_path or tokenizer_of_step(path)
     return StoredModel(path, family, args, folder, tokenizer, record_of_training(manifest))
 
@@ -102,6 +100,14 @@ def config_of_step(manifest: Manifest) -> JobConfig:
     if problems := import_custom_modules(config):
         raise ConfigError(problems)
     return config
+
+
+def with_window(config: JobConfig, args: DecoderArgs) -> DecoderArgs:
+    """Return `args` with the window of attention that a handler may have set."""
+    if "flex_attention" not in config.model.handlers:
+        return args
+    masks = handler_settings(config, "flex_attention")
+    return args.model_copy(update={"sliding_window": masks.chosen_window(args.sliding_window)})
 
 
 def record_of_training(manifest: Manifest) -> dict[str, Any]:

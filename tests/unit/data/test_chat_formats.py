@@ -105,6 +105,18 @@ def test_pairs(row: dict[str, Any]) -> None:
         assert side.flags == [False, None]
 
 
+def test_flags_of_pairs() -> None:
+    """Of the prompt nothing is trained, of the answers what their flags say."""
+    sides = {
+        side: [{"role": "assistant", "content": side, "weight": 0}, MESSAGES[1], answer]
+        for side, answer in (("chosen", MESSAGES[2]), ("rejected", {**MESSAGES[2], "train": True}))
+    }
+    prompt = [{**MESSAGES[1], "weight": 1}]
+    chosen, rejected = ChatFormat("preference", {}, {}).pair({"prompt": prompt, **sides})
+    assert chosen.flags == [False, False, None, None]
+    assert rejected.flags == [False, False, None, True]
+
+
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [

@@ -256,3 +256,12 @@ def test_a_long_pair_shares_its_row() -> None:
     assert found.truncated and unit.size == 96 and len(unit.lengths) == 2
     rejected = unit.tokens[unit.lengths[0] :]
     assert TOKENIZER.text(rejected.tolist()).endswith("z<|im_end|>\n")
+
+
+def test_what_is_left_of_a_long_pair_differs() -> None:
+    """Two sides that differ only in what is cut off would teach nothing, and count as a pair."""
+    row = {"prompt": "x", "chosen": "y" * 90 + "a", "rejected": "y" * 90 + "b"}
+    found = encoder_of(QWEN25, name="preference", seq_len=96).encode(row)
+    assert found.untrained and found.truncated and not found.units
+    (unit,) = encoder_of(QWEN25, name="preference", seq_len=512).encode(row).units
+    assert unit.trained.any()

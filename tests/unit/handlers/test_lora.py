@@ -1,6 +1,7 @@
 """The handler `lora`: what it adapts and freezes, and what it refuses."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import convert_model
 from torchtitan.handlers.lora import LoraHandler, LoraLinear
 from torchtitan.handlers.named import NamedHandler
+from torchtitan.handlers.settings import LoraSettings
 from torchtitan.models.registry import get_family
 from torchtitan.parallel.initialize import initialize_tensors
 from torchtitan.preflight import ARITHMETIC, MODEL, preflight
@@ -162,6 +164,10 @@ def issues_of(config: JobConfig) -> list[str]:
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:
     found = issues_of(config_of(**settings))
     assert any(words in text and "Fix: " in text for text in found), found
+
+
+def test_the_adapters_path_is_expanded() -> None:
+    assert LoraSettings(adapter="~/adapter").adapter == str(Path.home() / "adapter")
 
 
 def test_a_wrong_glob_gets_the_nearest_name() -> None:
