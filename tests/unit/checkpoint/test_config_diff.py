@@ -97,7 +97,6 @@ def test_keys_of_the_list_exist() -> None:
         "data.add_bos",
         "data.add_eos",
         "data.chat_template",
-        "loss.args.reference_path",
         "loss.args.teacher_path",
     }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
