@@ -72,8 +72,15 @@ class Records:
         assert name == "validation"
         yield
 
-    def log_validation(self, step: int, name: str, loss: torch.Tensor, num_targets: int) -> None:
-        assert step == 7
+    def log_validation(
+        self,
+        step: int,
+        name: str,
+        loss: torch.Tensor,
+        num_targets: int,
+        has_perplexity: bool,
+    ) -> None:
+        assert step == 7 and has_perplexity
         self.of_sets[name] = Recorded(loss.item(), num_targets)
 
 

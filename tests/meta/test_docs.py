@@ -119,7 +119,10 @@ def _problem_of_command(*words: str) -> str | None:
         if options is None or vars(options).get("help"):
             return None
         if "settings" in options:
-            config = load_config(options.settings).config
+            settings = options.settings
+            if options.command == "data" and not settings[0].endswith(".toml"):
+                settings = settings[1:]  # the data themselves
+            config = load_config(settings).config
             return _problem_of_data(config) if options.command == "train" else None
     except ValueError as error:
         return str(error)

@@ -93,6 +93,14 @@ def test_regularised_losses_with_every_parallelism(what: str) -> None:
     assert met == {"fsdp", *OTHERS}
 
 
+@pytest.mark.parametrize("what", ["DPO", "teacher"])
+def test_frozen_models_with_every_parallelism(what: str) -> None:
+    """And other variants of preference losses, and a teacher's top tokens, with some."""
+    met = set().union(*(k for case, k in zip(TABLE, KINDS) if what in special_of(case)))
+    assert met == {"fsdp", "hsdp", *OTHERS}
+    assert {"conservative DPO", "robust DPO", "IPO", "SimPO", "teacher's top 7"} <= SPECIAL.keys()
+
+
 def test_windows_with_every_parallelism() -> None:
     """Shorter and longer than a rank's share of the sequence, with documents and without."""
     windowed = [case for case in TABLE if case.window is not None]

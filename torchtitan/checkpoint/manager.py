@@ -67,9 +67,7 @@ class CheckpointManager:
         replaces_run: bool = False,
         open_foreign: Callable[[Path], WeightSource] | None = None,
     ):
-        self._section = section
-        self._store = store
-        self._world = world
+        self._section, self._store, self._world = section, store, world
         self._last_saved = -1
         self._damaged: dict[int, str] = {}
         self.found: VerifiedStep | None = None

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.schema import DEFAULT_WARMUP, JobConfig, Section
+from torchtitan.config.schema import (
+    DEFAULT_WARMUP,
+    DataSource,
+    JobConfig,
+    Section,
+    ValidationSet,
+)
 
 S = TypeVar("S", bound=Section)
 _REASONS = {
@@ -18,6 +24,7 @@ def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
 
     They still count as unset. `dp_degree`: ranks that read different data.
     """
+    config = with_document_mask(config)
     training, profiling = config.training, config.profiling
     share, rest = divmod(training.global_batch_size, dp_degree)
     if training.global_batch_size > 0 and not rest:
@@ -25,12 +32,21 @@ def fitted(config: JobConfig, dp_degree: int) -> JobConfig:
         sizes = [n for n in range(1, _default(training, "local_batch_size") + 1) if share % n == 0]
         size = max((n for n in sizes if n % unit == 0), default=training.local_batch_size)
         training = _with_default(training, "local_batch_size", size)
-    if _has_conversations(config):
-        training = _with_default(training, "document_mask", True)
     length = profiling.profiler_warmup + profiling.profiler_active
     profile_freq = max(length, _default(profiling, "profile_freq"))
     profiling = _with_default(profiling, "profile_freq", profile_freq)
     return config.model_copy(update={"training": training, "profiling": profiling})
+
+
+def with_document_mask(config: JobConfig) -> JobConfig:
+    """Return the config with `training.document_mask` on, if unset, where conversations need it.
+
+    It is part of the run's identity, so it is set as soon as a config is loaded.
+    """
+    if not _has_conversations(config):
+        return config
+    training = _with_default(config.training, "document_mask", True)
+    return config.model_copy(update={"training": training})
 
 
 def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue]:
@@ -54,7 +70,8 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue
 def _has_conversations(config: JobConfig) -> bool:
     """Return whether any data are conversations that have to be kept apart."""
     data = config.data
-    tables = [*data.sources, *(config.validation.sets if config.validation.enable else ())]
+    tables: list[DataSource | ValidationSet] = [*data.sources]
+    tables += config.validation.sets if config.validation.enable else ()
     formats = {data.format, *(table.format for table in tables)} - {"text", None}
     return bool(formats) and (data.packing or "preference" in formats)
 

@@ -16,6 +16,7 @@ from torchtitan.config.compat import translate as compat
 from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import free_table_of, known_keys, known_sections
+from torchtitan.config.fitting import with_document_mask
 from torchtitan.config.keys_check import split_known
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
@@ -89,7 +90,7 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
     origins |= from_file
     origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
-    return LoadedConfig(config, origins, notices, values)
+    return LoadedConfig(with_document_mask(config), origins, notices, values)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:

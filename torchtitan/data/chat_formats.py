@@ -111,7 +111,8 @@ class ChatFormat:
                 messages = self._messages(prompt, "the prompt", "user")[0] + messages
                 messages = self._system(row) + messages
             sides.append(messages)
-            flags.append([*[None] * (len(messages) - len(own)), *own])
+            of_prompt: list[bool | None] = [None] * (len(messages) - len(own))
+            flags.append(of_prompt + own)
         common = 0
         while common < min(map(len, sides)) and sides[0][common] == sides[1][common]:
             common += 1
@@ -119,9 +120,9 @@ class ChatFormat:
             raise BadRow("chosen and rejected are equal, so there is nothing to prefer")
         if any(common == len(side) for side in sides):
             raise BadRow("one of chosen and rejected is the beginning of the other")
+        shared: list[bool | None] = [False] * common
         first, second = (
-            Conversation(side, [*[False] * common, *own[common:]], tools)
-            for side, own in zip(sides, flags)
+            Conversation(side, shared + own[common:], tools) for side, own in zip(sides, flags)
         )
         return first, second
 

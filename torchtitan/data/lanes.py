@@ -182,7 +182,9 @@ class Lane:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _read(self, shard: Shard, row: Row, epoch: int, read: Callable[[Row], C]) -> C | None:
+    def _read(
+        self, shard: Shard, row: Row, epoch: int, read: Callable[[Row], C | None]
+    ) -> C | None:
         """Return what `read` makes of a row; None for one that is skipped.
 
         Raises DataError as configured.

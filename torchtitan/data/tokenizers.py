@@ -24,7 +24,6 @@ from torchtitan.data.document_ends import NoToken, SpecialTokens, read_special_t
 from torchtitan.data.tiktoken_model import TiktokenTokenizer
 from torchtitan.data.tokenizer_formats import (
     ByteTokenizer,
-    FileTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
 )
@@ -84,6 +83,7 @@ class Tokenizer(Protocol):
         ...
 
 
+_OfFile = JsonTokenizer | TiktokenTokenizer | SentencePieceTokenizer
 TokenizerFactory = Callable[[str], Tokenizer]
 """Builds the tokenizer of what follows `name:` in `model.tokenizer_path`, or of an empty text.
 Raises ConfigError for errors that the user can correct."""
@@ -132,7 +132,7 @@ def build_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def _read(file: Path, path: str, special: SpecialTokens) -> FileTokenizer:
+def _read(file: Path, path: str, special: SpecialTokens) -> _OfFile:
     """Return the tokenizer in `file`, by its content; `path` is what the user set."""
     try:
         size = file.stat().st_size

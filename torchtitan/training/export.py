@@ -44,7 +44,7 @@ from torchtitan.weights.stored_model import (
     read_tensors,
     target_dtype,
 )
-from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
+from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json, tokenizer_folder
 from torchtitan.weights.torch_file import TorchFile
 from torchtitan.weights.writer import write_hf
 
@@ -94,7 +94,11 @@ def write_model(model: StoredModel, target: Target) -> str:
     Nothing is there unless all of it is right. Raises CheckpointError.
     """
     _require_rows(model)
-    return _written(target, model.weights, lambda new: _OF_MODELS[target.format](model, new))
+    done = _written(target, model.weights, lambda new: _OF_MODELS[target.format](model, new))
+    if target.path.is_dir() and tokenizer_folder(target.path) is None:
+        named = "none is known" if model.tokenizer_path is None else model.tokenizer_path
+        logger.warning("%s has no tokenizer files (tokenizer: %s)", target.path, named)
+    return done
 
 
 def write_tensors(weights: Weights, target: Target) -> str:

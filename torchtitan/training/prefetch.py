@@ -117,3 +117,9 @@ class Prefetch:
             )
         assert fetched.data is not None
         return fetched.data, agreed
+
+
+def row_counts(agreed: StepInfo) -> dict[str, int]:
+    """Return the rows that all ranks have changed or left out so far, by the names of metrics."""
+    names = (f"rows_{name}" for name in COUNTS)
+    return {"bad_rows": agreed.bad_rows, **dict(zip(names, agreed.row_counts))}

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,8 +15,7 @@ from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
-from torchtitan.data.packing import COUNTS
-from torchtitan.data.tokenizers import build_tokenizer
+from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -39,7 +37,7 @@ from torchtitan.training.ending import (
 from torchtitan.training.evaluation import Evaluator, build_evaluator
 from torchtitan.training.frozen_model import build_runner
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
-from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.prefetch import Prefetch, row_counts
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -59,7 +57,7 @@ def train(
     """
     config, training, comm = context.config, context.config.training, context.config.comm
     dims = ParallelDims.from_section(context.config.parallelism, context.world_size)
-    mesh = dims.build_mesh(world.device.type)
+    mesh, stop = dims.build_mesh(world.device.type), progress.stop
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
         manager = stack.enter_context(builder.build_manager(config, world, folder, dims, tokenizer))
@@ -85,16 +83,14 @@ def train(
             loader,
             runner.loss,
             world,
-            progress.stop,
+            stop,
             dims.is_data_leader(world.rank),
             manager.save_failed,
             config.data.max_bad_rows,
         )
-        validator = builder.build_validator(
-            context, dims, world, tokenizer, runner, progress.stop, garbage
-        )
-        evaluator = build_evaluator(
-            context, dims, world, tokenizer, model, mesh, runner, progress.stop
+        measurements = (
+            builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
+            build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
         )
         logger.info(builder.describe(context, dims, world, model))
 
@@ -114,9 +110,7 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, manager, progress)
-        keep_template = partial(builder.keep_chat_template, config, folder, tokenizer)
-        run_on_rank0(world, f"the run folder {folder.path} cannot be written", keep_template)
+        begin(world, folder, manager, progress, tokenizer)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -161,12 +155,11 @@ def train(
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
                 source_tokens=data.source_tokens,
-                bad_rows=agreed.bad_rows,
-                row_counts=dict(zip(COUNTS, agreed.row_counts)),
+                row_counts=row_counts(agreed),
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            measure((validator, evaluator), step, step == training.steps, metrics, nonfinite_guard)
+            measure(measurements, step, step == training.steps, metrics, nonfinite_guard)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -176,7 +169,7 @@ def train(
 
         nonfinite_guard.flush()
         if progress.status == "data_exhausted" and step > first_step:
-            measure((validator, evaluator), step, True, metrics, nonfinite_guard)
+            measure(measurements, step, True, metrics, nonfinite_guard)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
@@ -202,11 +195,20 @@ def measure(
 
 
 def begin(
-    world: DistributedContext, folder: RunFolder, manager: CheckpointManager, progress: Progress
+    world: DistributedContext,
+    folder: RunFolder,
+    manager: CheckpointManager,
+    progress: Progress,
+    tokenizer: Tokenizer,
 ) -> None:
     """Change the run folder, now that nothing can prevent the start. All ranks call it."""
+
+    def write() -> None:
+        folder.begin()
+        builder.keep_chat_template(folder.config, folder, tokenizer)
+
     progress.stop.at_once = False  # from here on the loop ends the run
-    run_on_rank0(world, f"the run folder {folder.path} cannot be written", folder.begin)
+    run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)
     progress.may_write = True
     manager.begin()
 

@@ -196,7 +196,7 @@ def test_offline_and_without_a_network(
 ) -> None:
     cases = {
         "HF_HUB_OFFLINE: is set, which forbids uploads": {"HF_HUB_OFFLINE": "1"},
-        "upload: http://127.0.0.1:9 cannot be reached": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        "http://127.0.0.1:9 cannot be reached": {"HF_ENDPOINT": "http://127.0.0.1:9"},
     }
     (folder / "adapter_config.json").write_text("{}")  # not looked into, which takes torch
     for text, variable in cases.items():

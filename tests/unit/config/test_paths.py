@@ -13,12 +13,15 @@ from torchtitan.preflight import FILES, preflight
 from torchtitan.preflight.mesh import check_static
 
 TABLES = [key for key in known_keys().values() if key.item is not None]
+NAMED_OTHERWISE = (
+    *("job.config_file", "job.dump_folder", "evaluation.task_dir"),
+    "data.chat_template",
+)
 
 
 def is_called_a_path(key: Key) -> bool:
     return key.kind == "str" and (
-        key.last_name.endswith(("path", "_csv"))
-        or key.name in ("job.config_file", "job.dump_folder", "evaluation.task_dir")
+        key.last_name.endswith(("path", "_csv")) or key.name in NAMED_OTHERWISE
     )
 
 

@@ -94,9 +94,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_transformers_computes_the_same(tmp_path: Path, kind: str) -> None:
+def test_transformers_computes_the_same(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_in_transformers(tmp_path / "in", kind)
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert "out has no tokenizer files (tokenizer: none is known)" in capsys.readouterr().err
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again) is type(model)
     with torch.no_grad():
@@ -125,9 +128,12 @@ def test_a_step_of_a_mesh_is_exported_as_that_of_one_process(
     )
 
 
-def test_the_folder_is_complete(tmp_path: Path, step: Path) -> None:
+def test_the_folder_is_complete(
+    tmp_path: Path, step: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert main(["export", str(step.parent), str(out), "--dtype", "bfloat16"]) == 0
+    assert "no tokenizer files" not in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(out)
