@@ -41,8 +41,8 @@ gloo. `tests/parity/` requires the same of every row.
 The model is a Llama of width {dim}, where {heads} query heads share {kv_heads} of keys and values,
 with a vocabulary of {vocab} tokens. A step has {sequences} sequences of {seq_len} tokens, of which
 some have no target at all. There are {steps} steps, of AdamW unless a row names another optimizer,
-in float64; gradients, of norms from {smallest_norm:.2f} to {largest_norm:.2f}, are clipped to
-{max_norm}.
+in float64; gradients, of norms from {smallest_norm:.1g} to {largest_norm:.2f}, are clipped to
+{max_norm}, which those of adapters are below.
 
 How to read it: the numbers are the largest relative differences to one process. *Loss* is over the
 losses of all steps and the loss of `evaluate` at the end, *norm* over the gradient norms of all

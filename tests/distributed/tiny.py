@@ -37,7 +37,7 @@ SEQ_LEN = 32
 NUM_SEQUENCES = 8
 NUM_STEPS = 3
 MAX_NORM = 0.3
-"""Below the norms that occur, so that clipping always acts."""
+"""Below the norms of most rows, so that clipping acts; those of adapters are smaller."""
 LORA_B = InitRule("normal", std=0.1)
 """The start of adapters: at zero, as in a run, only one of the two factors has a gradient."""
 

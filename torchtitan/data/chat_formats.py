@@ -79,7 +79,7 @@ class ChatFormat:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What columns and roles are called (JSON)."""
+        """Names of columns and roles, as JSON values."""
         renamed = {k: v for k, v in self._roles.items() if KNOWN_ROLES.get(k) != v}
         return {"columns": self._names, "roles": renamed}
 
