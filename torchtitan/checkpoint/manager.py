@@ -188,7 +188,8 @@ class CheckpointManager:
         optimizer = optimizer_tensors(model_parts, optimizers)
         if self._initial is not None and any(handler.adds_adapters for handler in handlers):
             self._base = self._initial
-        self._added = frozenset[str]().union(*(handler.added for handler in handlers))
+        made = {name for handler in handlers for m in handler.made_of(model).values() for name in m.names}
+        self._added = frozenset[str]().union(*(handler.added for handler in handlers)) - made
         own = self._own(model, model_parts)
         if not self._section.load_only:
             self._store.require_space(own | optimizer)

@@ -91,6 +91,13 @@ class LoraSettings(Section):
     which each step rounds them anyway, unless `training.dtype` is smaller."""
 
 
+class QloraSettings(LoraSettings):
+    """Settings of `qlora`: those of `lora`, and the bits of the matrices that get adapters."""
+
+    bits: Literal[4, 8] = 4
+    """4 for NF4, 8 for integers, with a scale for 64 elements in either."""
+
+
 class LinearSettings(Section):
     """Settings that all low-precision handlers share."""
 
