@@ -291,6 +291,15 @@ def open_base(
     return base
 
 
+def added_to_base(
+    model: Mapping[str, torch.Tensor], handlers: Sequence[ChangesWeights]
+) -> frozenset[str]:
+    """Return the tensors that handlers add, without those that are made of a base's."""
+    made = (each for handler in handlers for each in handler.made_of(model).values())
+    of_base = {name for each in made for name in each.names}
+    return frozenset[str]().union(*(handler.added for handler in handlers)) - of_base
+
+
 def _made(
     wanted: Mapping[str, torch.Tensor],
     stored: Mapping[str, dict[str, Any]],

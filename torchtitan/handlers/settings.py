@@ -20,8 +20,7 @@ from torchtitan.models.registry import model_args
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 FLOAT8_MULTIPLE, INT8_MULTIPLE, MXFP8_BLOCK = 16, 16, 32
-AUTO_FILTER = "auto_filter_small_kn"
-EMULATED = "mxfp8_emulated"
+AUTO_FILTER, EMULATED = "auto_filter_small_kn", "mxfp8_emulated"
 _FLOAT8, _FLEX = "handlers.float8", "handlers.flex_attention"
 _ALL_GATHER = f"{_FLOAT8}.enable_fsdp_float8_all_gather"
 _PRECOMPUTE = f"{_FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
@@ -92,10 +91,10 @@ class LoraSettings(Section):
 
 
 class QloraSettings(LoraSettings):
-    """Settings of `qlora`: those of `lora`, and the bits of the matrices that get adapters."""
+    """Settings of `qlora`, with those of `lora`."""
 
     bits: Literal[4, 8] = 4
-    """4 for NF4, 8 for integers, with a scale for 64 elements in either."""
+    """4 for NF4, 8 for integers; 64 elements share a scale in either."""
 
 
 class LinearSettings(Section):

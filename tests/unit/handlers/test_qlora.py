@@ -152,7 +152,7 @@ def issues_of(config: JobConfig, world: int = 1) -> list[str]:
 @pytest.mark.parametrize(
     ("dim", "tp", "settings", "words"),
     [
-        (128, 1, {"bits": 3}, "handlers.qlora.bits"),
+        (128, 1, {"bits": 3}, "handlers.qlora.bits = 3: is not a choice. Fix: set it to 4 or 8"),
         (96, 1, {}, "layers.0.attention.wq has 96 inputs, and blocks of 64 share a scale"),
         (128, 1, {"targets": ["w4"]}, 'handlers.qlora.targets[0] = "w4": it matches no linear'),
         (128, 4, {}, "would cut the 128 inputs of layers.0.attention.wo within blocks of 64"),
