@@ -3,10 +3,10 @@
     python scripts/bench_lora.py [--rounds 3] [--steps 4] [--dora]
 
 `lora`, `qlora` and peft train adapters of all linears in blocks of the same Llama in float32 (dim
-512, 8 layers, vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. A measurement is
-a process of its own; they take turns. Prints the processor seconds of a step, of all threads, and
-the peak of the memory above that at the start, and what the adapted matrices take, as a multiple of
-their size in bfloat16.
+512, 8 layers, vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. A
+measurement is a process of its own; they take turns. Prints the processor seconds of a step, of all
+threads, the peak of the memory above that at the start, and what the adapted matrices take, as a
+multiple of their size in bfloat16.
 """
 
 import argparse

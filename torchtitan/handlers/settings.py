@@ -1,7 +1,6 @@
 """Settings of the built-in handlers, and their checks against the rest of the config. No torch.
 
-They are in one module apart from the handlers, whose modules import torch and torchao at the top:
-a config is checked, listed and documented without either.
+They are apart from the handlers, whose modules import torch and torchao at the top.
 """
 
 from collections.abc import Iterator
