@@ -2,10 +2,11 @@
 
     python scripts/bench_lora.py [--rounds 3] [--steps 4] [--dora]
 
-Both train adapters of all linears in blocks of the same Llama in float32 (dim 512, 8 layers,
-vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. A measurement is
-a process of its own; they take turns. Prints the processor seconds of a step, of all threads, and
-the peak of the memory above that at the start.
+`lora`, `qlora` and peft train adapters of all linears in blocks of the same Llama in float32 (dim
+512, 8 layers, vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. A
+measurement is a process of its own; they take turns. Prints the processor seconds of a step, of all
+threads, the peak of the memory above that at the start, and what the adapted matrices take, as a
+multiple of their size in bfloat16.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ DIM, LAYERS, HEADS, FFN, VOCABULARY, RANK = 512, 8, 8, 1536, 32000, 16
 BATCH, LENGTH = 4, 512
 
 
-def ours(dora: bool) -> Any:
-    """Return a function that makes one step of this library's trainer."""
+def ours(dora: bool, handler: str = "lora") -> Any:
+    """Return a function that makes one step of this library's trainer, and the base's size."""
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.handlers.lora import LoraLinear
     from torchtitan.models.batch import Batch
     from torchtitan.optim.optimizer import build_optimizers
     from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
@@ -36,8 +39,8 @@ def ours(dora: bool) -> Any:
     args = {"dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "ffn_dim": FFN}
     config = JobConfig.model_validate(
         {
-            "model": {"handlers": ["lora"], "args": {**args, "vocab_size": VOCABULARY}},
-            "handlers": {"lora": {"rank": RANK, "dora": dora}},
+            "model": {"handlers": [handler], "args": {**args, "vocab_size": VOCABULARY}},
+            "handlers": {handler: {"rank": RANK, "dora": dora}},
             "training": {"mixed_precision_param": "float32", "seq_len": LENGTH},
             "activation_checkpoint": {"mode": "none"},
         }
@@ -61,11 +64,18 @@ def ours(dora: bool) -> Any:
             optimizer.step()
             optimizer.zero_grad()
 
-    return step
+    linears = [m for m in model.parts[0].modules() if isinstance(m, LoraLinear)]
+    return step, size_of_base([(m.in_features * m.out_features, m) for m in linears])
+
+
+def size_of_base(linears: list[tuple[int, torch.nn.Module]]) -> float:
+    """Return the bytes of frozen matrices, given with their elements, over those in bfloat16."""
+    held = [p for _, m in linears for p in m.parameters(recurse=False) if not p.requires_grad]
+    return sum(p.nbytes for p in held) / (2 * sum(elements for elements, _ in linears))
 
 
 def with_peft(dora: bool) -> Any:
-    """Return a function that makes one step of peft's model in a plain loop."""
+    """Return the same of peft's model in a plain loop."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,24 +97,25 @@ def with_peft(dora: bool) -> Any:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    linears = [m for n, m in model.named_modules() if n.endswith("proj.base_layer")]
+    return step, size_of_base([(m.weight.numel(), m) for m in linears])
 
 
-KINDS = {"ours": ours, "peft": with_peft}
+KINDS = {"lora": ours, "qlora": partial(ours, handler="qlora"), "peft": with_peft}
 
 
 def measure(kind: str, steps: int, dora: bool) -> dict[str, float]:
     """Run one kind in this process; seconds of a step and MiB."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = KINDS[kind](dora)
+    step, base = KINDS[kind](dora)
     step()  # allocates
     started = time.process_time()
     for _ in range(steps):
         step()
     seconds = (time.process_time() - started) / steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / 1024}
+    return {"seconds": seconds, "mib": (peak - before) / 1024, "base": base}
 
 
 def main() -> None:
@@ -126,8 +137,10 @@ def main() -> None:
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
     for kind, results in found.items():
-        seconds, mib = (statistics.median(r[key] for r in results) for key in ("seconds", "mib"))
-        print(f"{kind:6} {seconds:6.2f} s of the processor a step, {mib:7,.0f} MiB")
+        keys = "seconds", "mib", "base"
+        seconds, mib, base = (statistics.median(r[key] for r in results) for key in keys)
+        text = f"{kind:6} {seconds:6.2f} s of the processor a step, {mib:7,.0f} MiB"
+        print(f"{text}, base {base:.2f} of bfloat16")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.distributed.tiny import LORA_B, Case
+from tests.distributed.tiny import LORA_B, Case, Result
+from torchtitan.handlers.quantised import NF4
 from torchtitan.models.spec import InitRule
 from torchtitan.parallel.initialize import initialize_tensors
 
@@ -23,16 +24,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "DoRA with dropout": {"rank": 3, "alpha": 6.0, "dora": True, "dropout": 0.25},
 }
 """Settings of `lora`, by a name of few words."""
+QUANTISED: dict[str, dict[str, Any]] = {
+    "QLoRA": {"rank": 3, "alpha": 6.0},
+    "QLoRA of 8 bits with DoRA": {"rank": 4, "alpha": 3.0, "dora": True, "bits": 8},
+    "QLoRA with dropout": {"rank": 3, "alpha": 6.0, "dropout": 0.25},
+}
+"""The same of `qlora`."""
+BASES = ("weight", "weight_nf4", "weight_int8", "weight_scale")
 
 
 def _case(kind: str, *sections: dict[str, dict[str, Any]], **more: Any) -> Case:
-    settings: dict[str, dict[str, Any]] = {"model": {"handlers": ["lora"]}}
-    settings["handlers"] = {"lora": KINDS[kind]}
+    handler = "qlora" if kind in QUANTISED else "lora"
+    settings: dict[str, dict[str, Any]] = {"model": {"handlers": [handler]}}
+    settings["handlers"] = {handler: {**KINDS, **QUANTISED}[kind]}
+    if handler == "qlora":  # blocks of 64 inputs
+        more = {"args": {"dim": 128, "ffn_dim": 256}, **more}
     for part in sections:
         for name, values in part.items():
             settings[name] = {**settings.get(name, {}), **values}
     if "compile" in settings["handlers"]:
-        settings["model"] = {"handlers": ["lora", "compile"]}
+        settings["model"] = {"handlers": [handler, "compile"]}
     case = Case(shard=1, settings=settings)
     case = replace(case, **more)
     return replace(case, world_size=case.replicate * case.shard * case.cp * case.tp * case.pp)
@@ -73,19 +84,31 @@ ADAPTED = [
     _case("DoRA with dropout", _PAIRS, _BY_OPERATOR, tp=2, pp=2, layers=4, schedule="GPipe"),
     _case("LoRA with dropout", _PAIRS, _RING, cp=2, pp=2, schedule="1F1B", **_PACKED),
     _case("LoRA", _MUON, replicate=2, tp=2),
+    _case("QLoRA", _FULL, microbatches=2),
+    _case("QLoRA", _BY_OPERATOR, shard=2, **_TIED),
+    _case("QLoRA of 8 bits with DoRA", tp=2),
+    _case("QLoRA with dropout", _COMPILED, _FULL, shard=2),
+    _case("QLoRA", _WEIGHTS_ON_HOST, shard=2, tp=2),
+    _case("QLoRA with dropout", _RING, cp=2, **_PACKED),
+    _case("QLoRA of 8 bits with DoRA", _FULL, pp=2, schedule="1F1B"),
+    _case("QLoRA", replicate=2, tp=2, kv_heads=1),
 ]
 
 
 def kind_of(case: Case) -> str | None:
     """Return the name of a row's adapters; None without any."""
-    settings = case.settings.get("handlers", {}).get("lora")
-    return next((name for name, known in KINDS.items() if known == settings), None)
+    tables = case.settings.get("handlers", {})
+    for handler, kinds in (("lora", KINDS), ("qlora", QUANTISED)):
+        for name, known in kinds.items():
+            if tables.get(handler) == known:
+                return name
+    return None
 
 
 def kept_handlers(case: Case) -> dict[str, Any]:
     """Return the settings by which a reference has the same model."""
     tables = case.settings.get("handlers", {})
-    kept = {name: tables[name] for name in ("freeze", "lora") if name in tables}
+    kept = {name: tables[name] for name in ("freeze", "lora", "qlora") if name in tables}
     return {"model": {"handlers": [*kept]}, "handlers": kept} if kept else {}
 
 
@@ -101,7 +124,17 @@ class _Written(nn.Linear):
         return F.linear(input, matrix)
 
 
-def write_out(model: Any, seed: int, settings: dict[str, Any]) -> None:
+def _rounded(weight: Tensor, bits: int) -> Tensor:
+    """Round to the nearest of the levels times the largest of a block of 64."""
+    blocks = weight.float().unflatten(1, (-1, 64))
+    scale = blocks.abs().amax(2, keepdim=True)
+    levels = torch.tensor(NF4) if bits == 4 else torch.arange(-127, 128) / 127
+    nearest = ((blocks / scale).unsqueeze(3) - levels).abs().argmin(3)
+    values = levels.double() if bits == 4 else torch.arange(-127, 128).double() / 127
+    return (values[nearest] * scale.double()).flatten(1)
+
+
+def write_out(model: Any, seed: int, settings: dict[str, Any], quantised: bool = False) -> None:
     """Adapt a whole model on one device; frozen but for the adapters."""
     model.requires_grad_(False)
     rank = settings["rank"]
@@ -120,6 +153,8 @@ def write_out(model: Any, seed: int, settings: dict[str, Any]) -> None:
         rules = {f"{name}.lora_a": InitRule("normal", std=std), f"{name}.lora_b": LORA_B}
         own = linear.named_parameters(prefix=name)
         initialize_tensors([pair for pair in own if pair[0] in rules], rules.__getitem__, seed)
+        if quantised:
+            linear.weight.data = _rounded(linear.weight.data, settings.get("bits", 4))
         linear.magnitude = None
         if settings.get("dora"):
             linear.magnitude = nn.Parameter(linear.weight.norm(dim=1))
@@ -128,3 +163,9 @@ def write_out(model: Any, seed: int, settings: dict[str, Any]) -> None:
 def without_dropout(cases: list[Case]) -> Iterator[Case]:
     """Yield the cases whose adapters drop nothing."""
     yield from (case for case in cases if "dropout" not in (kind_of(case) or ""))
+
+
+def without_bases(result: Result) -> Result:
+    """Return the result without matrices, in whatever form."""
+    kept = {n: p for n, p in result.parameters.items() if n.rpartition(".")[2] not in BASES}
+    return replace(result, parameters=kept)

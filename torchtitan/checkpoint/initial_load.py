@@ -1,8 +1,10 @@
 """Load the checkpoint that a new run starts from; see `initial`."""
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +28,14 @@ from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
 
+_LOADED_AT_ONCE = 1 << 28
+"""Elements of whole matrices: 1 GiB over all ranks."""
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -47,6 +52,9 @@ class ChangesWeights(Protocol):
 
     def transform_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a replacement for this rank's part of a weight, or the part itself."""
+
+    def made_of(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, MadeTensors]:
+        """Return the tensors that are made of a stored matrix, by its name."""
 
 
 class InitialLoad:
@@ -148,7 +156,13 @@ class InitialLoad:
                 wanted = wanted | dict(optimizer)
                 stored = dict(select_tensors(self._manifest, of_handlers=False).tensors)
         new_handlers = [handler for handler in handlers if handler.name not in self._handlers]
-        ranks = describe_on_all_ranks(self._world, wanted)
+        made: dict[str, MadeTensors] = {}
+        if self._model_only:
+            made = _made(wanted, stored, handlers)
+            for name in {name for each in made.values() for name in each.names}:
+                del wanted[name]
+        matrices = {n: torch.empty(each.shape, device="meta") for n, each in made.items()}
+        ranks = describe_on_all_ranks(self._world, wanted | matrices)
         if self._model_only:
             added = {name for handler in new_handlers for name in handler.added} - stored.keys()
             kept = added & {name for tensors in ranks for name in tensors}
@@ -166,6 +180,7 @@ class InitialLoad:
         if self._model_only:
             for handler in new_handlers:
                 _change(wanted, handler)
+        self._load_made(made, stored, new_handlers)
         what = "weights" if self._model_only else "the run"
         logger.info("Loaded %s from %s.", what, folder.path)
 
@@ -174,6 +189,23 @@ class InitialLoad:
             self._folder.load(wanted, self._world.control_group)
         else:
             self._folder.load(wanted)
+
+    def _load_made(
+        self,
+        made: Mapping[str, MadeTensors],
+        stored: Mapping[str, dict[str, Any]],
+        handlers: Sequence[ChangesWeights],
+    ) -> None:
+        """Make tensors of stored matrices, of which only some are in memory at a time."""
+        here = self._world.gather_distinct_json(sorted(made))
+        names = sorted({name for names in here for name in names})
+        for group in _groups({name: math.prod(stored[name]["shape"]) for name in names}):
+            matrices = {name: made[name].allocate() for name in group if name in made}
+            run_on_all_ranks(self._world, self._what, partial(self._fill, matrices))
+            for handler in handlers:
+                _change(matrices, handler)
+            for name, matrix in matrices.items():
+                made[name].store(matrix)
 
     @property
     def _handlers(self) -> Sequence[str]:
@@ -257,6 +289,42 @@ def open_base(
     found = base.base_record()
     require_same_base(recorded, Path(found["path"]), found["digest"])
     return base
+
+
+def added_to_base(
+    model: Mapping[str, torch.Tensor], handlers: Sequence[ChangesWeights]
+) -> frozenset[str]:
+    """Return the tensors that handlers add, without those that are made of a base's."""
+    made = (each for handler in handlers for each in handler.made_of(model).values())
+    of_base = {name for each in made for name in each.names}
+    return frozenset[str]().union(*(handler.added for handler in handlers)) - of_base
+
+
+def _made(
+    wanted: Mapping[str, torch.Tensor],
+    stored: Mapping[str, dict[str, Any]],
+    handlers: Sequence[ChangesWeights],
+) -> dict[str, MadeTensors]:
+    """Return what is made of stored matrices, by their names, and not stored itself."""
+    return {
+        name: made
+        for handler in handlers
+        for name, made in handler.made_of(wanted).items()
+        if name in stored and not any(own in stored for own in made.names)
+    }
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return the names in groups of at most `_LOADED_AT_ONCE` elements, or of one matrix."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = _LOADED_AT_ONCE
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:

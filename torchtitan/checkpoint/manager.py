@@ -17,7 +17,7 @@ from torch import nn
 from torchtitan.checkpoint.base import without_base
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.handler_state import HandlerState, KeepsState, load_handler_state
-from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad, open_base
+from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad, added_to_base, open_base
 from torchtitan.checkpoint.manifest import (
     BASE_STATE,
     HANDLERS_STATE,
@@ -188,7 +188,7 @@ class CheckpointManager:
         optimizer = optimizer_tensors(model_parts, optimizers)
         if self._initial is not None and any(handler.adds_adapters for handler in handlers):
             self._base = self._initial
-        self._added = frozenset[str]().union(*(handler.added for handler in handlers))
+        self._added = added_to_base(model, handlers)
         own = self._own(model, model_parts)
         if not self._section.load_only:
             self._store.require_space(own | optimizer)

@@ -158,7 +158,8 @@ def _kind(name: str, base: Any) -> tuple[Any, tuple[str, ...]]:
         return scalars[base], ()
     origin = typing.get_origin(base)
     if origin is Literal:
-        return "choice", typing.get_args(base)
+        values = typing.get_args(base)
+        return ("choice", values) if isinstance(values[0], str) else ("int", ())
     if origin is dict:
         return "table", ()
     if origin is tuple:

@@ -78,7 +78,7 @@ def _describe(
         return "is not a finite number", _in_range(key)
     if kind == "literal_error":
         choices = key.choices if key else ()
-        fix = did_you_mean(str(value), choices) if choices else str(context["expected"])
+        fix = did_you_mean(str(value), choices) if choices else f"set it to {context['expected']}"
         return "is not a choice", fix
     if kind == "missing":
         return "is missing", f"add `{detail['loc'][-1]} = ...`"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.models.spec import InitRule
     from torchtitan.parallel.tensor_parallel import ParallelStyle
+    from torchtitan.weights.made_tensors import MadeTensors
     from torchtitan.weights.stored_model import StoredModel
 
 
@@ -77,6 +78,14 @@ class ModelHandler:
         """
         return tensor
 
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, MadeTensors]:
+        """Return which of the model's `tensors` are made of a plain matrix, by the matrix's name.
+
+        A matrix that is stored in their place is loaded by slices, a few at a time, and given to
+        `MadeTensors.store`, also on a resume. `tensors` are some or all of this rank's.
+        """
+        return {}
+
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
         """Change the first values of what the handler added, now that the model's own are in place.
 
@@ -101,6 +110,13 @@ class ModelHandler:
     def read_added(self, folder: Path, base: StoredModel) -> dict[str, Tensor]:
         """Return what `write_added` has written."""
         raise NotImplementedError
+
+    def on_plain_base(self) -> AbstractContextManager[bool]:
+        """Return a context in which `convert` leaves the base as `write_added`'s readers have it.
+
+        It is entered as False if that is as always.
+        """
+        return nullcontext(False)
 
     def after_load(self, model: nn.Module | list[nn.Module]) -> None:
         """React to the weights being in place, initial, loaded or resumed."""

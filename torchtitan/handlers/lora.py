@@ -71,22 +71,36 @@ class LoraLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
         if not self.adapted:
-            return F.linear(input, self.weight, self.bias)
+            return self.frozen_product(input, self.bias)
         down = F.linear(self.dropout(input), self.lora_a).flatten(0, -2)
         # What is kept of dropout is not scaled by itself: one number scales the whole branch.
         kept = 1 - self.dropout.p if self.training else 1.0
         magnitude, bias = self.magnitude, self.bias
-        weight = self.weight
-        out = F.linear(input, weight, bias if magnitude is None else None).flatten(0, -2)
+        out = self.frozen_product(input, bias if magnitude is None else None).flatten(0, -2)
         out = torch.addmm(out, down, self.lora_b.t(), alpha=self.scale / kept)
         if magnitude is not None:
-            out = out * (magnitude / self._row_norms(weight).to(magnitude.dtype))
+            out = out * (magnitude / self._row_norms().to(magnitude.dtype))
             out = out if bias is None else out + bias
         return out.unflatten(0, input.shape[:-1])
 
+    def frozen_product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Map `[..., in]` to `[..., out]` without the adapter."""
+        return F.linear(input, self.weight, bias)
+
+    def frozen_matrix(self) -> Tensor:
+        """Return the matrix that the adapter is added to."""
+        return self.weight
+
+    def frozen_parameter(self) -> tuple[Tensor, Tensor]:
+        """Return a parameter with the matrix's rows, and this rank's part of the matrix."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight, local_tensor(weight)
+
     @torch.no_grad()
-    def _row_norms(self, weight: Tensor) -> Tensor:
+    def _row_norms(self) -> Tensor:
         """Return the lengths of the rows of `W + scale * B A`, `[out]`, without forming it."""
+        weight = self.frozen_matrix()
         dtype = at_least_float32(weight.dtype)
         a, b = self.lora_a, self.lora_b.to(dtype)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()  # [out]
@@ -310,10 +324,10 @@ def _matches(name: str, glob: str) -> bool:
 @torch.no_grad()
 def _set_magnitude(linear: LoraLinear) -> None:
     """Set the magnitude to the lengths of the rows, of which a rank may hold a part."""
-    weight, magnitude = linear._parameters["weight"], linear._parameters["magnitude"]
-    assert weight is not None and magnitude is not None
+    (weight, part), magnitude = linear.frozen_parameter(), linear._parameters["magnitude"]
+    assert magnitude is not None
     squares = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    norms = torch.linalg.vector_norm(local_tensor(weight), dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
     squares[local_indices(weight)[0]] = norms.square()
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh

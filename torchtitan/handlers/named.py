@@ -1,7 +1,7 @@
 """A handler with its name, so that errors inside it say which handler they come from."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.registry import HANDLERS, require_handler
 from torchtitan.models.spec import InitRule
 from torchtitan.parallel.tensor_parallel import ParallelStyle
+from torchtitan.weights.made_tensors import MadeTensors
 
 _NO_VALUES = (
     ' (convert runs under torch.device("meta"): tensors that it makes have no values, unless they'
@@ -79,6 +80,11 @@ class NamedHandler:
             if changed.shape != tensor.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(changed.shape)}")
         return changed
+
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, MadeTensors]:
+        """Return the tensors that are made of a stored matrix, by its name."""
+        with self._errors_of("made_of"):
+            return self.handler.made_of(tensors)
 
     @property
     def adds_adapters(self) -> bool:

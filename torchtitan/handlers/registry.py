@@ -104,7 +104,13 @@ for _name, _entry in {
     "lora": HandlerEntry(
         settings.LoraSettings,
         lazily("torchtitan.handlers.lora:LoraHandler"),
-        excludes=LOW_PRECISION,  # they swap plain linears only
+        excludes=(*LOW_PRECISION, "qlora"),  # they swap plain linears only
+        adds_adapters=True,
+    ),
+    "qlora": HandlerEntry(
+        settings.QloraSettings,
+        lazily("torchtitan.handlers.qlora:QloraHandler"),
+        excludes=(*LOW_PRECISION, "lora"),
         adds_adapters=True,
     ),
     "flex_attention": HandlerEntry(

@@ -1,7 +1,6 @@
 """Settings of the built-in handlers, and their checks against the rest of the config. No torch.
 
-They are in one module apart from the handlers, whose modules import torch and torchao at the top:
-a config is checked, listed and documented without either.
+They are apart from the handlers, whose modules import torch and torchao at the top.
 """
 
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from torchtitan.models.registry import model_args
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 FLOAT8_MULTIPLE, INT8_MULTIPLE, MXFP8_BLOCK = 16, 16, 32
-AUTO_FILTER = "auto_filter_small_kn"
-EMULATED = "mxfp8_emulated"
+AUTO_FILTER, EMULATED = "auto_filter_small_kn", "mxfp8_emulated"
 _FLOAT8, _FLEX = "handlers.float8", "handlers.flex_attention"
 _ALL_GATHER = f"{_FLOAT8}.enable_fsdp_float8_all_gather"
 _PRECOMPUTE = f"{_FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
@@ -89,6 +87,13 @@ class LoraSettings(Section):
     base_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """The type in which the frozen weights are held. Unset: `training.mixed_precision_param`, to
     which each step rounds them anyway, unless `training.dtype` is smaller."""
+
+
+class QloraSettings(LoraSettings):
+    """Settings of `qlora`, with those of `lora`."""
+
+    bits: Literal[4, 8] = 4
+    """4 for NF4, 8 for integers; 64 elements share a scale in either."""
 
 
 class LinearSettings(Section):

@@ -59,7 +59,13 @@ class AdaptedModel:
             else:
                 for name, tensor in added.items():
                     tensor.copy_(adapters[name])
-            load(others, {name: t for name, t in tensors.items() if name not in added})
+            rest = {name: t for name, t in tensors.items() if name not in added}
+            for name, made in self.handler.made_of(rest).items():
+                weight = made.allocate()
+                load(others, {name: weight})
+                made.store(weight)
+                rest = {key: tensor for key, tensor in rest.items() if key not in made.names}
+            load(others, rest)
 
         def convert(model: Any) -> None:
             convert_model(model, [self.handler], torch.float32)

@@ -138,6 +138,8 @@ def _read_adapter_back(
     why_not = why_no_transformers(adapted.base, "peft")
     if why_not or kind_of(adapted.base.path) != "hf":
         return f"{text}; peft was not asked: {why_not or 'it reads Hugging Face folders'}"
+    with adapted.handler.handler.on_plain_base() as differs:
+        expected = adapted.logits(tokens) if differs else expected
     theirs = divergence(expected, logits_of_peft(adapted.base.path, path, tokens))
     if not theirs < bound:
         raise InvalidWeights(f"peft computes something else: a KL divergence of {theirs:.2g}")

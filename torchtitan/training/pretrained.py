@@ -258,7 +258,7 @@ def load_pretrained(
         model, mesh, dims, dtype, [handler.extend_tp_plan for handler in handlers]
     )
     model.to_empty(device=world.device)
-    _load(found, world, model)
+    _load(found, world, model, handlers)
     if names := non_finite_tensors(world, model_tensors([model]), [model]):
         which = f"these hold NaN or infinity in {dtype}: {some_of(names)}"
         raise NonFiniteError(f"{found.path} cannot be used: {which}")
@@ -267,9 +267,11 @@ def load_pretrained(
     return model.eval()
 
 
-def _load(found: Pretrained, world: DistributedContext, model: nn.Module) -> None:
+def _load(
+    found: Pretrained, world: DistributedContext, model: nn.Module, handlers: list[NamedHandler]
+) -> None:
     from torchtitan.weights.source import open_weights
 
     section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
     open_foreign = partial(open_weights, family=found.family, args=found.args)
-    InitialLoad(section, world, open_foreign).load(model_tensors([model]), {})
+    InitialLoad(section, world, open_foreign).load(model_tensors([model]), {}, handlers)

@@ -285,7 +285,9 @@ class Decoder(nn.Module):
         products = set(self.parameters())
         if self.tok_embeddings is not None and not self.args.tied_embeddings:
             products.discard(self.tok_embeddings.weight)  # a look-up
-        of_weights = sum(w.numel() * (6 if w.requires_grad else 4) for w in products)
+        # A quantised matrix is held in fewer elements than it has weights.
+        counted = ((w, getattr(w, "num_weights", w.numel())) for w in products)
+        of_weights = sum(number * (6 if w.requires_grad else 4) for w, number in counted)
         window = self.masks.window
         attended: float = seq_len if window is None else min(window, seq_len)
         if causal:  # the first queries of a window's length see half of it
