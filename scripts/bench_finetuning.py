@@ -5,8 +5,8 @@
 Runs docs/examples/finetuning.toml as it is, with all weights trained, and on pairs with DPO, in the
 root of the clone, each in a process of its own; needs .cache/smollm2 (scripts/make_smollm2.py) and
 the extra `eval`. Prints a row for each: the loss on the held-out rows; the share of held-out orders
-that the model answers to the letter or, for DPO, of held-out pairs whose right answer has the larger
-reward; the processor seconds of training, and the peak of its memory. --steps is for DPO.
+that the model answers to the letter or, for DPO, of held-out pairs whose right answer has the
+larger reward; the processor seconds of training, and the peak of its memory. --steps is for DPO.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def command_line(words: list[str], *more: str) -> list[str]:
 
 def run(folder: Path, words: list[str], *more: str) -> str:
     """Return what a command of a page prints."""
-    done = execute(command_line(words, *more), environment(), folder)
+    done = execute(command_line(words, *more), environment(), folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
