@@ -1,9 +1,10 @@
 """Write a small set of conversations for trying fine-tuning: orders in a made-up notation.
 
-    python scripts/make_chat_data.py outputs/chat_data [--rows 400] [--parquet]
+    python scripts/make_chat_data.py outputs/chat_data [--rows 400] [--parquet] [--pairs]
 
 The user orders something in words, and the assistant answers in a notation that no model knows:
-`#3 apple/red` for three red apples. `train` and `held_out` have no order in common.
+`#3 apple/red` for three red apples. `train` and `held_out` have no order in common. With --pairs a
+row is one order with two answers: the rejected one has colour and thing the wrong way round.
 """
 
 import argparse
@@ -44,19 +45,39 @@ def conversations(pairs: list[tuple[str, str]], count: int, seed: int) -> list[d
     return rows
 
 
+def preferences(pairs: list[tuple[str, str]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Orders with the right answer and one that is as long and wrong."""
+    generator, rows = random.Random(seed), []
+    for _ in range(count):
+        words, notation = generator.choice(pairs)
+        number, thing, colour = notation.replace("/", " ").split()
+        ask = generator.choice(ASKS).format(words)
+        rows.append(
+            {
+                "system": SYSTEM,
+                "prompt": ask[0].upper() + ask[1:],
+                "chosen": notation,
+                "rejected": f"{number} {colour}/{thing}",
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=400, help="conversations to train on")
     parser.add_argument("--parquet", action="store_true", help="write Parquet instead of JSONL")
+    parser.add_argument("--pairs", action="store_true", help="write pairs of answers")
     options = parser.parse_args()
+    make = preferences if options.pairs else conversations
     pairs = orders()
     random.Random(0).shuffle(pairs)
     cut = len(pairs) * 9 // 10
     options.folder.mkdir(parents=True, exist_ok=True)
     parts = {"train": (pairs[:cut], options.rows), "held_out": (pairs[cut:], options.rows // 10)}
     for seed, (name, (own, count)) in enumerate(parts.items()):
-        rows = conversations(own, count, seed)
+        rows = make(own, count, seed)
         if options.parquet:
             import pyarrow
             import pyarrow.parquet

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed.runs import environment
-from tests.forked import execute
+from tests.distributed.pages import DOCS, blocks, commands, prepare, run
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.loader import LanePlan, StepData, build_loader
@@ -22,29 +20,7 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.models.batch import IGNORE_INDEX
 from torchtitan.training.pretrained_config import with_pretrained
 
-DOCS = Path(__file__).parents[2] / "docs"
 PAGE, CONFIG = DOCS / "start" / "pretrained.md", "docs/examples/smollm2.toml"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-
-
-def run(folder: Path, words: list[str], *more: str) -> str:
-    """Return the output of a command of the page."""
-    if words[0] == "torchrun":
-        words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
-    elif words[0] == sys.executable:
-        words = words[1:]
-    else:
-        words = ["-m", *words]
-    done = execute([sys.executable, *words, *more], environment(), folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -58,11 +34,9 @@ def run(folder: Path, words: list[str], *more: str) -> str:
 def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("lm_eval")
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
-    (tmp_path / "docs").symlink_to(DOCS)
-    assert [(tmp_path / CONFIG).read_text()] == blocks("toml")
-    made, *others = commands()
+    prepare(tmp_path, smollm2)
+    assert [(tmp_path / CONFIG).read_text()] == blocks(PAGE, "toml")
+    made, *others = commands(PAGE)
     assert made == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
     printed: dict[str, list[str]] = {}
     for words in others:
@@ -83,7 +57,7 @@ def test_the_page(smollm2: Path, tmp_path: Path, settings: list[str]) -> None:
     assert "hyper-parameters" not in compare
     (score,) = re.findall(r"capitals.*?acc.*?([01]\.\d+)", *printed["evaluate"])
     assert float(score) >= 0.75, "chance is a third"
-    (code,) = blocks("python")
+    (code,) = blocks(PAGE, "python")
     answer = run(tmp_path, [sys.executable, "-c", code])
     assert "Paris" in answer
     shutil.rmtree(tmp_path / "outputs")  # half a gigabyte

@@ -58,7 +58,14 @@ def test_the_configs_that_are_promised_are_there():
     promised |= {"llama3_8b_128k", "llama3_70b", "llama3_70b_3d", "llama3_70b_4d"}
     promised |= {"llama3_405b", "llama3_405b_2d", "llama3_405b_4d"}
     promised |= {"llama3_8b_float8", "llama3_70b_float8", "llama3_405b_float8"}
-    tuned = ("smollm2_135m", "llama3_2_1b", "llama3_2_3b", "llama3_8b", "llama3_8b_1gpu")
+    tuned = (
+        "smollm2_135m",
+        "smollm2_135m_lora",
+        "llama3_2_1b",
+        "llama3_2_3b",
+        "llama3_8b",
+        "llama3_8b_1gpu",
+    )
     promised |= {f"finetune_{name}" for name in (*tuned, "llama3_8b_128k")}
     assert promised == {path.stem for path in CONFIGS}
 

@@ -1,0 +1,53 @@
+"""Commands and files that a page of the documentation shows, and processes that run them."""
+
+import re
+import shlex
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from tests.distributed.runs import environment
+from tests.forked import ForkedRun, execute
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the page's blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of each command in the page."""
+    return [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+def prepare(folder: Path, smollm2: Path) -> None:
+    """Put what the pages name into a folder that stands in for the root of a clone."""
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "smollm2").symlink_to(smollm2)
+    for name in ("docs", "scripts"):
+        (folder / name).symlink_to(DOCS.parent / name)
+
+
+def command_line(words: list[str], *more: str) -> list[str]:
+    """Return a command of a page with this interpreter."""
+    if words[0] == "torchrun":
+        words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
+    elif words[0] == sys.executable:
+        words = words[1:]
+    else:
+        words = ["-m", *words]
+    return [sys.executable, *words, *more]
+
+
+def run(folder: Path, words: list[str], *more: str) -> str:
+    """Return what a command of a page prints."""
+    done = execute(command_line(words, *more), environment(), folder, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(folder: Path, words: list[str], *more: str) -> "closing[ForkedRun]":
+    """Start a command of a page, for a `with` statement."""
+    return closing(ForkedRun(command_line(words, *more), environment(), folder))

@@ -1,0 +1,110 @@
+"""The commands of docs/start/finetuning.md on a real model: what it learns, on which meshes."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pages import DOCS, blocks, commands, prepare, run, start
+from tests.distributed.runs import environment, records
+
+PAGE, CONFIG = DOCS / "start" / "finetuning.md", "docs/examples/finetuning.toml"
+STEPS = 10
+TP = "--parallelism.tensor_parallel_degree=3"
+HELD_OUT = "validation/validation/loss"
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [2, pytest.param(6, marks=pytest.mark.nightly)],
+    ids=["fsdp 2", "fsdp 2, tp 3"],
+)
+@pytest.mark.timeout(1800)
+def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
+    for extra in ("transformers", "lm_eval", "peft", "pyarrow"):
+        pytest.importorskip(extra)
+    prepare(tmp_path, smollm2)
+    assert blocks(PAGE, "toml") == [(tmp_path / CONFIG).read_text()]
+    model, data, show, zero, asked, train, answered, begin, resume, *exports = commands(PAGE)
+    assert model == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
+    subprocess.run([sys.executable, *data[1:]], cwd=tmp_path, env=environment(), check=True)
+    assert "⟦#" in run(tmp_path, show)
+
+    before = [run(tmp_path, zero), run(tmp_path, asked)]
+    after = [run(tmp_path, train), run(tmp_path, answered)]
+    outputs = tmp_path / "outputs"
+    losses = [held_out_losses(outputs / name)[-1] for name in ("base", "orders")]
+    matches = [exact_match(text) for _, text in (before, after)]
+    print(f"held-out loss {losses}, exact match {matches}")
+    assert losses[0] > 3 and losses[1] < 0.05
+    assert matches == [0, 1], "answers to orders that are not in the training data"
+
+    interrupt_after(2, outputs / "moved", tmp_path, begin)
+    steps = len(curve(outputs / "moved"))
+    assert 2 <= steps < STEPS
+    resume[2] = str(processes)
+    run(tmp_path, resume, *([TP] if processes == 6 else []))
+    whole, parts = (curve(outputs / name) for name in ("orders", "moved"))
+    assert len(whole) == len(parts) == STEPS
+    for one, other in zip(whole, parts, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert held_out_losses(outputs / "moved")[-1] == pytest.approx(losses[1], rel=1e-3)
+
+    adapter, merged = (run(tmp_path, words) for words in exports)
+    assert "in peft" in adapter and "in transformers" in merged
+    (code,) = blocks(PAGE, "python")
+    printed = run(tmp_path, [sys.executable, "-c", code])
+    assert printed.splitlines()[-2:] == ["adapter #7 lamp/grey", "merged #7 lamp/grey"]
+    shutil.rmtree(outputs)  # half a gigabyte
+
+
+def held_out_losses(folder: Path) -> list[float]:
+    return [record[HELD_OUT] for record in records(folder) if HELD_OUT in record]
+
+
+def curve(folder: Path) -> list[list[float]]:
+    """Step, loss and gradient norm of every step."""
+    names = ("step", "loss", "grad_norm")
+    return [[row[name] for name in names] for row in records(folder) if "loss" in row]
+
+
+def exact_match(printed: str) -> float:
+    (value,) = re.findall(r"^orders +exact_match +([01]\.\d+)", printed, re.MULTILINE)
+    return float(value)
+
+
+def interrupt_after(step: int, run_folder: Path, folder: Path, words: list[str]) -> None:
+    """Start a run, press Ctrl-C when it has logged a step, and wait until it has saved."""
+    metrics = run_folder / "metrics.jsonl"
+    with start(folder, words) as process:
+        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.wait(600)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_the_table(smollm2: Path) -> None:
+    """All weights learn the notation too, and DPO prefers it on held-out pairs."""
+    pytest.importorskip("lm_eval")
+    command = [sys.executable, "scripts/bench_finetuning.py"]
+    done = subprocess.run(
+        command,
+        cwd=DOCS.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["lora", "full", "dpo"]
+    for name, loss, accuracy in rows:
+        assert float(accuracy) >= 0.95, name
+        assert float(loss) < 0.1, name
