@@ -251,8 +251,8 @@ def test_parquet_seeks_to_the_row_group(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sources_parquet,
         "_contents",
-        lambda file, parquet, group, column: (
-            read.append((file.path[-10:], group)) or contents(file, parquet, group, column)
+        lambda file, parquet, group, *rest: (
+            read.append((file.path[-10:], group)) or contents(file, parquet, group, *rest)
         ),
     )
     list(Run(config, num_lanes=1, global_batch=1, lane_states=state).steps())
