@@ -92,11 +92,13 @@ def test_the_model_is_as_before() -> None:
     with KVCache(model):
         kinds = {type(module) for module in model.modules()}
         assert not kinds & {InnerAttention, AttentionMaskBuilder}
+        assert "forward" in vars(model.norm)
     with pytest.raises(ZeroDivisionError), KVCache(model):
         raise ZeroDivisionError
     after = dict(model.named_modules())
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
+    assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(ValueError, match="no InnerAttention"):
         KVCache(nn.Linear(2, 2))
 
