@@ -1,4 +1,4 @@
-"""What fine-tuning SmolLM2-135M-Instruct on a made-up notation costs and gives, on a CPU.
+"""Measure the cost and the gain of fine-tuning SmolLM2-135M-Instruct on a made-up notation.
 
     python scripts/bench_finetuning.py [--kinds lora full dpo] [--steps 50]
 

@@ -1,4 +1,4 @@
-"""What a LoRA step costs here and with peft in a plain loop, on a CPU in one process.
+"""Compare a LoRA step with one of peft in a plain loop, on a CPU in one process.
 
     python scripts/bench_lora.py [--rounds 3] [--steps 4] [--dora]
 

@@ -40,7 +40,7 @@ SCALED_ROPE = {"rope_scaling_factor": 4.0, "rope_original_max_seq_len": 64}
 LINEAR_ROPE = {"rope_scaling_factor": 4.0, "rope_scaling_type": "linear"}
 
 YARN = {**SCALED_ROPE, "rope_scaling_type": "yarn", "rope_beta_fast": 6.0}
-"""Of the 6 pairs of channels the last two are stretched in full, two in part."""
+"""The last two of the 6 pairs of channels are stretched in full, two in part."""
 SMOLLM2 = ("SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B")
 SMOLLM2_COMMON = {
     "vocab_size": 49152,

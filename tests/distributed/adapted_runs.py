@@ -37,7 +37,7 @@ def write_base(folder: Path, case: Case) -> Path:
 
 @dataclass
 class Leg:
-    """What one rank knows of a part of a run."""
+    """One rank's record of a part of a run."""
 
     losses: list[float] = field(default_factory=list)
     loaded: dict[str, str] = field(default_factory=dict)

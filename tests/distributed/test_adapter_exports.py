@@ -96,7 +96,7 @@ def test_a_merge_in_few_bits_is_compared_with_their_rounding(
 def test_a_merge_in_float64_is_as_exact(
     step: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the base's type."""
+    """Adapters keep their own type over any base."""
     adapted = open_adapted(step[1])
     types: set[torch.dtype] = set()
     merge = adapted.handler.handler.merge_added

@@ -119,7 +119,7 @@ def test_batches_of_several_lengths_in_a_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
 @pytest.mark.parametrize("loss", ["dpo", "distillation"])
 def test_dry_runs(tmp_path: Path, axis: str, loss: str) -> None:
-    """Of a loss that needs a frozen model, in whose place the model stands."""
+    """The model stands in for the frozen one that the loss needs."""
     write_start(tmp_path / "hf")
     words = [write_pairs(tmp_path / "pairs.jsonl"), f"--parallelism.{axis}_parallel_degree=2"]
     words += ["--comm.mode=fake_backend", *DPO]

@@ -93,7 +93,7 @@ def test_a_run_moves_over_meshes(
 def test_the_base_may_be_a_step(
     gloo_pool: GlooPool, alone: Leg, base: Path, tmp_path: Path
 ) -> None:
-    """Of a run without adapters: DCP's format, read by all ranks together."""
+    """A step of a run without adapters: DCP's format, read by all ranks together."""
     plain = Case(shard=1, args=LARGE)
     [leg] = on(gloo_pool, plain, tmp_path / "plain", base, 1)
     assert not leg.error

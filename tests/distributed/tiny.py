@@ -42,7 +42,7 @@ LORA_B = InitRule("normal", std=0.1)
 """The start of adapters: at zero, as in a run, only one of the two factors has a gradient."""
 
 REFERENCE_SEED = 5
-"""Of the model that preference losses compare with, from which the start differs, too."""
+"""Seeds the model that preference losses compare with; the start differs from it, too."""
 
 
 @dataclass(frozen=True)

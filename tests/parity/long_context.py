@@ -15,7 +15,7 @@ YARN = {
     "rope_beta_fast": 2.0,
     "rope_beta_slow": 0.5,
 }
-"""Of the two pairs of channels one is stretched, in part. Queries and keys are 1.14 times as
+"""One of the two pairs of channels is stretched, in part. Queries and keys are 1.14 times as
 long."""
 
 _FULL = {"activation_checkpoint": {"mode": "full"}}

@@ -68,7 +68,7 @@ def _cross_entropy(
 def _distillation(
     case: Case, model: nn.Module, settings: DistillationSettings
 ) -> Callable[[], Plain]:
-    """Of the logits of all tokens at once."""
+    """Computed from the logits of all tokens at once."""
     assert settings.teacher_path is not None
     path, labels = Path(settings.teacher_path), tiny.data_of(case)["labels"].flatten()
     description = describe_model(path)

@@ -52,7 +52,7 @@ def _create(hub: "Hub", asked: dict[str, Any]) -> "Answer":
 
 
 def _place(hub: "Hub", entry: dict[str, Any]) -> dict[str, Any]:
-    """Where a large file is to be sent; nowhere if the hub has it."""
+    """Address for a large file; none if the hub has it."""
     if entry["oid"] in hub.blobs:
         return entry
     href = f"{hub.url}/blobs/{entry['oid']}"
@@ -89,7 +89,7 @@ def _of_model(hub: "Hub", match: re.Match[str], body: bytes) -> "Answer":
 
 
 def _mode(files: dict[str, bytes], path: str) -> dict[str, Any]:
-    """How a file is to be sent, and which content the hub has of this name."""
+    """The way to send a file, and the content that the hub has of this name."""
     is_large, content = path.endswith(_LARGE), files.get(path)
     entry = {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
     if content is None:

@@ -17,6 +17,8 @@ from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_of
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
 
+_SUFFIXES = (".safetensors", ".distcp", ".gguf", ".pth", ".pt")
+
 
 def digest_of_manifest(manifest: Manifest) -> str:
     """Return the digest of the files of a step, which the manifest vouches for."""
@@ -41,6 +43,17 @@ def digest_of_files(world: DistributedContext, what: str, files: Iterable[Path])
 def digest_here(files: Iterable[Path]) -> str:
     """Return the digest of all files, read by this process alone."""
     return _digest({file.name: record_of(file) for file in files})
+
+
+def weights_digest(path: Path, world: DistributedContext) -> str:
+    """Return the SHA-256 of the names and contents of the weight files in `path`.
+
+    The same on every mesh; each rank reads a share of the files. All ranks must call it. Raises
+    CheckpointError for files that cannot be read.
+    """
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.suffix in _SUFFIXES]
+    return digest_of_files(world, f"{path} cannot be read", files)
 
 
 def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> None:

@@ -76,7 +76,7 @@ class CheckpointManager:
         self._base: InitialLoad | None = None
         """The weights that checkpoints of this run refer to; None if they are whole."""
         self._added: frozenset[str] = frozenset()
-        """What handlers added to the model: no base has it."""
+        """Names that handlers added to the model: no base has them."""
         if store is None:
             return
         self.found = None if replaces_run else self._find(store)

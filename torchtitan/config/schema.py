@@ -224,7 +224,7 @@ class DataSource(Section):
     `dataset`."""
 
     format: DataFormat | None = None
-    """What a row holds, as `data.format`. Unset: `data.format`."""
+    """Content of a row, as `data.format`. Unset: `data.format`."""
 
     columns: dict[str, str] | None = None
     """Other names of columns and keys, as `data.columns`. Unset: `data.columns`."""
@@ -245,7 +245,7 @@ class Data(Section):
     divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
 
     format: DataFormat = "text"
-    """What a row holds: `text`; `chat`, a conversation in `messages` or `conversations`;
+    """Content of a row: `text`; `chat`, a conversation in `messages` or `conversations`;
     `instruct`, a question and its answer (`instruction`, `input`, `output`, or `prompt`,
     `completion`); `preference`, two answers (`prompt`, `chosen`, `rejected`)."""
 
@@ -658,7 +658,7 @@ class ValidationSet(Section):
     """Stream a Hugging Face dataset, as `data.streaming`."""
 
     format: DataFormat | None = None
-    """What a row holds, as `data.format`. Unset: `data.format`."""
+    """Content of a row, as `data.format`. Unset: `data.format`."""
 
     columns: dict[str, str] | None = None
     """Other names of columns and keys, as `data.columns`. Unset: `data.columns`."""

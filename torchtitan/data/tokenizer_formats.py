@@ -71,7 +71,7 @@ class FileTokenizer:
     _content: Any
     special: SpecialTokens
     folder: Path | None = None
-    """Where its files lie; not known in worker processes."""
+    """Folder of its files; not known in worker processes."""
 
     def _set_special(
         self, fingerprint: str, bos: int | None, eos: int, id_of: Callable[[str], int | None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.checkpoint.digest import weights_digest
+from torchtitan.checkpoint.base import weights_digest
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import fill_copies, model_tensors

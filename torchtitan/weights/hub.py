@@ -40,7 +40,7 @@ class Asked:
     revision_key: str = KEY
     folder_key: str = "HF_HOME"
     access: Literal["read", "write"] = "read"
-    """What is asked for: files, or that the hub takes some."""
+    """The direction of a request: `read` files, or `write` some."""
 
     def ask(self, question: Callable[[dict[str, Any]], T]) -> T:
         """Return the hub's answer; `question` takes arguments for `huggingface_hub`.

@@ -114,7 +114,7 @@ def test_a_mapped_key_wins_over_the_usual_one() -> None:
 
 
 def test_flags_of_pairs() -> None:
-    """Of the prompt nothing is trained, of the answers what their flags say."""
+    """The prompt is never trained; the flags of the answers count."""
     sides = {
         side: [{"role": "assistant", "content": side, "weight": 0}, MESSAGES[1], answer]
         for side, answer in (("chosen", MESSAGES[2]), ("rejected", {**MESSAGES[2], "train": True}))

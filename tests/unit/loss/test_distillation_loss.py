@@ -27,7 +27,7 @@ def trained(settings: DistillationSettings, chunks: int, teacher: Head, own: Hea
 
 @pytest.mark.parametrize("top_k", [None, 10])
 def test_logits_exist_one_chunk_at_a_time(top_k: int | None) -> None:
-    """Of both models: some copies of a chunk's, and never all 2 MiB of one of them."""
+    """Some copies of a chunk's logits exist at a time, never all 2 MiB of one model's."""
     settings = DistillationSettings(teacher_path="x", top_k=top_k)
     heads = Head(8, 1000, bias=False), Head(8, 1000, bias=False)
     with LargestAtOnce() as whole:

@@ -151,7 +151,7 @@ def models() -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_variants(settings, models):
-    """Of packed rows, with prompts, several pairs and padding."""
+    """Packed rows with prompts, several pairs and padding."""
     policy, reference = models
     parameters = list(policy.parameters())
     ours, terms = ours_of(settings, policy, reference, tiny.pairs())
@@ -252,7 +252,7 @@ class TRL:
         return loss, metrics["train"]
 
     def log_probs(self, average: bool) -> list[Tensor]:
-        """Of the chosen and the rejected answers, by both models."""
+        """Log-probabilities of the chosen and the rejected answers, by both models."""
         ids, mask = self._inputs["input_ids"], self._inputs["completion_mask"][:, 1:]
         found = []
         for model in self.models:

@@ -192,7 +192,7 @@ def test_a_cache_that_lacks_a_shard(hub, tmp_path):
 
 
 def test_an_interrupted_download_continues(hub, tmp_path):
-    """What is there is not asked for again, and a part does not pass for the whole."""
+    """Files that are there are not asked for again, and a part does not pass for the whole."""
     first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     code = "import time; time.sleep = lambda _: None; print(hub.download('hf://mine/sharded'))"
     hub.refusals = {f"/{second}": (500, "")}
