@@ -78,6 +78,8 @@ class RunState:
     """The facts behind the fingerprint, to report differences."""
     reference_digest: str | None = None
     """The weights that the loss compares with; None for the initial ones, and for other losses."""
+    skipped_steps: int = 0
+    """Steps whose update was left out because they were not finite."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

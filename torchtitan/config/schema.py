@@ -152,6 +152,13 @@ class Training(Section):
     max_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to at most this global 2-norm; `inf` switches clipping off."""
 
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """At a step whose loss or gradient norm is NaN or infinite: `stop` ends the run before the
+    update, `skip` leaves the update out and goes on. Both name the module in which it began."""
+
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row that `on_non_finite = "skip"` leaves out; one more ends the run."""
+
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the stored (master) weights and of the optimizer state."""
 

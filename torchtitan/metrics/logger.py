@@ -129,7 +129,7 @@ class MetricsLogger:
         num_tokens: int,
         loss_terms: Mapping[str, Tensor] | None = None,
         source_tokens: Mapping[str, int] | None = None,
-        row_counts: Mapping[str, int] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
         """Count a finished step, and log it if it is due.
 
@@ -144,8 +144,8 @@ class MetricsLogger:
             num_tokens: tokens of the step on all ranks.
             loss_terms: further means reported by the loss, by name.
             source_tokens: tokens of each source of a mixture so far.
-            row_counts: rows that all lanes have changed or left out so far, by name; logged
-                from 1 on.
+            counts: rows that all lanes have changed or left out so far, and the like, by name;
+                logged from 1 on.
         """
         assert self._started is not None, "start_step was not called"
         self.num_tokens_seen += num_tokens
@@ -162,7 +162,7 @@ class MetricsLogger:
             record = self._record(step, values, num_targets)
             for name, count in (source_tokens or {}).items():
                 record[f"source_tokens/{name}"] = count
-            record |= {name: count for name, count in (row_counts or {}).items() if count}
+            record |= {name: count for name, count in (counts or {}).items() if count}
             self._each_sink(lambda sink: sink.write(record))
         else:
             self._start_interval(self._clock())

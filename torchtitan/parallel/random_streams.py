@@ -48,6 +48,8 @@ class RandomStreams:
         A data rank takes one sequence in turn from each of its `num_lanes / dp_degree` lanes.
         """
         self.step = 0
+        self.first_sequence = 0
+        """Number among this rank's sequences of the step of the microbatch's first one."""
         self._seed = seed
         self._device = device
         self._num_lanes = num_lanes
@@ -87,7 +89,8 @@ class RandomStreams:
 
         `token_index`: its `TOKEN_INDEX`, of the tokens that this rank has of each sequence.
         """
-        self._sequence = int(self._number(torch.tensor(index)))
+        self.first_sequence = index
+        self._sequence = self.sequence_number(index)
         self._uses.clear()
         self._token_hashes.clear()
         self._tokens = None
@@ -95,6 +98,10 @@ class RandomStreams:
             rows = index + torch.arange(len(token_index), device=token_index.device)
             self._tokens = (self._number(rows).unsqueeze(-1) << 32) + token_index
         self._reseed("microbatch", self._sequence, *self._part)
+
+    def sequence_number(self, index: int) -> int:
+        """Return the number within the step of sequence `index` of this rank's."""
+        return int(self._number(torch.tensor(index)))
 
     def _number(self, index: Tensor) -> Tensor:
         """Return the number within the step of this rank's sequences."""

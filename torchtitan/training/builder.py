@@ -45,6 +45,7 @@ from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Runner, SPMDRunner
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.training.nonfinite_origin import StepBatch, find_origin
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
@@ -97,19 +98,33 @@ def build_nonfinite_guard(
     model: BuiltModel,
     optimizers: Sequence[torch.optim.Optimizer],
     manager: CheckpointManager,
+    runner: Runner,
+    tokenizer: Tokenizer,
 ) -> NonFiniteGuard:
-    """Build the guard that ends a run at a step that is not finite."""
+    """Build the guard that ends a run at a step that is not finite, or counts such steps."""
+    may_skip = config.training.on_non_finite == "skip"
+    in_backward = config.optimizer.early_step_in_backward
 
     def find_non_finite() -> str:
         tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
         return some_of(non_finite_on_any_rank(world, tensors))
 
-    return NonFiniteGuard(
+    def origin(batch: StepBatch) -> str:
+        # In the backward the weights have changed, and a second pass would change them again.
+        if in_backward:
+            return ""
+        return find_origin(world, model, runner, batch, tokenizer.decode, may_skip)
+
+    guard = NonFiniteGuard(
         lag=0 if world.device.type == "cpu" else 1,
-        left_out=not config.optimizer.early_step_in_backward,
+        left_out=not in_backward,
+        most_skipped=config.training.max_skipped_steps if may_skip else 0,
         find_non_finite=find_non_finite,
+        find_origin=origin,
         describe_newest=manager.describe_newest,
     )
+    guard.num_skipped = manager.state.skipped_steps
+    return guard
 
 
 def build_runner(

@@ -37,6 +37,7 @@ from torchtitan.training.ending import (
 from torchtitan.training.evaluation import Evaluator, build_evaluator
 from torchtitan.training.frozen_model import build_runner
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.training.nonfinite_origin import StepBatch
 from torchtitan.training.prefetch import Prefetch, row_counts
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
@@ -78,7 +79,9 @@ def train(
         profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)
         stack.enter_context(profiler)
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
-        nonfinite_guard = builder.build_nonfinite_guard(config, world, model, optimizers, manager)
+        guard = builder.build_nonfinite_guard(
+            config, world, model, optimizers, manager, runner, tokenizer
+        )
         ahead = Prefetch(
             loader,
             runner.loss,
@@ -95,10 +98,11 @@ def train(
         logger.info(builder.describe(context, dims, world, model))
 
         def save(finished: bool, last: bool) -> None:
-            nonfinite_guard.flush()
+            guard.flush()
             metrics.flush()
-            seen, summary = metrics.num_tokens_seen, loader.data_summary
-            state = RunState(step, seen, None, loader.fingerprint, summary, reference)
+            source = loader.fingerprint, loader.data_summary
+            seen, skipped = metrics.num_tokens_seen, guard.num_skipped
+            state = RunState(step, seen, None, *source, reference, skipped)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
             with timeout(world, comm.init_timeout_seconds, comm.train_timeout_seconds):
                 parts, handlers = model.parts, model.handlers
@@ -131,11 +135,12 @@ def train(
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)
+            # On the device of the parameters; on the host, this waits for the loss.
+            is_finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
+            guard.record(StepBatch(step, data.microbatches, agreed.num_targets), is_finite)
             manager.wait_for_staging()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
-            # On the device of the parameters; on the host, this waits for the loss.
-            is_finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
             update.step(is_finite)
             for handler in model.handlers:
                 handler.post_optimizer_hook(model.part_or_parts)
@@ -144,7 +149,6 @@ def train(
             if step < training.steps:
                 with metrics.timing("data"):  # while the device is still at work
                     ahead.start()
-            nonfinite_guard.record(step, is_finite)
             progress.step, lanes = step, data.lane_states
             metrics.log_step(
                 step,
@@ -155,11 +159,11 @@ def train(
                 num_targets=agreed.num_targets,
                 num_tokens=agreed.num_tokens,
                 source_tokens=data.source_tokens,
-                row_counts=row_counts(agreed),
+                counts={**row_counts(agreed), "skipped_steps": guard.num_skipped},
             )
             if step == first_step + 1:  # the first step compiles, allocates, connects
                 set_timeout(world, comm.train_timeout_seconds)
-            measure(measurements, step, step == training.steps, metrics, nonfinite_guard)
+            measure(measurements, step, step == training.steps, metrics, guard)
             if manager.is_due(step, last=step == training.steps):
                 with metrics.timing("checkpoint"):
                     save(finished=step == training.steps, last=step == training.steps)
@@ -167,9 +171,9 @@ def train(
             profiler.step()
             garbage.step(step)
 
-        nonfinite_guard.flush()
+        guard.flush()
         if progress.status == "data_exhausted" and step > first_step:
-            measure(measurements, step, True, metrics, nonfinite_guard)
+            measure(measurements, step, True, metrics, guard)
         if step == training.steps:
             progress.status = "completed"
         elif step > first_step and manager.is_due(step, last=True):
@@ -185,12 +189,12 @@ def measure(
     step: int,
     last: bool,
     metrics: MetricsLogger,
-    nonfinite_guard: NonFiniteGuard,
+    guard: NonFiniteGuard,
 ) -> None:
     """Take the measurements that are due after `step`; `last`: no step follows."""
     for measurement in measurements:
         if measurement.is_due(step, last):
-            nonfinite_guard.flush()
+            guard.flush()
             measurement.run(step, metrics)
 
 
