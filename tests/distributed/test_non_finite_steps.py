@@ -1,5 +1,6 @@
 """A step that is not finite: where it began is found by a second pass, and it may be skipped."""
 
+import json
 import os
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -50,7 +51,9 @@ class Injector(ModelHandler):
         for part in model if isinstance(model, list) else [model]:
             for name, module in part.named_modules():
                 wanted = f"layers.{self.settings.layer}.{self.settings.module}"
-                if name == wanted and dist.get_rank() == self.settings.rank:
+                if name == "output" and self.settings.kind == "logits":
+                    module.register_forward_hook(self.enlarge)
+                elif name == wanted and dist.get_rank() == self.settings.rank:
                     self.weight, forward = module.weight, module.forward
                     if self.settings.kind == "gradient":
                         module.forward = lambda x: forward(_Spoiled.apply(x) if self.due() else x)
@@ -62,6 +65,9 @@ class Injector(ModelHandler):
         if found and self.settings.once:
             self.settings.steps.remove(self.step)
         return found
+
+    def enlarge(self, module, args, output):
+        return output * (1000 if self.due() else 1)
 
     def spoil_output(self, module, args, output):
         if self.due():
@@ -184,3 +190,22 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert "step 9: the loss or the gradient norm is not finite" in done.stderr
     assert "training.max_skipped_steps = 2" in done.stderr
     assert step_folders(folder / "checkpoint") == [4, 8]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_loss_spike_is_reported_or_skipped(tmp_path: Path, skips: bool) -> None:
+    folder = tmp_path / "run"
+    window = ("--training.loss_spike_window=8", "--training.loss_spike_threshold=50")
+    action = f"--training.on_loss_spike={'skip' if skips else 'report'}"
+    arguments = ("--handlers.injector.kind=logits", *window, action, "--checkpoint.interval=1")
+    done = run(folder, *arguments, "--training.steps=7")
+    assert done.returncode == 0, done.stderr
+    assert "step 7: the loss" in done.stderr and "is a spike" in done.stderr
+    assert ("Its update was left out" in done.stderr) == skips
+    assert runs.records(folder)[6].get("skipped_steps", 0) == skips
+    before, after = tensors(folder, 6), tensors(folder, 7)
+    assert skips == all(torch.equal(before[name], after[name]) for name in before)
+    assert run(folder, *arguments).returncode == 0  # goes on with the losses of the first start
+    curve = [row["loss"] for row in runs.records(folder)]
+    state = json.loads((folder / "checkpoint/step-10/manifest.json").read_text())["state"]
+    assert state["recent_losses"] == pytest.approx(curve[-8:])

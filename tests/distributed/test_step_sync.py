@@ -14,6 +14,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.step_sync import StepInfo, start_step_sync
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.training.nonfinite_origin import StepBatch
 
 QUIET: dict[str, Any] = {
     "num_targets": 10,
@@ -217,23 +218,29 @@ def test_pool_tells_what_failed_and_recovers() -> None:
         pool.close()
 
 
+def batch_of(step: int) -> StepBatch:
+    return StepBatch(step, (), 1)
+
+
+GOOD, BAD = torch.tensor(1.0), torch.tensor(float("inf"))
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_steps_that_are_not_finite_are_told_late_or_at_once(lag: int) -> None:
     steps = NonFiniteGuard(lag)
-    good, bad = torch.tensor(True), torch.tensor(False)
-    steps.record(1, good)
+    assert steps.record(batch_of(1), GOOD, GOOD)
     if lag:
-        steps.record(2, bad)
+        assert not steps.record(batch_of(2), GOOD, BAD)
         with pytest.raises(NonFiniteError, match="step 2"):
-            steps.record(3, good)
+            steps.record(batch_of(3), GOOD, GOOD)
     else:
         with pytest.raises(NonFiniteError, match="step 2"):
-            steps.record(2, bad)
+            steps.record(batch_of(2), BAD, GOOD)
 
 
 def test_settling_waits_for_all_steps() -> None:
     steps = NonFiniteGuard(lag=1)
-    steps.record(1, torch.tensor(False))
+    steps.record(batch_of(1), BAD, GOOD)
     with pytest.raises(NonFiniteError, match="step 1"):
         steps.flush()
 

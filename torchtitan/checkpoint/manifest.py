@@ -79,7 +79,9 @@ class RunState:
     reference_digest: str | None = None
     """The weights that the loss compares with; None for the initial ones, and for other losses."""
     skipped_steps: int = 0
-    """Steps whose update was left out because they were not finite."""
+    """Steps whose update was left out because they were not finite, or were spikes."""
+    recent_losses: Sequence[float] | None = None
+    """The last ones, by which the next one is a spike or not; None without detection."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

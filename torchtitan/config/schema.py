@@ -156,8 +156,18 @@ class Training(Section):
     """At a step whose loss or gradient norm is NaN or infinite: `stop` ends the run before the
     update, `skip` leaves the update out and goes on. Both name the module in which it began."""
 
+    on_loss_spike: Literal["ignore", "report", "skip"] = "report"
+    """At a step whose loss is a spike: `report` warns, `skip` leaves its update out, too."""
+
+    loss_spike_threshold: PositiveFloat = 6.0
+    """A loss so many standard deviations above the median of the losses before it is a spike. The
+    deviation is estimated from the median absolute deviation."""
+
+    loss_spike_window: Annotated[int, Field(ge=4)] = 100
+    """Losses that a new one is compared with. None is a spike before half of them are known."""
+
     max_skipped_steps: PositiveInt = 10
-    """Steps in a row that `on_non_finite = "skip"` leaves out; one more ends the run."""
+    """Steps in a row that `skip` may leave out; one more ends the run."""
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the stored (master) weights and of the optimizer state."""

@@ -47,6 +47,10 @@ def _early_step(context: RunContext) -> Iterator[ConfigIssue]:
     if not math.isinf(max_norm):
         problem = "clipping needs the norm of all gradients before the first of them is used"
         yield ConfigIssue("training.max_norm", problem, f"set it to inf, {off}", max_norm)
+    for key in ("on_non_finite", "on_loss_spike"):
+        if getattr(config.training, key) == "skip":
+            problem = "a parameter has changed before the loss and the norm of the step are known"
+            yield ConfigIssue(f"training.{key}", problem, f"do not skip, {off}", "skip")
     pipeline = config.parallelism.pipeline_parallel_degree > 1
     count = context.pipeline_microbatches if pipeline else context.accumulation_steps
     if count > 1:

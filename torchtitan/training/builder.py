@@ -43,6 +43,7 @@ from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Runner, SPMDRunner
+from torchtitan.training.loss_spikes import LossSpikes
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.nonfinite_origin import StepBatch, find_origin
@@ -102,7 +103,8 @@ def build_nonfinite_guard(
     tokenizer: Tokenizer,
 ) -> NonFiniteGuard:
     """Build the guard that ends a run at a step that is not finite, or counts such steps."""
-    may_skip = config.training.on_non_finite == "skip"
+    training = config.training
+    may_skip = "skip" in (training.on_non_finite, training.on_loss_spike)
     in_backward = config.optimizer.early_step_in_backward
 
     def find_non_finite() -> str:
@@ -115,13 +117,24 @@ def build_nonfinite_guard(
             return ""
         return find_origin(world, model, runner, batch, tokenizer.decode, may_skip)
 
+    spikes = None
+    if training.on_loss_spike != "ignore":
+        spikes = LossSpikes(
+            training.loss_spike_threshold,
+            training.loss_spike_window,
+            model.parameters[0].device,  # where the norm is, with CPU offload too
+            manager.state.recent_losses,
+            skips=training.on_loss_spike == "skip",
+        )
     guard = NonFiniteGuard(
         lag=0 if world.device.type == "cpu" else 1,
         left_out=not in_backward,
-        most_skipped=config.training.max_skipped_steps if may_skip else 0,
         find_non_finite=find_non_finite,
         find_origin=origin,
         describe_newest=manager.describe_newest,
+        spikes=spikes,
+        skip_non_finite=training.on_non_finite == "skip",
+        most_skipped=training.max_skipped_steps,
     )
     guard.num_skipped = manager.state.skipped_steps
     return guard

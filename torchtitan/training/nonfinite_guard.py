@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.config import NonFiniteError
+from torchtitan.training.loss_spikes import LossSpikes
 from torchtitan.training.nonfinite_origin import StepBatch
 
 logger = logging.getLogger(__name__)
@@ -30,17 +31,19 @@ class NonFiniteGuard:
         self,
         lag: int,
         left_out: bool = True,
-        most_skipped: int = 0,
         find_non_finite: Callable[[], str] = lambda: "",
         find_origin: Callable[[StepBatch], str] = lambda batch: "",
         describe_newest: Callable[[], str] = lambda: "",
+        spikes: LossSpikes | None = None,
+        skip_non_finite: bool = False,
+        most_skipped: int = 0,
     ):
         """Create the guard; `left_out`: the optimizer skips steps that are not finite.
 
-        `most_skipped` steps in a row are counted, and the next one is an error; 0: the first one
-        is. For the message, on all ranks: `find_non_finite` names weights and optimizer state that
-        are not finite, `find_origin` the module in which a step began to be so, and
-        `describe_newest` the checkpoint to continue from.
+        With `skip_non_finite` (or `spikes.skips`), `most_skipped` of them in a row are counted and
+        the next one is an error; else the first one is. For the message, on all ranks:
+        `find_non_finite` names weights and optimizer state that are not finite, `find_origin` the
+        module in which a step began to be so, `describe_newest` the checkpoint to continue from.
         """
         self.num_skipped = 0
         """Steps that were skipped since the start of the run; set it on a resume."""
@@ -51,22 +54,37 @@ class NonFiniteGuard:
         self._find_non_finite = find_non_finite
         self._find_origin = find_origin
         self._describe_newest = describe_newest
+        self._spikes = spikes
+        self._skip_non_finite = skip_non_finite
         self._pending: deque[tuple[StepBatch, Tensor, torch.cuda.Event | None]] = deque()
 
-    def record(self, batch: StepBatch, is_finite: Tensor) -> None:
-        """Take a step's `is_finite`, a bool scalar on the device. Call before the step's update.
+    def record(self, batch: StepBatch, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return whether to make the step's update, a bool scalar on the device of `norm`.
 
-        Raises NonFiniteError for this step or, on a GPU, for the one before, whose update was left
-        out and whose weights are still there.
+        `loss` and `norm` are scalars, the same on all ranks. Call it before the update. Raises
+        NonFiniteError for this step or, on a GPU, for the one before, whose update was left out and
+        whose weights are still there.
         """
-        flag = is_finite.to("cpu", non_blocking=True)
+        loss = loss.detach().to(norm.device)
+        good = torch.isfinite(norm) & torch.isfinite(loss)
+        score = torch.zeros_like(loss) if self._spikes is None else self._spikes.score(loss)
+        facts = torch.stack([good.double(), loss.double(), score.double()])
+        facts = facts.to("cpu", non_blocking=True)
         ready = None
-        if is_finite.is_cuda:
+        if norm.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append((batch, flag, ready))
+        self._pending.append((batch, facts, ready))
         while len(self._pending) > self._lag:
             self._check()
+        if self._spikes is not None and self._spikes.skips:
+            good &= score <= self._spikes.threshold
+        return good
+
+    @property
+    def recent_losses(self) -> list[float] | None:
+        """The losses by which the next one is a spike or not; None without detection."""
+        return None if self._spikes is None else self._spikes.recent
 
     def flush(self) -> None:
         """Wait for all steps so far; call before saving their result."""
@@ -74,30 +92,50 @@ class NonFiniteGuard:
             self._check()
 
     def _check(self) -> None:
-        batch, flag, ready = self._pending.popleft()
+        batch, facts, ready = self._pending.popleft()
         if ready is not None:
             ready.synchronize()
-        if bool(flag):
+        is_finite, loss, score = facts.tolist()
+        if not is_finite:
+            what, is_spoilt = self._describe_non_finite(batch)
+            self._skip(batch.step, what, self._skip_non_finite and not is_spoilt)
+        elif self._spikes is not None and score > self._spikes.threshold:
+            what = (
+                f"the loss {loss:.4f} is a spike, {score:.1f} standard deviations above the median"
+                " of the steps before it."
+            )
+            if self._spikes.skips:
+                self._skip(batch.step, f"{what} Its update was left out.", True)
+            else:
+                logger.warning("step %d: %s", batch.step, what)
+        else:
             self._in_a_row = 0
-            return
+
+    def _skip(self, step: int, what: str, may_skip: bool) -> None:
+        """Count a step whose update was left out, or raise."""
         self._in_a_row += 1
+        if may_skip and self._in_a_row <= self._most_skipped:
+            self.num_skipped += 1
+            logger.warning("step %d: %s", step, what)
+            return
+        if may_skip:
+            what += (
+                f" These are more in a row than training.max_skipped_steps = {self._most_skipped}."
+            )
+        raise NonFiniteError(
+            f"step {step}: {what} Lower optimizer.lr, lengthen the warmup, or look at the data of"
+            f" that step. {self._describe_newest()}"
+        )
+
+    def _describe_non_finite(self, batch: StepBatch) -> tuple[str, bool]:
+        """Return what is known of such a step, and whether weights or moments are lost."""
         spoilt = self._find_non_finite()
-        facts = [
-            f"step {batch.step}: the loss or the gradient norm is not finite.",
+        facts = (
+            "the loss or the gradient norm is not finite.",
             self._state(spoilt),
             self._find_origin(batch),
-        ]
-        if self._in_a_row > self._most_skipped or spoilt:
-            if self._most_skipped and not spoilt:
-                most = f"training.max_skipped_steps = {self._most_skipped}"
-                facts.append(f"More steps in a row were skipped than {most}.")
-            facts += [
-                "Lower optimizer.lr, lengthen the warmup, or look at the data of that step.",
-                self._describe_newest(),
-            ]
-            raise NonFiniteError(" ".join(filter(None, facts)))
-        self.num_skipped += 1
-        logger.warning(" ".join(filter(None, facts)))
+        )
+        return " ".join(filter(None, facts)), bool(spoilt)
 
     def _state(self, spoilt: str) -> str:
         """Describe the weights, of which `spoilt` are not finite."""

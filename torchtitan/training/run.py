@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
-
 from torchtitan.checkpoint.async_save import is_saving
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.manager import CheckpointManager
@@ -101,8 +99,8 @@ def train(
             guard.flush()
             metrics.flush()
             source = loader.fingerprint, loader.data_summary
-            seen, skipped = metrics.num_tokens_seen, guard.num_skipped
-            state = RunState(step, seen, None, *source, reference, skipped)
+            seen, guarded = metrics.num_tokens_seen, (guard.num_skipped, guard.recent_losses)
+            state = RunState(step, seen, None, *source, reference, *guarded)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
             with timeout(world, comm.init_timeout_seconds, comm.train_timeout_seconds):
                 parts, handlers = model.parts, model.handlers
@@ -135,13 +133,12 @@ def train(
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)
-            # On the device of the parameters; on the host, this waits for the loss.
-            is_finite = torch.isfinite(norm) & torch.isfinite(loss.to(norm.device))
-            guard.record(StepBatch(step, data.microbatches, agreed.num_targets), is_finite)
+            batch = StepBatch(step, data.microbatches, agreed.num_targets)
+            is_good = guard.record(batch, loss, norm)
             manager.wait_for_staging()
             for handler in model.handlers:
                 handler.pre_optimizer_hook(model.part_or_parts)
-            update.step(is_finite)
+            update.step(is_good)
             for handler in model.handlers:
                 handler.post_optimizer_hook(model.part_or_parts)
             for optimizer in optimizers:

@@ -60,6 +60,12 @@ def test_early_steps_need_unclipped_gradients() -> None:
     assert found(optimizer=EARLY, training=UNCLIPPED) == []
 
 
+@pytest.mark.parametrize("key", ["on_non_finite", "on_loss_spike"])
+def test_early_steps_cannot_be_skipped(key: str) -> None:
+    problems = found(optimizer=EARLY, training={**UNCLIPPED, key: "skip"})
+    only(problems, f"training.{key}", "skip", "early_step_in_backward to false")
+
+
 def test_early_steps_need_one_microbatch() -> None:
     training = {**UNCLIPPED, "global_batch_size": 8}
     problems = found(2, optimizer=EARLY, training=training)

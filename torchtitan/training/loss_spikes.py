@@ -1,0 +1,61 @@
+"""Loss spikes: a loss far above those of the steps before it, by a robust z-score.
+
+The score is the distance from the median of a window of losses, in units of their median absolute
+deviation scaled to a standard deviation, so that spikes within the window hardly move either. All
+of it stays on the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_STANDARD_DEVIATION = 1.4826
+"""Of a normal distribution, in units of its median absolute deviation."""
+
+
+class LossSpikes:
+    """Scores each loss against the finite ones before it."""
+
+    def __init__(
+        self,
+        threshold: float,
+        window: int,
+        device: torch.device,
+        recent: Sequence[float] | None = None,
+        skips: bool = False,
+    ):
+        """`threshold`: a score above it is a spike; `recent`: losses before the first, in order.
+
+        `skips`: the update of a spike is left out.
+        """
+        self.threshold = threshold
+        self.skips = skips
+        self._losses = torch.full((window,), torch.nan, dtype=torch.float64, device=device)
+        recent = (recent or ())[-window:]
+        self._losses[: len(recent)] = torch.tensor(recent, dtype=torch.float64)
+        self._next = torch.tensor(len(recent), device=device)
+
+    @property
+    def recent(self) -> list[float]:
+        """The losses in the window, oldest first. Waits for the device."""
+        ordered = self._losses.roll(-int(self._next) % len(self._losses))
+        return [loss for loss in ordered.tolist() if loss == loss]
+
+    def score(self, loss: Tensor) -> Tensor:
+        """Return the score of `loss`, a float64 scalar, and take it into the window if finite.
+
+        0 until half of the window is filled, and for a loss that is not finite.
+        """
+        loss = loss.detach().double()
+        median = self._losses.nanmedian()
+        deviation = (self._losses - median).abs().nanmedian() * _STANDARD_DEVIATION
+        # Losses that are all equal have no deviation: then rounding is the measure.
+        smallest = median.abs() * torch.finfo(torch.float32).eps
+        score = (loss - median) / deviation.maximum(smallest)
+        is_known = self._next >= len(self._losses) // 2
+        is_finite = loss.isfinite()
+        place = self._next % len(self._losses)
+        self._losses[place] = torch.where(is_finite, loss, self._losses[place])
+        self._next += is_finite
+        return torch.where(is_finite & is_known & score.isfinite(), score, 0.0)
