@@ -59,6 +59,8 @@ MAY_DIFFER: dict[str, str] = {
     "data.add_eos": "like data.add_bos",
     "data.chat_template": "compared by content, with the data",
     "data.pad_to_multiple": "speed; the same samples",
+    "data.skip": "only steps still to come; their data may be left out once they prove bad",
+    "data.ledger": "logging",
 }
 """Keys (globs) that may differ from the run in the folder, and why."""
 
@@ -72,6 +74,7 @@ NOTICED = (
     "data.on_bad_row",
     "data.max_bad_rows",
     "data.max_document_mib",
+    "data.skip",
 )
 """Keys of `MAY_DIFFER` whose change is logged."""
 

@@ -82,6 +82,8 @@ class RunState:
     """Steps whose update was left out because they were not finite, or were spikes."""
     recent_losses: Sequence[float] | None = None
     """The last ones, by which the next one is a spike or not; None without detection."""
+    data_step: int | None = None
+    """Steps that the data have given, those left out included; None (older releases): `step`."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

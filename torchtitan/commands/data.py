@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from torchtitan.checkpoint.stored_run import CONFIG_NAME
+from torchtitan.commands.data_step import show_step
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.errors import ConfigError, ConfigIssue, DataError
 from torchtitan.config.exit_codes import DONE
@@ -59,14 +60,19 @@ class _Found:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show each dataset of a config. Raises ConfigError."""
-    loaded = load_config(_as_settings(options.settings))
+    """Show each dataset of a config, or a step of a run. Raises ConfigError."""
+    words = options.settings
+    step = words.pop(1) if len(words) > 1 and words[1].isdigit() else None
+    loaded = load_config(_as_settings(words))
     if problems := import_custom_modules(loaded.config):
         raise ConfigError(problems)
     config = with_pretrained(loaded, with_weights=False).config
     config = RunContext(config, 1, "cpu", full=False).config
     tokenizer = build_tokenizer(config.model.tokenizer_path)
     console = Console(soft_wrap=True, highlight=False)
+    if step is not None:
+        show_step(loaded.config, Path(words[0]), int(step), console)
+        return DONE
     for named in named_sources(config.training, config.data):
         try:
             _show(named, tokenizer, options, console)

@@ -337,6 +337,13 @@ class Data(Section):
     """Start the data anew, with the next epoch, if a resume finds other data than the checkpoint's.
     With the same data nothing changes."""
 
+    skip: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Steps of the data to leave out, for example `["1200-1300", "1450"]`, both ends included. They
+    are numbered as the steps of a run that leaves none out."""
+
+    ledger: bool = False
+    """Keep a record of the rows that each step trains on, for `torchtitan data show RUN STEP`."""
+
     max_document_mib: PositiveFloat = 64.0
     """Rows larger than this (MiB of text) are treated as `on_bad_row` says. Text files are read in
     pieces, and may be of any size."""

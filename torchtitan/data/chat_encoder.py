@@ -29,6 +29,7 @@ from torchtitan.data.chat_template import (
 )
 from torchtitan.data.chat_templates import find_chat_template
 from torchtitan.data.document_ends import document_tokenizer
+from torchtitan.data.ledger import DocumentSpan
 from torchtitan.data.sources import BadRow
 from torchtitan.data.tokenizers import Tokenizer
 
@@ -47,6 +48,8 @@ class Unit(NamedTuple):
     """bool `[num_tokens]`: the tokens that are targets."""
     lengths: tuple[int, ...]
     """Tokens of each document. The last one of each is not an input."""
+    span: DocumentSpan | None = None
+    """Where it comes from."""
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from torchtitan.config import DataError
 from torchtitan.data.chat_encoder import ChatEncoder, Encoded, Unit
 from torchtitan.data.document_ends import DocumentTokenizer
+from torchtitan.data.ledger import DocumentSpan
 from torchtitan.data.packing import COUNTS, Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
 from torchtitan.data.row_packing import RowPacker, RowRule, Units
@@ -105,7 +106,7 @@ class Lane:
 
     def _documents(self, start: Position) -> Generator[Piece, None, None]:
         unfinished: Position | None = None
-        for here, shard, row, tokens in self._contents(start, self._tokens):
+        for here, number, row, tokens in self._contents(start, self._tokens):
             # A piece of a document is a block of its own, so the next piece is the next block.
             after = here.epoch, here.shard, here.block - 1
             continues = (
@@ -113,20 +114,28 @@ class Lane:
                 and unfinished is not None
                 and (unfinished.epoch, unfinished.shard, unfinished.block) == after
             )
-            unfinished = None if row.ends or shard.stride > 1 else here
-            yield Piece(here, tokens[here.token :], continues)
+            is_shared = self._settings.shards[number].stride > 1
+            unfinished = None if row.ends or is_shared else here
+            yield Piece(here, tokens[here.token :], continues, number, row.place)
 
     def _conversations(self, start: Position, chat: ChatEncoder) -> Generator[Units, None, None]:
         def encode(row: Row) -> Sequence[Unit]:
             return self._counted(chat.encode(row_record(self._settings.source, row)))
 
-        for here, _, _, units in self._contents(start, encode):
-            yield Units(here, tuple(units))
+        for here, shard, row, units in self._contents(start, encode):
+            spans = (
+                DocumentSpan(0, shard, row.place, number, len(unit.tokens))
+                for number, unit in enumerate(units)
+            )
+            yield Units(here, tuple(u._replace(span=span) for u, span in zip(units, spans)))
 
     def _contents(
         self, start: Position, read: Callable[[Row], C | None]
-    ) -> Iterator[tuple[Position, Shard, Row, C]]:
-        """Yield the rows from `start` on, with what `read` makes of them, unless it is empty."""
+    ) -> Iterator[tuple[Position, int, Row, C]]:
+        """Yield the rows from `start` on, with what `read` makes of them, unless it is empty.
+
+        Each comes with its position and the number of its shard.
+        """
         settings = self._settings
         epoch, num_empty = start.epoch, 0
         while settings.epochs is None or epoch < settings.epochs:
@@ -135,7 +144,7 @@ class Lane:
                 here = position._replace(
                     bad_rows=self._skipped.count, first_epoch=self._first_epoch, **self._counts
                 )
-                content = self._read(shard, row, epoch, read)
+                content = self._read(settings.shards[shard], row, epoch, read)
                 if content is None or not len(content):
                     continue
                 found = True
@@ -149,7 +158,7 @@ class Lane:
                 )
             epoch += 1
 
-    def _rows(self, epoch: int, start: Position) -> Iterator[tuple[Position, Shard, Row]]:
+    def _rows(self, epoch: int, start: Position) -> Iterator[tuple[Position, int, Row]]:
         """Yield the rows of an epoch in order, from `start` on if that lies in this epoch."""
         settings = self._settings
         resumed = epoch == start.epoch
@@ -171,7 +180,7 @@ class Lane:
                     resumed = resumed and place == start.row
                     token = start.token if resumed else 0
                     position = Position(epoch, number, block, place, token, cursor=cursor)
-                    yield position, shard, rows[order[place]]
+                    yield position, shard_index, rows[order[place]]
 
     def _start_of(self, epoch: int) -> Position:
         bad_rows, first_epoch = self._skipped.count, self._first_epoch

@@ -25,6 +25,7 @@ from torchtitan.data.identity import (
     summary_of,
 )
 from torchtitan.data.lanes import LaneSettings
+from torchtitan.data.ledger import DocumentSpan, step_ranges
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.named_sources import (
     NamedSource,
@@ -90,6 +91,10 @@ class StepData:
     """Conversations that this rank's lanes have changed or left out, in the order of COUNTS."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each source since the start of the run, over all ranks; empty for one source."""
+    data_step: int = 0
+    """Steps that the data have given so far, this one and those that were left out included."""
+    spans: dict[int, list[tuple[DocumentSpan, ...]]] = field(default_factory=dict)
+    """Where each sequence of each of this rank's lanes comes from."""
 
 
 class LaneReader(SampleStream):
@@ -127,7 +132,10 @@ class Loader:
         plan: LanePlan,
         positions: dict[int, AnyPosition],
         change: str = "",
+        data_step: int = 0,
+        skip: Sequence[range] = (),
     ):
+        """`data_step`: steps that the data have given so far; those in `skip` are left out."""
         self.change = change
         """Describes a change of the data since the checkpoint; empty without one."""
         self.data_facts = data_facts(reader.mixture)
@@ -139,6 +147,8 @@ class Loader:
         self._reader = reader
         self._plan = plan
         self._positions = positions
+        self._data_step = data_step
+        self._skip = skip
 
     def next_step(self) -> StepData:
         """Return the microbatches of the next step, each `[local_batch_size, seq_len]`.
@@ -147,13 +157,9 @@ class Loader:
         DataError.
         """
         plan = self._plan
-        samples: list[Sample | None] = []
-        for _ in range(plan.samples_per_lane):
-            for lane in plan.lanes:
-                item = next(self._reader)
-                assert item.lane == lane
-                samples.append(item.sample)
-                self._positions[lane] = item.position
+        samples = self._next_samples()
+        while any(self._data_step in steps for steps in self._skip):
+            samples = self._next_samples()
         batches = [
             self._reader.batch(samples[start : start + plan.local_batch_size])
             for start in range(0, len(samples), plan.local_batch_size)
@@ -163,7 +169,24 @@ class Loader:
         counts = tuple(map(sum, zip(*(p.counts for p in self._positions.values()))))
         ended = all(sample is None for sample in samples)
         source_tokens = self._reader.mixture.source_tokens(self._positions[plan.lanes[0]])
-        return StepData(batches, states, ended, bad_rows, counts, source_tokens)
+        lanes, step = len(plan.lanes), self._data_step
+        spans = {
+            lane: [sample.spans for sample in samples[number::lanes] if sample is not None]
+            for number, lane in enumerate(plan.lanes)
+        }
+        return StepData(batches, states, ended, bad_rows, counts, source_tokens, step, spans)
+
+    def _next_samples(self) -> list[Sample | None]:
+        """Read the samples of the next step of the data."""
+        self._data_step += 1
+        samples: list[Sample | None] = []
+        for _ in range(self._plan.samples_per_lane):
+            for lane in self._plan.lanes:
+                item = next(self._reader)
+                assert item.lane == lane
+                samples.append(item.sample)
+                self._positions[lane] = item.position
+        return samples
 
     def names_data(self, stored: str | None) -> bool:
         """Tell whether a stored fingerprint is that of this loader's data; None is of any."""
@@ -182,10 +205,12 @@ def build_loader(
     plan: LanePlan,
     lane_states: Mapping[int, dict[str, Any]] | Mapping[str, dict[str, Any]] | None = None,
     stored_fingerprint: str | None = None,
+    data_step: int = 0,
 ) -> Loader:
     """Return the loader of one rank, continuing from `lane_states` if given.
 
     `lane_states` must hold this rank's lanes; its keys may be strings, as JSON makes them.
+    `data_step`: steps that the data have given before.
     `stored_fingerprint` is that of the data that they are of: a cursor has no meaning in other
     data.
 
@@ -219,7 +244,7 @@ def build_loader(
             wanted,
             len(plan.lanes),
         )
-    return Loader(reader, plan, positions, change)
+    return Loader(reader, plan, positions, change, data_step, step_ranges(data.skip))
 
 
 def build_mixture(

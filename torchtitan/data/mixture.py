@@ -218,7 +218,8 @@ class MixedLane:
         for source, count in self._shares.parts(dealt, position.round, self._index):
             part = self._lanes[source].next_sample(count)
             assert part is not None, "sources of a mixture do not end"
-            parts.append(part)
+            spans = tuple(span._replace(source=source) for span in part.spans)
+            parts.append(part._replace(spans=spans))
         self.position = MixedPosition(
             round=position.round + 1,
             taken=tuple(before + now for before, now in zip(position.taken, dealt)),
@@ -230,4 +231,5 @@ class MixedLane:
             tokens=np.concatenate([part.tokens for part in parts]),
             lengths=tuple(length for part in parts for length in part.lengths),
             parts=tuple(len(part.tokens) for part in parts),
+            spans=tuple(span for part in parts for span in part.spans),
         )

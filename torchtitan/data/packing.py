@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from torchtitan.data.ledger import DocumentSpan
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
 COUNTS = ("truncated", "dropped", "untrained")
@@ -78,6 +79,8 @@ class Sample(NamedTuple):
     """
     trained: np.ndarray | None = None
     """bool `[num_tokens]`, the tokens that are targets; None for all."""
+    spans: tuple[DocumentSpan, ...] = ()
+    """Where the tokens come from; the last one of each stream begins the next sequence, too."""
 
     @property
     def num_inputs(self) -> int:
@@ -107,6 +110,10 @@ class Piece(NamedTuple):
     """int32 `[num_tokens]`."""
     continues: bool = False
     """It goes on with the document of the piece before it."""
+    shard: int = 0
+    """As in `DocumentSpan`."""
+    place: int = 0
+    """As in `DocumentSpan`."""
 
 
 class Packer:
@@ -141,8 +148,11 @@ class Packer:
     def _peek(self, wanted: int) -> Sample:
         parts: list[np.ndarray] = []
         lengths: list[int] = []
+        spans: list[DocumentSpan] = []
         for piece in self._pending:
             parts.append(piece.tokens[:wanted])
+            start, count = piece.position.token, len(parts[-1])
+            spans.append(DocumentSpan(0, piece.shard, piece.place, start, count))
             wanted -= len(parts[-1])
             if piece.continues and lengths:
                 lengths[-1] += len(parts[-1])
@@ -150,7 +160,7 @@ class Packer:
                 lengths.append(len(parts[-1]))
             if wanted == 0:
                 break
-        return Sample(np.concatenate(parts), tuple(lengths))
+        return Sample(np.concatenate(parts), tuple(lengths), spans=tuple(spans))
 
     def _advance(self, count: int) -> None:
         self._num_pending -= count

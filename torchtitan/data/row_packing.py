@@ -135,4 +135,5 @@ def sequence_of(units: list[Unit]) -> Sample:
         lengths=lengths,
         parts=lengths,
         trained=np.concatenate([unit.trained for unit in units]),
+        spans=tuple(unit.span for unit in units if unit.span is not None),
     )

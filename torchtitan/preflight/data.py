@@ -5,6 +5,7 @@ import codecs
 from torchtitan.config.errors import ConfigError, ConfigIssue, warning
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data, Dataloader
+from torchtitan.data.ledger import step_ranges
 from torchtitan.data.named_sources import NamedSource, check_sources, named_sources
 from torchtitan.data.registry import DatasetEntry, find_dataset, missing_path, unknown_dataset
 from torchtitan.models.registry import get_family, model_args
@@ -29,6 +30,11 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 def check_data(context: RunContext) -> list[ConfigIssue]:
     """Check the keys that say what is read."""
     config = context.config
+    try:
+        step_ranges(config.data.skip)
+    except ValueError as error:
+        fix = 'write steps and ranges, for example ["1200-1300", "1450"]'
+        return [ConfigIssue("data.skip", str(error), fix)]
     issues = check_sources(config.training, config.data)
     if issues:
         return issues

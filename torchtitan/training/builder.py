@@ -14,8 +14,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import RunState
 from torchtitan.checkpoint.run_folder import RunFolder
-from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.checkpoint.stored_run import TOKENIZER_NAME
 from torchtitan.config import DataError, JobConfig
@@ -24,12 +24,12 @@ from torchtitan.data import loader as data_loader
 from torchtitan.data.chat_template import TEMPLATE_NAME
 from torchtitan.data.chat_templates import find_chat_template
 from torchtitan.data.identity import differences
-from torchtitan.data.loader import LanePlan, Loader
+from torchtitan.data.ledger import Ledger
+from torchtitan.data.loader import LanePlan, Loader, StepData
 from torchtitan.data.named_sources import named_sources, validation_sets
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, build_reader
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
 from torchtitan.loss.vocab_parallel import VocabShard
@@ -42,11 +42,9 @@ from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
-from torchtitan.parallel.runner import Runner, SPMDRunner
-from torchtitan.training.loss_spikes import LossSpikes
+from torchtitan.parallel.runner import Loss, Runner, SPMDRunner
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
-from torchtitan.training.nonfinite_origin import StepBatch, find_origin
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
@@ -55,7 +53,6 @@ from torchtitan.utils.files import write_atomically
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.host import seconds_since_start
 from torchtitan.utils.processes import StopRequest
-from torchtitan.utils.text import some_of
 from torchtitan.weights.source import WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
@@ -91,53 +88,6 @@ def build_update(
             uncounted=model.uncounted,
         )
     return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
-
-
-def build_nonfinite_guard(
-    config: JobConfig,
-    world: DistributedContext,
-    model: BuiltModel,
-    optimizers: Sequence[torch.optim.Optimizer],
-    manager: CheckpointManager,
-    runner: Runner,
-    tokenizer: Tokenizer,
-) -> NonFiniteGuard:
-    """Build the guard that ends a run at a step that is not finite, or counts such steps."""
-    training = config.training
-    may_skip = "skip" in (training.on_non_finite, training.on_loss_spike)
-    in_backward = config.optimizer.early_step_in_backward
-
-    def find_non_finite() -> str:
-        tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
-        return some_of(non_finite_on_any_rank(world, tensors))
-
-    def origin(batch: StepBatch) -> str:
-        # In the backward the weights have changed, and a second pass would change them again.
-        if in_backward:
-            return ""
-        return find_origin(world, model, runner, batch, tokenizer.decode, may_skip)
-
-    spikes = None
-    if training.on_loss_spike != "ignore":
-        spikes = LossSpikes(
-            training.loss_spike_threshold,
-            training.loss_spike_window,
-            model.parameters[0].device,  # where the norm is, with CPU offload too
-            manager.state.recent_losses,
-            skips=training.on_loss_spike == "skip",
-        )
-    guard = NonFiniteGuard(
-        lag=0 if world.device.type == "cpu" else 1,
-        left_out=not in_backward,
-        find_non_finite=find_non_finite,
-        find_origin=origin,
-        describe_newest=manager.describe_newest,
-        spikes=spikes,
-        skip_non_finite=training.on_non_finite == "skip",
-        most_skipped=training.max_skipped_steps,
-    )
-    guard.num_skipped = manager.state.skipped_steps
-    return guard
 
 
 def build_runner(
@@ -213,6 +163,7 @@ def build_loader(
         plan,
         stored.lane_states,
         stored.data_fingerprint,
+        stored.step if stored.data_step is None else stored.data_step,
     )
     if len(set(world.gather_json(loader.fingerprint))) > 1:
         loader.close()
@@ -226,6 +177,54 @@ def build_loader(
         if loader.change and world.is_main:
             logger.warning("%s", loader.change)
     return loader
+
+
+def build_ledger(
+    config: JobConfig,
+    folder: RunFolder,
+    dims: ParallelDims,
+    world: DistributedContext,
+    manager: CheckpointManager,
+) -> Ledger:
+    """Build what notes the rows of each step, on one of the ranks that read the same data."""
+    writes = config.data.ledger and dims.is_data_leader(world.rank)
+    return Ledger(folder.path, manager.state.step, world.rank, writes)
+
+
+def build_prefetch(
+    config: JobConfig,
+    loader: Loader,
+    loss: Loss,
+    world: DistributedContext,
+    stop: StopRequest,
+    dims: ParallelDims,
+    manager: CheckpointManager,
+) -> Prefetch:
+    """Build what reads a step ahead."""
+    is_data_leader = dims.is_data_leader(world.rank)
+    most, failed = config.data.max_bad_rows, manager.save_failed
+    return Prefetch(loader, loss, world, stop, is_data_leader, failed, most)
+
+
+def run_state(
+    step: int,
+    data: StepData,
+    metrics: MetricsLogger,
+    loader: Loader,
+    guard: NonFiniteGuard,
+    reference: str | None,
+) -> RunState:
+    """Return the state to save after `step`, which trained on `data`; lanes are added later."""
+    return RunState(
+        step,
+        metrics.num_tokens_seen,
+        data_fingerprint=loader.fingerprint,
+        data_summary=loader.data_summary,
+        reference_digest=reference,
+        skipped_steps=guard.num_skipped,
+        recent_losses=guard.recent_losses,
+        data_step=data.data_step,
+    )
 
 
 def keep_chat_template(config: JobConfig, folder: RunFolder, tokenizer: Tokenizer) -> None:

@@ -9,14 +9,22 @@ so the error reports which are not finite.
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from torchtitan.config import NonFiniteError
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.config import JobConfig, NonFiniteError
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.distributed.finiteness import non_finite_on_any_rank
+from torchtitan.parallel.runner import Runner
 from torchtitan.training.loss_spikes import LossSpikes
-from torchtitan.training.nonfinite_origin import StepBatch
+from torchtitan.training.model_builder import BuiltModel
+from torchtitan.training.nonfinite_origin import StepBatch, find_origin
+from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,3 +156,50 @@ class NonFiniteGuard:
             f"Its update was left out, but these hold NaN or infinity: {spoilt}. The update of an"
             " earlier step, or a handler's hook, has made them so."
         )
+
+
+def build_nonfinite_guard(
+    config: JobConfig,
+    world: DistributedContext,
+    model: BuiltModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    manager: CheckpointManager,
+    runner: Runner,
+    tokenizer: Tokenizer,
+) -> NonFiniteGuard:
+    """Build the guard that ends a run at a step that is not finite, or counts such steps."""
+    training = config.training
+    may_skip = "skip" in (training.on_non_finite, training.on_loss_spike)
+    in_backward = config.optimizer.early_step_in_backward
+
+    def find_non_finite() -> str:
+        tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
+        return some_of(non_finite_on_any_rank(world, tensors))
+
+    def origin(batch: StepBatch) -> str:
+        # In the backward the weights have changed, and a second pass would change them again.
+        if in_backward:
+            return ""
+        return find_origin(world, model, runner, batch, tokenizer.decode, may_skip)
+
+    spikes = None
+    if training.on_loss_spike != "ignore":
+        spikes = LossSpikes(
+            training.loss_spike_threshold,
+            training.loss_spike_window,
+            model.parameters[0].device,  # where the norm is, with CPU offload too
+            manager.state.recent_losses,
+            skips=training.on_loss_spike == "skip",
+        )
+    guard = NonFiniteGuard(
+        lag=0 if world.device.type == "cpu" else 1,
+        left_out=not in_backward,
+        find_non_finite=find_non_finite,
+        find_origin=origin,
+        describe_newest=manager.describe_newest,
+        spikes=spikes,
+        skip_non_finite=training.on_non_finite == "skip",
+        most_skipped=training.max_skipped_steps,
+    )
+    guard.num_skipped = manager.state.skipped_steps
+    return guard

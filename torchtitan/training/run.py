@@ -8,11 +8,11 @@ from dataclasses import replace
 from torchtitan.checkpoint.async_save import is_saving
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.manager import CheckpointManager
-from torchtitan.checkpoint.manifest import RunState
 from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
+from torchtitan.data.ledger import Ledger
 from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
 from torchtitan.distributed.context import DistributedContext, open_context, set_timeout, timeout
 from torchtitan.distributed.flight_recorder import FlightRecorder
@@ -34,9 +34,9 @@ from torchtitan.training.ending import (
 )
 from torchtitan.training.evaluation import Evaluator, build_evaluator
 from torchtitan.training.frozen_model import build_runner
-from torchtitan.training.nonfinite_guard import NonFiniteGuard
+from torchtitan.training.nonfinite_guard import NonFiniteGuard, build_nonfinite_guard
 from torchtitan.training.nonfinite_origin import StepBatch
-from torchtitan.training.prefetch import Prefetch, row_counts
+from torchtitan.training.prefetch import row_counts
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -77,18 +77,9 @@ def train(
         profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)
         stack.enter_context(profiler)
         garbage = stack.enter_context(GarbageCollection(training.gc_freq, training.gc_debug))
-        guard = builder.build_nonfinite_guard(
-            config, world, model, optimizers, manager, runner, tokenizer
-        )
-        ahead = Prefetch(
-            loader,
-            runner.loss,
-            world,
-            stop,
-            dims.is_data_leader(world.rank),
-            manager.save_failed,
-            config.data.max_bad_rows,
-        )
+        guard = build_nonfinite_guard(config, world, model, optimizers, manager, runner, tokenizer)
+        ahead = builder.build_prefetch(config, loader, runner.loss, world, stop, dims, manager)
+        ledger = stack.enter_context(builder.build_ledger(config, folder, dims, world, manager))
         measurements = (
             builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
             build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
@@ -98,13 +89,14 @@ def train(
         def save(finished: bool, last: bool) -> None:
             guard.flush()
             metrics.flush()
-            source = loader.fingerprint, loader.data_summary
-            seen, guarded = metrics.num_tokens_seen, (guard.num_skipped, guard.recent_losses)
-            state = RunState(step, seen, None, *source, reference, *guarded)
+            ledger.flush()
+            state = builder.run_state(step, trained, metrics, loader, guard, reference)
             # Ranks write different amounts, and rank 0 tidies up: more patience than for a step.
             with timeout(world, comm.init_timeout_seconds, comm.train_timeout_seconds):
                 parts, handlers = model.parts, model.handlers
-                manager.save(state, lanes, parts, optimizers, finished, last, handlers)
+                manager.save(
+                    state, trained.lane_states, parts, optimizers, finished, last, handlers
+                )
 
         def report_saved() -> None:
             if progress.saved_step != manager.saved_step:
@@ -112,7 +104,7 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, manager, progress, tokenizer)
+        begin(world, folder, manager, progress, tokenizer, ledger)
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -130,6 +122,7 @@ def train(
             lr = config.optimizer.lr * schedule(step)
             set_learning_rates(optimizers, lr)  # first, as steps may be made in the backward
             runner.streams.step = step
+            ledger.record(step, data.data_step, data.spans)
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
             clip_gradients(model.parameters, norm, training.max_norm)
@@ -146,7 +139,7 @@ def train(
             if step < training.steps:
                 with metrics.timing("data"):  # while the device is still at work
                     ahead.start()
-            progress.step, lanes = step, data.lane_states
+            progress.step, trained = step, data
             metrics.log_step(
                 step,
                 loss=loss,
@@ -201,12 +194,14 @@ def begin(
     manager: CheckpointManager,
     progress: Progress,
     tokenizer: Tokenizer,
+    ledger: Ledger,
 ) -> None:
     """Change the run folder, now that nothing can prevent the start. All ranks call it."""
 
     def write() -> None:
         folder.begin()
         builder.keep_chat_template(folder.config, folder, tokenizer)
+        ledger.prepare()
 
     progress.stop.at_once = False  # from here on the loop ends the run
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)
