@@ -121,7 +121,8 @@ def _problem_of_command(*words: str) -> str | None:
         if "settings" in options:
             settings = options.settings
             if options.command == "data" and not settings[0].endswith(".toml"):
-                settings = settings[1:]  # the data themselves
+                # The data themselves, or a run and a step.
+                settings = settings[1 + (settings[1:2] != [] and settings[1].isdigit()) :]
             config = load_config(settings).config
             return _problem_of_data(config) if options.command == "train" else None
     except ValueError as error:
