@@ -51,7 +51,8 @@ def curve(folder: Path, *keys: str) -> list[list[float]]:
 
 
 def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
-    """The reference is loaded at every start: the weights that the run once started from."""
+    """The reference is loaded at every start: the weights that the run once started from. Or its
+    log-probabilities are read, which another mesh has computed."""
     write_start(tmp_path / "hf")
     words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
     words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--training.steps=6")
@@ -68,11 +69,14 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     assert 0.7 < last[5] <= 1 and last[5] * 64 == pytest.approx(round(last[5] * 64))
     assert "validation/perplexity" not in runs.records(tmp_path / "whole")[-1]
 
-    parts = (*words, "--checkpoint.interval=3")
+    parts = (*words, "--checkpoint.interval=3", f"--loss.args.reference_cache={tmp_path / 'kept'}")
     mesh = ("--parallelism.tensor_parallel_degree=2",)
-    runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
+    first = runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
+    assert first.stderr.count("Computes the reference's log-probabilities of ") == 2
     mesh = ("--parallelism.context_parallel_degree=2",)
-    runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
+    second = runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
+    assert "Computes" not in second.stderr and "frozen model" not in second.stderr
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "of training and validation"
     parts_losses = curve(tmp_path / "parts", "loss", "grad_norm", *TERMS)
     parts_validated = curve(tmp_path / "parts", *VALIDATED)
     for one, other in zip(losses + validated, parts_losses + parts_validated, strict=True):
