@@ -57,16 +57,17 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
     words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--training.steps=6")
     words += ("--validation.enable", "--validation.dataset=json", "--validation.freq=3")
-    words += (f"--validation.dataset_path={tmp_path / 'pairs.jsonl'}",)
+    write_pairs(tmp_path / "held_out.jsonl", 32)
+    words += (f"--validation.dataset_path={tmp_path / 'held_out.jsonl'}",)
     whole = runs.run(tmp_path / "whole", *words)
     assert "The loss compares with a frozen model, in float32: " in whole.stderr
     losses = curve(tmp_path / "whole", "loss", "grad_norm", *TERMS)
     assert losses[0][0] == pytest.approx(0.6931472, rel=1e-6), "it starts as the reference"
     assert losses[0][2:] == [0.0] * 4 and losses[-1][4] > 0.2 and losses[-1][5] > 0.7
     [_, last] = validated = curve(tmp_path / "whole", *VALIDATED)
-    assert last[0] < losses[0][0] - 0.05 and last[1] == 64
+    assert last[0] < losses[0][0] - 0.05 and last[1] == 32
     assert last[4] == pytest.approx(last[2] - last[3], rel=1e-6) and last[4] > 0.2
-    assert 0.7 < last[5] <= 1 and last[5] * 64 == pytest.approx(round(last[5] * 64))
+    assert 0.7 < last[5] <= 1 and last[5] * 32 == pytest.approx(round(last[5] * 32))
     assert "validation/perplexity" not in runs.records(tmp_path / "whole")[-1]
 
     parts = (*words, "--checkpoint.interval=3", f"--loss.args.reference_cache={tmp_path / 'kept'}")
