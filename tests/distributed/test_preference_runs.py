@@ -155,6 +155,7 @@ def test_dry_runs(tmp_path: Path, axis: str, loss: str) -> None:
         (["--loss.name=cross_entropy"], "trains on the rejected answers"),
         (["--loss.args.reference=base"], "no handler in model.handlers adds adapters"),
         (["--loss.args.reference_path=nowhere"], 'reference_path = "nowhere": does not exist'),
+        (["--loss.args.reference_cache=pyproject.toml"], "reference_cache"),
         (["--loss.args.margin=1.0"], 'is not used by the variant "sigmoid"'),
         (["--data.on_long=split"], "a pair cannot be split"),
     ],
