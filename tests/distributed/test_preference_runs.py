@@ -90,7 +90,9 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     write_start(tmp_path / "hf", scale=0.2)
     other = runs.run(tmp_path / "whole", *longer, expect=4)
     assert "the run compared with other weights than those of" in other.stderr
-    runs.run(tmp_path / "whole", *longer, f"--loss.args.reference_path={tmp_path / 'moved'}")
+    moved = f"--loss.args.reference_path={tmp_path / 'moved'}"
+    third = runs.run(tmp_path / "whole", *longer, moved, parts[-1])
+    assert "Computes" not in third.stderr and "frozen model" not in third.stderr
     assert len(curve(tmp_path / "whole", "loss")) == 7
 
 

@@ -1,4 +1,4 @@
-"""When the reference's log-probabilities are computed, and that nothing is left of the reference."""
+"""When the log-probabilities of a reference are computed, and that nothing is left of it."""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence

@@ -5,6 +5,7 @@ mesh, the order of the data, their packing or the epoch.
 """
 
 import hashlib
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,8 +60,10 @@ class CachedLogProbs:
     def write(self, path: Path) -> None:
         """Write a file, as a whole or not at all. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(path) as file:
+        own = path.with_name(f"{path.stem}-{uuid.uuid4().hex}")  # another run may write the same
+        with replace_file(own) as file:
             file.write(save(self.tensors))
+        own.replace(path)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -183,7 +183,8 @@ def with_frozen_model(
     digest_to_keep = known_digest if is_base else digest
     if cache is None:
         return frozen(), digest_to_keep
-    facts = reference_facts(config, model, digest)
+    weights = [digest, is_base, config.debug.seed if path is None else None]
+    facts = reference_facts(config, model, weights)
     cached = cached_log_probs(
         sets(), facts, Path(cache), lambda: partial(frozen().annotated, loss=runner.loss), world
     )

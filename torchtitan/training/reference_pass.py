@@ -170,8 +170,8 @@ def _facts_of(reader: SetReader) -> Any:
     }
 
 
-def reference_facts(config: JobConfig, model: BuiltModel, weights: str) -> Any:
-    """Return what the log-probabilities of a reference depend on; `weights` is their digest.
+def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
+    """Return what the log-probabilities of a reference depend on; `weights` identify its weights.
 
     Files that the settings of a handler name, such as an adapter's, count by their content.
     """
@@ -182,9 +182,8 @@ def reference_facts(config: JobConfig, model: BuiltModel, weights: str) -> Any:
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
         "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
         "files": [digest_here(weight_files(path)) for path in paths if path.exists()],
-        "seed": config.debug.seed,
+        "seed": config.debug.seed if handlers else None,  # of parameters that they add
         "dtype": config.training.mixed_precision_param,
-        "reference": config.loss.args.get("reference"),
     }
 
 
