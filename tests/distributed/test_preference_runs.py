@@ -171,8 +171,12 @@ def test_refusals(tmp_path: Path, more: list[str], words: str) -> None:
 
 
 def test_equal_answers_are_named(tmp_path: Path) -> None:
-    pairs = write_pairs(tmp_path / "pairs.jsonl")
-    row = {"prompt": "a", "chosen": "b", "rejected": "b"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    done = runs.run(tmp_path / "run", *DPO, pairs, "--check", expect=2)
+    path = tmp_path / "pairs.jsonl"
+    words = (*DPO, write_pairs(path), "--check")
+    runs.run(tmp_path / "run", *words)
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"})
+    path.write_text("\n".join(lines))
+    done = runs.run(tmp_path / "run", *words, expect=2)
+    assert f"{path}:3 " in done.stderr, done.stderr
     assert "chosen and rejected are equal" in done.stderr, done.stderr

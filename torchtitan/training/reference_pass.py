@@ -99,7 +99,7 @@ def cached_log_probs(
 
 def _compute(data: PairSet, annotate: Annotate, world: DistributedContext) -> CachedLogProbs:
     """Return the log-probabilities of the whole set, on all ranks."""
-    parts = []
+    parts = [CachedLogProbs.of([])]  # all pairs of a set may be too long
     num_rows, logged = 0, time.monotonic()
     for batches in data.batches():
         parts.append(CachedLogProbs.of(annotate(batches)))
