@@ -3,17 +3,20 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed import tiny
 from tests.pool import GlooPool
+from torchtitan.config import JobConfig
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.loss.preference import REFERENCE
 from torchtitan.loss.reference_cache import answer_keys
 from torchtitan.models.batch import Batch
-from torchtitan.training.reference_pass import PairSet, cached_log_probs
+from torchtitan.training.reference_pass import PairSet, cached_log_probs, reference_facts
 
 
 class Reference:
@@ -74,3 +77,25 @@ def test_a_pass_for_each_reference_and_set(gloo_pool: GlooPool, tmp_path: Path) 
     for counts in gloo_pool.run(2, passes, tmp_path / "kept"):
         assert counts == [1, 0, 1, 1, 0, 1]
     assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+def test_whatever_changes_the_values_is_a_fact(tmp_path: Path) -> None:
+    """An adapter by its content, and a seed only where a handler may add parameters from it."""
+    adapter = tmp_path / "adapter_model.safetensors"
+
+    def facts(args: str = "of 2 layers", weights: str = "digest", **sections: Any) -> str:
+        config = JobConfig.model_validate(sections)
+        model: Any = SimpleNamespace(args=args)
+        return repr(reference_facts(config, model, weights))
+
+    adapter.write_bytes(b"one")
+    adapted = {"model": {"handlers": ["lora"]}, "handlers": {"lora": {"adapter": str(tmp_path)}}}
+    before = facts(**adapted)
+    adapter.write_bytes(b"two")
+    half = {"training": {"mixed_precision_param": "bfloat16"}}
+    whole = {"training": {"mixed_precision_param": "float32"}}
+    found = [before, facts(**adapted), facts(**adapted, debug={"seed": 3})]
+    found += [facts(**half), facts(**whole), facts(args="of 3 layers", **half)]
+    found += [facts(weights="other", **half), facts(**half, model={"norm_type": "layernorm"})]
+    assert len({*found}) == len(found)
+    assert facts(**half, debug={"seed": 3}) == facts(**half)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,8 @@ def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
     Files that the settings of a handler name, such as an adapter's, count by their content.
     """
     handlers = config.model.handlers
-    paths = (Path(v) for name in handlers for v in _texts(config.handlers.get(name, {})))
+    values = (value for name in handlers for value in config.handlers.get(name, {}).values())
+    paths = [Path(value) for value in values if isinstance(value, str) and value]
     return {
         "weights": weights,
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
@@ -185,7 +186,3 @@ def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
         "seed": config.debug.seed if handlers else None,  # of parameters that they add
         "dtype": config.training.mixed_precision_param,
     }
-
-
-def _texts(table: Mapping[str, Any]) -> list[str]:
-    return [value for value in table.values() if isinstance(value, str)]
