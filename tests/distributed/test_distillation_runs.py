@@ -1,13 +1,17 @@
 """Runs with a teacher: on two meshes, resumed, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import runs
 from tests.foreign import args_of, random_weights, write_hf
+from torchtitan.data.tokenizers import build_tokenizer
 
 SIZES = {"n_layers": 2, "dim": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48}
+TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 KEYS = ("loss", "loss/divergence", "loss/cross_entropy", "grad_norm")
 
 
@@ -75,3 +79,24 @@ def test_a_teacher_is_named_and_no_more_tokens_than_it_knows(tmp_path: Path) -> 
     given += [write_teacher(tmp_path / "teacher"), "--loss.args.top_k=265"]
     done = runs.run(tmp_path / "run", *given, expect=2)
     assert "loss.args.top_k = 265: is more than the 264 tokens" in done.stderr
+
+
+def test_a_check_knows_the_teachers_tokenizer(tmp_path: Path) -> None:
+    """The same one, one in which two tokens have changed places, and a larger one."""
+    size = build_tokenizer(str(TOKENIZER)).vocab_size
+    teacher = tmp_path / "teacher"
+    given = ["--loss.name=distillation", f"--model.tokenizer_path={TOKENIZER}", "--check"]
+    given.append(write_teacher(teacher, vocab_size=size))
+    shutil.copytree(TOKENIZER, teacher, dirs_exist_ok=True)
+    runs.run(tmp_path / "run", *given)
+
+    content = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content))
+    swapped = runs.run(tmp_path / "run", *given, expect=2)
+    assert f'teacher_path = "{teacher}": was trained with another tokenizer' in swapped.stderr
+
+    write_teacher(teacher, vocab_size=size + 8)
+    larger = runs.run(tmp_path / "run", *given, expect=2)
+    assert f"has a vocabulary of {size + 8} tokens, and the model of {size}" in larger.stderr

@@ -84,9 +84,11 @@ def base_and_copy(
     """All ranks' results with the reference below the adapters, and with a frozen copy."""
     results = []
     for reference in references:
+        kind, _, cached = reference.partition(", ")
+        args = {"beta": 0.5, "reference": kind} | ({"reference_cache": "x"} if cached else {})
         settings = {
             **HANDLERS[handler],
-            "loss": {"name": "dpo", "args": {"beta": 0.5, "reference": reference}},
+            "loss": {"name": "dpo", "args": args},
             "debug": {"seed": tiny.REFERENCE_SEED},  # the start is the reference
         }
         world_size = 2 if mesh else 1
@@ -117,6 +119,29 @@ def test_the_base_of_lora_equals_a_frozen_copy_on_every_mesh(
         assert abs(alone.losses[0] - 0.6931471805599453) > 1e-4, "the adapters count"
         assert tiny.compare(base, alone).worst < 1e-9
         assert tiny.compare(copy, alone).worst < 1e-9
+
+
+def test_the_base_in_advance_equals_that_in_each_step(gloo_pool: GlooPool) -> None:
+    kinds = ("base", "base, cached")
+    [base, *_], [cached, *_] = base_and_copy(gloo_pool, "LoRA", {"shard": 2}, kinds)
+    assert abs(base.losses[0] - 0.6931471805599453) > 1e-4, "the adapters count"
+    assert cached.losses == pytest.approx(base.losses, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=str)
+def test_a_copy_in_advance_equals_one_in_each_step(
+    gloo_pool: GlooPool, mesh: dict[str, Any]
+) -> None:
+    """The values of one process with a frozen copy, on any mesh without one."""
+    results = []
+    for more, place in (({}, {}), ({"reference_cache": "x"}, mesh)):
+        args = {"name": "dpo", "args": {"beta": 0.5, **more}}
+        size = 2 if place else 1
+        case = Case(size, document_mask=True, microbatches=2, settings={"loss": args}, **place)
+        results.append(gloo_pool.run(size, tiny.train, case))
+    [alone], cached = results
+    assert abs(alone.losses[0] - 0.6931471805599453) > 1e-4
+    assert tiny.compare(cached, alone).worst < 1e-12
 
 
 def test_compiled_blocks_leave_the_adapters_out(gloo_pool: GlooPool) -> None:

@@ -22,7 +22,9 @@ DPO = (
     "--model.tokenizer_path=bytes",
 )
 START = (*(f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")),)
-TERMS = [f"loss/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+TERMS = [f"loss/{name}" for name in REWARDS]
+VALIDATED = [f"validation/{name}" for name in ("loss", "num_targets", *REWARDS)]
 
 
 def write_pairs(path: Path, number: int = 64) -> str:
@@ -44,34 +46,41 @@ def write_start(folder: Path, scale: float = 0.1) -> None:
 
 
 def curve(folder: Path, *keys: str) -> list[list[float]]:
-    rows = [row for row in runs.records(folder) if "loss" in row]
+    rows = [row for row in runs.records(folder) if keys[0] in row]
     return [[row[key] for key in keys] for row in rows]
 
 
 def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
-    """The reference is loaded at every start: the weights that the run once started from."""
+    """The reference is loaded at every start: the weights that the run once started from. Or its
+    log-probabilities are read, which another mesh has computed."""
     write_start(tmp_path / "hf")
     words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
     words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--training.steps=6")
     words += ("--validation.enable", "--validation.dataset=json", "--validation.freq=3")
-    words += (f"--validation.dataset_path={tmp_path / 'pairs.jsonl'}",)
+    write_pairs(tmp_path / "held_out.jsonl", 32)
+    words += (f"--validation.dataset_path={tmp_path / 'held_out.jsonl'}",)
     whole = runs.run(tmp_path / "whole", *words)
     assert "The loss compares with a frozen model, in float32: " in whole.stderr
     losses = curve(tmp_path / "whole", "loss", "grad_norm", *TERMS)
     assert losses[0][0] == pytest.approx(0.6931472, rel=1e-6), "it starts as the reference"
     assert losses[0][2:] == [0.0] * 4 and losses[-1][4] > 0.2 and losses[-1][5] > 0.7
-    measured = [row for row in runs.records(tmp_path / "whole") if "loss" not in row]
-    assert len(measured) == 2 and measured[1]["validation/validation/num_targets"] == 64
-    assert measured[1]["validation/validation/loss"] < losses[0][0] - 0.05
-    assert "validation/validation/perplexity" not in measured[1]
+    [_, last] = validated = curve(tmp_path / "whole", *VALIDATED)
+    assert last[0] < losses[0][0] - 0.05 and last[1] == 32
+    assert last[4] == pytest.approx(last[2] - last[3], rel=1e-6) and last[4] > 0.2
+    assert 0.7 < last[5] <= 1 and last[5] * 32 == pytest.approx(round(last[5] * 32))
+    assert "validation/perplexity" not in runs.records(tmp_path / "whole")[-1]
 
-    parts = (*words, "--checkpoint.interval=3")
+    parts = (*words, "--checkpoint.interval=3", f"--loss.args.reference_cache={tmp_path / 'kept'}")
     mesh = ("--parallelism.tensor_parallel_degree=2",)
-    runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
+    first = runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
+    assert first.stderr.count("Computes the reference's log-probabilities of ") == 2
     mesh = ("--parallelism.context_parallel_degree=2",)
-    runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
+    second = runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
+    assert "Computes" not in second.stderr and "frozen model" not in second.stderr
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "of training and validation"
     parts_losses = curve(tmp_path / "parts", "loss", "grad_norm", *TERMS)
-    for one, other in zip(losses, parts_losses, strict=True):
+    parts_validated = curve(tmp_path / "parts", *VALIDATED)
+    for one, other in zip(losses + validated, parts_losses + parts_validated, strict=True):
         assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
 
     (tmp_path / "hf").rename(tmp_path / "moved")
@@ -81,7 +90,9 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     write_start(tmp_path / "hf", scale=0.2)
     other = runs.run(tmp_path / "whole", *longer, expect=4)
     assert "the run compared with other weights than those of" in other.stderr
-    runs.run(tmp_path / "whole", *longer, f"--loss.args.reference_path={tmp_path / 'moved'}")
+    moved = f"--loss.args.reference_path={tmp_path / 'moved'}"
+    third = runs.run(tmp_path / "whole", *longer, moved, parts[-1])
+    assert "Computes" not in third.stderr and "frozen model" not in third.stderr
     assert len(curve(tmp_path / "whole", "loss")) == 7
 
 
@@ -146,6 +157,7 @@ def test_dry_runs(tmp_path: Path, axis: str, loss: str) -> None:
         (["--loss.name=cross_entropy"], "trains on the rejected answers"),
         (["--loss.args.reference=base"], "no handler in model.handlers adds adapters"),
         (["--loss.args.reference_path=nowhere"], 'reference_path = "nowhere": does not exist'),
+        (["--loss.args.reference_cache=pyproject.toml"], "reference_cache"),
         (["--loss.args.margin=1.0"], 'is not used by the variant "sigmoid"'),
         (["--data.on_long=split"], "a pair cannot be split"),
     ],
@@ -159,8 +171,12 @@ def test_refusals(tmp_path: Path, more: list[str], words: str) -> None:
 
 
 def test_equal_answers_are_named(tmp_path: Path) -> None:
-    pairs = write_pairs(tmp_path / "pairs.jsonl")
-    row = {"prompt": "a", "chosen": "b", "rejected": "b"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    done = runs.run(tmp_path / "run", *DPO, pairs, "--check", expect=2)
+    path = tmp_path / "pairs.jsonl"
+    words = (*DPO, write_pairs(path), "--check")
+    runs.run(tmp_path / "run", *words)
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"})
+    path.write_text("\n".join(lines))
+    done = runs.run(tmp_path / "run", *words, expect=2)
+    assert f"{path}:3 " in done.stderr, done.stderr
     assert "chosen and rejected are equal" in done.stderr, done.stderr

@@ -6,8 +6,10 @@ over all, would show; some sequences have none at all.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -31,6 +33,7 @@ from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.training import builder, model_builder
 from torchtitan.training.frozen_model import with_frozen_model
+from torchtitan.training.reference_pass import PairSet
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -220,22 +223,21 @@ def train(world: DistributedContext, case: Case) -> Result:
     with patch.object(lora, "B_RULE", LORA_B):
         model = model_builder.build_model(config, VOCAB_SIZE, mesh, dims, world.device)
     model_builder.initialize_added(model)
-    of_reference = config.model_copy(
-        update={"debug": config.debug.model_copy(update={"seed": REFERENCE_SEED})}
-    )
-    runner, _ = with_frozen_model(
-        of_reference,
-        builder.build_runner(config, model, mesh, dims, world.device),
-        model,
-        VOCAB_SIZE,
-        mesh,
-        dims,
-        world,
-    )
+    batches = microbatches_of(case, dims, world.rank)
+    with of_reference(config, world) as other:
+        runner, _ = with_frozen_model(
+            other,
+            builder.build_runner(config, model, mesh, dims, world.device),
+            model,
+            VOCAB_SIZE,
+            mesh,
+            dims,
+            world,
+            sets=lambda: [PairSet("pairs", "of every step", lambda: [batches])],
+        )
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
-    batches = microbatches_of(case, dims, world.rank)
     num_targets = int(runner.loss.count(data_of(case)))
     result = Result()
     for step in range(1, NUM_STEPS + 1):
@@ -251,6 +253,21 @@ def train(world: DistributedContext, case: Case) -> Result:
     result.evaluated = runner.evaluate(batches).item() / num_targets
     collect(model.parts, optimizers, result)
     return result
+
+
+@contextmanager
+def of_reference(config: JobConfig, world: DistributedContext) -> Iterator[JobConfig]:
+    """Other initial weights; and a folder of one's own to keep log-probabilities in."""
+    args = config.loss.args
+    with TemporaryDirectory() as folder:
+        if "reference_cache" in args:
+            args = {**args, "reference_cache": world.broadcast_json(folder)}
+        yield config.model_copy(
+            update={
+                "debug": config.debug.model_copy(update={"seed": REFERENCE_SEED}),
+                "loss": config.loss.model_copy(update={"args": args}),
+            }
+        )
 
 
 def collect(

@@ -63,6 +63,11 @@ FROZEN_MODELS = [
         Case(4, tp=4, kv_heads=2, loss_chunks=1),
     ),
     *_rows(
+        {"beta": 0.5, "reference_cache": "replaced"},
+        Case(4, shard=2, cp=2, microbatches=2, settings=_mesh(**_RING)),
+        Case(4, tp=2, pp=2, settings=_mesh(**_PAIRS)),
+    ),
+    *_rows(
         {"beta": 1.0, "variant": "robust", "label_smoothing": 0.1},
         Case(4, replicate=2, pp=2, schedule="GPipe", microbatches=2),
     ),
@@ -95,6 +100,15 @@ FROZEN_MODELS = [
 ]
 
 
+def in_each_step(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings with a reference that is computed in each step, not in advance."""
+    args = settings.get("loss", {}).get("args", {})
+    if "reference_cache" not in args:
+        return settings
+    kept = {key: value for key, value in args.items() if key != "reference_cache"}
+    return settings | {"loss": settings["loss"] | {"args": kept}}
+
+
 def words_of(
     settings: DPOSettings | DistillationSettings | CrossEntropySettings,
 ) -> Iterator[str]:
@@ -106,6 +120,8 @@ def words_of(
         kind = {"robust": "robust DPO", "ipo": "IPO", "simpo": "SimPO"}
         plain = "conservative DPO" if settings.label_smoothing else "DPO"
         yield kind.get(settings.variant, plain)
+        if settings.reference_cache:
+            yield "reference in advance"
         return
     if settings.z_loss_weight:
         yield "z-loss"

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.distributed.tiny import Case
 from tests.parity.adapted import ADAPTED, kept_handlers, kind_of
-from tests.parity.frozen_models import FROZEN_MODELS, words_of
+from tests.parity.frozen_models import FROZEN_MODELS, in_each_step, words_of
 from tests.parity.long_context import LONG_CONTEXT
 from tests.parity.own_models import OWN_MODELS, reference_microbatches
 from tests.parity.tied_pipelines import TIED_PIPELINES
@@ -392,6 +392,6 @@ def reference_of(case: Case) -> Case:
     model = ("family", "args", "layers", "heads", "kv_heads", "tied", "document_mask", "window")
     norm = {"fused_rmsnorm": "rmsnorm"}.get(case.norm, case.norm)
     settings = {key: case.settings[key] for key in ("loss", "optimizer") if key in case.settings}
-    settings |= kept_handlers(case)
+    settings = in_each_step(settings | kept_handlers(case))
     same = {name: getattr(case, name) for name in model}
     return Case(norm=norm, settings=settings, microbatches=reference_microbatches(case), **same)

@@ -45,15 +45,19 @@ def digest_here(files: Iterable[Path]) -> str:
     return _digest({file.name: record_of(file) for file in files})
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the files of weights in the folder `path`, or the file `path`."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return [file for file in files if file.suffix in _SUFFIXES]
+
+
 def weights_digest(path: Path, world: DistributedContext) -> str:
     """Return the SHA-256 of the names and contents of the weight files in `path`.
 
     The same on every mesh; each rank reads a share of the files. All ranks must call it. Raises
     CheckpointError for files that cannot be read.
     """
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in files if file.suffix in _SUFFIXES]
-    return digest_of_files(world, f"{path} cannot be read", files)
+    return digest_of_files(world, f"{path} cannot be read", weight_files(path))
 
 
 def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> None:

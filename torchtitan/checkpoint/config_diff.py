@@ -41,6 +41,7 @@ MAY_DIFFER: dict[str, str] = {
     "checkpoint.async_mode": "speed; the same files",
     "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
     "loss.args.reference_path": "a path; a checkpoint knows its reference by content",
+    "loss.args.reference_cache": "the same values, computed before the first step",
     "loss.args.teacher_path": "like loss.args.reference_path",
     "validation.*": "what is measured, not what is trained",
     "evaluation.*": "like validation",

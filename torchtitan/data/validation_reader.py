@@ -122,7 +122,7 @@ def build_reader(
         raise ConfigError(named.under_own_key(ConfigIssue("training.dataset_path", *problem)))
     idle = max(0, dp_degree - num_lanes)
     waiting = f"; {idle} data-parallel ranks have no share: raise validation.lanes" if idle else ""
-    logger.info("Validation set %s in %d lanes%s", named.name, num_lanes, waiting)
+    logger.info("Reads %s once in %d lanes%s", named.name, num_lanes, waiting)
     if logger.isEnabledFor(logging.INFO):
         logger.info("Reads %s", describe_source(named, source))
     return SetReader(

@@ -24,7 +24,8 @@ from torchtitan.loss.token_log_probs import token_log_probs
 from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX, Batch
 
-_REFERENCE = "reference_log_probs"
+REFERENCE = "reference_log_probs"
+"""The field of a batch with the reference's log-probabilities of its answers, `[B, pairs, 2]`."""
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -103,13 +104,12 @@ class DPOLoss:
         settings, lengths = self.settings, answers.lengths.clamp_min(1)
         scores = answers.log_probs
         if settings.needs_reference:
-            scores = scores - batch[_REFERENCE]
+            scores = scores - batch[REFERENCE].to(scores.dtype)
         averages = scores / lengths
         losses = _losses(averages if settings.averages else scores, settings)
         rewards = settings.beta * (averages if settings.variant == "simpo" else scores)
         is_pair, share = answers.is_pair, 1 / self._num_shares
-        if torch.is_grad_enabled():
-            self._report(rewards.detach().masked_fill(~is_pair.unsqueeze(-1), 0) * share, share)
+        self._report(rewards.detach().masked_fill(~is_pair.unsqueeze(-1), 0) * share, share)
         return losses.masked_fill(~is_pair, 0).sum() * share
 
     def answers(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Answers:
@@ -163,7 +163,7 @@ class ReferencePass(Recording):
 
     def sum(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
         """Record a microbatch; return zero."""
-        self.record(_REFERENCE, self._loss.answers(hidden, head, batch).log_probs)
+        self.record(REFERENCE, self._loss.answers(hidden, head, batch).log_probs)
         return hidden.new_zeros(())
 
 

@@ -69,7 +69,11 @@ class DPOSettings(Section):
     """Weights of the frozen copy, in any format of `checkpoint.initial_load_path`. Unset: those
     that the run starts from."""
 
-    @field_validator("label_smoothing", "margin", "reference_path")
+    reference_cache: PathText | None = None
+    """Folder of files with the reference's log-probabilities, computed once before the first step:
+    steps need no second model then. Other runs may share it. Unset: computed in each step."""
+
+    @field_validator("label_smoothing", "margin", "reference_path", "reference_cache")
     @classmethod
     def _of_the_variant(cls, value: Any, info: ValidationInfo) -> Any:
         variant = info.data.get("variant")
@@ -77,6 +81,7 @@ class DPOSettings(Section):
             "label_smoothing": variant == "ipo",
             "margin": variant != "simpo",
             "reference_path": variant == "simpo" or info.data.get("reference") == "base",
+            "reference_cache": variant == "simpo",
         }
         if value and variant and info.field_name and ignored[info.field_name]:
             reason = f'the variant "{variant}"'

@@ -18,6 +18,7 @@ from torchtitan.loss.registry import (
     loss_settings,
 )
 from torchtitan.models.registry import get_family
+from torchtitan.preflight.folders import check_writable
 from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import kind_of
 
@@ -40,8 +41,13 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_environment(context: RunContext) -> list[ConfigIssue]:
-    """Compare the teacher's vocabulary, tokenizer and sizes with the model's and the mesh."""
+    """Compare the teacher's vocabulary, tokenizer and sizes with the model's and the mesh.
+
+    Check that what is computed of a reference can be written.
+    """
     settings = _settings(context)
+    if isinstance(settings, DPOSettings) and (cache := settings.reference_cache) is not None:
+        return check_writable("loss.args.reference_cache", Path(cache), cache)
     if not isinstance(settings, DistillationSettings) or settings.teacher_path is None:
         return []
     if is_hub_path(settings.teacher_path) or not Path(settings.teacher_path).exists():

@@ -28,7 +28,7 @@ from torchtitan.data.ledger import Ledger
 from torchtitan.data.loader import LanePlan, Loader, StepData
 from torchtitan.data.named_sources import named_sources, validation_sets
 from torchtitan.data.tokenizers import Tokenizer
-from torchtitan.data.validation_reader import Pass, build_reader
+from torchtitan.data.validation_reader import Pass, SetReader, build_reader
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
@@ -250,17 +250,7 @@ def build_validator(
 ) -> Validator:
     """Build the validation; without a set it is never due."""
     config, section = context.config, context.config.validation
-    readers = [
-        build_reader(
-            named,
-            tokenizer,
-            num_lanes=section.lanes,
-            max_sequences=None if section.steps < 0 else section.steps * context.global_batch_size,
-            dp_degree=dims.dp,
-            dp_rank=dims.dp_rank(world.rank),
-        )
-        for named in validation_sets(config)
-    ]
+    readers = build_validation_readers(context, dims, world, tokenizer)
     if len(world.gather_distinct_json([reader.fingerprint for reader in readers])) > 1:
         raise DataError("the ranks see different validation files; every machine must see the same")
     is_data_leader = dims.is_data_leader(world.rank)
@@ -269,6 +259,24 @@ def build_validator(
         return Prefetch(steps, runner.evaluation_loss, world, stop, is_data_leader)
 
     return Validator(section, config.comm, readers, fetch_ahead, runner, world, garbage)
+
+
+def build_validation_readers(
+    context: RunContext, dims: ParallelDims, world: DistributedContext, tokenizer: Tokenizer
+) -> list[SetReader]:
+    """Build the readers of this rank's shares of the validation sets."""
+    section = context.config.validation
+    return [
+        build_reader(
+            named,
+            tokenizer,
+            num_lanes=section.lanes,
+            max_sequences=None if section.steps < 0 else section.steps * context.global_batch_size,
+            dp_degree=dims.dp,
+            dp_rank=dims.dp_rank(world.rank),
+        )
+        for named in validation_sets(context.config)
+    ]
 
 
 def build_manager(

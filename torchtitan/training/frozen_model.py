@@ -9,6 +9,7 @@ pipeline or along a sequence the records are where the loss is computed.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -19,11 +20,13 @@ from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import fill_copies, model_tensors
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
+from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint, Model, Parallelism
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.named import NamedHandler
+from torchtitan.loss.reference_cache import CachedLogProbs
 from torchtitan.loss.registry import DistillationSettings, DPOSettings, loss_settings
 from torchtitan.models.batch import Batch
 from torchtitan.models.family import FROM_CHECKPOINT
@@ -31,7 +34,14 @@ from torchtitan.models.registry import get_family
 from torchtitan.parallel.runner import Loss, Runner, frozen_pass_of
 from torchtitan.training import builder, model_builder
 from torchtitan.training.model_builder import BuiltModel
+from torchtitan.training.reference_pass import (
+    PairSet,
+    cached_log_probs,
+    reference_facts,
+    sets_of_run,
+)
 from torchtitan.utils.dtypes import torch_dtype
+from torchtitan.utils.processes import StopRequest
 from torchtitan.weights.description import describe_model
 from torchtitan.weights.hub import download, is_hub_path
 
@@ -63,10 +73,11 @@ class FrozenModelRunner:
         self.evaluation_loss = runner.evaluation_loss
         self.streams = runner.streams
         self.terms: Mapping[str, Tensor] = {}
+        self.evaluated_terms: Mapping[str, Tensor] = {}
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
-        annotated = self._annotated(microbatches, self.loss)
+        annotated = self.annotated(microbatches, self.loss)
         loss = self._runner.forward_backward(annotated, num_targets)
         self.terms = self._runner.terms
         return loss
@@ -74,9 +85,12 @@ class FrozenModelRunner:
     def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`."""
         loss = loss or self.evaluation_loss
-        return self._runner.evaluate(self._annotated(microbatches, loss), loss)
+        total = self._runner.evaluate(self.annotated(microbatches, loss), loss)
+        self.evaluated_terms = self._runner.evaluated_terms
+        return total
 
-    def _annotated(self, microbatches: Sequence[Batch], loss: Loss) -> Sequence[Batch]:
+    def annotated(self, microbatches: Sequence[Batch], loss: Loss) -> Sequence[Batch]:
+        """Return the batches with what `loss` wants to know of the frozen model. Collective."""
         frozen_pass = frozen_pass_of(loss)
         if frozen_pass is None:
             return microbatches
@@ -85,20 +99,39 @@ class FrozenModelRunner:
         return frozen_pass.annotated(microbatches)
 
 
+class CachedReferenceRunner(FrozenModelRunner):
+    """A `Runner` that adds what a frozen model said of the same pairs before the first step."""
+
+    def __init__(self, runner: Runner, cached: CachedLogProbs):
+        super().__init__(runner, runner)
+        self._cached = cached
+
+    def annotated(self, microbatches: Sequence[Batch], loss: Loss) -> Sequence[Batch]:
+        """See `FrozenModelRunner`. Raises DataError for pairs that were not in the data then."""
+        if frozen_pass_of(loss) is None:
+            return microbatches
+        return [self._cached.annotated(batch) for batch in microbatches]
+
+
 def build_runner(
-    config: JobConfig,
+    context: RunContext,
     tokenizer: Tokenizer,
     model: BuiltModel,
     mesh: DeviceMesh,
     dims: ParallelDims,
     world: DistributedContext,
     manager: CheckpointManager,
+    stop: StopRequest,
 ) -> tuple[Runner, str | None]:
     """Return the runner of a run, and what `with_frozen_model` says of the frozen model."""
+    config, size = context.config, tokenizer.vocab_size
     runner = builder.build_runner(config, model, mesh, dims, world.device)
     known = manager.state.reference_digest
-    size = tokenizer.vocab_size
-    return with_frozen_model(config, runner, model, size, mesh, dims, world, known)
+
+    def sets() -> list[PairSet]:
+        return sets_of_run(context, dims, world, tokenizer, runner.loss, stop)
+
+    return with_frozen_model(config, runner, model, size, mesh, dims, world, known, sets)
 
 
 def with_frozen_model(
@@ -110,37 +143,62 @@ def with_frozen_model(
     dims: ParallelDims,
     world: DistributedContext,
     known_digest: str | None = None,
+    sets: Callable[[], Sequence[PairSet]] = tuple,
 ) -> tuple[Runner, str | None]:
     """Return `runner` with the frozen model that its loss needs, and the digest of its weights.
 
-    All ranks must call it. The digest is None without a frozen model of its own. Raises
-    CheckpointError if it is not the `known_digest` of the checkpoint that the run starts from.
+    All ranks must call it. `sets` are the data that a reference is computed for in advance. The
+    digest is None without a frozen model of its own. Raises CheckpointError if it is not the
+    `known_digest` of the checkpoint that the run starts from.
     """
     if frozen_pass_of(runner.loss) is None:
         return runner, None
     settings = loss_settings(config.loss)
-    path: Path | None
-    if isinstance(settings, DistillationSettings):
-        assert settings.teacher_path is not None
-        key, given = TEACHER_PATH, settings.teacher_path
-        path = found_path(key, given)
-        config = teacher_config(config, path, vocab_size)
-    else:
-        assert isinstance(settings, DPOSettings)
-        if settings.reference == "base":
-            return FrozenModelRunner(runner, runner, _without_adapters(model)), known_digest
-        start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
-        key, given = REFERENCE_PATH, settings.reference_path or start or ""
-        path = found_path(key, given) if given else None
+    is_teacher = isinstance(settings, DistillationSettings)
+    is_base = not is_teacher and settings.reference == "base"
+    cache: str | None = None if is_teacher else settings.reference_cache
+    if is_base and cache is None:
+        return FrozenModelRunner(runner, runner, _without_adapters(model)), known_digest
+    key, given = _weights_of(config, settings)
+    path = found_path(key, given) if given else None
     digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
-    if known_digest not in (None, digest):
+    if not is_base and known_digest not in (None, digest):
         raise CheckpointError(
             f"the run compared with other weights than those of {path or INITIAL_WEIGHTS}. Set"
             f" {key} to the weights that it compared with"
         )
-    frozen = build_frozen_model(config, path, vocab_size, mesh, dims, world)
-    frozen_runner = builder.build_runner(config, frozen, mesh, dims, world.device)
-    return FrozenModelRunner(runner, frozen_runner), digest
+
+    def frozen() -> FrozenModelRunner:
+        if is_base:
+            return FrozenModelRunner(runner, runner, _without_adapters(model))
+        other = config
+        if is_teacher:
+            assert path is not None
+            other = teacher_config(config, path, vocab_size)
+        built = build_frozen_model(other, path, vocab_size, mesh, dims, world)
+        return FrozenModelRunner(
+            runner, builder.build_runner(other, built, mesh, dims, world.device)
+        )
+
+    digest_to_keep = known_digest if is_base else digest
+    if cache is None:
+        return frozen(), digest_to_keep
+    weights = [digest, is_base, config.debug.seed if path is None else None]
+    facts = reference_facts(config, model, weights)
+    cached = cached_log_probs(
+        sets(), facts, Path(cache), lambda: partial(frozen().annotated, loss=runner.loss), world
+    )
+    return CachedReferenceRunner(runner, cached), digest_to_keep
+
+
+def _weights_of(
+    config: JobConfig, settings: DistillationSettings | DPOSettings
+) -> tuple[str, str | None]:
+    """Return the key that names the frozen model's weights, and their path; None: the seed's."""
+    if isinstance(settings, DistillationSettings):
+        return TEACHER_PATH, settings.teacher_path
+    start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
+    return REFERENCE_PATH, settings.reference_path or start
 
 
 def found_path(key: str, given: str) -> Path:

@@ -71,7 +71,9 @@ def train(
         schedule = Schedule(config.lr_scheduler, training.steps)
         builder.load(manager, model, optimizers)
         update = builder.build_update(config, model, optimizers, dims, manager)
-        runner, reference = build_runner(config, tokenizer, model, mesh, dims, world, manager)
+        runner, reference = build_runner(
+            context, tokenizer, model, mesh, dims, world, manager, stop
+        )
         step = first_step = progress.step = progress.first_step = manager.state.step
         progress.saved_step = manager.saved_step
         profiler = Profiler(config.profiling, folder.path, world.rank, world.device, step)

@@ -8,14 +8,16 @@ could not read. Nothing that training depends on changes.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import torch
 
 from torchtitan.config.schema import Comm, Validation
+from torchtitan.data.loader import StepData
 from torchtitan.data.validation_reader import Pass, SetReader
 from torchtitan.distributed.context import DistributedContext, timeout
+from torchtitan.distributed.step_sync import StepInfo
 from torchtitan.metrics.logger import MetricsLogger
 from torchtitan.parallel.runner import Runner
 from torchtitan.training.prefetch import Prefetch
@@ -23,7 +25,7 @@ from torchtitan.utils.garbage import GarbageCollection
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_LINES = 30
 
 
 class Validator:
@@ -68,23 +70,20 @@ class Validator:
     def _evaluate(self, data: SetReader, step: int, metrics: MetricsLogger) -> bool:
         """Evaluate one set; return False if a rank was asked to stop."""
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        terms = dict.fromkeys(getattr(self._runner.evaluation_loss, "terms", ()), total)
         num_targets = num_batches = 0
         logged = time.monotonic()
-        with closing(data.start()) as steps:
-            ahead = self._fetch_ahead(steps)
-            ahead.start()
-            while True:
-                batch, agreed = ahead.wait()
+        with closing(batches_of(data, self._fetch_ahead)) as batches:
+            for batch, agreed in batches:
                 if agreed.stop:
                     return False
-                if agreed.ended:
-                    break
-                total += self._runner.evaluate(batch.microbatches)
-                ahead.start()  # while the device is still at work
+                total = total + self._runner.evaluate(batch.microbatches)
+                for name, value in self._runner.evaluated_terms.items():
+                    terms[name] = terms[name] + value
                 num_targets += agreed.num_targets
                 num_batches += 1
                 self._garbage.step(num_batches, "validation batch")
-                if time.monotonic() - logged > _SECONDS_BETWEEN_LINES:
+                if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
                     logged = time.monotonic()
                     logger.info(
                         "Validating on %s: %s targets so far", data.name, f"{num_targets:,}"
@@ -94,5 +93,25 @@ class Validator:
         else:
             has_perplexity = getattr(self._runner.evaluation_loss, "has_perplexity", True)
             loss = total / num_targets
-            metrics.log_validation(step, data.name, loss, num_targets, has_perplexity)
+            means = {name: value / num_targets for name, value in terms.items()}
+            metrics.log_validation(step, data.name, loss, num_targets, has_perplexity, means)
         return True
+
+
+def batches_of(
+    data: SetReader, fetch_ahead: Callable[[Pass], Prefetch]
+) -> Generator[tuple[StepData, StepInfo], None, None]:
+    """Yield a rank's batches of one pass, and what all ranks know about each; to be closed.
+
+    All ranks get equally many. The one with which a rank is asked to stop is the last to use.
+    Raises DataError.
+    """
+    with closing(data.start()) as steps:
+        ahead = fetch_ahead(steps)
+        ahead.start()
+        while True:
+            batch, agreed = ahead.wait()
+            if agreed.ended and not agreed.stop:
+                return
+            yield batch, agreed
+            ahead.start()  # while the device is still at work

@@ -314,6 +314,7 @@ def test_equals_trls_cpo(settings, tmp_path):
         ({"variant": "ipo", "label_smoothing": 0.1}, 'is not used by the variant "ipo"'),
         ({"margin": 0.5}, 'is not used by the variant "sigmoid"'),
         ({"variant": "simpo", "reference_path": "x"}, 'is not used by the variant "simpo"'),
+        ({"variant": "simpo", "reference_cache": "x"}, 'is not used by the variant "simpo"'),
         ({"reference": "base", "reference_path": "x"}, 'is not used by reference = "base"'),
     ],
 )

@@ -1,0 +1,101 @@
+"""When the log-probabilities of a reference are computed, and that nothing is left of it."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import tiny
+from tests.pool import GlooPool
+from torchtitan.config import JobConfig
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.loss.preference import REFERENCE
+from torchtitan.loss.reference_cache import answer_keys
+from torchtitan.models.batch import Batch
+from torchtitan.training.reference_pass import PairSet, cached_log_probs, reference_facts
+
+
+class Reference:
+    """Says the halves of an answer's key; ends after some batches."""
+
+    def __init__(self, batches: int = 100) -> None:
+        self.left = batches
+        self.itself = self  # as modules do
+
+    def __call__(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return [Batch({**batch, REFERENCE: answer_keys(batch) / 2}) for batch in batches]
+
+
+def passes(world: DistributedContext, folder: Path) -> list[int]:
+    """How often the reference was built at each start."""
+    mine = Batch({name: tensor[world.rank :: 2] for name, tensor in tiny.pairs().items()})
+    built: list[weakref.ref[Reference]] = []
+
+    def sets(names: str) -> list[PairSet]:
+        def batches() -> Iterator[list[Batch]]:
+            yield [Batch({name: tensor[:1] for name, tensor in mine.items()})]
+            yield [Batch({name: tensor[1:] for name, tensor in mine.items()})]
+
+        return [PairSet(name, {"data": name}, batches) for name in names]
+
+    def start(names: str, facts: str, reference: Callable[[], Reference] = Reference) -> int:
+        before = len(built)
+
+        def build() -> Reference:
+            made = reference()
+            built.append(weakref.ref(made))
+            return made
+
+        found = cached_log_probs(sets(names), facts, folder, build, world)
+        whole = tiny.pairs()
+        values = found.annotated(whole)[REFERENCE]
+        assert torch.equal(values, answer_keys(whole) / 2), "those of all ranks"
+        assert all(made() is None for made in built), "freed"
+        return len(built) - before
+
+    with pytest.raises(KeyboardInterrupt):
+        start("a", "one", lambda: Reference(1))
+    assert not folder.exists() or not list(folder.iterdir()), "nothing of half a pass"
+    counts = [start("a", "one"), start("a", "one"), start("ab", "one"), start("ab", "two")]
+    counts += [start("b", "one")]
+    world.barrier()
+    if world.is_main:
+        for path in folder.iterdir():
+            path.write_bytes(b"damaged")
+    world.barrier()
+    return [*counts, start("b", "one")]
+
+
+def test_a_pass_for_each_reference_and_set(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    for counts in gloo_pool.run(2, passes, tmp_path / "kept"):
+        assert counts == [1, 0, 1, 1, 0, 1]
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+def test_whatever_changes_the_values_is_a_fact(tmp_path: Path) -> None:
+    """An adapter by its content, and a seed only where a handler may add parameters from it."""
+    adapter = tmp_path / "adapter_model.safetensors"
+
+    def facts(args: str = "of 2 layers", weights: str = "digest", **sections: Any) -> str:
+        config = JobConfig.model_validate(sections)
+        model: Any = SimpleNamespace(args=args)
+        return repr(reference_facts(config, model, weights))
+
+    adapter.write_bytes(b"one")
+    adapted = {"model": {"handlers": ["lora"]}, "handlers": {"lora": {"adapter": str(tmp_path)}}}
+    before = facts(**adapted)
+    adapter.write_bytes(b"two")
+    half = {"training": {"mixed_precision_param": "bfloat16"}}
+    whole = {"training": {"mixed_precision_param": "float32"}}
+    found = [before, facts(**adapted), facts(**adapted, debug={"seed": 3})]
+    found += [facts(**half), facts(**whole), facts(args="of 3 layers", **half)]
+    found += [facts(weights="other", **half), facts(**half, model={"norm_type": "layernorm"})]
+    assert len({*found}) == len(found)
+    assert facts(**half, debug={"seed": 3}) == facts(**half)

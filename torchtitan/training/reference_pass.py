@@ -1,0 +1,188 @@
+"""The reference's log-probabilities, computed once in a pass over the data, and kept in files.
+
+Each set of data has a file of its own, named by a fingerprint of everything that the values depend
+on: another reference, other data or another template have another file. So a file is never stale,
+several runs share a folder, and a new validation set is all that is computed anew.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.checkpoint.base import digest_here, weight_files
+from torchtitan.checkpoint.collective import run_on_rank0
+from torchtitan.config import JobConfig
+from torchtitan.config.run_context import RunContext
+from torchtitan.data.identity import with_digests
+from torchtitan.data.named_sources import named_sources
+from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.data.validation_reader import Pass, SetReader, build_reader
+from torchtitan.distributed.context import DistributedContext
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.loss.reference_cache import CachedLogProbs
+from torchtitan.models.batch import Batch
+from torchtitan.parallel.runner import Loss
+from torchtitan.training import builder
+from torchtitan.training.model_builder import BuiltModel
+from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.validation import SECONDS_BETWEEN_LINES, batches_of
+from torchtitan.utils.processes import StopRequest
+from torchtitan.utils.torch_compat import all_gather_single
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Increased whenever the same facts would give other values."""
+
+Annotate = Callable[[Sequence[Batch]], Sequence[Batch]]
+"""Evaluates the reference and returns the batches with what was recorded. Collective."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A set of pairs, each of which it gives once."""
+
+    name: str
+    facts: Any
+    """Identifies its pairs (JSON)."""
+    batches: Callable[[], Iterable[Sequence[Batch]]]
+    """Reads this rank's share, in equally many rounds on all ranks."""
+
+
+def cached_log_probs(
+    sets: Sequence[PairSet],
+    facts: Any,
+    folder: Path,
+    build_reference: Callable[[], Annotate],
+    world: DistributedContext,
+) -> CachedLogProbs:
+    """Return the log-probabilities of all sets, from `folder` or by a pass over the data.
+
+    `facts` identify the reference (JSON). It is built only if a file is missing, and freed
+    again. All ranks must call it. Raises DataError, CheckpointError.
+    """
+    found = []
+    annotate: Annotate | None = None
+    for data in sets:
+        text = json.dumps([_FORMAT, facts, data.facts], sort_keys=True)
+        name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        path = folder / world.broadcast_json(name)
+        known = CachedLogProbs.read(path)
+        if not all(world.gather_json(known is not None)):
+            logger.info(
+                "Computes the reference's log-probabilities of %s once: %s has none of this"
+                " reference and these data",
+                data.name,
+                folder,
+            )
+            annotate = annotate or build_reference()
+            known = _compute(data, annotate, world)
+            run_on_rank0(world, f"{path} cannot be written", partial(known.write, path))
+        assert known is not None
+        found.append(known)
+    if annotate is not None:
+        del annotate
+        gc.collect()  # modules refer to each other
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return CachedLogProbs.merged(found)
+
+
+def _compute(data: PairSet, annotate: Annotate, world: DistributedContext) -> CachedLogProbs:
+    """Return the log-probabilities of the whole set, on all ranks."""
+    parts = [CachedLogProbs.of([])]  # all pairs of a set may be too long
+    num_rows, logged = 0, time.monotonic()
+    for batches in data.batches():
+        parts.append(CachedLogProbs.of(annotate(batches)))
+        num_rows += sum(len(batch["tokens"]) for batch in batches)
+        if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
+            logged = time.monotonic()
+            logger.info("Read %s sequences of %s on this rank", f"{num_rows:,}", data.name)
+    return _of_all_ranks(CachedLogProbs.merged(parts), world)
+
+
+def _of_all_ranks(own: CachedLogProbs, world: DistributedContext) -> CachedLogProbs:
+    """Return what all ranks have, several of them the same."""
+    tensors = own.tensors
+    sizes = world.gather_json(len(tensors["keys"]))
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
+    for name, dtype in (("keys", torch.int64), ("log_probs", torch.float64)):
+        padded = torch.zeros(max(sizes), dtype=dtype)
+        padded[: len(tensors[name])] = tensors[name]
+        gathered = torch.zeros(len(sizes) * max(sizes), dtype=dtype)
+        all_gather_single(gathered, padded, world.control_group)
+        for part, size, row in zip(parts, sizes, gathered.view(len(sizes), -1)):
+            part[name] = row[:size]
+    return CachedLogProbs.merged([CachedLogProbs(**part) for part in parts])
+
+
+def sets_of_run(
+    context: RunContext,
+    dims: ParallelDims,
+    world: DistributedContext,
+    tokenizer: Tokenizer,
+    loss: Loss,
+    stop: StopRequest,
+) -> list[PairSet]:
+    """Return all pairs that a run reads: each source of its data, and its validation sets."""
+    config = context.config
+    readers = [
+        build_reader(
+            named,
+            tokenizer,
+            num_lanes=context.num_lanes,
+            max_sequences=None,
+            dp_degree=dims.dp,
+            dp_rank=dims.dp_rank(world.rank),
+        )
+        for named in named_sources(config.training, config.data)
+    ]
+    readers += builder.build_validation_readers(context, dims, world, tokenizer)
+    is_data_leader = dims.is_data_leader(world.rank)
+
+    def fetch_ahead(steps: Pass) -> Prefetch:
+        return Prefetch(steps, loss, world, stop, is_data_leader)
+
+    def batches(reader: SetReader) -> Iterator[Sequence[Batch]]:
+        for data, _ in batches_of(reader, fetch_ahead):
+            yield data.microbatches
+
+    return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
+
+
+def _facts_of(reader: SetReader) -> Any:
+    """Return what the pairs of a set depend on; the order does not matter if all are read."""
+    settings, most = reader.mixture.sources[0], reader.max_sequences
+    return {
+        "data": settings.description(with_digests),
+        "tokenizer": settings.tokenizer.fingerprint,
+        "seq_len": settings.seq_len,
+        "part": None if most is None else [most, reader.num_lanes],
+    }
+
+
+def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
+    """Return what the log-probabilities of a reference depend on; `weights` identify its weights.
+
+    Files that the settings of a handler name, such as an adapter's, count by their content.
+    """
+    handlers = config.model.handlers
+    values = (value for name in handlers for value in config.handlers.get(name, {}).values())
+    paths = [Path(value) for value in values if isinstance(value, str) and value]
+    return {
+        "weights": weights,
+        "model": [config.model.name, config.model.norm_type, repr(model.args)],
+        "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
+        "files": [digest_here(weight_files(path)) for path in paths if path.exists()],
+        "seed": config.debug.seed if handlers else None,  # of parameters that they add
+        "dtype": config.training.mixed_precision_param,
+    }
