@@ -29,7 +29,7 @@ def test_packed_and_padded_have_one_loss_a_token(tmp_path: Path) -> None:
             *("--validation.enable", "--validation.dataset=json", "--checkpoint.enable=false"),
             f"--validation.dataset_path={data}",
         )
-        key = "validation/validation/loss"
+        key = "validation/loss"
         found += [record[key] for record in runs.records(folder) if key in record]
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 

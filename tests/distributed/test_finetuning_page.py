@@ -16,7 +16,7 @@ from tests.distributed.runs import environment, records
 PAGE, CONFIG = DOCS / "start" / "finetuning.md", "docs/examples/finetuning.toml"
 STEPS = 10
 TP = "--parallelism.tensor_parallel_degree=3"
-HELD_OUT = "validation/validation/loss"
+HELD_OUT = "validation/loss"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,6 @@ def test_wrong_terms_are_errors(gloo_pool: GlooPool, args: dict[str, Any], words
 
 def test_a_scalar_outside_of_the_tokens_is_a_sum() -> None:
     loss = Halves(Halves.Settings())
-    loss._trains = True
     for value in (2.0, 3.0):
         loss.report("half", torch.tensor(value))
     assert loss.take_terms() == {"half": torch.tensor(5.0)}

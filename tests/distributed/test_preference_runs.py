@@ -22,7 +22,9 @@ DPO = (
     "--model.tokenizer_path=bytes",
 )
 START = (*(f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")),)
-TERMS = [f"loss/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+TERMS = [f"loss/{name}" for name in REWARDS]
+VALIDATED = [f"validation/{name}" for name in ("loss", "num_targets", *REWARDS)]
 
 
 def write_pairs(path: Path, number: int = 64) -> str:
@@ -44,7 +46,7 @@ def write_start(folder: Path, scale: float = 0.1) -> None:
 
 
 def curve(folder: Path, *keys: str) -> list[list[float]]:
-    rows = [row for row in runs.records(folder) if "loss" in row]
+    rows = [row for row in runs.records(folder) if keys[0] in row]
     return [[row[key] for key in keys] for row in rows]
 
 
@@ -60,10 +62,11 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     losses = curve(tmp_path / "whole", "loss", "grad_norm", *TERMS)
     assert losses[0][0] == pytest.approx(0.6931472, rel=1e-6), "it starts as the reference"
     assert losses[0][2:] == [0.0] * 4 and losses[-1][4] > 0.2 and losses[-1][5] > 0.7
-    measured = [row for row in runs.records(tmp_path / "whole") if "loss" not in row]
-    assert len(measured) == 2 and measured[1]["validation/validation/num_targets"] == 64
-    assert measured[1]["validation/validation/loss"] < losses[0][0] - 0.05
-    assert "validation/validation/perplexity" not in measured[1]
+    [_, last] = validated = curve(tmp_path / "whole", *VALIDATED)
+    assert last[0] < losses[0][0] - 0.05 and last[1] == 64
+    assert last[4] == pytest.approx(last[2] - last[3], rel=1e-6) and last[4] > 0.2
+    assert 0.7 < last[5] <= 1 and last[5] * 64 == pytest.approx(round(last[5] * 64))
+    assert "validation/perplexity" not in runs.records(tmp_path / "whole")[-1]
 
     parts = (*words, "--checkpoint.interval=3")
     mesh = ("--parallelism.tensor_parallel_degree=2",)
@@ -71,7 +74,8 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     mesh = ("--parallelism.context_parallel_degree=2",)
     runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
     parts_losses = curve(tmp_path / "parts", "loss", "grad_norm", *TERMS)
-    for one, other in zip(losses, parts_losses, strict=True):
+    parts_validated = curve(tmp_path / "parts", *VALIDATED)
+    for one, other in zip(losses + validated, parts_losses + parts_validated, strict=True):
         assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
 
     (tmp_path / "hf").rename(tmp_path / "moved")

@@ -79,8 +79,9 @@ class Records:
         loss: torch.Tensor,
         num_targets: int,
         has_perplexity: bool,
+        loss_terms: dict[str, torch.Tensor],
     ) -> None:
-        assert step == 7 and has_perplexity
+        assert step == 7 and has_perplexity and not loss_terms
         self.of_sets[name] = Recorded(loss.item(), num_targets)
 
 

@@ -55,7 +55,6 @@ class ChunkedLoss:
         self.part = slice(None)
         """The tokens of the chunk at hand, among those of the microbatch."""
         self._sums: dict[str, Tensor] = {}
-        self._trains = False
         self._no_target: Tensor | None = None  # bool [n], of the tokens that token_losses is given
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,10 +75,10 @@ class ChunkedLoss:
         `hidden` is `[B, T, D]`; `head(hidden, consume)` calls `consume(hidden, weight)`.
         """
         labels = batch["labels"].flatten()
-        self._trains = torch.is_grad_enabled()
+        trains = torch.is_grad_enabled()
 
         def consume(hidden: Tensor, weight: Tensor) -> Tensor:
-            return _InChunks.apply(hidden.flatten(0, -2), weight, labels, self, self._trains)
+            return _InChunks.apply(hidden.flatten(0, -2), weight, labels, self, trains)
 
         return head(hidden, consume)
 
@@ -114,7 +113,7 @@ class ChunkedLoss:
         return loss.detach(), grad
 
     def report(self, name: str, value: Tensor) -> None:
-        """Add to a term, in training.
+        """Add to a term.
 
         `value` is `[n]` in `token_losses`, one number a token, of which those of targets are
         summed; elsewhere a scalar, the sum over the targets of a chunk or microbatch.
@@ -129,8 +128,6 @@ class ChunkedLoss:
             kind = "a scalar, a sum over targets" if mask is None else f"{list(shape)}, one a token"
             found = list(value.shape)
             raise ValueError(f"{type(self).__name__}.report({name!r}): {found} instead of {kind}")
-        if not self._trains:
-            return
         value = value.detach()
         if mask is not None:
             value = value.masked_fill(mask, 0).sum()

@@ -108,8 +108,7 @@ class DPOLoss:
         losses = _losses(averages if settings.averages else scores, settings)
         rewards = settings.beta * (averages if settings.variant == "simpo" else scores)
         is_pair, share = answers.is_pair, 1 / self._num_shares
-        if torch.is_grad_enabled():
-            self._report(rewards.detach().masked_fill(~is_pair.unsqueeze(-1), 0) * share, share)
+        self._report(rewards.detach().masked_fill(~is_pair.unsqueeze(-1), 0) * share, share)
         return losses.masked_fill(~is_pair, 0).sum() * share
 
     def answers(self, hidden: Tensor, head: nn.Module, batch: Batch) -> Answers:

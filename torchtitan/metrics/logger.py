@@ -174,19 +174,22 @@ class MetricsLogger:
         loss: Tensor | float,
         num_targets: int,
         has_perplexity: bool = True,
+        loss_terms: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Log the evaluation of the set `name` after `step`.
 
         Waits for the device on ranks that show it. `loss` is the mean over the set's `num_targets`
-        targets on all ranks, `[]`; `has_perplexity`: it is in nats a token.
+        targets on all ranks, `[]`; `has_perplexity`: it is in nats a token; `loss_terms`: further
+        means reported by the loss, by name. The names of the only set are not doubled.
         """
         if not self._sinks:
             return
-        value, place = float(loss), f"validation/{name}"
+        value, place = float(loss), "validation" if name == "validation" else f"validation/{name}"
         record: Record = {"step": step, f"{place}/loss": value}
         if has_perplexity:
             perplexity = math.inf if value > _LARGEST_EXPONENT else math.exp(value)
             record[f"{place}/perplexity"] = perplexity
+        record |= {f"{place}/{term}": float(mean) for term, mean in (loss_terms or {}).items()}
         record[f"{place}/num_targets"] = num_targets
         self._each_sink(lambda sink: sink.write(record))
 

@@ -84,8 +84,8 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take a record; `record["step"]` never falls.
 
-        A validation record has no `loss`, but `validation/NAME/loss` and more under that name; that
-        of a task has its metrics as `evaluation/TASK/METRIC`.
+        A validation record has no `loss`, but `validation/NAME/loss` and more under that name, or
+        `validation/loss` for the only set; that of a task has `evaluation/TASK/METRIC`.
         """
 
     def flush(self) -> None:

@@ -28,7 +28,7 @@ class Loss(Protocol):
       None;
     - `sequence_group`: set to the ranks that each hold a share of every sequence, or None;
     - `terms`: names of further values to log, and `take_terms()`, which returns and resets their
-      sums over the targets of the microbatches so far, by name.
+      sums over the targets of the microbatches so far, by name; trained or evaluated ones.
     """
 
     def count(self, batch: Batch) -> Tensor:
@@ -54,6 +54,8 @@ class Runner(Protocol):
     """The model's random numbers; set `streams.step` before `forward_backward`."""
     terms: Mapping[str, Tensor]
     """The last step's loss terms by name: means over all its targets, scalars."""
+    evaluated_terms: Mapping[str, Tensor]
+    """The terms of the loss that was evaluated last, summed over its targets, scalars."""
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """Accumulate the gradients of a step and return its loss.
@@ -93,6 +95,7 @@ class RunnerBase:
         self.loss = loss
         self.evaluation_loss = loss if evaluation_loss is None else evaluation_loss
         self.terms: Mapping[str, Tensor] = {}
+        self.evaluated_terms: Mapping[str, Tensor] = {}
         self.device = device
         self.input_names = tuple(input_names)
         self.is_loss_leader = is_loss_leader
@@ -141,11 +144,15 @@ class SPMDRunner(RunnerBase):
     def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`."""
         self.model.eval()
+        loss = loss or self.evaluation_loss
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in microbatches:
-            total += self._sum(loss or self.evaluation_loss, self._prepare(batch))
+            total += self._sum(loss, self._prepare(batch))
         free_gathered(self.model)
-        return over_ranks(total, self.is_loss_leader)
+        total, self.evaluated_terms = add_over_ranks(
+            loss, total, terms_of(loss), 1, self.is_loss_leader
+        )
+        return total
 
     def _sum(self, loss: Loss, batch: Batch) -> Tensor:
         hidden = self.model(**{name: batch[name] for name in self.input_names})
@@ -167,7 +174,7 @@ def over_ranks(total: Tensor, is_loss_leader: bool) -> Tensor:
 
 
 def terms_of(loss: Loss) -> Mapping[str, Tensor]:
-    """Take the sums of a step's terms from `loss`.
+    """Take the sums of a step's or an evaluation's terms from `loss`.
 
     Raises ValueError unless they are the terms that the loss declares.
     """
@@ -189,7 +196,7 @@ def terms_of(loss: Loss) -> Mapping[str, Tensor]:
 def add_over_ranks(
     loss: Loss, total: Tensor, terms: Mapping[str, Tensor], num_targets: int, is_loss_leader: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return a step's loss, and its terms as means over the targets, in one all-reduce.
+    """Return a loss, and its terms divided by `num_targets`, over all ranks, in one all-reduce.
 
     `total` is this rank's part of the loss; `terms` are its sums over targets, empty on ranks
     without the last stage of a pipeline.

@@ -63,6 +63,7 @@ class FrozenModelRunner:
         self.evaluation_loss = runner.evaluation_loss
         self.streams = runner.streams
         self.terms: Mapping[str, Tensor] = {}
+        self.evaluated_terms: Mapping[str, Tensor] = {}
 
     def forward_backward(self, microbatches: Sequence[Batch], num_targets: int) -> Tensor:
         """See `Runner`."""
@@ -74,7 +75,9 @@ class FrozenModelRunner:
     def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`."""
         loss = loss or self.evaluation_loss
-        return self._runner.evaluate(self._annotated(microbatches, loss), loss)
+        total = self._runner.evaluate(self._annotated(microbatches, loss), loss)
+        self.evaluated_terms = self._runner.evaluated_terms
+        return total
 
     def _annotated(self, microbatches: Sequence[Batch], loss: Loss) -> Sequence[Batch]:
         frozen_pass = frozen_pass_of(loss)

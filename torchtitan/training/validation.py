@@ -68,6 +68,7 @@ class Validator:
     def _evaluate(self, data: SetReader, step: int, metrics: MetricsLogger) -> bool:
         """Evaluate one set; return False if a rank was asked to stop."""
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        terms = dict.fromkeys(getattr(self._runner.evaluation_loss, "terms", ()), total)
         num_targets = num_batches = 0
         logged = time.monotonic()
         with closing(data.start()) as steps:
@@ -79,7 +80,9 @@ class Validator:
                     return False
                 if agreed.ended:
                     break
-                total += self._runner.evaluate(batch.microbatches)
+                total = total + self._runner.evaluate(batch.microbatches)
+                for name, value in self._runner.evaluated_terms.items():
+                    terms[name] = terms[name] + value
                 ahead.start()  # while the device is still at work
                 num_targets += agreed.num_targets
                 num_batches += 1
@@ -94,5 +97,6 @@ class Validator:
         else:
             has_perplexity = getattr(self._runner.evaluation_loss, "has_perplexity", True)
             loss = total / num_targets
-            metrics.log_validation(step, data.name, loss, num_targets, has_perplexity)
+            means = {name: value / num_targets for name, value in terms.items()}
+            metrics.log_validation(step, data.name, loss, num_targets, has_perplexity, means)
         return True

@@ -26,7 +26,6 @@ from torchtitan.parallel.runner import (
     RunnerBase,
     add_over_ranks,
     frozen_pass_of,
-    over_ranks,
     terms_of,
 )
 from torchtitan.utils.dtypes import at_least_float32
@@ -110,6 +109,7 @@ class PipelineRunner(RunnerBase):
     def evaluate(self, microbatches: Sequence[Batch], loss: Loss | None = None) -> Tensor:
         """See `Runner`. Takes any number of microbatches of any size."""
         self._connect()
+        loss = loss or self.evaluation_loss
         for part in self._stages.values():
             part.eval()
         pieces = self._split(microbatches)
@@ -123,7 +123,7 @@ class PipelineRunner(RunnerBase):
                 if rank == self._rank:
                     out = self._forward(stage, pieces[index], hidden.pop((stage, index), None))
                     if stage == self._last:
-                        total += self._loss(loss or self.evaluation_loss, out, pieces[index])
+                        total += self._loss(loss, out, pieces[index])
                     elif stage_to_rank[stage + 1] == rank:
                         hidden[stage + 1, index] = out
                     else:
@@ -136,7 +136,9 @@ class PipelineRunner(RunnerBase):
                 work.wait()
         for part in self._stages.values():
             free_gathered(part)
-        return over_ranks(total, self.is_loss_leader)
+        terms = terms_of(loss) if self._last in self._stages else {}
+        total, self.evaluated_terms = add_over_ranks(loss, total, terms, 1, self.is_loss_leader)
+        return total
 
     def dry_run(self, batch: Batch) -> None:
         """Run forward and backward of this rank's stages for one microbatch of `batch`.
