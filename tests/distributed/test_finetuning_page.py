@@ -19,6 +19,9 @@ TP = "--parallelism.tensor_parallel_degree=3"
 HELD_OUT = "validation/loss"
 EXACT_MATCH = "evaluation/orders/exact_match"
 
+CLOSE = {2: 1e-6, 6: 1e-3}
+"""How far losses and norms may be off on so many processes."""
+
 
 @pytest.mark.parametrize(
     "processes",
@@ -52,10 +55,10 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     run(tmp_path, resume, *([TP] if processes == 6 else []))
     whole, parts = (curve(outputs / name) for name in ("orders", "moved"))
     assert len(whole) == len(parts) == STEPS
-    print("\n".join(f"{one} {other}" for one, other in zip(whole, parts)))
     for one, other in zip(whole, parts, strict=True):
-        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-    assert last(outputs / "moved", HELD_OUT) == pytest.approx(losses[1], rel=1e-3)
+        print(one, other)
+        assert other == pytest.approx(one, rel=CLOSE[processes], abs=CLOSE[processes])
+    assert last(outputs / "moved", HELD_OUT) == pytest.approx(losses[1], abs=CLOSE[processes])
 
     adapter, merged = (run(tmp_path, words) for words in exports)
     assert "in peft" in adapter and "in transformers" in merged
