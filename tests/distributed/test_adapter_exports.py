@@ -12,6 +12,7 @@ import torch
 from tests.distributed.adapted_runs import on, write_base
 from tests.distributed.tiny import VOCAB_SIZE, Case
 from tests.pool import GlooPool
+from torchtitan.checkpoint import dcp_io
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.run_context import RunContext
@@ -111,6 +112,22 @@ def test_a_merge_in_float64_is_as_exact(
         dict(read_tensors(weights, weights.tensors))
         assert types == {wide}
         types.clear()
+
+
+def test_a_merge_reads_the_description_of_its_step_once(
+    step: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a matrix it was most of the time of a merge."""
+    weights = open_adapted(step[1]).merged(None).weights
+    read, calls = dcp_io.read_metadata, []
+
+    def count(*args: Any) -> Any:
+        calls.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(dcp_io, "read_metadata", count)
+    assert len(dict(read_tensors(weights, weights.tensors))) > 10
+    assert len(calls) == 1
 
 
 def test_a_handler_that_computes_the_same_may_be_there(

@@ -14,9 +14,13 @@ from tests.distributed.pages import DOCS, blocks, commands, prepare, run, start
 from tests.distributed.runs import environment, records
 
 PAGE, CONFIG = DOCS / "start" / "finetuning.md", "docs/examples/finetuning.toml"
-STEPS = 10
+STEPS = 8
 TP = "--parallelism.tensor_parallel_degree=3"
 HELD_OUT = "validation/loss"
+EXACT_MATCH = "evaluation/orders/exact_match"
+
+CLOSE = {2: 1e-6, 6: 1e-3}
+"""How far losses and norms may be off on so many processes."""
 
 
 @pytest.mark.parametrize(
@@ -30,19 +34,19 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
         pytest.importorskip(extra)
     prepare(tmp_path, smollm2)
     assert blocks(PAGE, "toml") == [(tmp_path / CONFIG).read_text()]
-    model, data, show, zero, asked, train, answered, begin, resume, *exports = commands(PAGE)
+    model, data, show, before, train, begin, resume, *exports = commands(PAGE)
     assert model == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
     subprocess.run([sys.executable, *data[1:]], cwd=tmp_path, env=environment(), check=True)
     assert "⟦#" in run(tmp_path, show)
 
-    before = [run(tmp_path, zero), run(tmp_path, asked)]
-    after = [run(tmp_path, train), run(tmp_path, answered)]
+    run(tmp_path, before)
+    run(tmp_path, train)
     outputs = tmp_path / "outputs"
-    losses = [held_out_losses(outputs / name)[-1] for name in ("base", "orders")]
-    matches = [exact_match(text) for _, text in (before, after)]
+    names = ("base", "orders")
+    losses, matches = ([last(outputs / n, key) for n in names] for key in (HELD_OUT, EXACT_MATCH))
     print(f"held-out loss {losses}, exact match {matches}")
-    assert losses[0] > 3 and losses[1] < 0.05
-    assert matches == [0, 1], "answers to orders that are not in the training data"
+    assert losses[0] > 3 and losses[1] < 0.1
+    assert matches[0] == 0 and matches[1] >= 0.9, "orders that are not in the training data"
 
     interrupt_after(2, outputs / "moved", tmp_path, begin)
     steps = len(curve(outputs / "moved"))
@@ -52,8 +56,9 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     whole, parts = (curve(outputs / name) for name in ("orders", "moved"))
     assert len(whole) == len(parts) == STEPS
     for one, other in zip(whole, parts, strict=True):
-        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-    assert held_out_losses(outputs / "moved")[-1] == pytest.approx(losses[1], rel=1e-3)
+        print(one, other)
+        assert other == pytest.approx(one, rel=CLOSE[processes], abs=CLOSE[processes])
+    assert last(outputs / "moved", HELD_OUT) == pytest.approx(losses[1], abs=CLOSE[processes])
 
     adapter, merged = (run(tmp_path, words) for words in exports)
     assert "in peft" in adapter and "in transformers" in merged
@@ -63,19 +68,15 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     shutil.rmtree(outputs)  # half a gigabyte
 
 
-def held_out_losses(folder: Path) -> list[float]:
-    return [record[HELD_OUT] for record in records(folder) if HELD_OUT in record]
+def last(folder: Path, key: str) -> float:
+    """The last value of this name that the run logged."""
+    return [record[key] for record in records(folder) if key in record][-1]
 
 
 def curve(folder: Path) -> list[list[float]]:
     """Step, loss and gradient norm of every step."""
     names = ("step", "loss", "grad_norm")
     return [[row[name] for name in names] for row in records(folder) if "loss" in row]
-
-
-def exact_match(printed: str) -> float:
-    (value,) = re.findall(r"^orders +exact_match +([01]\.\d+)", printed, re.MULTILINE)
-    return float(value)
 
 
 def interrupt_after(step: int, run_folder: Path, folder: Path, words: list[str]) -> None:
@@ -90,21 +91,21 @@ def interrupt_after(step: int, run_folder: Path, folder: Path, words: list[str])
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_table(smollm2: Path) -> None:
-    """All weights learn the notation too, and DPO prefers it on held-out pairs."""
+    """All weights and QLoRA learn the notation too, and DPO prefers it on held-out pairs."""
     pytest.importorskip("lm_eval")
     command = [sys.executable, "scripts/bench_finetuning.py"]
     done = subprocess.run(
         command,
         cwd=DOCS.parent,
         env=environment(),
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
-    assert [name for name, *_ in rows] == ["lora", "full", "dpo"]
+    assert done.returncode == 0, done.stdout
+    rows = re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["lora", "full", "qlora", "dpo"]
     for name, loss, accuracy in rows:
-        assert float(accuracy) >= 0.95, name
+        assert float(accuracy) >= 0.9, name
         assert float(loss) < 0.1, name

@@ -63,13 +63,18 @@ class SafeReader(FileSystemReader):
     def __init__(self, path: Path, skip_objects: bool = False):
         super().__init__(path)
         self._skip_objects = skip_objects
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata. Raises `UnsafeMetadata` or an unpickling error."""
-        metadata = read_metadata(Path(self.path), self._skip_objects)
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        """Return the metadata, which are read once: DCP asks again in every load.
+
+        Raises `UnsafeMetadata` or an unpickling error.
+        """
+        if self._metadata is None:
+            self._metadata = read_metadata(Path(self.path), self._skip_objects)
+        assert self._metadata.storage_meta is not None
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
 
 
 @contextmanager

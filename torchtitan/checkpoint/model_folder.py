@@ -7,6 +7,7 @@ have none; their names may begin with `model.`, and entries that are not the mod
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ class ModelFolder:
 
         With `group` all its ranks must call it, and each fills its parts of DTensors.
         """
-        reader = SafeReader(self.path, skip_objects=self.manifest is None)
         named = {self.prefix + name: tensor for name, tensor in tensors.items()}
-        dcp.load(named, storage_reader=reader, process_group=group, no_dist=group is None)
+        dcp.load(named, storage_reader=self._reader, process_group=group, no_dist=group is None)
+
+    @cached_property
+    def _reader(self) -> SafeReader:
+        return SafeReader(self.path, skip_objects=self.manifest is None)
 
 
 def read_model_folder(path: Path) -> ModelFolder:
