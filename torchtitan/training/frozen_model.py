@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.checkpoint.base import weights_digest
+from torchtitan.checkpoint.base import digest_of_files, weights_digest
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import fill_copies, model_tensors
@@ -132,13 +132,17 @@ def with_frozen_model(
         start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
         key, given = REFERENCE_PATH, settings.reference_path or start or ""
         path = found_path(key, given) if given else None
+    frozen = build_frozen_model(config, path, vocab_size, mesh, dims, world)
     digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
+    files = [file for handler in frozen.handlers for file in handler.start_files]
+    if files:
+        digest += "+" + digest_of_files(world, f"{files[0]} cannot be read", files)
     if known_digest not in (None, digest):
         raise CheckpointError(
-            f"the run compared with other weights than those of {path or INITIAL_WEIGHTS}. Set"
-            f" {key} to the weights that it compared with"
+            f"the run compared with other weights than those of"
+            f" {', '.join(map(str, [path or INITIAL_WEIGHTS, *files]))}. Set {key} to the weights"
+            f" that it compared with"
         )
-    frozen = build_frozen_model(config, path, vocab_size, mesh, dims, world)
     frozen_runner = builder.build_runner(config, frozen, mesh, dims, world.device)
     return FrozenModelRunner(runner, frozen_runner), digest
 
