@@ -15,12 +15,9 @@ from torchtitan.models.registry import get_family
 
 ARGS = args_of(n_layers=2, dim=32, n_heads=4, n_kv_heads=4, head_dim=8, ffn_dim=96, vocab_size=264)
 MODEL = [f"--model.args.{name}={getattr(ARGS, name)}" for name in ("n_kv_heads", "ffn_dim")]
-MODEL += [
-    "--model.tokenizer_path=bytes",
-    "--model.handlers=lora",
-    '--handlers.lora.targets=["wq", "wk"]',
-]
-MODEL += ["--handlers.lora.rank=4", "--handlers.lora.alpha=8", "--lr_scheduler.warmup_steps=1"]
+MODEL += ["--model.tokenizer_path=bytes", "--model.handlers=lora", "--lr_scheduler.warmup_steps=1"]
+MODEL += ["--handlers.lora.rank=4", "--handlers.lora.alpha=8"]
+MODEL += ['--handlers.lora.targets=["wq", "wk"]']
 
 
 def write_adapter(folder: Path, scale: float) -> None:

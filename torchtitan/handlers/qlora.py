@@ -5,7 +5,7 @@ dequantised whenever it is multiplied with, in the backward again, so no wide co
 product. Checkpoints leave it out like every base; a resume quantises it again, to the same bytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -156,7 +156,7 @@ class QloraHandler(LoraHandler):
             if all(name in tensors for name in names):
                 store = partial(self._store, linear, *(tensors[name] for name in names))
                 like, factor = tensors[names[0]], packed(self.bits)[0]
-                made[f"{linear}.weight"] = MadeTensors(names, like, factor, store)
+                made[f"{linear}.weight"] = MadeTensors(names, like, factor, store, self._restored)
         return made
 
     @torch.no_grad()
@@ -165,6 +165,10 @@ class QloraHandler(LoraHandler):
         for tensor, values in zip((codes, scale), found, strict=True):
             local_tensor(tensor).copy_(values)
         self._filled.add(linear)
+
+    def _restored(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = parts
+        return dequantize(codes, scale, self.bits, dtype)
 
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
         """Quantise the first values of matrices that were not loaded, then do as `lora` does."""
