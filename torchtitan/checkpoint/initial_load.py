@@ -84,7 +84,7 @@ class InitialLoad:
         self._model_only = section.initial_load_model_only
         self._excluded = section.exclude_from_loading
         path = initial_path(section)
-        self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
+        self._what = f"{path} cannot be loaded"
         self._digest: str | None = None
         self._base: InitialLoad | None = None
         self._folder: ModelFolder | WeightSource
