@@ -1,21 +1,23 @@
-"""Compare a LoRA step with one of peft in a plain loop, on a CPU in one process.
+"""Compare steps of LoRA, QLoRA and DoRA with peft's in a plain loop, on a CPU.
 
-    python scripts/bench_lora.py [--rounds 3] [--steps 4] [--dora]
+    python scripts/bench_lora.py [--steps 9]
 
-`lora`, `qlora` and peft train adapters of all linears in blocks of the same Llama in float32 (dim
-512, 8 layers, vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. A
-measurement is a process of its own; they take turns. Prints the processor seconds of a step, of all
-threads, the peak of the memory above that at the start, and what the adapted matrices take, as a
-multiple of their size in bfloat16.
+All train adapters of all linears in blocks of the same Llama in float32 (dim 512, 8 layers,
+vocabulary 32,000, rank 16), on batches of the same shape, with AdamW and clipping. Each kind has a
+process of its own; they take turns, a step each. Prints medians: the processor seconds of a step,
+the ratio to peft's step of the same turn, the peak of the memory above that at the start, and what
+the adapted matrices take, as a multiple of their size in bfloat16.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,7 @@ DIM, LAYERS, HEADS, FFN, VOCABULARY, RANK = 512, 8, 8, 1536, 32000, 16
 BATCH, LENGTH = 4, 512
 
 
-def ours(dora: bool, handler: str = "lora") -> Any:
+def ours(handler: str, dora: bool = False) -> Any:
     """Return a function that makes one step of this library's trainer, and the base's size."""
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -50,6 +52,7 @@ def ours(dora: bool, handler: str = "lora") -> Any:
     mesh = dims.build_mesh("cpu")
     model = model_builder.build_model(config, VOCABULARY, mesh, dims, device)
     model_builder.initialize_added(model)
+    model_builder.call_after_load(model)
     optimizers = build_optimizers(config.optimizer, model.parts, device)
     runner = builder.build_runner(config, model, mesh, dims, device)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
@@ -101,46 +104,69 @@ def with_peft(dora: bool) -> Any:
     return step, size_of_base([(m.weight.numel(), m) for m in linears])
 
 
-KINDS = {"lora": ours, "qlora": partial(ours, handler="qlora"), "peft": with_peft}
+KINDS: dict[str, tuple[Callable[[], Any], str]] = {
+    "LoRA": (partial(ours, "lora"), "LoRA of peft"),
+    "LoRA of peft": (partial(with_peft, False), "LoRA of peft"),
+    "QLoRA": (partial(ours, "qlora"), "LoRA of peft"),
+    "DoRA": (partial(ours, "lora", dora=True), "DoRA of peft"),
+    "DoRA of peft": (partial(with_peft, True), "DoRA of peft"),
+}
+"""How to build a step of each kind, and the kind that it is compared with."""
 
 
-def measure(kind: str, steps: int, dora: bool) -> dict[str, float]:
-    """Run one kind in this process; seconds of a step and MiB."""
+def measure(kind: str) -> None:
+    """Make a step for each line of the input; print its seconds, the peak in MiB, and the base."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, base = KINDS[kind](dora)
+    step, base = KINDS[kind][0]()
     step()  # allocates
-    started = time.process_time()
-    for _ in range(steps):
+    for _ in sys.stdin:
+        started = time.process_time()
         step()
-    seconds = (time.process_time() - started) / steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / 1024, "base": base}
+        seconds = time.process_time() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps([seconds, (peak - before) / 1024, base]), flush=True)
+
+
+def take_turns(kinds: Sequence[str], steps: int) -> dict[str, list[list[float]]]:
+    """Return what `measure` prints for each kind, of which one at a time computes."""
+    processes = {}
+    for kind in kinds:
+        words = [sys.executable, __file__, "--kind", kind]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        processes[kind] = subprocess.Popen(words, text=True, **pipes)  # type: ignore[call-overload]
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for turn in range(steps + 1):
+        for kind, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = next(line for line in process.stdout if line.startswith("["))
+            if turn:  # in the first one others may still have been building
+                found[kind].append(json.loads(line))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return found
 
 
 def main() -> None:
     """Measure the kinds in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--kind", choices=KINDS, help="measure this one here, and print JSON")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--kind", choices=KINDS, help="measure this one here, step by step")
     options = parser.parse_args()
     if options.kind:
-        print(json.dumps(measure(options.kind, options.steps, options.dora)))
+        measure(options.kind)
         return
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for _ in range(options.rounds):
-        for kind, results in found.items():
-            words = [sys.executable, __file__, "--kind", kind, "--steps", str(options.steps)]
-            words += ["--dora"] * options.dora
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+    found = take_turns(list(KINDS), options.steps)
     for kind, results in found.items():
-        keys = "seconds", "mib", "base"
-        seconds, mib, base = (statistics.median(r[key] for r in results) for key in keys)
-        text = f"{kind:6} {seconds:6.2f} s of the processor a step, {mib:7,.0f} MiB"
-        print(f"{text}, base {base:.2f} of bfloat16")
+        seconds, mib, base = map(statistics.median, zip(*results, strict=True))
+        others = found[KINDS[kind][1]]
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(results, others, strict=True))
+        text = f"{kind:12} {seconds:6.2f} s of the processor a step, {ratio:.2f} of peft's"
+        print(f"{text}, {mib:7,.0f} MiB, base {base:.2f} of bfloat16")
+    load = os.getloadavg()[0]
+    print(f"load {load:.1f} on {os.cpu_count()} processors; {options.steps} turns")
 
 
 if __name__ == "__main__":

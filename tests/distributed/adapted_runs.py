@@ -47,8 +47,8 @@ class Leg:
     error: str = ""
 
 
-def train(world: DistributedContext, case: Case, folder: str, base: str, last: int) -> Leg:
-    """Go on from what `folder` holds, or from `base`, to step `last`, and save it."""
+def train(world: DistributedContext, case: Case, folder: str, base: str | None, last: int) -> Leg:
+    """Go on from what `folder` holds, or from `base`, if any, to step `last`, and save it."""
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
@@ -94,6 +94,7 @@ def train(world: DistributedContext, case: Case, folder: str, base: str, last: i
     return leg
 
 
-def on(pool: GlooPool, case: Case, folder: Path, base: Path, last: int) -> list[Leg]:
+def on(pool: GlooPool, case: Case, folder: Path, base: Path | None, last: int) -> list[Leg]:
     """Run `train` on all ranks of the case's mesh."""
-    return pool.run(case.world_size, train, case, str(folder), str(base), last)
+    path = None if base is None else str(base)
+    return pool.run(case.world_size, train, case, str(folder), path, last)

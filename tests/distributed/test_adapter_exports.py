@@ -158,7 +158,7 @@ def test_a_wrong_merge_is_not_written(
 
 
 def test_a_plain_export_says_what_to_do(step: tuple[str, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"holds adapters without their base.* --merge"):
+    with pytest.raises(ConfigError, match=r"holds adapters apart from their base.* --merge"):
         open_model(step[1])
 
 

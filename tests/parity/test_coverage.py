@@ -1,6 +1,7 @@
 """The table has a row for everything that is promised to be equal."""
 
 from collections import Counter
+from collections.abc import Collection
 from itertools import combinations, product
 from pathlib import Path
 from typing import get_args
@@ -8,6 +9,8 @@ from typing import get_args
 import pytest
 
 from tests.distributed import tiny
+from tests.parity.adapted import ADAPTED, QUANTISED, kind_of
+from tests.parity.adapted import KINDS as KINDS_OF_LORA
 from tests.parity.historical_bugs import BUGS
 from tests.parity.table import TABLE, dims_of, kinds_of, name_of, special_of
 from torchtitan.config.schema import Parallelism, PipelineSchedule
@@ -83,7 +86,7 @@ def test_every_kind_of_checkpointing_and_compiler() -> None:
 @pytest.mark.parametrize("where", ["parameters on the host", "activations on the host"])
 def test_memory_on_the_host_with_every_parallelism(where: str) -> None:
     met = set().union(*(k for case, k in zip(TABLE, KINDS) if where in special_of(case)))
-    assert met == {"fsdp", "hsdp", *OTHERS}
+    assert met == {"fsdp", "hsdp", *OTHERS} | ({"ddp"} if where.startswith("activ") else set())
     assert SPECIAL["checkpointing memory budget"] >= 1
 
 
@@ -117,6 +120,43 @@ def test_adapters_and_dropout_with_what_cuts_them() -> None:
     for family, kinds in (("low rank", {"fsdp", *OTHERS}), ("dropping", {*DATA, "pp"})):
         met = set().union(*(k for case, k in zip(TABLE, KINDS) if case.family == family))
         assert met == kinds, family
+
+
+GROUPS = {
+    "LoRA": ("LoRA",),
+    "DoRA": ("DoRA", "DoRA with dropout"),
+    "dropout": ("LoRA with dropout", "DoRA with dropout"),
+    "QLoRA": tuple(QUANTISED),
+}
+OPTIONS = ("checkpointing", "compiled", "accumulates", "parameters on", "activations on")
+
+
+def met_by(kinds: Collection[str]) -> set[tuple[str, ...]]:
+    """The parallelisms, pairs of them, options, and options with a parallelism, of adapters."""
+    met: set[tuple[str, ...]] = set()
+    for case in (case for case in ADAPTED if kind_of(case) in kinds):
+        axes, words = sorted(kinds_of(case)), list(special_of(case))
+        options = [name for name in OPTIONS if any(text.startswith(name) for text in words)]
+        met |= {(axis,) for axis in axes} | {(option,) for option in options}
+        met |= set(combinations(axes, 2)) | {(o, axis) for o in options for axis in axes}
+    return met
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_kind_of_adapters_with_every_parallelism_and_option(group: str) -> None:
+    wanted = {(name,) for name in (*DATA, "fsdp", "hsdp", *OTHERS, *OPTIONS)}
+    assert wanted <= met_by(GROUPS[group])
+
+
+@pytest.mark.parametrize("kinds", [KINDS_OF_LORA, QUANTISED], ids=["lora", "qlora"])
+def test_adapters_with_pairs_of_parallelisms(kinds: Collection[str]) -> None:
+    assert set(combinations(sorted(["fsdp", *OTHERS]), 2)) <= met_by(kinds)
+
+
+def test_options_of_adapters_with_every_parallelism() -> None:
+    """DDP holds parameters on the device."""
+    wanted = set(product(OPTIONS, [*DATA, "fsdp", "hsdp", *OTHERS])) - {("parameters on", "ddp")}
+    assert wanted <= met_by([*KINDS_OF_LORA, *QUANTISED])
 
 
 def test_ranks_have_unequal_numbers_of_targets() -> None:

@@ -35,7 +35,7 @@ COMPACT = ("AdamWBF16", "AdamW8bit")
 def rows() -> Iterator[Any]:
     """Yield the rows mesh by mesh; for the night, a compiled one that compiles nothing new.
 
-    By day every axis is compiled, and every pair of them.
+    By day every axis is compiled, and every pair of them; adapters have meshes of at most two axes.
     """
     compiled: set[tuple[str, ...]] = set()
     by_mesh: dict[str, list[Any]] = {}
@@ -47,6 +47,8 @@ def rows() -> Iterator[Any]:
             if pairs <= compiled:
                 marks = [pytest.mark.nightly]
             compiled |= pairs
+        if kind_of(case) and case.world_size > 4:
+            marks = [pytest.mark.nightly]
         # What stands before the colon is trained by one process of the tests (tests/conftest.py).
         name = f"{mesh.describe()}: {', '.join(special_of(case)) or 'plain'}"
         by_mesh.setdefault(mesh.describe(), []).append(pytest.param(case, marks=marks, id=name))

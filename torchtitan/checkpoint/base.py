@@ -8,13 +8,11 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from torchtitan.checkpoint.collective import run_on_all_ranks
 from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_of
-from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
 
 _SUFFIXES = (".safetensors", ".distcp", ".gguf", ".pth", ".pt")
@@ -58,17 +56,6 @@ def weights_digest(path: Path, world: DistributedContext) -> str:
     CheckpointError for files that cannot be read.
     """
     return digest_of_files(world, f"{path} cannot be read", weight_files(path))
-
-
-def require_same_base(recorded: Mapping[str, Any], path: Path, digest: str) -> None:
-    """Raise `CheckpointError` unless the base at `path` is the recorded one."""
-    if recorded["digest"] != digest:
-        place = "" if str(path) == recorded["path"] else f" (it was {recorded['path']})"
-        raise CheckpointError(
-            f"the base model {path}{place} is not the one that the checkpoint was trained on: its"
-            " content differs. Fix: restore it, or set checkpoint.initial_load_path to where the"
-            " unchanged base is now"
-        )
 
 
 def without_base(

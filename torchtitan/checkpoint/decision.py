@@ -10,13 +10,13 @@ A folder with only a seed checkpoint is a run that has not begun: a run that sta
 have the same model and checkpoint folder, and may differ in everything else.
 """
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torchtitan.checkpoint.base_place import MovedBase, place_of_base
 from torchtitan.checkpoint.config_diff import MUST_NOT, WAYS_OUT, compare, epochs_grow, stored_value
 from torchtitan.checkpoint.initial import initial_start
 from torchtitan.checkpoint.manifest import HANDLERS_STATE, base_of
@@ -280,7 +280,7 @@ def _continuation_problems(
         )
         return [ConfigIssue(key, text, fix, value)]
     base, given = base_of(newest), checkpoint.initial_load_path
-    if base and not any(os.path.exists(path) for path in (base["path"], given or "")):
+    if base and place_of_base(base, MovedBase(path=given)) is None:
         text = f"the run's checkpoints refer to the base model {base['path']}, which is missing"
         fix = "restore it, or set this to where it is now"
         return [ConfigIssue("checkpoint.initial_load_path", text, fix, given)]

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.base import digest_of_files, digest_of_manifest, require_same_base
+from torchtitan.checkpoint.base import digest_of_files, digest_of_manifest
+from torchtitan.checkpoint.base_place import (
+    NOT_MOVED,
+    MovedBase,
+    missing_base,
+    place_of_base,
+    require_same_base,
+)
 from torchtitan.checkpoint.collective import describe_on_all_ranks, run_on_all_ranks, run_on_rank0
 from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial import initial_path, without_excluded
@@ -28,6 +35,7 @@ from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.weights.hub import download_once, hub_path_of, is_hub_path
 from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.source import WeightSource
@@ -61,7 +69,8 @@ class InitialLoad:
     """The checkpoint of `checkpoint.initial_load_path`, verified if it has a manifest.
 
     `open_foreign` opens weights of Hugging Face, Meta or GGUF for the run's model. A checkpoint
-    that refers to a base is loaded together with it. All ranks construct it and call every method.
+    that refers to a base is loaded together with it, which may have `moved`. All ranks construct it
+    and call every method.
     """
 
     def __init__(
@@ -69,12 +78,13 @@ class InitialLoad:
         section: Checkpoint,
         world: DistributedContext,
         open_foreign: Callable[[Path], WeightSource] | None = None,
+        moved: MovedBase = NOT_MOVED,
     ):
         self._world = world
         self._model_only = section.initial_load_model_only
         self._excluded = section.exclude_from_loading
         path = initial_path(section)
-        self._what = f"{path} cannot be loaded (checkpoint.initial_load_path)"
+        self._what = f"{path} cannot be loaded"
         self._digest: str | None = None
         self._base: InitialLoad | None = None
         self._folder: ModelFolder | WeightSource
@@ -94,12 +104,13 @@ class InitialLoad:
                 self._what,
                 lambda: verify_share(path, manifest, world.rank, world.world_size),
             )
-            self._base = open_base(section, manifest, world, open_foreign)
+            self._base = open_base(section, manifest, world, open_foreign, moved)
 
     def base_record(self) -> dict[str, str]:
         """Return path and digest of the weights without adapters: these, or their own base.
 
-        Reads all files unless a manifest has their digests. Collective.
+        `hub` is their `hf://owner/name@commit`, if they lie in the hub's cache. Reads all files
+        unless a manifest has their digests. Collective.
         """
         if self._base is not None:
             return self._base.base_record()
@@ -107,7 +118,9 @@ class InitialLoad:
             self._digest = digest_of_manifest(self._manifest)
         elif self._digest is None:
             self._digest = digest_of_files(self._world, self._what, self._folder.files)
-        return {"path": str(self._folder.path), "digest": self._digest}
+        record = {"path": str(self._folder.path), "digest": self._digest}
+        hub_path = hub_path_of(self._folder.path)
+        return record if hub_path is None else record | {"hub": hub_path}
 
     def holds_any(self, names: Collection[str]) -> bool:
         """Return whether it has a tensor of one of these names, not counting its base."""
@@ -264,30 +277,26 @@ def open_base(
     manifest: Manifest,
     world: DistributedContext,
     open_foreign: Callable[[Path], WeightSource] | None,
-    moved_to: str | None = None,
+    moved: MovedBase,
 ) -> InitialLoad | None:
-    """Open the base that a checkpoint refers to: at `moved_to`, if that exists, or its path.
+    """Open the base that a checkpoint refers to, downloaded again if it is the hub's and gone.
 
     None for a whole checkpoint. Raises `CheckpointError` for a base that is missing or changed.
     """
     recorded = base_of(manifest)
     if recorded is None:
         return None
-    places = [place for place in (moved_to, recorded["path"]) if place is not None]
-    path = run_on_rank0(
-        world,
-        "the base model cannot be looked for",
-        lambda: next((place for place in places if Path(place).exists()), None),
-    )
-    if path is None:
-        raise CheckpointError(
-            f"the base model {recorded['path']}, which the checkpoint refers to, does not exist."
-            " Fix: restore it, or set checkpoint.initial_load_path to where it is now"
-        )
-    place = {"initial_load_path": path, "initial_load_model_only": True}
-    base = InitialLoad(section.model_copy(update=place), world, open_foreign)
+    what = "the base model cannot be looked for"
+    place = run_on_rank0(world, what, lambda: place_of_base(recorded, moved))
+    if place is None:
+        raise missing_base(recorded, moved)
+    if is_hub_path(place):
+        what = f"the base model {place} cannot be downloaded"
+        place = str(run_on_all_ranks(world, what, partial(download_once, place)))
+    update = {"initial_load_path": place, "initial_load_model_only": True}
+    base = InitialLoad(section.model_copy(update=update), world, open_foreign)
     found = base.base_record()
-    require_same_base(recorded, Path(found["path"]), found["digest"])
+    require_same_base(recorded, Path(found["path"]), found["digest"], moved)
     return base
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.base import without_base
+from torchtitan.checkpoint.base_place import MovedBase
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.handler_state import HandlerState, KeepsState, load_handler_state
 from torchtitan.checkpoint.initial_load import ChangesWeights, InitialLoad, added_to_base, open_base
@@ -82,8 +83,8 @@ class CheckpointManager:
         self.found = None if replaces_run else self._find(store)
         if self.found is not None:
             self._last_saved = store.saved_step = store.protected_step = self.found.step
-            manifest, moved_to = self.found.manifest, section.initial_load_path
-            self._base = open_base(section, manifest, world, open_foreign, moved_to)
+            moved = MovedBase("checkpoint.initial_load_path", section.initial_load_path)
+            self._base = open_base(section, self.found.manifest, world, open_foreign, moved)
         elif section.initial_load_path is not None:
             self._initial = InitialLoad(section, world, open_foreign)
 

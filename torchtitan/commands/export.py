@@ -10,6 +10,7 @@ from torchtitan.config.paths import expand_path
 
 def run(options: argparse.Namespace) -> int:
     """Check the paths, then write; exit status 0. Raises ConfigError and CheckpointError."""
+    from torchtitan.checkpoint.base_place import moved_base
     from torchtitan.training.adapters import open_adapted
     from torchtitan.training.export import Target, check_target, write_adapter, write_model
     from torchtitan.training.open_model import open_model
@@ -26,12 +27,12 @@ def run(options: argparse.Namespace) -> int:
     format = options.format or ("gguf" if out.suffix.lower() == ".gguf" else "hf")
     target = Target(out, format, options.dtype, options.max_shard_size)
     step = Path(expand_path(options.step))
-    if options.adapter:
-        print(write_adapter(open_adapted(step, options.tokenizer), target))
+    if not options.adapter and not options.merge:
+        print(write_model(open_model(step, options.tokenizer), target))
         return DONE
+    adapted = open_adapted(step, options.tokenizer, moved_base(options.base))
     if options.merge:
-        model = open_adapted(step, options.tokenizer).merged(options.dtype)
+        print(write_model(adapted.merged(options.dtype), target))
     else:
-        model = open_model(step, options.tokenizer)
-    print(write_model(model, target))
+        print(write_adapter(adapted, target))
     return DONE

@@ -2,7 +2,7 @@
 
 import argparse
 
-from torchtitan.commands.generation_options import add_option
+from torchtitan.commands.generation_options import add_base, add_option
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,6 +31,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     adapters.add_argument(
         "--adapter", action="store_true", help="of a step of adapters: write these, for peft"
     )
+    add_base(parser)
     _add_writing(parser)
 
 

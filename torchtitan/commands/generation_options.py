@@ -13,6 +13,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    add_base(group)
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -41,6 +42,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="under torchrun: ranks that share the weights by FSDP, each with prompts of its own"
         " (default: 1; ranks that are left hold copies)",
     )
+
+
+def add_base(parser: argparse._ActionsContainer) -> None:
+    """Add `--base`."""
+    text = "of a step of adapters: the unchanged base model, if it has moved"
+    parser.add_argument("--base", metavar="PATH", help=text)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:

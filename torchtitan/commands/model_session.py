@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan.checkpoint.base_place import moved_base
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
 from torchtitan.data.document_ends import Ends
@@ -54,7 +55,8 @@ def look_at(
         problems = [*problems, *_output_problems(Path(expand_path(output)))]
     if problems:
         raise ConfigError(problems)
-    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer)
+    moved = moved_base(options.base)
+    found = describe_pretrained(expand_path(options.checkpoint), options.tokenizer, moved)
     mesh_of(options, found, place.world_size)
     return place, found
 

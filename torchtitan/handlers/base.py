@@ -46,6 +46,9 @@ class ModelHandler:
     run that starts from `checkpoint.initial_load_path` then leave out what is not trained, and
     refer to that path: it must not be changed afterwards."""
 
+    start_files: tuple[Path, ...] = ()
+    """Files from which `initialize_added` takes values: with the weights, the run's start."""
+
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         pass
 
@@ -59,6 +62,10 @@ class ModelHandler:
         Runs under `torch.device("meta")` with `training.dtype` as the default type: new parameters
         take no memory and have the type of the existing ones.
         """
+
+    def check_start(self, model: nn.Module) -> list[ConfigIssue]:
+        """Return the problems of what `initialize_added` will read; called where that will be."""
+        return []
 
     def init_rule(self, name: str) -> InitRule | None:
         """Return how a parameter or buffer is initialised; None leaves it to the model.

@@ -28,7 +28,7 @@ from torchtitan.config.suggest import fix_of_glob
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.base import ModelHandler
 from torchtitan.handlers.linears import linears_of
-from torchtitan.handlers.peft import read_peft, read_peft_config, write_peft
+from torchtitan.handlers.peft import WEIGHTS_NAME, read_peft, read_peft_config, write_peft
 from torchtitan.handlers.registry import handler_settings
 from torchtitan.handlers.settings import LoraSettings
 from torchtitan.models.decoder.args import DecoderArgs
@@ -134,13 +134,18 @@ class LoraHandler(ModelHandler):
         chosen = self.settings
         self._scale = chosen.alpha / (math.sqrt(chosen.rank) if chosen.rslora else chosen.rank)
         self._family = get_family(job_config.model.name)
+        if chosen.adapter is not None:
+            self.start_files = (Path(chosen.adapter) / WEIGHTS_NAME,)
         self._adapted: dict[str, int] = {}
         """Inputs of each adapted linear, by all of its names."""
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
-        """Find patterns that match no linear, a rank that does not fit, and another's adapter."""
-        found = self._check_targets(model)
-        return found or ([] if self.settings.adapter is None else self._check_adapter(model))
+        """Find patterns that match no linear, and a rank that does not fit."""
+        return self._check_targets(model)
+
+    def check_start(self, model: nn.Module) -> list[ConfigIssue]:
+        """Find an adapter of PEFT's that cannot be the start."""
+        return [] if self.settings.adapter is None else self._check_adapter(model)
 
     def _check_targets(self, model: nn.Module) -> list[ConfigIssue]:
         linears = dict(linears_of(model))
@@ -259,7 +264,8 @@ class LoraHandler(ModelHandler):
         """
         parts = model if isinstance(model, list) else [model]
         if self.settings.adapter is not None:
-            adapters = read_peft(Path(self.settings.adapter), self._family, _args_of(parts[0]))
+            folder = Path(self.settings.adapter)
+            adapters = read_peft(folder, self._family, _args_of(parts[0]))
             for name, parameter in (pair for part in parts for pair in part.named_parameters()):
                 if name in adapters:
                     fill_part(parameter, adapters[name])

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,8 +47,15 @@ class NamedHandler:
 
     def check(self, model: nn.Module) -> list[ConfigIssue]:
         """Return the problems that only the model shows."""
-        with self._errors_of("check"):
-            found = list(self.handler.check(model))
+        return self._issues("check", model)
+
+    def check_start(self, model: nn.Module) -> list[ConfigIssue]:
+        """Return the problems of what `initialize_added` will read."""
+        return self._issues("check_start", model)
+
+    def _issues(self, hook: str, model: nn.Module) -> list[ConfigIssue]:
+        with self._errors_of(hook):
+            found = list(getattr(self.handler, hook)(model))
             for item in found:
                 if not isinstance(item, ConfigIssue):
                     raise TypeError(f"{item!r} is not a ConfigIssue")
@@ -90,6 +98,11 @@ class NamedHandler:
     def adds_adapters(self) -> bool:
         """Return whether checkpoints leave out what is not trained, see `ModelHandler`."""
         return self.handler.adds_adapters
+
+    @property
+    def start_files(self) -> tuple[Path, ...]:
+        """The files from which `initialize_added` takes values."""
+        return self.handler.start_files
 
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
         """Let the handler change the first values of what it added."""

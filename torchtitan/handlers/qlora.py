@@ -5,7 +5,8 @@ dequantised whenever it is multiplied with, in the backward again, so no wide co
 product. Checkpoints leave it out like every base; a resume quantises it again, to the same bytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,13 +19,15 @@ from torch.distributed.tensor import Shard
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.lora import LoraHandler, LoraLinear
-from torchtitan.handlers.quantised import BLOCK, dequantize, packed, quantize
+from torchtitan.handlers.quantised import BLOCK, dequantize, has_kernels, packed, quantize
 from torchtitan.handlers.settings import QloraSettings
 from torchtitan.models.spec import InitRule
 from torchtitan.parallel.initialize import initialize_tensors
 from torchtitan.parallel.tensor_parallel import ParallelStyle
 from torchtitan.utils.torch_compat import local_tensor
 from torchtitan.weights.made_tensors import MadeTensors
+
+logger = logging.getLogger(__name__)
 
 CODES = {4: "weight_nf4", 8: "weight_int8"}
 """Names of the codes, by their bits."""
@@ -36,32 +39,41 @@ class _QuantisedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        with_kernels: bool,
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        ctx.bits = bits
-        return F.linear(x, dequantize(codes, scale, bits, x.dtype), bias)
+        ctx.bits, ctx.with_kernels = bits, with_kernels
+        return F.linear(x, dequantize(codes, scale, bits, x.dtype, with_kernels), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         codes, scale = ctx.saved_tensors
-        return grad @ dequantize(codes, scale, ctx.bits, grad.dtype), None, None, None, None
+        weight = dequantize(codes, scale, ctx.bits, grad.dtype, ctx.with_kernels)
+        return grad @ weight, None, None, None, None, None
 
 
 class QloraLinear(LoraLinear):
     """A `LoraLinear` whose matrix is quantised: codes `[out, in / 2 or in]`, and scales."""
 
     bits: int
+    with_kernels: bool = False
+    """Dequantise by bitsandbytes, to the same bits."""
 
     def frozen_product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Map `[..., in]` to `[..., out]` without the adapter."""
-        codes = getattr(self, CODES[self.bits])
-        return _QuantisedProduct.apply(input, codes, getattr(self, SCALE), bias, self.bits)
+        codes, scale = getattr(self, CODES[self.bits]), getattr(self, SCALE)
+        return _QuantisedProduct.apply(input, codes, scale, bias, self.bits, self.with_kernels)
 
     def frozen_matrix(self) -> Tensor:
         """Return the matrix that the adapter is added to, in the adapter's type."""
-        codes = getattr(self, CODES[self.bits])
-        return dequantize(codes, getattr(self, SCALE), self.bits, self.lora_a.dtype)
+        codes, scale = getattr(self, CODES[self.bits]), getattr(self, SCALE)
+        return dequantize(codes, scale, self.bits, self.lora_a.dtype, self.with_kernels)
 
     def frozen_parameter(self) -> tuple[Tensor, Tensor]:
         """Return a parameter with the matrix's rows, and this rank's part of the matrix."""
@@ -156,7 +168,7 @@ class QloraHandler(LoraHandler):
             if all(name in tensors for name in names):
                 store = partial(self._store, linear, *(tensors[name] for name in names))
                 like, factor = tensors[names[0]], packed(self.bits)[0]
-                made[f"{linear}.weight"] = MadeTensors(names, like, factor, store)
+                made[f"{linear}.weight"] = MadeTensors(names, like, factor, store, self._restored)
         return made
 
     @torch.no_grad()
@@ -165,6 +177,10 @@ class QloraHandler(LoraHandler):
         for tensor, values in zip((codes, scale), found, strict=True):
             local_tensor(tensor).copy_(values)
         self._filled.add(linear)
+
+    def _restored(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = parts
+        return dequantize(codes, scale, self.bits, dtype)
 
     def initialize_added(self, model: nn.Module | list[nn.Module]) -> None:
         """Quantise the first values of matrices that were not loaded, then do as `lora` does."""
@@ -176,6 +192,16 @@ class QloraHandler(LoraHandler):
                     initialize_tensors([(name, weight)], self._rule, self._seed)
                     made.store(weight)
         super().initialize_added(model)
+
+    def after_load(self, model: nn.Module | list[nn.Module]) -> None:
+        """Let the matrices be dequantised by bitsandbytes, if it is installed."""
+        if self.bits != 4 or not has_kernels():
+            return
+        logger.info("Matrices in NF4 are dequantised by bitsandbytes.")
+        for part in model if isinstance(model, list) else [model]:
+            for module in part.modules():
+                if isinstance(module, QloraLinear):
+                    module.with_kernels = True
 
     def merge_added(self, name: str, weight: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """Merge into the dequantised matrix, with which the adapter was trained."""

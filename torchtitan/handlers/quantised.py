@@ -6,13 +6,18 @@ matrix, so every mesh holds the same values. Four bits are NF4
 in the upper half. Eight bits are integers from -127 to 127.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchtitan.utils.dtypes import at_least_float32
+
 BLOCK = 64
 """Elements of a row that share a scale."""
 _LARGEST = 127
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -57,14 +62,34 @@ def quantize(weight: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tenso
     return codes[:, ::2] << 4 | codes[:, 1::2], scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix `[out, in]`, computed in `dtype`."""
+def dequantize(
+    codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, with_kernels: bool = False
+) -> Tensor:
+    """Return the matrix `[out, in]` in `dtype`, computed in at least float32 and rounded once.
+
+    `with_kernels`: by bitsandbytes where it knows `dtype`, to the same bits; see `has_kernels`.
+    """
     codes = codes.to(packed(bits)[1])  # FSDP of torch < 2.13 gathers integers in the compute type
+    if with_kernels and bits == 4 and dtype in _KERNEL_DTYPES:
+        shape = [codes.size(0), 2 * codes.size(1)]
+        run = torch.ops.bitsandbytes.dequantize_4bit.default
+        matrix: Tensor = run(codes, scale.float(), BLOCK, "nf4", shape, dtype)
+        return matrix
+    wide = at_least_float32(dtype)
     if bits == 8:
-        values = codes.to(dtype) / _LARGEST
+        values = codes.to(wide) / _LARGEST
     else:
-        levels = torch.tensor(NF4, dtype=dtype).to(codes.device, non_blocking=True)
+        levels = torch.tensor(NF4, dtype=wide).to(codes.device, non_blocking=True)
         pairs = torch.cartesian_prod(levels, levels)  # [256, 2]
         values = F.embedding(codes.int(), pairs).flatten(1)
-    blocks = values.unflatten(1, (-1, BLOCK)) * scale.to(dtype).unsqueeze(2)
-    return blocks.flatten(1)
+    blocks = values.unflatten(1, (-1, BLOCK)).mul_(scale.to(wide).unsqueeze(2))
+    return blocks.flatten(1).to(dtype)
+
+
+def has_kernels() -> bool:
+    """Return whether bitsandbytes is installed and has kernels for this machine; imports it."""
+    if find_spec("bitsandbytes") is None:
+        return False
+    import bitsandbytes.cextension as library
+
+    return not isinstance(library.lib, library.ErrorHandlerMockBNBNativeLibrary)

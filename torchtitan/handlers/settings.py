@@ -82,7 +82,8 @@ class LoraSettings(Section):
 
     adapter: PathText | None = None
     """A folder of PEFT's with the adapters to start from, of the same rank, scale and targets.
-    Unset: A is random and B zero."""
+    Unset: A is random and B zero. Without effect where a checkpoint has adapters: on a resume, and
+    if `checkpoint.initial_load_path` is a step of adapters."""
 
     base_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """The type in which the frozen weights are held. Unset: `training.mixed_precision_param`, to

@@ -4,14 +4,22 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.checkpoint.config_diff import stored_value
+from torchtitan.checkpoint.decision import starts_anew
+from torchtitan.checkpoint.manifest import InvalidCheckpoint, read_manifest
+from torchtitan.checkpoint.stored_run import StoredRun
+from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.errors import errors_of
 from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.suggest import issues_of_names
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
+from torchtitan.loss.registry import DPOSettings, loss_settings
+from torchtitan.weights.hub import is_hub_path
+from torchtitan.weights.recognise import kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +93,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
 
 
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
-    """Ask each handler that has a `check(model)`; imports torch.
+    """Ask each handler that has a `check(model)` or `check_start(model)`; imports torch.
 
     Handlers after a registered one, which may add modules and parameters, judge at the start.
     """
@@ -96,7 +104,40 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
     issues: list[ConfigIssue] = []
     for name in config.model.handlers:
-        issues += NamedHandler(name, config, dims).check(model)
+        handler = NamedHandler(name, config, dims)
+        found = handler.check(model)
+        if not found and _initialises_added(config, name):
+            found = handler.check_start(model)
+        issues += found
         if HANDLERS.origin(name) != BUILT_IN:
             break
     return issues
+
+
+def _initialises_added(config: JobConfig, name: str) -> bool:
+    """Return whether what the handler adds gets first values at this start: none are loaded."""
+    section = config.checkpoint
+    if not section.enable:
+        return True
+    try:
+        run = StoredRun(Path(config.job.dump_folder).resolve(), section.folder)
+        if run.good and not starts_anew(config) and not _has_frozen_start(config):
+            return False
+        path = section.initial_load_path
+        if path is None or is_hub_path(path) or kind_of(Path(path)) != "step":
+            return True
+        stored = read_manifest(Path(path)).info.get("config") or {}
+    except (OSError, InvalidCheckpoint):  # reported by the checks of the folders
+        return False
+    return name not in (stored_value(stored, "model.handlers") or ())
+
+
+def _has_frozen_start(config: JobConfig) -> bool:
+    """Return whether the loss compares with a copy of the start, which is made at every start."""
+    try:
+        settings = loss_settings(config.loss)
+    except ConfigError:
+        return False
+    if not isinstance(settings, DPOSettings):
+        return False
+    return settings.needs_reference and settings.reference == "start"

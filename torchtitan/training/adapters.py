@@ -1,6 +1,6 @@
 """A step that holds adapters, as other programs read it: merged into its base, or alone."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan.checkpoint.base import digest_here, digest_of_manifest, require_same_base
+from torchtitan.checkpoint.base import digest_here, digest_of_manifest
+from torchtitan.checkpoint.base_place import (
+    NOT_MOVED,
+    MovedBase,
+    missing_base,
+    place_of_base,
+    require_same_base,
+)
+from torchtitan.checkpoint.initial_load import added_to_base
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, base_of
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue
@@ -18,11 +26,12 @@ from torchtitan.handlers.conversion import convert_model
 from torchtitan.handlers.named import NamedHandler
 from torchtitan.handlers.registry import changes_model
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.models.family import ModelFamily
+from torchtitan.models.family import ModelFamily, require_language_model
 from torchtitan.models.registry import get_family
 from torchtitan.training.open_model import (
     config_of_step,
     decoder_args,
+    holds_adapters,
     record_of_training,
     verify_files,
     with_window,
@@ -30,10 +39,14 @@ from torchtitan.training.open_model import (
 from torchtitan.training.pretrained import newest_step, require_cached_masks
 from torchtitan.training.pretrained_config import tokenizer_of_step
 from torchtitan.utils.dtypes import at_least_float32
+from torchtitan.weights.hub import download_once, is_hub_path
+from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.readback import logits_of
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.source import open_weights
-from torchtitan.weights.stored_model import StoredModel, Weights, load
+from torchtitan.weights.stored_model import StoredModel, Weights, empty, load
+
+MadeByName = Mapping[str, MadeTensors]
 
 _IN = "IN"
 _EMBEDDING = "tok_embeddings.weight"
@@ -114,8 +127,34 @@ class _MergedWeights:
             tensors[name].copy_(self._handler.merge_added(name, weight, by_last_name))
 
 
-def open_adapted(path: Path, tokenizer_path: str | None = None) -> AdaptedModel:
-    """Open a step of adapters, or the newest of a run, and verify its files and its base.
+class _Part:
+    """The tensors of a step that are, or are not, the adapters'; made ones as their matrices."""
+
+    def __init__(self, folder: ModelFolder, names: Collection[str], made: MadeByName):
+        self._folder, self._made = folder, made
+        self.tensors: dict[str, dict[str, Any]] = {name: folder.tensors[name] for name in names}
+        """See `Weights`."""
+        for name, each in made.items():
+            dtype = folder.tensors[each.names[-1]]["dtype"]
+            self.tensors[name] = {"dtype": dtype, "shape": list(each.shape)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Weights`."""
+        plain = {name: tensor for name, tensor in tensors.items() if name not in self._made}
+        if plain:
+            self._folder.load(plain)
+        for name in tensors.keys() - plain.keys():
+            stored = {part: self._folder.tensors[part] for part in self._made[name].names}
+            parts = {part: empty(entry) for part, entry in stored.items()}
+            self._folder.load(parts)
+            dtype = at_least_float32(tensors[name].dtype)
+            tensors[name].copy_(self._made[name].restore(list(parts.values()), dtype))
+
+
+def open_adapted(
+    path: Path, tokenizer_path: str | None = None, moved: MovedBase = NOT_MOVED
+) -> AdaptedModel:
+    """Open a step with adapters, or the newest of a run, and verify its files and its base.
 
     Raises ConfigError for a checkpoint without adapters, CheckpointError for damage and for a base
     that is missing or changed.
@@ -125,18 +164,19 @@ def open_adapted(path: Path, tokenizer_path: str | None = None) -> AdaptedModel:
         raise ConfigError(ConfigIssue(_IN, "does not exist", "name a step", str(path)))
     try:
         folder = read_model_folder(path) if kind_of(path) == "step" else None
-        recorded = None if folder is None else base_of(folder.manifest)
-        if folder is None or recorded is None:
+        if folder is not None and folder.manifest is not None:
+            config_of_step(folder.manifest)  # imports handlers
+        if folder is None or not holds_adapters(folder.manifest):
             text = "holds no adapters: it is a whole model, or one that is merged already"
             fix = "leave out --adapter and --merge, or name a step of a run with adapters"
             raise ConfigError(ConfigIssue(_IN, text, fix, str(path)))
-        return _open(path, folder, recorded, tokenizer_path)
+        return _open(path, folder, tokenizer_path, moved)
     except (InvalidWeights, InvalidCheckpoint) as error:
         raise CheckpointError(str(error)) from error
 
 
 def _open(
-    path: Path, folder: ModelFolder, recorded: Mapping[str, str], tokenizer_path: str | None
+    path: Path, folder: ModelFolder, tokenizer_path: str | None, moved: MovedBase
 ) -> AdaptedModel:
     manifest = folder.manifest
     assert manifest is not None
@@ -150,16 +190,36 @@ def _open(
         problem = f"was trained with {', '.join(names)}, and only adapters can be exported"
         fix = "convert it to a .pt file instead, which holds its tensors as they are"
         raise ConfigError(ConfigIssue("model.handlers", problem, fix))
-    place, family = Path(recorded["path"]), get_family(config.model.name)
-    if not place.exists():
-        text, fix = "the base model that it refers to is missing", "restore it"
-        raise ConfigError(ConfigIssue(_IN, text, fix, str(place)))
-    base, args, digest = _open_base(place, config.model, family)
-    require_same_base(recorded, place, digest)
-    args = with_window(config, args)
+    family, recorded = get_family(config.model.name), base_of(manifest)
     tokenizer, training = tokenizer_path or tokenizer_of_step(path), record_of_training(manifest)
-    model = StoredModel(path, family, args, folder, tokenizer, training)
+    if recorded is None:
+        args = with_window(config, _args_of(folder, config.model, family))
+        own, base = _split(folder, family, args, makers[0])
+        model = StoredModel(path, family, args, own, tokenizer, training)
+        return AdaptedModel(model, replace(model, weights=base), makers[0])
+    found = place_of_base(recorded, moved)
+    if found is None:
+        raise missing_base(recorded, moved)
+    place = download_once(found) if is_hub_path(found) else Path(found).resolve()
+    base, args, digest = _open_base(place, config.model, family)
+    require_same_base(recorded, place, digest, moved)
+    model = StoredModel(path, family, with_window(config, args), folder, tokenizer, training)
     return AdaptedModel(model, replace(model, path=place, weights=base), makers[0])
+
+
+def _split(
+    folder: ModelFolder, family: ModelFamily, args: DecoderArgs, handler: NamedHandler
+) -> tuple[Weights, Weights]:
+    """Return the adapters of a whole step, and the base that it holds itself."""
+    with torch.device("meta"):
+        model = family.build(args)
+    require_language_model(model, family.name)
+    convert_model(model, [handler], torch.float32)
+    parameters = dict(model.named_parameters())
+    added, made = added_to_base(parameters, [handler]), handler.made_of(parameters)
+    parts = {name for each in made.values() for name in each.names}
+    rest = [name for name in folder.tensors if name not in added | parts]
+    return _Part(folder, added, {}), _Part(folder, rest, made)
 
 
 def _open_base(
@@ -174,8 +234,13 @@ def _open_base(
         source = open_weights(place, family, args, "vocab_size" in section.args)
         return source, args, digest_here(source.files)
     folder = read_model_folder(place)
-    args = decoder_args(family, family.resolve(section, folder.tensors[_EMBEDDING]["shape"][0]))
+    args = _args_of(folder, section, family)
     if folder.manifest is None:
         return folder, args, digest_here(folder.files)
     verify_files(place, folder.manifest)
     return folder, args, digest_of_manifest(folder.manifest)
+
+
+def _args_of(folder: ModelFolder, section: Model, family: ModelFamily) -> DecoderArgs:
+    rows = folder.tensors[_EMBEDDING]["shape"][0]
+    return decoder_args(family, family.resolve(section, rows))

@@ -65,6 +65,9 @@ def load(
     manager.load(model.parts, optimizers, model.handlers)
     loaded = [handler for handler in model.handlers if manager.has_loaded_added(handler)]
     initialize_added(model, without=loaded)
+    for handler in (handler for handler in loaded if handler.added):
+        text = "What %s adds is in the checkpoint, so any other start of it has no effect."
+        logger.info(text, handler.name)
     call_after_load(model)
     manager.load_handlers(model.handlers, model.parts, optimizers)
 

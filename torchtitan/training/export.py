@@ -20,7 +20,7 @@ from torchtitan.checkpoint.dcp_io import METADATA_NAME, StepWriter
 from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
-from torchtitan.config import CheckpointError, ConfigIssue
+from torchtitan.config import CheckpointError, ConfigError, ConfigIssue
 from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.training.adapters import AdaptedModel
 from torchtitan.utils.files import sync_folder
@@ -107,7 +107,13 @@ def write_tensors(weights: Weights, target: Target) -> str:
 
 
 def write_adapter(adapted: AdaptedModel, target: Target) -> str:
-    """Write adapters in PEFT's format, as `write_model` does."""
+    """Write adapters in PEFT's format, as `write_model` does.
+
+    Raises ConfigError for a step that holds its base, which peft could not have.
+    """
+    if adapted.base.path == adapted.model.path:
+        text = "began with random weights, so its adapters are of no use alone"
+        raise ConfigError(ConfigIssue("--adapter", text, "write --merge", str(adapted.base.path)))
     return _written(target, adapted.model.weights, lambda new: _write_adapter(adapted, new))
 
 

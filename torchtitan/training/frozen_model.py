@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.checkpoint.base import weights_digest
+from torchtitan.checkpoint.base import digest_of_files, weights_digest
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.state import fill_copies, model_tensors
@@ -162,10 +162,16 @@ def with_frozen_model(
     key, given = _weights_of(config, settings)
     path = found_path(key, given) if given else None
     digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
+    # A frozen copy has what a handler starts from; the base and a teacher do not.
+    handlers = [] if is_base or is_teacher else model.handlers
+    files = [file for handler in handlers for file in handler.start_files]
+    if files:
+        digest += "+" + digest_of_files(world, f"{files[0]} cannot be read", files)
     if not is_base and known_digest not in (None, digest):
         raise CheckpointError(
-            f"the run compared with other weights than those of {path or INITIAL_WEIGHTS}. Set"
-            f" {key} to the weights that it compared with"
+            f"the run compared with other weights than those of"
+            f" {', '.join(map(str, [path or INITIAL_WEIGHTS, *files]))}. Set {key} to the weights"
+            f" that it compared with"
         )
 
     def frozen() -> FrozenModelRunner:

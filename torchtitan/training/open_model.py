@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.dcp_io import quiet_dcp
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, base_of, verify_file
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.custom_import import import_custom_modules
 from torchtitan.config.value_errors import problems_of
-from torchtitan.handlers.registry import handler_settings
+from torchtitan.handlers.registry import HANDLERS, handler_settings
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.family import ModelFamily
 from torchtitan.models.registry import get_family
@@ -78,8 +79,8 @@ def _open_step(path: Path, tokenizer_path: str | None) -> StoredModel:
     assert manifest is not None
     verify_files(path, manifest)
     config = config_of_step(manifest)
-    if base_of(manifest) is not None:
-        text = "holds adapters without their base"
+    if holds_adapters(manifest):
+        text = "holds adapters apart from their base"
         fix = "merge them with --merge, or write them alone with --adapter (torchtitan export)"
         raise ConfigError(ConfigIssue(_IN, text, fix, str(path)))
     require_plain_model(config)
@@ -89,6 +90,13 @@ def _open_step(path: Path, tokenizer_path: str | None) -> StoredModel:
     args = with_window(config, args)
     tokenizer = tokenizer_path or tokenizer_of_step(path)
     return StoredModel(path, family, args, folder, tokenizer, record_of_training(manifest))
+
+
+def holds_adapters(manifest: Manifest | None) -> bool:
+    """Return whether a step is of a run that trains adapters, with or without their base."""
+    config = None if manifest is None else manifest.info.get("config")
+    entries = [HANDLERS.get(name) for name in stored_value(config or {}, "model.handlers") or ()]
+    return base_of(manifest) is not None or any(e is not None and e.adds_adapters for e in entries)
 
 
 def config_of_step(manifest: Manifest) -> JobConfig:

@@ -16,9 +16,15 @@ from pydantic import ValidationError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan.checkpoint.base_place import NOT_MOVED, MovedBase, missing_base, place_of_base
 from torchtitan.checkpoint.config_diff import read_stored_config, stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
-from torchtitan.checkpoint.manifest import MANIFEST_NAME, InvalidCheckpoint, read_manifest
+from torchtitan.checkpoint.manifest import (
+    MANIFEST_NAME,
+    InvalidCheckpoint,
+    base_of,
+    read_manifest,
+)
 from torchtitan.checkpoint.state import model_tensors, non_finite_tensors
 from torchtitan.checkpoint.steps_folder import Candidate, inspect_steps, step_name
 from torchtitan.checkpoint.stored_run import CONFIG_NAME
@@ -68,6 +74,8 @@ class Pretrained:
     config: JobConfig | None = None
     """The config of the run that saved it; None for weights from elsewhere."""
     notices: tuple[str, ...] = ()
+    moved: MovedBase = NOT_MOVED
+    """Where the base is that a step of adapters refers to, if it has moved."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -80,17 +88,20 @@ class Pretrained:
         return frozenset(found)
 
 
-def describe_pretrained(path: str, tokenizer_path: str | None = None) -> Pretrained:
+def describe_pretrained(
+    path: str, tokenizer_path: str | None = None, moved: MovedBase = NOT_MOVED
+) -> Pretrained:
     """Return what `path` holds: a step, a run's folder (its newest step), or foreign weights.
 
-    `tokenizer_path` replaces the checkpoint's tokenizer. Raises ConfigError.
+    `tokenizer_path` replaces the checkpoint's tokenizer; the base of adapters may have `moved`.
+    Raises ConfigError, and CheckpointError for a base that is gone.
     """
     folder, damaged = find_checkpoint(path)
     notices = tuple(f"A step is damaged, and not used: {fault}" for fault in damaged)
     if os.path.lexists(folder / MANIFEST_NAME):
         if folder != Path(path).resolve():
             notices += (f"The newest step of {path} is {folder.name}.",)
-        return _describe_step(folder, tokenizer_path, notices)
+        return replace(_describe_step(folder, tokenizer_path, notices, moved), moved=moved)
     with under_command_key():
         return _describe_foreign(folder, tokenizer_path)
 
@@ -161,14 +172,17 @@ def _steps_of(folder: Path) -> tuple[Path, list[Candidate]]:
 
 
 def _describe_step(
-    folder: Path, tokenizer_path: str | None, notices: tuple[str, ...]
+    folder: Path, tokenizer_path: str | None, notices: tuple[str, ...], moved: MovedBase
 ) -> Pretrained:
     try:
-        stored = read_manifest(folder).info.get("config")
+        manifest = read_manifest(folder)
     except InvalidCheckpoint as error:
         raise CheckpointError(str(error)) from error
+    recorded = base_of(manifest)
+    if recorded is not None and place_of_base(recorded, moved) is None:
+        raise missing_base(recorded, moved)
     try:
-        config = JobConfig.model_validate(stored)
+        config = JobConfig.model_validate(manifest.info.get("config"))
     except ValidationError as error:
         raise ConfigError(problems_of(error, {})) from None
     if problems := import_custom_modules(config):
@@ -274,4 +288,5 @@ def _load(
 
     section = Checkpoint(initial_load_path=str(found.path), initial_load_model_only=True)
     open_foreign = partial(open_weights, family=found.family, args=found.args)
-    InitialLoad(section, world, open_foreign).load(model_tensors([model]), {}, handlers)
+    load = InitialLoad(section, world, open_foreign, found.moved)
+    load.load(model_tensors([model]), {}, handlers)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from torchtitan.checkpoint.base import digest_here, weight_files
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
@@ -171,18 +170,12 @@ def _facts_of(reader: SetReader) -> Any:
 
 
 def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
-    """Return what the log-probabilities of a reference depend on; `weights` identify its weights.
-
-    Files that the settings of a handler name, such as an adapter's, count by their content.
-    """
+    """Return what the log-probabilities of a reference depend on; `weights` identify its weights."""
     handlers = config.model.handlers
-    values = (value for name in handlers for value in config.handlers.get(name, {}).values())
-    paths = [Path(value) for value in values if isinstance(value, str) and value]
     return {
         "weights": weights,
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
         "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
-        "files": [digest_here(weight_files(path)) for path in paths if path.exists()],
         "seed": config.debug.seed if handlers else None,  # of parameters that they add
         "dtype": config.training.mixed_precision_param,
     }

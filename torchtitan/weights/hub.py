@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -105,6 +106,28 @@ def download(path: str, with_weights: bool = True) -> Path:
         raise ConfigError(ConfigIssue("HF_HOME", text, fix, str(lock.parent.parent))) from error
     _require_complete(folder, path, with_weights)
     return folder
+
+
+def hub_path_of(folder: Path) -> str | None:
+    """Return `hf://owner/name@commit` of a folder in a cache of the hub; None for others."""
+    match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.parent.parent.name, re.ASCII)
+    if match is None or folder.parent.name != "snapshots":
+        return None
+    return f"{_PREFIX}{match[1]}/{match[2]}@{folder.name}"
+
+
+def download_once(path: str) -> Path:
+    """Return the folder of `hf://owner/name@commit`; asks the hub only if the cache lacks a file.
+
+    Raises `ConfigError`.
+    """
+    match = _PATH.fullmatch(path)
+    if match is not None and re.fullmatch("[0-9a-f]{40}", match["revision"] or ""):
+        with suppress(ConfigError):
+            folder = _cached(Asked(match["repo_id"], match["revision"]), path)
+            _require_complete(folder, path, with_weights=True)
+            return folder
+    return download(path)
 
 
 def _fetch(asked: Asked, path: str, with_weights: bool) -> Path:

@@ -1,6 +1,6 @@
 """Tensors of a model that are made of a stored one of another shape: quantised, for example."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ class MadeTensors:
     """Columns of the matrix for each of `like`."""
     store: Callable[[Tensor], None]
     """Fills this rank's parts from its part of the matrix, which has the form of `allocate`."""
+    restore: Callable[[Sequence[Tensor], torch.dtype], Tensor]
+    """Returns the matrix that whole tensors of `names` stand for; `store` makes the same of it."""
 
     @property
     def shape(self) -> torch.Size:

@@ -76,7 +76,7 @@ def read_tensors(
             printed = time.monotonic()
             logger.info("%d of %d tensors", done, len(names))
         done += len(batch)
-        held = {name: _empty(tensors[name]) for name in batch}
+        held = {name: empty(tensors[name]) for name in batch}
         load(weights, held)
         for name in batch:
             target = dtype(name) if callable(dtype) else target_dtype(tensors[name], dtype)
@@ -118,7 +118,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _batches(names: Sequence[str], tensors: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
     """Yield names in order, together at most as large as `read_tensors` says."""
-    sizes = {name: _empty(tensors[name], "meta").nbytes for name in names}
+    sizes = {name: empty(tensors[name], "meta").nbytes for name in names}
     most = max([_BATCH_BYTES, *sizes.values()])
     batch: list[str] = []
     size = 0
@@ -132,5 +132,6 @@ def _batches(names: Sequence[str], tensors: Mapping[str, dict[str, Any]]) -> Ite
         yield batch
 
 
-def _empty(entry: Mapping[str, Any], device: str = "cpu") -> Tensor:
+def empty(entry: Mapping[str, Any], device: str = "cpu") -> Tensor:
+    """Return memory for a tensor that `Weights.tensors` describes."""
     return torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)

@@ -81,6 +81,43 @@ def test_parts_quantise_to_the_bytes_of_the_whole(bits: int) -> None:
             assert torch.equal(torch.cat([part[index] for part in parts], dim), whole[index])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_matrix_is_rounded_once(bits: int) -> None:
+    held = quantize(torch.randn(64, 4 * BLOCK), bits, torch.bfloat16)
+    exact = dequantize(*held, bits, torch.float32)
+    assert torch.equal(dequantize(*held, bits, torch.bfloat16), exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_kernels_of_bitsandbytes_give_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = adapted(config_of(dora=True)).to(dtype)
+    linear = model.layers["0"].feed_forward.w2
+    nn.init.normal_(linear.lora_b)
+    x = torch.randn(2, 3, 192, dtype=dtype)
+    calls, found = [], []
+    run = torch.ops.bitsandbytes.dequantize_4bit.default
+
+    def record(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(torch.ops.bitsandbytes.dequantize_4bit, "default", record)
+    for with_kernels in (False, True):
+        if with_kernels:
+            NamedHandler("qlora", config_of(), ParallelDims()).after_load(model)
+        of_input = x.clone().requires_grad_()
+        out = linear(of_input)
+        out.square().sum().backward()
+        found.append([out, of_input.grad, linear.lora_a.grad.clone()])
+        linear.zero_grad()
+        assert bool(calls) == (with_kernels and dtype != torch.float64)
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
 def dequantized(linear: QloraLinear) -> Tensor:
     return linear.frozen_matrix().detach()
 
