@@ -55,7 +55,8 @@ nearly 0. The table tolerates {tolerance:.0e}. What several ranks hold alike has
 all of them.
 
 *tied*: the head uses the embedding's matrix. *packed*: several documents in a sequence, which do
-not see each other. *accumulates*: the gradients of so many batches add up to a step. Context
+not see each other. *padded*: each of them in a sequence of its own, compared with packed ones.
+*accumulates*: the gradients of so many batches add up to a step. Context
 parallelism is named with its method and load balancer, pipeline parallelism with its schedule, and
 a norm other than RMSNorm with its kind; `fused_rmsnorm` is compared with `rmsnorm`. *Frozen*: those
 parameters are not trained. *Muon by name*: other matrices, and other settings of it. *On the host*:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -70,6 +71,8 @@ class Case:
     tied: bool = False
     norm: str = "rmsnorm"
     document_mask: bool = False
+    padded: bool = False
+    """Each document is a sequence of its own, without a mask; the reference has them packed."""
     window: int | None = None
     loss_chunks: int = 3
     schedule: str = "1F1B"
@@ -100,7 +103,7 @@ class Case:
                 "seq_len": SEQ_LEN,
                 "global_batch_size": NUM_SEQUENCES,
                 "local_batch_size": NUM_SEQUENCES // (self.dp * self.microbatches),
-                "document_mask": self.document_mask,
+                "document_mask": self.document_mask and not self.padded,
                 "loss_chunks": self.loss_chunks,
             },
             "parallelism": {
@@ -195,11 +198,25 @@ def data_of(case: Case) -> Batch:
     return pairs() if case.config().loss.name == "dpo" else sequences()
 
 
+def _one_a_row(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The documents of packed sequences, each at the start of a padded one."""
+    found = []
+    for row, ids in enumerate(packed["document_ids"]):
+        for number in ids.unique():
+            tokens, labels = (packed[name][row, ids == number] for name in ("tokens", "labels"))
+            padding = (0, SEQ_LEN - len(tokens))
+            found.append((F.pad(tokens, padding), F.pad(labels, padding, value=IGNORE_INDEX)))
+    tokens, labels = (torch.stack(tensors) for tensors in zip(*found))
+    positions = torch.arange(SEQ_LEN).repeat(len(found), 1)
+    return {"tokens": tokens, "labels": labels, "positions": positions}
+
+
 def microbatches_of(case: Case, dims: ParallelDims, rank: int) -> list[Batch]:
     """This rank's share of the sequences, in microbatches."""
     size = NUM_SEQUENCES // dims.dp
     start = dims.dp_rank(rank) * size
     mine = {name: tensor[start : start + size] for name, tensor in data_of(case).items()}
+    mine = _one_a_row(mine) if case.padded else mine
     parts = {name: tensor.chunk(case.microbatches) for name, tensor in mine.items()}
     return [
         Batch({name: chunks[index] for name, chunks in parts.items()})

@@ -118,6 +118,7 @@ BOTH = {**TIED, **PACKED}
 ONE = [
     row(microbatches=4),
     row(microbatches=2, loss_chunks=1, **TIED),
+    row(padded=True, **PACKED),
     row(parallelism(fsdp_reshard_after_forward="always"), microbatches=2, **PACKED),
     row(FULL, **BOTH),
     row(EVERY_SECOND, **PACKED),
@@ -142,6 +143,7 @@ DATA = [
     row(PARAMETERS_ON_HOST, ACTIVATIONS_ON_HOST, replicate=2, shard=2, microbatches=2, **TIED),
     row(COMPILED, BY_BUDGET, shard=2, microbatches=2, **PACKED),
     row(REGULARISED, shard=2, microbatches=2, **TIED),
+    row(shard=2, padded=True, **PACKED),
 ]
 TENSOR = [
     row(tp=2),
@@ -345,7 +347,7 @@ def special_of(case: Case) -> Iterator[str]:
     if case.tied:
         yield "tied"
     if case.document_mask:
-        yield "packed"
+        yield "padded" if case.padded else "packed"
     if case.window is not None:
         yield f"window of {case.window}"
     if case.args.get("rope_scaling_type"):

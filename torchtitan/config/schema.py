@@ -697,8 +697,9 @@ class Validation(Section):
     enable: bool = False
     """Measure the loss on data that are not trained on, during the run and at its end."""
 
-    dataset: str = "c4_validation"
-    """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`."""
+    dataset: str | None = None
+    """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`.
+    Unset: `auto` for a path, but `c4_validation` for a folder of C4, and without a path."""
 
     dataset_path: PathText | None = None
     """File, folder or glob of the one set. Leave it unset when `validation.sets` names several."""

@@ -33,6 +33,15 @@ def c4_test(training: Training, data: Data) -> "Source":
     return _from_files(path, "train", data)
 
 
+def default_validation(path: str | None) -> str:
+    """Return the dataset to validate on where a config has a path, or None, and no name."""
+    if path is None:
+        return "c4_validation"
+    folder = Path(path).expanduser()
+    of_c4 = (found for form in ("", "*/") for found in folder.glob(f"{form}c4-validation.*.json*"))
+    return "auto" if next(of_c4, None) is None else "c4_validation"
+
+
 def _split(split: str, training: Training, data: Data) -> "Source":
     if training.dataset_path is not None:
         return _from_files(training.dataset_path, split, data)

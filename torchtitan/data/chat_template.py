@@ -59,13 +59,14 @@ class ChatTemplate:
         today: datetime | None = None,
     ):
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from torchtitan.data.chat_sandbox import Sandbox
 
         self.source = source
         self.origin = origin
         self.variables = dict(variables)
         self._today = today
-        environment = ImmutableSandboxedEnvironment(
+        self._environment = environment = Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_generation_extension(), "jinja2.ext.loopcontrols"],
@@ -103,6 +104,7 @@ class ChatTemplate:
 
         Raises ConfigError as `render`.
         """
+        self._environment.steps = 0
         try:
             marked = self._template.render(
                 messages=list(messages),

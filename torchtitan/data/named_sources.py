@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.config import JobConfig
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.schema import Data, DataSource, Training, ValidationSet
+from torchtitan.data.c4 import default_validation
 from torchtitan.data.registry import find_dataset
 from torchtitan.utils.text import format_bytes, plural
 
@@ -196,10 +197,11 @@ def validation_sets(config: JobConfig) -> list[NamedSource]:
             _validation_set(config, table, f"{SETS}[{index}]")
             for index, table in enumerate(section.sets)
         ]
+    path, dataset = section.dataset_path, section.dataset
     only = ValidationSet(
         name=ONLY_NAME,
-        dataset=section.dataset,
-        dataset_path=section.dataset_path,
+        dataset=default_validation(path) if dataset is None else dataset,
+        dataset_path=path,
         column=section.column,
     )
     return [_validation_set(config, only, VALIDATION)]

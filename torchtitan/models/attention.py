@@ -1,10 +1,10 @@
 """Attention proper: softmax(q k^T / sqrt(hd)) v under a mask, by the kernel that suits the device.
 
 `AttentionMaskBuilder` is called once per forward, `InnerAttention` in every layer. Causal attention
-needs no mask: PyTorch's scaled_dot_product_attention has a flag for it and flash kernels. With
-documents or a window, the mask is a boolean tensor on CPUs and, on CUDA, a FlexAttention block mask
-that skips blocks no query sees. Both are modules so that another implementation (over several
-devices, for example) can replace them.
+needs no mask: PyTorch's scaled_dot_product_attention has a flag for it and flash kernels. On CPUs
+documents are attended to one by one, and a window is a boolean tensor; on CUDA the mask is a
+FlexAttention block mask, which skips blocks no query sees. Both are modules so that another
+implementation (over several devices, for example) can replace them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.models.document_attention import document_attention
 from torchtitan.models.masks import MaskFunction, MaskInputs, default_mask, dense
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask: TypeAlias = "Tensor | BlockMask | tuple[Any, ...] | None"
-"""None is plainly causal. A replacement of `AttentionMaskBuilder` may pass a tuple to its own
-replacement of `InnerAttention`."""
+"""None is plainly causal. A bool tensor is true where a query sees a key; int64 `[B, T]` are
+document ids. A replacement of `AttentionMaskBuilder` may pass a tuple to its own replacement of
+`InnerAttention`."""
 
 _compiled: dict[str, Any] = {}
 
@@ -48,6 +50,8 @@ class AttentionMaskBuilder(nn.Module):
         window = effective_window(self.window, seq_len)
         if document_ids is None and window is None:
             return None
+        if window is None and device.type == "cpu":
+            return document_ids
         inputs = MaskInputs(seq_len, document_ids, window)
         return build_mask(default_mask(inputs), inputs, device)
 
@@ -60,6 +64,8 @@ class InnerAttention(nn.Module):
         grouped = False
         if q.size(1) != k.size(1):  # a branch: under compile, a comparison may stay a symbol
             grouped = True
+        if isinstance(mask, Tensor) and mask.dtype == torch.int64:
+            return document_attention(q, k, v, mask)[0]
         if mask is None or isinstance(mask, Tensor):
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import torchtitan.models.document_attention  # noqa: F401  (registers an operator named below)
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.parallel.compile import is_marked_for_compile
@@ -32,6 +33,7 @@ _KEPT = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torchtitan.document_attention.default,
     torch.ops.higher_order.flex_attention,  # in compiled blocks; elsewhere it is not seen
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,

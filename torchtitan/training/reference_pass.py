@@ -170,7 +170,7 @@ def _facts_of(reader: SetReader) -> Any:
 
 
 def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
-    """Return what the log-probabilities of a reference depend on; `weights` identify its weights."""
+    """Return what log-probabilities of a reference depend on; `weights` identify its weights."""
     handlers = config.model.handlers
     return {
         "weights": weights,

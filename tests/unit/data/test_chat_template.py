@@ -109,6 +109,33 @@ def test_templates_that_cannot_be_used(tmp_path: Path, template: Any, message: s
     assert str(tmp_path) in str(caught.value)
 
 
+ENDLESS = {
+    "{% for a in range(10**12) %}{% endfor %}": "Range too big",
+    "{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}": "20,000 steps",
+    "{% for a in r %}{% for b in r if 0 %}{% endfor %}{% endfor %}": "20,000 steps",
+    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(99) }}": "20,000 steps",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recurses",
+    "{{ 'x' * 10**12 }}": "10,000,000 characters",
+    "{{ 10 ** (10**12) }}": "10,000,000 characters",
+    "{% for a in r %}{% set n.x = n.x + n.x %}{% endfor %}": "10,000,000 characters",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_comes_to_an_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.data.chat_sandbox.MOST_STEPS", 20_000)
+    template = "{% set r, n = range(9999), namespace(x='x') %}" + template
+    with pytest.raises(ConfigError, match=ENDLESS[template.partition(" %}")[2]]):
+        ChatTemplate(template, {}, "here").render([{"role": "user", "content": "x"}])
+
+
+def test_steps_are_counted_for_each_rendering() -> None:
+    template = ChatTemplate("{% for a in range(99) %}{{ a }}{% endfor %}", {}, "here")
+    for _ in range(3):
+        assert template.render([]).endswith("9798")
+    assert template._environment.steps == 100  # with the call of range
+
+
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):

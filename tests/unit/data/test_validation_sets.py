@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from data_runs import make_documents, write_jsonl
 
+from tests.chat_data import write_rows
 from torchtitan.config import JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
@@ -178,3 +179,17 @@ def test_sets_take_what_they_do_not_say_from_training():
     (only,) = validation_sets(facts_of({"seq_len": 16, "local_batch_size": 2}).config)
     assert (only.name, only.training.dataset) == ("validation", "c4_validation")
     assert (only.training.seq_len, only.training.local_batch_size) == (16, 2)
+
+
+def test_the_dataset_goes_by_the_path(tmp_path: Path) -> None:
+    (tmp_path / "c4" / "en").mkdir(parents=True)
+    (tmp_path / "c4" / "en" / "c4-validation.00000-of-00008.json.gz").touch()
+    file = tmp_path / "rows.parquet"
+    found = [
+        validation_sets(facts_of({"dataset_path": str(path)}).config)[0].training.dataset
+        for path in (file, tmp_path, tmp_path / "c4", tmp_path / "c4" / "en")
+    ]
+    assert found == ["auto", "auto", "c4_validation", "c4_validation"]
+    write_rows(tmp_path, [{"text": f"text {n} " * 9} for n in range(9)], file.name)
+    context = facts_of({"dataset_path": str(file), "seq_len": 16})
+    assert check_static(context) == check_environment(context) == []

@@ -26,7 +26,7 @@ from torchtitan.handlers.masks import MASKS, MaskEntry, entry_of, register_mask
 from torchtitan.models import attention, registry
 from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention
 from torchtitan.models.family import ModelFamily
-from torchtitan.models.masks import MaskFunction, MaskInputs
+from torchtitan.models.masks import MaskFunction, MaskInputs, default_mask, dense
 from torchtitan.models.spec import ModelArgs
 from torchtitan.preflight import handlers as checks
 from torchtitan.preflight.model import build_on_meta
@@ -209,9 +209,8 @@ def seen(masks: FlexMasks, ids: torch.Tensor | None) -> torch.Tensor:
 def test_they_are_those_that_attention_has_without_it(settings: dict[str, Any]) -> None:
     window = settings.get("window", settings.get("of_model"))
     ids = IDS if settings.get("documents") else None
-    expected = AttentionMaskBuilder(window).build(ids, 8, CPU)
-    if expected is None:
-        expected = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    inputs = MaskInputs(8, ids, window)
+    expected = dense(default_mask(inputs), inputs, CPU)
     assert torch.equal(seen(masks_of(config_of(**settings)), ids), expected.squeeze(1))
 
 
@@ -242,7 +241,8 @@ def test_a_registered_mask(capsys: pytest.CaptureFixture[str]) -> None:
     found = seen(masks_of(config_of(("even_keys", "document"), documents=True)), IDS)
     places = torch.arange(8)
     even = (places % 2 == 0) | (places.unsqueeze(1) == places)  # and itself
-    assert torch.equal(found, AttentionMaskBuilder().build(IDS, 8, CPU).squeeze(1) & even)  # type: ignore[union-attr]
+    inputs = MaskInputs(8, IDS, None)
+    assert torch.equal(found, dense(default_mask(inputs), inputs, CPU).squeeze(1) & even)
     assert main(["list", "masks"]) == 0
     assert f"Every second key. (from {__name__})" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import torch
 
 from torchtitan.models import attention
 from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention, block_mask
+from torchtitan.models.document_attention import document_attention
 from torchtitan.models.masks import MaskInputs, default_mask, dense
 
 CPU = torch.device("cpu")
@@ -48,13 +49,26 @@ def test_attend(kv_heads, ids, window):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-13)
 
 
-def test_compiled_attention_of_models_with_other_heads():
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_compiled_attention_of_models_with_other_heads(ids):
     """In one process, compile takes the sizes of the second model to be symbols."""
     attend = InnerAttention()
     attend.compile(backend="aot_eager", fullgraph=True)
     for heads, kv_heads in ((4, 2), (8, 4), (6, 6)):
         q, k, v = (torch.randn(2, n, 8, 16) for n in (heads, kv_heads, kv_heads))
-        torch.testing.assert_close(attend(q, k, v, None), reference(q, k, v, None))
+        torch.testing.assert_close(attend(q, k, v, ids), reference(q, k, v, ids))
+
+
+def test_the_operator_for_documents():
+    """Gradients, strides and the fake version, as torch wants them of a custom operator."""
+    q, k, v = (
+        torch.randn(2, 8, heads, 16, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    torch.library.opcheck(document_attention, (q, k, v, IDS))
+    with pytest.MonkeyPatch.context() as patch:  # no mask over all pairs
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", None)
+        InnerAttention()(q, k, v, AttentionMaskBuilder().build(IDS, 8, CPU)).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -107,5 +121,6 @@ def test_what_needs_no_mask():
     assert AttentionMaskBuilder().build(None, 8, CPU) is None
     assert AttentionMaskBuilder(8).build(None, 8, CPU) is None
     assert AttentionMaskBuilder(7).build(None, 8, CPU).shape == (1, 1, 8, 8)
-    assert AttentionMaskBuilder()(IDS, IDS).shape == (2, 1, 8, 8)
-    assert torch.equal(AttentionMaskBuilder(8)(IDS, IDS), AttentionMaskBuilder()(IDS, IDS))
+    assert AttentionMaskBuilder()(IDS, IDS) is IDS
+    assert AttentionMaskBuilder(8)(IDS, IDS) is IDS
+    assert AttentionMaskBuilder(7)(IDS, IDS).shape == (2, 1, 8, 8)

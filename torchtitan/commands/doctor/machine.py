@@ -73,6 +73,8 @@ def _attention(context: RunContext) -> str:
         return "scaled_dot_product_attention, causal (a flash kernel where there is one)"
     if context.device_type == "cuda":
         return f"FlexAttention with a block mask of {' and '.join(masked)}, compiled"
+    if masked == ["documents"]:
+        return "scaled_dot_product_attention, causal, document by document"
     return f"scaled_dot_product_attention with a mask of {' and '.join(masked)}"
 
 
