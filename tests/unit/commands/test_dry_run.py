@@ -12,7 +12,8 @@ from torch import nn
 from tests.distributed.tiny import SEQ_LEN, VOCAB_SIZE, Case
 from torchtitan.cli import main
 from torchtitan.commands import dry_run as module
-from torchtitan.commands.dry_run import DryRun, dry_run, report
+from torchtitan.commands.dry_run import DryRun, dry_run
+from torchtitan.commands.dry_run_report import report
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.llama3 import LlamaArgs
 from torchtitan.models.registry import get_family
