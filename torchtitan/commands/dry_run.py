@@ -128,7 +128,7 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
         rank=rank,
         dims=dims,
         coordinate=dict(zip(AXES, coordinate, strict=True)),
-        vocab_size=vocab_size,
+        vocab_size=model.args.vocab_size or vocab_size,
         parts=_parts(model, coordinate[0]),
         total_parameters=model.num_with_added,
         trained_parameters=model.num_trained,
