@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -21,7 +22,15 @@ Graph = Callable[[list[Any]], Sequence[Any]]
 def traced_once(traffic: Traffic) -> Callable[..., Any]:
     """Return a backend like `aot_eager` for fake tensors; `traffic` counts repeated calls, too."""
     compiler = partial(_compile, traffic)
-    return partial(lookup_backend("aot_eager"), fw_compiler=compiler, bw_compiler=compiler)
+
+    def compile_graph(graph: fx.GraphModule, inputs: Any) -> Any:
+        # At once, because in a backward torch fails to copy a graph with constants: a fake tensor
+        # cannot take the storage of a real one.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            aot_eager: Any = lookup_backend("aot_eager")
+            return aot_eager(graph, inputs, fw_compiler=compiler, bw_compiler=compiler)
+
+    return compile_graph
 
 
 def _compile(traffic: Traffic, graph: fx.GraphModule, inputs: Sequence[Any]) -> Graph:
