@@ -1,4 +1,4 @@
-"""Every TOML of train_configs/ passes --check at the world size that its first comment states."""
+"""Every TOML of train_configs/ passes --check at each world size that its first comment states."""
 
 import math
 import re
@@ -18,6 +18,12 @@ def first_comment(path: Path) -> str:
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")])
 
 
+def stated(path: Path) -> dict[int, str]:
+    """Return what the first comment says of each world size."""
+    _, *parts = re.split(r"WORLD_SIZE=(\d+)", first_comment(path))
+    return {int(size): text for size, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def check(path: Path, world_size: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the exit status of `torchtitan train PATH --check`."""
     monkeypatch.chdir(ROOT)
@@ -26,18 +32,18 @@ def check(path: Path, world_size: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_checks_at_its_world_size(
+def test_config_checks_at_its_world_sizes(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     comment = first_comment(path)
-    world_size = re.search(r"WORLD_SIZE=(\d+)", comment)
-    assert world_size, f"{path.name}: the first comment must say WORLD_SIZE=..."
+    assert stated(path), f"{path.name}: the first comment must say WORLD_SIZE=..."
     assert "run_llama_train.sh" in comment or "multinode_trainer.slurm" in comment
-    status = check(path, world_size[1], monkeypatch)
-    printed = capsys.readouterr()
-    # Of what the larger ones read nothing is in the clone.
-    assert status == (9 if "not checked" in printed.out else 0), printed.err
-    assert "ok: " in printed.out
+    for world_size in stated(path):
+        status = check(path, str(world_size), monkeypatch)
+        printed = capsys.readouterr()
+        # Of what the larger ones read nothing is in the clone.
+        assert status == (9 if "not checked" in printed.out else 0), printed.err
+        assert "ok: " in printed.out
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -65,8 +71,12 @@ def test_the_configs_that_are_promised_are_there():
         "llama3_2_3b",
         "llama3_8b",
         "llama3_8b_1gpu",
+        "llama3_8b_lora",
+        "llama3_8b_qlora",
+        "llama3_8b_128k",
+        "llama3_8b_128k_lora",
     )
-    promised |= {f"finetune_{name}" for name in (*tuned, "llama3_8b_128k")}
+    promised |= {f"finetune_{name}" for name in tuned}
     assert promised == {path.stem for path in CONFIGS}
 
 
@@ -86,18 +96,17 @@ def test_documentation_has_the_degrees(path: Path):
     gpus, mesh, seq_len = table_rows()[path.stem]
     config = load_toml(path)
     assert int(seq_len) == config.training.seq_len
-    stated = re.search(r"WORLD_SIZE=(\d+)", first_comment(path))
-    assert stated
+    sizes = stated(path)
     if path.stem in ("debug_model", "debug_mixture", "debug_validation"):
         return
-    assert stated[1] in gpus
+    assert set(re.findall(r"\d+", gpus)) == {str(size) for size in sizes}
     section = config.parallelism
     degrees = {
         "tp": section.tensor_parallel_degree,
         "cp": section.context_parallel_degree,
         "pp": section.pipeline_parallel_degree,
     }
-    degrees["dp"] = int(stated[1]) // math.prod(degrees.values())
+    degrees["dp"] = max(sizes) // math.prod(degrees.values())
     said = {axis: int(degree) for axis, degree in re.findall(r"(\w+) (\d+)", mesh)}
     assert said == {axis: degree for axis, degree in degrees.items() if degree > 1}
 

@@ -34,6 +34,7 @@ LLAMA3_ROPE = {
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 OLD_ROPE = {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}}
 NEW_ROPE = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3_ROPE}}
+LINEAR = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}}
 DYNAMIC = {
     "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
     "max_position_embeddings": 16,
@@ -76,7 +77,7 @@ HONOURED = [
     ("llama", {"rope_theta": 30.0}),
     ("llama", OLD_ROPE),
     ("llama", NEW_ROPE),
-    ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("llama", LINEAR),
     *(("llama", yarn(**more)) for more in YARNS),
     ("llama", {"rope_parameters": {"rope_theta": 500.0, **YARN}}),
     ("llama", {**yarn(), "original_max_position_embeddings": 8}),  # which goes before
@@ -84,7 +85,10 @@ HONOURED = [
     ("llama", {"head_dim": 12, **yarn()}),
     ("qwen3", yarn()),
     ("qwen3", OLD_ROPE),
+    ("qwen3", LINEAR),
     ("mistral", yarn()),
+    ("mistral", OLD_ROPE),
+    ("mistral", LINEAR),
     ("llama", {"sliding_window": 5}),  # which their Llama does not read
     ("mistral", {}),
     ("mistral", {"sliding_window": 5}),

@@ -9,6 +9,7 @@ A dry run cannot see what depends on values or on other ranks: the data, the los
 and the memory of activations.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.commands.traced_once import traced_once
 from torchtitan.commands.traffic import Traffic
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
@@ -33,22 +35,27 @@ from torchtitan.handlers.registry import HANDLERS
 from torchtitan.models.batch import Batch
 from torchtitan.models.registry import get_family
 from torchtitan.optim.optimizer import build_optimizers
+from torchtitan.parallel.compile import (
+    apply_compile,
+    is_marked_for_compile,
+    mark_for_compile,
+    memory_budget_of,
+)
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.training import builder, model_builder
-from torchtitan.training.frozen_model import FrozenModelRunner
+from torchtitan.training.frozen_model import FrozenModelRunner, config_of_copy
 from torchtitan.training.model_builder import BuiltModel
-from torchtitan.utils.device import memory_peak
 from torchtitan.utils.dtypes import torch_dtype
-from torchtitan.utils.text import format_bytes
 from torchtitan.utils.torch_compat import local_tensor
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 STAND_IN_VOCAB_SIZE = 128256
 """Used when neither the tokenizer nor the model's flavor gives a size."""
 _DEVICE = torch.device("cpu")
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,16 @@ class DryRun:
     parts: dict[str, list[str]]
     """Modules of each part of the model on this rank, by the part's description."""
     total_parameters: int
-    """Elements of the whole model."""
+    """Elements of the whole model, with those that handlers add."""
+    trained_parameters: int
+    """Those of them that are trained."""
     num_parameters: int
+    """Elements on this rank; those of a quantised matrix are the matrix's."""
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    frozen_bytes: int
+    """Weights of the frozen model that the loss compares with, if it is another one."""
     accumulated_bytes: int
     """Unsharded gradients, which are kept until the last microbatch reduces them."""
     num_microbatches: int
@@ -91,18 +103,22 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
     with fake_world(rank, context.world_size):
         mesh = dims.build_mesh(_DEVICE.type)
         # Shard on `meta`: there the 4096 shards of a parameter are views, not fake tensors.
-        model = model_builder.build_model(
-            config, vocab_size, mesh, dims, torch.device("meta"), initialise=False
-        )
+        configs = [config, *_frozen_configs(config, vocab_size)]
+        models = [
+            model_builder.build_model(each, vocab_size, mesh, dims, torch.device("meta"), False)
+            for each in configs
+        ]
+        model, frozen = models[0], list(zip(configs, models, strict=True))[1:]
         traffic = Traffic(_axes(mesh, dims))
+        _compile_once(config, models, traffic)
         with FakeTensorMode(allow_non_fake_inputs=True), traffic:
-            for part in model.parts:
+            for part in (part for each in models for part in each.parts):
                 part.to_empty(device=_DEVICE)
             held = [local_tensor(parameter) for parameter in model.parameters]
             optimizers = build_optimizers(
                 config.optimizer, model.parts, _DEVICE, model.parameter_names
             )
-            gradients = _step(context, model, optimizers, mesh, dims, batches)
+            gradients = _step(context, model, frozen, optimizers, mesh, dims, batches)
             states = [
                 local_tensor(tensor) for optimizer in optimizers for tensor in _state(optimizer)
             ]
@@ -112,13 +128,15 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
         rank=rank,
         dims=dims,
         coordinate=dict(zip(AXES, coordinate, strict=True)),
-        vocab_size=vocab_size,
+        vocab_size=model.args.vocab_size or vocab_size,
         parts=_parts(model, coordinate[0]),
-        total_parameters=model.num_parameters,
-        num_parameters=sum(tensor.numel() for tensor in held),
+        total_parameters=model.num_with_added,
+        trained_parameters=model.num_trained,
+        num_parameters=_num_held(model),
         parameter_bytes=_bytes(held),
         gradient_bytes=_bytes(gradients),
         optimizer_bytes=_bytes(states),
+        frozen_bytes=_bytes(local_tensor(p) for _, other in frozen for p in other.parameters),
         accumulated_bytes=_accumulated_bytes(context, model, dims),
         num_microbatches=len(batches),
         traffic=traffic,
@@ -126,9 +144,31 @@ def dry_run(context: RunContext, rank: int) -> DryRun:
     )
 
 
+def _frozen_configs(config: JobConfig, vocab_size: int) -> list[JobConfig]:
+    """Return the config of the frozen model that the loss compares with, if it is another one."""
+    try:
+        found = config_of_copy(config, vocab_size)
+    except ConfigError as error:  # a teacher that is not on this machine
+        for issue in error.problems:
+            logger.warning("The frozen model is not counted: %s", issue)
+        return []
+    return [] if found is None else [found]
+
+
+def _compile_once(config: JobConfig, models: list[BuiltModel], traffic: Traffic) -> None:
+    """Compile blocks in a way that runs what they share once."""
+    backend = traced_once(traffic)
+    for part in (part for model in models for part in model.parts):
+        blocks = part.blocks()  # type: ignore[operator]
+        for block in filter(is_marked_for_compile, blocks.values()):
+            mark_for_compile(block, backend)
+        apply_compile(blocks, memory_budget_of(config.activation_checkpoint))
+
+
 def _step(
     context: RunContext,
     model: BuiltModel,
+    frozen: list[tuple[JobConfig, BuiltModel]],
     optimizers: list[torch.optim.Optimizer],
     mesh: DeviceMesh,
     dims: ParallelDims,
@@ -147,7 +187,13 @@ def _step(
         for batch in batches:
             runner.dry_run(batch)
     else:
-        own = FrozenModelRunner(runner, runner)  # the model is its own frozen model
+        other = runner  # without a frozen model the model stands in for it
+        for config, copy in frozen:
+            model_builder.call_after_load(copy)
+            for parameter in copy.parameters:
+                parameter.requires_grad_(False)
+            other = builder.build_runner(config, copy, mesh, dims, _DEVICE)
+        own = FrozenModelRunner(runner, other)
         loss = own.forward_backward(batches, context.global_batch_size * training.seq_len)
     norm = update.gradient_norm()
     clip_gradients(model.parameters, norm, training.max_norm)
@@ -269,6 +315,17 @@ def _gathered_size(parameter: Tensor) -> int:
     return math.prod(shape)
 
 
+def _num_held(model: BuiltModel) -> int:
+    """Count this rank's elements; those of a quantised matrix are the matrix's."""
+    count = sum(local_tensor(parameter).numel() for parameter in model.parameters)
+    for part in model.parts:
+        named = dict(part.named_parameters())
+        for made in (made for each in model.handlers for made in each.made_of(named).values()):
+            count -= sum(local_tensor(named[name]).numel() for name in made.names)
+            count += local_tensor(made.like).numel() * made.columns
+    return count
+
+
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
@@ -276,65 +333,3 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def report(result: DryRun, context: RunContext) -> str:
-    """Return the lines to print: what the rank holds and exchanges."""
-    model = context.config.model
-    share = result.num_parameters / result.total_parameters
-    peak = memory_peak(_DEVICE).reserved_gib
-    lines = [
-        ("dry run", f"a step of {model.name} {model.flavor} runs on rank {result.rank}"),
-        ("processes", f"{context.world_size}: {result.dims.describe()}"),
-        ("rank", _coordinate(result)),
-        *(("holds", f"{part}: {_listed(names)}") for part, names in result.parts.items()),
-        ("vocabulary", f"{result.vocab_size}"),
-        (
-            "parameters",
-            f"{result.num_parameters:,} of {result.total_parameters:,} ({share:.3%})",
-        ),
-        ("memory", _memory(result)),
-        ("step", f"{context.describe_batch()}, of which {result.num_microbatches} ran"),
-        *(("traffic", line) for line in _traffic(result)),
-        ("took", f"{result.seconds:.1f} s and {peak:.2f} GiB on this machine"),
-    ]
-    if "compile" in model.handlers:
-        lines.append(("compile", "blocks were traced (aot_eager), no code was generated"))
-    return "\n".join(f"{name:<11} {text}" for name, text in lines)
-
-
-def _coordinate(result: DryRun) -> str:
-    degrees = result.dims
-    at = [f"{axis} {n}" for axis, n in result.coordinate.items() if getattr(degrees, axis) > 1]
-    return f"{result.rank}: {', '.join(at) or 'the only one'}"
-
-
-def _listed(names: list[str]) -> str:
-    """Shorten a long list to its ends."""
-    shown = names if len(names) <= 5 else [*names[:2], "...", *names[-2:]]
-    return ", ".join(shown)
-
-
-def _memory(result: DryRun) -> str:
-    sizes = {
-        "parameters": result.parameter_bytes,
-        "gradients": result.gradient_bytes,
-        "optimizer": result.optimizer_bytes,
-    }
-    terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-    more = "activations"
-    if result.accumulated_bytes:
-        more += f", and {format_bytes(result.accumulated_bytes)} of gradients not yet reduced"
-    return f"{terms} = {format_bytes(sum(sizes.values()))}; besides {more}"
-
-
-def _traffic(result: DryRun) -> list[str]:
-    """Return a line for each kind of collective along each axis."""
-    traffic = result.traffic
-    width = max(len(axes) for axes, _ in [("along", ""), *traffic.calls])
-    lines = [f"{'along':<{width}}  {'collective':<14} {'calls':>6} {'MiB':>12}"]
-    for (axes, collective), calls in sorted(traffic.calls.items()):
-        size = traffic.num_bytes[axes, collective] / _MIB
-        lines.append(f"{axes:<{width}}  {collective:<14} {calls:>6} {size:>12,.1f}")
-    lines += [f"and that of {name}, which depends on the data" for name in sorted(traffic.unknown)]
-    return lines

@@ -49,6 +49,15 @@ class Traffic(TorchDispatchMode):
         """Return True: compiled code runs under infra modes only."""
         return True
 
+    def copies(self) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+        """Return copies of both counters."""
+        return self.calls.copy(), self.num_bytes.copy()
+
+    def add(self, calls: Counter[tuple[str, str]], num_bytes: Counter[tuple[str, str]]) -> None:
+        """Add counts of collectives that are not run again."""
+        self.calls.update(calls)
+        self.num_bytes.update(num_bytes)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -64,7 +73,7 @@ class Traffic(TorchDispatchMode):
         return out
 
     def _trace(self, func: Any, args: tuple[Any, ...]) -> Any:
-        before = self.calls.copy(), self.num_bytes.copy()
+        before = self.copies()
         try:
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args)

@@ -173,7 +173,8 @@ def _dry_run(loaded: LoadedConfig) -> int:
     # A dry run leaves the run folder alone.
     preflight.require(context, [preflight.ARITHMETIC, preflight.FILES, preflight.MODEL])
 
-    from torchtitan.commands.dry_run import dry_run, report
+    from torchtitan.commands.dry_run import dry_run
+    from torchtitan.commands.dry_run_report import report
 
     init_logging(place.rank, {place.rank})  # what handlers say of the model; print_after_conversion
     of = f"{config.model.name} {config.model.flavor}"

@@ -21,7 +21,11 @@ from torchtitan.config.schema import ActivationCheckpoint
 _MARK = "_compile_backend"
 
 
-def mark_for_compile(block: nn.Module, backend: str) -> None:
+Backend = str | Callable[..., Any]
+"""Of `torch.compile`: a name, or a function of a graph and its inputs."""
+
+
+def mark_for_compile(block: nn.Module, backend: Backend) -> None:
     """Ask for `block` to be compiled by `backend`."""
     setattr(block, _MARK, backend)
 
@@ -60,11 +64,11 @@ def _allow_each(num_blocks: int) -> None:
     limits.accumulated_recompile_limit += 8 * num_blocks
 
 
-def _backend(memory_budget: float | None, backend: str) -> str | Callable[..., Any]:
+def _backend(memory_budget: float | None, backend: Backend) -> Backend:
     """Return the backend of this name, with a memory budget for its compilations only."""
     if memory_budget is None:
         return backend
-    compile_graph: Any = torch._dynamo.lookup_backend(backend)
+    compile_graph: Any = torch._dynamo.lookup_backend(backend)  # a function as it is
 
     def compile_within_budget(graph: Any, inputs: Any, **arguments: Any) -> Any:
         with torch._functorch.config.patch(activation_memory_budget=memory_budget):

@@ -41,7 +41,7 @@ _NEEDS_ENABLE = (
     "last_save_in_hf",
 )
 _LONG_RUN_STEPS = 1000
-_HARMLESS_HANDLERS = {"compile", "freeze", "lora"}
+_HARMLESS_HANDLERS = {"compile", "freeze", "lora", "qlora"}
 """Handlers with which the family's parameters are loaded under their names and shapes."""
 
 
@@ -141,6 +141,8 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     if set(config.model.handlers) - _HARMLESS_HANDLERS:
         return []
     wanted = {name: describe_tensor(tensor) for name, tensor in model_tensors([model]).items()}
+    # A whole checkpoint of a run with adapters has them, and maybe codes in place of matrices.
+    wanted, stored = _without_adapted(wanted, stored), _without_adapted(stored, wanted)
     comparable = {name: _comparable(entry, stored.get(name)) for name, entry in wanted.items()}
     differences = tensor_differences(stored, [comparable])
     if not differences:
@@ -167,6 +169,19 @@ def _stored_tensors(path: Path, section: Model) -> Mapping[str, dict[str, Any]]:
         args = args.model_copy(update={"vocab_size": UNKNOWN_VOCAB_SIZE})
     pads_vocabulary = "vocab_size" in section.args
     return open_weights(path, get_family(section.name), args, pads_vocabulary).tensors
+
+
+def _without_adapted(
+    tensors: Mapping[str, dict[str, Any]], others: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return `tensors` without those of linears with adapters that `others` lack."""
+    both = (*tensors, *others)
+    adapted = {name.removesuffix(".lora_a") for name in both if name.endswith(".lora_a")}
+    return {
+        name: entry
+        for name, entry in tensors.items()
+        if name in others or name.rpartition(".")[0] not in adapted
+    }
 
 
 def _comparable(wanted: dict[str, Any], stored: dict[str, Any] | None) -> dict[str, Any]:

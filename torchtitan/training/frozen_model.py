@@ -207,9 +207,27 @@ def _weights_of(
     return REFERENCE_PATH, settings.reference_path or start
 
 
-def found_path(key: str, given: str) -> Path:
+def config_of_copy(config: JobConfig, vocab_size: int) -> JobConfig | None:
+    """Return the config of the frozen model that the loss needs a place for; None if it needs none.
+
+    Reads a teacher's description, not its weights. Raises ConfigError without the teacher.
+    """
+    settings = loss_settings(config.loss)
+    if isinstance(settings, DistillationSettings):
+        assert settings.teacher_path is not None
+        path = found_path(TEACHER_PATH, settings.teacher_path, with_weights=False)
+        return _held(teacher_config(config, path, vocab_size))
+    if isinstance(settings, DPOSettings) and settings.needs_reference:
+        # The pass over the data in advance needs less than a step.
+        is_held = settings.reference != "base" and settings.reference_cache is None
+        return _held(config) if is_held else None
+    return None
+
+
+def found_path(key: str, given: str, with_weights: bool = True) -> Path:
     """Return the folder or file of weights that `given` names, downloaded if it is remote."""
-    path = download(given) if is_hub_path(given) else Path(given).resolve()
+    path = download(given, with_weights=with_weights) if is_hub_path(given) else Path(given)
+    path = path.resolve()
     if not path.exists():
         text = "does not exist, and these weights are loaded at every start of the run"
         raise ConfigError(ConfigIssue(key, text, f"restore them, or set {key} to a copy", given))
@@ -257,17 +275,8 @@ def build_frozen_model(
     dims: ParallelDims,
     world: DistributedContext,
 ) -> BuiltModel:
-    """Build the model of the config, frozen, with the weights at `path` or those of the seed.
-
-    It is kept in the type that it computes in, where that is the smaller one: the values are those
-    that the model in training would compute with.
-    """
-    training = config.training
-    dtype = min(
-        training.dtype, training.mixed_precision_param, key=lambda name: torch_dtype(name).itemsize
-    )
-    update = {"training": training.model_copy(update={"dtype": dtype})}
-    config = config.model_copy(update=update)
+    """Build the model of the config, frozen, with the weights at `path` or those of the seed."""
+    config = _held(config)
     model = model_builder.build_model(
         config, vocab_size, mesh, dims, world.device, initialise=path is None
     )
@@ -284,8 +293,22 @@ def build_frozen_model(
     for parameter in model.parameters:
         parameter.requires_grad_(False)
     origin = "the initial weights" if path is None else str(path)
+    dtype = config.training.dtype
     logger.info("The loss compares with a frozen model, in %s: %s", dtype, origin)
     return model
+
+
+def _held(config: JobConfig) -> JobConfig:
+    """Return the config in the type that a frozen model is kept in.
+
+    That is the one it computes in, where that is smaller: the values are those that the model in
+    training would compute with.
+    """
+    training = config.training
+    dtype = min(
+        training.dtype, training.mixed_precision_param, key=lambda name: torch_dtype(name).itemsize
+    )
+    return config.model_copy(update={"training": training.model_copy(update={"dtype": dtype})})
 
 
 def _without_adapters(model: BuiltModel) -> Callable[[], AbstractContextManager[object]]:

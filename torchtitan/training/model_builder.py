@@ -4,11 +4,11 @@ The order matters, so every model of this library, trained or evaluated, is buil
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import JobConfig
@@ -42,6 +42,10 @@ class BuiltModel:
     """Names of the whole model, including the parameters of other ranks."""
     num_parameters: int
     """Elements of the whole model, before handlers change it."""
+    num_with_added: int
+    """The same after handlers, with what they add; of quantised matrices those of the matrix."""
+    num_trained: int
+    """Elements of the whole model that are trained."""
     flops_per_token: float
     """TorchTitan's formula, which counts attention to all positions."""
     flops_per_token_causal: float
@@ -104,6 +108,8 @@ def build_model(
         handlers=handlers,
         parameter_names=tuple(name for name, _ in model.named_parameters()),
         num_parameters=num_parameters,
+        num_with_added=num_elements(model.parameters()),
+        num_trained=num_elements(p for p in model.parameters() if p.requires_grad),
         flops_per_token=model.flops_per_token(seq_len, causal=False),
         flops_per_token_causal=model.flops_per_token(seq_len, causal=True),
     )
@@ -114,6 +120,11 @@ def build_model(
     if plan is None:
         return built
     return replace(built, tied=tied_weights_of(plan, mesh.get_local_rank("pp"), parts))
+
+
+def num_elements(parameters: Iterable[Tensor]) -> int:
+    """Count elements; those of a quantised matrix are the matrix's, however they are stored."""
+    return sum(getattr(parameter, "num_weights", parameter.numel()) for parameter in parameters)
 
 
 def initialize_added(model: BuiltModel, without: Collection[NamedHandler] = ()) -> None:

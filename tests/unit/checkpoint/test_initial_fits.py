@@ -1,5 +1,6 @@
 """Whether weights to start from fit the model is known before anything starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from torchtitan.preflight.model import build_on_meta
 ARGS = {"n_layers": 2, "dim": 32, "n_heads": 4}
 
 
-def save_weights(folder: Path, **more: Any) -> None:
-    """Weights of a model of `ARGS`, with the vocabulary of bytes."""
+def save_weights(
+    folder: Path, instead: Mapping[str, dict[str, torch.Tensor]] | None = None, **more: Any
+) -> None:
+    """Weights of a model of `ARGS`, with the vocabulary of bytes; `instead` replaces some."""
     args = get_family("llama3").resolve_args("debugmodel", {**ARGS, **more}, 264)
     with torch.device("meta"):
         model = get_family("llama3").build(args)
     weights = {
         name: torch.zeros(t.shape, dtype=torch.bfloat16) for name, t in model.state_dict().items()
     }
+    for name, others in (instead or {}).items():
+        weights |= others
+        del weights[name]
     dcp.save(weights, checkpoint_id=folder, no_dist=True)
 
 
@@ -62,6 +68,22 @@ def test_weights_of_another_model(tmp_path: Path, change: dict[str, Any], words:
     text = told(tmp_path / "weights", ARGS | change)
     assert text.startswith(f'checkpoint.initial_load_path = "{tmp_path / "weights"}": does not fit')
     assert words in text and "Fix: choose another checkpoint, or the flavor" in text
+
+
+def test_weights_below_adapters(tmp_path: Path) -> None:
+    """Handlers with adapters load the plain model, also from a run of theirs without a base."""
+    save_weights(tmp_path / "weights")
+    for handler in ("lora", "qlora"):
+        assert told(tmp_path / "weights", ARGS, handlers=[handler]) == ""
+        text = told(tmp_path / "weights", ARGS | {"dim": 64}, handlers=[handler])
+        assert "is bfloat16 [264, 32] in it, bfloat16 [264, 64] in the run" in text
+    shapes = {"weight_nf4": (32, 16), "weight_scale": (32, 1), "lora_a": (8, 32), "lora_b": (32, 8)}
+    linear = "layers.1.attention.wq"
+    adapted = {f"{linear}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    save_weights(tmp_path / "whole", instead={f"{linear}.weight": adapted})
+    assert told(tmp_path / "whole", ARGS, handlers=["qlora"]) == ""
+    text = told(tmp_path / "whole", ARGS | {"n_layers": 1}, handlers=["qlora"])
+    assert "layers.1.attention.wk.weight is only in it" in text
 
 
 def test_weights_of_hugging_face(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from torch import nn
 from tests.distributed.tiny import SEQ_LEN, VOCAB_SIZE, Case
 from torchtitan.cli import main
 from torchtitan.commands import dry_run as module
-from torchtitan.commands.dry_run import DryRun, dry_run, report
+from torchtitan.commands.dry_run import DryRun, dry_run
+from torchtitan.commands.dry_run_report import report
+from torchtitan.commands.traffic import Traffic
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.llama3 import LlamaArgs
 from torchtitan.models.registry import get_family
 from torchtitan.parallel import tensor_parallel
 from torchtitan.parallel.context import ring_attention
+from torchtitan.weights.description import describe_model
 
 F64 = 8  # bytes
 
@@ -91,6 +95,61 @@ def test_steps_in_the_backward_of_compiled_blocks(name: str):
     rank = run(case, 0)
     assert rank.gradient_bytes == 0
     assert rank.optimizer_bytes > 0
+
+
+@pytest.mark.parametrize("handler", ["lora", "qlora"])
+def test_what_adapters_train(handler: str):
+    settings = {"model": {"handlers": [handler]}, "handlers": {handler: {"rank": 4}}}
+    case = Case(settings=settings, args={"dim": 64, "ffn_dim": 128})
+    result = run(case)
+    linears = [s for name, s in shapes(case).items() if name[:6] == "layers" and len(s) == 2]
+    base = sum(shape.numel() for shape in shapes(case).values())
+    assert result.trained_parameters == 4 * sum(map(sum, linears))
+    assert result.total_parameters == base + result.trained_parameters
+    assert result.num_parameters == result.total_parameters
+    assert result.gradient_bytes == F64 * result.trained_parameters
+    adapted = sum(shape.numel() for shape in linears)
+    quantised = adapted / 2 + F64 * adapted / 64 - F64 * adapted if handler == "qlora" else 0
+    assert result.parameter_bytes == F64 * result.total_parameters + quantised
+    total = f"{result.total_parameters:,}"
+    assert f"trained     {result.trained_parameters:,} of {total} (" in report(
+        result, facts_of(case)
+    )
+
+
+TEACHER = Path(__file__).parents[2] / "assets" / "teacher"
+
+
+@pytest.mark.parametrize(
+    ("loss", "share"),
+    [
+        ({"name": "dpo"}, 1),
+        ({"name": "dpo", "args": {"variant": "simpo"}}, 0),
+        ({"name": "distillation", "args": {"teacher_path": str(TEACHER)}}, None),
+        ({"name": "distillation", "args": {"teacher_path": "not here"}}, 0),
+    ],
+    ids=["dpo", "simpo", "distillation", "no teacher"],
+)
+def test_the_frozen_model_is_counted(
+    loss: dict[str, Any], share: int | None, caplog: pytest.LogCaptureFixture
+):
+    case = Case(world_size=2, settings={"loss": loss})
+    result = run(case, 1)
+    if share is None:
+        args = describe_model(TEACHER).resolved()
+        held = F64 * sum(args.model_copy(update={"vocab_size": VOCAB_SIZE}).modules().values()) / 2
+        assert result.frozen_bytes == pytest.approx(held, rel=0.01)  # rows are cut unevenly
+    else:
+        assert result.frozen_bytes == share * result.parameter_bytes
+    assert ("frozen model" in report(result, facts_of(case))) == bool(result.frozen_bytes)
+    assert ("The frozen model is not counted" in caplog.text) == ("not here" in str(loss))
+
+
+def test_the_base_below_adapters_is_no_copy():
+    settings: dict[str, Any] = {"model": {"handlers": ["lora"]}, "loss": {"name": "dpo"}}
+    assert run(Case(settings=settings)).frozen_bytes > 0
+    settings["loss"]["args"] = {"reference": "base"}
+    assert run(Case(settings=settings)).frozen_bytes == 0
 
 
 def test_copies_hold_the_same():
@@ -176,7 +235,17 @@ def test_traffic_of_tensor_parallelism(collective: str):
     ],
 )
 @pytest.mark.parametrize("handlers", [[], ["compile"]])
-def test_traffic_of_context_parallelism(method: str, expected: dict[str, int], handlers: list[str]):
+def test_traffic_of_context_parallelism(
+    method: str, expected: dict[str, int], handlers: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Compiled blocks share their graphs, which run once each and count for all blocks."""
+    trace, traced = Traffic._trace, list[Any]()
+
+    def counted(self: Traffic, func: Any, args: tuple[Any, ...]) -> Any:
+        traced.append(func)
+        return trace(self, func, args)
+
+    monkeypatch.setattr(Traffic, "_trace", counted)
     parallelism = {"context_parallel_method": method}
     case = Case(world_size=4, cp=2, settings={"parallelism": parallelism})
     context = facts_of(case)
@@ -186,6 +255,8 @@ def test_traffic_of_context_parallelism(method: str, expected: dict[str, int], h
     found = {kind: calls for (axis, kind), calls in traffic.calls.items() if axis == "cp"}
     assert found == {kind: calls * case.layers for kind, calls in expected.items()}
     assert not traffic.unknown
+    if method != "ulysses":  # the exchanges of the others are one operator
+        assert len(traced) == 2 * (1 if handlers else case.layers)
 
 
 def test_exchanges_that_depend_on_documents_are_named():
