@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes on this machine, for tests of multinode_trainer.slurm.
+# A Slurm cluster of three nodes on this machine, for tests of multinode_trainer.slurm.
 #
 #   scripts/slurm_test_cluster.sh install         Debian's packages, if they are not there
-#   scripts/slurm_test_cluster.sh start FOLDER    munged, slurmctld and two slurmd; all they write is in FOLDER
-#   scripts/slurm_test_cluster.sh lose FOLDER     kill one node with all that runs on it, as a power cut does
-#   scripts/slurm_test_cluster.sh mend FOLDER     start that node again
+#   scripts/slurm_test_cluster.sh start FOLDER    munged, slurmctld and three slurmd; all they write is in FOLDER
+#   scripts/slurm_test_cluster.sh lose FOLDER     kill the second node with all that runs on it, as a power cut does
 #   scripts/slurm_test_cluster.sh stop FOLDER     end them, and whatever their jobs have left running
 #
-# As root. Slurm's programs find the cluster by SLURM_CONF=FOLDER/slurm.conf. The nodes have the name
-# of this machine, and the same with "-two". A job in the partition urgent preempts one in the partition main.
+# As root. Slurm's programs find the cluster by SLURM_CONF=FOLDER/slurm.conf. The nodes have the name of this
+# machine, which resolves, and the same with "-2" and "-3". A job in the partition urgent preempts one in main.
 set -euo pipefail
 
 die() {
@@ -16,7 +15,7 @@ die() {
     exit 1
 }
 
-command=${1:-} folder=${2:-}
+command=${1:-} folder=${2:-} host=$(hostname -s)
 export SLURM_CONF=$folder/slurm.conf
 
 install_packages() {
@@ -38,14 +37,13 @@ install_packages() {
 
 free_ports() {
     python3 -c 'import socket
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
 print(*(s.getsockname()[1] for s in sockets))'
 }
 
 write_config() {
-    local control first second
-    host=$(hostname -s)
-    read -r control first second < <(free_ports)
+    local control first second third
+    read -r control first second third < <(free_ports)
     cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
@@ -83,10 +81,11 @@ SchedulerType=sched/backfill
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=$first CPUs=4 State=UNKNOWN
-NodeName=$host-two NodeHostname=$host NodeAddr=127.0.0.1 Port=$second CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=$host,$host-two Default=YES PriorityTier=1 GraceTime=60 State=UP
-PartitionName=urgent Nodes=$host,$host-two PriorityTier=2 PreemptMode=OFF State=UP
+NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=$first CPUs=4
+NodeName=$host-2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$second CPUs=4
+NodeName=$host-3 NodeHostname=$host NodeAddr=127.0.0.1 Port=$third CPUs=4
+PartitionName=main Nodes=$host,$host-[2-3] Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=$host,$host-[2-3] PriorityTier=2 PreemptMode=OFF
 CONF
 }
 
@@ -96,18 +95,15 @@ start() {
     if [[ -e $folder/slurmctld.pid ]]; then
         stop
     fi
-    local host
-    host=$(hostname -s)
     write_config
     head -c 128 /dev/urandom >"$folder/munge.key"
     chmod 400 "$folder/munge.key"
     munged --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" \
         --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed"
     slurmctld -c
-    slurmd -N "$host"
-    slurmd -N "$host-two"
+    for node in "$host" "$host-2" "$host-3"; do slurmd -N "$node"; done
     for _ in {1..200}; do
-        [[ $(sinfo --noheader --partition=main --states=idle --format=%D 2>/dev/null) == 2 ]] && return
+        [[ $(sinfo --noheader --partition=main --states=idle --format=%D 2>/dev/null) == 3 ]] && return
         sleep 0.1
     done
     sinfo >&2 || true
@@ -118,7 +114,7 @@ start() {
 # Kill the processes of node $1, and the daemons of their job steps, which are the parents of the first.
 kill_all_on() {
     local pid parent
-    for pid in $(grep -lsxz "SLURMD_NODENAME=$1" /proc/[0-9]*/environ | cut -d / -f 3); do
+    grep -lsxz "SLURMD_NODENAME=$1" /proc/[0-9]*/environ | cut -d / -f 3 | while read -r pid; do
         parent=$(awk '/^PPid:/ { print $2 }' "/proc/$pid/status" 2>/dev/null) || continue
         [[ $(cat "/proc/$parent/comm" 2>/dev/null) != slurmstepd ]] || kill -KILL "$parent"
         kill -KILL "$pid" 2>/dev/null || true
@@ -126,14 +122,8 @@ kill_all_on() {
 }
 
 lose() {
-    local name
-    name=$(hostname -s)-two
-    kill -KILL "$(cat "$folder/slurmd-$name.pid")"
-    kill_all_on "$name"
-}
-
-mend() {
-    slurmd -N "$(hostname -s)-two"
+    kill -KILL "$(cat "$folder/slurmd-$host-2.pid")"
+    kill_all_on "$host-2"
 }
 
 stop() {
@@ -142,19 +132,17 @@ stop() {
         [[ -n $(squeue --noheader 2>/dev/null) ]] || break
         sleep 0.1
     done
-    local host name
-    host=$(hostname -s)
-    for name in "slurmd-$host" "slurmd-$host-two" slurmctld munged; do
+    local name
+    for name in "slurmd-$host" "slurmd-$host-2" "slurmd-$host-3" slurmctld munged; do
         [[ ! -s $folder/$name.pid ]] || kill -KILL "$(cat "$folder/$name.pid")" 2>/dev/null || true
         rm -f "$folder/$name.pid"
     done
-    kill_all_on "$host"
-    kill_all_on "$host-two"
+    for name in "$host" "$host-2" "$host-3"; do kill_all_on "$name"; done
 }
 
 case $command in
 install) install_packages ;;
-start | lose | mend | stop)
+start | lose | stop)
     [[ $folder == /* ]] || die "FOLDER is an absolute path."
     "$command"
     ;;

@@ -92,21 +92,22 @@ def test_signals_that_save_and_leave(number: int, readers: int, tmp_path: Path) 
 
 
 _STOPPED = """
-import os, signal
-from torchtitan.training import builder
+import os, pkgutil, signal
 
-site = os.environ["STOPPED_AT"]
-build = getattr(builder, site)
+place, _, name = os.environ["STOPPED_AT"].rpartition(".")
+holder = pkgutil.resolve_name(place)
+function = getattr(holder, name)
 
 
 def stop_first(*arguments):
     if os.environ.get("RANK", "0") == os.environ["STOPPED_RANK"]:
         os.kill(os.getpid(), signal.SIGTERM)
-    return build(*arguments)
+    return function(*arguments)
 
 
-setattr(builder, site, stop_first)
+setattr(holder, name, stop_first)
 """
+_BUILDER = "torchtitan.training.builder"
 
 
 def stop_at_start(
@@ -114,7 +115,7 @@ def stop_at_start(
     *arguments: str,
     processes: int = 1,
     stopped: int = 0,
-    site: str = "build_update",
+    site: str = f"{_BUILDER}.build_update",
 ) -> Any:
     (folder.parent / "stopping.py").write_text(_STOPPED)
     env = runs.environment() | {"STOPPED_RANK": str(stopped), "STOPPED_AT": site}
@@ -125,7 +126,11 @@ def stop_at_start(
 
 @pytest.mark.parametrize(
     ("processes", "stopped", "site"),
-    [(1, 0, "build_update"), (2, 1, "build_update"), (1, 0, "build_metrics")],
+    [
+        (1, 0, f"{_BUILDER}.build_update"),
+        (2, 1, f"{_BUILDER}.build_update"),
+        (1, 0, f"{_BUILDER}.build_metrics"),
+    ],
 )
 def test_a_stop_before_the_first_step(
     processes: int, stopped: int, site: str, tmp_path: Path
@@ -137,6 +142,16 @@ def test_a_stop_before_the_first_step(
     assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 0, 7)
     assert "Asked to stop before the first step" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_stop_while_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    """DCP makes an error of it on all ranks, which it is not."""
+    folder, site = tmp_path / "run", "torchtitan.checkpoint.dcp_io.SafeReader.read_data"
+    runs.run(folder, "--training.steps=2", "--lr_scheduler.warmup_steps=1")
+    done = stop_at_start(folder, "--training.steps=4", processes=2, stopped=1, site=site)
+    status = runs.status(folder)
+    assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 2, 7)
+    assert "ERROR" not in done.stderr
 
 
 def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
