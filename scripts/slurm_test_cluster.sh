@@ -16,10 +16,10 @@ die() {
 }
 
 command=${1:-} folder=${2:-} host=$(hostname -s)
-export SLURM_CONF=$folder/slurm.conf
+export SLURM_CONF=$folder/slurm.conf PATH=$PATH:/usr/sbin
 
 install_packages() {
-    if command -v slurmctld slurmd munged >/dev/null; then
+    if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then
         return
     fi
     command -v apt-get >/dev/null || die "There is no apt-get: install slurmctld, slurmd and munged."
@@ -31,7 +31,7 @@ install_packages() {
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     fi
     export DEBIAN_FRONTEND=noninteractive
-    local packages=(--yes --no-install-recommends slurmctld slurmd slurm-client munge)
+    local packages=(--yes --no-install-recommends -o Acquire::http::Timeout=20 slurmctld slurmd munge)
     apt-get install "${packages[@]}" || { apt-get update && apt-get install "${packages[@]}"; }
 }
 
