@@ -147,11 +147,12 @@ def test_a_stop_before_the_first_step(
 def test_a_stop_while_a_checkpoint_is_loaded(tmp_path: Path) -> None:
     """DCP makes an error of it on all ranks, which it is not."""
     folder, site = tmp_path / "run", "torchtitan.checkpoint.dcp_io.SafeReader.read_data"
-    runs.run(folder, "--training.steps=2", "--lr_scheduler.warmup_steps=1")
-    done = stop_at_start(folder, "--training.steps=4", processes=2, stopped=1, site=site)
+    runs.run_killed(folder)
+    done = stop_at_start(folder, processes=2, stopped=1, site=site)
     status = runs.status(folder)
-    assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 2, 7)
-    assert "ERROR" not in done.stderr
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), done.stderr
+    assert (status["step"], status["requeue"]) == (4, True)
+    assert "could not be loaded" not in done.stderr
 
 
 def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
