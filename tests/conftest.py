@@ -28,6 +28,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARTS = {
+    "tests/distributed/test_slurm.py": 1,
     "tests/parity/test_table.py": 8,
     "tests/distributed/test_runs.py": 1,
     "tests/distributed/test_ring_attention.py": 1,

@@ -33,7 +33,7 @@ from torchtitan.commands.generation_options import (
     add_option,
     positive,
 )
-from torchtitan.commands.inspect_options import add_inspect_arguments
+from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
@@ -326,6 +326,7 @@ _COMMANDS = {
     "chat": _Command("talk with a chat model", add_chat_arguments),
     "evaluate": _Command("measure on lm-eval's tasks", add_evaluate_arguments),
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
+    "status": _Command("show where a run stands", add_status_arguments),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),

@@ -1,15 +1,15 @@
 """What ends the processes of a run, and what they leave."""
 
 import os
+import re
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import runs
+from tests.distributed.test_lost_ranks import ranks_of, wait_until
 from tests.forked import CONTEXT, execute, serve
 
 LONG = ("--training.steps=100000", "--checkpoint.interval=100000")
@@ -57,13 +57,6 @@ class Started:
         self.launcher.join()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def assert_saved(run: Started) -> None:
     wait_until(lambda: not run.is_alive(), seconds=20)
     status = runs.status(run.folder)
@@ -99,21 +92,22 @@ def test_signals_that_save_and_leave(number: int, readers: int, tmp_path: Path) 
 
 
 _STOPPED = """
-import os, signal
-from torchtitan.training import builder
+import os, pkgutil, signal
 
-site = os.environ["STOPPED_AT"]
-build = getattr(builder, site)
+place, _, name = os.environ["STOPPED_AT"].rpartition(".")
+holder = pkgutil.resolve_name(place)
+function = getattr(holder, name)
 
 
 def stop_first(*arguments):
     if os.environ.get("RANK", "0") == os.environ["STOPPED_RANK"]:
         os.kill(os.getpid(), signal.SIGTERM)
-    return build(*arguments)
+    return function(*arguments)
 
 
-setattr(builder, site, stop_first)
+setattr(holder, name, stop_first)
 """
+_BUILDER = "torchtitan.training.builder"
 
 
 def stop_at_start(
@@ -121,7 +115,7 @@ def stop_at_start(
     *arguments: str,
     processes: int = 1,
     stopped: int = 0,
-    site: str = "build_update",
+    site: str = f"{_BUILDER}.build_update",
 ) -> Any:
     (folder.parent / "stopping.py").write_text(_STOPPED)
     env = runs.environment() | {"STOPPED_RANK": str(stopped), "STOPPED_AT": site}
@@ -132,7 +126,11 @@ def stop_at_start(
 
 @pytest.mark.parametrize(
     ("processes", "stopped", "site"),
-    [(1, 0, "build_update"), (2, 1, "build_update"), (1, 0, "build_metrics")],
+    [
+        (1, 0, f"{_BUILDER}.build_update"),
+        (2, 1, f"{_BUILDER}.build_update"),
+        (1, 0, f"{_BUILDER}.build_metrics"),
+    ],
 )
 def test_a_stop_before_the_first_step(
     processes: int, stopped: int, site: str, tmp_path: Path
@@ -144,6 +142,17 @@ def test_a_stop_before_the_first_step(
     assert (status["status"], status["step"], status["exit_code"]) == ("preempted", 0, 7)
     assert "Asked to stop before the first step" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_stop_while_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    """DCP makes an error of it on all ranks, which it is not."""
+    folder, site = tmp_path / "run", "torchtitan.checkpoint.dcp_io.SafeReader.read_data"
+    runs.run_killed(folder)
+    done = stop_at_start(folder, processes=2, stopped=1, site=site)
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), done.stderr
+    assert (status["step"], status["requeue"]) == (4, True)
+    assert "could not be loaded" not in done.stderr
 
 
 def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
@@ -158,3 +167,53 @@ def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
     for place in (folder, folder / "previous-1"):
         assert len(runs.records(place)) == 2
         assert (place / "checkpoint" / "step-2").is_dir()
+
+
+def test_all_ranks_stop_at_the_step_in_which_one_sees_the_stop_file(tmp_path: Path) -> None:
+    """One that an earlier start has left is none."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    with ranks_of(folder, [LONG] * 2) as ranks:
+        metrics = folder / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+        (folder / "stop").touch()
+        for status, output in [rank.end() for rank in ranks]:
+            assert status == 7, output
+    status = runs.status(folder)
+    assert (status["status"], status["requeue"]) == ("preempted", True)
+    assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+
+
+_SLOW_SAVES = """
+import pathlib, time
+from torchtitan.checkpoint.store import CheckpointStore
+from torchtitan.utils import host
+
+host._IMPORTED, host._COMPUTED_BEFORE = time.perf_counter(), 0.0  # the process was forked
+pathlib.Path(__file__).with_name("started").touch()
+commit = CheckpointStore._commit
+
+
+def commit_slowly(self, *arguments):
+    time.sleep(1)
+    commit(self, *arguments)
+
+
+CheckpointStore._commit = commit_slowly
+"""
+
+
+def test_a_run_has_saved_and_left_when_its_time_is_over(tmp_path: Path) -> None:
+    """Each save takes a second; the first one shows it."""
+    folder, limit = tmp_path / "run", 6.0
+    (tmp_path / "slow_saves.py").write_text(_SLOW_SAVES)
+    path = f"{tmp_path}:{runs.environment()['PYTHONPATH']}"
+    words = runs.command(folder, *LONG, "--checkpoint.enable_first_step_checkpoint")
+    words += ["--job.custom_import=slow_saves", f"--training.max_seconds={limit}"]
+    done = execute(words, env=runs.environment() | {"PYTHONPATH": path})
+    assert done.returncode == 7, done.stderr
+    started, ended = (tmp_path / "started").stat(), (folder / "run_status.json").stat()
+    assert limit / 2 < ended.st_mtime - started.st_mtime < limit
+    saved = map(int, re.findall(r"Saved step (\d+) ", done.stderr))
+    assert list(saved) == [1, runs.status(folder)["step"]]

@@ -40,6 +40,7 @@ FOREIGN = {
     "ssh",
     "tail",
     "tensorboard",
+    "touch",
     "torch.distributed.checkpoint.format_utils",
     "torch.distributed.flight_recorder.fr_trace",
     "wandb",

@@ -6,6 +6,7 @@ installation that would start fails at once.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -265,8 +266,8 @@ def test_run_tests_passes_its_arguments_to_pytest(clone: Path, programs: Path):
 def slurm(programs: Path, clone: Path, training: str, check: str = PASSES) -> None:
     """Stand-ins for Slurm's programs on one node, and `training` in place of torchrun."""
     program(programs, "scontrol", f'echo "$@" >>"{clone}/scontrol.log"; echo node7')
-    program(programs, "scancel", 'kill -TERM "$(cat training.pid)"')
-    program(programs, "srun", 'shift; echo $$ >training.pid; exec "$@"')
+    program(programs, "squeue", "echo RUNNING")
+    program(programs, "srun", 'shift; exec "$@"')
     program(
         programs,
         "python3",
@@ -277,10 +278,9 @@ def slurm(programs: Path, clone: Path, training: str, check: str = PASSES) -> No
 
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
 SLURM |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
-ON_TERM = (
-    'trap \'mkdir -p "%s";'
-    ' echo "{\\"status\\": \\"%s\\"}" >"%s/run_status.json"; exit 1\' TERM;'
-    " touch started; for _ in {1..300}; do sleep 0.1; done;"
+ON_STOP = (
+    'mkdir -p "%s"; touch started; while [[ ! -e "%s/stop" ]]; do sleep 0.1; done;'
+    ' echo "{\\"requeue\\": %s}" >"%s/run_status.json"; exit 1;'
 )
 
 
@@ -318,7 +318,7 @@ def test_slurm_starts_nothing_with_a_bad_config(clone: Path, programs: Path):
 def test_slurm_leaves_a_run_alone_whose_start_was_refused(clone: Path, programs: Path):
     """The status is that of the job before it; the next one would be refused again."""
     (clone / "outputs" / "one").mkdir(parents=True)
-    (clone / "outputs" / "one" / "run_status.json").write_text('{"status": "preempted"}')
+    (clone / "outputs" / "one" / "run_status.json").write_text('{"requeue": true}')
     slurm(programs, clone, "exit 1;")
     script = str(clone / "multinode_trainer.slurm")
     arguments = ["--job.dump_folder", str(clone / "outputs" / "one")]
@@ -327,15 +327,12 @@ def test_slurm_leaves_a_run_alone_whose_start_was_refused(clone: Path, programs:
     assert "requeue" not in (clone / "scontrol.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("status", "queued", "folder"),
-    [("preempted", True, "~/$RUNS/one"), ("failed", False, "outputs/one")],
-)
+@pytest.mark.parametrize(("requeue", "folder"), [("true", "~/$RUNS/one"), ("false", "outputs/one")])
 def test_slurm_queues_a_run_again_that_a_signal_stopped(
-    clone: Path, programs: Path, status: str, queued: bool, folder: str
+    clone: Path, programs: Path, requeue: str, folder: str
 ):
     run_folder = str(clone / folder.replace("~/$RUNS", "home/my runs"))
-    slurm(programs, clone, ON_TERM % (run_folder, status, run_folder))
+    slurm(programs, clone, ON_STOP % (run_folder, run_folder, requeue, run_folder))
     environment = {**os.environ, **SLURM, "SLURM_SUBMIT_DIR": str(clone)}
     environment |= {"HOME": str(clone / "home"), "RUNS": "my runs"}
     environment["PATH"] = f"{programs}:/usr/bin:/bin"
@@ -345,6 +342,6 @@ def test_slurm_queues_a_run_again_that_a_signal_stopped(
     while not (clone / "started").exists():
         assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    script.terminate()
+    script.send_signal(signal.SIGUSR1)
     assert script.wait(timeout=60) == 1
-    assert ("requeue 123456" in (clone / "scontrol.log").read_text()) == queued
+    assert ("requeue 123456" in (clone / "scontrol.log").read_text()) == (requeue == "true")

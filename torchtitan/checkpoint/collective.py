@@ -12,11 +12,14 @@ from torchtitan.checkpoint.dcp_io import SafeReader, describe_tensor
 from torchtitan.checkpoint.manifest import InvalidCheckpoint
 from torchtitan.config import CheckpointError
 from torchtitan.distributed.context import DistributedContext
+from torchtitan.utils.processes import StopRequested
 from torchtitan.weights.recognise import InvalidWeights
 
 T = TypeVar("T")
 # CheckpointException is a BaseException, which `except Exception` lets pass.
 _FAILURES = (Exception, CheckpointException)
+_STOPPED = f": {StopRequested.__name__}"
+"""At the end of the line on a rank that was asked to stop: DCP makes an exception of it, too."""
 
 
 def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
@@ -38,7 +41,10 @@ def run_on_rank0(world: DistributedContext, what: str, action: Callable[[], T]) 
 
 
 def run_on_all_ranks(world: DistributedContext, what: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; an error on one becomes `CheckpointError` on all."""
+    """Run `action` on every rank; an error on one becomes `CheckpointError` on all.
+
+    Raises StopRequested on all ranks if a signal has interrupted it on one.
+    """
     error, cause = "", None
     results: list[T] = []
     try:
@@ -46,6 +52,8 @@ def run_on_all_ranks(world: DistributedContext, what: str, action: Callable[[], 
     except _FAILURES as failure:
         error, cause = _describe(failure, world.rank), failure
     errors = [text for text in world.gather_json(error) if text]
+    if any(text.endswith(_STOPPED) for text in errors):
+        raise StopRequested
     if errors:
         raise CheckpointError(f"{what}: {errors[0]}") from cause
     return results[0]

@@ -26,6 +26,7 @@ MAY_DIFFER: dict[str, str] = {
     "training.local_batch_size": "how a step is cut; global_batch_size says how large it is",
     "training.loss_chunks": "memory; the same sums up to rounding",
     "training.enable_cpu_offload": "memory; the same numbers",
+    "training.max_seconds": "when a start stops",
     "training.gc_freq": "speed",
     "training.gc_debug": "logging",
     "training.dataloader.*": "speed; any number of workers reads the same data",

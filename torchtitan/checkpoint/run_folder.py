@@ -33,6 +33,7 @@ from torchtitan.checkpoint.stored_run import (
     METRICS_NAME,
     PENDING_NAME,
     STATUS_NAME,
+    STOP_NAME,
     TOKENIZER_NAME,
 )
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
@@ -79,13 +80,15 @@ class RunFolder:
 
         Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
         resolved config of a run that will be trained, and may reject it. Nothing but a mark of
-        a pending `job.new_run` is written before `begin`. Raises `ConfigError`.
+        a pending `job.new_run` is written before `begin`; a stop file, which an earlier start was
+        meant to see, is removed. Raises `ConfigError`.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
             return cls(path, config, None, None)
         lock = _lock(path)
         try:
+            (path / STOP_NAME).unlink(missing_ok=True)
             decision = decide(context.config, context, path)
             resolved = replace(context, config=resolved_config(config, decision)).config
             folder = cls(path, resolved, decision, lock)
@@ -163,8 +166,18 @@ class RunFolder:
         kept = {"config": plain, "versions": versions, LOAD_STEP_NAME: decision.asked_load_step}
         return {"run_id": decision.run_id, **kept, **extra}
 
-    def set_status(self, status: Status, step: int, exit_code: int | None = None) -> None:
-        """Write `run_status.json`. Rank 0 only; the status of a finished run is never changed."""
+    def set_status(
+        self,
+        status: Status,
+        step: int,
+        exit_code: int | None = None,
+        error: str = "",
+        requeue: bool = False,
+    ) -> None:
+        """Write `run_status.json`. Rank 0 only; the status of a finished run is never changed.
+
+        `error`: a line on why the run failed; `requeue`: the same command may well go on.
+        """
         if self.decision.action == "finished":
             return
         content = {
@@ -172,6 +185,8 @@ class RunFolder:
             "step": step,
             "run_id": self.decision.run_id,
             "exit_code": exit_code,
+            "requeue": requeue,
+            "error": error,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         path, text = self.path / STATUS_NAME, json.dumps(content, indent=1) + "\n"

@@ -90,8 +90,8 @@ class CheckpointStore:
 
     `run_info` holds `run_id` and what else a manifest keeps (config, mesh, versions), as JSON
     values. `save_timeout_seconds` bounds how long ranks wait for each other in an async save.
-    `on_site(name, step)` is called between the phases of a save; tests kill processes there. The
-    caller holds the lock of the run folder.
+    `on_site(name, step)` is called between the phases of a save; tests kill processes there.
+    `on_saved` gets the seconds that a save took. The caller holds the lock of the run folder.
     """
 
     def __init__(
@@ -102,12 +102,14 @@ class CheckpointStore:
         run_info: Mapping[str, Any],
         on_site: Callable[[str, int], None] = lambda site, step: None,
         save_timeout_seconds: int = 300,
+        on_saved: Callable[[float], None] = lambda seconds: None,
     ):
         self.section = section
         self.folder = Path(folder)
         self.world = world
         self.run_id = str(run_info["run_id"])
         self.on_site = on_site
+        self._on_saved = on_saved
         self.saved_step = -1
         """The last step that this process knows to be committed."""
         self.protected_step = -1
@@ -216,6 +218,7 @@ class CheckpointStore:
         self.on_site("ckpt.after_commit", step)
         size, seconds = format_bytes(manifest.num_bytes), time.monotonic() - started
         logger.info("Saved step %d (%s) in %.1f s.", step, size, seconds)
+        self._on_saved(seconds)
         if self.world.is_main:
             self._delete_old(step)
         self.saved_step = step

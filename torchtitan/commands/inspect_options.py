@@ -1,4 +1,4 @@
-"""The arguments of `inspect`. No torch."""
+"""The arguments of `inspect` and `status`. No torch."""
 
 import argparse
 
@@ -22,3 +22,12 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read names and sizes only: fast, without norms, values or a check of contents",
     )
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """Show where a run stands: state, step, last checkpoint, rate, expected end, last error.
+
+    All of it is read from the run's folder, on any machine that sees it.
+    """
+    parser.add_argument("run", metavar="RUN", help="a run's folder, job.dump_folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")

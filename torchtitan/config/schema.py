@@ -191,6 +191,10 @@ class Training(Section):
     """Keep parameters, gradients and optimizer state in host memory: a unit's parameters are on the
     device while it computes, and the optimizer steps on the CPU. With FSDP and HSDP, not DDP."""
 
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop, and save, before a process of the run is this old; the time that a save takes is kept
+    free. The same command goes on. For a scheduler's time limit, less what a start takes."""
+
     gc_freq: PositiveInt = 50
     """Steps between two runs of Python's garbage collector, which is off in between."""
 

@@ -288,6 +288,7 @@ def build_manager(
     folder: RunFolder,
     dims: ParallelDims,
     tokenizer: Tokenizer,
+    on_saved: Callable[[float], None] = lambda seconds: None,
 ) -> CheckpointManager:
     """Build checkpointing; without `checkpoint.enable` it does nothing."""
     store = None
@@ -299,6 +300,7 @@ def build_manager(
             world,
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
+            on_saved=on_saved,
         )
     open_foreign = foreign_opener(config, tokenizer.vocab_size)
     replaces_run = folder.decision.replaces_run

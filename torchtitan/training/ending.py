@@ -65,7 +65,7 @@ def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress:
     assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
-        set_status(folder, progress.status, progress.step, code)
+        set_status(folder, progress.status, progress.step, code, requeue=code == PREEMPTED)
     if progress.status == "preempted":
         logger.info(_describe_stop(progress))
     logger.info(describe_folder(config, folder))
@@ -94,7 +94,7 @@ def after_error(
     # A rejected start keeps the status of the stored run.
     writes = progress.may_write if rank else not folder.keeps_status(error)
     if rank == 0 and writes:  # at once: the launcher may not leave time for more
-        set_status(folder, _status_of(code), progress.step, code)
+        _set_status_of(own, folder, progress)
     if world is not None and world.roll_call is not None and code != INTERRUPTED:
         seconds = _GRACE_SECONDS
         if lost == "timeout":
@@ -104,7 +104,7 @@ def after_error(
         # Rank 0, or the next one if rank 0 hangs or is gone.
         speaker = rank if endings is None else min(ending.rank for ending in endings)
         if rank == speaker and writes:
-            set_status(folder, _status_of(reason.code), progress.step, reason.code)
+            _set_status_of(reason, folder, progress)
     if isinstance(error, ConfigError) and progress.step == progress.first_step:
         # Printed with "nothing was started".
         error.known_to_all = True
@@ -114,8 +114,17 @@ def after_error(
     return reason.code
 
 
-def _status_of(code: int) -> Status:
-    return "preempted" if code == PREEMPTED else "failed"
+def _set_status_of(ending: Ending, folder: RunFolder, progress: Progress) -> None:
+    """Write how the run ended.
+
+    It may go on by itself after a stop, or where ranks were lost, with their machine perhaps. But a
+    start that comes to no new checkpoint would be followed by another one like it.
+    """
+    stopped = ending.code == PREEMPTED
+    requeue = stopped or (bool(ending.lost) and progress.saved_step > progress.first_step)
+    status: Status = "preempted" if stopped else "failed"
+    error = "" if stopped else ending.text
+    set_status(folder, status, progress.step, ending.code, error, requeue)
 
 
 def leave_now(code: int) -> NoReturn:
@@ -158,12 +167,19 @@ def _summary(error: BaseException, code: int) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def set_status(folder: RunFolder, status: Status, step: int, code: int | None = None) -> None:
+def set_status(
+    folder: RunFolder,
+    status: Status,
+    step: int,
+    code: int | None = None,
+    error: str = "",
+    requeue: bool = False,
+) -> None:
     """Write the status; a failure to write is a warning, so that it hides no other error."""
     try:
-        folder.set_status(status, step, code)
-    except OSError as error:
-        logger.warning("run_status.json could not be written: %s", error)
+        folder.set_status(status, step, code, error, requeue)
+    except OSError as failure:
+        logger.warning("run_status.json could not be written: %s", failure)
 
 
 def _describe_stop(progress: Progress) -> str:

@@ -107,7 +107,7 @@ def build_evaluator(
     from torchtitan.evaluation.harness import HarnessModel
 
     def check_stop() -> None:
-        if any(world.gather_json(stop.requested)):
+        if any(world.gather_json(stop.poll())):
             raise _Stopped
 
     def any_rank(value: bool) -> bool:

@@ -1,5 +1,7 @@
 """Prefetching of a step's data, while the ranks agree whether to train that step."""
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,12 +59,14 @@ class Prefetch:
         self._save_failed = save_failed
         self._max_bad_rows = max_bad_rows
         self._fetched: _Fetched | None = None
+        self._started: deque[float] = deque(maxlen=3)
 
     def start(self) -> None:
         """Read the next step's microbatches, and start the exchange about them.
 
         A rank that cannot read reports it before it fails, so that the others do not wait for it.
         """
+        self._time_step()
         data, error, num_targets, num_tokens = None, None, 0, 0
         try:
             data = self._loader.next_step()
@@ -75,7 +79,7 @@ class Prefetch:
             num_targets=num_targets,
             num_tokens=num_tokens,
             ended=data is not None and data.ended,
-            stop=self._stop.requested,
+            stop=self._stop.poll(),
             failed=error is not None,
             is_data_leader=self._is_data_leader,
             save_failed=self._save_failed(),
@@ -83,6 +87,13 @@ class Prefetch:
             row_counts=(0,) * len(COUNTS) if data is None else data.counts,
         )
         self._fetched = _Fetched(data, error, pending)
+
+    def _time_step(self) -> None:
+        """Time the shorter one of the last two steps: a save may have followed one of them."""
+        self._started.append(time.monotonic())
+        if len(self._started) == 3:
+            first, second, third = self._started
+            self._stop.step_seconds = min(second - first, third - second)
 
     def wait(self) -> tuple[StepData, StepInfo]:
         """Return the data of the started step, and what all ranks know about it.

@@ -9,6 +9,7 @@ from torchtitan.checkpoint.async_save import is_saving
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.stored_run import STOP_NAME
 from torchtitan.config import JobConfig
 from torchtitan.config.exit_codes import DONE, INTERRUPTED
 from torchtitan.config.run_context import RunContext
@@ -59,7 +60,9 @@ def train(
     mesh, stop = dims.build_mesh(world.device.type), progress.stop
     with ExitStack() as stack:
         tokenizer = build_tokenizer(config.model.tokenizer_path)
-        manager = stack.enter_context(builder.build_manager(config, world, folder, dims, tokenizer))
+        manager = stack.enter_context(
+            builder.build_manager(config, world, folder, dims, tokenizer, stop.expect_save)
+        )
         loader = builder.build_loader(context, dims, world, tokenizer, manager)
         stack.callback(loader.close)
         model = model_builder.build_model(
@@ -257,6 +260,8 @@ def run(
 
     folder = RunFolder.open(config, context, is_main, check)
     progress = Progress(stop=stop)
+    # Of one rank, as a thousand would burden the file system.
+    stop.watch(folder.path / STOP_NAME if is_main else None, config.training.max_seconds)
     if is_main:  # for a stop before the ranks meet
         progress.step = progress.first_step = folder.decision.step
     world: DistributedContext | None = None

@@ -12,11 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torchtitan.utils.host import seconds_since_start
+
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Schedulers send SIGTERM, or SIGUSR1 if a job asks for it, some time before they kill; a closed
 terminal sends SIGHUP, and Ctrl-C SIGINT."""
+
+
+_SHARE_OF_FIRST_SAVE = 0.05
+"""Of a time limit: kept for a save as long as none has been timed."""
 
 
 class StopRequested(BaseException):
@@ -29,13 +35,44 @@ class StopRequest:
     A second Ctrl-C sets `interrupted` and raises KeyboardInterrupt at once. `at_once`, for the time
     before the loop: the first signal raises StopRequested, or KeyboardInterrupt for Ctrl-C. A
     SIGHUP that nohup makes this process ignore stays ignored. Enter it on the main thread.
+
+    A file and a time limit, of which `watch` tells it, are looked at by `poll`.
     """
 
     def __init__(self, at_once: bool = False) -> None:
         self.at_once = at_once
         self.requested = False
         self.interrupted = False
+        self.step_seconds = 0.0
+        """Duration of a step: two more of them end before the time limit."""
+        self.save_seconds = 0.0
+        """Duration of a save, which ends before the time limit, too."""
+        self._file: Path | None = None
+        self._limit: float | None = None
         self._previous: dict[int, Any] = {}
+
+    def watch(self, file: Path | None, limit_seconds: float | None) -> None:
+        """Let `poll` look for `file`, and for the end of the process's `limit_seconds`."""
+        self._file, self._limit = file, limit_seconds
+        if limit_seconds is not None:
+            self.save_seconds = limit_seconds * _SHARE_OF_FIRST_SAVE
+
+    def expect_save(self, seconds: float) -> None:
+        """Take the last save as the measure of the next one."""
+        self.save_seconds = seconds
+
+    def poll(self) -> bool:
+        """Return True, from the first reason on, if the run has to stop."""
+        if not self.requested and self._file is not None and self._file.exists():
+            logger.warning("Asked to stop by the file %s", self._file)
+            self.requested = True
+        if not self.requested and self._limit is not None:
+            needed = 2 * self.step_seconds + self.save_seconds
+            if seconds_since_start() + needed >= self._limit:
+                text = "training.max_seconds = %g: stopping, as a save may take %.1f s"
+                logger.warning(text, self._limit, self.save_seconds)
+                self.requested = True
+        return self.requested
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:

@@ -1,10 +1,12 @@
-"""Being asked to stop, by real signals."""
+"""Being asked to stop, by real signals, a file, and the time."""
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from torchtitan.utils import processes
 from torchtitan.utils.processes import STOP_SIGNALS, StopRequest, StopRequested
 
 
@@ -51,3 +53,34 @@ def test_before_the_loop_a_signal_ends_the_process() -> None:
     with StopRequest(at_once=True) as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.interrupted
+
+
+def test_a_file_is_a_request(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.watch(tmp_path / "stop", None)
+    assert not stop.poll()
+    (tmp_path / "stop").touch()
+    assert stop.poll()
+    (tmp_path / "stop").unlink()
+    assert stop.poll()
+
+
+def test_two_steps_and_a_save_end_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a save has been timed, a twentieth of the time is kept for it."""
+    now = 0.0
+    monkeypatch.setattr(processes, "seconds_since_start", lambda: now)
+
+    def asked_at(step_seconds: float, save_seconds: float | None) -> float:
+        nonlocal now
+        now, stop = 0.0, StopRequest()
+        stop.watch(None, 1000.0)
+        stop.step_seconds = step_seconds
+        if save_seconds is not None:
+            stop.expect_save(save_seconds)
+        while not stop.poll():
+            now += 1
+        return now
+
+    assert asked_at(0, None) == 950
+    assert asked_at(0, 200) == 800
+    assert asked_at(10, 200) == 780

@@ -1,0 +1,137 @@
+"""multinode_trainer.slurm on a real Slurm, of three nodes on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import runs
+from tests.distributed.test_lost_ranks import wait_until
+
+PATIENCE = 150
+"""Seconds: a start imports torch four times."""
+STEPS = ("--training.steps=30", "--checkpoint.interval=2")
+SLOW = """
+import os, time
+from torchtitan.checkpoint.run_folder import RunFolder
+
+set_status = RunFolder.set_status
+
+
+def set_status_slowly(self, status, *arguments, **more):
+    set_status(self, status, *arguments, **more)
+    if status == "running" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) < 3:
+        time.sleep(0.5)
+
+
+RunFolder.set_status = set_status_slowly
+"""
+"""Rank 0 waits after each save, in all starts but the last."""
+
+
+class Cluster:
+    """The nodes, and the jobs on them."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._env = runs.environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._env["PATH"] = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
+
+    def control(self, word: str) -> None:
+        """Call the script that starts and stops the daemons."""
+        script = runs.ROOT / "scripts" / "slurm_test_cluster.sh"
+        # Daemons would keep a pipe of the output open.
+        subprocess.run([script, word, self._folder], env=self._env, check=True, timeout=60)
+
+    def call(self, *words: str, **env: str) -> str:
+        """The output of one of Slurm's programs."""
+        done = subprocess.run(
+            words, env=self._env | env, cwd=runs.ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def submit(self, *words: str, **env: str) -> str:
+        return self.call("sbatch", "--parsable", *words, **env)
+
+    def wait_for(self, job: str, state: str) -> None:
+        question = ("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+        wait_until(lambda: self.call(*question) == state, PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    programs = ("slurmctld", "slurmd", "munged", "sbatch")
+    if os.getuid() or not all(shutil.which(name, path="/usr/sbin:/usr/bin") for name in programs):
+        pytest.skip("needs root and Slurm: scripts/slurm_test_cluster.sh install")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.control("start")
+        yield cluster
+    finally:
+        cluster.control("stop")
+
+
+@pytest.mark.timeout(800)
+def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """One job, as each start takes long. Its losses are those of a run that nothing happened to."""
+    whole, folder, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output"
+    runs.run(whole, *STEPS, processes=2)
+    (tmp_path / "slow.py").write_text(SLOW)
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={output}"]
+    job = cluster.submit(
+        "--nodes=2",
+        *options,
+        "multinode_trainer.slurm",
+        f"--job.dump_folder={folder}",
+        "--job.custom_import=slow",
+        *STEPS,
+        CONFIG_FILE=str(tmp_path / "config.toml"),
+        NGPU="1",
+        PYTHONPATH=f"{tmp_path}:{runs.ROOT}",
+    )
+
+    step = 0
+
+    def train_on() -> None:
+        """Wait until this start has saved twice."""
+        nonlocal step
+        wait_until(lambda: status().get("step", 0) > step + 3, PATIENCE)
+        step = status()["step"]
+
+    def status() -> dict[str, Any]:
+        return runs.status(folder) if (folder / "run_status.json").exists() else {}
+
+    def ended() -> dict[str, Any]:
+        wait_until(lambda: status()["status"] != "running", PATIENCE)
+        return status()
+
+    train_on()
+    cluster.submit("--nodes=3", "--partition=urgent", "--output=/dev/null", "--wrap=true")
+    assert (ended()["status"], ended()["exit_code"]) == ("preempted", 7), output.read_text()
+    assert (folder / "checkpoint" / f"step-{ended()['step']}").is_dir()
+
+    cluster.wait_for(job, "PENDING")
+    train_on()
+    cluster.control("lose")
+    assert (ended()["status"], ended()["requeue"]) == ("failed", True), output.read_text()
+
+    cluster.wait_for(job, "PENDING")
+    train_on()  # on another node
+    # The script asks for its signal five minutes before the end, which is now.
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=5")
+    assert (ended()["status"], ended()["exit_code"]) == ("preempted", 7), output.read_text()
+    assert "Asked to stop by the file" in output.read_text()
+
+    cluster.wait_for(job, "PENDING")
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+    cluster.wait_for(job, "COMPLETED")
+    assert runs.status(folder)["status"] == "completed"
+    assert runs.curve(folder) == runs.curve(whole)
