@@ -1,4 +1,4 @@
-"""Where the base is that a checkpoint refers to, and whether it is still the same. No torch."""
+"""The place of the base that a checkpoint refers to, and a check of its content. No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path

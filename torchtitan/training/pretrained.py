@@ -75,7 +75,7 @@ class Pretrained:
     """The config of the run that saved it; None for weights from elsewhere."""
     notices: tuple[str, ...] = ()
     moved: MovedBase = NOT_MOVED
-    """Where the base is that a step of adapters refers to, if it has moved."""
+    """The place of the base that a step of adapters refers to, if it has moved."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
