@@ -19,8 +19,14 @@ TP = "--parallelism.tensor_parallel_degree=3"
 HELD_OUT = "validation/loss"
 EXACT_MATCH = "evaluation/orders/exact_match"
 
-CLOSE = {2: 1e-6, 6: 1e-3}
-"""How far losses and norms may be off on so many processes."""
+CLOSE = {2: {"rel": 1e-6, "abs": 1e-6}, 6: {"rel": 1e-3, "abs": 3e-4}}
+"""How far losses and norms may be off on so many processes.
+
+On two, each computes one of the two microbatches as one process does, and a sum of two has no
+order: one norm was off by 8e-8, nothing else by a bit. Tensor parallelism adds products in another
+order: a whole run was off by 3e-6 in the first loss, which AdamW at this rate makes up to 7e-4 of a
+loss and 1.2e-3 of a norm in eight steps, at most 6e-4 in absolute terms.
+"""
 
 
 @pytest.mark.parametrize(
@@ -57,8 +63,9 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     assert len(whole) == len(parts) == STEPS
     for one, other in zip(whole, parts, strict=True):
         print(one, other)
-        assert other == pytest.approx(one, rel=CLOSE[processes], abs=CLOSE[processes])
-    assert last(outputs / "moved", HELD_OUT) == pytest.approx(losses[1], abs=CLOSE[processes])
+        assert other == pytest.approx(one, **CLOSE[processes])
+    moved = last(outputs / "moved", HELD_OUT)
+    assert moved == pytest.approx(losses[1], **CLOSE[processes])
 
     adapter, merged = (run(tmp_path, words) for words in exports)
     assert "in peft" in adapter and "in transformers" in merged
