@@ -50,7 +50,7 @@ class _Repeated:
         self._forward = forward
         self._traffic = traffic
         self._makers: dict[tuple[Any, ...], list[Callable[[list[Any]], Any]]] = {}
-        """How to make each output, by the shapes of the inputs, which a graph may leave open."""
+        """Makers of the outputs, by the shapes of the inputs, which a graph may leave open."""
         self._counted: dict[tuple[Any, ...], list[Counter[tuple[str, str]]]] = {}
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:

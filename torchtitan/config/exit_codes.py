@@ -43,7 +43,7 @@ _OUT_OF_MEMORY_TEXTS = (
     "cannot allocate memory",
     "out of memory",
 )
-"""Of torch's allocator for CPUs, which raises RuntimeError, of the C library, and of CUDA and NCCL
+"""Messages of torch's allocator for CPUs, which raises RuntimeError, of the C library, and of CUDA and NCCL
 where they allocate past torch's allocator."""
 
 

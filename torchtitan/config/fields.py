@@ -41,7 +41,7 @@ class Key:
     choices: tuple[str, ...] = ()
     bounds: str = ""
     item: type[Section] | None = None
-    """What each table of a list of tables holds."""
+    """Section that each table of a list of tables holds."""
     is_path: bool = False
 
     @property

@@ -37,10 +37,10 @@ class LoadedConfig:
     config: JobConfig
     origins: dict[str, str]
     notices: tuple[str, ...] = ()
-    """What was read otherwise than it was written, one sentence each: an older release's keys, and
+    """Notices of values that were read otherwise than written, one sentence each: an older release's keys, and
     flags that were given twice."""
     given: dict[str, Any] = field(default_factory=dict)
-    """What file and command line set, as a table of today's keys."""
+    """Values that file and command line set, as a table of today's keys."""
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:

@@ -49,7 +49,7 @@ class Unit(NamedTuple):
     lengths: tuple[int, ...]
     """Tokens of each document. The last one of each is not an input."""
     span: DocumentSpan | None = None
-    """Where it comes from."""
+    """Its origin."""
 
     @property
     def size(self) -> int:

@@ -30,7 +30,7 @@ class Ends(NamedTuple):
     bos: bool = True
     eos: bool = True
     why: str = ""
-    """Why a token is left out, for messages."""
+    """Reason that a token is left out, for messages."""
 
 
 @dataclass(frozen=True)

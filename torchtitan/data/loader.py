@@ -94,7 +94,7 @@ class StepData:
     data_step: int = 0
     """Steps that the data have given so far, this one and those that were left out included."""
     spans: dict[int, list[tuple[DocumentSpan, ...]]] = field(default_factory=dict)
-    """Where each sequence of each of this rank's lanes comes from."""
+    """Origins of each sequence of each of this rank's lanes."""
 
 
 class LaneReader(SampleStream):

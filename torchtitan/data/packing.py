@@ -80,7 +80,7 @@ class Sample(NamedTuple):
     trained: np.ndarray | None = None
     """bool `[num_tokens]`, the tokens that are targets; None for all."""
     spans: tuple[DocumentSpan, ...] = ()
-    """Where the tokens come from; the last one of each stream begins the next sequence, too."""
+    """Origins of the tokens; the last one of each stream begins the next sequence, too."""
 
     @property
     def num_inputs(self) -> int:

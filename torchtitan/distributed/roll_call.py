@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _LAST_TO_LEAVE_SECONDS = 20.0
-"""How long rank 0 keeps its store for ranks that come late to hear of a refusal."""
+"""Seconds for which rank 0 keeps its store for ranks that come late to hear of a refusal."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Float8Settings(LinearSettings):
     """Settings of `float8`."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
-    """What shares a scale: a whole tensor (the fastest), or a row, with scales that are powers of
+    """Values that share a scale: a whole tensor (the fastest), or a row, with scales that are powers of
     two (more accurate); `rowwise_with_gw_hp` also computes the gradients of weights in high
     precision."""
 

@@ -108,7 +108,7 @@ class MuonSettings(Section):
     """Newton-Schulz iterations."""
 
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
-    """How the learning rate depends on a matrix's shape (A, B): `match_rms_adamw` times
+    """Rule by which the learning rate depends on a matrix's shape (A, B): `match_rms_adamw` times
     0.2 sqrt(max(A, B)), which lets matrices use AdamW's learning rate and weight decay; `original`
     times sqrt(max(1, A / B))."""
 
@@ -146,7 +146,7 @@ class OptimizerEntry:
     uses: tuple[str, ...] = ()
     """The `OPTIONAL_KEYS` that it uses; a warning names others that are set."""
     not_in_backward: str = ""
-    """Why it cannot step one parameter at a time, in the backward; empty if it can."""
+    """Reason that it cannot step one parameter at a time, in the backward; empty if it can."""
     check_names: Callable[[Any, Shapes], list[ConfigIssue]] | None = None
     """Finds problems of its settings with the parameters of the model."""
 

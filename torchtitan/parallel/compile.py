@@ -22,7 +22,7 @@ _MARK = "_compile_backend"
 
 
 Backend = str | Callable[..., Any]
-"""Of `torch.compile`: a name, or a function of a graph and its inputs."""
+"""Backend of `torch.compile`: a name, or a function of a graph and its inputs."""
 
 
 def mark_for_compile(block: nn.Module, backend: Backend) -> None:

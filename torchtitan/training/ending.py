@@ -41,7 +41,7 @@ _LESS_MEMORY = (
 )
 _STOPPED_AT_START = "Asked to stop before the first step; the same command starts again."
 _GRACE_SECONDS = 2.0
-"""How long a failing rank waits for the other ranks' reasons: they lose contact when it leaves."""
+"""Seconds for which a failing rank waits for other ranks' reasons: they lose contact with it."""
 _GRACE_AFTER_TIMEOUT_SECONDS = 5.0
 """The same after a timeout of a collective, which ranks do not notice at the same time."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _STANDARD_DEVIATION = 1.4826
-"""Of a normal distribution, in units of its median absolute deviation."""
+"""Standard deviation of a normal distribution over its median absolute deviation."""
 
 
 class LossSpikes:

@@ -22,7 +22,7 @@ terminal sends SIGHUP, and Ctrl-C SIGINT."""
 
 
 _SHARE_OF_FIRST_SAVE = 0.05
-"""Of a time limit: kept for a save as long as none has been timed."""
+"""Seconds of a time limit, kept for a save as long as none has been timed."""
 
 
 class StopRequested(BaseException):

@@ -136,7 +136,7 @@ REASONS = {
     "float8.force_recompute_fp8_weight_in_bwd": "torchao no longer has it",
     "job.save_config_file": "every run keeps its settings in config.toml of its folder",
 }
-"""Why an ignored key is not needed, where that is worth telling."""
+"""Reasons that ignored keys are not needed, where that is worth telling."""
 
 
 _MM_SHAPES = "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns"
