@@ -43,8 +43,8 @@ _OUT_OF_MEMORY_TEXTS = (
     "cannot allocate memory",
     "out of memory",
 )
-"""Messages of torch's allocator for CPUs, which raises RuntimeError, of the C library, and of CUDA and NCCL
-where they allocate past torch's allocator."""
+"""Messages of torch's allocator for CPUs, which raises RuntimeError, of the C library, and of CUDA
+and NCCL where they allocate past torch's allocator."""
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -37,8 +37,8 @@ class LoadedConfig:
     config: JobConfig
     origins: dict[str, str]
     notices: tuple[str, ...] = ()
-    """Notices of values that were read otherwise than written, one sentence each: an older release's keys, and
-    flags that were given twice."""
+    """Notices of values that were read otherwise than written, one sentence each: an older
+    release's keys, and flags that were given twice."""
     given: dict[str, Any] = field(default_factory=dict)
     """Values that file and command line set, as a table of today's keys."""
 

@@ -109,9 +109,9 @@ class Float8Settings(LinearSettings):
     """Settings of `float8`."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
-    """Values that share a scale: a whole tensor (the fastest), or a row, with scales that are powers of
-    two (more accurate); `rowwise_with_gw_hp` also computes the gradients of weights in high
-    precision."""
+    """Values that share a scale: a whole tensor (the fastest), or a row, with scales that are
+    powers of two (more accurate); `rowwise_with_gw_hp` also computes the gradients of weights in
+    high precision."""
 
     filter_fqns: Names = ()
     """Linears whose full name contains one of these texts stay as they are;

@@ -161,12 +161,10 @@ def with_frozen_model(
         return FrozenModelRunner(runner, runner, _without_adapters(model)), known_digest
     key, given = _weights_of(config, settings)
     path = found_path(key, given) if given else None
-    digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
     # A frozen copy has what a handler starts from; the base and a teacher do not.
     handlers = [] if is_base or is_teacher else model.handlers
     files = [file for handler in handlers for file in handler.start_files]
-    if files:
-        digest += "+" + digest_of_files(world, f"{files[0]} cannot be read", files)
+    digest = _digest(path, files, world)
     if not is_base and known_digest not in (None, digest):
         raise CheckpointError(
             f"the run compared with other weights than those of"
@@ -195,6 +193,14 @@ def with_frozen_model(
         sets(), facts, Path(cache), lambda: partial(frozen().annotated, loss=runner.loss), world
     )
     return CachedReferenceRunner(runner, cached), digest_to_keep
+
+
+def _digest(path: Path | None, files: Sequence[Path], world: DistributedContext) -> str:
+    """Return what identifies the weights at `path`, or those of the seed, and `files` with them."""
+    digest = INITIAL_WEIGHTS if path is None else weights_digest(path, world)
+    if files:
+        digest += "+" + digest_of_files(world, f"{files[0]} cannot be read", files)
+    return digest
 
 
 def _weights_of(
