@@ -13,6 +13,9 @@ import pytest
 from tests.distributed.pages import DOCS, blocks, commands, prepare, run, start
 from tests.distributed.runs import environment, records
 
+sys.path.insert(0, str(DOCS.parent / "scripts"))
+from bench_finetuning import KINDS
+
 PAGE, CONFIG = DOCS / "start" / "finetuning.md", "docs/examples/finetuning.toml"
 STEPS = 8
 TP = "--parallelism.tensor_parallel_degree=3"
@@ -116,3 +119,39 @@ def test_the_table(smollm2: Path) -> None:
     for name, loss, accuracy in rows:
         assert float(accuracy) >= 0.9, name
         assert float(loss) < 0.1, name
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["full", "qlora", "dpo"])
+def test_the_other_kinds_move_and_leave(smollm2: Path, tmp_path: Path, kind: str) -> None:
+    """Interrupted and resumed on two ranks they have the same curve, and they can be exported."""
+    for extra in ("transformers", "peft", "pyarrow"):
+        pytest.importorskip(extra)
+    prepare(tmp_path, smollm2)
+    data = ["python", "scripts/make_chat_data.py", "outputs/chat_data", "--parquet", "--rows=200"]
+    subprocess.run(
+        [sys.executable, *data[1:], *["--pairs"] * (kind == "dpo")],
+        cwd=tmp_path,
+        env=environment(),
+        check=True,
+    )
+    steps, names = 5, {**KINDS[kind], "training.steps": "5", "evaluation.tasks": "[]"}
+    names["validation.freq"] = "5"
+    words = ["torchtitan", "train", CONFIG, *(f"--{name}={value}" for name, value in names.items())]
+    outputs = tmp_path / "outputs"
+    run(tmp_path, words, "--job.dump_folder=outputs/whole")
+    moved = [*words, "--job.dump_folder=outputs/moved"]
+    interrupt_after(2, outputs / "moved", tmp_path, moved)
+    run(tmp_path, ["torchrun", "--nproc_per_node", "2", "-m", *moved])
+    whole, parts = (curve(outputs / name) for name in ("whole", "moved"))
+    assert len(whole) == len(parts) == steps
+    for one, other in zip(whole, parts, strict=True):
+        print(one, other)
+        assert other == pytest.approx(one, **CLOSE[2])
+    losses = [last(outputs / name, HELD_OUT) for name in ("whole", "moved")]
+    assert losses[1] == pytest.approx(losses[0], **CLOSE[2])
+    how = [] if kind == "full" else ["--merge"]
+    exported = run(tmp_path, ["torchtitan", "export", "outputs/moved", "outputs/model", *how])
+    assert "in transformers" in exported
+    shutil.rmtree(outputs)
