@@ -65,7 +65,9 @@ def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress:
     assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
-        set_status(folder, progress.status, progress.step, code, requeue=code == PREEMPTED)
+        # A time limit that ends before the first step would do so again.
+        requeue = code == PREEMPTED and progress.step > progress.first_step
+        set_status(folder, progress.status, progress.step, code, requeue=requeue)
     if progress.status == "preempted":
         logger.info(_describe_stop(progress))
     logger.info(describe_folder(config, folder))
