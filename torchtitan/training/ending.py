@@ -66,7 +66,8 @@ def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress:
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
         # A time limit that ends before the first step would do so again.
-        requeue = code == PREEMPTED and progress.step > progress.first_step
+        in_vain = progress.stop.out_of_time and progress.step == progress.first_step
+        requeue = code == PREEMPTED and not in_vain
         set_status(folder, progress.status, progress.step, code, requeue=requeue)
     if progress.status == "preempted":
         logger.info(_describe_stop(progress))
