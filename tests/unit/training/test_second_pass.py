@@ -32,5 +32,5 @@ def test_a_run_does_not_go_on_from_within_a_second_pass() -> None:
         return find_origin(world, model, runner, StepBatch(3, (), 1), str, goes_on)
 
     assert find(False) == ""
-    with pytest.raises(NonFiniteError, match="step 3: .* a second pass failed: .*no memory"):
+    with pytest.raises(NonFiniteError, match=r"step 3: .* a second pass failed: .*no memory"):
         find(True)
