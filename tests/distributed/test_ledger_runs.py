@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,37 @@ def test_a_step_is_shown(whole: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (start, end - start + 1) == (spans[0].start, spans[0].num_tokens)
     document = Path(path).read_text()  # a token is a byte, after the start token
     assert ast.literal_eval(text) == document[start - 1 : end]
+
+
+def test_a_step_that_one_rank_has_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are those of all lanes, into which a file is cut."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": 9 * str(n)}) + "\n" for n in range(999))
+    )
+    words = (
+        LEDGER,
+        "--training.dataset=json",
+        f"--training.dataset_path={tmp_path / 'rows.jsonl'}",
+    )
+    words += (
+        "--training.global_batch_size=4",
+        "--data.lanes=2",
+        "--training.steps=1",
+        "--lr_scheduler.warmup_steps=0",
+    )
+    runs.run(tmp_path / "run", *words, "--checkpoint.enable=false")
+    show = ["data", "show", str(tmp_path / "run"), "1"]
+    assert main(show) == 0
+    whole = capsys.readouterr().out.splitlines()
+    (path,) = (tmp_path / "run/ledger").iterdir()
+    line = json.loads(path.read_text())
+    del line["lanes"]["0"]
+    path.write_text(json.dumps(line) + "\n")
+    assert main(show) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1:] == [line for line in whole if line.startswith(("sequence 1:", "sequence 3:"))]
 
 
 def test_a_step_that_the_ledger_lacks(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

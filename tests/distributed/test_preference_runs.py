@@ -96,6 +96,14 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     assert len(curve(tmp_path / "whole", "loss")) == 7
 
 
+def test_a_stop_while_the_reference_is_computed(tmp_path: Path) -> None:
+    words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"), "--training.max_seconds=0.001")
+    words += (f"--loss.args.reference_cache={tmp_path / 'kept'}", "--training.steps=2")
+    done = runs.run(tmp_path / "run", *words, expect=7)
+    assert "Computes the reference" in done.stderr and "before the first step" in done.stderr
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_reference_is_not_added_later(tmp_path: Path) -> None:
     """A run that compares with the initial weights of the seed."""
     words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))

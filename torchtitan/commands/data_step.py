@@ -36,7 +36,10 @@ def show_step(config: JobConfig, run: Path, step: int, console: Console) -> None
         raise ConfigError(ConfigIssue("data show", problem, fix, step))
     found = steps[step]
     tokenizer = build_tokenizer(config.model.tokenizer_path)
-    num_lanes = len(found.lanes)
+    num_lanes = (
+        config.data.lanes
+    )  # the ledger lacks those of a rank that was killed before its line
+    assert num_lanes is not None, "a run keeps it"
     mixture = build_mixture(config.training, config.data, config.debug.seed, tokenizer, num_lanes)
     rows = rows_of(mixture, found.lanes)
     number = f" (step {found.data_step} of the data)" if found.data_step != step else ""

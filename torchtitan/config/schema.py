@@ -163,7 +163,7 @@ class Training(Section):
     """A loss so many standard deviations above the median of the losses before it is a spike. The
     deviation is estimated from the median absolute deviation."""
 
-    loss_spike_window: Annotated[int, Field(ge=4)] = 100
+    loss_spike_window: Annotated[int, Field(ge=8)] = 100
     """Losses that a new one is compared with. None is a spike before half of them are known."""
 
     max_skipped_steps: PositiveInt = 10

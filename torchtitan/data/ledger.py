@@ -89,7 +89,9 @@ class Ledger:
             if self._file is None:
                 self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o664)
                 sync_folder(self._folder)
-            os.write(self._file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+            left = memoryview((json.dumps(line, separators=(",", ":")) + "\n").encode())
+            while left:  # a full disk takes a part without an error
+                left = left[os.write(self._file, left) :]
 
     def flush(self) -> None:
         """Return when all lines are on the disk."""

@@ -158,8 +158,11 @@ class Loader:
         """
         plan = self._plan
         samples = self._next_samples()
-        while any(self._data_step in steps for steps in self._skip):
-            samples = self._next_samples()
+        while skipped := [steps for steps in self._skip if self._data_step in steps]:
+            if any(samples):
+                samples = self._next_samples()
+            else:  # at the end of the data, which may be long before that of the range
+                self._data_step = skipped[0].stop
         batches = [
             self._reader.batch(samples[start : start + plan.local_batch_size])
             for start in range(0, len(samples), plan.local_batch_size)

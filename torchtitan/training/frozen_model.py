@@ -187,8 +187,10 @@ def with_frozen_model(
     digest_to_keep = known_digest if is_base else digest
     if cache is None:
         return frozen(), digest_to_keep
-    weights = [digest, is_base, config.debug.seed if path is None else None]
-    facts = reference_facts(config, model, weights)
+    # A seed gives other weights on other devices. A copy is loaded whole, the base as the model is.
+    drawn = (config.debug.seed, world.device.type) if path is None else None
+    excluded = config.checkpoint.exclude_from_loading if is_base else None
+    facts = reference_facts(config, model, [digest, is_base, drawn, excluded])
     cached = cached_log_probs(
         sets(), facts, Path(cache), lambda: partial(frozen().annotated, loss=runner.loss), world
     )

@@ -115,6 +115,7 @@ class NonFiniteGuard:
             if self._spikes.skips:
                 self._skip(batch.step, f"{what} Its update was left out.", True)
             else:
+                self._in_a_row = 0
                 logger.warning("step %d: %s", batch.step, what)
         else:
             self._in_a_row = 0

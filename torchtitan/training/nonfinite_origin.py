@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torchtitan.config import NonFiniteError
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.models.batch import Batch
@@ -65,7 +66,8 @@ def find_origin(
     """Describe the first values of a step that are not finite. All ranks must call it.
 
     `runner` repeats the step. Gradients are as before afterwards, or None without
-    `keep_gradients`, which takes their memory once more. `decode` turns tokens into text.
+    `keep_gradients`, which takes their memory once more and is for a run that goes on: it raises
+    NonFiniteError if the pass fails. `decode` turns tokens into text.
     """
     watch = _Watch(world.rank, runner.streams, batch, decode)
     try:
@@ -79,9 +81,12 @@ def find_origin(
                 if parameter.grad is not None
             }
             of_gradients = non_finite_on_any_rank(world, gradients)
-    except Exception as error:  # the error to report is the step's
+    except Exception as error:
         logger.warning("The second pass over the batch of step %d failed: %r", batch.step, error)
-        return ""
+        if keep_gradients:  # the next step would meet other ranks, or a model, within this pass
+            text = f"step {batch.step}: the loss or the gradient norm is not finite, and"
+            raise NonFiniteError(f"{text} a second pass failed: {error!r}") from error
+        return ""  # the error to report is the step's
     stages = list(model.args.modules())
     for direction, own in watch.first.items():
         events = [

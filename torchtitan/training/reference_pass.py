@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from torchtitan.training import builder
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.training.prefetch import Prefetch
 from torchtitan.training.validation import SECONDS_BETWEEN_LINES, batches_of
-from torchtitan.utils.processes import StopRequest
+from torchtitan.utils.processes import StopRequest, StopRequested
 from torchtitan.utils.torch_compat import all_gather_single
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,10 @@ def sets_of_run(
     loss: Loss,
     stop: StopRequest,
 ) -> list[PairSet]:
-    """Return all pairs that a run reads: each source of its data, and its validation sets."""
+    """Return all pairs that a run reads: each source of its data, and its validation sets.
+
+    Reading them raises StopRequested on all ranks if `stop` asks one of them to.
+    """
     config = context.config
     readers = [
         build_reader(
@@ -152,8 +156,11 @@ def sets_of_run(
         return Prefetch(steps, loss, world, stop, is_data_leader)
 
     def batches(reader: SetReader) -> Iterator[Sequence[Batch]]:
-        for data, _ in batches_of(reader, fetch_ahead):
-            yield data.microbatches
+        with closing(batches_of(reader, fetch_ahead)) as found:
+            for data, agreed in found:
+                if agreed.stop:
+                    raise StopRequested
+                yield data.microbatches
 
     return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
 
@@ -171,11 +178,11 @@ def _facts_of(reader: SetReader) -> Any:
 
 def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
     """Return what log-probabilities of a reference depend on; `weights` identify its weights."""
-    handlers = config.model.handlers
+    handlers, training = config.model.handlers, config.training
     return {
         "weights": weights,
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
         "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
         "seed": config.debug.seed if handlers else None,  # of parameters that they add
-        "dtype": config.training.mixed_precision_param,
+        "dtype": [training.dtype, training.mixed_precision_param],
     }

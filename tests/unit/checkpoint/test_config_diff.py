@@ -9,6 +9,9 @@ from torchtitan.checkpoint.config_diff import MAY_DIFFER, MUST_NOT, NOTICED, com
 from torchtitan.config import JobConfig
 
 SAME_RUN: list[tuple[str, Any]] = [
+    ("training.on_non_finite", "skip"),
+    ("training.on_loss_spike", "ignore"),
+    ("training.loss_spike_threshold", 20.0),
     ("job.dump_folder", "elsewhere"),
     ("job.device", "cpu"),
     ("job.custom_import", ["my_code"]),
@@ -98,6 +101,8 @@ def test_keys_of_the_list_exist() -> None:
         "data.add_eos",
         "data.chat_template",
         "loss.args.teacher_path",
+        "loss.args.reference_cache",
+        "training.max_seconds",
     }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern

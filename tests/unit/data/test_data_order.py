@@ -153,3 +153,14 @@ def test_huge_line_files_are_cut_without_looking(tmp_path: Path, monkeypatch):
     steps = all_steps(make_config(write_jsonl(tmp_path, documents), epochs=1))
     seen = [text for lane in range(NUM_LANES) for text in lane_documents(steps, lane)]
     assert Counter(seen) == Counter(documents)
+
+
+def test_steps_left_out_end_with_the_data(tmp_path: Path) -> None:
+    """However long their range is, and on ranks whose data end sooner."""
+    path = write_jsonl(tmp_path, make_documents(30))
+    config = make_config(path, epochs=1)
+    num_steps = len(list(Run(config).steps()))
+    skip = {"data": config.data.model_copy(update={"skip": ("2-1000000000000", "7-9")})}
+    run = Run(config.model_copy(update=skip), dp=2)
+    assert num_steps > 3 and len(list(run.steps())) == 1
+    assert [loader.next_step().data_step for loader in run.loaders] == [10**12 + 2] * 2

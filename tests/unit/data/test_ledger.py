@@ -1,6 +1,7 @@
 """The ledger: spans say where tokens come from, and starts replace what they train again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_a_failure_to_write_ends_the_ledger_alone(
         ledger.record(1, 1, {})
         ledger.record(2, 2, {})
     assert caplog.text.count("training continues") == 1
+
+
+def test_a_disk_that_is_full_for_a_while_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a part of a line without an error."""
+    ledger, write = Ledger(tmp_path, 0, 0, writes=True), os.write
+    ledger.prepare()
+    with ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda file, data: write(file, bytes(data)[:9]))
+            ledger.record(1, 1, {0: [(span(1),)]})
+        ledger.record(2, 2, {0: [(span(2),)]})
+    assert list(read_ledger(tmp_path)) == [1, 2]
 
 
 def test_ranges_of_steps() -> None:

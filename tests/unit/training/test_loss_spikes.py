@@ -5,13 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from torchtitan.config import NonFiniteError
+from torchtitan.config.schema import Training
 from torchtitan.training.loss_spikes import LossSpikes
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.nonfinite_origin import StepBatch
 
 CPU = torch.device("cpu")
+
+
+def allowed(window: int) -> bool:
+    try:
+        return bool(Training(loss_spike_window=window))
+    except ValidationError:
+        return False
 
 
 def scores(spikes: LossSpikes, losses: list[float]) -> list[float]:
@@ -68,6 +77,21 @@ def test_only_so_many_in_a_row_are_skipped() -> None:
     step(5, 9.0)
     with pytest.raises(NonFiniteError, match=r"step 6: the loss 9\.0000 is a spike.*max_skipped"):
         step(6, 9.0)
+
+
+def test_a_spike_that_is_trained_is_between_skipped_steps() -> None:
+    spikes = LossSpikes(6.0, 100, CPU, losses_of(3, 100))
+    guard = NonFiniteGuard(lag=0, spikes=spikes, skip_non_finite=True, most_skipped=1)
+    for number, loss in enumerate((math.nan, 9.0, math.nan)):
+        guard.record(StepBatch(number, (), 1), torch.tensor(loss), torch.tensor(1.0))
+    assert guard.num_skipped == 2
+
+
+def test_a_window_of_few_losses_is_refused() -> None:
+    """The lower one of two losses has no deviation from itself: the next one would be a spike."""
+    fewest = next(filter(allowed, range(99)))
+    found = [scores(LossSpikes(6.0, fewest, CPU), losses_of(seed, 5)) for seed in range(20)]
+    assert fewest // 2 > 3 and max(map(max, found)) < 1000
 
 
 def test_without_skipping_of_what_is_not_finite_it_ends_the_run() -> None:
