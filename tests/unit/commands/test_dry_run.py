@@ -265,6 +265,17 @@ def test_exchanges_that_depend_on_documents_are_named():
     assert "torchtitan::context_parallel_attention" in traffic.unknown
 
 
+@pytest.mark.parametrize("handlers", [(), ("compile",)])
+def test_packed_documents_without_context_parallelism_exchange_nothing(handlers: tuple[str, ...]):
+    """Their borders depend on the data, which are not there."""
+    context = facts_of(Case(world_size=2, document_mask=True))
+    model = context.config.model.model_copy(update={"handlers": handlers})
+    config = context.config.model_copy(update={"model": model})
+    traffic = dry_run(dataclasses.replace(context, config=config), 0).traffic
+    assert {axis for axis, _ in traffic.calls} == {"dp_shard"}
+    assert not traffic.unknown
+
+
 def not_scattered(self: nn.Module, *args: object, **kwargs: object) -> object:
     return super(tensor_parallel._ScatterOutput, self).forward(*args, **kwargs)
 
