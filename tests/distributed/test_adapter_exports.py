@@ -72,6 +72,8 @@ def test_an_adapter_in_peft(step: tuple[str, Path], tmp_path: Path) -> None:
     zeros = {name: torch.zeros(()) for name in adapted.model.weights.tensors}
     if kind == "lora":  # rows of length 0 have no direction
         assert divergence(expected, adapted.logits(tokens, zeros)) > 1e-3
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "who may read the config may read the weights"
     names = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())["target_modules"]
     assert ("q_proj" in names) and ("v_proj" in names) == (kind == "dora")
 

@@ -74,6 +74,7 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     mesh = ("--parallelism.tensor_parallel_degree=2",)
     first = runs.run(tmp_path / "parts", *parts, "--training.steps=3", *mesh, processes=2)
     assert first.stderr.count("Computes the reference's log-probabilities of ") == 2
+    assert "log-probabilities of training data once" in first.stderr
     mesh = ("--parallelism.context_parallel_degree=2",)
     second = runs.run(tmp_path / "parts", *parts, *mesh, processes=2)
     assert "Computes" not in second.stderr and "frozen model" not in second.stderr

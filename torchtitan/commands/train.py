@@ -24,6 +24,7 @@ from torchtitan.utils.environment import adopt_place
 from torchtitan.utils.host import spin_briefly, tune_cpu_allocator
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.processes import StopRequest, end_with_launcher
+from torchtitan.utils.text import plural
 
 T = TypeVar("T")
 
@@ -209,7 +210,7 @@ def summary(context: RunContext) -> str:
     name = f"{config.model.name} {config.model.flavor}"
     return (
         f"{name} on {context.world_size} process{'es' if context.world_size > 1 else ''}: {mesh};"
-        f" {context.describe_batch()}; {context.num_lanes} lanes"
+        f" {context.describe_batch()}; {plural(context.num_lanes, 'lane')}"
     )
 
 

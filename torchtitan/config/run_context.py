@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torchtitan.config.fitting import fitted
 from torchtitan.config.schema import JobConfig
+from torchtitan.utils.text import plural
 
 MAX_DEFAULT_LANES = 64
 
@@ -88,8 +89,8 @@ class RunContext:
         if mesh.pipeline_parallel_degree > 1:
             count, size = self.pipeline_microbatches, mesh.pipeline_parallel_microbatch_size
         return (
-            f"{self.global_batch_size} sequences of {training.seq_len} tokens a step, on each rank"
-            f" in {count} microbatch{'es' * (count > 1)} of {size}"
+            f"{plural(self.global_batch_size, 'sequence')} of {training.seq_len} tokens a step,"
+            f" on each rank in {count} microbatch{'es' * (count > 1)} of {size}"
         )
 
 

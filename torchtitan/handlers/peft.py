@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from torchtitan.handlers.settings import LoraSettings
@@ -72,7 +72,8 @@ def write_peft(
         if key != "lora_a":
             (tensor,) = to_hf({weight: tensor}, family.hf_weights, args).values()
         theirs[f"{_PREFIX}{module}{_PARTS[key]}"] = tensor.contiguous()
-    save_file(theirs, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    # save_file would let nobody else read it.
+    (folder / WEIGHTS_NAME).write_bytes(save(theirs, metadata={"format": "pt"}))
     adapted = {_module_of(name) for name in theirs}
     known = hf_names(weights, family.hf_weights, args).values()
     modules = {row.theirs.removesuffix(".weight") for row in known}

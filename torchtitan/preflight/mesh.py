@@ -39,12 +39,15 @@ def _mesh(context: RunContext) -> Iterator[ConfigIssue]:
     shard, ranks = mesh.data_parallel_shard_degree, context.world_size
     key = "parallelism.data_parallel_shard_degree"
     fixed = mesh.data_parallel_replicate_degree * context.other_degrees
-    fix = f"set {key} to -1, and the others to degrees whose product divides {ranks}"
+    others = f"degrees whose product divides {ranks}"
+    fix = f"set {key} to -1, and the others to {others}"
     if shard == 0:
         yield ConfigIssue(key, "must be at least 1, or -1 for the rest", "set it to -1", shard)
     elif shard == -1 and ranks % fixed:
-        text = f"{ranks} processes cannot be divided by {_product(context)} = {fixed}"
-        yield ConfigIssue(key, text, f"{fix}, or start a multiple of {fixed} processes", shard)
+        count = f"{ranks} process{'es' * (ranks > 1)}"
+        text = f"{count} cannot be divided by {_product(context)} = {fixed}"
+        fix = f"set {others}, or start a multiple of {fixed} processes (to check: WORLD_SIZE)"
+        yield ConfigIssue(key, text, fix, shard)
     elif shard != -1 and fixed * shard != ranks:
         text = f"{_product(context)} = {fixed * shard}, but WORLD_SIZE = {ranks}"
         yield ConfigIssue("parallelism", text, f"{fix}, or start {fixed * shard} processes")

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.data.identity import with_digests
-from torchtitan.data.named_sources import named_sources
+from torchtitan.data.named_sources import NamedSource, named_sources
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.data.validation_reader import Pass, SetReader, build_reader
 from torchtitan.distributed.context import DistributedContext
@@ -147,7 +147,7 @@ def sets_of_run(
             dp_degree=dims.dp,
             dp_rank=dims.dp_rank(world.rank),
         )
-        for named in named_sources(config.training, config.data)
+        for named in _named(config)
     ]
     readers += builder.build_validation_readers(context, dims, world, tokenizer)
     is_data_leader = dims.is_data_leader(world.rank)
@@ -163,6 +163,14 @@ def sets_of_run(
                 yield data.microbatches
 
     return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
+
+
+def _named(config: JobConfig) -> list[NamedSource]:
+    """Return the training data; one dataset alone, which has no name, with one for the log."""
+    return [
+        of if of.place else replace(of, name="training data")
+        for of in named_sources(config.training, config.data)
+    ]
 
 
 def _facts_of(reader: SetReader) -> Any:

@@ -53,6 +53,7 @@ TENSOR = "--parallelism.tensor_parallel_degree"
     [
         (8, [TENSOR, "2", REPLICATE, "3"], "divides 8, or start a multiple of 6"),
         (6, [TENSOR, "4"], "degrees whose product divides 6, or start a multiple of 4 processes"),
+        (1, [TENSOR, "4"], "divides 1, or start a multiple of 4 processes (to check: WORLD_SIZE)"),
         (6, [TENSOR, "4", SHARD, "2"], "degrees whose product divides 6, or start 8 processes"),
         (8, [TENSOR, "2", REPLICATE, "3", SHARD, "2"], "divides 8, or start 12 processes"),
     ],
