@@ -1,5 +1,6 @@
 """The commands of docs/start/finetuning.md on a real model: what it learns, on which meshes."""
 
+import json
 import re
 import shutil
 import signal
@@ -32,6 +33,15 @@ loss and 1.2e-3 of a norm in eight steps, at most 6e-4 in absolute terms.
 """
 
 
+def show_own_data(folder: Path, settings: str) -> list[str]:
+    """Write a conversation in the page's other names; return the command that shows it."""
+    turns = [{"speaker": "customer", "text": "Where?"}, {"speaker": "agent", "text": "Here."}]
+    (folder / "own.jsonl").write_text(json.dumps({"dialogue": turns}))
+    (folder / "own.toml").write_text(settings)
+    places = ["--training.dataset_path", "own.jsonl", "--model.tokenizer_path", ".cache/smollm2"]
+    return ["torchtitan", "data", "show", "own.toml", *places]
+
+
 @pytest.mark.parametrize(
     "processes",
     [2, pytest.param(6, marks=pytest.mark.nightly)],
@@ -42,7 +52,9 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     for extra in ("transformers", "lm_eval", "peft", "pyarrow"):
         pytest.importorskip(extra)
     prepare(tmp_path, smollm2)
-    assert blocks(PAGE, "toml") == [(tmp_path / CONFIG).read_text()]
+    config, own = blocks(PAGE, "toml")
+    assert config == (tmp_path / CONFIG).read_text()
+    assert "⟦Here." in run(tmp_path, show_own_data(tmp_path, own))
     model, data, show, before, train, begin, resume, *exports = commands(PAGE)
     assert model == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
     subprocess.run([sys.executable, *data[1:]], cwd=tmp_path, env=environment(), check=True)
