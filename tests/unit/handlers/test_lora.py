@@ -185,6 +185,15 @@ def test_an_export_at_the_end_names_the_merge() -> None:
     assert any("`torchtitan export STEP OUT --merge`" in text for text in found), found
 
 
+def test_frozen_parts_of_adapters_pass_the_checks_before_the_start() -> None:
+    """`freeze` is asked about the model that has them; a glob that matches none is still found."""
+    handlers = {"handlers": ["lora", "freeze"], "args": config_of().model.args}
+    for glob, found in (("*.lora_a", 0), ("*.lora_c", 1)):
+        tables = {"lora": {}, "freeze": {"patterns": [glob]}}
+        config = config_of({"model": handlers, "handlers": tables})
+        assert len(preflight(RunContext(config, 1, "cpu"), [MODEL])) == found
+
+
 def test_nothing_left_to_train() -> None:
     handlers = {"freeze": {"patterns": ["*.lora_?"]}, "lora": {}}
     model = {"handlers": ["lora", "freeze"], "args": config_of().model.args}
