@@ -112,6 +112,8 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
         dropped, kept = linear(x).mean(1), linear.eval()(x).mean(1)
     torch.testing.assert_close(dropped, kept, rtol=0.05, atol=0.05)
     assert not torch.equal(dropped, kept)
+    linear.train().dropout.p = 1 - 1e-12
+    assert linear.dropout(x).count_nonzero() < 10
 
 
 @pytest.mark.parametrize(
