@@ -25,6 +25,7 @@ from torchtitan.training.export import Target, write_adapter, write_model
 from torchtitan.training.open_model import open_model
 from torchtitan.training.pretrained import Pretrained, load_pretrained
 from torchtitan.weights.readback import divergence, probe
+from torchtitan.weights.stored_model import read_tensors
 
 QLORA = case_of(float32=True, dora=True)
 KINDS: Mapping[str, Case] = {
@@ -86,6 +87,15 @@ def test_a_whole_quantised_step_is_a_start(gloo_pool: GlooPool, tmp_path: Path) 
     case, step = case_of(MESHES["TP 2"], dora=True), tmp_path / "run" / "step-2"
     found = whole(on(gloo_pool, case, tmp_path / "two", step, 1), "loaded")
     assert {n: d for n, d in found.items() if not n.startswith("optimizer.")} == expected
+    adapted = open_adapted(tmp_path / "two" / "step-1")
+    assert adapted.base.path == step
+    merged = adapted.merged(None).weights
+    plain = open_adapted(step).merged(None).weights
+    assert merged.tensors.keys() == plain.tensors.keys(), "without adapters and codes"
+    name = "layers.0.attention.wq.weight"
+    pairs = [dict(read_tensors(weights, [name])) for weights in (merged, plain)]
+    assert not torch.equal(*(pair[name] for pair in pairs)), "a step later"
+    torch.testing.assert_close(*(pair[name] for pair in pairs), rtol=0, atol=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,15 @@ from tests.parity.adapted import ADAPTED, kind_of
 from tests.parity.table import row
 from tests.pool import GlooPool
 from torchtitan.checkpoint.manifest import BASE_STATE, read_manifest
+from torchtitan.config.run_context import RunContext
+from torchtitan.preflight import MODEL, preflight
 
 ONE, FSDP_TP = ADAPTED[0], ADAPTED[9]
 DROPPED = {"handlers": ONE.settings["handlers"], "model": {"handlers": ["lora"]}}
+QUERIES: dict[str, dict[str, Any]] = {
+    "model": {"handlers": ["lora"]},
+    "handlers": {"lora": {"dora": True, "targets": ["wq"]}},
+}
 PIPELINE = row(DROPPED, pp=2, schedule="1F1B")
 TENSOR = row(DROPPED, tp=2)
 
@@ -99,6 +105,42 @@ def test_a_run_starts_from_the_adapters_of_another(
     assert found == expected
     bases = [read_manifest(tmp_path / n / "step-1").state[BASE_STATE] for n in ("one", "two")]
     assert bases[0] == bases[1]
+
+
+@pytest.fixture(scope="module")
+def trained(gloo_pool: GlooPool, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step with adapters of queries only."""
+    folder = tmp_path_factory.mktemp("trained")
+    on(gloo_pool, Case(shard=1, settings=QUERIES), folder, base, 1)
+    return folder / "step-1"
+
+
+def test_adapters_of_other_targets_are_no_start(
+    gloo_pool: GlooPool, trained: Path, tmp_path: Path
+) -> None:
+    """Magnitudes that are not in the step would not be the lengths of rows."""
+    more = {**QUERIES, "handlers": {"lora": {"dora": True, "targets": ["w[qk]"]}}}
+    [leg] = on(gloo_pool, Case(shard=1, settings=more), tmp_path / "two", trained, 1)
+    assert "does not fit the model: layers.0.attention.wk.lora_a is not in it" in leg.error
+
+
+@pytest.mark.parametrize(
+    ("handler", "settings", "refused"),
+    [("lora", {}, False), ("lora", {"alpha": 1.0}, True), ("qlora", {"rslora": True}, True)],
+)
+def test_adapters_of_another_scale_are_no_start(
+    handler: str, settings: dict[str, Any], refused: bool, trained: Path, tmp_path: Path
+) -> None:
+    """They would be another model: B A times another number."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"handlers": [handler]},
+        "handlers": {handler: {"targets": ["wq"], "dora": True, **settings}},
+        "checkpoint": {"enable": True, "initial_load_path": str(trained)},
+        "job": {"dump_folder": str(tmp_path)},
+    }
+    config = Case(shard=1, settings=sections, args={"dim": 64}).config()
+    issues = preflight(RunContext(config, 1, "cpu"), [MODEL])
+    assert [issue.key for issue in issues] == [f"handlers.{handler}.alpha"] * refused
 
 
 @pytest.fixture

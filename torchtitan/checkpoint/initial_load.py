@@ -159,7 +159,9 @@ class InitialLoad:
         folder = self._folder
         if self._base is not None:
             self._base.load(model, {}, handlers, elsewhere=[*elsewhere, *folder.tensors])
-            elsewhere = [*elsewhere, *(name for name in model if name not in folder.tensors)]
+            # All that handlers add has to be here: the base has none of it.
+            of_base = model.keys() - folder.tensors.keys() - added_to_base(model, handlers)
+            elsewhere = [*elsewhere, *of_base]
         skipped = set(elsewhere)
         wanted = {name: tensor for name, tensor in model.items() if name not in skipped}
         stored = {name: entry for name, entry in folder.tensors.items() if name not in skipped}
@@ -177,7 +179,9 @@ class InitialLoad:
         matrices = {n: torch.empty(each.shape, device="meta") for n, each in made.items()}
         ranks = describe_on_all_ranks(self._world, wanted | matrices)
         if self._model_only:
-            added = {name for handler in new_handlers for name in handler.added} - stored.keys()
+            # What is there in part is another set of adapters, of which nothing gets a start.
+            without = [each for each in new_handlers if not self.holds_any(each.added)]
+            added = {name for handler in without for name in handler.added} - stored.keys()
             kept = added & {name for tensors in ranks for name in tensors}
             if kept:
                 text = "%d tensors that handlers add are initialised, because %s lacks them."

@@ -132,7 +132,7 @@ class LoraHandler(ModelHandler):
         if self.settings.base_dtype is not None:
             self.base_dtype = dtypes[1]
         chosen = self.settings
-        self._scale = chosen.alpha / (math.sqrt(chosen.rank) if chosen.rslora else chosen.rank)
+        self._scale = scale_of(chosen)
         self._family = get_family(job_config.model.name)
         if chosen.adapter is not None:
             self.start_files = (Path(chosen.adapter) / WEIGHTS_NAME,)
@@ -314,6 +314,11 @@ class LoraHandler(ModelHandler):
         assert isinstance(model, LanguageModel)
         inside = {module for block in model.blocks().values() for module in block.modules()}
         return [(name, linear) for name, linear in linears_of(model) if linear in inside]
+
+
+def scale_of(settings: LoraSettings) -> float:
+    """Return the factor of `B A`."""
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 def _args_of(model: nn.Module) -> DecoderArgs:

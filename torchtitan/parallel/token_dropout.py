@@ -48,7 +48,8 @@ class TokenDropout(nn.Module):
             columns = columns.narrow(0, self.tensor_rank * held, held)
         mixed = (self.rows.unsqueeze(-1) ^ columns) * _FIRST
         mixed = (mixed ^ ((mixed >> _SHIFT) & _KEPT_BITS)) * _SECOND
-        return x.masked_fill(mixed < round(self.p * 2**32) - 2**31, 0.0)
+        bound = min(round(self.p * 2**32), 2**32 - 1) - 2**31  # a larger one would wrap around
+        return x.masked_fill(mixed < bound, 0.0)
 
     def extra_repr(self) -> str:
         """Show the probability."""

@@ -1,11 +1,11 @@
 """Checks of `model.handlers` and `[handlers.NAME]`."""
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.decision import starts_anew
@@ -17,6 +17,7 @@ from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.suggest import issues_of_names
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
+from torchtitan.handlers.settings import LoraSettings
 from torchtitan.loss.registry import DPOSettings, loss_settings
 from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import kind_of
@@ -95,7 +96,8 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
 def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     """Ask each handler that has a `check(model)` or `check_start(model)`; imports torch.
 
-    Handlers after a registered one, which may add modules and parameters, judge at the start.
+    Handlers after a registered one or one with adapters, which add parameters, judge when the model
+    is converted.
     """
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.handlers.named import NamedHandler
@@ -103,33 +105,54 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     config = context.config
     dims = ParallelDims.from_section(config.parallelism, context.world_size)
     issues: list[ConfigIssue] = []
+    stored = _config_of_start(config)
     for name in config.model.handlers:
         handler = NamedHandler(name, config, dims)
         found = handler.check(model)
-        if not found and _initialises_added(config, name):
-            found = handler.check_start(model)
+        if not found and stored is not None:
+            is_stored = name in (stored_value(stored, "model.handlers") or ())
+            found = [] if is_stored else handler.check_start(model)
+            found += _check_scale(config, name, stored)
         issues += found
-        if HANDLERS.origin(name) != BUILT_IN:
+        if HANDLERS.origin(name) != BUILT_IN or handler.adds_adapters:
             break
     return issues
 
 
-def _initialises_added(config: JobConfig, name: str) -> bool:
-    """Return whether what the handler adds gets first values at this start: none are loaded."""
+def _config_of_start(config: JobConfig) -> Mapping[str, Any] | None:
+    """Return the config of the step that this start loads, empty for other weights or none.
+
+    None if it is a resume, which has what handlers add, or if the step cannot be read.
+    """
     section = config.checkpoint
     if not section.enable:
-        return True
+        return {}
     try:
         run = StoredRun(Path(config.job.dump_folder).resolve(), section.folder)
         if run.good and not starts_anew(config) and not _has_frozen_start(config):
-            return False
+            return None
         path = section.initial_load_path
         if path is None or is_hub_path(path) or kind_of(Path(path)) != "step":
-            return True
-        stored = read_manifest(Path(path)).info.get("config") or {}
+            return {}
+        return read_manifest(Path(path)).info.get("config") or {}
     except (OSError, InvalidCheckpoint):  # reported by the checks of the folders
-        return False
-    return name not in (stored_value(stored, "model.handlers") or ())
+        return None
+
+
+def _check_scale(config: JobConfig, name: str, stored: Mapping[str, Any]) -> Iterator[ConfigIssue]:
+    """Check that adapters go on with the scale that they were trained with."""
+    from torchtitan.handlers.lora import scale_of
+
+    settings, tables = handler_settings(config, name), stored.get("handlers") or {}
+    if not isinstance(settings, LoraSettings):
+        return
+    for other in stored_value(stored, "model.handlers") or ():
+        if other in HANDLERS and HANDLERS[other].adds_adapters:
+            theirs = LoraSettings().model_copy(update=tables.get(other))
+            if theirs.rank == settings.rank and scale_of(theirs) != scale_of(settings):
+                problem = f"{config.checkpoint.initial_load_path} has adapters of another scale"
+                fix = f"set it to {theirs.alpha}, and rslora to {str(theirs.rslora).lower()}"
+                yield ConfigIssue(f"handlers.{name}.alpha", problem, fix, settings.alpha)
 
 
 def _has_frozen_start(config: JobConfig) -> bool:

@@ -19,7 +19,7 @@ from torchtitan.checkpoint.base_place import (
 from torchtitan.checkpoint.initial_load import added_to_base
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, base_of
 from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
-from torchtitan.config import CheckpointError, ConfigError, ConfigIssue
+from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.schema import Model
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.handlers.conversion import convert_model
@@ -183,20 +183,14 @@ def _open(
     verify_files(path, manifest)
     config = config_of_step(manifest)
     require_cached_masks(config)
-    names = changes_model(config.model.handlers)
-    handlers = [NamedHandler(name, config, ParallelDims()) for name in names]
-    makers = [handler for handler in handlers if handler.adds_adapters]
-    if len(handlers) != 1 or not makers:
-        problem = f"was trained with {', '.join(names)}, and only adapters can be exported"
-        fix = "convert it to a .pt file instead, which holds its tensors as they are"
-        raise ConfigError(ConfigIssue("model.handlers", problem, fix))
+    handler = _handler_of(config)
     family, recorded = get_family(config.model.name), base_of(manifest)
     tokenizer, training = tokenizer_path or tokenizer_of_step(path), record_of_training(manifest)
     if recorded is None:
         args = with_window(config, _args_of(folder, config.model, family))
-        own, base = _split(folder, family, args, makers[0])
+        own, base = _split(folder, family, args, handler)
         model = StoredModel(path, family, args, own, tokenizer, training)
-        return AdaptedModel(model, replace(model, weights=base), makers[0])
+        return AdaptedModel(model, replace(model, weights=base), handler)
     found = place_of_base(recorded, moved)
     if found is None:
         raise missing_base(recorded, moved)
@@ -204,7 +198,18 @@ def _open(
     base, args, digest = _open_base(place, config.model, family)
     require_same_base(recorded, place, digest, moved)
     model = StoredModel(path, family, with_window(config, args), folder, tokenizer, training)
-    return AdaptedModel(model, replace(model, path=place, weights=base), makers[0])
+    return AdaptedModel(model, replace(model, path=place, weights=base), handler)
+
+
+def _handler_of(config: JobConfig) -> NamedHandler:
+    """Return the handler that made a step's adapters. Raises ConfigError if there were others."""
+    names = changes_model(config.model.handlers)
+    handlers = [NamedHandler(name, config, ParallelDims()) for name in names]
+    if len(handlers) != 1 or not handlers[0].adds_adapters:
+        problem = f"was trained with {', '.join(names)}, and only adapters can be exported"
+        fix = "convert it to a .pt file instead, which holds its tensors as they are"
+        raise ConfigError(ConfigIssue("model.handlers", problem, fix))
+    return handlers[0]
 
 
 def _split(
@@ -238,7 +243,11 @@ def _open_base(
     if folder.manifest is None:
         return folder, args, digest_here(folder.files)
     verify_files(place, folder.manifest)
-    return folder, args, digest_of_manifest(folder.manifest)
+    digest = digest_of_manifest(folder.manifest)
+    if holds_adapters(folder.manifest):  # a whole step, whose adapters were the start of these
+        handler = _handler_of(config_of_step(folder.manifest))
+        return _split(folder, family, args, handler)[1], args, digest
+    return folder, args, digest
 
 
 def _args_of(folder: ModelFolder, section: Model, family: ModelFamily) -> DecoderArgs:

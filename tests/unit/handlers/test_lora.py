@@ -112,6 +112,8 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
         dropped, kept = linear(x).mean(1), linear.eval()(x).mean(1)
     torch.testing.assert_close(dropped, kept, rtol=0.05, atol=0.05)
     assert not torch.equal(dropped, kept)
+    linear.train().dropout.p = 1 - 1e-12
+    assert linear.dropout(x).count_nonzero() < 10
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,15 @@ def test_low_precision_is_refused() -> None:
 def test_an_export_at_the_end_names_the_merge() -> None:
     found = issues_of(config_of({"checkpoint": {"enable": True, "last_save_in_hf": True}}))
     assert any("`torchtitan export STEP OUT --merge`" in text for text in found), found
+
+
+def test_frozen_parts_of_adapters_pass_the_checks_before_the_start() -> None:
+    """`freeze` is asked about the model that has them; a glob that matches none is still found."""
+    handlers = {"handlers": ["lora", "freeze"], "args": config_of().model.args}
+    for glob, found in (("*.lora_a", 0), ("*.lora_c", 1)):
+        tables = {"lora": {}, "freeze": {"patterns": [glob]}}
+        config = config_of({"model": handlers, "handlers": tables})
+        assert len(preflight(RunContext(config, 1, "cpu"), [MODEL])) == found
 
 
 def test_nothing_left_to_train() -> None:
