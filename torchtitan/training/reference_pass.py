@@ -110,6 +110,14 @@ def _compute(data: PairSet, annotate: Annotate, world: DistributedContext) -> Ca
     return _of_all_ranks(CachedLogProbs.merged(parts), world)
 
 
+def _named(config: JobConfig) -> list[NamedSource]:
+    """Return the training data; one dataset alone, which has no name, with one for the log."""
+    return [
+        of if of.place else replace(of, name="training data")
+        for of in named_sources(config.training, config.data)
+    ]
+
+
 def _of_all_ranks(own: CachedLogProbs, world: DistributedContext) -> CachedLogProbs:
     """Return what all ranks have, several of them the same."""
     tensors = own.tensors
@@ -163,14 +171,6 @@ def sets_of_run(
                 yield data.microbatches
 
     return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
-
-
-def _named(config: JobConfig) -> list[NamedSource]:
-    """Return the training data; one dataset alone, which has no name, with one for the log."""
-    return [
-        of if of.place else replace(of, name="training data")
-        for of in named_sources(config.training, config.data)
-    ]
 
 
 def _facts_of(reader: SetReader) -> Any:
