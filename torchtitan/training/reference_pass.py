@@ -162,10 +162,12 @@ def sets_of_run(
                     raise StopRequested
                 yield data.microbatches
 
-    return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
+    # Larger rows are left out.
+    limit = {"largest": config.data.max_document_mib}
+    return [PairSet(of.name, _facts_of(of) | limit, partial(batches, of)) for of in readers]
 
 
-def _facts_of(reader: SetReader) -> Any:
+def _facts_of(reader: SetReader) -> dict[str, Any]:
     """Return what the pairs of a set depend on; the order does not matter if all are read."""
     settings, most = reader.mixture.sources[0], reader.max_sequences
     return {
