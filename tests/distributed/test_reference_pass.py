@@ -103,6 +103,7 @@ def test_whatever_changes_the_values_is_a_fact() -> None:
     found = [facts(**adapted), facts(**adapted, debug={"seed": 3}), facts(**stored)]
     found += [facts(**half), facts(**whole), facts(args="of 3 layers", **half)]
     found += [facts(weights="other", **half), facts(**half, model={"norm_type": "layernorm"})]
+    found += [facts(**half, checkpoint={"exclude_from_loading": ["output.weight"]})]
     assert len({*found}) == len(found)
     assert facts(**half, debug={"seed": 3}) == facts(**half)
 

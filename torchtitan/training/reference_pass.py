@@ -182,7 +182,7 @@ def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
     """Return what log-probabilities of a reference depend on; `weights` identify its weights."""
     handlers, training = config.model.handlers, config.training
     return {
-        "weights": weights,
+        "weights": [weights, config.checkpoint.exclude_from_loading],
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
         "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
         "seed": config.debug.seed if handlers else None,  # of parameters that they add
