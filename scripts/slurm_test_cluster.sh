@@ -111,12 +111,17 @@ start() {
     die "The nodes did not become idle."
 }
 
-# Kill the processes of node $1, and the daemons of their job steps, which are the parents of the first.
+# Kill the processes of this cluster's node $1, and the daemons of their job steps, which are the parents of
+# the first of them.
 kill_all_on() {
     local pid parent
-    grep -lsxz "SLURMD_NODENAME=$1" /proc/[0-9]*/environ | cut -d / -f 3 | while read -r pid; do
+    # Processes end meanwhile, so that much here may fail.
+    { grep -lsxzF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ || true; } | cut -d / -f 3 | while read -r pid; do
+        grep -qsxzF "SLURMD_NODENAME=$1" "/proc/$pid/environ" || continue
         parent=$(awk '/^PPid:/ { print $2 }' "/proc/$pid/status" 2>/dev/null) || continue
-        [[ $(cat "/proc/$parent/comm" 2>/dev/null) != slurmstepd ]] || kill -KILL "$parent"
+        if [[ $(cat "/proc/$parent/comm" 2>/dev/null) == slurmstepd ]]; then
+            kill -KILL "$parent" 2>/dev/null || true
+        fi
         kill -KILL "$pid" 2>/dev/null || true
     done
 }

@@ -217,3 +217,9 @@ def test_a_run_has_saved_and_left_when_its_time_is_over(tmp_path: Path) -> None:
     assert limit / 2 < ended.st_mtime - started.st_mtime < limit
     saved = map(int, re.findall(r"Saved step (\d+) ", done.stderr))
     assert list(saved) == [1, runs.status(folder)["step"]]
+
+
+def test_a_time_limit_too_short_for_a_step_is_not_tried_again(tmp_path: Path) -> None:
+    runs.run(tmp_path / "run", "--training.max_seconds=0.1", expect=7)
+    status = runs.status(tmp_path / "run")
+    assert (status["status"], status["step"], status["requeue"]) == ("preempted", 0, False)

@@ -20,18 +20,21 @@ SLOW = """
 import os, time
 from torchtitan.checkpoint.run_folder import RunFolder
 
-set_status = RunFolder.set_status
+set_status, start = RunFolder.set_status, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def set_status_slowly(self, status, *arguments, **more):
-    set_status(self, status, *arguments, **more)
-    if status == "running" and int(os.environ.get("SLURM_RESTART_COUNT") or 0) < 3:
-        time.sleep(0.5)
+def set_status_slowly(self, status, step, *arguments, **more):
+    set_status(self, status, step, *arguments, **more)
+    if status == "running" and start < 3:
+        deadline = time.monotonic() + (60 if start == 2 and step >= 20 else 0.5)
+        while time.monotonic() < deadline and not (self.path / "stop").exists():
+            time.sleep(0.05)
 
 
 RunFolder.set_status = set_status_slowly
 """
-"""Rank 0 waits after each save, in all starts but the last."""
+"""Rank 0 waits after each save, in all starts but the last: in the one before for the stop file,
+as Slurm looks at time limits twice a minute."""
 
 
 class Cluster:

@@ -15,6 +15,7 @@ SHELL_SCRIPTS = [
     "run_tests.sh",
     "multinode_trainer.slurm",
     "scripts/setup_env.sh",
+    "scripts/slurm_test_cluster.sh",
     ".ci/run",
 ]
 

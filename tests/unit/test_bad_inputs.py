@@ -224,6 +224,7 @@ VALUES = [
     value("training.local_batch_size", "-1", "more than 0"),
     value("training.global_batch_size", "-2", "at least -1"),
     value("training.gc_freq", "0", "more than 0"),
+    value("training.max_seconds", "0", "more than 0"),
     value("training.max_norm", "0.0", "more than 0", "> 0, or `inf`; the default is 1.0"),
     value("training.max_norm", "nan", "training.max_norm = nan"),
     value("training.dtype", '"float16"', "is not a choice", "bfloat16"),

@@ -65,7 +65,10 @@ def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress:
     assert progress.status != "running"
     code = PREEMPTED if progress.status == "preempted" else DONE
     if is_main:
-        set_status(folder, progress.status, progress.step, code, requeue=code == PREEMPTED)
+        # A time limit that ends before the first step would do so again.
+        in_vain = progress.stop.out_of_time and progress.step == progress.first_step
+        requeue = code == PREEMPTED and not in_vain
+        set_status(folder, progress.status, progress.step, code, requeue=requeue)
     if progress.status == "preempted":
         logger.info(_describe_stop(progress))
     logger.info(describe_folder(config, folder))

@@ -166,10 +166,9 @@ def with_frozen_model(
     files = [file for handler in handlers for file in handler.start_files]
     digest = _digest(path, files, world)
     if not is_base and known_digest not in (None, digest):
+        places = ", ".join(map(str, [path or INITIAL_WEIGHTS, *files]))
         raise CheckpointError(
-            f"the run compared with other weights than those of"
-            f" {', '.join(map(str, [path or INITIAL_WEIGHTS, *files]))}. Set {key} to the weights"
-            f" that it compared with"
+            f"the run compared with other weights than those of {places}. Set {key} to those"
         )
 
     def frozen() -> FrozenModelRunner:

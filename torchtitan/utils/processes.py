@@ -43,6 +43,8 @@ class StopRequest:
         self.at_once = at_once
         self.requested = False
         self.interrupted = False
+        self.out_of_time = False
+        """The time limit is why a stop is requested."""
         self.step_seconds = 0.0
         """Duration of a step: two more of them end before the time limit."""
         self.save_seconds = 0.0
@@ -71,7 +73,7 @@ class StopRequest:
             if seconds_since_start() + needed >= self._limit:
                 text = "training.max_seconds = %g: stopping, as a save may take %.1f s"
                 logger.warning(text, self._limit, self.save_seconds)
-                self.requested = True
+                self.requested = self.out_of_time = True
         return self.requested
 
     def __enter__(self) -> "StopRequest":
