@@ -1,8 +1,8 @@
 """Counts of collectives and their bytes by axis of the mesh.
 
 A torch *dispatch mode* sees every operator before it runs, collectives included, in compiled code
-too. With fake tensors torch does not run this library's custom operators; here those that get a
-process group run, so that the collectives inside are counted.
+too. With fake tensors torch does not run this library's custom operators; here they run, so that
+the collectives inside are counted.
 """
 
 from collections import Counter
@@ -65,9 +65,7 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # called again for the local tensors
         namespace = getattr(func, "namespace", "")
-        if namespace == "torchtitan" and any(
-            argument.name == "group_name" for argument in func._schema.arguments
-        ):
+        if namespace == "torchtitan":
             return self._trace(func, args)
         out = func(*args, **(kwargs or {}))
         if namespace in ("c10d", "_c10d_functional"):
