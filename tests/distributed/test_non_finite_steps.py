@@ -43,12 +43,15 @@ class Injector(ModelHandler):
         rank: int = 0
         kind: str = "output"
         once: bool = False
+        mask: bool = False
 
     def __init__(self, job_config, parallel_dims):
         self.settings, self.step = handler_settings(job_config, "injector"), 1
 
     def after_load(self, model):
         for part in model if isinstance(model, list) else [model]:
+            if self.settings.mask:
+                part.register_buffer("mask", torch.tensor([0, -torch.inf]))
             for name, module in part.named_modules():
                 wanted = f"layers.{self.settings.layer}.{self.settings.module}"
                 if name == "output" and self.settings.kind == "logits":
@@ -181,11 +184,10 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
-    """Three with a finite one among them do not."""
+    """Three with a finite one among them do not; nor does a mask that is part of the model."""
     folder = tmp_path / "run"
-    done = run(
-        folder, SKIP, "--training.max_skipped_steps=2", "--handlers.injector.steps=[1,2,4,5,7,8,9]"
-    )
+    steps = ("--handlers.injector.steps=[1,2,4,5,7,8,9]", "--handlers.injector.mask=true")
+    done = run(folder, SKIP, "--training.max_skipped_steps=2", *steps)
     assert runs.status(folder)["exit_code"] == 5, done.stderr
     assert "step 9: the loss or the gradient norm is not finite" in done.stderr
     assert "training.max_skipped_steps = 2" in done.stderr

@@ -1,5 +1,6 @@
 """When the log-probabilities of a reference are computed, and that nothing is left of it."""
 
+import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from tests.chat_data import chat_config, pair_rows, write_rows
 from tests.distributed import tiny
 from tests.pool import GlooPool
 from torchtitan.config import JobConfig
+from torchtitan.config.run_context import RunContext
+from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.loss.preference import REFERENCE
 from torchtitan.loss.reference_cache import answer_keys
 from torchtitan.models.batch import Batch
-from torchtitan.training.reference_pass import PairSet, cached_log_probs, reference_facts
+from torchtitan.training.reference_pass import (
+    PairSet,
+    cached_log_probs,
+    reference_facts,
+    sets_of_run,
+)
 
 
 class Reference:
@@ -94,5 +103,37 @@ def test_whatever_changes_the_values_is_a_fact() -> None:
     found = [facts(**adapted), facts(**adapted, debug={"seed": 3}), facts(**stored)]
     found += [facts(**half), facts(**whole), facts(args="of 3 layers", **half)]
     found += [facts(weights="other", **half), facts(**half, model={"norm_type": "layernorm"})]
+    found += [facts(**half, checkpoint={"exclude_from_loading": ["output.weight"]})]
     assert len({*found}) == len(found)
     assert facts(**half, debug={"seed": 3}) == facts(**half)
+
+
+def test_whatever_changes_the_pairs_is_a_fact(tmp_path: Path) -> None:
+    """Not what says how a step is made of them."""
+    path = write_rows(tmp_path, pair_rows(9))
+    dims: Any = SimpleNamespace(dp=1, dp_rank=int, is_data_leader=bool)
+    world: Any = SimpleNamespace(rank=0)
+    anything: Any = None
+
+    def facts(key: str, value: Any) -> str:
+        config = chat_config(path, format="preference")
+        section, _, name = key.partition(".")
+        table = getattr(config, section).model_dump() | {name: value}
+        config = JobConfig.model_validate(config.model_dump() | {section: table})
+        context = RunContext(config, 1, "cpu")
+        (only,) = sets_of_run(context, dims, world, build_tokenizer("bytes"), anything, anything)
+        return json.dumps(only.facts, sort_keys=True)
+
+    other = write_rows(tmp_path, pair_rows(8), "other.jsonl")
+    changes = [
+        ("training.dataset_path", other),
+        ("training.seq_len", 128),
+        ("data.max_document_mib", 1.0),
+        ("data.add_bos", False),
+        ("data.chat_template", "mistral"),
+        ("data.packing", False),
+    ]
+    same = [("data.epochs", 2), ("data.shuffle", False), ("debug.seed", 5), ("data.skip", ("1",))]
+    before = facts("data.epochs", 1)
+    assert [facts(*change) for change in same] == [before] * len(same)
+    assert len({before, *(facts(*change) for change in changes)}) == 1 + len(changes)

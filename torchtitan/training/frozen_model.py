@@ -186,10 +186,9 @@ def with_frozen_model(
     digest_to_keep = known_digest if is_base else digest
     if cache is None:
         return frozen(), digest_to_keep
-    # A seed gives other weights on other devices. A copy is loaded whole, the base as the model is.
+    # A seed gives other weights on other devices.
     drawn = (config.debug.seed, world.device.type) if path is None else None
-    excluded = config.checkpoint.exclude_from_loading if is_base else None
-    facts = reference_facts(config, model, [digest, is_base, drawn, excluded])
+    facts = reference_facts(config, model, [digest, is_base, drawn])
     cached = cached_log_probs(
         sets(), facts, Path(cache), lambda: partial(frozen().annotated, loss=runner.loss), world
     )

@@ -32,6 +32,7 @@ class LossSpikes:
         self.threshold = threshold
         self.skips = skips
         self._losses = torch.full((window,), torch.nan, dtype=torch.float64, device=device)
+        self._places = torch.arange(window, device=device)
         recent = (recent or ())[-window:]
         self._losses[: len(recent)] = torch.tensor(recent, dtype=torch.float64)
         self._next = torch.tensor(len(recent), device=device)
@@ -48,14 +49,23 @@ class LossSpikes:
         0 until half of the window is filled, and for a loss that is not finite.
         """
         loss = loss.detach().double()
-        median = self._losses.nanmedian()
-        deviation = (self._losses - median).abs().nanmedian() * _STANDARD_DEVIATION
+        median = self._median(self._losses)
+        deviation = self._median((self._losses - median).abs()) * _STANDARD_DEVIATION
         # Losses that are all equal have no deviation: then rounding is the measure.
         smallest = median.abs() * torch.finfo(torch.float32).eps
         score = (loss - median) / deviation.maximum(smallest)
         is_known = self._next >= len(self._losses) // 2
         is_finite = loss.isfinite()
-        place = self._next % len(self._losses)
-        self._losses[place] = torch.where(is_finite, loss, self._losses[place])
+        # An index that lies on the device would make the host wait for it.
+        is_next = self._places == self._next % len(self._losses)
+        self._losses = torch.where(is_next & is_finite, loss, self._losses)
         self._next += is_finite
         return torch.where(is_finite & is_known & score.isfinite(), score, 0.0)
+
+    def _median(self, values: Tensor) -> Tensor:
+        """Return the lower median of `values` `[window]`, which are NaN where no loss is known.
+
+        On CUDA `nanmedian` makes the host wait.
+        """
+        middle = (self._next.clamp(1, len(values)) - 1) // 2
+        return values.sort().values.gather(0, middle.view(1)).squeeze(0)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from torchtitan.checkpoint.manager import CheckpointManager
-from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
+from torchtitan.checkpoint.state import model_tensors, non_finite_tensors, optimizer_tensors
 from torchtitan.config import JobConfig, NonFiniteError
 from torchtitan.data.tokenizers import Tokenizer
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.finiteness import non_finite_on_any_rank
 from torchtitan.parallel.runner import Runner
 from torchtitan.training.loss_spikes import LossSpikes
 from torchtitan.training.model_builder import BuiltModel
@@ -175,7 +174,7 @@ def build_nonfinite_guard(
 
     def find_non_finite() -> str:
         tensors = model_tensors(model.parts) | optimizer_tensors(model.parts, optimizers)
-        return some_of(non_finite_on_any_rank(world, tensors))
+        return some_of(non_finite_tensors(world, tensors, model.parts))
 
     def origin(batch: StepBatch) -> str:
         # In the backward the weights have changed, and a second pass would change them again.

@@ -170,10 +170,12 @@ def sets_of_run(
                     raise StopRequested
                 yield data.microbatches
 
-    return [PairSet(of.name, _facts_of(of), partial(batches, of)) for of in readers]
+    # Larger rows are left out.
+    limit = {"largest": config.data.max_document_mib}
+    return [PairSet(of.name, _facts_of(of) | limit, partial(batches, of)) for of in readers]
 
 
-def _facts_of(reader: SetReader) -> Any:
+def _facts_of(reader: SetReader) -> dict[str, Any]:
     """Return what the pairs of a set depend on; the order does not matter if all are read."""
     settings, most = reader.mixture.sources[0], reader.max_sequences
     return {
@@ -188,7 +190,7 @@ def reference_facts(config: JobConfig, model: BuiltModel, weights: Any) -> Any:
     """Return what log-probabilities of a reference depend on; `weights` identify its weights."""
     handlers, training = config.model.handlers, config.training
     return {
-        "weights": weights,
+        "weights": [weights, config.checkpoint.exclude_from_loading],
         "model": [config.model.name, config.model.norm_type, repr(model.args)],
         "handlers": [[name, config.handlers.get(name, {})] for name in handlers],
         "seed": config.debug.seed if handlers else None,  # of parameters that they add

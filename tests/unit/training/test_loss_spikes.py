@@ -1,11 +1,13 @@
 """Loss spikes: a robust z-score on the device."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import NonFiniteError
 from torchtitan.config.schema import Training
@@ -58,6 +60,21 @@ def test_it_goes_on_from_the_recent_losses(stop: int) -> None:
     whole = scores(first, losses[:stop])
     whole += scores(LossSpikes(6.0, 6, CPU, first.recent), losses[stop:])
     assert whole == scores(LossSpikes(6.0, 6, CPU), losses)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for a CUDA device: a number for the host, which `nanmedian` takes, too."""
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert str(function) not in {"aten._local_scalar_dense.default", "aten.nanmedian.default"}
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait() -> None:
+    guard = NonFiniteGuard(lag=1, spikes=LossSpikes(6.0, 8, CPU, losses_of(3, 8), skips=True))
+    loss = torch.tensor(3.0)
+    with NoWaiting():
+        guard.record(StepBatch(1, (), 1), loss, loss)
 
 
 def test_equal_losses_make_no_spike_of_rounding() -> None:
