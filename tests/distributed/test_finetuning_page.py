@@ -42,6 +42,11 @@ def show_own_data(folder: Path, settings: str) -> list[str]:
     return ["torchtitan", "data", "show", "own.toml", *places]
 
 
+CLIPPED = 1e-4
+"""How far the others may be off on two: their gradients are clipped, by a norm that ranks add up in
+another order. A norm was off by 1.4e-5 after two steps with all weights, by 3e-6 with QLoRA."""
+
+
 @pytest.mark.parametrize(
     "processes",
     [2, pytest.param(6, marks=pytest.mark.nightly)],
@@ -160,9 +165,9 @@ def test_the_other_kinds_move_and_leave(smollm2: Path, tmp_path: Path, kind: str
     assert len(whole) == len(parts) == steps
     for one, other in zip(whole, parts, strict=True):
         print(one, other)
-        assert other == pytest.approx(one, **CLOSE[2])
+        assert other == pytest.approx(one, rel=CLIPPED)
     losses = [last(outputs / name, HELD_OUT) for name in ("whole", "moved")]
-    assert losses[1] == pytest.approx(losses[0], **CLOSE[2])
+    assert losses[1] == pytest.approx(losses[0], rel=CLIPPED)
     how = [] if kind == "full" else ["--merge"]
     exported = run(tmp_path, ["torchtitan", "export", "outputs/moved", "outputs/model", *how])
     assert "in transformers" in exported
