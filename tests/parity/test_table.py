@@ -56,7 +56,7 @@ def rows() -> Iterator[Any]:
         yield from same
 
 
-@pytest.mark.parametrize("case", rows())
+@pytest.mark.parametrize("case", list(rows()))
 def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, one_process) -> None:
     mesh = dims_of(case)
     results = gloo_pool.run(case.world_size, tiny.train, case, timeout=120, keep=mesh)

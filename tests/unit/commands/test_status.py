@@ -41,7 +41,11 @@ def test_a_run_that_has_ended(ended: Path, capsys: pytest.CaptureFixture[str]) -
     assert " s a step, " in lines["rate"]
 
 
-@pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "running"), (2**31 - 1, "killed")])
+@pytest.mark.parametrize(
+    ("pid", "state"),
+    [(os.getpid(), "running"), (2**31 - 1, "killed")],
+    ids=["running", "killed"],  # workers of the tests have the same names
+)
 def test_a_run_in_its_middle(
     ended: Path, tmp_path: Path, pid: int, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
