@@ -76,7 +76,7 @@ def test_with_a_config(capsys: Any, tmp_path: Path) -> None:
         status, lines = examine(*arguments, "--job.device=cpu", capsys=capsys)
         assert status == 0, lines
         assert lines["config"].startswith("ok ") and "64 tokens" in lines["config"]
-        assert "a mask of documents" in lines["attention"]
+        assert "document by document" in lines["attention"]
         assert "1 for each process (debug.threads = 1)" in lines["threads"]
     window = ("--job.device=cpu", "--model.args.sliding_window=8")
     _, lines = examine(config, *window, capsys=capsys)
