@@ -111,7 +111,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (partial(ours, "lora", dora=True), "DoRA of peft"),
     "DoRA of peft": (partial(with_peft, True), "DoRA of peft"),
 }
-"""How to build a step of each kind, and the kind that it is compared with."""
+"""Settings of a step of each kind, and the kind that it is compared with."""
 
 
 def measure(kind: str) -> None:

@@ -39,7 +39,7 @@ KINDS: Mapping[str, Case] = {
 def logits_on(
     world: DistributedContext, path: str, shards: int, moved: MovedBase = NOT_MOVED
 ) -> torch.Tensor:
-    """What `generate`, `chat` and `evaluate` compute with a step."""
+    """Logits by a step as `generate`, `chat` and `evaluate` open it."""
     config = JobConfig.model_validate(read_manifest(Path(path)).info["config"])
     family, dims = get_family(config.model.name), ParallelDims(dp_shard=shards)
     args = family.resolve(config.model, VOCAB_SIZE)

@@ -24,7 +24,7 @@ HELD_OUT = "validation/loss"
 EXACT_MATCH = "evaluation/orders/exact_match"
 
 CLOSE = {2: {"rel": 1e-6, "abs": 1e-6}, 6: {"rel": 1e-3, "abs": 3e-4}}
-"""How far losses and norms may be off on so many processes.
+"""Largest differences of losses and norms on so many processes.
 
 On two, each computes one of the two microbatches as one process does, and a sum of two has no
 order: one norm was off by 8e-8, nothing else by a bit. Tensor parallelism adds products in another
@@ -43,7 +43,7 @@ def show_own_data(folder: Path, settings: str) -> list[str]:
 
 
 CLIPPED = 1e-4
-"""How far the others may be off on two: their gradients are clipped, by a norm that ranks add up in
+"""Largest differences of the others on two: their gradients are clipped, by a norm that ranks add up in
 another order. A norm was off by 1.4e-5 after two steps with all weights, by 3e-6 with QLoRA."""
 
 

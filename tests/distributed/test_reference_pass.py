@@ -43,7 +43,7 @@ class Reference:
 
 
 def passes(world: DistributedContext, folder: Path) -> list[int]:
-    """How often the reference was built at each start."""
+    """Builds of the reference at each start."""
     mine = Batch({name: tensor[world.rank :: 2] for name, tensor in tiny.pairs().items()})
     built: list[weakref.ref[Reference]] = []
 

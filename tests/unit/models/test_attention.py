@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from torchtitan.models import attention
 from torchtitan.models.attention import AttentionMaskBuilder, InnerAttention, block_mask
@@ -65,7 +66,7 @@ def test_the_operator_for_documents():
         torch.randn(2, 8, heads, 16, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (4, 2, 2)
     )
-    torch.library.opcheck(document_attention, (q, k, v, IDS))
+    opcheck(document_attention, (q, k, v, IDS))
     with pytest.MonkeyPatch.context() as patch:  # no mask over all pairs
         patch.setattr("torch.nn.functional.scaled_dot_product_attention", None)
         InnerAttention()(q, k, v, AttentionMaskBuilder().build(IDS, 8, CPU)).sum().backward()

@@ -13,7 +13,7 @@ from torchtitan.training.nonfinite_origin import StepBatch, find_origin
 
 
 class Runner:
-    """Of the step after; has no memory for a second pass."""
+    """Runner of the step after, without memory for a second pass."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
