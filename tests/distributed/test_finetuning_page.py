@@ -145,8 +145,8 @@ def test_the_table(smollm2: Path) -> None:
 def test_the_other_kinds_move_and_leave(smollm2: Path, tmp_path: Path, kind: str) -> None:
     """Interrupted and resumed on two ranks they have the same curve, and they can be exported.
 
-    In float64: gradients are clipped by a norm that ranks add up in another order, which made 1.4e-5
-    of a float32 norm after two steps with all weights.
+    In float64: gradients are clipped by a norm that ranks add up in another order, which made
+    1.4e-5 of a float32 norm after two steps with all weights.
     """
     for extra in ("transformers", "peft", "pyarrow"):
         pytest.importorskip(extra)
