@@ -1,4 +1,4 @@
-"""The commands of docs/start/finetuning.md on a real model: what it learns, on which meshes."""
+"""The commands of docs/start/finetuning.md: what a real model learns, on which meshes."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed.pages import DOCS, blocks, commands, prepare, run, start
 from tests.distributed.runs import environment, records
+from tests.foreign import args_of, random_weights, write_hf
 
 sys.path.insert(0, str(DOCS.parent / "scripts"))
 from bench_finetuning import KINDS
@@ -47,21 +48,39 @@ def show_own_data(folder: Path, settings: str) -> list[str]:
     return ["torchtitan", "data", "show", "own.toml", *places]
 
 
+def write_small_model(folder: Path, smollm2: Path) -> None:
+    """Write a random Llama of SmolLM2's heads, tokenizer and template, of 3 in place of 134 M."""
+    args = args_of(vocab_size=49152, dim=63, head_dim=14, tied_embeddings=True)
+    weights = {n: w * (0.1 if w.dim() == 2 else 1) for n, w in random_weights(args).items()}
+    write_hf(folder, weights, args)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(smollm2 / name, folder)
+    shutil.copy(smollm2 / "chat_template.jinja", folder)
+
+
 @pytest.mark.parametrize(
-    "processes",
-    [2, pytest.param(6, marks=pytest.mark.nightly)],
-    ids=["fsdp 2", "fsdp 2, tp 3"],
+    ("model", "processes"),
+    [
+        ("small", 2),
+        pytest.param("smollm2", 2, marks=pytest.mark.nightly),
+        pytest.param("smollm2", 6, marks=pytest.mark.nightly),
+    ],
+    ids=["a small model, fsdp 2", "fsdp 2", "fsdp 2, tp 3"],
 )
 @pytest.mark.timeout(1800)
-def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
+def test_the_page(smollm2: Path, tmp_path: Path, model: str, processes: int) -> None:
+    """By day a random model takes each command as it stands, in a fifth of the time."""
     for extra in ("transformers", "lm_eval", "peft", "pyarrow"):
         pytest.importorskip(extra)
-    prepare(tmp_path, smollm2)
+    learns = model == "smollm2"
+    if not learns:
+        write_small_model(tmp_path / model, smollm2)
+    prepare(tmp_path, smollm2 if learns else tmp_path / model)
     config, own = blocks(PAGE, "toml")
     assert config == (tmp_path / CONFIG).read_text()
     assert "⟦Here." in run(tmp_path, show_own_data(tmp_path, own))
-    model, data, show, before, train, begin, resume, *exports = commands(PAGE)
-    assert model == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
+    made, data, show, before, train, begin, resume, *exports = commands(PAGE)
+    assert made == ["python", "scripts/make_smollm2.py"]  # the fixture runs it
     subprocess.run([sys.executable, *data[1:]], cwd=tmp_path, env=environment(), check=True)
     assert "⟦#" in run(tmp_path, show)
 
@@ -72,8 +91,10 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     names = ("base", "orders")
     losses, matches = ([last(outputs / n, key) for n in names] for key in (HELD_OUT, EXACT_MATCH))
     print(f"held-out loss {losses}, exact match {matches}")
-    assert losses[0] > 3 and losses[1] < 0.1
-    assert matches[0] == 0 and matches[1] >= 0.9, "orders that are not in the training data"
+    assert losses[0] > 3 and losses[1] < (0.1 if learns else losses[0] - 0.5)
+    assert matches[0] == 0
+    if learns:
+        assert matches[1] >= 0.9, "orders that are not in the training data"
 
     interrupt_after(2, outputs / "moved", tmp_path, [*begin, *more])
     steps = len(curve(outputs / "moved"))
@@ -92,7 +113,10 @@ def test_the_page(smollm2: Path, tmp_path: Path, processes: int) -> None:
     assert "in peft" in adapter and "in transformers" in merged
     (code,) = blocks(PAGE, "python")
     printed = run(tmp_path, [sys.executable, "-c", code])
-    assert printed.splitlines()[-2:] == ["adapter #7 lamp/grey", "merged #7 lamp/grey"]
+    answers = re.search(r"^adapter (.*?)^merged (.*)\Z", printed, re.DOTALL | re.MULTILINE)
+    assert answers and answers[1] == answers[2], printed
+    if learns:
+        assert answers[1] == "#7 lamp/grey\n"
     shutil.rmtree(outputs)  # half a gigabyte
 
 
