@@ -37,8 +37,8 @@ CASES = {
 """Combinations whose parts, but not the whole, are in the parity table."""
 
 
-NIGHTLY = {"ulysses, by inductor"}
-"""By day inductor meets a spread sequence once; `ulysses, compiled` has the same graphs."""
+NIGHTLY = {"ring, by inductor", "ulysses, by inductor"}
+"""By day inductor meets a spread sequence without kernels of its own, below."""
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,18 @@ NIGHTLY = {"ulysses, by inductor"}
 def test_spread_equals_one_process(name: str, gloo_pool: GlooPool, one_process) -> None:
     case = CASES[name]
     results = gloo_pool.run(case.world_size, tiny.train, case, timeout=240)
+    assert tiny.compare(results, one_process(reference_of(case))).worst < TOLERANCE
+
+
+def train_without_kernels(world: DistributedContext, case: Case) -> tiny.Result:
+    """Train with torch's kernels in inductor's graphs: its own take a compiler a minute."""
+    with torch._inductor.config.patch(fallback_by_default=True):
+        return tiny.train(world, case)
+
+
+def test_inductor_meets_a_spread_sequence(gloo_pool: GlooPool, one_process) -> None:
+    case = CASES["ring, by inductor"]
+    results = gloo_pool.run(case.world_size, train_without_kernels, case, timeout=240)
     assert tiny.compare(results, one_process(reference_of(case))).worst < TOLERANCE
 
 

@@ -60,6 +60,15 @@ class Trained(NamedTuple):
 
 
 def train(world: DistributedContext, case: Case) -> Trained:
+    """With torch's kernels in inductor's graphs: its own take a compiler a minute.
+
+    Which tensors a graph keeps is settled before either is chosen.
+    """
+    with torch._inductor.config.patch(fallback_by_default=True):
+        return train_steps(world, case)
+
+
+def train_steps(world: DistributedContext, case: Case) -> Trained:
     torch._dynamo.reset()
     config = case.config()
     dims = ParallelDims.from_section(config.parallelism, world.world_size)

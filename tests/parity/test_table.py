@@ -6,7 +6,7 @@ after the last step, all in float64, on every rank.
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -18,7 +18,15 @@ from tests.distributed.tiny import Case
 from tests.parity.adapted import kind_of, without_bases, without_dropout, write_out
 from tests.parity.own_models import DRAWS
 from tests.parity.plain_losses import plain_losses
-from tests.parity.table import TABLE, TOLERANCE, dims_of, name_of, reference_of, special_of
+from tests.parity.table import (
+    TABLE,
+    TOLERANCE,
+    dims_of,
+    kinds_of,
+    name_of,
+    reference_of,
+    special_of,
+)
 from tests.pool import GlooPool
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Optimizer
@@ -33,25 +41,32 @@ COMPACT = ("AdamWBF16", "AdamW8bit")
 
 
 def rows() -> Iterator[Any]:
-    """Yield the rows mesh by mesh; for the night, a compiled one that compiles nothing new.
+    """Yield the rows mesh by mesh, those for the night that prove nothing new.
 
-    By day every axis is compiled, and every pair of them; adapters have meshes of at most two axes.
+    By day every axis is compiled, and every pair of them. Meshes of more than four ranks have what
+    is special about them by day if smaller ones do not have it with the same parallelisms; those
+    of adapters do not. Kernels of inductor, which take a minute, are in `tests/distributed`.
     """
     compiled: set[tuple[str, ...]] = set()
-    by_mesh: dict[str, list[Any]] = {}
-    for case in TABLE:
-        mesh, marks = dims_of(case), []
+    met: set[tuple[str, ...]] = set()
+    found: dict[str, Any] = {}
+    for case in sorted(TABLE, key=lambda case: case.world_size > 4):
+        mesh, kinds, special = dims_of(case), sorted(kinds_of(case)), list(special_of(case))
+        meets: set[tuple[str, ...]] = {(*kinds, ""), *product(kinds, special)}
+        night = case.world_size > 4 and (kind_of(case) is not None or meets <= met)
         if "compile" in case.config().handlers:
             axes = [name for name in AXES if getattr(mesh, name) > 1]
             pairs = set(combinations(axes, 2)) or {tuple(axes)}
-            if pairs <= compiled:
-                marks = [pytest.mark.nightly]
-            compiled |= pairs
-        if kind_of(case) and case.world_size > 4:
-            marks = [pytest.mark.nightly]
+            night = night or pairs <= compiled or "compiled inductor" in special
+            compiled |= set() if night else pairs
+        met |= set() if night else meets
         # What stands before the colon is trained by one process of the tests (tests/conftest.py).
-        name = f"{mesh.describe()}: {', '.join(special_of(case)) or 'plain'}"
-        by_mesh.setdefault(mesh.describe(), []).append(pytest.param(case, marks=marks, id=name))
+        name = f"{mesh.describe()}: {', '.join(special) or 'plain'}"
+        marks = [pytest.mark.nightly] * night
+        found[name_of(case)] = pytest.param(case, marks=marks, id=name)
+    by_mesh: dict[str, list[Any]] = {}
+    for case in TABLE:
+        by_mesh.setdefault(dims_of(case).describe(), []).append(found[name_of(case)])
     for same in by_mesh.values():
         yield from same
 
