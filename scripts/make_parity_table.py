@@ -36,7 +36,8 @@ TEXT = """\
 Change the mesh, keep the run: each row below trains the same model on the same data on another
 mesh and is compared with one process. `python scripts/make_parity_table.py` made this page on
 {date}, with torchtitan {version}, PyTorch {torch} and Python {python}, on the CPU ({machine}) with
-gloo. `tests/parity/` requires the same of every row.
+gloo. `tests/parity/` requires the same of every row: nightly of those that repeat
+what others prove, of the others on every change.
 
 The model is a Llama of width {dim}, where {heads} query heads share {kv_heads} of keys and values,
 with a vocabulary of {vocab} tokens. A step has {sequences} sequences of {seq_len} tokens, of which

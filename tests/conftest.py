@@ -15,7 +15,7 @@ import pytest
 
 from tests.forked import keep_preloaded
 from tests.pool import GlooPool
-from tests.smollm2 import smollm2, smollm2_gguf  # noqa: F401  (fixtures)
+from tests.smollm2 import small_smollm2, smollm2, smollm2_gguf  # noqa: F401  (fixtures)
 from torchtitan.models.registry import MODELS
 
 if TYPE_CHECKING:  # torch takes seconds to import, which would delay the start of all processes

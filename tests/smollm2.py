@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real model, as a Hugging Face folder; see scripts/make_smollm2.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,24 @@ def smollm2() -> Path:
 def smollm2_gguf() -> Path:
     """The GGUF file from which the folder is made."""
     return Path(_make("--gguf").strip())
+
+
+@pytest.fixture(scope="session")
+def small_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of SmolLM2's heads, tokenizer and template, 6 M parameters.
+
+    For what must be equal, and need not make sense, in a fraction of the time.
+    """
+    from tests.foreign import args_of, random_weights, write_hf  # takes seconds to import
+
+    folder = tmp_path_factory.mktemp("small") / "smollm2"
+    args = args_of(vocab_size=49152, dim=126, head_dim=14, tied_embeddings=True)
+    weights = {n: w * (0.1 if w.dim() == 2 else 1) for n, w in random_weights(args).items()}
+    write_hf(folder, weights, args)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(smollm2 / name, folder)
+    shutil.copy(smollm2 / "chat_template.jinja", folder)
+    return folder
 
 
 def _make(*words: object) -> str:

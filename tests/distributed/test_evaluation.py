@@ -64,7 +64,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2: Path, choices: list[Any]) -> list[tuple[list[Any], list[Any]]]:
+def expected(small_smollm2: Path, choices: list[Any]) -> list[tuple[list[Any], list[Any]]]:
     """Requests, answers and figures of lm-eval's own backend."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from torchtitan.evaluation.tasks import load_tasks
@@ -72,7 +72,7 @@ def expected(smollm2: Path, choices: list[Any]) -> list[tuple[list[Any], list[An
     found = []
     for choice in choices:
         model = huggingface.HFLM(
-            str(smollm2), dtype="float32", device="cpu", batch_size=4, max_length=MAX_SEQ_LEN
+            str(small_smollm2), dtype="float32", device="cpu", batch_size=4, max_length=MAX_SEQ_LEN
         )
         model.require_same = lambda value: None  # it is alone
         requests = record(model)
@@ -104,7 +104,7 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 )
 def test_equals_the_hugging_face_backend(
     gloo_pool: GlooPool,
-    smollm2: Path,
+    small_smollm2: Path,
     choices: list[Any],
     expected: list[Any],
     number: int,
@@ -113,7 +113,7 @@ def test_equals_the_hugging_face_backend(
 ) -> None:
     requests, measures = expected[number]
     assert len({type(answer) for _, answer in requests}) == (3 if number == 0 else 2)
-    arguments = str(smollm2), dims, choices[number], batch_size
+    arguments = str(small_smollm2), dims, choices[number], batch_size
     for of_rank, own_measures in gloo_pool.run(dims.world_size, evaluate, *arguments, timeout=300):
         assert_same(of_rank, requests)
         assert [m[:2] for m in own_measures] == [m[:2] for m in measures]

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed import runs
 from tests.distributed.test_lost_ranks import wait_until
 
-PATIENCE = 150
+PATIENCE = 300
 """Seconds: a start imports torch four times."""
 STEPS = ("--training.steps=30", "--checkpoint.interval=2")
 SLOW = """
@@ -80,7 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.control("stop")
 
 
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(1600)
 def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ Losses, gradient norms and the evaluated loss, every parameter and what the opti
 after the last step, all in float64, on every rank.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from itertools import combinations, product
@@ -40,35 +41,38 @@ COMPACT = ("AdamWBF16", "AdamW8bit")
 """Optimizers that torch does not have; tests/unit/optim/test_optimizer_kinds.py has more."""
 
 
-def rows() -> Iterator[Any]:
-    """Yield the rows mesh by mesh, those for the night that prove nothing new.
+def met_by(case: Case) -> set[tuple[str, ...]]:
+    """Return what a row has that should be met by day, in pairs; none if it takes too long."""
+    kinds, special = sorted(kinds_of(case)), sorted(special_of(case))
+    if "compiled inductor" in special or (kind_of(case) and case.world_size > 4):
+        return set()  # a minute of a compiler; adapters have meshes of at most two axes
+    if "compile" in case.config().handlers:
+        axes = [name for name in AXES if getattr(dims_of(case), name) > 1]
+        return {("compiled", *pair) for pair in combinations(axes, 2)} or {("compiled", *axes)}
+    return {tuple(kinds), *product(kinds, special), *combinations(special, 2)}
 
-    By day every axis is compiled, and every pair of them. Meshes of more than four ranks have what
-    is special about them by day if smaller ones do not have it with the same parallelisms; those
-    of adapters do not. Kernels of inductor, which take a minute, are in `tests/distributed`.
+
+def rows() -> Iterator[Any]:
+    """Yield the rows mesh by mesh, for the night those whose pairs others meet on fewer ranks.
+
+    By day there is every combination of parallelisms, and each pair of two special things, of one
+    and a parallelism, and of two axes that are compiled.
     """
-    compiled: set[tuple[str, ...]] = set()
-    met: set[tuple[str, ...]] = set()
-    found: dict[str, Any] = {}
-    for case in sorted(TABLE, key=lambda case: case.world_size > 4):
-        mesh, kinds, special = dims_of(case), sorted(kinds_of(case)), list(special_of(case))
-        meets: set[tuple[str, ...]] = {(*kinds, ""), *product(kinds, special)}
-        night = case.world_size > 4 and (kind_of(case) is not None or meets <= met)
-        if "compile" in case.config().handlers:
-            axes = [name for name in AXES if getattr(mesh, name) > 1]
-            pairs = set(combinations(axes, 2)) or {tuple(axes)}
-            night = night or pairs <= compiled or "compiled inductor" in special
-            compiled |= set() if night else pairs
-        met |= set() if night else meets
+    left = Counter(pair for case in TABLE for pair in met_by(case))
+    by_mesh: dict[str, dict[str, Any]] = {}
+    for case in TABLE:  # in its order, whatever is left out first
+        by_mesh.setdefault(dims_of(case).describe(), {})[name_of(case)] = None
+    for case in sorted(TABLE, key=lambda case: case.world_size)[::-1]:
+        met = met_by(case)
+        night = all(left[pair] > 1 for pair in met)
+        left.subtract(met if night else ())
         # What stands before the colon is trained by one process of the tests (tests/conftest.py).
-        name = f"{mesh.describe()}: {', '.join(special) or 'plain'}"
+        mesh = dims_of(case).describe()
+        name = f"{mesh}: {', '.join(special_of(case)) or 'plain'}"
         marks = [pytest.mark.nightly] * night
-        found[name_of(case)] = pytest.param(case, marks=marks, id=name)
-    by_mesh: dict[str, list[Any]] = {}
-    for case in TABLE:
-        by_mesh.setdefault(dims_of(case).describe(), []).append(found[name_of(case)])
+        by_mesh[mesh][name_of(case)] = pytest.param(case, marks=marks, id=name)
     for same in by_mesh.values():
-        yield from same
+        yield from same.values()
 
 
 @pytest.mark.parametrize("case", list(rows()))
@@ -78,6 +82,13 @@ def test_mesh_equals_one_process(case: Case, gloo_pool: GlooPool, one_process) -
     difference = tiny.compare(results, one_process(reference_of(case)))
     assert difference.worst < TOLERANCE, difference
     assert difference.between_ranks == 0, difference
+
+
+def test_every_pair_is_met_by_day() -> None:
+    by_day = [row.values[0] for row in rows() if not row.marks]
+    assert set().union(*map(met_by, by_day)) == set().union(*map(met_by, TABLE))
+    assert {case.schedule for case in by_day} == {case.schedule for case in TABLE}
+    assert len(list(rows())) == len(TABLE)
 
 
 @pytest.mark.parametrize("case", TABLE, ids=name_of)

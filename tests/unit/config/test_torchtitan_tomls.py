@@ -118,7 +118,7 @@ def test_the_debug_run_runs(release: str, tmp_path: Path):
         [
             *(sys.executable, "-m", "torchtitan.train"),
             *("--job.config_file", str(TOMLS / release / "debug_model.toml")),
-            *("--job.dump_folder", str(folder), "--training.seq_len", "64", "--job.device", "cpu"),
+            *("--job.dump_folder", str(folder), "--training.seq_len", "16", "--job.device", "cpu"),
             *("--profiling.profile_freq", "11"),
         ],
         env=runs.environment(),
