@@ -28,12 +28,12 @@ FLOAT64 = [
     "--training.mixed_precision_param=float64",
     "--training.mixed_precision_reduce=float64",
 ]
-CLOSE = 1e-9
-"""Largest relative and absolute differences of losses and norms between meshes.
+CLOSE = {False: 1e-6, True: 1e-9}
+"""Largest relative and absolute differences of losses and norms between meshes, by float64.
 
-In float64: in float32 a norm is added up in another order on two processes, which was 2.9e-6 of
-one after six steps, and tensor parallelism on six made 1e-3 in eight. There 1e-9 tells rounding
-from a mistake.
+The small model takes the commands as they stand, in float32, and was off by 1.5e-7 on two
+processes. In float32 SmolLM2 was off by 2.9e-6 after six steps there, and by 1e-3 after eight on
+six, where tensor parallelism adds products in another order: float64 tells rounding from a mistake.
 """
 
 
@@ -59,7 +59,7 @@ def show_own_data(folder: Path, settings: str) -> list[str]:
 def test_the_page(
     request: pytest.FixtureRequest, tmp_path: Path, model: str, processes: int
 ) -> None:
-    """By day a random model takes each command as it stands, in a fifth of the time."""
+    """By day a random model takes each command as it stands."""
     for extra in ("transformers", "lm_eval", "peft", "pyarrow"):
         pytest.importorskip(extra)
     learns = model == "smollm2"
@@ -73,7 +73,8 @@ def test_the_page(
     assert "⟦#" in run(tmp_path, show)
 
     run(tmp_path, before)
-    run(tmp_path, train, *FLOAT64)
+    more, close = FLOAT64 if learns else [], CLOSE[learns]
+    run(tmp_path, train, *more)
     outputs = tmp_path / "outputs"
     names = ("base", "orders")
     losses, matches = ([last(outputs / n, key) for n in names] for key in (HELD_OUT, EXACT_MATCH))
@@ -83,18 +84,18 @@ def test_the_page(
     if learns:
         assert matches[1] >= 0.9, "orders that are not in the training data"
 
-    interrupt_after(2, outputs / "moved", tmp_path, [*begin, *FLOAT64])
+    interrupt_after(2, outputs / "moved", tmp_path, [*begin, *more])
     steps = len(curve(outputs / "moved"))
     assert 2 <= steps < STEPS
     resume[2] = str(processes)
-    run(tmp_path, resume, *FLOAT64, *([TP] if processes == 6 else []))
+    run(tmp_path, resume, *more, *([TP] if processes == 6 else []))
     whole, parts = (curve(outputs / name) for name in ("orders", "moved"))
     assert len(whole) == len(parts) == STEPS
     for one, other in zip(whole, parts, strict=True):
         print(one, other)
-        assert other == pytest.approx(one, rel=CLOSE, abs=CLOSE)
+        assert other == pytest.approx(one, rel=close, abs=close)
     moved = last(outputs / "moved", HELD_OUT)
-    assert moved == pytest.approx(losses[1], rel=CLOSE, abs=CLOSE)
+    assert moved == pytest.approx(losses[1], rel=close, abs=close)
 
     adapter, merged = (run(tmp_path, words) for words in exports)
     assert "in peft" in adapter and "in transformers" in merged

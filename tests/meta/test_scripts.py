@@ -65,6 +65,10 @@ def run(clone: Path, programs: Path, *command: str, **environment: str):
     )
 
 
+NO_PIP = 'if [[ "$1 $2" == "-m venv" ]]; then set -- "$@" --without-pip; fi\n'
+"""Making a .venv takes seconds with pip, and no installation follows in these tests."""
+
+
 def test_an_active_environment_with_this_clone_is_used(clone: Path, programs: Path):
     """For a check, which is one process, however many it is for."""
     python_of_tests(programs, clone)
@@ -86,16 +90,12 @@ def test_a_dry_run_is_one_process(clone: Path, programs: Path):
 def test_an_environment_with_another_clone_is_not_used(clone: Path, programs: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(clone, other)
-    python_of_tests(programs, other)
+    python_of_tests(programs, other, NO_PIP)
     result = run(clone, programs, str(clone / "run_llama_train.sh"), "--check")
     assert result.returncode == 1
     assert "Installing torchtitan" in result.stderr
     assert "The installation failed" in result.stderr
     assert (clone / MARK).read_text() == "installing\n"
-
-
-NO_PIP = 'if [[ "$1 $2" == "-m venv" ]]; then set -- "$@" --without-pip; fi\n'
-"""Making a .venv takes seconds with pip, and no installation follows in these tests."""
 
 
 def test_a_half_made_venv_is_made_anew(clone: Path, programs: Path):

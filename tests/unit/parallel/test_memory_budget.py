@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch import nn
 
 from torchtitan.config.schema import ActivationCheckpoint
@@ -56,7 +57,9 @@ def test_a_smaller_budget_keeps_less(backend: str) -> None:
     gradients = []
     for budget in (1.0, 0.5, 0.0):
         section = ActivationCheckpoint(mode="memory_budget", memory_budget=budget)
-        num_bytes, gradient = kept_bytes(section, backend)
+        # What is kept is settled before inductor makes kernels, which takes a compiler seconds.
+        with torch._inductor.config.patch(fallback_by_default=True):
+            num_bytes, gradient = kept_bytes(section, backend)
         kept.append(num_bytes)
         gradients.append(gradient)
     assert kept[0] > kept[1] > kept[2] > 0
