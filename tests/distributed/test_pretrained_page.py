@@ -27,6 +27,7 @@ FEWER = ["--parallelism.data_parallel_shard_degree=1", "--training.steps=2"]
 @pytest.mark.parametrize(
     "model", ["small_smollm2", pytest.param("smollm2", marks=pytest.mark.nightly)]
 )
+@pytest.mark.timeout(1800)
 def test_the_page(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> None:
     """By day on a random model and fewer ranks; test_generation.py has what the real one says."""
     pytest.importorskip("transformers")
