@@ -72,8 +72,8 @@ SITES = {
 }
 """Where a rank kills itself (`probe.py`), and whether only rank 0 gets there."""
 ACTIONS = ("kill all", "kill one", "stop and kill", "term", "term one", "term and kill")
-GRACE_SECONDS = 30.0
-"""How long torchrun lets ranks go on after one has failed."""
+GRACE_SECONDS = 120.0
+"""How long ranks may go on after one has failed, on a busy machine; torchrun gives them 30."""
 PATIENCE_SECONDS = 300.0
 """For a start to get to where it is to be killed, on a busy machine."""
 
@@ -410,7 +410,7 @@ class Soaked:
         return [json.loads(line) for line in lines]
 
 
-def leftover_processes(notes: Path, patience_seconds: float = 20.0) -> list[str]:
+def leftover_processes(notes: Path, patience_seconds: float = PATIENCE_SECONDS) -> list[str]:
     """Return the programs, started by ranks, that still run: reading processes of the data."""
     deadline = time.monotonic() + patience_seconds
     mark = f"PROBE_NOTES={notes}\0".encode()

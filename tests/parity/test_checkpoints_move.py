@@ -188,6 +188,7 @@ def saved(
     return save
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.parametrize(
     ("before", "after"),
     MOVES,
