@@ -152,6 +152,7 @@ def test_a_compiled_block_is_looked_into(tmp_path: Path) -> None:
     stopped(folder, done, f"{W2} 0 in sequence 0", "hold NaN or infinity: layers.1.feed_forward.w2")
 
 
+@pytest.mark.fault("F37")
 def test_a_fault_that_does_not_come_back(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run(folder, "--handlers.injector.once=true")
