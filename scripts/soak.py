@@ -23,15 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.faults.soaking import MESHES, Figures, Soaked
+from tests.faults.soaking import Figures, Soaked
+from tests.faults.starting import MESHES
 from torchtitan.checkpoint.dcp_io import quiet_dcp
 
 TOLERANCE = 1e-9
 TWO_RANKS = [mesh for mesh, (count, _) in MESHES.items() if count == 2]
 
 
-def soak(place: Path, kills: int, seed: int, seconds: float) -> Figures:
-    """Make runs in folders below `place`, and kill them so many times, or for so long."""
+def soak(place: Path, kills: int, seed: int, seconds: float, steps: int = 40) -> Figures:
+    """Kill runs of so many steps, in folders below `place`, so many times, or for so long."""
     quiet_dcp()
     dice, figures, quiet = random.Random(seed), Figures(), {}
     started, number = time.monotonic(), 0
@@ -45,10 +46,11 @@ def soak(place: Path, kills: int, seed: int, seconds: float) -> Figures:
         meshes = [dice.choice(TWO_RANKS)] if stays else list(MESHES)
         mesh, dtype = (meshes[0], "float32") if stays else ("dp 1", "float64")
         if (mesh, dtype) not in quiet:
-            reference = Soaked(place / f"quiet-{mesh}-{dtype}", [mesh], dtype, dice, figures)
+            folder = place / f"quiet-{mesh}-{dtype}"
+            reference = Soaked(folder, steps, [mesh], dtype, dice, figures)
             reference.finish(mesh)
             quiet[mesh, dtype] = reference
-        run = Soaked(place / f"run-{number}", meshes, dtype, dice, figures)
+        run = Soaked(place / f"run-{number}", steps, meshes, dtype, dice, figures)
         while goes_on() and not run.is_over:
             line = run.kill_once()
             print(f"{figures.kills.total():4} kills, run {number}, {line}", flush=True)

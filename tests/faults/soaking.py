@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import signal
@@ -10,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.faults.saving import digest
-from tests.forked import CONTEXT, launcher_variables, serve
+from tests.faults.starting import CONFIG, KEPT, MESHES, Start
 from torchtitan.checkpoint.dcp_io import SafeReader
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, verify_share
 from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
 from torchtitan.data.ledger import read_ledger
 
-ROOT = Path(__file__).parents[2]
-STEPS, KEPT = 40, 2
-CONFIG = f"""
-[model.args]
-n_layers = 2
-dim = 32
-n_heads = 4
-
-[training]
-dataset = "stdlib"
-local_batch_size = 2
-global_batch_size = 8
-seq_len = 32
-steps = {STEPS}
-dtype = "DTYPE"
-mixed_precision_param = "DTYPE"
-mixed_precision_reduce = "DTYPE"
-
-[data]
-ledger = true
-
-[lr_scheduler]
-warmup_steps = 2
-
-[checkpoint]
-enable = true
-interval = 1
-keep_latest_k = {KEPT}
-
-[metrics]
-log_freq = 1
-"""
-_TWO = "--parallelism.{}_parallel_degree=2"
-MESHES: dict[str, tuple[int, Sequence[str]]] = {
-    "dp 2": (2, ()),
-    "tp 2": (2, (_TWO.format("tensor"),)),
-    "pp 2": (2, (_TWO.format("pipeline"),)),
-    "cp 2": (2, (_TWO.format("context"),)),
-    "dp 1": (1, ()),
-}
 SITES = {
     **dict.fromkeys(("load.verify", "load.read", "start.begin", "step", "ckpt.begin"), False),
     **dict.fromkeys(("ckpt.shard_written", "ckpt.hashed", "ckpt.after_commit"), False),
@@ -96,76 +54,22 @@ class Figures:
     """From SIGTERM to the end of all ranks."""
 
 
-class Start:
-    """The ranks of one start of a run."""
-
-    def __init__(self, run: "Soaked", mesh: str, arguments: Sequence[str], fault: str = ""):
-        count, of_mesh = MESHES[mesh]
-        self._output = run.folder.parent / f"output-{run.starts}"
-        self._steps = run.notes / f"steps.{run.starts}"
-        words = ["-m", "torchtitan.train", f"--job.config_file={run.config}"]
-        words += [f"--job.dump_folder={run.folder}", "--job.custom_import=tests.faults.probe"]
-        words += [*of_mesh, *arguments]
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        env |= {"PROBE_NOTES": str(run.notes), "PROBE_START": str(run.starts)}
-        env |= {"PROBE_FAULT": fault, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.ranks: list[Any] = [
-            CONTEXT.Process(target=serve, args=(words, env | place, "", [str(self._output)] * 2))
-            for place in (launcher_variables(count) if count > 1 else [{}])
-        ]
-        for rank in self.ranks:
-            rank.start()
-
-    @property
-    def steps(self) -> int:
-        """The steps that it has come to."""
-        return int(self._steps.read_text() or 0) if self._steps.exists() else 0
-
-    @property
-    def codes(self) -> list[int | None]:
-        return [rank.exitcode for rank in self.ranks]
-
-    @property
-    def living(self) -> list[Any]:
-        return [rank for rank in self.ranks if rank.exitcode is None]
-
-    def send(self, number: int, ranks: Sequence[Any]) -> None:
-        for rank in ranks:
-            if rank.exitcode is None:
-                os.kill(rank.pid, number)
-
-    def ends(self, seconds: float, how_many: int) -> bool:
-        """Return whether so many ranks have ended after at most so many seconds."""
-        deadline = time.monotonic() + seconds
-        while len(self.ranks) - len(living := self.living) < how_many:
-            left = deadline - time.monotonic()
-            if left <= 0 or not wait([rank.sentinel for rank in living], timeout=left):
-                return False
-            for rank in living:
-                rank.join(0.01)
-        return True
-
-    def text(self) -> str:
-        return self._output.read_text(errors="replace") if self._output.exists() else ""
-
-    def close(self) -> list[int]:
-        """Kill what still runs, and return the exit statuses."""
-        self.send(signal.SIGKILL, self.ranks)
-        for rank in self.ranks:
-            rank.join()
-        return [rank.exitcode for rank in self.ranks]
-
-
 class Soaked:
     """A run in a folder of its own; `meshes` are those that its starts choose from."""
 
     def __init__(
-        self, place: Path, meshes: Sequence[str], dtype: str, dice: random.Random, figures: Figures
+        self,
+        place: Path,
+        steps: int,
+        meshes: Sequence[str],
+        dtype: str,
+        dice: random.Random,
+        figures: Figures,
     ):
         self.folder, self.notes, self.config = place / "run", place / "notes", place / "config.toml"
         self.notes.mkdir(parents=True)
-        self.config.write_text(CONFIG.replace("DTYPE", dtype))
-        self.starts = 0
+        self.config.write_text(CONFIG.replace("DTYPE", dtype).replace("STEPS", str(steps)))
+        self.starts, self._last = 0, steps
         self._meshes, self._dice, self._figures = meshes, dice, figures
         self._start_seconds = 3.0
         self._known: dict[int, str] = {}
@@ -304,7 +208,7 @@ class Soaked:
         """Compare exit statuses with the status that the run wrote."""
         status = self.status()
         if self.is_over:
-            if status["step"] != STEPS:
+            if status["step"] != self._last:
                 self.fault(f"over at {status}")
             return
         if 0 in codes:
@@ -403,7 +307,9 @@ class Soaked:
             self.fault(f"left over: {sorted(strays)}")
 
     def _last_step(self) -> dict[str, torch.Tensor]:
-        return read_step(self.folder / "checkpoint" / step_name(STEPS), self._valid()[STEPS])
+        return read_step(
+            self.folder / "checkpoint" / step_name(self._last), self._valid()[self._last]
+        )
 
     def _rows(self) -> list[dict[str, Any]]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()

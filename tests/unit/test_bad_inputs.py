@@ -376,7 +376,6 @@ ARITHMETIC_CASES = [
 ]
 
 
-@pytest.mark.fault("F56")
 @pytest.mark.parametrize("bad", ARITHMETIC_CASES, ids=lambda bad: bad.name)
 def test_refused_by_arithmetic(bad: Bad):
     defaults = {"training.dataset": "stdlib"}

@@ -249,7 +249,6 @@ def test_row_57_bad_rows_are_counted_in_the_first_epoch(tmp_path):
     assert last.bad_rows == 2 and targets > 2 * read_all(write_rows(file, ROWS))[0]
 
 
-@pytest.mark.fault("F40")
 def test_row_57_bad_rows_are_counted_once_over_a_resume(tmp_path):
     rows = [row for good in ROWS for row in (good, "{")]
     config = make_config(str(write_rows(tmp_path / "a.jsonl", rows)), epochs=1, on_bad_row="skip")
