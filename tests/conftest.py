@@ -29,9 +29,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARTS = {
     "tests/distributed/test_slurm.py": 1,
+    "tests/faults/test_soak.py": 1,
     "tests/parity/test_table.py": 8,
     "tests/distributed/test_runs.py": 1,
     "tests/distributed/test_ring_attention.py": 1,
+    "tests/faults/test_run_faults.py": 2,
     "tests/distributed/test_handlers_on_meshes.py": 1,
     "tests/meta/test_dry_runs.py": 8,
     "tests/parity/test_checkpoints_move.py": 1,
@@ -49,6 +51,11 @@ Tests whose names agree up to a colon stay together.
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--fault F23`: the tests that prove a fault of docs/reliability.md."""
+    parser.addoption("--fault", action="append", help="only tests that are marked with this fault")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start importing torch in the fork server while the tests are collected."""
     if hasattr(config, "workerinput"):
@@ -56,7 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the longest files, or one of them is all that runs at the end."""
+    """Start with the longest files, or one of them is all that runs at the end; see `--fault`."""
+    wanted = set(config.getoption("--fault") or ())
+    if wanted:
+        marks = [(item, item.iter_markers("fault")) for item in items]
+        items[:] = [item for item, found in marks if any(wanted & {*mark.args} for mark in found)]
     if hasattr(config, "workerinput"):
         order = {name: place for place, name in enumerate(PARTS)}
         items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))

@@ -45,6 +45,7 @@ def whole(legs: list[Leg], name: str) -> dict[str, str]:
     return tensors
 
 
+@pytest.mark.fault("F53")
 def test_a_run_moves_over_meshes(
     gloo_pool: GlooPool, base: Path, alone: list[float], tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_base_that_was_moved(gloo_pool: GlooPool, moved: Any, tmp_path: Path) 
     assert not legs[0].error and len(legs[0].losses) == 1
 
 
+@pytest.mark.fault("F53")
 def test_a_base_that_was_changed(gloo_pool: GlooPool, moved: Any) -> None:
     run, place = moved
     file = place / "model.safetensors"

@@ -53,6 +53,7 @@ def load_content(world: DistributedContext, folder: str, cut: str) -> dict[str, 
     return trainer.content()
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.parametrize("before, after", LEGS, ids=lambda mesh: f"{mesh[0]}-{mesh[1]}")
 def test_other_mesh_same_bits(
     gloo_pool: GlooPool, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
@@ -62,6 +63,7 @@ def test_other_mesh_same_bits(
     assert all(content == saved[0] for content in [*saved, *loaded])
 
 
+@pytest.mark.fault("F30", "F32")
 def test_chain_of_resumes_is_one_run(gloo_pool: GlooPool, tmp_path: Path) -> None:
     """The optimizer's step count and moments come along, through three meshes."""
     whole = gloo_pool.run(1, run_leg, str(tmp_path / "whole"), "shard", 0, 6)[0]
@@ -213,6 +215,7 @@ def test_retention(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert gloo_pool.run(1, resume_and_save, str(tmp_path), -1, 2, keep_all)[0] == [8, 9, 10, 11]
 
 
+@pytest.mark.fault("F11")
 def test_rewind(gloo_pool: GlooPool, tmp_path: Path) -> None:
     """Going back needs to be allowed, and moves the later steps aside instead of deleting them."""
     gloo_pool.run(2, save_steps, str(tmp_path), 5)
@@ -232,6 +235,7 @@ def save_at(world: DistributedContext, folder: str, steps: tuple[int, ...]) -> l
     return store.steps()
 
 
+@pytest.mark.fault("F11")
 def test_later_steps_are_neither_counted_nor_deleted(gloo_pool: GlooPool, tmp_path: Path) -> None:
     gloo_pool.run(1, save_at, str(tmp_path), (80, 90))
     assert gloo_pool.run(1, save_at, str(tmp_path), (10, 11, 12))[0] == [11, 12, 80, 90]

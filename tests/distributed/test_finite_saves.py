@@ -63,6 +63,7 @@ def refused(folder: Path, done: CompletedProcess[str], *words: str, steps: list[
     assert not list((folder / "checkpoint").glob(".tmp-*"))
 
 
+@pytest.mark.fault("F34")
 def test_an_update_that_overflows_is_not_saved(tmp_path: Path) -> None:
     """The loss of step 1 is finite; what it makes of the weights is not."""
     folder = tmp_path / "run"
@@ -75,6 +76,7 @@ def test_an_update_that_overflows_is_not_saved(tmp_path: Path) -> None:
     refused(folder, run(folder, *overflows), *found, words[2], steps=[])
 
 
+@pytest.mark.fault("F34")
 @pytest.mark.parametrize(
     ("arguments", "processes"),
     [
@@ -97,6 +99,7 @@ def test_a_hook_that_spoils_the_last_step(
     assert step_folders(folder / "checkpoint") == [4, 8]
 
 
+@pytest.mark.fault("F34")
 def test_a_step_that_is_not_finite_is_not_resumed_from(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     careless = (

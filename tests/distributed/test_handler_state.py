@@ -276,6 +276,7 @@ def stored(step: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.fault("F01")
 def test_a_run_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And resumed has the average, to the bit, of one that was not."""
     (tmp_path / "average.py").write_text(SOURCE)

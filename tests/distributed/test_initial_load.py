@@ -172,6 +172,7 @@ class Canary:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.fault("F57")
 def test_nothing_in_foreign_weights_runs(gloo_pool: GlooPool, tmp_path: Path) -> None:
     saved = gloo_pool.run(1, plant_canary, str(tmp_path))[0]
     (tmp_path / "canary").unlink()  # saving plants it, too

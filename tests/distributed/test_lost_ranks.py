@@ -62,6 +62,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.fault("F46", "F56")
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
@@ -97,6 +98,7 @@ def test_processes_of_srun_are_ranks_of_one_run(tmp_path: Path) -> None:
     assert "dp_shard 2" in output
 
 
+@pytest.mark.fault("F42")
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None:
     """The other waits `comm.train_timeout_seconds`, not the minutes that a start may take."""
@@ -116,6 +118,7 @@ def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None
     assert (stored["status"], stored["exit_code"]) == ("failed", 6)
 
 
+@pytest.mark.fault("F01")
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -147,6 +150,7 @@ GarbageCollection.step = grow
 """
 
 
+@pytest.mark.fault("F47")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_out_of_memory_is_told_with_its_status_on_all_ranks(
     world_size: int, tmp_path: Path
@@ -184,6 +188,7 @@ FileSystemWriter.write_data = write_slowly
 """
 
 
+@pytest.mark.fault("F14", "F48")
 def test_second_ctrl_c_in_a_save_interrupts(tmp_path: Path) -> None:
     """Whatever the error is that torch's writer makes of it."""
     (tmp_path / "slow.py").write_text(SLOW_DISK)

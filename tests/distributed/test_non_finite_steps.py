@@ -108,6 +108,7 @@ SKIP = "--training.on_non_finite=skip"
 W2 = "the output of layers.1.feed_forward.w2 is the first that is not finite, on rank"
 
 
+@pytest.mark.fault("F34")
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
@@ -134,6 +135,7 @@ def test_the_module_rank_and_sequence_are_named(
     stopped(folder, done, f"{W2} {where}", "all weights and optimizer state are finite")
 
 
+@pytest.mark.fault("F34")
 def test_a_gradient_is_followed_to_its_module(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ("--handlers.injector.kind=gradient", "--activation_checkpoint.mode=full")
@@ -150,12 +152,14 @@ def test_a_compiled_block_is_looked_into(tmp_path: Path) -> None:
     stopped(folder, done, f"{W2} 0 in sequence 0", "hold NaN or infinity: layers.1.feed_forward.w2")
 
 
+@pytest.mark.fault("F37")
 def test_a_fault_that_does_not_come_back(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run(folder, "--handlers.injector.once=true")
     stopped(folder, done, "A second pass over the same batch is finite: the first was changed by a")
 
 
+@pytest.mark.fault("F34")
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
     """Neither weights nor moments; the schedule and the data go on, also after a resume."""
     folder = tmp_path / "run"
@@ -183,6 +187,7 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.fault("F35")
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     """Three with a finite one among them do not; nor does a mask that is part of the model."""
     folder = tmp_path / "run"
@@ -194,6 +199,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert step_folders(folder / "checkpoint") == [4, 8]
 
 
+@pytest.mark.fault("F36")
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_loss_spike_is_reported_or_skipped(tmp_path: Path, skips: bool) -> None:
     folder = tmp_path / "run"

@@ -64,6 +64,7 @@ def assert_saved(run: Started) -> None:
     assert (run.folder / "checkpoint" / f"step-{status['step']}").is_dir()
 
 
+@pytest.mark.fault("F16")
 def test_rank_ends_with_its_launcher_and_saves(tmp_path: Path) -> None:
     """It got no signal of the launcher's, which was killed."""
     with Started(tmp_path / "run", TORCHELASTIC_RUN_ID="none") as run:
@@ -81,6 +82,7 @@ def test_run_without_a_launcher_outlives_its_shell(tmp_path: Path) -> None:
         assert runs.status(run.folder)["status"] == "running"
 
 
+@pytest.mark.fault("F15", "F16")
 @pytest.mark.parametrize(
     ("number", "readers"), [(signal.SIGHUP, 1), (signal.SIGUSR1, 0)], ids=["HUP", "USR1"]
 )
@@ -124,6 +126,7 @@ def stop_at_start(
     return execute(runs.command(folder, *words, processes=processes), env=env)
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize(
     ("processes", "stopped", "site"),
     [
@@ -144,6 +147,7 @@ def test_a_stop_before_the_first_step(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.fault("F14", "F48")
 def test_a_stop_while_a_checkpoint_is_loaded(tmp_path: Path) -> None:
     """DCP makes an error of it on all ranks, which it is not."""
     folder, site = tmp_path / "run", "torchtitan.checkpoint.dcp_io.SafeReader.read_data"
@@ -169,6 +173,7 @@ def test_a_new_run_replaces_the_old_one_when_it_begins(tmp_path: Path) -> None:
         assert (place / "checkpoint" / "step-2").is_dir()
 
 
+@pytest.mark.fault("F16")
 def test_all_ranks_stop_at_the_step_in_which_one_sees_the_stop_file(tmp_path: Path) -> None:
     """One that an earlier start has left is none."""
     folder = tmp_path / "run"
@@ -204,6 +209,7 @@ CheckpointStore._commit = commit_slowly
 """
 
 
+@pytest.mark.fault("F16")
 def test_a_run_has_saved_and_left_when_its_time_is_over(tmp_path: Path) -> None:
     """Each save takes a second; the first one shows it."""
     folder, limit = tmp_path / "run", 6.0

@@ -27,6 +27,7 @@ def good_steps(folder: Path) -> list[int]:
     return [c.step for c in inspect_steps(folder / "checkpoint") if c.manifest]
 
 
+@pytest.mark.fault("F02", "F05", "F06")
 def test_killed_while_saving_beside_training(uninterrupted: Path, tmp_path: Path) -> None:
     """The same command goes on, and what comes of it is the uninterrupted run, bit by bit."""
     folder = tmp_path / "run"
@@ -39,6 +40,7 @@ def test_killed_while_saving_beside_training(uninterrupted: Path, tmp_path: Path
     assert runs.status(folder)["status"] == "completed"
 
 
+@pytest.mark.fault("F23", "F27")
 def test_refused_resume_leaves_the_folder_as_it_was(uninterrupted: Path, tmp_path: Path) -> None:
     """Also when it is refused late: config, status, metrics and steps stay, so that the first
     command still finds its run finished."""
@@ -100,6 +102,7 @@ def run_with_fault(folder: Path, fault: str, *arguments: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.fault("F07")
 def test_save_under_way_is_awaited_when_the_run_fails(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     bad = ("--optimizer.lr=1e30", "--training.max_norm=inf", "--checkpoint.interval=1")
@@ -113,6 +116,7 @@ def test_save_under_way_is_awaited_when_the_run_fails(tmp_path: Path) -> None:
     assert not list((folder / "checkpoint").glob(".tmp-*"))
 
 
+@pytest.mark.fault("F07", "F14")
 def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_with_fault(folder, "stop", "--checkpoint.interval=2", "--training.steps=3000")
@@ -123,6 +127,7 @@ def test_save_under_way_is_awaited_when_the_job_is_asked_to_stop(tmp_path: Path)
     assert 2 in good_steps(folder)
 
 
+@pytest.mark.fault("F05", "F14")
 def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path: Path) -> None:
     """The thread would write for a minute. Its step is not valid; the same command continues."""
     folder = tmp_path / "run"
@@ -135,6 +140,7 @@ def test_a_second_interrupt_does_not_wait_for_the_save(tmp_path: Path) -> None:
     assert good_steps(folder) == [1, 2, 3]
 
 
+@pytest.mark.fault("F08")
 def test_save_that_fails_ends_the_run(tmp_path: Path) -> None:
     """Soon, and not when something is to be saved again."""
     folder = tmp_path / "run"

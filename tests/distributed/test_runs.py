@@ -83,6 +83,7 @@ def test_other_mesh_same_run(
         assert norm == pytest.approx(expected[2], rel=2e-5)
 
 
+@pytest.mark.fault("F01", "F32")
 def test_kill_and_same_command_is_one_run(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     runs.run_killed(folder)
@@ -92,6 +93,7 @@ def test_kill_and_same_command_is_one_run(uninterrupted: Path, tmp_path: Path) -
     assert runs.curve(folder) == runs.curve(uninterrupted)
 
 
+@pytest.mark.fault("F13", "F15")
 def test_request_to_stop_saves_the_step_and_leaves(uninterrupted: Path, tmp_path: Path) -> None:
     """With worker processes, which must not die of the signal before the run has saved."""
     folder = tmp_path / "run"
@@ -104,6 +106,7 @@ def test_request_to_stop_saves_the_step_and_leaves(uninterrupted: Path, tmp_path
     assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
 
 
+@pytest.mark.fault("F13")
 def test_ctrl_c_saves_and_leaves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = start_and_signal(folder, signal.SIGINT, "--training.steps=3000")
@@ -165,6 +168,7 @@ checks.check_environment = look_slowly
 """
 
 
+@pytest.mark.fault("F46", "F56")
 def test_a_mistake_is_told_though_other_ranks_find_it_first(tmp_path: Path) -> None:
     """The launcher ends all ranks when one ends; only the first looks at files before it tells."""
     (tmp_path / "slow.py").write_text(SLOW_TO_LOOK)
@@ -177,6 +181,7 @@ def test_a_mistake_is_told_though_other_ranks_find_it_first(tmp_path: Path) -> N
     assert done.stderr.count("error: model.args.n_heads") == 1, done.stderr
 
 
+@pytest.mark.fault("F13")
 def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -195,6 +200,7 @@ def test_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
 
 
+@pytest.mark.fault("F30", "F33")
 def test_resume_on_other_meshes_with_more_steps(tmp_path: Path) -> None:
     """Three meshes, one after the other, the checkpoint being all that they have of each other."""
     folder = tmp_path / "run"
@@ -214,6 +220,7 @@ def test_resume_on_other_meshes_with_more_steps(tmp_path: Path) -> None:
             assert row[count] == expected[count]
 
 
+@pytest.mark.fault("F01")
 def test_kill_of_the_last_stage(uninterrupted: Path, tmp_path: Path) -> None:
     """The first one notices soon, and the same command goes on."""
     folder = tmp_path / "run"
@@ -253,6 +260,7 @@ def test_compiled_run_has_the_same_losses(uninterrupted: Path, tmp_path: Path) -
         assert loss == pytest.approx(expected[1], rel=1e-5)
 
 
+@pytest.mark.fault("F41")
 def test_finite_data_end_on_all_ranks_at_once(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"text": "{"row " * (n % 7 + 1)}{n}"}}\n' for n in range(120)))
@@ -278,6 +286,7 @@ def test_finite_data_end_on_all_ranks_at_once(tmp_path: Path) -> None:
     assert runs.status(folder)["status"] == "data_exhausted"
 
 
+@pytest.mark.fault("F34")
 def test_non_finite_step_ends_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = runs.run(folder, "--optimizer.lr=1e38", "--training.max_norm=inf", expect=5)
@@ -287,6 +296,7 @@ def test_non_finite_step_ends_the_run(tmp_path: Path) -> None:
     assert not list((folder / "checkpoint").glob("step-*"))
 
 
+@pytest.mark.fault("F38", "F40")
 def test_one_rank_without_data_stops_all(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     good = '{"text": "a line of some length, to be read in its turn"}\n' * 400

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from tests.distributed import runs
-from tests.distributed.test_lost_ranks import wait_until
+from tests.distributed.test_lost_ranks import ranks_of, wait_until
+from tests.forked import launcher_variables
+from torchtitan.data.ledger import read_ledger
 
 PATIENCE = 300
 """Seconds: a start imports torch four times."""
@@ -80,6 +83,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.control("stop")
 
 
+@pytest.mark.fault("F13", "F16")
 @pytest.mark.timeout(1600)
 def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     cluster: Cluster, tmp_path: Path
@@ -138,3 +142,54 @@ def test_a_job_survives_preemption_a_lost_node_and_its_time_limit(
     cluster.wait_for(job, "COMPLETED")
     assert runs.status(folder)["status"] == "completed"
     assert runs.curve(folder) == runs.curve(whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+@pytest.mark.fault("F01", "F13", "F30", "F32")
+def test_one_ledger_through_meshes_signals_kills_and_a_preemption(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Each start on another mesh, and ended in another way."""
+    whole, folder, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output"
+    words = (*STEPS, "--data.ledger=true")
+    runs.run(whole, *words)
+    (tmp_path / "slow.py").write_text(SLOW)
+    slow = (*words, "--job.custom_import=slow")
+    path = {"PYTHONPATH": f"{tmp_path}:{runs.environment()['PYTHONPATH']}"}
+
+    def status() -> dict[str, Any]:
+        return runs.status(folder) if (folder / "run_status.json").exists() else {}
+
+    def end_of(number: int, count: int, *arguments: str) -> dict[str, Any]:
+        """The status of a start that was sent a signal after two saves."""
+        step = status().get("step", 0)
+        variables = [place | path for place in launcher_variables(count)]
+        with ranks_of(folder, [(*slow, *arguments)] * count, variables) as ranks:
+            wait_until(lambda: status().get("step", 0) > step + 3, PATIENCE)
+            os.kill(ranks[-1].process.pid, number)
+            for rank in ranks:
+                rank.end(PATIENCE)
+        return status()
+
+    assert end_of(signal.SIGTERM, 4)["status"] == "preempted"
+    tensor = "--parallelism.tensor_parallel_degree=2"
+    assert end_of(signal.SIGKILL, 4, tensor)["status"] == "failed"
+
+    step = status()["step"]
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--nodes=1", f"--output={output}"]
+    options += ["multinode_trainer.slurm", f"--job.dump_folder={folder}", *slow]
+    env = path | {"CONFIG_FILE": str(tmp_path / "config.toml"), "NGPU": "1"}
+    job = cluster.submit(*options, **env)
+    wait_until(lambda: status().get("step", 0) > step + 3, PATIENCE)
+    cluster.submit("--nodes=3", "--partition=urgent", "--output=/dev/null", "--wrap=sleep 600")
+    wait_until(lambda: status()["status"] == "preempted", PATIENCE)
+    cluster.call("scancel", "--full", job)
+    assert status()["step"] < 30
+
+    runs.run(folder, *words, processes=2)
+    starts = {path.name.partition(".")[0] for path in (folder / "ledger").iterdir()}
+    assert len(starts) == 4
+    assert read_ledger(folder) == read_ledger(whole)
+    for row, expected in zip(runs.curve(folder), runs.curve(whole), strict=True):
+        assert row == pytest.approx(expected, rel=2e-5)

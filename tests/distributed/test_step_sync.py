@@ -153,6 +153,7 @@ def _fetch_where_rank_1_fails(world: DistributedContext) -> str:
     return "no error"
 
 
+@pytest.mark.fault("F38")
 def test_failure_to_read_reaches_all(gloo_pool: GlooPool) -> None:
     first, second, third = gloo_pool.run(3, _fetch_where_rank_1_fails)
     assert second == "rows.jsonl, line 3: not JSON"
@@ -181,6 +182,7 @@ def _leave_out_rows(world: DistributedContext, max_bad_rows: int) -> str:
         return str(error)
 
 
+@pytest.mark.fault("F40")
 def test_row_57_rows_left_out_count_on_all_ranks_together(gloo_pool: GlooPool) -> None:
     """So a run stops where it would on any other mesh."""
     assert gloo_pool.run(2, _leave_out_rows, 4) == ["4", "4"]

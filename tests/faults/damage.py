@@ -48,6 +48,14 @@ class Evil:
         return (os.mkdir, (str(self.canary),))
 
 
+def signed_metadata(content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def damage(step: Path) -> None:
+        (step / ".metadata").write_bytes(content((step / ".metadata").read_bytes()))
+        resign(step)
+
+    return damage
+
+
 def evil_metadata(step: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(Evil(step.parent / "canary")))
     resign(step)
@@ -135,6 +143,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "metadata-missing": lambda step: (step / ".metadata").unlink(),
     "metadata-empty": truncate(".metadata", lambda size: 0),
     "metadata-bit": flip(".metadata", 0.7),
+    "metadata-half": signed_metadata(lambda content: content[: len(content) // 2]),
+    "metadata-garbage": signed_metadata(lambda content: b"not a pickle"),
     "metadata-evil": evil_metadata,
     "metadata-evil-inside": evil_inside_metadata,
     "metadata-path-outside": path_outside,

@@ -98,6 +98,7 @@ def train_on_while_saving(
     return content
 
 
+@pytest.mark.fault("F49")
 @pytest.mark.parametrize("world_size, cut", [(1, "shard"), (2, "shard"), (4, "tensor")])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_saved_is_the_step(
@@ -232,6 +233,7 @@ def fail_in_the_background(world: DistributedContext, folder: str, how: str) -> 
     return [*seen, store.steps(), sorted(path.name for path in Path(folder).iterdir())]
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize("how", ["wait", "next save", "last save"])
 def test_failure_is_told_on_all_ranks(gloo_pool: GlooPool, tmp_path: Path, how: str) -> None:
     """Once; nothing is committed, nothing older deleted, and the next save works."""
@@ -261,6 +263,7 @@ def see_a_failure_coming(world: DistributedContext, folder: str) -> bool:
     return store.save_failed
 
 
+@pytest.mark.fault("F08")
 def test_failure_is_seen_without_waiting(gloo_pool: GlooPool, tmp_path: Path) -> None:
     assert gloo_pool.run(2, see_a_failure_coming, str(tmp_path)) == [False, False]
 
@@ -288,6 +291,7 @@ def save_beside_and_die(world: DistributedContext, folder: str, site: str, victi
     store.wait()
 
 
+@pytest.mark.fault("F03", "F05")
 @pytest.mark.parametrize(
     "site, victim",
     [

@@ -47,6 +47,7 @@ MAIN_ONLY = ("ckpt.manifest", "ckpt.rename", "purge.begin")
 KILLS = [(site, rank) for site in SITES for rank in (0, 1) if rank == 0 or site not in MAIN_ONLY]
 
 
+@pytest.mark.fault("F03", "F54")
 @pytest.mark.parametrize("site, victim", KILLS)
 def test_killed_while_saving(gloo_pool: GlooPool, tmp_path: Path, site: str, victim: int) -> None:
     with pytest.raises(RankFailure, match=r"died|failed"):
@@ -74,6 +75,7 @@ def die_while_deleting(world: DistributedContext, folder: str) -> None:
     save_steps(world, folder, 3, {"keep_latest_k": 2})
 
 
+@pytest.mark.fault("F10")
 def test_killed_while_deleting(gloo_pool: GlooPool, tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match=r"died|failed"):
         gloo_pool.run(2, die_while_deleting, str(tmp_path))
@@ -95,6 +97,7 @@ def saved(
     yield folder, gloo_pool.run(2, save_steps, str(folder), 3)[0]
 
 
+@pytest.mark.fault("F22", "F23", "F24", "F25", "F26", "F57")
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_step_is_left_out(
     gloo_pool: GlooPool, tmp_path: Path, saved: Any, damage: Callable[[Path], object]
@@ -122,6 +125,7 @@ def test_undamaged_step_is_taken(gloo_pool: GlooPool, tmp_path: Path, saved: Any
     assert (result["step"], result["content"]) == (3, saved[1][3])
 
 
+@pytest.mark.fault("F22", "F27")
 def test_all_damaged_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved[0], folder)
@@ -136,6 +140,7 @@ def test_all_damaged_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any
     assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
 
 
+@pytest.mark.fault("F23")
 def test_wanted_step_damaged_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any) -> None:
     """Another step than the one that was asked for is never taken silently."""
     folder = tmp_path / "checkpoint"
@@ -154,6 +159,7 @@ def test_foreign_run_is_an_error(gloo_pool: GlooPool, tmp_path: Path, saved: Any
     assert "step-2 is of run other" in error
 
 
+@pytest.mark.fault("F12", "F54")
 def test_stray_names_are_left_alone(gloo_pool: GlooPool, tmp_path: Path, saved: Any) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved[0], folder)
@@ -203,6 +209,7 @@ def save_under_a_limit(world: DistributedContext, folder: str) -> list[str]:
     return [*messages, *names, str(store.steps())]
 
 
+@pytest.mark.fault("F19", "F48")
 def test_what_the_file_system_refuses_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
     """Every rank gets the error of the rank that failed, and not torch's; the next save works."""
     results = gloo_pool.run(2, save_under_a_limit, str(tmp_path))
@@ -231,6 +238,7 @@ def save_on_full_disk(world: DistributedContext, folder: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("F18")
 def test_a_full_disk_is_named(gloo_pool: GlooPool, tmp_path: Path) -> None:
     for message in gloo_pool.run(2, save_on_full_disk, str(tmp_path)):
         assert "step 2 was not saved: rank 0: [Errno 28] No space left on device: " in message
@@ -267,6 +275,7 @@ def save_with_lossy_writer(world: DistributedContext, folder: str) -> str:
     return "saved"
 
 
+@pytest.mark.fault("F20")
 def test_data_lost_in_a_thread_is_noticed(gloo_pool: GlooPool, tmp_path: Path) -> None:
     """DCP reports success there."""
     for message in gloo_pool.run(2, save_with_lossy_writer, str(tmp_path)):
@@ -295,6 +304,7 @@ def record_order(world: DistributedContext, folder: str) -> list[str]:
     return events
 
 
+@pytest.mark.fault("F55")
 def test_files_are_synced_before_the_rename(gloo_pool: GlooPool, tmp_path: Path) -> None:
     main, other = gloo_pool.run(2, record_order, str(tmp_path))
     commit = main.index("rename step-1")
@@ -314,6 +324,7 @@ def save_twice(world: DistributedContext, folder: str) -> tuple[dict[str, str], 
     return first, store.steps()
 
 
+@pytest.mark.fault("F29")
 def test_a_saved_step_is_not_overwritten(gloo_pool: GlooPool, tmp_path: Path) -> None:
     first, steps = gloo_pool.run(2, save_twice, str(tmp_path))[0]
     assert steps == [1]
@@ -332,6 +343,7 @@ def find_with_blind_rank(world: DistributedContext, folder: str) -> Any:
     return found and found.step
 
 
+@pytest.mark.fault("F28")
 def test_rank_0_decides(gloo_pool: GlooPool, tmp_path: Path, saved: Any) -> None:
     """File systems may show other ranks an old listing."""
     shutil.copytree(saved[0], tmp_path / "checkpoint")

@@ -191,6 +191,7 @@ def saved(
     return save
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.parametrize(
     ("before", "after"),
     [*MOVES, *(pytest.param(*move, marks=pytest.mark.nightly) for move in NIGHTLY_MOVES)],

@@ -286,6 +286,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.fault("F56")
 @pytest.mark.parametrize("bad", [*SYNTAX, *KEYS, *VALUES], ids=lambda bad: bad.name)
 def test_refused_when_loading(bad: Bad, tmp_path: Path):
     message = problems_of_loading(bad, tmp_path)

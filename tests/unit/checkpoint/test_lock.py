@@ -24,6 +24,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.fault("F50")
 def test_second_job_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
@@ -39,6 +40,7 @@ def test_second_job_is_refused(tmp_path: Path) -> None:
     assert open_folder(tmp_path).decision.action == "new"
 
 
+@pytest.mark.fault("F50")
 def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

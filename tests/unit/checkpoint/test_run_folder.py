@@ -119,6 +119,7 @@ def test_finished(tmp_path: Path) -> None:
     assert "training.seq_len" in refused(tmp_path, training={"seq_len": 64})
 
 
+@pytest.mark.fault("F02")
 def test_killed_between_last_checkpoint_and_status(tmp_path: Path) -> None:
     stopped_run(tmp_path, 20)
     assert open_folder(tmp_path).decision.action == "finished"
@@ -167,6 +168,7 @@ def test_status_of_a_running_run(tmp_path: Path) -> None:
     assert open_folder(tmp_path).decision.step == 5  # what is not saved is lost with the process
 
 
+@pytest.mark.fault("F33")
 def test_steps_may_grow(tmp_path: Path) -> None:
     finished_run(tmp_path, 10, 20)
     opened = open_folder(tmp_path, training={"steps": 30})
@@ -209,6 +211,7 @@ def test_an_unset_warmup_stays_that_of_the_first_start(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault("F33")
 def test_steps_cannot_grow_from_a_model_alone(tmp_path: Path) -> None:
     finished_run(tmp_path, 20, model_only=True)
     assert open_folder(tmp_path).decision.action == "finished"

@@ -90,6 +90,7 @@ def test_a_second_folder_is_looked_at(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -121,6 +122,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize("template", ENDLESS)
 def test_a_template_comes_to_an_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchtitan.data.chat_sandbox.MOST_STEPS", 20_000)

@@ -52,6 +52,7 @@ def test_mesh_and_workers_do_not_matter(dataset):
         assert np.array_equal(steps, expected), (dp, num_workers)
 
 
+@pytest.mark.fault("F32")
 def test_resume_at_every_step(dataset):
     """With another degree each time; the state is exact, so the next step and the end suffice."""
     path, _ = dataset
@@ -71,6 +72,7 @@ def test_resume_at_every_step(dataset):
     assert resumed.ended
 
 
+@pytest.mark.fault("F32")
 def test_chain_of_resumes(dataset):
     """Stop and resume again and again, with other degrees and workers, across epochs."""
     path, _ = dataset

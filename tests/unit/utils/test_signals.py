@@ -28,6 +28,7 @@ def test_second_ctrl_c_interrupts() -> None:
         assert stop.interrupted
 
 
+@pytest.mark.fault("F14")
 def test_second_request_of_a_scheduler_does_not() -> None:
     with StopRequest() as stop:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):

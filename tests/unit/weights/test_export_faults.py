@@ -82,6 +82,7 @@ def killed(source: str, out: str) -> None:
     main(["export", source, out])
 
 
+@pytest.mark.fault("F52")
 def test_killed_in_the_middle(model: Path, tmp_path: Path, caplog: Any) -> None:
     out = tmp_path / "out"
     process = CONTEXT.Process(target=killed, args=(str(model), str(out)))

@@ -292,6 +292,7 @@ FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_flaws_of_a_hugging_face_folder(tmp_path: Path, flaw: str) -> None:
     change, words = FLAWS[flaw]
@@ -361,6 +362,7 @@ META_FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.fault("F57")
 @pytest.mark.parametrize("flaw", META_FLAWS)
 def test_flaws_of_metas_files(tmp_path: Path, flaw: str, capfd: pytest.CaptureFixture[str]) -> None:
     change, words = META_FLAWS[flaw]
