@@ -55,6 +55,7 @@ MAY_DIFFER: dict[str, str] = {
     "comm.*": "time limits and debugging",
     "debug.deterministic": "which of several correct algorithms runs",
     "debug.deterministic_warn_only": "like debug.deterministic",
+    "debug.record": "logging",
     "debug.cpu_allocator": "speed",
     "debug.threads": "speed",
     "data.on_bad_row": "only rows still to come; a run that met a bad row may continue",

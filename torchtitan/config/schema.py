@@ -865,6 +865,10 @@ class Debug(Section):
     deterministic_warn_only: bool = False
     """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
 
+    record: NonNegativeInt = 0
+    """Steps between two records of the loss, the gradient norm and a digest of every gradient, with
+    which `torchtitan replay RUN STEP` compares. 0: none."""
+
     cpu_allocator: Literal["tuned", "system"] = "tuned"
     """On the CPU, `tuned` raises glibc's mmap and trim thresholds, `system` leaves them alone."""
 
