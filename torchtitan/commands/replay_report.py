@@ -92,20 +92,21 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def bound_of(config: JobConfig, num_steps: int) -> float:
-    """Return the largest relative difference that counts as rounding, after `num_steps`.
+def bound_of(prepared: Prepared, step: int) -> float:
+    """Return the largest relative difference that counts as rounding.
 
-    Each step starts from weights that the one before has rounded otherwise.
+    Each step since the checkpoint starts from weights that the one before has rounded otherwise.
     """
-    training = config.training
-    types = (training.dtype, training.mixed_precision_param, training.mixed_precision_reduce)
-    return math.sqrt(num_steps) * max(_BOUNDS[dtype] for dtype in types)
+    types: set[str] = set()
+    for training in (prepared.original.training, prepared.config.training):
+        types |= {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
+    return math.sqrt(step - prepared.start) * max(_BOUNDS[dtype] for dtype in types)
 
 
 def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
     """Return the report, as JSON values."""
     step, config = now.step, prepared.config
-    bound = bound_of(config, step - prepared.start)
+    bound = bound_of(prepared, step)
     report: dict[str, Any] = {"step": step, "start": prepared.start, "bound": bound}
     report["place"] = _places(config, before, now)
     differences = []

@@ -43,6 +43,8 @@ DEGREES = {
 class Prepared:
     """A run that ends with the step to look at."""
 
+    original: JobConfig
+    """The config with which the run trained the step."""
     config: JobConfig
     """Its `job.dump_folder` is a new folder."""
     file: Path
@@ -80,7 +82,7 @@ def prepare(
     # A later start may have changed the mesh, or the steps and with them the learning rates.
     text = tomli_w.dumps(stored.config) if recorded is None else recorded.start["config"]
     file.write_text(text, encoding="utf-8")
-    config = load_config([str(file)]).config
+    config = original = load_config([str(file)]).config
     if not 1 <= step <= config.training.steps:
         text = f"is not a step of the run, which has {config.training.steps}"
         raise ConfigError(ConfigIssue("STEP", text, "name one of these", step))
@@ -93,7 +95,7 @@ def prepare(
     config = load_config([str(file), *settings]).config
     config = changed_config(config, job={"dump_folder": str(folder)})
     file.write_text(config_toml_text(config), encoding="utf-8")
-    return Prepared(config, file, 0 if checkpoint is None else checkpoint.step)
+    return Prepared(original, config, file, 0 if checkpoint is None else checkpoint.step)
 
 
 def launch(prepared: Prepared) -> int:
