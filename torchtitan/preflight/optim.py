@@ -21,7 +21,8 @@ from torchtitan.optim.registry import (
 if TYPE_CHECKING:
     from torch import nn
 
-_SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]
+_COMMON_KEYS = ("name", "args", "total_steps")
+_SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in _COMMON_KEYS]
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
@@ -32,6 +33,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         *_learning_rate(context),
         *_warmup_and_decay(context),
         *_loss(context),
+        *_record(context),
     ]
 
 
@@ -126,12 +128,18 @@ def _learning_rate(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
-    section, steps = context.config.lr_scheduler, context.config.training.steps
+    section, trained = context.config.lr_scheduler, context.config.training.steps
+    steps = section.length(trained)
+    if steps < trained:
+        problem = f"the schedule would end before the run: training.steps = {trained}"
+        fix = f"set it to at least {trained}, or leave it out"
+        yield ConfigIssue("lr_scheduler.total_steps", problem, fix, value=steps)
     if section.name != BUILT_IN_NAME:
         return
     warmup = section.warmup(steps)
     if warmup > steps:
-        problem = f"the run ends before the warmup does: training.steps = {steps}"
+        key = "training.steps" if steps == trained else "lr_scheduler.total_steps"
+        problem = f"the schedule ends before the warmup does: {key} = {steps}"
         fix = f"set it to at most {steps}, or train for more steps"
         yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
     elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:
@@ -139,6 +147,13 @@ def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
         problem = f"{decay} and a warmup of {warmup} do not fit into {steps} steps"
         fix = "lower it, or shorten the warmup"
         yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
+
+
+def _record(context: RunContext) -> Iterator[ConfigIssue]:
+    steps = context.config.debug.record
+    if steps and context.config.optimizer.early_step_in_backward:
+        problem = "optimizer.early_step_in_backward frees each gradient before the step ends"
+        yield ConfigIssue("debug.record", problem, "leave out one of the two", steps)
 
 
 def _loss(context: RunContext) -> list[ConfigIssue]:
