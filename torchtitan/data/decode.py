@@ -90,6 +90,8 @@ def transient_cause(error: BaseException) -> BaseException | None:
     while link is not None:
         if isinstance(link, OSError) and link.errno in _TRANSIENT:
             return link
+        if str(link) == "Server Disconnected":
+            return None  # from `datasets`, which has tried for minutes
         if isinstance(link, ConnectionError | TimeoutError) or type(link).__name__ in _LOST_BODIES:
             return link
         link = link.__cause__

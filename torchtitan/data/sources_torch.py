@@ -157,7 +157,13 @@ class StreamSource(_DatasetSource):
 
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
         """Yield the rows of a shard."""
-        return _StreamRows(self._part(shard.file), self.name, shard, cursor)
+        try:
+            part = self._part(shard.file)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{self.name}: cannot be opened: {in_short(error)}") from error
+        return _StreamRows(part, self.name, shard, cursor)
 
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""
