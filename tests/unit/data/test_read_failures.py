@@ -1,7 +1,9 @@
 """Reads that fail for a moment, for good, or stand still: on any kind of source."""
 
 import errno
+import gzip
 import io
+import json
 import os
 import random
 import re
@@ -258,3 +260,49 @@ def test_a_stall_for_good_ends_the_step_with_file_and_row(num_workers, tmp_path,
     assert time.monotonic() - started >= 1
     assert run.loaders[0].reading().startswith(str(file))
     run.close()  # does not wait for it
+
+
+def write_bad_lines(folder: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS]
+    (folder / "a.jsonl").write_text(
+        "\n".join([*lines[:90], "{", *lines[90:150], "[}", *lines[150:]])
+    )
+
+
+def write_bad_page(folder: Path) -> None:
+    table = pyarrow.table({"text": DOCUMENTS})
+    file = folder / "a.parquet"
+    pyarrow.parquet.write_table(table, file, row_group_size=20, use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(file).metadata.row_group(4).column(0)
+    content, start = bytearray(file.read_bytes()), column.data_page_offset
+    end = start + column.total_compressed_size
+    content[start + 30 : end] = bytes(end - start - 30)
+    file.write_bytes(content)
+
+
+def write_bad_tail(folder: Path) -> None:
+    letters = random.Random(0)  # so that much is left of a half
+    lines = [json.dumps({"text": letters.randbytes(40).hex()}) + "\n" for _ in range(200)]
+    packed = gzip.compress("".join(lines).encode())
+    for number in range(4):
+        (folder / f"{number}.jsonl.gz").write_bytes(packed[: len(packed) // (1 + number % 2)])
+
+
+@pytest.mark.parametrize(
+    ("write", "count"), [(write_bad_lines, 2), (write_bad_page, 1), (write_bad_tail, 2)]
+)
+def test_places_after_bad_rows_are_exact(write, count, tmp_path, caplog):
+    """On any mesh, with any number of workers, and after a resume at any place."""
+    write(tmp_path)
+    config = make_config(str(tmp_path), epochs=2, on_bad_row="skip")
+    expected, states = read(config)
+    left_out = [sum(lane["bad_rows"] for lane in state.values()) for state in states]
+    assert left_out[0] == 0 and left_out[-1] == count, "each in one epoch only"
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Left out a row")]
+    assert len(told) == count and all(f"{tmp_path}/" in text for text in told)
+    with_workers = make_config(str(tmp_path), 2, epochs=2, on_bad_row="skip")
+    steps, found = read(with_workers, dp=2)
+    assert np.array_equal(steps, expected) and found == states
+    for place in range(0, len(states) - 1, max(1, len(states) // 9)):
+        steps, found = read(config, dp=4, lane_states=states[place])
+        assert np.array_equal(steps, expected[place + 1 :]) and found == states[place + 1 :]
