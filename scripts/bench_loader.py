@@ -137,8 +137,9 @@ class OurStream:
     """Samples of all lanes in rounds, as a run reads them."""
 
     def __init__(self, mixture: Mixture, num_workers: int):
-        dataset = LaneDataset(mixture, dict.fromkeys(range(LANES), mixture.start()))
-        self._stream = SampleStream(dataset, workers_for(LANES, num_workers), PREFETCH)
+        positions = dict.fromkeys(range(LANES), mixture.start())
+        dataset = LaneDataset(mixture, positions, workers_for(LANES, num_workers))
+        self._stream = SampleStream(dataset, PREFETCH)
 
     def __next__(self) -> Sample:
         sample = next(self._stream).sample

@@ -7,6 +7,7 @@ streams them.
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +56,11 @@ class Hub(ThreadingHTTPServer):
         self.broken = False
         self.cuts: list[tuple[str, int]] = []
         """Parts of paths, and how many bytes of a body arrive before the connection is lost."""
+        self.cut_answers: list[tuple[str, int, float]] = []
+        """Parts of paths, how many bytes of a file are sent, and for how many seconds nothing is,
+        before the connection is lost; from a request for `/fail/on` to one for
+        `/fail/off`."""
+        self.is_failing = False
         self.refusals: dict[str, tuple[int, str]] = {}
         """Status and message for the paths that contain a text."""
         self.sent: list[tuple[str, str | None]] = []
@@ -86,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Authorization")
         token = header.removeprefix("Bearer ") if header else None
         self.server.sent.append((path, token))
+        if path.startswith("/fail/"):
+            self.server.is_failing = path == "/fail/on"
         cut = next((cut for cut in self.server.cuts if cut[0] in path), None)
         if cut is not None:
             self.server.cuts.remove(cut)
@@ -98,8 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in ({"X-Repo-Commit": COMMIT} | headers | length).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        cut = next((cut for cut in self.server.cut_answers if cut[0] in path), None)
+        if cut is None or not self.server.is_failing:
             self.wfile.write(body)
+            return
+        self.server.cut_answers.remove(cut)
+        self.wfile.write(body[: cut[1]])
+        self.wfile.flush()
+        time.sleep(cut[2])
+        self.close_connection = True
 
     do_HEAD = do_POST = do_PUT = do_GET
 

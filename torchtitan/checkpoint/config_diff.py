@@ -61,6 +61,7 @@ MAY_DIFFER: dict[str, str] = {
     "data.on_bad_row": "only rows still to come; a run that met a bad row may continue",
     "data.max_bad_rows": "like data.on_bad_row",
     "data.max_document_mib": "like data.on_bad_row",
+    "data.read_retries": "patience with the disk, not the data",
     "data.restart": "where to continue in other data, which are compared by content",
     "data.add_bos": "a checkpoint knows its tokenizer, including these tokens",
     "data.add_eos": "like data.add_bos",

@@ -111,6 +111,7 @@ def _prepare(
         on_bad_row=config.data.on_bad_row,
         max_bad_rows=config.data.max_bad_rows,
         folder=folder,
+        read_retries=config.data.read_retries,
     )
 
 

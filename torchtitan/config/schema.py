@@ -363,6 +363,11 @@ class Data(Section):
     """With `on_bad_row = "skip"`: the run stops when all ranks together have left out
     more than this. Rows count in the first epoch only."""
 
+    read_retries: NonNegativeInt = 5
+    """Times that a read is tried again, after pauses of 1, 2, 4, ... seconds, if a disk or a
+    network fails as it may for a moment. What does not pass, such as a missing file, stops the run
+    at once."""
+
     @property
     def max_document_bytes(self) -> int:
         """`max_document_mib` in bytes."""

@@ -6,6 +6,7 @@ decoded in small parts: memory stays bounded whatever a file expands to. No torc
 
 import bz2
 import codecs
+import errno
 import io
 import lzma
 import re
@@ -52,6 +53,49 @@ _ZSTD_INPUT_BYTES = 1 << 9
 _ZSTD_HEADER_BYTES = 18
 _USUAL_WINDOW = 2**27
 """The largest zstd window without `--long=28` or more, which every decoder allows."""
+
+
+_TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.EAGAIN,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,  # Lustre, while a server is replaced
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+"""Errors of a disk or a network that may have passed in a moment."""
+_LOST_BODIES = {
+    "ReadError",  # httpx; libraries try again what fails before, as a connection or a status
+    "ReadTimeout",
+    "RemoteProtocolError",
+    "ChunkedEncodingError",  # requests
+    "ClientPayloadError",  # aiohttp
+    "IncompleteRead",
+}
+"""Names of errors of HTTP libraries that break off an answer."""
+
+
+def transient_cause(error: BaseException) -> BaseException | None:
+    """Return the error that may have passed in a moment: `error`, or a cause of it; else None."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _TRANSIENT:
+            return link
+        if str(link) == "Server Disconnected":
+            return None  # from `datasets`, which has tried for minutes
+        if isinstance(link, ConnectionError | TimeoutError) or type(link).__name__ in _LOST_BODIES:
+            return link
+        link = link.__cause__
+    return None
 
 
 def compression_of(start: bytes) -> str | None:
@@ -102,6 +146,8 @@ def transcoded(stream: BinaryIO, encoding: str) -> BinaryIO:
 
 def corruption(error: Exception) -> str | None:
     """Say what is wrong with the content of a file that raised `error`; None for other errors."""
+    if transient_cause(error) is not None:
+        return None
     if isinstance(error, EOFError | zlib.error | lzma.LZMAError):
         return f"{DAMAGED_FILE} or cut short ({error})"
     if type(error).__name__ == "ZstdError" or (isinstance(error, OSError) and error.errno is None):

@@ -18,6 +18,7 @@ from torchtitan.data.decode import (
     encoding_of,
     looks_like_text,
     transcoded,
+    transient_cause,
 )
 from torchtitan.data.pieces import Shard
 from torchtitan.data.sources import Row
@@ -174,9 +175,15 @@ class FileSource:
                     line += part.count(b"\n")
                     left -= len(part)
         except Exception as error:
+            if isinstance(error, DataError) or transient_cause(error) is not None:
+                return self.whereabouts(shard, row.place)
             if corruption(error) is None:
                 raise
         return f"{file.path}:{line} (byte {row.place})"
+
+    def whereabouts(self, shard: Shard, place: int) -> str:
+        """Return where a row is, without reading."""
+        return f"{self.files[shard.file].path} (byte {max(place, shard.start)})"
 
     def _encoding(self, start: bytes) -> str:
         """Return the codec of a file that begins with the bytes `start`."""

@@ -8,6 +8,7 @@ a resume needs only the `Position` that came with the last one.
 
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.ledger import DocumentSpan
 from torchtitan.data.packing import COUNTS, Packer, Piece, Position, Sample
 from torchtitan.data.pieces import Shard
+from torchtitan.data.reading import READING, ShardRows, describe_place, persist
 from torchtitan.data.row_packing import RowPacker, RowRule, Units
 from torchtitan.data.shuffle import combine, permutation
 from torchtitan.data.sources import BadRow, Row, SkippedRows, Source, row_record, row_tokens
@@ -45,6 +47,9 @@ class LaneSettings:
     epochs: int | None
     on_bad_row: str
     max_bad_rows: int
+    read_retries: int = 0
+    number: int = 0
+    """Number among the sources of the mixture."""
     may_be_empty: bool = False
     """A lane without documents has ended; otherwise it is an error."""
     chat: ChatEncoder | None = None
@@ -144,7 +149,7 @@ class Lane:
                 here = position._replace(
                     bad_rows=self._skipped.count, first_epoch=self._first_epoch, **self._counts
                 )
-                content = self._read(settings.shards[shard], row, epoch, read)
+                content = self._read(shard, row, epoch, read)
                 if content is None or not len(content):
                     continue
                 found = True
@@ -170,7 +175,9 @@ class Lane:
             # With a cursor the rows begin at the block in which the last run was stopped.
             cursor = start.cursor if resumed else ""
             first = start.block if cursor else 0
-            blocks = _blocks(settings.source, shard, cursor)
+            ids = settings.number, shard_index
+            rows_of = ShardRows(settings.source, shard, cursor, settings.read_retries, ids)
+            blocks = _blocks(rows_of, shard, cursor)
             for block, (cursor, rows) in enumerate(blocks, first):
                 if resumed and block < start.block:
                     continue
@@ -191,17 +198,22 @@ class Lane:
             return np.arange(length)
         return permutation(length, combine(self._settings.seed, *key))
 
-    def _read(
-        self, shard: Shard, row: Row, epoch: int, read: Callable[[Row], C | None]
-    ) -> C | None:
+    def _read(self, number: int, row: Row, epoch: int, read: Callable[[Row], C | None]) -> C | None:
         """Return what `read` makes of a row; None for one that is skipped.
 
         Raises DataError as configured.
         """
-        settings = self._settings
+        settings, shard = self._settings, self._settings.shards[number]
         self._is_counted = epoch == self._first_epoch
         try:
-            return read(row)
+            if row.content is not None:
+                return read(row)
+            where = partial(describe_place, settings.source, shard, row.place)
+            READING.begin(settings.number, number, row.place)  # it is fetched now
+            try:
+                return persist(partial(read, row), where, settings.read_retries)
+            finally:
+                READING.end()
         except BadRow as error:
             # In a later epoch it was counted already: a few rows must not end a run by repeating.
             if self._is_counted or settings.on_bad_row == "error":
@@ -218,15 +230,13 @@ class Lane:
         return encoded.units
 
 
-def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
+def _blocks(rows: ShardRows, shard: Shard, cursor: str) -> Iterator[tuple[str, list[Row]]]:
     """Yield shuffle blocks: consecutive rows, few enough for memory, from `cursor` on.
 
     Each comes with the cursor at which it begins; empty for the first and for sources without
     cursors. Pieces of a document keep their order: each is a block of its own unless lanes
     share the shard.
     """
-    rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
-    next_cursor = getattr(rows, "cursor", lambda: "")
     block: list[Row] = []
     size = 0
     for row in rows:
@@ -238,6 +248,6 @@ def _blocks(source: Source, shard: Shard, cursor: str) -> Iterator[tuple[str, li
         size += row.size
         if is_piece or len(block) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
             yield cursor, block
-            block, size, cursor = [], 0, next_cursor()
+            block, size, cursor = [], 0, rows.cursor()
     if block:
         yield cursor, block

@@ -6,8 +6,9 @@ divides the number of lanes. A checkpoint stores one small state per lane.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ class LaneReader(SampleStream):
         options = training.dataloader
         self.mixture = mixture
         self.num_workers = workers_for(len(positions), options.num_workers)
-        dataset = LaneDataset(mixture, dict(positions))
-        super().__init__(dataset, self.num_workers, options.prefetch_factor)
+        dataset = LaneDataset(mixture, dict(positions), self.num_workers)
+        super().__init__(dataset, options.prefetch_factor)
         self._document_mask = training.document_mask
         self._pin_memory = options.pin_memory and torch.cuda.is_available()
 
@@ -150,12 +151,13 @@ class Loader:
         self._data_step = data_step
         self._skip = skip
 
-    def next_step(self) -> StepData:
+    def next_step(self, patience: float = math.inf) -> StepData:
         """Return the microbatches of the next step, each `[local_batch_size, seq_len]`.
 
         Every rank of the same data-parallel rank must call it equally often. Raises
-        DataError.
+        DataError, also for a row that takes `patience` seconds to be read.
         """
+        self._reader.patience = patience
         plan = self._plan
         samples = self._next_samples()
         while skipped := [steps for steps in self._skip if self._data_step in steps]:
@@ -190,6 +192,10 @@ class Loader:
                 samples.append(item.sample)
                 self._positions[lane] = item.position
         return samples
+
+    def reading(self) -> str:
+        """Return the source, file and row that are being read; empty if none is."""
+        return self._reader.reading()
 
     def names_data(self, stored: str | None) -> bool:
         """Tell whether a stored fingerprint is that of this loader's data; None is of any."""
@@ -256,7 +262,10 @@ def build_mixture(
     """Return the data of a run as all its lanes see them. Raises as `build_loader`."""
     named, documents = named_sources(training, data), document_tokenizer(tokenizer, data)
     return Mixture(
-        sources=tuple(_settings(source, seed, documents, num_lanes) for source in named),
+        sources=tuple(
+            replace(_settings(source, seed, documents, num_lanes), number=number)
+            for number, source in enumerate(named)
+        ),
         names=tuple(source.name for source in named),
         weights=tuple(source.weight for source in named),
     )
@@ -302,6 +311,7 @@ def lane_settings(
         epochs=data.epochs,
         on_bad_row=data.on_bad_row,
         max_bad_rows=data.max_bad_rows,
+        read_retries=data.read_retries,
         chat=chat_encoder(named.training, data, tokenizer.tokenizer),
         pad_to_multiple=data.pad_to_multiple if is_padded else None,
     )

@@ -16,6 +16,7 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.data.chat_formats import chat_format
+from torchtitan.data.decode import transient_cause
 from torchtitan.data.files import DataFile
 from torchtitan.data.sources import Source
 from torchtitan.data.sources_torch import MapSource, StreamSource, in_short
@@ -193,6 +194,8 @@ def _unreadable(
         )
     elif has(hub.HfHubHTTPError):
         problem, fix = f"the hub refused {path}: {text}", "try again later, or use a local copy"
+    elif transient_cause(error) is not None:
+        problem, fix = f"{path} could not be read to the end: {text}", "try again"
     elif "BuilderConfig" in text or "Config name is missing" in str(error):
         key, value = "data.subset", data.subset
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])

@@ -13,6 +13,7 @@ import numpy as np
 from torchtitan.config import ConfigIssue, DataError
 from torchtitan.config.schema import Data
 from torchtitan.data.chat_formats import chat_format
+from torchtitan.data.decode import transient_cause
 from torchtitan.data.files import KEY, DataFile, relative_names
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
 from torchtitan.data.sources import BadRow, Row, read_document, size_of
@@ -145,7 +146,10 @@ class ParquetSource:
 
     def locate(self, shard: Shard, row: Row) -> str:
         """Return where a row is, for a message."""
-        return f"{self.files[shard.file].path} (row {row.place + 1})"
+        path = self.files[shard.file].path
+        if row.place == 0 and shard.start:  # before any was read
+            return f"{path} (the first row of row group {shard.start + 1})"
+        return f"{path} (row {row.place + 1})"
 
 
 class _ParquetRows(Iterator[Row]):
@@ -258,7 +262,7 @@ def _contents(
                 values = values.cast(pyarrow.binary())
             yield from values.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
+        if transient_cause(error) is not None or (isinstance(error, OSError) and error.errno):
             raise DataError(f"{file.path}: cannot be read: {error}") from error
         reason = str(error).split("\n")[0]
         yield Row(0, 0, None, f"row group {group} is damaged ({reason})")

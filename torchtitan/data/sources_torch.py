@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config import ConfigError, ConfigIssue, DataError
+from torchtitan.data.decode import transient_cause
 from torchtitan.data.files import DataFile
 from torchtitan.data.json_state import decode_state, encode_state
 from torchtitan.data.pieces import PIECES_PER_LANE, Shard, whole_files
@@ -78,10 +79,12 @@ class MapSource(_DatasetSource):
         return read_document(self.record(row), self.column, self.max_document_bytes)
 
     def record(self, row: Row) -> Any:
-        """Return the item of a row. Raises BadRow."""
+        """Return the item of a row. Raises BadRow, and as it comes what may pass in a moment."""
         try:
             return self.dataset[row.place]
         except Exception as error:
+            if transient_cause(error) is not None:
+                raise
             raise BadRow(f"reading it failed: {in_short(error)}") from error
 
     def locate(self, shard: Shard, row: Row) -> str:
@@ -154,7 +157,13 @@ class StreamSource(_DatasetSource):
 
     def rows(self, shard: Shard, cursor: str = "") -> Iterator[Row]:
         """Yield the rows of a shard."""
-        return _StreamRows(self._part(shard.file), self.name, shard, cursor)
+        try:
+            part = self._part(shard.file)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{self.name}: cannot be opened: {in_short(error)}") from error
+        return _StreamRows(part, self.name, shard, cursor)
 
     def text(self, row: Row) -> str | np.ndarray:
         """Return the text or the tokens of a row. Raises BadRow."""

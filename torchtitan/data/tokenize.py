@@ -22,6 +22,7 @@ from torchtitan.config import DataError
 from torchtitan.data.document_ends import DocumentTokenizer
 from torchtitan.data.files import FileSource
 from torchtitan.data.pieces import Shard
+from torchtitan.data.reading import ShardRows
 from torchtitan.data.sources import BadRow, SkippedRows, Source, row_tokens
 from torchtitan.data.sources_parquet import ParquetSource
 from torchtitan.data.token_files import (
@@ -60,6 +61,7 @@ class TokenizeJob:
     on_bad_row: str
     max_bad_rows: int
     folder: Path
+    read_retries: int = 0
 
     @property
     def id(self) -> str:
@@ -187,7 +189,7 @@ def _make(job: TokenizeJob, number: int) -> ShardInfo:
     skipped = SkippedRows(job.on_bad_row, job.max_bad_rows)
 
     def documents(piece: Shard) -> Iterator[Document]:
-        for row in job.source.rows(piece):
+        for row in ShardRows(job.source, piece, retries=job.read_retries):
             tokens, before = None, skipped.count
             try:
                 tokens = row_tokens(job.source, job.tokenizer, row)

@@ -9,6 +9,7 @@ are, because forwards are collective.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -73,8 +74,12 @@ class Pass:
         self._reader = LaneReader(of.mixture, positions, of.training)
         self._samples = self._read()
 
-    def next_step(self) -> StepData:
-        """Return the next batch; at the end, for ever, one without targets that has `ended`."""
+    def next_step(self, patience: float = math.inf) -> StepData:
+        """Return the next batch; at the end, for ever, one without targets that has `ended`.
+
+        Raises DataError, also for a row that takes `patience` seconds to be read.
+        """
+        self._reader.patience = patience
         size = self._of.training.local_batch_size
         samples = list(islice(self._samples, size))
         missing = [None] * (size - len(samples))

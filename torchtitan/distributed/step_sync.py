@@ -26,8 +26,7 @@ class StepInfo:
     stop: bool
     """Some rank was asked to stop."""
     num_failed: int
-    failed_rank: int | None
-    """The rank that failed, where it was one only."""
+    """Ranks that could not read their data."""
     save_failed: bool = False
     """A checkpoint that was written in the background was not saved."""
     bad_rows: int = 0
@@ -47,16 +46,13 @@ class PendingStepInfo:
         """Return the facts as soon as all ranks have sent theirs."""
         self._work.wait()
         values = self._values.tolist()
-        targets, tokens, with_data, stopping, failed, failed_ranks, unsaved, bad_rows, *counts = (
-            values
-        )
+        targets, tokens, with_data, stopping, failed, unsaved, bad_rows, *counts = values
         return StepInfo(
             num_targets=targets,
             num_tokens=tokens,
             ended=with_data == 0,
             stop=stopping > 0,
             num_failed=failed,
-            failed_rank=failed_ranks if failed == 1 else None,
             save_failed=unsaved > 0,
             bad_rows=bad_rows,
             row_counts=tuple(counts),
@@ -87,7 +83,6 @@ def start_step_sync(
             0 if ended else 1,
             1 if stop else 0,
             1 if failed else 0,
-            world.rank if failed else 0,
             1 if save_failed else 0,
             bad_rows if is_data_leader else 0,
             *(count if is_data_leader else 0 for count in row_counts),

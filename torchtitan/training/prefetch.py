@@ -1,5 +1,6 @@
 """Prefetching of a step's data, while the ranks agree whether to train that step."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,15 +14,21 @@ from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.step_sync import PendingStepInfo, StepInfo, start_step_sync
 from torchtitan.parallel.runner import Loss
 from torchtitan.utils.processes import StopRequest
+from torchtitan.utils.torch_compat import group_timeout
 
 _MAX_EMPTY_STEPS = 1000
+_MOST_REASON = 1000
+"""Characters of a rank's reason that others are sent."""
+_MOST_REASONS = 3
+_PATIENCE = 0.8
+"""Share of the time for which other ranks wait, after which a rank gives up a read and says so."""
 
 
 class Steps(Protocol):
     """A source of steps: the loader, or a pass over a validation set."""
 
-    def next_step(self) -> StepData:
-        """Return the data of the next step. May raise."""
+    def next_step(self, patience: float) -> StepData:
+        """Return the data of the next step. May raise, if no row comes for `patience` seconds."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Prefetch:
         self._time_step()
         data, error, num_targets, num_tokens = None, None, 0, 0
         try:
-            data = self._loader.next_step()
+            data = self._loader.next_step(_patience(self._world))
             num_targets = sum(int(self._loss.count(batch)) for batch in data.microbatches)
             num_tokens = sum(batch.num_tokens for batch in data.microbatches)
         except Exception as failure:
@@ -116,11 +123,13 @@ class Prefetch:
         fetched, self._fetched = self._fetched, None
         assert fetched is not None, "start() comes first"
         agreed = fetched.pending.wait()
-        if fetched.error is not None:
-            raise fetched.error
         if agreed.num_failed:
-            who = "several ranks" if agreed.failed_rank is None else f"rank {agreed.failed_rank}"
-            raise DataError(f"{who} could not read the data; the log there says why")
+            reason = None if fetched.error is None else str(fetched.error)[:_MOST_REASON]
+            reasons = list(enumerate(self._world.gather_json(reason)))  # all ranks hear of it
+            if fetched.error is not None:
+                raise fetched.error
+            failed = [f"rank {rank}: {text}" for rank, text in reasons if text is not None]
+            raise DataError("; ".join(failed[:_MOST_REASONS]))
         if self._max_bad_rows is not None and agreed.bad_rows > self._max_bad_rows:
             raise DataError(
                 f"left out {agreed.bad_rows} rows that cannot be read, more than"
@@ -128,6 +137,13 @@ class Prefetch:
             )
         assert fetched.data is not None
         return fetched.data, agreed
+
+
+def _patience(world: DistributedContext) -> float:
+    """Return how long a read may stand still: for ever, where no other rank waits."""
+    if world.world_size == 1:
+        return math.inf
+    return _PATIENCE * group_timeout(world.control_group)
 
 
 def row_counts(agreed: StepInfo) -> dict[str, int]:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -76,6 +77,12 @@ def set_group_timeouts(timeout: timedelta) -> None:
     for group in list(module._world.pg_map):
         if group.group_desc != OWN_TIMEOUT:
             module._set_pg_timeout(timeout, group)
+
+
+def group_timeout(group: dist.ProcessGroup) -> float:
+    """Return the seconds that a collective of a gloo group may take."""
+    options: Any = group._get_backend(torch.device("cpu")).options
+    return float(options._timeout.total_seconds())
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
