@@ -26,7 +26,7 @@ def flip(name: str, place: float) -> Callable[[Path], None]:
     return damage
 
 
-def resign(step: Path, **changes: Any) -> None:
+def resign(step: Path, /, **changes: Any) -> None:
     """Rewrite the manifest so that it fits the files as they are now: a skilled forger's work."""
     body = json.loads((step / "manifest.json").read_text())
     body.pop("digest")
