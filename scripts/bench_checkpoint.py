@@ -13,7 +13,8 @@ in turns, and medians over the rounds are printed:
 - steps: how much longer steps take beside a save by our thread, at its niceness and at that of
   training, and by torch's own process (`async_checkpointer_type=PROCESS`) with cached plans.
 
-Ratios are medians of the ratios within a round. Run it on an idle machine.
+Ratios are medians of the ratios within a round; seconds of a processor are those of the thread that
+saves, without waiting. Run it on an idle machine.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def main() -> None:
             shutil.rmtree(bench.folder, ignore_errors=True)
 
 
+class Seconds(float):
+    """Seconds on the clock, and `own` ones of a processor in this thread."""
+
+    def __new__(cls, clock: float, own: float) -> "Seconds":
+        made = super().__new__(cls, clock)
+        made.own = own
+        return made
+
+    own: float
+
+
 class Bench:
     """The state that is saved, and the parts."""
 
@@ -123,23 +135,33 @@ class Bench:
         yield store
         store.wait()
 
-    def timed(self, action: Callable[..., object], *arguments: object, **named: object) -> float:
-        """Return the seconds until all ranks have done it."""
+    def timed(
+        self, action: Callable[..., object], *arguments: object, **named: object
+    ) -> "Seconds":
+        """Return the seconds until all ranks have done it, and those of a processor on this one."""
         self.world.barrier()
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.thread_time()
         action(*arguments, **named)
+        own = time.thread_time() - computed
         self.world.barrier()
-        return time.perf_counter() - started
+        return Seconds(time.perf_counter() - started, own)
 
-    def report(self, title: str, seconds: dict[str, list[float]], per_second: bool = False) -> None:
+    def report(
+        self, title: str, seconds: Mapping[str, Sequence[float]], per_second: bool = False
+    ) -> None:
         """Print medians, and ratios to the first of `seconds`."""
         self.print(f"\n{title}: seconds (from - to), times as long as {next(iter(seconds))}")
         first = next(iter(seconds.values()))
         for name, values in seconds.items():
-            ratio = statistics.median(mine / its for mine, its in zip(values, first))
+            ratio = ""
+            if min(first) > 0:  # what steps lose may be less than noise
+                times = statistics.median(mine / its for mine, its in zip(values, first))
+                ratio = f", {times:.2f}"
+            own = statistics.median(getattr(value, "own", 0.0) for value in values)
             rate = f", {self.gib / statistics.median(values):.2f} GiB/s" if per_second else ""
+            cpu = f"; {own:.3f} of a processor" if own else ""
             spread = f"{min(values):.2f} - {max(values):.2f}"
-            self.print(f"  {name}: {statistics.median(values):.2f} ({spread}), {ratio:.2f}{rate}")
+            self.print(f"  {name}: {statistics.median(values):.2f} ({spread}){ratio}{rate}{cpu}")
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -191,8 +213,8 @@ class Bench:
             assert found is not None, fault
             store.load(found, self.tensors())
 
-        saves: dict[str, list[float]] = {"ours": [], "torch.save": [], "dcp.save": []}
-        loads: dict[str, list[float]] = {"ours": [], "torch.load": [], "dcp.load": []}
+        saves: dict[str, list[Seconds]] = {"ours": [], "torch.save": [], "dcp.save": []}
+        loads: dict[str, list[Seconds]] = {"ours": [], "torch.load": [], "dcp.load": []}
         with self.store() as store:
             for _ in range(self.rounds + 1):
                 self.saved += 1
@@ -210,7 +232,7 @@ class Bench:
         self.report("load", {name: values[1:] for name, values in loads.items()}, per_second=True)
 
     def stalls(self) -> None:
-        stalls: dict[str, list[float]] = {
+        stalls: dict[str, list[Seconds]] = {
             "disabled": [], "async": [], "async_with_pinned_mem": [],
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
