@@ -20,7 +20,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.checkpoint_options import (
+    add_diff_arguments,
+    add_ls_arguments,
+    add_prune_arguments,
+    add_verify_arguments,
+)
 from torchtitan.commands.data_options import add_show_arguments
+from torchtitan.commands.download_options import add_download_arguments
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
@@ -245,6 +252,10 @@ def _data(parser: _Parser) -> None:
     parser.add_commands(_DATA_COMMANDS, dest="action")
 
 
+def _checkpoint(parser: _Parser) -> None:
+    parser.add_commands(_CHECKPOINT_COMMANDS, dest="action")
+
+
 def _config_copy(parser: _Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="one of `torchtitan list configs`")
     parser.add_argument("file", metavar="FILE", help="a new file, or a folder")
@@ -304,6 +315,7 @@ _COMMANDS = {
     "generate": _Command("continue prompts with any checkpoint", add_generate_arguments),
     "chat": _Command("talk with a chat model", add_chat_arguments),
     "evaluate": _Command("measure on lm-eval's tasks", add_evaluate_arguments),
+    "checkpoint": _Command("list, verify, compare or delete steps of a run", _checkpoint),
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "status": _Command("show where a run stands", add_status_arguments),
     "replay": _Command("repeat a step of a run and compare", add_replay_arguments, True),
@@ -313,6 +325,12 @@ _COMMANDS = {
 }
 _DATA_COMMANDS = {
     "show": _Command("print rows with the trained tokens marked", add_show_arguments, True),
+}
+_CHECKPOINT_COMMANDS = {
+    "ls": _Command("list the steps of a run", add_ls_arguments),
+    "verify": _Command("compare every byte of steps with its digest", add_verify_arguments),
+    "diff": _Command("show how two checkpoints differ", add_diff_arguments),
+    "prune": _Command("delete old steps of a run", add_prune_arguments),
 }
 _CONFIG_COMMANDS = {
     "show": _Command("print the resolved values, each with its origin", takes_settings=True),

@@ -26,7 +26,7 @@ def flip(name: str, place: float) -> Callable[[Path], None]:
     return damage
 
 
-def resign(step: Path, **changes: Any) -> None:
+def resign(step: Path, /, **changes: Any) -> None:
     """Rewrite the manifest so that it fits the files as they are now: a skilled forger's work."""
     body = json.loads((step / "manifest.json").read_text())
     body.pop("digest")
@@ -105,7 +105,7 @@ def edit_manifest(**changes: Any) -> Callable[[Path], None]:
 
 def climbing_name(step: Path) -> None:
     body = json.loads((step / "manifest.json").read_text())
-    record = manifest.FileRecord(**body["files"]["__1_0.distcp"])
+    record = manifest.file_record(body["files"]["__1_0.distcp"])
     files = {"../step-2/__1_0.distcp": record}
     (step / "manifest.json").unlink()
     manifest.write_manifest(step, manifest.Manifest("abc123", 3, False, files, body["tensors"]))

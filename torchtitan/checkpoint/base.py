@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from torchtitan.checkpoint.collective import run_on_all_ranks
-from torchtitan.checkpoint.manifest import FileRecord, Manifest, record_of
+from torchtitan.checkpoint.manifest import Manifest, sha256_of
 from torchtitan.distributed.context import DistributedContext
 
 _SUFFIXES = (".safetensors", ".distcp", ".gguf", ".pth", ".pt")
@@ -20,27 +20,27 @@ _SUFFIXES = (".safetensors", ".distcp", ".gguf", ".pth", ".pt")
 
 def digest_of_manifest(manifest: Manifest) -> str:
     """Return the digest of the files of a step, which the manifest vouches for."""
-    return _digest(manifest.files)
+    files = manifest.files.items()
+    # Without the prefix: older checkpoints of adapters have recorded bare hexadecimal digits.
+    return _digest({name: (each.size, each.digest.partition(":")[2]) for name, each in files})
 
 
 def digest_of_files(world: DistributedContext, what: str, files: Iterable[Path]) -> str:
     """Read every file, each rank its share, and return the digest of all. Collective."""
 
-    def read() -> dict[str, FileRecord]:
+    def read() -> dict[str, tuple[int, str]]:
         by_size = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
-        return {file.name: record_of(file) for file in by_size[world.rank :: world.world_size]}
+        return {file.name: sha256_of(file) for file in by_size[world.rank :: world.world_size]}
 
-    records = run_on_all_ranks(world, what, read)
-    listed = {name: [record.size, record.sha256] for name, record in records.items()}
-    whole: dict[str, FileRecord] = {}
-    for part in world.gather_json(listed):
-        whole.update({name: FileRecord(*entry) for name, entry in part.items()})
-    return _digest(whole)
+    listed = run_on_all_ranks(world, what, read)
+    return _digest(
+        {name: entry for part in world.gather_json(listed) for name, entry in part.items()}
+    )
 
 
 def digest_here(files: Iterable[Path]) -> str:
     """Return the digest of all files, read by this process alone."""
-    return _digest({file.name: record_of(file) for file in files})
+    return _digest({file.name: sha256_of(file) for file in files})
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -67,6 +67,7 @@ def without_base(
     return {name: t for name, t in tensors.items() if name in added or name not in frozen}
 
 
-def _digest(files: Mapping[str, FileRecord]) -> str:
-    listed = sorted((name, record.size, record.sha256) for name, record in files.items())
+def _digest(files: Mapping[str, Sequence[int | str]]) -> str:
+    """Return the digest of sizes and digests of files by name."""
+    listed = sorted((name, *entry) for name, entry in files.items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

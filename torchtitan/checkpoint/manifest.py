@@ -1,6 +1,6 @@
 """The manifest: the one file that makes a folder a checkpoint. No torch.
 
-`manifest.json` lists every file of a checkpoint with its size and SHA-256, and what is needed to
+`manifest.json` lists every file of a checkpoint with its size and digest, and what is needed to
 judge the checkpoint without reading a tensor: run, step, names, shapes and types of the tensors,
 config, mesh, versions, and the JSON state of everything that is not a tensor. It ends with a digest
 of itself. PyTorch's own format does not notice a flipped bit, and a truncated file only after parts
@@ -11,16 +11,20 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from torchtitan.checkpoint.files import open_regular
 from torchtitan.utils.text import some_of
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 1 has SHA-256 digests of files, under `sha256`."""
 OPTIMIZER_PREFIX = "optimizer."
 """The prefix of the names of optimizer state, and of nothing else."""
 HANDLER_PREFIX = "handler_state."
@@ -32,6 +36,11 @@ BASE_STATE = "base"
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
+_THREADS = 4
+_SHA_256 = "sha256:"
+# For damage, not for forgers, who can write a manifest as well: it costs a save next to nothing.
+_XXH3 = "xxh3_128:"
+_ALGORITHMS: dict[str, Callable[[], Any]] = {_SHA_256: hashlib.sha256, _XXH3: xxhash.xxh3_128}
 
 
 class InvalidCheckpoint(Exception):
@@ -40,10 +49,11 @@ class InvalidCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and hexadecimal SHA-256 of a file as it was written."""
+    """Size in bytes and digest of a file as it was written."""
 
     size: int
-    sha256: str
+    digest: str
+    """Hexadecimal, after `sha256:` or `xxh3_128:`."""
 
 
 @dataclass(frozen=True)
@@ -177,34 +187,77 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
 
 def manifest_from_json(body: dict[str, Any]) -> Manifest:
     """Return the manifest that `manifest_to_json` made JSON values of."""
-    files = {name: FileRecord(**record) for name, record in body["files"].items()}
+    files = {name: file_record(record) for name, record in body["files"].items()}
     return Manifest(**{**body, "files": files})
+
+
+def file_record(entry: Mapping[str, Any]) -> FileRecord:
+    """Return the record of a file from its entry in a manifest, of this format or an older one."""
+    return FileRecord(
+        entry["size"], entry["digest"] if "digest" in entry else _SHA_256 + entry["sha256"]
+    )
 
 
 def record_file(path: Path) -> FileRecord:
     """Sync a file to disk, and digest what can be read back from it."""
     with open_regular(path) as file:
         os.fsync(file.fileno())
-        return _record(file)
+        return _record(file, _XXH3)
 
 
-def record_of(path: Path) -> FileRecord:
-    """Digest a file that another program wrote. Follows links, as caches of downloads have them."""
+def sha256_of(path: Path) -> tuple[int, str]:
+    """Return size and SHA-256 of another program's file. Follows links, as caches have them."""
     with path.open("rb") as file:
-        return _record(file)
+        record = _record(file, _SHA_256)
+    return record.size, record.digest.removeprefix(_SHA_256)
 
 
-def verify_file(path: Path, expected: FileRecord) -> None:
-    """Raise `InvalidCheckpoint` unless the file is, to the byte, the one that was recorded."""
+def verify_file(
+    path: Path, expected: FileRecord, on_read: Callable[[int], None] = lambda num_bytes: None
+) -> None:
+    """Raise `InvalidCheckpoint` unless the file is, to the byte, the one that was recorded.
+
+    `on_read` is told the bytes that were read since its last call.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.size:
                 raise InvalidCheckpoint(f"{path}: {size} bytes, written were {expected.size}")
-            if _record(file).sha256 != expected.sha256:
+            algorithm = expected.digest.partition(":")[0] + ":"
+            if _record(file, algorithm, on_read).digest != expected.digest:
                 raise InvalidCheckpoint(f"{path}: content differs from what was written")
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: {error.strerror or error}") from error
+
+
+def damaged_files(
+    files: Mapping[Path, FileRecord], on_read: Callable[[int], None] = lambda num_bytes: None
+) -> dict[Path, str]:
+    """Return what `verify_file` finds wrong, by path; a few threads read several files at a time.
+
+    An exception, such as Ctrl-C, does not wait for files of many GiB.
+    """
+    is_over = False
+
+    def read(num_bytes: int) -> None:
+        if is_over:
+            raise InvalidCheckpoint("stopped")
+        on_read(num_bytes)
+
+    def fault(path: Path) -> str:
+        try:
+            verify_file(path, files[path], read)
+        except InvalidCheckpoint as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        try:
+            faults = dict(zip(files, threads.map(fault, files)))
+        finally:
+            is_over = True
+    return {path: text for path, text in faults.items() if text}
 
 
 def verify_share(folder: Path, manifest: Manifest, rank: int, world_size: int) -> None:
@@ -245,7 +298,8 @@ def _parse(path: Path, body: dict[str, Any]) -> Manifest:
     for name, record in manifest.files.items():
         if os.path.basename(name) != name or name in ("", ".", "..", MANIFEST_NAME) or "\0" in name:
             raise InvalidCheckpoint(f"{path}: lists {name!r}, which is not a plain file name")
-        if type(record.size) is not int or type(record.sha256) is not str:
+        known = type(record.digest) is str and record.digest.startswith(tuple(_ALGORITHMS))
+        if type(record.size) is not int or not known:
             raise InvalidCheckpoint(f"{path}: the entry of {name!r} is damaged")
     if type(manifest.step) is not int or type(manifest.run_id) is not str:
         raise InvalidCheckpoint(f"{path}: step or run id is damaged")
@@ -260,13 +314,16 @@ def _show(entry: Mapping[str, Any]) -> str:
     return f"{entry['dtype']} {entry['shape']}"
 
 
-def _record(file: Any) -> FileRecord:
-    digest, size, buffer = hashlib.sha256(), 0, bytearray(_CHUNK_BYTES)
+def _record(
+    file: Any, algorithm: str, on_read: Callable[[int], None] = lambda num_bytes: None
+) -> FileRecord:
+    digest, size, buffer = _ALGORITHMS[algorithm](), 0, bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)
     while count := file.readinto(buffer):
         digest.update(view[:count])
         size += count
-    return FileRecord(size, digest.hexdigest())
+        on_read(count)
+    return FileRecord(size, algorithm + digest.hexdigest())
 
 
 def _digest(body: Mapping[str, Any]) -> str:

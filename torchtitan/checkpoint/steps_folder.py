@@ -30,6 +30,12 @@ from torchtitan.utils.files import sync_folder
 logger = logging.getLogger(__name__)
 
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,18})", re.ASCII)
+_LEFTOVER_NAMES = {
+    "temporary": re.compile(r"\.tmp-step-(?P<step>\d+)-(?P<run>.+)-[0-9a-f]+"),
+    "trash": re.compile(r"\.trash-(?P<run>.+)-step-(?P<step>\d+)-[0-9a-f]+"),
+    "quarantined": re.compile(r"quarantine-step-(?P<step>\d+)-[0-9a-f]+"),
+    "rewound": re.compile(r"rewound-step-(?P<step>\d+)-[0-9a-f]+"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,17 @@ class Candidate:
     step: int
     manifest: Manifest | None
     fault: str | None
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that was a step or was to be one; its name tells the run only while it is hidden."""
+
+    path: Path
+    kind: str
+    """`temporary`, `trash`, `quarantined` or `rewound`."""
+    step: int
+    run_id: str | None
 
 
 def step_name(step: int) -> str:
@@ -172,19 +189,33 @@ def steps_to_delete(steps: list[int], current: int, keep_latest: int, protected:
 def delete_old_steps(
     folder: Path, run_id: str, current: int, keep_latest: int, protected: int
 ) -> list[int]:
-    """Apply `steps_to_delete` to the committed steps of this run; return the removed ones.
-
-    A step is renamed first, so that a crash in the middle leaves no half checkpoint.
-    """
-    device = os.stat(folder).st_dev
+    """Apply `steps_to_delete` to the committed steps of this run; return the removed ones."""
     steps = committed_steps(folder, run_id)
     doomed = steps_to_delete(steps, current, keep_latest, protected)
     for step in doomed:
-        path = folder / step_name(step)
-        if os.lstat(path).st_dev != device:
-            continue
-        shutil.rmtree(move_aside(folder, step, f".trash-{run_id}"))
+        delete_step(folder, run_id, step)
     return doomed
+
+
+def delete_step(folder: Path, run_id: str, step: int) -> None:
+    """Delete a step of this run, unless another file system is mounted there.
+
+    It is renamed first, so that a crash in the middle leaves no half checkpoint.
+    """
+    if os.lstat(folder / step_name(step)).st_dev == os.stat(folder).st_dev:
+        shutil.rmtree(move_aside(folder, step, f".trash-{run_id}"))
+
+
+def leftovers(folder: Path) -> list[Leftover]:
+    """Return what is left of steps that were written, deleted or moved aside, by step."""
+    found = []
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        for kind, pattern in _LEFTOVER_NAMES.items():
+            match = pattern.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                run = match.groupdict().get("run")
+                found.append(Leftover(Path(entry.path), kind, int(match["step"]), run))
+    return sorted(found, key=lambda each: (each.step, each.path.name))
 
 
 def delete_leftovers(folder: Path, run_id: str) -> list[str]:
@@ -192,15 +223,10 @@ def delete_leftovers(folder: Path, run_id: str) -> list[str]:
 
     The caller holds the lock of the run folder, so no living process owns them.
     """
-    run = re.escape(run_id)
-    patterns = (rf"\.tmp-step-\d+-{run}-[0-9a-f]+", rf"\.trash-{run}-step-\d+-[0-9a-f]+")
-    removed = []
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        ours = any(re.fullmatch(pattern, entry.name) for pattern in patterns)
-        if ours and entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-            removed.append(entry.name)
-    return removed
+    ours = [each.path for each in leftovers(folder) if each.run_id == run_id]
+    for path in ours:
+        shutil.rmtree(path)
+    return [path.name for path in ours]
 
 
 def quarantine(folder: Path, step: int, fault: str) -> None:

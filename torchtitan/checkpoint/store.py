@@ -258,7 +258,7 @@ class CheckpointStore:
             return records
 
         records = run_on_all_ranks(self._writers, what, write)
-        listed = {name: [record.size, record.sha256] for name, record in records.items()}
+        listed = {name: [record.size, record.digest] for name, record in records.items()}
         files: dict[str, FileRecord] = {}
         for part in self._writers.gather_json(listed):
             files.update({name: FileRecord(*entry) for name, entry in part.items()})

@@ -44,8 +44,9 @@ class StoredRun:
         # The stored name counts: a config that renames the folder must not hide the checkpoints.
         stored = read_stored_config(self._config_file) if self.status else None
         name = stored_value(stored or {}, "checkpoint.folder")
-        self._checkpoints = path / (name if isinstance(name, str) else default_folder)
-        self.step_folders = step_folders(self._checkpoints)
+        self.checkpoints = path / (name if isinstance(name, str) else default_folder)
+        """The folder of the `step-N` folders."""
+        self.step_folders = step_folders(self.checkpoints)
         """Steps that have a folder, valid or not."""
         metrics = path / METRICS_NAME
         self._has_metrics = metrics.exists() and metrics.stat().st_size > 0
@@ -53,7 +54,7 @@ class StoredRun:
     @cached_property
     def good(self) -> list[Manifest]:
         """The manifests of the valid checkpoints, by step."""
-        candidates = inspect_steps(self._checkpoints) if self.step_folders else []
+        candidates = inspect_steps(self.checkpoints) if self.step_folders else []
         return [candidate.manifest for candidate in candidates if candidate.manifest]
 
     @cached_property

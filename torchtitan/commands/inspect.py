@@ -7,12 +7,12 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan.commands.printing import Progress, aligned
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.exit_codes import CHECKPOINT, DONE, NON_FINITE
 from torchtitan.config.paths import expand_path
@@ -29,7 +29,6 @@ _KINDS = {
     "meta": "a folder of Meta's",
     "gguf": "a GGUF file",
 }
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,33 +78,14 @@ def _open(given: str) -> tuple[Contents, list[str]]:
 
 def _verify(contents: Contents) -> None:
     """Compare every file of a step with its digest. Raises CheckpointError."""
-    from torchtitan.checkpoint.manifest import InvalidCheckpoint, verify_file
+    from torchtitan.checkpoint.manifest import damaged_files
 
     if contents.manifest is None:
         return
-    progress = _Progress("verifying", contents.manifest.num_bytes)
-    try:
-        for name, record in contents.manifest.files.items():
-            verify_file(contents.path / name, record)
-            progress.add(record.size)
-    except InvalidCheckpoint as error:
-        raise CheckpointError(str(error)) from error
-
-
-class _Progress:
-    """Prints how far a long task is, every few seconds."""
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total, self._done = what, total, 0
-        self._printed = time.monotonic()
-
-    def add(self, num_bytes: int) -> None:
-        """Count further bytes."""
-        self._done += num_bytes
-        if time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
-            done, total = format_bytes(self._done), format_bytes(self._total)
-            print(f"{self._what}: {done} of {total}", file=sys.stderr, flush=True)
+    progress = Progress("verifying", contents.manifest.num_bytes)
+    files = {contents.path / name: entry for name, entry in contents.manifest.files.items()}
+    if faults := damaged_files(files, progress.add):
+        raise CheckpointError("; ".join(faults.values()))
 
 
 def _summary(contents: Contents, headers: bool) -> dict[str, Any]:
@@ -183,7 +163,7 @@ def _measured(contents: Contents, total: int) -> dict[str, dict[str, Any]]:
     from torchtitan.checkpoint.contents import TensorStats
 
     stats = {name: TensorStats() for name in contents.tensors}
-    progress = _Progress(f"reading {contents.path}", total)
+    progress = Progress(f"reading {contents.path}", total)
     try:
         for name, piece in contents.pieces(list(stats)):
             stats[name].add(piece)
@@ -220,7 +200,7 @@ def _summary_lines(report: Mapping[str, Any]) -> list[str]:
         if entry.get("non_finite"):
             values[1] += f", {entry['non_finite']:,} not finite"
         rows.append((name, entry["dtype"], _shape(entry), *values))
-    return [*lines, "", *_table(rows)]
+    return [*lines, "", *aligned(rows)]
 
 
 def _run_lines(report: Mapping[str, Any]) -> list[str]:
@@ -330,7 +310,7 @@ def _apart(one: Contents, other: Contents, names: Sequence[str]) -> dict[str, fl
     from torchtitan.checkpoint.contents import largest_difference, num_bytes
 
     entries = {**one.tensors, **one.optimizer}
-    progress = _Progress("comparing", sum(num_bytes(entries[name]) for name in names))
+    progress = Progress("comparing", sum(num_bytes(entries[name]) for name in names))
     found = dict.fromkeys(names, 0.0)
     try:
         pieces = itertools.zip_longest(one.pieces(names), other.pieces(names))
@@ -350,7 +330,7 @@ def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
         if found := report[key]:
             rows = [(title, "first", "second")]
             rows += [(name, *map(json.dumps, both)) for name, both in found.items()]
-            lines += ["", *_table(rows)]
+            lines += ["", *aligned(rows)]
     for key, which in (("only_in_first", "first"), ("only_in_second", "second")):
         lines += [f"only in the {which}: {name}" for name in report[key]]
     for key in ("shapes", "dtypes"):
@@ -362,16 +342,9 @@ def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
     lines += ["", f"{compared} compared{what}, {len(values)} differ"]
     if values:
         shown = [(n, "not finite" if a is None else f"{a:.4g}") for n, a in values.items()]
-        lines += _table([("tensor", "largest difference"), *shown])
+        lines += aligned([("tensor", "largest difference"), *shown])
     return [*lines, "no difference in the model was found"] if report["identical"] else lines
 
 
 def _shape(entry: Mapping[str, Any]) -> str:
     return " x ".join(map(str, entry["shape"])) or "a number"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    aligned = ("  ".join(text.ljust(width) for text, width in zip(row, widths)) for row in rows)
-    return [line.rstrip() for line in aligned]

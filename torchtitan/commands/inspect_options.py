@@ -3,7 +3,7 @@
 import argparse
 
 
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+def add_inspect_arguments(parser: argparse.ArgumentParser, compares: bool = False) -> None:
     """Show what a checkpoint holds, and whether it is intact; or how two of them differ.
 
     The checkpoint is a step, a run's folder (its newest step), a folder of
@@ -15,7 +15,8 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """
     checkpoint = "a step, a run's folder, a folder of weights, a GGUF file, or hf://owner/name"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=checkpoint)
-    parser.add_argument("other", metavar="OTHER", nargs="?", help="a checkpoint to compare with")
+    nargs = None if compares else "?"
+    parser.add_argument("other", metavar="OTHER", nargs=nargs, help="a checkpoint to compare with")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--headers",

@@ -14,7 +14,7 @@ from tests.foreign import args_of, random_weights, write_gguf, write_hf, write_m
 from torchtitan.checkpoint import contents
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.cli import main
-from torchtitan.commands import inspect as command
+from torchtitan.commands import printing
 from torchtitan.weights.meta_params import to_meta_params
 
 ARGS = args_of(n_heads=8, n_kv_heads=4, head_dim=None, ffn_dim=96, vocab_size=132)
@@ -164,7 +164,7 @@ def test_two_steps(run_folder: Path, capsys: Any) -> None:
 
 
 def test_progress(run_folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(printing, "_SECONDS_BETWEEN_LINES", -1)
     _, errors = inspect(capsys, run_folder)
     assert "verifying: " in errors and f"reading {run_folder}" in errors
     _, errors = inspect(capsys, run_folder, run_folder)
