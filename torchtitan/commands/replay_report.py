@@ -17,7 +17,7 @@ from torchtitan.training.step_record import StepRecord, read_records
 from torchtitan.utils.text import plural, some_of
 
 _BOUNDS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.1}
-"""Bounds of one step by the type that computes: 6 to 30 times the differences between meshes that
+"""Bounds of one step by the type that computes: 6 to 33 times the differences between meshes that
 docs/debugging.md reports."""
 
 
