@@ -27,7 +27,6 @@ from torchtitan.commands.checkpoint_options import (
     add_verify_arguments,
 )
 from torchtitan.commands.data_options import add_show_arguments
-from torchtitan.commands.download_options import add_download_arguments
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
