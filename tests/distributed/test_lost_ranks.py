@@ -99,7 +99,10 @@ def test_processes_of_srun_are_ranks_of_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None:
-    """The other waits `comm.train_timeout_seconds`, not the minutes that a start may take."""
+    """The other waits `comm.train_timeout_seconds`, not the minutes that a start may take.
+
+    Then the watchdog of the one that stands still ends it, with its stack in the report.
+    """
     folder = tmp_path / "run"
     # Without checkpoints: a save sets the time anew after itself.
     arguments = ("--training.steps=100000", "--checkpoint.enable=false")
@@ -109,6 +112,11 @@ def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
         os.kill(ranks[stopped].process.pid, signal.SIGSTOP)
         status, output = ranks[1 - stopped].end()
+        assert ranks[stopped].end()[0] == 6, output
+        report = folder / "hang.txt"
+        wait_until(lambda: "stopped by a signal" in report.read_text())
+    assert report.read_text().startswith(f"Rank {stopped} was late first"), report.read_text()
+    assert "in train" in report.read_text().partition(f"\nrank {stopped} ")[2]
     assert status == 6, output
     name = "Rank 0 does not answer" if stopped == 0 else "Rank 1 did not arrive"
     assert name in output.splitlines()[-1], output

@@ -1,0 +1,170 @@
+"""Watchdog: ends this rank if it gets stuck, and says where it was.
+
+Python code and signal handlers do not run while a thread holds the interpreter's lock, so the one
+that watches is a process of its own (`hang_report.py`). It is started by its path, without torch.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torchtitan.distributed import hang_report
+from torchtitan.distributed.hang_report import ENDING, PAGE, SIGN, STARTUP, Sign
+from torchtitan.utils.torch_compat import lost_contact
+
+logger = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Signs of life of this rank, for the process that watches it once `start` was called.
+
+    Enter it around all that is watched. After an error it watches until the process ends.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, timeout_seconds: float = 0.0):
+        self._rank, self._world_size = rank, world_size
+        self._sign = Sign(0, 0, timeout_seconds, False, STARTUP)
+        self._time = 0.0
+        self._place = ""
+        self._file: Any = None
+        self._page: mmap.mmap | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, folder: Path, start: int) -> None:
+        """Watch from here on; `folder`, that of the run, gets the report.
+
+        `start` is a number that only the ranks of this start have.
+        """
+        self._place = str(folder / hang_report.RECORDS_NAME / str(start))
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file.truncate(PAGE)
+        descriptor = self._file.fileno()
+        os.lseek(descriptor, PAGE, os.SEEK_SET)  # faulthandler writes behind the signs
+        self._page = mmap.mmap(descriptor, PAGE)
+        self._write()
+        words = [sys.executable, "-I", "-S", hang_report.__file__, self._place]
+        words += map(str, (self._rank, self._world_size, os.getpid(), descriptor))
+        try:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[descriptor],
+                start_new_session=True,  # no signal that a terminal sends to all reaches it
+            )
+        except OSError as error:
+            logger.warning("no watchdog, so a rank that gets stuck does not end: %s", error)
+            return
+        _react_to_signals(descriptor)
+
+    def sign(
+        self, phase: str | None = None, step: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Give a sign of life; `step`: the finished ones, `timeout`: that of collectives now."""
+        number, last_step, last_timeout, _, last_phase = self._sign
+        self._sign = Sign(
+            number + 1,
+            last_step if step is None else step,
+            last_timeout if timeout is None else timeout,
+            False,
+            phase or last_phase,
+        )
+        self._time = time.monotonic()
+        self._write()
+
+    def wait(self, waiting: bool) -> None:
+        """Give a sign before this rank waits in a collective, and after it."""
+        self._sign = self._sign._replace(number=self._sign.number + 1, waiting=waiting)
+        self._time = time.monotonic()
+        self._write()
+
+    def end(self) -> None:
+        """Say that this rank ends, which may take long: it may save, or wait for other ranks."""
+        self._write(phase=ENDING)
+
+    def found_hang(self) -> bool:
+        """Return True if any rank has left a record, which ends the run as a hang."""
+        return bool(self._place) and hang_report.has_records(self._place)
+
+    def report(self) -> str:
+        """Write the report from all ranks' records; return a line on it."""
+        try:
+            headline = hang_report.merge(self._place, self._world_size)
+        except OSError as error:
+            return f"No report of it, as {hang_report.REPORT_NAME} cannot be written: {error}"
+        folder = hang_report.folder_of(self._place)
+        return f"{headline}. All stacks: {os.path.join(folder, hang_report.REPORT_NAME)}"
+
+    def _write(self, phase: str = "") -> None:
+        if self._page is not None:
+            number, step, timeout, waiting, last_phase = self._sign
+            name = (phase or last_phase).encode()
+            SIGN.pack_into(self._page, 0, number + bool(phase), step, timeout, waiting, name)
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._close()
+            return
+        self.end()
+        if self._page is not None and lost_contact(error) == "timeout":
+            stacks = "".join(traceback.format_exception(error))
+            self._record(time.monotonic() - self._time, stacks)
+
+    def _record(self, seconds: float, stacks: str) -> None:
+        try:
+            hang_report.write_record(
+                self._place, self._rank, os.getpid(), self._sign, seconds, "waited", stacks
+            )
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", hang_report.REPORT_NAME, error)
+
+    def _close(self) -> None:
+        if self._process is not None:
+            faulthandler.disable()
+            faulthandler.unregister(hang_report.DUMP)
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        if self._page is not None:
+            self._page.close()
+            self._file.close()
+        self._page = self._process = None
+
+
+def _react_to_signals(descriptor: int) -> None:
+    """Let `DUMP` write the stacks of all threads to a file, and SIGABRT end the process, too.
+
+    With status 6: faulthandler's handler of SIGABRT calls the one that it found, C's `_exit`, with
+    the signal's number. None of this needs the interpreter's lock.
+    """
+    assert signal.SIGABRT == hang_report.HANG
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.signal.restype = ctypes.c_void_p
+    faulthandler.disable()  # else it would not install its handler again
+    library.signal(signal.SIGABRT, ctypes.cast(library._exit, ctypes.c_void_p))
+    faulthandler.enable(descriptor)
+    faulthandler.register(hang_report.DUMP, descriptor)
