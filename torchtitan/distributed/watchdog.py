@@ -142,12 +142,8 @@ class Watchdog:
             faulthandler.disable()
             faulthandler.unregister(hang_report.DUMP)
             signal.signal(signal.SIGABRT, signal.SIG_DFL)
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+            self._process.kill()
+            self._process.communicate()
         if self._page is not None:
             self._page.close()
             self._file.close()
