@@ -111,6 +111,17 @@ def test_a_run_of_one_rank_ends_when_it_is_stuck(tmp_path: Path) -> None:
     assert stored["error"].startswith("Rank 0 was late first"), stored
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_watching_process_ends_with_its_rank(watched: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with ranks_of(folder, [(*LONG, f"--comm.watchdog={str(watched).lower()}")]) as (rank,):
+        wait_until((folder / "metrics.jsonl").exists)
+        assert len(processes_of(folder)) == int(watched)
+        rank.process.kill()
+        wait_until(lambda: not processes_of(folder))
+    assert not (folder / "hang.txt").exists()
+
+
 def sign_of(number: int, phase: str, timeout: float = 100.0) -> Sign:
     return Sign(number, 3, timeout, False, phase)
 
@@ -132,8 +143,9 @@ def silence_of(*spans: tuple[str, float], stopped: bool = False) -> Silence:
         ([("compute", 1), ("data", 1), ("compute", 100)], False),
         ([("compute", 1), ("data", 1), ("compute", 130)], True),
         ([("compute", 60), ("data", 1), ("compute", 600)], False),  # slow, but healthy
-        ([("compute", 1), ("data", 1), ("checkpoint", 600)], False),
-        ([("startup", 10000)], False),
+        ([("compute", 1), ("data", 1), ("validation", 600)], False),
+        ([("checkpoint", 1), ("compute", 1), ("checkpoint", 9000)], False),
+        ([("startup", 9000)], False),
     ],
 )
 def test_only_a_silence_beyond_all_earlier_ones_is_a_hang(

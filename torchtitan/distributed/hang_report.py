@@ -29,8 +29,11 @@ RECORDS_NAME = ".hang"
 PAGE = 4096
 """Bytes of the signs at the start of the shared file; stacks follow."""
 SIGN = struct.Struct("<QQdB32s")
-STARTUP, ENDING = "startup", "ending"
-"""Phases in which a rank is not judged by its silence alone."""
+STARTUP, SAVING, ENDING = "startup", "checkpoint", "ending"
+"""Phases in which a rank may be silent for as long as it likes, if nobody waits for it.
+
+It may wait for a large save that goes on beside training.
+"""
 HANG = 6
 DUMP = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
 """A signal that nothing else uses."""
@@ -97,7 +100,7 @@ class Silence:
         sign = self._sign
         longest = self._longest.get((sign.phase, sign.timeout), sign.timeout)
         limit = sign.timeout + _GRACE + _MORE * longest
-        return sign.phase != STARTUP and self._counted > limit
+        return sign.phase not in (STARTUP, SAVING, ENDING) and self._counted > limit
 
 
 class Rank:
