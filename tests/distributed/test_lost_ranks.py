@@ -137,6 +137,47 @@ def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     assert runs.status(folder)["status"] == "failed"
 
 
+LEAVING = """
+import os
+from torchtitan.utils.garbage import GarbageCollection
+
+end_step = GarbageCollection.step
+
+
+def leave(self, step):
+    end_step(self, step)
+    if step == 2 and os.environ["RANK"] == "1":
+        {}
+
+
+GarbageCollection.step = leave
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "statuses", "words"),
+    [
+        ("os._exit(0)", (1, 0), "Rank 1 ended without a word"),
+        ("os.abort()", (6, 6), "Rank 1 was late first: aborted after step 2"),
+    ],
+    ids=["exit-0", "abort"],
+)
+def test_a_rank_that_leaves_early_fails_the_run(
+    action: str, statuses: tuple[int, int], words: str, tmp_path: Path
+) -> None:
+    """Also with status 0; NCCL aborts after a timeout."""
+    (tmp_path / "leaving.py").write_text(LEAVING.format(action))
+    path = os.pathsep.join([str(tmp_path), runs.environment()["PYTHONPATH"]])
+    env = [rank | {"PYTHONPATH": path} for rank in launcher_variables(2)]
+    arguments = ("--job.custom_import=leaving", "--checkpoint.enable=false")
+    with ranks_of(tmp_path / "run", [arguments] * 2, env) as ranks:
+        (first, output), (second, _) = (rank.end() for rank in ranks)
+    assert (first, second) == statuses, output
+    assert words in output.splitlines()[-1], output
+    stored = runs.status(tmp_path / "run")
+    assert (stored["status"], stored["exit_code"]) == ("failed", first)
+
+
 HUNGRY = """
 import os
 import torch

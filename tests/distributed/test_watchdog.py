@@ -123,7 +123,7 @@ def test_the_watching_process_ends_with_its_rank(watched: bool, tmp_path: Path) 
 
 
 def sign_of(number: int, phase: str, timeout: float = 100.0) -> Sign:
-    return Sign(number, 3, timeout, False, phase)
+    return Sign(number, False, 3, timeout, phase)
 
 
 def silence_of(*spans: tuple[str, float], stopped: bool = False) -> Silence:
@@ -166,7 +166,7 @@ def test_report_names_the_rank_that_was_late_first(tmp_path: Path) -> None:
     place = str(tmp_path / hang_report.RECORDS_NAME / "1")
 
     def record(rank: int, step: int, seconds: float, what: str) -> None:
-        sign = Sign(1, step, 100.0, False, "compute")
+        sign = Sign(1, False, step, 100.0, "compute")
         hang_report.write_record(place, rank, 1, sign, seconds, what, f"stack of {rank}")
 
     record(0, 6, 100, "waited")

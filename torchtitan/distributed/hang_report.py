@@ -28,7 +28,9 @@ RECORDS_NAME = ".hang"
 """The folder of the ranks' records, one folder for each start, in the run folder."""
 PAGE = 4096
 """Bytes of the signs at the start of the shared file; stacks follow."""
-SIGN = struct.Struct("<QQdB32s")
+SIGN = struct.Struct("<QBQd32s")
+START_OF_SIGN = struct.Struct("<QB")
+"""The fields that change at each wait."""
 STARTUP, SAVING, ENDING = "startup", "checkpoint", "ending"
 """Phases in which a rank may be silent for as long as it likes, if nobody waits for it.
 
@@ -49,20 +51,20 @@ class Sign(NamedTuple):
     """A rank's newest sign of life."""
 
     number: int
+    waiting: bool
+    """It waits in a collective over gloo."""
     step: int
     """Steps it has finished."""
     timeout: float
     """Seconds that a collective may take now."""
-    waiting: bool
-    """It waits in a collective over gloo."""
     phase: str
 
     @classmethod
     def read(cls, page: mmap.mmap) -> "Sign":
         """Return the sign in the shared page."""
-        number, step, timeout, waiting, phase = SIGN.unpack_from(page)
+        number, waiting, step, timeout, phase = SIGN.unpack_from(page)
         name = phase.rstrip(b"\0").decode(errors="replace")
-        return cls(number, step, timeout, bool(waiting), name)
+        return cls(number, bool(waiting), step, timeout, name)
 
 
 class Silence:
@@ -72,7 +74,7 @@ class Silence:
         self.seconds = 0.0
         self._counted = 0.0
         """The same without time in which the process was stopped, by Ctrl-Z say."""
-        self._sign = Sign(0, 0, 0.0, False, STARTUP)
+        self._sign = Sign(0, False, 0, 0.0, STARTUP)
         self._longest: dict[tuple[str, float], float] = {}
 
     def add(self, sign: Sign, seconds: float, stopped: bool) -> None:
@@ -152,13 +154,14 @@ class Rank:
 
     def _end_rank(self, sign: Sign, seconds: float, state: str) -> None:
         """Record where the rank is, then end it: its container may not outlive it."""
-        what = "stopped by a signal" if state == _STOPPED else "stuck"
+        what = "waited" if sign.waiting else "stuck"
         if state == _STOPPED:
+            what = "stopped by a signal"
             self._kill()  # which makes it write, but train no further
         else:
             self._dump()
         stacks = self._stacks().removeprefix("Fatal Python error: Aborted\n")
-        self._record(sign, seconds, "waited" if sign.waiting else what, stacks)
+        self._record(sign, seconds, what, stacks)
         self._kill()
 
     def _dump(self) -> None:

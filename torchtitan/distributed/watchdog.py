@@ -17,10 +17,9 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from torchtitan.distributed import hang_report
-from torchtitan.distributed.hang_report import ENDING, PAGE, SIGN, STARTUP, Sign
+from torchtitan.distributed.hang_report import ENDING, PAGE, SIGN, START_OF_SIGN, STARTUP, Sign
 from torchtitan.utils.torch_compat import lost_contact
 
 logger = logging.getLogger(__name__)
@@ -34,10 +33,13 @@ class Watchdog:
 
     def __init__(self, rank: int = 0, world_size: int = 1, timeout_seconds: float = 0.0):
         self._rank, self._world_size = rank, world_size
-        self._sign = Sign(0, 0, timeout_seconds, False, STARTUP)
-        self._time = 0.0
+        self._number, self._step, self._phase = 0, 0, STARTUP
+        self._timeout = timeout_seconds
+        self._time = time.monotonic()
+        """Time of the last sign before the end."""
+        self._ends = False
         self._place = ""
-        self._file: Any = None
+        self._descriptor = -1
         self._page: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -47,12 +49,11 @@ class Watchdog:
         `start` is a number that only the ranks of this start have.
         """
         self._place = str(folder / hang_report.RECORDS_NAME / str(start))
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        self._file.truncate(PAGE)
-        descriptor = self._file.fileno()
+        self._descriptor = descriptor = _shared_file()
+        os.truncate(descriptor, PAGE)
         os.lseek(descriptor, PAGE, os.SEEK_SET)  # faulthandler writes behind the signs
         self._page = mmap.mmap(descriptor, PAGE)
-        self._write()
+        self.sign()
         words = [sys.executable, "-I", "-S", hang_report.__file__, self._place]
         words += map(str, (self._rank, self._world_size, os.getpid(), descriptor))
         try:
@@ -72,26 +73,32 @@ class Watchdog:
         self, phase: str | None = None, step: int | None = None, timeout: float | None = None
     ) -> None:
         """Give a sign of life; `step`: the finished ones, `timeout`: that of collectives now."""
-        number, last_step, last_timeout, _, last_phase = self._sign
-        self._sign = Sign(
-            number + 1,
-            last_step if step is None else step,
-            last_timeout if timeout is None else timeout,
-            False,
-            phase or last_phase,
-        )
-        self._time = time.monotonic()
-        self._write()
+        if self._ends:
+            return
+        self._phase = self._phase if phase is None else phase
+        self._step = self._step if step is None else step
+        self._timeout = self._timeout if timeout is None else timeout
+        self._write(self._phase)
 
     def wait(self, waiting: bool) -> None:
         """Give a sign before this rank waits in a collective, and after it."""
-        self._sign = self._sign._replace(number=self._sign.number + 1, waiting=waiting)
+        self._number += 1
         self._time = time.monotonic()
-        self._write()
+        if self._page is not None:
+            START_OF_SIGN.pack_into(self._page, 0, self._number, waiting)
 
     def end(self) -> None:
         """Say that this rank ends, which may take long: it may save, or wait for other ranks."""
-        self._write(phase=ENDING)
+        last = self._time
+        self._write(ENDING)
+        self._time, self._ends = last, True
+
+    def _write(self, phase: str) -> None:
+        self._number += 1
+        self._time = time.monotonic()
+        if self._page is not None:
+            fields = self._number, False, self._step, self._timeout, phase.encode()
+            SIGN.pack_into(self._page, 0, *fields)
 
     def found_hang(self) -> bool:
         """Return True if any rank has left a record, which ends the run as a hang."""
@@ -105,12 +112,6 @@ class Watchdog:
             return f"No report of it, as {hang_report.REPORT_NAME} cannot be written: {error}"
         folder = hang_report.folder_of(self._place)
         return f"{headline}. All stacks: {os.path.join(folder, hang_report.REPORT_NAME)}"
-
-    def _write(self, phase: str = "") -> None:
-        if self._page is not None:
-            number, step, timeout, waiting, last_phase = self._sign
-            name = (phase or last_phase).encode()
-            SIGN.pack_into(self._page, 0, number + bool(phase), step, timeout, waiting, name)
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -130,9 +131,10 @@ class Watchdog:
             self._record(time.monotonic() - self._time, stacks)
 
     def _record(self, seconds: float, stacks: str) -> None:
+        sign = Sign(self._number, True, self._step, self._timeout, self._phase)
         try:
             hang_report.write_record(
-                self._place, self._rank, os.getpid(), self._sign, seconds, "waited", stacks
+                self._place, self._rank, os.getpid(), sign, seconds, "waited", stacks
             )
         except OSError as error:
             logger.warning("%s cannot be written: %s", hang_report.REPORT_NAME, error)
@@ -146,8 +148,16 @@ class Watchdog:
             self._process.communicate()
         if self._page is not None:
             self._page.close()
-            self._file.close()
+            os.close(self._descriptor)
         self._page = self._process = None
+
+
+def _shared_file() -> int:
+    """Return the descriptor of a file without a name, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("watchdog")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _react_to_signals(descriptor: int) -> None:
