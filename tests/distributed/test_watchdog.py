@@ -13,11 +13,12 @@ from torch.distributed import _functional_collectives as funcol
 
 from tests.distributed import runs
 from tests.distributed.test_lost_ranks import ranks_of, wait_until
-from tests.forked import launcher_variables
+from tests.forked import CONTEXT, launcher_variables
 from tests.pool import GlooPool
 from torchtitan.distributed import hang_report
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.hang_report import Sign, Silence
+from torchtitan.distributed.watchdog import Watchdog
 from torchtitan.utils.torch_compat import observe_waits
 
 LONG = ("--training.steps=100000", "--checkpoint.enable=false")
@@ -120,6 +121,26 @@ def test_the_watching_process_ends_with_its_rank(watched: bool, tmp_path: Path) 
         rank.process.kill()
         wait_until(lambda: not processes_of(folder))
     assert not (folder / "hang.txt").exists()
+
+
+def _stand_still(folder: Path) -> None:
+    watchdog = Watchdog(timeout_seconds=1.0)
+    watchdog.start(folder, 1)
+    watchdog.sign("checkpoint", 3)
+    time.sleep(1000)
+
+
+def test_a_rank_of_a_failed_run_ends_in_a_phase_without_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "run_status.json").write_text('{"status": "failed"}')
+    process: Any = CONTEXT.Process(target=_stand_still, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    try:
+        assert process.exitcode == 6
+    finally:
+        process.kill()
+        process.join()
+    assert "in _stand_still" in (tmp_path / "hang.txt").read_text()
 
 
 def sign_of(number: int, phase: str, timeout: float = 100.0) -> Sign:
