@@ -130,8 +130,14 @@ def _stand_still(folder: Path) -> None:
     time.sleep(1000)
 
 
-def test_a_rank_of_a_failed_run_ends_in_a_phase_without_a_limit(tmp_path: Path) -> None:
-    (tmp_path / "run_status.json").write_text('{"status": "failed"}')
+@pytest.mark.parametrize("trace", ["status", "record"])
+def test_a_rank_of_a_failed_run_ends_in_a_phase_without_a_limit(trace: str, tmp_path: Path) -> None:
+    """Soon if another rank has waited in vain, else after the timeout."""
+    if trace == "status":
+        (tmp_path / "run_status.json").write_text('{"status": "failed"}')
+    else:
+        place, sign = str(tmp_path / hang_report.RECORDS_NAME / "1"), sign_of(1, "compute")
+        hang_report.write_record(place, 1, 1, sign, 100, "waited", "stack of 1")
     process: Any = CONTEXT.Process(target=_stand_still, args=(tmp_path,))
     process.start()
     process.join(100)
