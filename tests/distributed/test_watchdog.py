@@ -1,6 +1,7 @@
 """The watchdog: a rank that is stuck ends with its stack in a report, and a healthy one is left."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -264,6 +265,14 @@ def wait_for_each_kind(world: DistributedContext) -> dict[str, float]:
         "functional": functional,
         "compiled": torch.compile(functional, backend="aot_eager"),
     }
+    ticks = [0]
+
+    def tick() -> None:
+        while ticks[0] >= 0:
+            ticks[0] += 1
+            time.sleep(0.01)
+
+    threading.Thread(target=tick, daemon=True).start()
     waits = {}
     for name, kind in kinds.items():
         kind(torch.ones(4))  # compiles, connects
@@ -272,11 +281,14 @@ def wait_for_each_kind(world: DistributedContext) -> dict[str, float]:
             seen[0] = 0.0
             if world.rank == 1:
                 time.sleep(0.5)
+            before_it = ticks[0]
             kind(torch.ones(4))
+            assert world.rank == 1 or ticks[0] > before_it + 3, "other threads stand still"
         waits[name] = seen[0]
         seen[0] = 0.0
         kind(torch.ones(4))
         assert seen[0] == 0.0, "after the end"
+    ticks[0] = -9
     return waits
 
 

@@ -202,7 +202,9 @@ def observe_waits(before: Callable[[], None], after: Callable[[], None]) -> Iter
     `wait_tensor`, that of compiled code too.
     """
     operator: Any = torch.ops._c10d_functional.wait_tensor.default
-    kernel: Any = torch.library.get_kernel(operator, "CPU")
+    # The same kernel as for the CPU, which is replaced. Unlike a kernel that is called by itself,
+    # an operator lets other threads run meanwhile; gloo's may need the interpreter, too.
+    keys: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     thread, wait = threading.get_ident(), dist.Work.wait
 
     def observed(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +219,7 @@ def observe_waits(before: Callable[[], None], after: Callable[[], None]) -> Iter
         return act
 
     library = torch.library.Library("_c10d_functional", "IMPL")
-    library.impl("wait_tensor", observed(kernel.call_boxed), "CPU", with_keyset=True)
+    library.impl("wait_tensor", observed(lambda x: operator.redispatch(keys, x)), "CPU")
     dist.Work.wait = observed(wait)  # type: ignore[method-assign]
     try:
         yield
