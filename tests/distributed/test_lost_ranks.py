@@ -101,7 +101,10 @@ def test_processes_of_srun_are_ranks_of_one_run(tmp_path: Path) -> None:
 @pytest.mark.fault("F42")
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None:
-    """The other waits `comm.train_timeout_seconds`, not the minutes that a start may take."""
+    """The other waits `comm.train_timeout_seconds`, not the minutes that a start may take.
+
+    Then the watchdog of the one that stands still ends it, with its stack in the report.
+    """
     folder = tmp_path / "run"
     # Without checkpoints: a save sets the time anew after itself.
     arguments = ("--training.steps=100000", "--checkpoint.enable=false")
@@ -111,6 +114,11 @@ def test_a_rank_that_stands_still_is_named(stopped: int, tmp_path: Path) -> None
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
         os.kill(ranks[stopped].process.pid, signal.SIGSTOP)
         status, output = ranks[1 - stopped].end()
+        assert ranks[stopped].end()[0] == 6, output
+        report = folder / "hang.txt"
+        wait_until(lambda: "stopped by a signal" in report.read_text())
+    assert report.read_text().startswith(f"Rank {stopped} was late first"), report.read_text()
+    assert "in train" in report.read_text().partition(f"\nrank {stopped} ")[2]
     assert status == 6, output
     name = "Rank 0 does not answer" if stopped == 0 else "Rank 1 did not arrive"
     assert name in output.splitlines()[-1], output
@@ -130,6 +138,47 @@ def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     assert status == 1, output
     assert f"Rank {killed} " in output.splitlines()[-1], output
     assert runs.status(folder)["status"] == "failed"
+
+
+LEAVING = """
+import os
+from torchtitan.utils.garbage import GarbageCollection
+
+end_step = GarbageCollection.step
+
+
+def leave(self, step):
+    end_step(self, step)
+    if step == 2 and os.environ["RANK"] == "1":
+        {}
+
+
+GarbageCollection.step = leave
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "statuses", "words"),
+    [
+        ("os._exit(0)", (1, 0), "Rank 1 ended without a word"),
+        ("os.abort()", (6, 6), "Rank 1 was late first: aborted after step 2"),
+    ],
+    ids=["exit-0", "abort"],
+)
+def test_a_rank_that_leaves_early_fails_the_run(
+    action: str, statuses: tuple[int, int], words: str, tmp_path: Path
+) -> None:
+    """Also with status 0; NCCL aborts after a timeout."""
+    (tmp_path / "leaving.py").write_text(LEAVING.format(action))
+    path = os.pathsep.join([str(tmp_path), runs.environment()["PYTHONPATH"]])
+    env = [rank | {"PYTHONPATH": path} for rank in launcher_variables(2)]
+    arguments = ("--job.custom_import=leaving", "--checkpoint.enable=false")
+    with ranks_of(tmp_path / "run", [arguments] * 2, env) as ranks:
+        (first, output), (second, _) = (rank.end() for rank in ranks)
+    assert (first, second) == statuses, output
+    assert words in output.splitlines()[-1], output
+    stored = runs.status(tmp_path / "run")
+    assert (stored["status"], stored["exit_code"]) == ("failed", first)
 
 
 HUNGRY = """

@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed import runs
 from tests.distributed.test_lost_ranks import ranks_of, wait_until
+from tests.eval_tasks import write_tasks
 from tests.forked import CONTEXT, execute, serve
 
 LONG = ("--training.steps=100000", "--checkpoint.interval=100000")
@@ -229,3 +230,44 @@ def test_a_time_limit_too_short_for_a_step_is_not_tried_again(tmp_path: Path) ->
     runs.run(tmp_path / "run", "--training.max_seconds=0.1", expect=7)
     status = runs.status(tmp_path / "run")
     assert (status["status"], status["step"], status["requeue"]) == ("preempted", 0, False)
+
+
+_STOPPED_COMPILING = """
+import os, signal
+from torch._dynamo.backends import registry
+
+eager = registry.lookup_backend("eager")
+
+
+def stopping(graph, inputs, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return eager(graph, inputs, **options)
+
+
+registry._COMPILER_FNS["eager"] = stopping
+"""
+
+
+@pytest.mark.parametrize("during", ["compilation", "generation"])
+def test_a_stop_in_the_first_step_saves_it_on_all_ranks(during: str, tmp_path: Path) -> None:
+    """One rank gets the signal while it compiles, or generates the text of an evaluation."""
+    folder, words = tmp_path / "run", list(LONG)
+    if during == "compilation":
+        (tmp_path / "stopping_backend.py").write_text(_STOPPED_COMPILING)
+        words += ["--job.custom_import=stopping_backend", "--model.handlers=compile"]
+        words += ["--handlers.compile.backend=eager"]
+        env = runs.environment()
+        env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+        done = execute(runs.command(folder, *words, processes=2), env=env)
+    else:
+        words += ["--evaluation.tasks=answers", f"--evaluation.task_dir={write_tasks(tmp_path)}"]
+        words += ["--evaluation.freq=1", "--evaluation.batch_size=1"]
+        site = "torchtitan.generation.generate.Generator.generate"
+        done = stop_at_start(folder, *words, processes=2, stopped=1, site=site)
+        assert "left the evaluation after step 1" in done.stderr, done.stderr
+    status = runs.status(folder)
+    assert (status["status"], status["exit_code"]) == ("preempted", 7), done.stderr
+    assert status["step"] in (1, 2), status  # the next one is read ahead
+    assert (folder / "checkpoint" / f"step-{status['step']}").is_dir()
+    assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ outcome from `share`.
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from torchtitan.checkpoint.stored_run import (
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
+from torchtitan.distributed.hang_report import RECORDS_NAME, REPORT_NAME
 from torchtitan.utils.files import sync_folder, write_atomically
 from torchtitan.weights.tokenizer_files import copy_tokenizer
 
@@ -82,7 +84,7 @@ class RunFolder:
         Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
         resolved config of a run that will be trained, and may reject it. Nothing but a mark of
         a pending `job.new_run` is written before `begin`; a stop file, which an earlier start was
-        meant to see, is removed. Raises `ConfigError`.
+        meant to see, is removed, and so are the records of its hang. Raises `ConfigError`.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
@@ -90,6 +92,7 @@ class RunFolder:
         lock = _lock(path)
         try:
             (path / STOP_NAME).unlink(missing_ok=True)
+            shutil.rmtree(path / RECORDS_NAME, ignore_errors=True)
             decision = decide(context.config, context, path)
             resolved = replace(context, config=resolved_config(config, decision)).config
             folder = cls(path, resolved, decision, lock)
@@ -229,7 +232,7 @@ def _move_run_aside(path: Path, config: JobConfig) -> None:
     names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, RECORD_NAME, TOKENIZER_NAME, HF_NAME]
     for name in (METRICS_NAME, RECORD_NAME):
         names += [damaged.name for damaged in path.glob(f"{name}.damaged-*")]
-    names += _MORE_FOLDERS
+    names += [REPORT_NAME, *_MORE_FOLDERS]
     for key in _FOLDER_KEYS:
         section, field = key.split(".")
         names += [

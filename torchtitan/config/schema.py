@@ -804,6 +804,10 @@ class Metrics(Section):
     """Every rank writes its own metrics, and event files in a folder `rank_N`; else rank 0 alone
     does."""
 
+    slow_rank_ratio: Annotated[float, Field(ge=0)] = 2.0
+    """Warn of a rank whose own time of a step, without waiting for others, is more than this times
+    the median's, in three logged steps in a row; 0 measures no own times. Not on GPUs."""
+
     disable_color_printing: bool = False
     """Plain console output without colours or progress bar."""
 
@@ -846,6 +850,9 @@ class Comm(Section):
 
     train_timeout_seconds: PositiveInt = 100
     """Seconds that a collective may take after the first step; a lost rank is noticed by then."""
+
+    watchdog: bool = True
+    """Let a small process beside each rank end it when it is stuck. False for work with pdb."""
 
     trace_buf_size: Annotated[int, Field(ge=0, le=MAX_TRACE_ENTRIES)] = 20000
     """Newest collectives that each rank remembers, to be written when one of them times out or

@@ -11,10 +11,12 @@ import itertools
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ import torch.distributed as dist
 
 from torchtitan.config.errors import ConfigError, ConfigIssue, HangError
 from torchtitan.distributed.roll_call import RollCall, wait_until
+from torchtitan.distributed.watchdog import Watchdog
 from torchtitan.utils.environment import ProcessEnvironment
 from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_group_timeouts
 
@@ -42,11 +45,18 @@ class DistributedContext:
     """All ranks, over gloo."""
     roll_call: RollCall | None = None
     """For when this group has failed; None in a run of one process without a launcher."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Learns that this rank is alive, from each message to others; does nothing until started."""
 
     @property
     def is_main(self) -> bool:
         """True on rank 0, which logs, decides and writes the files that exist once."""
         return self.rank == 0
+
+    def watch(self, folder: Path, enabled: bool = True) -> None:
+        """Start the watchdog of this run in `folder`, if `enabled`. All ranks must call it."""
+        if enabled:
+            self.watchdog.start(folder, self.broadcast_json(time.time_ns()))
 
     def gather_json(self, value: Any) -> list[Any]:
         """Return every rank's `value`, anything JSON can hold, in rank order.
@@ -54,6 +64,7 @@ class DistributedContext:
         Bytes in tensors rather than pickled objects: nothing that arrives can run code. All ranks
         must call it.
         """
+        self.watchdog.sign()
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -85,6 +96,7 @@ class DistributedContext:
 
     def broadcast_json(self, value: Any, source: int = 0) -> Any:
         """Return the `value` of rank `source`, anything JSON can hold. All ranks must call it."""
+        self.watchdog.sign()
         if self.world_size == 1:
             return json.loads(json.dumps(value))
         payload = json.dumps(value).encode() if self.rank == source else b""
@@ -109,7 +121,7 @@ def with_own_group(world: DistributedContext, timeout_seconds: int) -> Distribut
     """
     timeout = timedelta(seconds=timeout_seconds)
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc=OWN_TIMEOUT)
-    return replace(world, control_group=group)
+    return replace(world, control_group=group, watchdog=Watchdog())
 
 
 @contextmanager
@@ -141,14 +153,16 @@ def open_context(
         timeout=timeout,
     )
     try:
-        yield DistributedContext(
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            local_rank=environment.local_rank,
-            device=device,
-            control_group=_control_group(backend, timeout),
-            roll_call=roll_call,
-        )
+        with Watchdog(environment.rank, environment.world_size, timeout_seconds) as watchdog:
+            yield DistributedContext(
+                rank=dist.get_rank(),
+                world_size=dist.get_world_size(),
+                local_rank=environment.local_rank,
+                device=device,
+                control_group=_control_group(backend, timeout),
+                roll_call=roll_call,
+                watchdog=watchdog,
+            )
     finally:
         dist.destroy_process_group()
 
@@ -240,6 +254,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 def set_timeout(world: DistributedContext, seconds: int) -> None:
     """Change the bound on collectives; all ranks call it, with no collective under way."""
+    world.watchdog.sign(timeout=seconds)
     set_group_timeouts(timedelta(seconds=seconds))
     world.barrier()
 

@@ -76,6 +76,7 @@ def start_step_sync(
 
     `is_data_leader`: this rank's data are counted. One of the ranks that read the same data does.
     """
+    world.watchdog.sign()
     values = torch.tensor(
         [
             num_targets if is_data_leader else 0,

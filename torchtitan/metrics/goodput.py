@@ -47,6 +47,11 @@ class TimeSplit:
             self._book()
             self._activities.pop()
 
+    @property
+    def activity(self) -> str:
+        """The one that time is booked on now."""
+        return self._activities[-1]
+
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add the seconds of earlier starts of the run."""
         for activity, part in seconds.items():

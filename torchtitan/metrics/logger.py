@@ -20,6 +20,7 @@ from torch import Tensor
 from torchtitan.config.schema import Metrics
 from torchtitan.metrics.console import ConsoleSink, is_terminal
 from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
+from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
 from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
 
@@ -54,7 +55,7 @@ class MetricsLogger:
 
     Rank 0 writes files and draws the progress bar (with `save_for_all_ranks` every rank writes);
     ranks that show INFO messages print lines. All ranks may call every method. `more_sinks` are
-    opened, under their names, on ranks that write.
+    opened, under their names, on ranks that write. `ranks` compares the ranks' times.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MetricsLogger:
         run: MeasuredRun,
         more_sinks: Mapping[str, Callable[[], Sink]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: RankTimes | None = None,
     ):
         self.num_tokens_seen = 0
         """Tokens of all steps of the run so far, over all ranks."""
@@ -71,6 +73,8 @@ class MetricsLogger:
         self._run = run
         self._peak_flops = _peak_flops(section, run.device)
         self._clock = clock
+        self._ranks = ranks
+        self._step = 0
         self._started: float | None = None
         self._interval_steps = 0
         self._interval_tokens = 0
@@ -90,7 +94,7 @@ class MetricsLogger:
         Drops what was logged for later steps, so that the run has one curve. `num_tokens_seen` is
         that of the checkpoint.
         """
-        self.num_tokens_seen = num_tokens_seen
+        self.num_tokens_seen, self._step = num_tokens_seen, step
         if self._writes and self._file.is_file():
             try:
                 self._split.add(earlier_seconds(self._file, step))
@@ -107,6 +111,9 @@ class MetricsLogger:
         if self._started is None:
             self._split.start_training()
             self._started = self._clock()
+            if self._ranks is not None:
+                self._ranks.open()
+                self._enter()
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -114,9 +121,15 @@ class MetricsLogger:
         start = self._clock()
         try:
             with self._split.spent(name):
+                self._enter()
                 yield
+            self._enter()
         finally:
             self._spans[name] = self._spans.get(name, 0.0) + self._clock() - start
+
+    def _enter(self) -> None:
+        if self._ranks is not None:
+            self._ranks.enter(self._split.activity, self._step)
 
     def log_step(
         self,
@@ -148,6 +161,8 @@ class MetricsLogger:
                 logged from 1 on.
         """
         assert self._started is not None, "start_step was not called"
+        self._step = step
+        self._enter()
         self.num_tokens_seen += num_tokens
         self._interval_steps += 1
         self._interval_tokens += num_tokens
@@ -155,11 +170,12 @@ class MetricsLogger:
             self._guarded(self._console, lambda sink: sink.advance(step))
         if not self.is_logged(step):
             return
+        own_times = {} if self._ranks is None else self._ranks.record(self._interval_steps)
         if self._sinks:
             values = {"loss": float(loss)}
             values |= {f"loss/{name}": float(term) for name, term in (loss_terms or {}).items()}
             values |= {"grad_norm": float(grad_norm), "lr": float(lr)}
-            record = self._record(step, values, num_targets)
+            record = self._record(step, values, num_targets) | own_times
             for name, count in (source_tokens or {}).items():
                 record[f"source_tokens/{name}"] = count
             record |= {name: count for name, count in (counts or {}).items() if count}
@@ -205,6 +221,8 @@ class MetricsLogger:
 
     def close(self, failed: bool = False) -> None:
         """Close the sinks, and log where the time went. `failed`: an error ends the run."""
+        if self._ranks is not None:
+            self._ranks.close()
         sinks, self._sinks, self._console = self._sinks, [], None
         for sink in sinks:
             self._guarded(sink, lambda sink: sink.close(failed))

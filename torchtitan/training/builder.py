@@ -34,6 +34,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss.cross_entropy import build_losses
 from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.metrics.logger import MeasuredRun, MetricsLogger
+from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
 from torchtitan.models.registry import get_family
@@ -340,7 +341,8 @@ def build_metrics(
         model.flops_per_token_causal,
         seconds_before=seconds_since_start(),
     )
-    return MetricsLogger(config.metrics, measured, more_sinks)
+    ranks = RankTimes(world, config.metrics.slow_rank_ratio)
+    return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks)
 
 
 def describe(

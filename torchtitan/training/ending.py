@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from torchtitan.checkpoint.run_folder import RunFolder, Status
@@ -27,6 +27,7 @@ from torchtitan.config.exit_codes import (
     PREEMPTED,
     exit_code_of,
 )
+from torchtitan.config.schema import Comm
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.roll_call import Ending, explain
 from torchtitan.training.pretrained import newest_step
@@ -81,12 +82,12 @@ def after_error(
     world: DistributedContext | None,
     folder: RunFolder,
     progress: Progress,
-    timeout_seconds: int,
+    comm: Comm,
 ) -> int | None:
     """Write the status of a run that failed, or was stopped before its first step, and log why.
 
     Another rank may know the reason. Return the exit status; None if the command line has to print
-    the error. `world` is None if the ranks have not met; `timeout_seconds` is that of collectives.
+     the error. `world` is None if the ranks have not met.
     """
     lost = lost_contact(error)
     code = INTERRUPTED if progress.stop.interrupted else exit_code_of(error)
@@ -101,11 +102,14 @@ def after_error(
     if world is not None and world.roll_call is not None and code != INTERRUPTED:
         seconds = _GRACE_SECONDS
         if lost == "timeout":
-            seconds = min(_GRACE_AFTER_TIMEOUT_SECONDS, timeout_seconds / 2)
+            seconds = min(_GRACE_AFTER_TIMEOUT_SECONDS, comm.train_timeout_seconds / 2)
         endings = world.roll_call.end(own, seconds)
         reason = explain(own, endings, world.world_size)
         # Rank 0, or the next one if rank 0 hangs or is gone.
         speaker = rank if endings is None else min(ending.rank for ending in endings)
+        if reason.lost and world.watchdog.found_hang():
+            report = f". {world.watchdog.report()}" if rank == speaker else ""
+            reason = replace(reason, code=HANG, text=f"{reason.text}{report}")
         if rank == speaker and writes:
             _set_status_of(reason, folder, progress)
     if isinstance(error, ConfigError) and progress.step == progress.first_step:

@@ -286,11 +286,11 @@ def run(
                 write_seed(context, world, folder)
                 progress.status = "seeded"
             else:
+                world.watch(folder.path, enabled=config.comm.watchdog)
                 train(context, world, folder, progress)
     except BaseException as error:
         stop.at_once = False  # the launcher ends all ranks when one does
-        patience = config.comm.train_timeout_seconds
-        failed = after_error(error, environment.rank, world, folder, progress, patience)
+        failed = after_error(error, environment.rank, world, folder, progress, config.comm)
         if failed is None:
             raise
         if failed == INTERRUPTED and is_saving():

@@ -7,8 +7,10 @@ used where they are needed: `_StridedShard` (initialisation), `_StorageInfo` (ch
 import csv
 import json
 import logging
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -196,6 +198,40 @@ def _to_other_ranks(greetings: Callable[[], list[dist.P2POp]], rank: int) -> lis
     tip of a V), which gloo cannot.
     """
     return [greeting for greeting in greetings() if greeting.group_peer != rank]
+
+
+@contextmanager
+def observe_waits(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    """While entered, call `before` and `after` each wait of this thread for a collective over gloo.
+
+    A wait that fails has no `after`. Each way to wait ends in `Work.wait` or in the operator
+    `wait_tensor`, that of compiled code too.
+    """
+    operator: Any = torch.ops._c10d_functional.wait_tensor.default
+    # The same kernel as for the CPU, which is replaced. Unlike a kernel that is called by itself,
+    # an operator lets other threads run meanwhile; gloo's may need the interpreter, too.
+    keys: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    thread, wait = threading.get_ident(), dist.Work.wait
+
+    def observed(action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return action(*args, **kwargs)
+            before()
+            result = action(*args, **kwargs)
+            after()
+            return result
+
+        return act
+
+    library = torch.library.Library("_c10d_functional", "IMPL")
+    library.impl("wait_tensor", observed(lambda x: operator.redispatch(keys, x)), "CPU")
+    dist.Work.wait = observed(wait)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
+        library._destroy()
 
 
 def gloo_trace() -> list[dict[str, Any]] | None:

@@ -40,7 +40,9 @@ def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl.damaged-1").write_text("?")
     (tmp_path / "record.jsonl").write_text("?")
-    seen |= {"metrics.jsonl.damaged-1", "record.jsonl"}
+    (tmp_path / "hang.txt").write_text("Rank 1 was late first")
+    (tmp_path / ".hang" / "1").mkdir(parents=True)  # the records of it, which go
+    seen |= {"metrics.jsonl.damaged-1", "record.jsonl", "hang.txt"}
     opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
     assert opened.decision.action == "new"
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
