@@ -30,10 +30,13 @@ from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
 from torchtitan.optim.optimizer import build_optimizers
-from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
+from torchtitan.optim.update import Update
+from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.initialize import local_indices
+from torchtitan.parallel.runner import Runner
 from torchtitan.training import builder, model_builder
 from torchtitan.training.frozen_model import with_frozen_model
+from torchtitan.training.model_builder import BuiltModel
 from torchtitan.training.reference_pass import PairSet
 
 VOCAB_SIZE = 131
@@ -230,8 +233,23 @@ def mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
     return dims.build_mesh("cpu")
 
 
-def train(world: DistributedContext, case: Case) -> Result:
-    """Train on the mesh of `case`; collective."""
+class Training(NamedTuple):
+    """What trains a case on one rank."""
+
+    config: JobConfig
+    dims: ParallelDims
+    mesh: DeviceMesh
+    model: BuiltModel
+    runner: Runner
+    optimizers: list[torch.optim.Optimizer]
+    update: Update
+    batches: list[Batch]
+    """Of every step."""
+    num_targets: int
+
+
+def build(world: DistributedContext, case: Case) -> Training:
+    """Build what trains `case` on its mesh; collective."""
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
@@ -255,20 +273,28 @@ def train(world: DistributedContext, case: Case) -> Result:
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
+    update = builder.build_update(config, model, optimizers, dims)
     num_targets = int(runner.loss.count(data_of(case)))
+    return Training(config, dims, mesh, model, runner, optimizers, update, batches, num_targets)
+
+
+def train(world: DistributedContext, case: Case) -> Result:
+    """Train on the mesh of `case`; collective."""
+    training = build(world, case)
+    model, runner, batches = training.model, training.runner, training.batches
     result = Result()
     for step in range(1, NUM_STEPS + 1):
         runner.streams.step = step
-        loss = runner.forward_backward(batches, num_targets)
-        norm = gradient_norm(model.parameters, dims.ranks_per_stage, model.uncounted)
+        loss = runner.forward_backward(batches, training.num_targets)
+        norm = training.update.gradient_norm()
         clip_gradients(model.parameters, norm, MAX_NORM)
-        for optimizer in optimizers:
+        for optimizer in training.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         result.losses += [loss.item(), *map(float, runner.terms.values())]
         result.norms.append(norm.item())
-    result.evaluated = runner.evaluate(batches).item() / num_targets
-    collect(model.parts, optimizers, result)
+    result.evaluated = runner.evaluate(batches).item() / training.num_targets
+    collect(model.parts, training.optimizers, result)
     return result
 
 
