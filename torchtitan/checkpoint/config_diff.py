@@ -89,6 +89,7 @@ NOTICED = (
 _FREE_HANDLERS = {"compile"}
 _RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
 _STEPS = "training.steps"
+_TOTAL_STEPS = "lr_scheduler.total_steps"
 _EPOCHS = "data.epochs"
 _SOURCE_PATHS = "data.sources.path"
 _MISSING = object()
@@ -140,8 +141,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
         if before == now:
             continue
         if key == _STEPS and now > before:
-            text = f"training.steps grows from {before} to {now}; so does the schedule of the"
-            notices.append(f"{text} learning rate.")
+            text = "" if _TOTAL_STEPS in new else "; so does the schedule of the learning rate"
+            notices.append(f"training.steps grows from {before} to {now}{text}.")
         elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
             text = f"{key} grows from {before} to {_show(now)}: each data lane continues where it"
             notices.append(f"{text} stopped, or with the next epoch if its data had ended.")

@@ -103,7 +103,7 @@ def decide(config: JobConfig, context: RunContext, path: Path) -> Decision:
             f"checkpoint.load_step = {asked} has been followed already: the run continues from its"
             " newest step. To go back again, move the later steps away first."
         )
-        config = _changed(config, checkpoint={"load_step": -1})
+        config = changed_config(config, checkpoint={"load_step": -1})
     if not problems:
         problems = _continuation_problems(config, stored, run_id, folder)
     if problems:
@@ -141,10 +141,10 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
     A seed checkpoint, which is for every mesh, leaves them open.
     """
     # Training from the stored config.toml must not move this run aside.
-    config = _changed(config, job={"new_run": False})
+    config = changed_config(config, job={"new_run": False})
     if config.checkpoint.create_seed_checkpoint:
         return config
-    return _changed(
+    return changed_config(
         config,
         training={"global_batch_size": decision.global_batch_size},
         data={"lanes": decision.num_lanes},
@@ -153,7 +153,7 @@ def resolved_config(config: JobConfig, decision: Decision) -> JobConfig:
     )
 
 
-def _changed(config: JobConfig, **sections: dict[str, Any]) -> JobConfig:
+def changed_config(config: JobConfig, **sections: dict[str, Any]) -> JobConfig:
     """Return `config` with some keys of some sections changed."""
     update = {
         name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
@@ -343,7 +343,7 @@ def with_stored_batch(context: RunContext) -> RunContext:
             batch, lanes = start.global_batch_size, start.num_lanes
     except (ConfigError, OSError, ValueError):
         return context
-    config = _changed(
+    config = changed_config(
         config,
         training={"global_batch_size": batch} if config.training.global_batch_size < 0 else {},
         data={"lanes": lanes} if config.data.lanes is None else {},

@@ -57,7 +57,8 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue
     """
     schedule = config.lr_scheduler
     if schedule.warmup_steps is None and warmup_steps not in (None, DEFAULT_WARMUP):
-        reason = f"{DEFAULT_WARMUP} steps do not fit into training.steps = {config.training.steps}"
+        steps = schedule.length(config.training.steps)
+        reason = f"{DEFAULT_WARMUP} steps do not fit into the {steps} of the schedule"
         yield _notice("lr_scheduler.warmup_steps", warmup_steps, reason)
     for key, reason in _REASONS.items():
         table, _, name = key.rpartition(".")

@@ -68,7 +68,7 @@ class RunContext:
         schedule = self.config.lr_scheduler
         if schedule.name != type(schedule).model_fields["name"].default:
             return None
-        return schedule.warmup(self.config.training.steps)
+        return schedule.warmup(schedule.length(self.config.training.steps))
 
     @property
     def accumulation_steps(self) -> int:

@@ -440,11 +440,11 @@ class LRScheduler(Section):
 
     warmup_steps: NonNegativeInt | None = None
     """Steps in which the learning rate rises linearly; the last of them has the peak. 0: the first
-    step has it. Unset: 200, or a fifth of `training.steps` where 200 and the decay do not fit into
-    the run; stored with the run."""
+    step has it. Unset: 200, or a fifth of `total_steps` where 200 and the decay do not fit into
+    these; stored with the run."""
 
     decay_ratio: Fraction | None = None
-    """Share of `training.steps` in which the learning rate falls at the end; the first of these
+    """Share of `total_steps` in which the learning rate falls at the end; the first of these
     steps still has the peak. Unset: all steps after the warmup."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
@@ -454,21 +454,29 @@ class LRScheduler(Section):
     """Fraction of the peak that the learning rate falls towards. The step after the last one would
     have it."""
 
+    total_steps: PositiveInt | None = None
+    """Steps of the schedule, at least `training.steps`: a run that ends before it has the rates of
+    the longer one. Unset: `training.steps`."""
+
     args: dict[str, Any] = Field(default_factory=dict)
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""
 
-    def warmup(self, training_steps: int) -> int:
-        """Return `warmup_steps`, or how many steps of the run they are when unset."""
+    def length(self, training_steps: int) -> int:
+        """Return the steps of the schedule."""
+        return self.total_steps or training_steps
+
+    def warmup(self, steps: int) -> int:
+        """Return `warmup_steps`, or how many steps of the schedule they are when unset."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        room = training_steps - round(training_steps * (self.decay_ratio or 0.0))
-        return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(training_steps // 5, room)
+        room = steps - round(steps * (self.decay_ratio or 0.0))
+        return DEFAULT_WARMUP if room >= DEFAULT_WARMUP else min(steps // 5, room)
 
-    def decay(self, training_steps: int) -> int:
-        """Return the steps of the last phase: `decay_ratio` of the run, or all after the warmup."""
+    def decay(self, steps: int) -> int:
+        """Return the steps of the last phase: `decay_ratio` of all, or those after the warmup."""
         if self.decay_ratio is None:
-            return max(0, training_steps - self.warmup(training_steps))
-        return round(training_steps * self.decay_ratio)
+            return max(0, steps - self.warmup(steps))
+        return round(steps * self.decay_ratio)
 
 
 class Parallelism(Section):

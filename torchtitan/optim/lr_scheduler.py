@@ -1,9 +1,9 @@
 """Learning-rate schedules by name, and the built-in one: warmup, stable, decay. No torch.
 
-A schedule is a pure function `(step, training_steps, settings) -> factor`: the share of
-`optimizer.lr` that step `step` (the first is 1) trains with. It has no state, so a resumed run asks
-for the factor of its step. The built-in rule is TorchTitan 0.2.2's; `docs/optimizers.md` has the
-formula. A third party adds one by the decorator `register_schedule`, in a module that
+A schedule is a pure function `(step, steps, settings) -> factor`: the share of `optimizer.lr` that
+step `step` (the first is 1) of a schedule of `steps` trains with. It has no state, so a resumed run
+asks for the factor of its step. The built-in rule is TorchTitan 0.2.2's; `docs/optimizers.md` has
+the formula. A third party adds one by the decorator `register_schedule`, in a module that
 `job.custom_import` names, or by an entry point of the group `torchtitan.schedules`, with a
 `Section` for `[lr_scheduler.args]`.
 """
@@ -28,18 +28,18 @@ BUILT_IN_NAME: str = LRScheduler.model_fields["name"].default
 _TRIED_STEPS = 100
 
 
-def lr_factor(step: int, training_steps: int, section: LRScheduler) -> float:
+def lr_factor(step: int, steps: int, section: LRScheduler) -> float:
     """Return the share of the peak learning rate that step `step` (the first is 1) trains with.
 
     The last step of the warmup reaches the peak. The first step of the decay still has it, so that
     the last one is above `min_lr_factor`: no step is spent on a rate of zero.
     """
     assert step >= 1, "steps count from 1"
-    warmup = section.warmup(training_steps)
+    warmup = section.warmup(steps)
     if step < warmup:
         return step / warmup
-    length = section.decay(training_steps)
-    decayed = step - (training_steps - length) - 1
+    length = section.decay(steps)
+    decayed = step - (steps - length) - 1
     if decayed <= 0 or length == 0:
         return 1.0
     progress = min(decayed / length, 1.0)
@@ -118,14 +118,14 @@ class Schedule:
 
     def __init__(self, section: LRScheduler, training_steps: int):
         self._name = section.name
-        self._training_steps = training_steps
+        self._steps = section.length(training_steps)
         self._settings = schedule_settings(section)
         self._function = SCHEDULES[section.name].load()
 
     def __call__(self, step: int) -> float:
         """Return the factor of a step. Raises ConfigError for an invalid one, and for any error."""
         try:
-            given = self._function(step, self._training_steps, self._settings)
+            given = self._function(step, self._steps, self._settings)
             if isinstance(given, str):
                 raise TypeError(f"a number is needed, not the text {given!r}")
             factor = float(given)
@@ -138,7 +138,7 @@ class Schedule:
 
     def try_some(self) -> None:
         """Call the schedule for the first step, the last and some between; raise as a call does."""
-        last = self._training_steps
+        last = self._steps
         for step in sorted({1 + (last - 1) * n // _TRIED_STEPS for n in range(_TRIED_STEPS + 1)}):
             self(step)
 

@@ -21,7 +21,8 @@ from torchtitan.optim.registry import (
 if TYPE_CHECKING:
     from torch import nn
 
-_SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in ("name", "args")]
+_COMMON_KEYS = ("name", "args", "total_steps")
+_SCHEDULE_KEYS = [key for key in LRScheduler.model_fields if key not in _COMMON_KEYS]
 
 
 def check_static(context: RunContext) -> list[ConfigIssue]:
@@ -126,12 +127,18 @@ def _learning_rate(context: RunContext) -> Iterator[ConfigIssue]:
 
 
 def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
-    section, steps = context.config.lr_scheduler, context.config.training.steps
+    section, trained = context.config.lr_scheduler, context.config.training.steps
+    steps = section.length(trained)
+    if steps < trained:
+        problem = f"the schedule would end before the run: training.steps = {trained}"
+        fix = f"set it to at least {trained}, or leave it out"
+        yield ConfigIssue("lr_scheduler.total_steps", problem, fix, value=steps)
     if section.name != BUILT_IN_NAME:
         return
     warmup = section.warmup(steps)
     if warmup > steps:
-        problem = f"the run ends before the warmup does: training.steps = {steps}"
+        key = "training.steps" if steps == trained else "lr_scheduler.total_steps"
+        problem = f"the schedule ends before the warmup does: {key} = {steps}"
         fix = f"set it to at most {steps}, or train for more steps"
         yield ConfigIssue("lr_scheduler.warmup_steps", problem, fix, value=warmup)
     elif section.decay_ratio is not None and warmup + section.decay(steps) > steps:

@@ -218,13 +218,6 @@ def test_microbatches_become_their_size(load):
     assert value_of(load({"training.batch_size": 8, old: 3}), new) == 1  # no pipeline
 
 
-def test_total_steps_other_than_the_run_s_are_refused(load):
-    load({"training.steps": 7, tables.TOTAL_STEPS: 7})
-    load({tables.TOTAL_STEPS: 7}, "--training.steps", "7")
-    problem = problem_of(partial(load, {"training.steps": 7, tables.TOTAL_STEPS: 9}))
-    assert "does not have a learning rate for another number of steps" in problem
-
-
 # what is still unknown
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchtitan.config.schema import LRScheduler, Optimizer
-from torchtitan.optim.lr_scheduler import lr_factor, set_learning_rates
+from torchtitan.optim.lr_scheduler import Schedule, lr_factor, set_learning_rates
 from torchtitan.optim.optimizer import build_optimizers
 
 SHAPES: dict[str, Any] = {
@@ -95,6 +95,14 @@ def test_values_worked_out_by_hand(
     steps: int, settings: dict[str, Any], expected: list[float]
 ) -> None:
     assert factors(steps, **settings) == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_run_is_the_beginning_of_a_longer_schedule() -> None:
+    schedule = Schedule(LRScheduler(warmup_steps=2, total_steps=10), 4)
+    assert [schedule(step) for step in range(1, 5)] == factors(10, warmup_steps=2)[:4]
+    assert (
+        Schedule(LRScheduler(warmup_steps=2), 4)(4) == factors(4, warmup_steps=2)[3] != schedule(4)
+    )
 
 
 def test_the_table_of_the_page_is_what_is_computed() -> None:

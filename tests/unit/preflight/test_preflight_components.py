@@ -58,6 +58,14 @@ def test_warmup_longer_than_the_run() -> None:
     assert check_static(context(training={"steps": 50}, lr_scheduler={"warmup_steps": 50})) == []
 
 
+def test_a_schedule_longer_than_the_run() -> None:
+    """Warmup and decay are those of the schedule; it may not be the shorter one."""
+    longer = {"warmup_steps": 1500, "decay_ratio": 0.25, "total_steps": 2000}
+    assert check_static(context(lr_scheduler=longer)) == []
+    problems = check_static(context(lr_scheduler={"total_steps": 999}))
+    assert "training.steps = 1000" in only(problems, "lr_scheduler.total_steps").problem
+
+
 def test_warmup_and_decay_longer_than_the_run() -> None:
     schedule = {"warmup_steps": 300, "decay_ratio": 0.701}
     problem = only(check_static(context(lr_scheduler=schedule)), "lr_scheduler.decay_ratio")

@@ -105,8 +105,7 @@ handler they mean nothing, and are left out."""
 COMPONENTS = "compile.components"
 MICROBATCHES = "experimental.pipeline_parallel_microbatches"
 MICROBATCH_SIZE = "parallelism.pipeline_parallel_microbatch_size"
-TOTAL_STEPS = "lr_scheduler.total_steps"
-BY_OTHER_KEYS: dict[str, Any] = {COMPONENTS: [], MICROBATCHES: 0, TOTAL_STEPS: 0}
+BY_OTHER_KEYS: dict[str, Any] = {COMPONENTS: [], MICROBATCHES: 0}
 """Keys whose meaning depends on other keys, with a value of their type."""
 
 OLD_VALUES = {("model.name", "llama"): "llama3"}

@@ -192,9 +192,6 @@ def _settle(values: dict[str, Any], source: Translated, name: str, value: Any) -
         else:
             _set(values, source, size, local // value)
             source.note(name, f"= {value} is {size} = {local // value} today")
-    elif name == tables.TOTAL_STEPS and value != _get(values, "training.steps"):
-        problem = "this library does not have a learning rate for another number of steps yet"
-        source.reject(name, problem, "set training.steps to it", value)
     elif name == tables.COMPONENTS and "compile" in _handlers(values):
         if isinstance(value, list) and "model" in value:
             return
