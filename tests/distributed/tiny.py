@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -30,14 +31,12 @@ from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
 from torchtitan.optim.optimizer import build_optimizers
-from torchtitan.optim.update import Update
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.initialize import local_indices
-from torchtitan.parallel.runner import Runner
 from torchtitan.training import builder, model_builder
 from torchtitan.training.frozen_model import with_frozen_model
-from torchtitan.training.model_builder import BuiltModel
 from torchtitan.training.reference_pass import PairSet
+from torchtitan.training.step_recorder import StepRecorder, record_backward, record_update
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -233,23 +232,8 @@ def mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
     return dims.build_mesh("cpu")
 
 
-class Training(NamedTuple):
-    """What trains a case on one rank."""
-
-    config: JobConfig
-    dims: ParallelDims
-    mesh: DeviceMesh
-    model: BuiltModel
-    runner: Runner
-    optimizers: list[torch.optim.Optimizer]
-    update: Update
-    batches: list[Batch]
-    """Of every step."""
-    num_targets: int
-
-
-def build(world: DistributedContext, case: Case) -> Training:
-    """Build what trains `case` on its mesh; collective."""
+def train(world: DistributedContext, case: Case, folder: Path | None = None) -> Result:
+    """Train on the mesh of `case`; collective. `folder`: only one step, recorded there."""
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
@@ -274,27 +258,23 @@ def build(world: DistributedContext, case: Case) -> Training:
         config.optimizer, model.parts, world.device, model.parameter_names
     )
     update = builder.build_update(config, model, optimizers, dims)
+    if folder is not None:
+        record_backward(StepRecorder(folder, "backward", dims), model, runner, step=1)
+        record_update(StepRecorder(folder, "update", dims), model, update, steps=1)
     num_targets = int(runner.loss.count(data_of(case)))
-    return Training(config, dims, mesh, model, runner, optimizers, update, batches, num_targets)
-
-
-def train(world: DistributedContext, case: Case) -> Result:
-    """Train on the mesh of `case`; collective."""
-    training = build(world, case)
-    model, runner, batches = training.model, training.runner, training.batches
     result = Result()
-    for step in range(1, NUM_STEPS + 1):
+    for step in range(1, NUM_STEPS + 1 if folder is None else 2):
         runner.streams.step = step
-        loss = runner.forward_backward(batches, training.num_targets)
-        norm = training.update.gradient_norm()
+        loss = runner.forward_backward(batches, num_targets)
+        norm = update.gradient_norm()
         clip_gradients(model.parameters, norm, MAX_NORM)
-        for optimizer in training.optimizers:
-            optimizer.step()
+        update.step(torch.isfinite(norm))
+        for optimizer in optimizers:
             optimizer.zero_grad()
         result.losses += [loss.item(), *map(float, runner.terms.values())]
         result.norms.append(norm.item())
-    result.evaluated = runner.evaluate(batches).item() / training.num_targets
-    collect(model.parts, training.optimizers, result)
+    result.evaluated = runner.evaluate(batches).item() / num_targets
+    collect(model.parts, optimizers, result)
     return result
 
 

@@ -28,7 +28,7 @@ from tests.parity.table import (
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.training.step_compare import Comparison, RecordedStep, compare_steps
-from torchtitan.training.step_recorder import PHASES, StepRecorder, coordinate_of, record_step
+from torchtitan.training.step_recorder import PHASES
 
 
 def record(world: DistributedContext, case: Case, folder: Path, bug: str = "") -> int:
@@ -36,19 +36,7 @@ def record(world: DistributedContext, case: Case, folder: Path, bug: str = "") -
     with Patches() as patches:
         if bug:
             BUGS[bug].put_back(patches)
-        training = tiny.build(world, case)
-        training.runner.streams.step = 1
-        recorder = StepRecorder(folder, world.rank, training.dims, coordinate_of(training.mesh))
-        record_step(
-            recorder,
-            training.model,
-            training.runner,
-            training.update,
-            training.batches,
-            training.num_targets,
-            tiny.MAX_NORM,
-        )
-        recorder.close()
+        tiny.train(world, case, folder)
         return patches.calls
 
 

@@ -56,6 +56,7 @@ MAY_DIFFER: dict[str, str] = {
     "debug.deterministic": "which of several correct algorithms runs",
     "debug.deterministic_warn_only": "like debug.deterministic",
     "debug.cpu_allocator": "speed",
+    "debug.record_tensors": "what is written down, not what is trained",
     "debug.threads": "speed",
     "data.on_bad_row": "only rows still to come; a run that met a bad row may continue",
     "data.max_bad_rows": "like data.on_bad_row",

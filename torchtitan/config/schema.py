@@ -865,6 +865,10 @@ class Debug(Section):
     deterministic_warn_only: bool = False
     """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
 
+    record_tensors: PathText | None = None
+    """Folder for every tensor of the last step, number `training.steps`, in full: what modules
+    return, gradients, parameters. `torchtitan bisect` compares two of them."""
+
     cpu_allocator: Literal["tuned", "system"] = "tuned"
     """On the CPU, `tuned` raises glibc's mmap and trim thresholds, `system` leaves them alone."""
 

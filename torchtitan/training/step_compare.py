@@ -84,15 +84,23 @@ class RecordedStep:
         self.entries: dict[Name, list[tuple[int, dict[str, Any]]]] = {}
         self.places: dict[int, dict[str, int]] = {}
         self.degrees: dict[str, int] = {}
-        paths = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
-        if not paths:
-            raise ValueError(f"{folder} holds no recorded step")
-        for path in paths:
+        meshes = []
+        for path in folder.glob("*.json"):
             about = json.loads(path.read_text())
             rank, self.degrees = about["rank"], about["degrees"]
+            meshes.append(self.degrees)
             self.places[rank] = about["place"]
             for entry in about["entries"]:
                 self.entries.setdefault((entry["phase"], entry["name"]), []).append((rank, entry))
+        if not meshes:
+            raise ValueError(f"{folder} holds no recorded step")
+        ranks = math.prod(self.degrees.values())
+        if any(mesh != self.degrees for mesh in meshes):
+            raise ValueError(f"{folder} holds steps of several meshes")
+        if len(self.places) != ranks:
+            raise ValueError(f"{folder} holds {len(self.places)} of {ranks} ranks")
+        for uses in self.entries.values():
+            uses.sort(key=lambda use: (use[0], int(use[1]["key"])))
 
     def __enter__(self) -> "RecordedStep":
         return self

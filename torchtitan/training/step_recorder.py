@@ -10,13 +10,14 @@ of the sequence they are in. A parameter's place is the indices of its elements.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from torchtitan.models.attention import InnerAttention
 from torchtitan.models.batch import Batch
 from torchtitan.optim.update import Update
 from torchtitan.parallel.context.context_parallel import ContextParallelAttention, UlyssesAttention
-from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.parallel.random_streams import TOKEN_INDEX, RandomStreams
 from torchtitan.parallel.runner import Runner
@@ -54,10 +54,12 @@ _BYTES_IN_MEMORY = 256 << 20
 class StepRecorder:
     """Writes one rank's tensors to a folder."""
 
-    def __init__(self, folder: Path, rank: int, dims: ParallelDims, coordinate: Mapping[str, int]):
-        """Take the folder, which exists, and this rank's place on each axis of the mesh."""
-        self._folder, self._rank = folder, rank
-        self.dims, self.coordinate = dims, coordinate
+    def __init__(self, folder: str | Path, name: str, dims: ParallelDims):
+        """Record to files of this name in `folder`, which is made."""
+        self._rank, self.dims = dist.get_rank(), dims
+        self._path = Path(folder) / f"{name}-{self._rank}"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.coordinate = _coordinate(self._rank, dims)
         self._entries: list[dict[str, Any]] = []
         self._tensors: dict[str, Tensor] = {}
         self._num_files = self._num_bytes = 0
@@ -83,11 +85,11 @@ class StepRecorder:
         for number, place in enumerate(places):
             self._tensors[f"{key}/{number}"] = place.cpu().contiguous().clone()  # files share none
         entry = {"phase": phase, "name": name, "key": key, "stage": stage, "shares": shares}
-        entry |= {"places": len(places), "file": f"{self._rank}-{self._num_files}.safetensors"}
+        entry |= {"places": len(places), "file": self._next_file.name}
         self._entries.append(entry)
         self._num_bytes += value.nbytes
         if self._num_bytes > _BYTES_IN_MEMORY:
-            self._write()
+            self._write_tensors()
 
     def add_held(self, phase: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Record what this rank holds of tensors that are plain or sharded."""
@@ -130,38 +132,33 @@ class StepRecorder:
             places, shares = places.chunk(tp, 1)[self.coordinate["tp"]], 1
         self.add(direction, name, value.reshape(*value.shape[:2], -1), [places], stage, shares)
 
-    def close(self) -> None:
-        """Write what is left, and the list of everything."""
-        self._write()
-        about = {"rank": self._rank, "degrees": asdict(self.dims), "place": dict(self.coordinate)}
+    def write(self) -> None:
+        """Write what there is, and the list of everything so far."""
+        self._write_tensors()
+        about = {"rank": self._rank, "degrees": asdict(self.dims), "place": self.coordinate}
         about |= {"left_out": dict(self._left_out), "entries": self._entries}
-        (self._folder / f"{self._rank}.json").write_text(json.dumps(about))
+        self._path.with_suffix(".json").write_text(json.dumps(about))
 
-    def _write(self) -> None:
+    @property
+    def _next_file(self) -> Path:
+        return self._path.with_name(f"{self._path.name}-{self._num_files}.safetensors")
+
+    def _write_tensors(self) -> None:
         if self._tensors:
-            save_file(self._tensors, self._folder / f"{self._rank}-{self._num_files}.safetensors")
+            save_file(self._tensors, self._next_file)
         self._tensors, self._num_bytes = {}, 0
         self._num_files += 1
 
 
-def record_step(
-    recorder: StepRecorder,
-    model: BuiltModel,
-    runner: Runner,
-    update: Update,
-    microbatches: Sequence[Batch],
-    num_targets: int,
-    max_norm: float,
-    runs_compiled: bool = True,
+def record_backward(
+    recorder: StepRecorder, model: BuiltModel, runner: Runner, step: int, runs_compiled: bool = True
 ) -> None:
-    """Make the step `runner.streams.step` and record it. All ranks must call it.
+    """Let `runner` record its forward and backward of `step`.
 
     With an optimizer in the backward there are no gradients of parameters to record.
     """
-    stages = [0] if model.plan is None else model.plan.held_by(recorder.coordinate["pp"])
-    recorder.add_held("parameters", _named(model))
-
     plan, places = model.plan, _Places(runner.streams)
+    stages = [0] if plan is None else plan.held_by(recorder.coordinate["pp"])
 
     def report(direction: Direction, use: ModuleUse, number: int, value: Tensor) -> None:
         stage = stages[use.part]
@@ -169,26 +166,52 @@ def record_step(
         if plan is None or plan.module_of(use.name) in plan.stages[stage]:
             recorder.add_activation(direction, use, number, value, stage)
 
-    watch = ModuleWatch(runner.streams, report, lambda: places.current)
-    with watch.modules(model.parts, runs_compiled), places, _batches_shown(runner, recorder):
-        loss = runner.forward_backward(places.numbered(microbatches), num_targets)
-    recorder.add("loss", "loss", loss)
-    gradients = [(name, p.grad) for name, p in _named(model) if p.grad is not None]
-    recorder.add_held("gradients", reversed(gradients))
-    norm = update.gradient_norm()
-    recorder.add("gradient norm", "gradient norm", norm)
-    clip_gradients(model.parameters, norm, max_norm)
-    for handler in model.handlers:
-        handler.pre_optimizer_hook(model.part_or_parts)
-    update.step(torch.isfinite(norm))
-    for handler in model.handlers:
-        handler.post_optimizer_hook(model.part_or_parts)
-    recorder.add_held("updated parameters", _named(model))
+    original = runner.forward_backward
+
+    def forward_backward(microbatches: Sequence[Batch], num_targets: int) -> Tensor:
+        if runner.streams.step != step:
+            return original(microbatches, num_targets)
+        runner.forward_backward = original  # type: ignore[method-assign]  # once
+        recorder.add_held("parameters", _named(model))
+        watch = ModuleWatch(runner.streams, report, lambda: places.current)
+        with watch.modules(model.parts, runs_compiled), places, _batches_shown(runner, recorder):
+            loss = original(places.numbered(microbatches), num_targets)
+        recorder.add("loss", "loss", loss)
+        gradients = [(name, p.grad) for name, p in _named(model) if p.grad is not None]
+        recorder.add_held("gradients", reversed(gradients))
+        recorder.write()
+        return loss
+
+    runner.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
-def coordinate_of(mesh: Any) -> dict[str, int]:
-    """Return this rank's place on each axis of a mesh."""
-    return {axis: mesh.get_local_rank(axis) for axis in AXES}
+def record_update(recorder: StepRecorder, model: BuiltModel, update: Update, steps: int) -> None:
+    """Let `update` record the last one of the next `steps` steps."""
+    gradient_norm, step_parameters, left = update.gradient_norm, update.step, steps
+
+    def norm_of_step() -> Tensor:
+        nonlocal left
+        norm, left = gradient_norm(), left - 1
+        if left == 0:
+            recorder.add("gradient norm", "gradient norm", norm)
+            recorder.write()  # a step that is not finite ends the run
+        return norm
+
+    def step(is_finite: Tensor) -> None:
+        step_parameters(is_finite)
+        if left == 0:
+            recorder.add_held("updated parameters", _named(model))
+            recorder.write()
+
+    update.gradient_norm, update.step = norm_of_step, step  # type: ignore[method-assign]
+
+
+def _coordinate(rank: int, dims: ParallelDims) -> dict[str, int]:
+    """Return a rank's place on each axis of the mesh, whose last axis varies fastest."""
+    place = {}
+    for axis in reversed(AXES):
+        rank, place[axis] = divmod(rank, getattr(dims, axis))
+    return place
 
 
 def _named(model: BuiltModel) -> list[tuple[str, nn.Parameter]]:
