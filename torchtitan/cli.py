@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.bisect_options import add_bisect_arguments
 from torchtitan.commands.data_options import add_show_arguments
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
@@ -327,6 +328,7 @@ _COMMANDS = {
     "evaluate": _Command("measure on lm-eval's tasks", add_evaluate_arguments),
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "status": _Command("show where a run stands", add_status_arguments),
+    "bisect": _Command("find where two ways to train a step differ", add_bisect_arguments, True),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download a model's tokenizer or other files from the hub", _download),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),

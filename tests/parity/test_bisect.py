@@ -1,5 +1,6 @@
 """The comparison of two recorded steps names the first tensor that differs, and nothing else."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def recorded(gloo_pool: GlooPool, tmp_path_factory: pytest.TempPathFactory):
 
 
 def compared(one: Path, other: Path) -> Comparison:
-    with RecordedStep(one) as a, RecordedStep(other) as b:
+    with closing(RecordedStep(one)) as a, closing(RecordedStep(other)) as b:
         return compare_steps(a, b)
 
 

@@ -82,7 +82,7 @@ def prepare(
     config = _with_start(config, run, checkpoint)
     if mesh is None:
         mesh = _mesh_of(checkpoint or stored.newest)
-    config = _quiet(_on_mesh(config, mesh or degrees_of(config)), step)
+    config = quiet(on_mesh(config, mesh or degrees_of(config)), step)
     file.write_text(config_toml_text(config), encoding="utf-8")
     config = load_config([str(file), *settings]).config
     config = changed_config(config, job={"dump_folder": str(folder)})
@@ -156,7 +156,7 @@ def _with_start(config: JobConfig, run: Path, checkpoint: Manifest | None) -> Jo
     return changed_config(config, checkpoint=keys, model=model)
 
 
-def _on_mesh(config: JobConfig, mesh: Mapping[str, int]) -> JobConfig:
+def on_mesh(config: JobConfig, mesh: Mapping[str, int]) -> JobConfig:
     """Return the config on a mesh, with microbatches that divide a rank's share of a step."""
     before, degrees = degrees_of(config), {axis: mesh.get(axis, 1) for axis in DEGREES}
     section = {key: degrees[axis] for axis, key in DEGREES.items()}
@@ -174,7 +174,7 @@ def _is_of_pipelines(name: str) -> bool:
     return name.startswith("pipeline_parallel") or name == "module_fqns_per_model_part"
 
 
-def _quiet(config: JobConfig, step: int) -> JobConfig:
+def quiet(config: JobConfig, step: int) -> JobConfig:
     """Return a config that ends with `step` on the same schedule, and only trains and logs."""
     steps = config.lr_scheduler.length(config.training.steps)
     config = changed_config(

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,8 @@ class Difference:
     """The axes of the mesh on which ranks are right or wrong, or copies unlike."""
     ranks: tuple[int, ...]
     """The ranks that differ from the other side."""
+    where: str
+    """Those ranks in words."""
     copies_differ: bool
     """Ranks that should hold the same values do not."""
     ratio: float | None = None
@@ -102,10 +104,8 @@ class RecordedStep:
         for uses in self.entries.values():
             uses.sort(key=lambda use: (use[0], int(use[1]["key"])))
 
-    def __enter__(self) -> "RecordedStep":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._stack.close()
 
     def names(self) -> list[Name]:
@@ -166,16 +166,18 @@ def compare_steps(
     one: RecordedStep,
     other: RecordedStep,
     exact: RecordedStep | None = None,
-    most: int = 10,
+    bound: float | None = None,
+    most: int = 8,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Comparison:
     """Compare two sides, up to `most` differences.
 
-    `exact`: the first side in float64. Its differences to the first side are the rounding that the
-    formats of that one explain; without it, both sides are in float64. `on_phase` is called with
-    the phases.
+    `bound`: the relative difference that rounding explains, by default that of float64. `exact`:
+    the first side in float64; its differences to the first side are the rounding that the formats
+    of that one explain. `on_phase` is called with the phases.
     """
-    result = Comparison(bound=EXACT if exact is None else 0.0)
+    fixed = EXACT if bound is None else bound
+    result = Comparison(bound=fixed)
     phase, largest_value, noise = "", 0.0, 0.0
     for name in one.names():
         if name[0] != phase:
@@ -190,10 +192,10 @@ def compare_steps(
         first = wholes[0].values
         largest_value = max(largest_value, _largest(first))
         scale = max(_largest(first), _LEAST_SCALE * largest_value)
-        bound = EXACT
+        bound = fixed
         if exact is not None:
             noise = max(noise, _relative(_gap(first, wholes[2].values), scale))
-            bound = max(EXACT, _TIMES_NOISE * noise)
+            bound = max(fixed, _TIMES_NOISE * noise)
         found = _difference(name, wholes[0], wholes[1], scale, bound, (one, other))
         if found is None and not result.differences:
             apart = _relative(_gap(first, wholes[1].values), scale)
@@ -307,11 +309,11 @@ def _difference(
     side, whole, right = sides[which], (one, other)[which], (one, other)[1 - which]
     wrong = whole.wrong_ranks(right.values, tolerance)
     pairs = unlike[which] or unlike[1 - which]
+    holders = {rank: side.places[rank] for piece in whole.pieces for rank in piece.ranks}
     if pairs:
         places = sides[which if unlike[which] else 1 - which].places
         axes = tuple(a for a in AXES if any(places[x][a] != places[y][a] for x, y in pairs))
     else:
-        holders = {rank: side.places[rank] for piece in whole.pieces for rank in piece.ranks}
         axes = _axes_of(wrong, holders) or _other_degrees(*sides)
     place = np.unravel_index(int(gap.argmax()), gap.shape) if gap.shape else ()
     ratio = _ratio(one.values, other.values, scale, bound)
@@ -322,6 +324,7 @@ def _difference(
         values=(float(one.values[place]), float(other.values[place])),
         axes=axes,
         ranks=tuple(sorted(wrong)),
+        where=_where(axes, bool(pairs), wrong, side.places, holders),
         copies_differ=bool(pairs),
         ratio=ratio,
     )
@@ -343,6 +346,26 @@ def _other_degrees(one: RecordedStep, other: RecordedStep) -> tuple[str, ...]:
     """Return the axis on which the meshes differ, if it is only one."""
     axes = tuple(axis for axis in AXES if one.degrees[axis] != other.degrees[axis])
     return axes if len(axes) == 1 else ()
+
+
+def _where(
+    axes: tuple[str, ...],
+    copies_differ: bool,
+    wrong: set[int],
+    places: Mapping[int, Mapping[str, int]],
+    holders: Collection[int],
+) -> str:
+    """Describe which ranks differ, those of the side that has more."""
+    if len(places) == 1:
+        return "both sides are one process"
+    if copies_differ:
+        return f"ranks along {' and '.join(axes)} should hold the same values, and do not"
+    if wrong == set(holders):
+        each = "on every rank" if len(wrong) > 1 else "on the rank that holds it"
+        return f"{each}; the meshes differ in {axes[0]}" if axes else each
+    right = {tuple(places[rank][axis] for axis in axes) for rank in wrong}
+    ranks = ", ".join(" ".join(f"{a} {n}" for a, n in zip(axes, p)) for p in sorted(right))
+    return f"only on ranks with {ranks}"
 
 
 def _index(name: Name, place: list[int], num_tokens: int) -> dict[str, int]:

@@ -1,0 +1,152 @@
+"""`torchtitan bisect`: the first tensor in which two trainings of a step differ."""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchtitan.commands.bisect_sides import (
+    FLOAT64,
+    Recipe,
+    Side,
+    read_side,
+    recipe,
+    with_same_batch,
+)
+from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.exit_codes import DONE, FAILED
+from torchtitan.config.paths import expand_path
+from torchtitan.utils.text import some_of
+
+if TYPE_CHECKING:
+    from torchtitan.training.step_compare import Comparison, Difference, RecordedStep
+
+_SHOWN = 8
+_WHAT = {
+    "batch": "{} of the batch",
+    "parameters": "parameter {} before the step",
+    "forward": "output of {}",
+    "loss": "{}",
+    "backward": "gradient of the input of {}",
+    "gradients": "gradient of {}",
+    "gradient norm": "{}",
+    "updated parameters": "parameter {} after the step",
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train both sides, compare them and print what differs."""
+    sides = [read_side("A", options.one), read_side("B", options.other)]
+    with _folder(options.keep) as folder:
+        tensors = _recorded(sides, folder, options)
+
+        from torchtitan.training.step_compare import compare_steps
+
+        one, other, *exact = [_open(path) for path in tensors]
+        result = compare_steps(
+            one,
+            other,
+            exact[0] if exact else None,
+            bound=options.bound,
+            most=_SHOWN,
+            on_phase=lambda phase: _say(f"comparing: {phase}"),
+        )
+        for opened in (one, other, *exact):
+            opened.close()
+    print(json.dumps(asdict(result)) if options.json else "\n".join(_describe(result)))
+    return FAILED if result.differences else DONE
+
+
+def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> list[Path]:
+    """Train what is not recorded yet; return the folders of A, of B, and of A in float64."""
+    settings = [*([] if options.as_is else FLOAT64), *options.settings]
+    recipes: list[Recipe | None] = []
+    for side, other in (sides, sides[::-1]):
+        own = folder / side.name
+        recipes.append(None if side.is_recorded else recipe(side, other, own, settings))
+    if options.as_is and options.bound is None:
+        if recipes[0] is None:
+            text = "is recorded, so its rounding cannot be measured"
+            raise sides[0].refuse(text, "give a --bound, or record both in float64")
+        words = [*options.settings, *FLOAT64]
+        exact = recipe(sides[0], sides[1], folder / "A-float64", words)
+        recipes.append(exact)
+    first = recipes[0]
+    if first is not None:
+        recipes = [None if found is None else with_same_batch(found, first) for found in recipes]
+    for found in filter(None, recipes):
+        begun = time.monotonic()
+        _say(f"training {found.side.name}: {found.title}")
+        found.train()
+        _say(f"trained and recorded in {time.monotonic() - begun:.0f} s")
+    paths = [side.path for side in sides]
+    return [
+        found.tensors if found is not None else path
+        for found, path in zip(recipes, [*paths, paths[0]])
+    ]
+
+
+def _open(folder: Path) -> "RecordedStep":
+    from torchtitan.training.step_compare import RecordedStep
+
+    try:
+        return RecordedStep(folder)
+    except (OSError, ValueError, KeyError) as error:
+        fix = "record both sides anew"
+        raise ConfigError(ConfigIssue("FOLDER", f"{error}", fix, str(folder))) from error
+
+
+def _describe(result: "Comparison") -> Iterator[str]:
+    counts = ", ".join(f"{n} {phase}" for phase, n in result.counts.items() if n)
+    if not result.differences:
+        yield f"no difference: {counts} agree within {result.largest:.0e}"
+    for number, found in enumerate(result.differences):
+        title = "first difference" if number == 0 else "then"
+        yield f"{title}: {found.phase}, {_text(found)}"
+        if number == 0:
+            before = sum(result.counts.values()) - len(result.differences)
+            yield (
+                f"everything before it agrees within {result.largest:.0e} ({before} tensors:"
+                f" {counts}); rounding explains {result.bound:.0e}"
+            )
+    if result.skipped:
+        yield f"not compared, as one side lacks it or has other shapes: {some_of(result.skipped)}"
+
+
+def _text(found: "Difference") -> str:
+    name, _, number = found.name.partition(" #")
+    what = _WHAT[found.phase].format(name) + (f", number {number}" if number else "")
+    place = ", ".join(f"{dimension} {index}" for dimension, index in found.index.items())
+    a, b = found.values
+    text = f"{what}{f' [{place}]' if place else ''}: {a:.9g} (A), {b:.9g} (B)"
+    if math.isfinite(found.relative):
+        text += f", apart by {found.relative:.0e} of the largest value"
+    text += f"; {found.where}"
+    return text if found.ratio is None else f"{text}; B is {found.ratio:.6g} times A throughout"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _folder(kept: str | None) -> Iterator[Path]:
+    """Yield a new folder, which stays if it is to be `kept` there."""
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="torchtitan-bisect-") as name:
+            yield Path(name)
+        return
+    path = Path(expand_path(kept)).resolve()
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        text = f"cannot be made: {error.strerror or error}"
+        raise ConfigError(ConfigIssue("--keep", text, "name a new folder", kept)) from error
+    yield path
