@@ -25,6 +25,7 @@ from torchtitan.commands.data_options import add_show_arguments
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
+    add_download_arguments,
     add_export_arguments,
     add_upload_arguments,
 )
@@ -35,6 +36,7 @@ from torchtitan.commands.generation_options import (
     positive,
 )
 from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
+from torchtitan.commands.replay_options import add_replay_arguments
 from torchtitan.config.errors import (
     CheckpointError,
     ConfigError,
@@ -153,7 +155,8 @@ class _Parser(argparse.ArgumentParser):
             command.add_arguments(parser)
             if command.takes_settings:
                 parser.set_defaults(settings=[])
-                parser.usage = f"{parser.usage_text()} [FILE] [--section.key value ...]"
+                file = "" if parser._get_positional_actions() else "[FILE] "
+                parser.usage = f"{parser.usage_text()} {file}[--section.key value ...]"
 
     def usage_text(self) -> str:
         """Return the usage in one line."""
@@ -280,30 +283,6 @@ def _list(parser: _Parser) -> None:
     )
 
 
-def _download(parser: _Parser) -> None:
-    """Download a model's tokenizer, or other files of it, from the Hugging Face hub.
-
-    Gated models need a token: set HF_TOKEN, or run `hf auth login`.
-    """
-    parser.add_argument("--repo_id", required=True, help="OWNER/NAME of the model on the hub")
-    parser.add_argument("--tokenizer_path", default="", help="folder or file in the repository")
-    parser.add_argument(
-        "--assets",
-        nargs="+",
-        choices=("tokenizer", "config", "index", "safetensors"),
-        help="kinds of files, instead of the tokenizer only",
-    )
-    parser.add_argument(
-        "--local_dir",
-        help="folder to write to (default: torchtitan/datasets/tokenizer/; with --assets"
-        " assets/hf/NAME)",
-    )
-    parser.add_argument("--revision", default="main", help="branch, tag or commit")
-    parser.add_argument(
-        "--hf_token", help="visible to other users of this machine: set HF_TOKEN or log in instead"
-    )
-
-
 def _doctor(parser: _Parser) -> None:
     """Report what is installed, what a run would use and what is wrong, one line each.
 
@@ -329,8 +308,9 @@ _COMMANDS = {
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "status": _Command("show where a run stands", add_status_arguments),
     "bisect": _Command("find where two ways to train a step differ", add_bisect_arguments, True),
+    "replay": _Command("repeat a step of a run and compare", add_replay_arguments, True),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
-    "download": _Command("download a model's tokenizer or other files from the hub", _download),
+    "download": _Command("download files of a model from the hub", add_download_arguments),
     "doctor": _Command("check the installation, the machine and a config", _doctor, True),
 }
 _DATA_COMMANDS = {

@@ -179,12 +179,11 @@ def fill_watched(
     return fillings, watch.largest[""], watch.communication
 
 
-def _fill_whole(local: Tensor, indices: tuple[Tensor, Tensor], init: InitRule, key: int) -> None:
+def _fill_whole(tensor: Tensor, init: InitRule, key: int) -> None:
     """What `initialize` does not do."""
-    rows, columns = indices
-    mine = (rows.unsqueeze(1) + columns).flatten()
-    values = initialize._normal(torch.arange(VOCAB_SIZE * 32), init, key)
-    local.copy_(values[mine].view(local.shape))
+    for chunk, indices in initialize.indexed_chunks(tensor):
+        values = initialize._normal(torch.arange(VOCAB_SIZE * 32), init, key)
+        chunk.copy_(values[indices].view(chunk.shape))
 
 
 WATCHED = [

@@ -55,6 +55,7 @@ MAY_DIFFER: dict[str, str] = {
     "comm.*": "time limits and debugging",
     "debug.deterministic": "which of several correct algorithms runs",
     "debug.deterministic_warn_only": "like debug.deterministic",
+    "debug.record": "logging",
     "debug.cpu_allocator": "speed",
     "debug.record_tensors": "what is written down, not what is trained",
     "debug.threads": "speed",

@@ -32,6 +32,7 @@ from torchtitan.checkpoint.stored_run import (
     HF_NAME,
     METRICS_NAME,
     PENDING_NAME,
+    RECORD_NAME,
     STATUS_NAME,
     STOP_NAME,
     TOKENIZER_NAME,
@@ -52,8 +53,8 @@ _FOLDER_KEYS = (
     "profiling.save_memory_snapshot_folder",
     "comm.save_traces_folder",
 )
-_SINK_FOLDERS = ("metrics", "wandb")
-"""The metrics of all ranks, and wandb's files, whose folder it names itself."""
+_MORE_FOLDERS = ("metrics", "wandb", "ledger")
+"""The metrics of all ranks, wandb's files, whose folder it names itself, and the rows of steps."""
 
 Status = Literal["running", "completed", "preempted", "failed", "data_exhausted", "seeded"]
 
@@ -225,8 +226,10 @@ def _unwritable(path: Path, error: OSError) -> ConfigIssue:
 def _move_run_aside(path: Path, config: JobConfig) -> None:
     """Move the files of a run into `previous-N/`; everything else stays."""
     stored = read_stored_config(path / CONFIG_NAME) or {}
-    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, TOKENIZER_NAME, HF_NAME, *_SINK_FOLDERS]
-    names += [damaged.name for damaged in path.glob(f"{METRICS_NAME}.damaged-*")]
+    names = [STATUS_NAME, CONFIG_NAME, METRICS_NAME, RECORD_NAME, TOKENIZER_NAME, HF_NAME]
+    for name in (METRICS_NAME, RECORD_NAME):
+        names += [damaged.name for damaged in path.glob(f"{name}.damaged-*")]
+    names += _MORE_FOLDERS
     for key in _FOLDER_KEYS:
         section, field = key.split(".")
         names += [

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.toml"
 STATUS_NAME = "run_status.json"
 METRICS_NAME = "metrics.jsonl"
+RECORD_NAME = "record.jsonl"
+"""Losses, gradient norms and digests of gradients, for `torchtitan replay`."""
 TOKENIZER_NAME = "tokenizer"
 """The folder with a copy of the tokenizer's files."""
 HF_NAME = "hf"

@@ -869,6 +869,10 @@ class Debug(Section):
     """Folder for every tensor of the last step, number `training.steps`, in full: what modules
     return, gradients, parameters. `torchtitan bisect` compares two of them."""
 
+    record: NonNegativeInt = 0
+    """Steps between two records of the loss, the gradient norm and a digest of every gradient, with
+    which `torchtitan replay RUN STEP` compares. 0: none."""
+
     cpu_allocator: Literal["tuned", "system"] = "tuned"
     """On the CPU, `tuned` raises glibc's mmap and trim thresholds, `system` leaves them alone."""
 

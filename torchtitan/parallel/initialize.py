@@ -11,7 +11,7 @@ whose values however depend on the order and the shape in which they are drawn.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,25 @@ def initialize_tensors(
             continue
         if not (local.is_floating_point() or local.is_complex()):  # normal values would be cut off
             raise ValueError(f"{name} is {local.dtype}: it can only start with a constant")
-        if not local.dim():  # a buffer; a scalar parameter could not be sharded
-            local = tensor = local.unsqueeze(0)
-        if local.numel():
-            indices = _linear_indices(tensor.shape, local_indices(tensor))
-            _fill_normal(local, indices, init, _key(seed, name))
+        _fill_normal(tensor, init, _key(seed, name))
+
+
+def indexed_chunks(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what this rank holds of `tensor` in pieces, and the indices of their elements.
+
+    The pieces are views of consecutive rows; the indices are those in the whole tensor, as int64
+    `[rows, elements of a row]`.
+    """
+    local = local_tensor(tensor)
+    if not local.dim():  # a buffer; a scalar parameter could not be sharded
+        local = tensor = local.unsqueeze(0)
+    if not local.numel():
+        return
+    rows, columns = _linear_indices(tensor.shape, local_indices(tensor))
+    at_once = max(1, _CHUNK // len(columns))
+    for start in range(0, len(rows), at_once):
+        chosen = slice(start, start + at_once)
+        yield local[chosen], rows[chosen].unsqueeze(1) + columns
 
 
 def hashed_bits(tensor: Tensor, label: str) -> Tensor:
@@ -122,14 +136,10 @@ def _linear_indices(shape: torch.Size, held: list[Tensor]) -> tuple[Tensor, Tens
     return rows, columns
 
 
-def _fill_normal(local: Tensor, indices: tuple[Tensor, Tensor], init: InitRule, key: int) -> None:
-    rows, columns = indices
-    rows_at_once = max(1, _CHUNK // len(columns))
-    for start in range(0, len(rows), rows_at_once):
-        chunk = local[start : start + rows_at_once]
-        chosen = rows[start : start + rows_at_once]
-        values = _normal(chosen.unsqueeze(1) + columns, init, key)
-        chunk.copy_(values.view(chunk.shape))  # rounds to the parameter's type
+def _fill_normal(tensor: Tensor, init: InitRule, key: int) -> None:
+    for chunk, indices in indexed_chunks(tensor):
+        # Rounds to the parameter's type.
+        chunk.copy_(_normal(indices, init, key).view(chunk.shape))
 
 
 def _normal(indices: Tensor, init: InitRule, key: int) -> Tensor:

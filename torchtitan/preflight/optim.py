@@ -33,6 +33,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         *_learning_rate(context),
         *_warmup_and_decay(context),
         *_loss(context),
+        *_record(context),
     ]
 
 
@@ -146,6 +147,13 @@ def _warmup_and_decay(context: RunContext) -> Iterator[ConfigIssue]:
         problem = f"{decay} and a warmup of {warmup} do not fit into {steps} steps"
         fix = "lower it, or shorten the warmup"
         yield ConfigIssue("lr_scheduler.decay_ratio", problem, fix, value=section.decay_ratio)
+
+
+def _record(context: RunContext) -> Iterator[ConfigIssue]:
+    steps = context.config.debug.record
+    if steps and context.config.optimizer.early_step_in_backward:
+        problem = "optimizer.early_step_in_backward frees each gradient before the step ends"
+        yield ConfigIssue("debug.record", problem, "leave out one of the two", steps)
 
 
 def _loss(context: RunContext) -> list[ConfigIssue]:

@@ -19,12 +19,13 @@ import tomli_w
 from torchtitan.checkpoint.decision import changed_config
 from torchtitan.checkpoint.manifest import Manifest
 from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
-from torchtitan.checkpoint.stored_run import STATUS_NAME, TOKENIZER_NAME, StoredRun
+from torchtitan.checkpoint.stored_run import RECORD_NAME, STATUS_NAME, TOKENIZER_NAME, StoredRun
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import FAILED
 from torchtitan.config.load import load_config
 from torchtitan.config.schema import Evaluation, JobConfig, Metrics, Profiling, Validation
 from torchtitan.config.toml_text import config_toml_text
+from torchtitan.training.step_record import read_records
 
 CONFIG_NAME = "replay.toml"
 
@@ -42,6 +43,8 @@ DEGREES = {
 class Prepared:
     """A run that ends with the step to look at."""
 
+    original: JobConfig
+    """The config with which the run trained the step."""
     config: JobConfig
     """Its `job.dump_folder` is a new folder."""
     file: Path
@@ -68,26 +71,31 @@ def prepare(
     words of a command line, `--section.key value`, which win over all but the folder. Raises
     ConfigError.
     """
+    if unknown := sorted(set(mesh or ()) - set(DEGREES)):
+        text = f"is no axis; the axes are {', '.join(DEGREES)}"
+        raise ConfigError(ConfigIssue("--mesh", text, "write for example tp=2", unknown[0]))
     stored = StoredRun(run, "checkpoint")
     if not stored.is_run or stored.config is None:
         issue = ConfigIssue("RUN", "holds no run", "give a job.dump_folder", str(run))
         raise ConfigError(issue)
-    file = folder / CONFIG_NAME
-    file.write_text(tomli_w.dumps(stored.config), encoding="utf-8")
-    config = load_config([str(file)]).config
+    recorded, file = read_records(run / RECORD_NAME).get(step), folder / CONFIG_NAME
+    # A later start may have changed the mesh, or the steps and with them the learning rates.
+    text = tomli_w.dumps(stored.config) if recorded is None else recorded.start["config"]
+    file.write_text(text, encoding="utf-8")
+    config = original = load_config([str(file)]).config
     if not 1 <= step <= config.training.steps:
         text = f"is not a step of the run, which has {config.training.steps}"
         raise ConfigError(ConfigIssue("STEP", text, "name one of these", step))
     checkpoint = newest_before(run, step, config, stored)
     config = _with_start(config, run, checkpoint)
     if mesh is None:
-        mesh = _mesh_of(checkpoint or stored.newest)
+        mesh = _mesh_of(checkpoint or stored.newest) if recorded is None else recorded.start["mesh"]
     config = quiet(on_mesh(config, mesh or degrees_of(config)), step)
     file.write_text(config_toml_text(config), encoding="utf-8")
     config = load_config([str(file), *settings]).config
     config = changed_config(config, job={"dump_folder": str(folder)})
     file.write_text(config_toml_text(config), encoding="utf-8")
-    return Prepared(config, file, 0 if checkpoint is None else checkpoint.step)
+    return Prepared(original, config, file, 0 if checkpoint is None else checkpoint.step)
 
 
 def launch(prepared: Prepared) -> int:
@@ -176,7 +184,7 @@ def _is_of_pipelines(name: str) -> bool:
 
 def quiet(config: JobConfig, step: int) -> JobConfig:
     """Return a config that ends with `step` on the same schedule, and only trains and logs."""
-    steps = config.lr_scheduler.length(config.training.steps)
+    steps, every = config.lr_scheduler.length(config.training.steps), config.debug.record
     config = changed_config(
         config,
         job={"print_config": False},
@@ -190,6 +198,7 @@ def quiet(config: JobConfig, step: int) -> JobConfig:
             "last_save_in_hf": False,
             "export_dtype": "float32",
         },
+        debug={"record": every if every and step % every == 0 else step},
     )
     others = {
         "validation": Validation(),

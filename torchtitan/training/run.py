@@ -38,6 +38,7 @@ from torchtitan.training.frozen_model import build_runner
 from torchtitan.training.nonfinite_guard import NonFiniteGuard, build_nonfinite_guard
 from torchtitan.training.nonfinite_origin import StepBatch
 from torchtitan.training.prefetch import row_counts
+from torchtitan.training.recorder import Recorder, build_recorder
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -85,6 +86,7 @@ def train(
         guard = build_nonfinite_guard(config, world, model, optimizers, manager, runner, tokenizer)
         ahead = builder.build_prefetch(config, loader, runner.loss, world, stop, dims, manager)
         ledger = stack.enter_context(builder.build_ledger(config, folder, dims, world, manager))
+        recorder = build_recorder(config, folder, dims, world, model, manager)
         measurements = (
             builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
             build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
@@ -109,7 +111,7 @@ def train(
                 if world.is_main:
                     set_status(folder, "running", manager.saved_step)
 
-        begin(world, folder, manager, progress, tokenizer, ledger)
+        begin(world, folder, manager, progress, tokenizer, (ledger, recorder))
         metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
@@ -130,6 +132,7 @@ def train(
             ledger.record(step, data.data_step, data.spans)
             loss = runner.forward_backward(data.microbatches, agreed.num_targets)
             norm = update.gradient_norm()
+            recorder.record(step, loss, norm)
             clip_gradients(model.parameters, norm, training.max_norm)
             batch = StepBatch(step, data.microbatches, agreed.num_targets)
             is_good = guard.record(batch, loss, norm)
@@ -199,14 +202,15 @@ def begin(
     manager: CheckpointManager,
     progress: Progress,
     tokenizer: Tokenizer,
-    ledger: Ledger,
+    records: Sequence[Ledger | Recorder],
 ) -> None:
     """Change the run folder, now that nothing can prevent the start. All ranks call it."""
 
     def write() -> None:
         folder.begin()
         builder.keep_chat_template(folder.config, folder, tokenizer)
-        ledger.prepare()
+        for record in records:
+            record.prepare()
 
     progress.stop.at_once = False  # from here on the loop ends the run
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)

@@ -34,12 +34,13 @@ def test_new_run_loads_nothing(tmp_path: Path) -> None:
 
 def test_new_run_moves_the_old_one_aside(tmp_path: Path) -> None:
     stopped_run(tmp_path, 5)
-    seen = {"tb", "metrics", "wandb", "profile_trace", "memory_snapshot", "comm_traces"}
+    seen = {"tb", "metrics", "wandb", "ledger", "profile_trace", "memory_snapshot", "comm_traces"}
     for name in seen:
         (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl.damaged-1").write_text("?")
-    seen.add("metrics.jsonl.damaged-1")
+    (tmp_path / "record.jsonl").write_text("?")
+    seen |= {"metrics.jsonl.damaged-1", "record.jsonl"}
     opened = open_folder(tmp_path, job={"new_run": True}, optimizer={"lr": 0.5})
     assert opened.decision.action == "new"
     old = {path.name for path in (tmp_path / "previous-1").iterdir()}
