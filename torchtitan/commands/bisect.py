@@ -4,10 +4,8 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +18,15 @@ from torchtitan.commands.bisect_sides import (
     recipe,
     with_same_batch,
 )
+from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE, FAILED
-from torchtitan.config.paths import expand_path
 from torchtitan.utils.text import some_of
 
 if TYPE_CHECKING:
     from torchtitan.training.step_compare import Comparison, Difference, RecordedStep
 
-_SHOWN = 8
+_SHOWN = 5
 _WHAT = {
     "batch": "{} of the batch",
     "parameters": "parameter {} before the step",
@@ -44,7 +42,7 @@ _WHAT = {
 def run(options: argparse.Namespace) -> int:
     """Train both sides, compare them and print what differs."""
     sides = [read_side("A", options.one), read_side("B", options.other)]
-    with _folder(options.keep) as folder:
+    with new_folder(options.keep) as folder:
         tensors = _recorded(sides, folder, options)
 
         from torchtitan.training.step_compare import compare_steps
@@ -66,18 +64,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> list[Path]:
     """Train what is not recorded yet; return the folders of A, of B, and of A in float64."""
-    settings = [*([] if options.as_is else FLOAT64), *options.settings]
+    settings, formats = options.settings, [] if options.as_is else FLOAT64
     recipes: list[Recipe | None] = []
     for side, other in (sides, sides[::-1]):
         own = folder / side.name
-        recipes.append(None if side.is_recorded else recipe(side, other, own, settings))
+        recipes.append(None if side.is_recorded else recipe(side, other, own, settings, formats))
     if options.as_is and options.bound is None:
         if recipes[0] is None:
             text = "is recorded, so its rounding cannot be measured"
             raise sides[0].refuse(text, "give a --bound, or record both in float64")
-        words = [*options.settings, *FLOAT64]
-        exact = recipe(sides[0], sides[1], folder / "A-float64", words)
-        recipes.append(exact)
+        a, b = sides
+        recipes.append(recipe(a, b, folder / "A-float64", settings, FLOAT64))
     first = recipes[0]
     if first is not None:
         recipes = [None if found is None else with_same_batch(found, first) for found in recipes]
@@ -128,25 +125,9 @@ def _text(found: "Difference") -> str:
     text = f"{what}{f' [{place}]' if place else ''}: {a:.9g} (A), {b:.9g} (B)"
     if math.isfinite(found.relative):
         text += f", apart by {found.relative:.0e} of the largest value"
-    text += f"; {found.where}"
+    text += f"; {found.where}" if found.where else ""
     return text if found.ratio is None else f"{text}; B is {found.ratio:.6g} times A throughout"
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _folder(kept: str | None) -> Iterator[Path]:
-    """Yield a new folder, which stays if it is to be `kept` there."""
-    if kept is None:
-        with tempfile.TemporaryDirectory(prefix="torchtitan-bisect-") as name:
-            yield Path(name)
-        return
-    path = Path(expand_path(kept)).resolve()
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        text = f"cannot be made: {error.strerror or error}"
-        raise ConfigError(ConfigIssue("--keep", text, "name a new folder", kept)) from error
-    yield path

@@ -1,16 +1,19 @@
 """The sides of `bisect`: configs of one step, and the processes that train it. No torch."""
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torchtitan.checkpoint.decision import changed_config
 from torchtitan.checkpoint.stored_run import StoredRun
+from torchtitan.commands.replay import check
+from torchtitan.commands.replay_options import mesh_degrees
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.load import load_config
 from torchtitan.config.paths import expand_path
@@ -19,13 +22,16 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_text import config_toml_text
 from torchtitan.training import replay
+from torchtitan.training.replay import Prepared
 from torchtitan.weights.recognise import kind_of
 
 FLOAT64 = [
     f"--training.{key}=float64"
     for key in ("dtype", "mixed_precision_param", "mixed_precision_reduce")
 ]
-_TENSORS, _LOG, _CONFIG = "tensors", "log.txt", "side.toml"
+_TENSORS, _CONFIG = "tensors", "side.toml"
+_FAULT = re.compile(r"\b(ERROR|error|Error)\b")
+_SHOWN_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,14 @@ class _SideParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
-        raise ConfigError(ConfigIssue(self.prog, message, "see torchtitan bisect --help"))
+        raise ConfigError(ConfigIssue(self.prog, message, "see `torchtitan bisect --help`"))
 
 
 def read_side(name: str, text: str) -> Side:
     """Return the side that the user calls `name`. Raises ConfigError."""
     parser = _SideParser(prog=name, add_help=False, allow_abbrev=False)
     parser.add_argument("path")
-    parser.add_argument("--mesh", type=_mesh)
+    parser.add_argument("--mesh", type=mesh_degrees)
     parser.add_argument("--step", type=int)
     parser.add_argument("--python", default=sys.executable)
     try:
@@ -85,42 +91,33 @@ class Recipe:
     """The training of a side, ready to be started."""
 
     side: Side
-    folder: Path
-    config: JobConfig
+    prepared: Prepared
 
     @property
     def tensors(self) -> Path:
         """The folder that the ranks record to."""
-        return self.folder / _TENSORS
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return replay.Prepared(self.config, self.folder, 0).world_size
+        return self.prepared.file.parent / _TENSORS
 
     @property
     def title(self) -> str:
         """A line on it for the user."""
-        degrees = replay.degrees_of(self.config).items()
+        config = self.prepared.config
+        degrees = replay.degrees_of(config).items()
         mesh = ", ".join(f"{axis} {n}" for axis, n in degrees if n > 1) or "one process"
-        training = self.config.training
-        return f"{self.side.path} (step {training.steps}, {mesh}, {training.dtype})"
+        return f"{self.side.path} (step {config.training.steps}, {mesh}, {config.training.dtype})"
 
     def train(self) -> None:
-        """Train the step. Raises ConfigError with the end of the output if that fails."""
-        file = self.folder / _CONFIG
-        file.write_text(config_toml_text(self.config), encoding="utf-8")
-        words = [self.side.python]
-        if self.world_size > 1:
-            words += ["-m", "torch.distributed.run", f"--nproc_per_node={self.world_size}"]
-            words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        words += ["-m", "torchtitan.train", f"--job.config_file={file}"]
-        log = self.folder / _LOG
-        code = run_words(words, log)
+        """Train the step. Raises ConfigError with what went wrong if there is nothing recorded."""
+        self.prepared.file.write_text(config_toml_text(self.prepared.config), encoding="utf-8")
+        check(self.prepared)
+        log = self.prepared.file.with_name("log.txt")
+        code = run_words(replay.words_of(self.prepared, self.side.python), log)
         if not any(self.tensors.glob("update-*.json")):
-            end = "\n".join(log.read_text("utf-8", "replace").strip().splitlines()[-20:])
-            text = f"came to no end of step {self.config.training.steps} (exit status {code})"
-            raise self.side.refuse(f"{text}:\n{end}\n", "see its own messages above")
+            lines = log.read_text("utf-8", "replace").strip().splitlines()
+            faults = [line for line in lines if _FAULT.search(line)] or lines
+            text = f"came to no end of its step (exit status {code}):"
+            fix = f"train it alone, with the config that --keep DIR leaves in {self.side.name}"
+            raise self.side.refuse("\n  ".join([text, *faults[:_SHOWN_LINES]]), fix)
 
 
 def run_words(words: Sequence[str], log: Path) -> int:
@@ -129,35 +126,37 @@ def run_words(words: Sequence[str], log: Path) -> int:
         return subprocess.run(words, stdout=output, stderr=output, check=False).returncode
 
 
-def recipe(side: Side, other: Side, folder: Path, settings: Sequence[str]) -> Recipe:
-    """Return how to train a side, in `folder`, which is made. Raises ConfigError."""
+def recipe(
+    side: Side, other: Side, folder: Path, settings: Sequence[str], formats: Sequence[str]
+) -> Recipe:
+    """Return how to train a side, in `folder`, which is made. Raises ConfigError.
+
+    `settings` are of both sides; `formats` win over those of the side.
+    """
     folder.mkdir(parents=True)
-    own = [*settings, *side.settings]
+    source, words = side, [*settings, *side.settings, *formats]
     if side.is_checkpoint:
         if other.is_checkpoint or other.is_recorded:
             raise side.refuse("is weights, and neither side has a config", "name one for a side")
-        load = {"initial_load_path": str(side.path.resolve()), "initial_load_model_only": True}
-        load["enable"] = True
-        config = _config(other, [*settings, *other.settings, *side.settings], side, folder)
-        config = changed_config(config, checkpoint=load)
-    else:
-        config = _config(side, own, side, folder)
-    changed: dict[str, Any] = {"record_tensors": str(folder / _TENSORS)}
-    config = changed_config(config, debug=changed, job={"dump_folder": str(folder / "run")})
-    return Recipe(side, folder, config)
+        load = ["--checkpoint.enable=true", f"--checkpoint.initial_load_path={side.path.resolve()}"]
+        load += ["--checkpoint.initial_load_model_only=true"]
+        source, words = other, [*settings, *other.settings, *load, *side.settings, *formats]
+    config = _config(source, words, side, folder)
+    own = {"record_tensors": str(folder / _TENSORS)}
+    config = changed_config(config, debug=own, job={"dump_folder": str(folder / "run")})
+    return Recipe(side, Prepared(config, config, folder / _CONFIG, 0))
 
 
 def with_same_batch(recipe: Recipe, like: Recipe) -> Recipe:
-    """Return the recipe with the batch of `like`, where it says nothing of its own."""
-    wanted, own = (RunContext(r.config, r.world_size, "cpu") for r in (like, recipe))
-    training = {"global_batch_size": wanted.global_batch_size}
-    if recipe.config.training.global_batch_size > 0:
-        training = {"global_batch_size": own.global_batch_size}
-    config = changed_config(recipe.config, training=training)
+    """Return the recipe with the batch and lanes of `like`, where it has none of its own."""
+    config = recipe.prepared.config
+    wanted = RunContext(like.prepared.config, like.prepared.world_size, "cpu")
+    if config.training.global_batch_size <= 0:
+        config = changed_config(config, training={"global_batch_size": wanted.global_batch_size})
     if config.data.lanes is None:
         config = changed_config(config, data={"lanes": wanted.num_lanes})
     config = replay.on_mesh(config, replay.degrees_of(config))
-    return Recipe(recipe.side, recipe.folder, config)
+    return replace(recipe, prepared=replace(recipe.prepared, config=config))
 
 
 def _config(source: Side, settings: Sequence[str], side: Side, folder: Path) -> JobConfig:
@@ -172,11 +171,3 @@ def _config(source: Side, settings: Sequence[str], side: Side, folder: Path) -> 
     config = load_config([str(source.path), *settings]).config
     mesh = side.mesh or replay.degrees_of(config)
     return replay.quiet(replay.on_mesh(config, mesh), 1 if step is None else step)
-
-
-def _mesh(text: str) -> dict[str, int]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    mesh = {axis.strip(): int(degree) for axis, _, degree in pairs}
-    if unknown := set(mesh) - set(replay.DEGREES):
-        raise argparse.ArgumentTypeError(f"{unknown.pop()} is no axis of a mesh")
-    return mesh

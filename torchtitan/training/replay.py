@@ -103,17 +103,21 @@ def launch(prepared: Prepared) -> int:
 
     torchrun turns every failure into 1, so it is the one in the status of the folder.
     """
-    words = [sys.executable]
-    if prepared.world_size > 1:
-        words += ["-m", "torch.distributed.run", f"--nproc_per_node={prepared.world_size}"]
-        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += ["-m", "torchtitan.train", f"--job.config_file={prepared.file}"]
-    code = run_words(words)
+    code = run_words(words_of(prepared))
     try:
         status = json.loads((prepared.file.parent / STATUS_NAME).read_text(encoding="utf-8"))
         return int(status["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
         return code or FAILED
+
+
+def words_of(prepared: Prepared, python: str = sys.executable) -> list[str]:
+    """Return the command line that runs it."""
+    words = [python]
+    if prepared.world_size > 1:
+        words += ["-m", "torch.distributed.run", f"--nproc_per_node={prepared.world_size}"]
+        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [*words, "-m", "torchtitan.train", f"--job.config_file={prepared.file}"]
 
 
 def run_words(words: Sequence[str]) -> int:

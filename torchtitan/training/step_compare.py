@@ -357,7 +357,7 @@ def _where(
 ) -> str:
     """Describe which ranks differ, those of the side that has more."""
     if len(places) == 1:
-        return "both sides are one process"
+        return ""
     if copies_differ:
         return f"ranks along {' and '.join(axes)} should hold the same values, and do not"
     if wrong == set(holders):
