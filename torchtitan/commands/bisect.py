@@ -16,7 +16,6 @@ from torchtitan.commands.bisect_sides import (
     Side,
     read_side,
     recipe,
-    with_same_batch,
 )
 from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
@@ -67,26 +66,24 @@ def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> l
     settings, formats = options.settings, [] if options.as_is else FLOAT64
     recipes: list[Recipe | None] = []
     for side, other in (sides, sides[::-1]):
-        own = folder / side.name
-        recipes.append(None if side.is_recorded else recipe(side, other, own, settings, formats))
+        like = recipes[0] if recipes else None
+        found = None if side.is_recorded else (side, other, folder / side.name)
+        recipes.append(None if found is None else recipe(*found, settings, formats, like))
     if options.as_is and options.bound is None:
         if recipes[0] is None:
             text = "is recorded, so its rounding cannot be measured"
             raise sides[0].refuse(text, "give a --bound, or record both in float64")
         a, b = sides
-        recipes.append(recipe(a, b, folder / "A-float64", settings, FLOAT64))
-    first = recipes[0]
-    if first is not None:
-        recipes = [None if found is None else with_same_batch(found, first) for found in recipes]
-    for found in filter(None, recipes):
+        recipes.append(recipe(a, b, folder / "A-float64", settings, FLOAT64, recipes[0]))
+    for training in filter(None, recipes):
         begun = time.monotonic()
-        _say(f"training {found.side.name}: {found.title}")
-        found.train()
+        _say(f"training {training.side.name}: {training.title}")
+        training.train()
         _say(f"trained and recorded in {time.monotonic() - begun:.0f} s")
     paths = [side.path for side in sides]
     return [
-        found.tensors if found is not None else path
-        for found, path in zip(recipes, [*paths, paths[0]])
+        training.tensors if training is not None else path
+        for training, path in zip(recipes, [*paths, paths[0]])
     ]
 
 

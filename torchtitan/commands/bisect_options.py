@@ -25,7 +25,7 @@ def add_bisect_arguments(parser: argparse.ArgumentParser) -> None:
 
       torchtitan bisect llama.toml "llama.toml --mesh tp=2,dp_shard=2"
       torchtitan bisect "runs/a --step 900" "runs/a --step 900 --mesh tp=2"
-      torchtitan bisect llama.toml "llama.toml --model.handlers lora"
+      torchtitan bisect llama.toml "llama.toml --model.handlers compile"
       torchtitan bisect llama.toml "llama.toml --python old/bin/python" --as-is
 
     In the order of the step, these are compared: batch, parameters, outputs of modules, loss,

@@ -1,12 +1,13 @@
 """The sides of `bisect`: configs of one step, and the processes that train it. No torch."""
 
 import argparse
+import math
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,6 +82,8 @@ def read_side(name: str, text: str) -> Side:
         parser.error(str(error))
     path = Path(expand_path(str(config_path(options.path))))
     side = Side(name, path, settings, options.mesh, options.step, options.python)
+    if unknown := sorted(set(options.mesh or ()) - set(replay.DEGREES)):
+        parser.error(f"{unknown[0]} is no axis of a mesh")
     if not path.exists():
         raise side.refuse("does not exist", "name a config, a run, a checkpoint or a recorded step")
     return side
@@ -127,11 +130,17 @@ def run_words(words: Sequence[str], log: Path) -> int:
 
 
 def recipe(
-    side: Side, other: Side, folder: Path, settings: Sequence[str], formats: Sequence[str]
+    side: Side,
+    other: Side,
+    folder: Path,
+    settings: Sequence[str],
+    formats: Sequence[str],
+    like: Recipe | None,
 ) -> Recipe:
     """Return how to train a side, in `folder`, which is made. Raises ConfigError.
 
-    `settings` are of both sides; `formats` win over those of the side.
+    `settings` are of both sides; `formats` win over those of the side. It has the batch and lanes
+    of `like` where it leaves them open.
     """
     folder.mkdir(parents=True)
     source, words = side, [*settings, *side.settings, *formats]
@@ -141,25 +150,15 @@ def recipe(
         load = ["--checkpoint.enable=true", f"--checkpoint.initial_load_path={side.path.resolve()}"]
         load += ["--checkpoint.initial_load_model_only=true"]
         source, words = other, [*settings, *other.settings, *load, *side.settings, *formats]
-    config = _config(source, words, side, folder)
+    config = _config(source, words, side, folder, like)
     own = {"record_tensors": str(folder / _TENSORS)}
     config = changed_config(config, debug=own, job={"dump_folder": str(folder / "run")})
     return Recipe(side, Prepared(config, config, folder / _CONFIG, 0))
 
 
-def with_same_batch(recipe: Recipe, like: Recipe) -> Recipe:
-    """Return the recipe with the batch and lanes of `like`, where it has none of its own."""
-    config = recipe.prepared.config
-    wanted = RunContext(like.prepared.config, like.prepared.world_size, "cpu")
-    if config.training.global_batch_size <= 0:
-        config = changed_config(config, training={"global_batch_size": wanted.global_batch_size})
-    if config.data.lanes is None:
-        config = changed_config(config, data={"lanes": wanted.num_lanes})
-    config = replay.on_mesh(config, replay.degrees_of(config))
-    return replace(recipe, prepared=replace(recipe.prepared, config=config))
-
-
-def _config(source: Side, settings: Sequence[str], side: Side, folder: Path) -> JobConfig:
+def _config(
+    source: Side, settings: Sequence[str], side: Side, folder: Path, like: Recipe | None
+) -> JobConfig:
     """Return the config of a step: that of `source`, and mesh and step of `side`."""
     step = side.step if side.step is not None else source.step
     if source.path.is_dir():
@@ -170,4 +169,11 @@ def _config(source: Side, settings: Sequence[str], side: Side, folder: Path) -> 
         return replay.prepare(source.path, step, folder, side.mesh, settings).config
     config = load_config([str(source.path), *settings]).config
     mesh = side.mesh or replay.degrees_of(config)
+    on_mesh = replay.on_mesh(config, mesh).model_copy(update={"training": config.training})
+    model = on_mesh if like is None else like.prepared.config
+    wanted = RunContext(model, math.prod(replay.degrees_of(model).values()), "cpu")
+    if config.training.global_batch_size <= 0:
+        config = changed_config(config, training={"global_batch_size": wanted.global_batch_size})
+    if config.data.lanes is None:
+        config = changed_config(config, data={"lanes": wanted.num_lanes})
     return replay.quiet(replay.on_mesh(config, mesh), 1 if step is None else step)
