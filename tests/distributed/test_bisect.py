@@ -30,7 +30,7 @@ warmup_steps = 2
 device = "cpu"
 """
 
-FROZEN = "--model.handlers freeze --handlers.freeze.patterns layers.0.*"
+FROZEN = """--model.handlers freeze --handlers.freeze.patterns '["layers.0.*"]' """
 
 
 @pytest.fixture

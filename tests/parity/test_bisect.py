@@ -28,7 +28,8 @@ from tests.parity.table import (
 )
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.training.step_compare import Comparison, RecordedStep, compare_steps
+from torchtitan.training.recorded_step import RecordedStep
+from torchtitan.training.step_compare import Comparison, compare_steps
 from torchtitan.training.step_recorder import PHASES
 
 

@@ -23,7 +23,8 @@ from torchtitan.config.exit_codes import DONE, FAILED
 from torchtitan.utils.text import some_of
 
 if TYPE_CHECKING:
-    from torchtitan.training.step_compare import Comparison, Difference, RecordedStep
+    from torchtitan.training.recorded_step import RecordedStep
+    from torchtitan.training.step_compare import Comparison, Difference
 
 _SHOWN = 5
 _WHAT = {
@@ -88,7 +89,7 @@ def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> l
 
 
 def _open(folder: Path) -> "RecordedStep":
-    from torchtitan.training.step_compare import RecordedStep
+    from torchtitan.training.recorded_step import RecordedStep
 
     try:
         return RecordedStep(folder)

@@ -37,7 +37,7 @@ _SHOWN_LINES = 10
 
 @dataclass(frozen=True)
 class Side:
-    """What the user wrote for a side, A or B."""
+    """A side as the user wrote it, A or B."""
 
     name: str
     path: Path
