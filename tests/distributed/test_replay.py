@@ -1,6 +1,7 @@
 """`torchtitan replay` of real runs: the same bits on the same mesh, rounding on another one."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ IN_FLOAT64 = [
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps on two ranks, which has saved steps 4, 8 and 10."""
     folder = tmp_path_factory.mktemp("recorded") / "run"
-    runs.run(folder, *RECORD, *IN_FLOAT64, processes=2)
+    runs.run(folder, *RECORD, *IN_FLOAT64, "--training.max_norm=0.1", processes=2)
     return folder
 
 
@@ -79,6 +80,9 @@ def test_the_same_mesh_gives_the_same_bits(
     ]
     assert lines[1].startswith("loss:") and lines[1].endswith("; equal")
     assert content(whole) == before
+    record = read_records(whole / "record.jsonl")[7]  # of the gradients before clipping
+    norms = (digest.norm for digest in record.gradients.values())
+    assert math.hypot(*norms) == pytest.approx(record.norm, rel=1e-12) and record.norm > 0.1
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "tp=1", "dp_replicate=2,dp_shard=1", "pp=2"])
@@ -132,13 +136,16 @@ def test_a_run_that_was_killed_and_went_on(
 def test_a_step_that_was_only_logged(
     tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By a run whose gradients are gone when they could be recorded."""
     folder = tmp_path / "run"
-    runs.run(folder, "--training.steps=6", "--debug.record=4", "--metrics.log_freq=3")
+    in_backward = ["--optimizer.early_step_in_backward=true", "--training.max_norm=inf"]
+    in_backward.append("--training.global_batch_size=2")
+    runs.run(folder, "--training.steps=6", "--metrics.log_freq=3", *in_backward)
     report = report_of(capsys, folder, 3)
-    assert report["gradients"] is None and report["data"] is None
+    assert report["gradients"] is None and report["data"] is None and report["result"] == "equal"
     assert report["loss"]["difference"] == report["grad_norm"]["difference"] == 0
     assert main(["replay", str(folder), "5"]) == 2
-    assert "which has 4, nor logged" in capsys.readouterr().err
+    assert "which has none, nor logged" in capsys.readouterr().err
 
 
 STATEFUL = (

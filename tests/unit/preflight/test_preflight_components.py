@@ -1,6 +1,7 @@
 """Settings that cannot work together, and folders that cannot be written."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_a_schedule_longer_than_the_run() -> None:
     assert check_static(context(lr_scheduler=longer)) == []
     problems = check_static(context(lr_scheduler={"total_steps": 999}))
     assert "training.steps = 1000" in only(problems, "lr_scheduler.total_steps").problem
+
+
+def test_a_record_of_gradients_that_are_gone() -> None:
+    in_backward = {"early_step_in_backward": True}
+    sections = {"optimizer": in_backward, "training": {"steps": 1000, "max_norm": math.inf}}
+    assert check_static(context(**sections)) == []
+    assert only(check_static(context(**sections, debug={"record": 5})), "debug.record")
 
 
 def test_warmup_and_decay_longer_than_the_run() -> None:
