@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torchtitan.utils.host  # noqa: F401  starts the clock
 from torchtitan import __version__
+from torchtitan.commands.bisect_options import add_bisect_arguments
 from torchtitan.commands.checkpoint_options import (
     add_diff_arguments,
     add_ls_arguments,
@@ -317,6 +318,7 @@ _COMMANDS = {
     "checkpoint": _Command("list, verify, compare or delete steps of a run", _checkpoint),
     "inspect": _Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "status": _Command("show where a run stands", add_status_arguments),
+    "bisect": _Command("find where two ways to train a step differ", add_bisect_arguments, True),
     "replay": _Command("repeat a step of a run and compare", add_replay_arguments, True),
     "list": _Command("list configs, models, datasets, optimizers and more", _list),
     "download": _Command("download files of a model from the hub", add_download_arguments),

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -30,11 +31,12 @@ from torchtitan.models.batch import IGNORE_INDEX, Batch
 from torchtitan.models.registry import MODELS
 from torchtitan.models.spec import InitRule
 from torchtitan.optim.optimizer import build_optimizers
-from torchtitan.parallel.grad_clip import clip_gradients, gradient_norm
+from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.parallel.initialize import local_indices
 from torchtitan.training import builder, model_builder
 from torchtitan.training.frozen_model import with_frozen_model
 from torchtitan.training.reference_pass import PairSet
+from torchtitan.training.step_recorder import StepRecorder, record_backward, record_update
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -230,8 +232,8 @@ def mesh_of(world: DistributedContext, dims: ParallelDims) -> DeviceMesh:
     return dims.build_mesh("cpu")
 
 
-def train(world: DistributedContext, case: Case) -> Result:
-    """Train on the mesh of `case`; collective."""
+def train(world: DistributedContext, case: Case, folder: Path | None = None) -> Result:
+    """Train on the mesh of `case`; collective. `folder`: only one step, recorded there."""
     torch._dynamo.reset()  # what an earlier case has compiled
     config = case.config()
     context = RunContext(config, world.world_size, "cpu")
@@ -255,15 +257,19 @@ def train(world: DistributedContext, case: Case) -> Result:
     optimizers = build_optimizers(
         config.optimizer, model.parts, world.device, model.parameter_names
     )
+    update = builder.build_update(config, model, optimizers, dims)
+    if folder is not None:
+        record_backward(StepRecorder(folder, "backward", dims), model, runner, step=1)
+        record_update(StepRecorder(folder, "update", dims), model, update, steps=1)
     num_targets = int(runner.loss.count(data_of(case)))
     result = Result()
-    for step in range(1, NUM_STEPS + 1):
+    for step in range(1, NUM_STEPS + 1 if folder is None else 2):
         runner.streams.step = step
         loss = runner.forward_backward(batches, num_targets)
-        norm = gradient_norm(model.parameters, dims.ranks_per_stage, model.uncounted)
+        norm = update.gradient_norm()
         clip_gradients(model.parameters, norm, MAX_NORM)
+        update.step(torch.isfinite(norm))
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
         result.losses += [loss.item(), *map(float, runner.terms.values())]
         result.norms.append(norm.item())

@@ -20,6 +20,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.loss import cross_entropy
 from torchtitan.loss.vocab_parallel import VocabShard
 from torchtitan.models.batch import IGNORE_INDEX
+from torchtitan.optim import update
 from torchtitan.parallel import data_parallel, runner
 from torchtitan.parallel.context import ring_attention
 from torchtitan.parallel.context.context_parallel import ContextParallel, ContextParallelMaskBuilder
@@ -85,19 +86,19 @@ def only_the_first_microbatch_is_reduced(patches: Patches) -> None:
 @shows_on(row(shard=2))
 def norm_of_the_own_shard(patches: Patches) -> None:
     """Every rank clips by the norm of what it holds."""
-    patches.put(tiny, "gradient_norm", lambda original, *args: square_sum(*args).sqrt())
+    patches.put(update, "gradient_norm", lambda original, *args: square_sum(*args).sqrt())
 
 
 @shows_on(row(replicate=2))
 def norm_counts_copies(patches: Patches) -> None:
     """The squares of all ranks are added, of copies too."""
-    patches.put(tiny, "gradient_norm", _norm_of_all_ranks)
+    patches.put(update, "gradient_norm", _norm_of_all_ranks)
 
 
 @shows_on(row(tp=2))
 def norm_counts_what_tensor_parallel_ranks_share(patches: Patches) -> None:
     """The same among ranks that share some parameters only."""
-    patches.put(tiny, "gradient_norm", _norm_of_all_ranks)
+    patches.put(update, "gradient_norm", _norm_of_all_ranks)
 
 
 @shows_on(row(shard=2))

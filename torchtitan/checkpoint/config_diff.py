@@ -57,6 +57,7 @@ MAY_DIFFER: dict[str, str] = {
     "debug.deterministic_warn_only": "like debug.deterministic",
     "debug.record": "logging",
     "debug.cpu_allocator": "speed",
+    "debug.record_tensors": "what is written down, not what is trained",
     "debug.threads": "speed",
     "data.on_bad_row": "only rows still to come; a run that met a bad row may continue",
     "data.max_bad_rows": "like data.on_bad_row",

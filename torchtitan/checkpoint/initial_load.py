@@ -189,7 +189,8 @@ class InitialLoad:
             wanted = {name: tensor for name, tensor in wanted.items() if name not in kept}
             ranks = [{n: entry for n, entry in of.items() if n not in kept} for of in ranks]
             self._log_conversions(stored, ranks)
-            stored = _converted(stored, ranks)
+        # A run that goes on keeps its types, but float64 holds every value of the other types.
+        stored = _converted(stored, ranks, _FLOATS if self._model_only else ("float64",))
         differences = tensor_differences(stored, ranks)
         if differences:
             raise CheckpointError(f"{folder.path} does not fit the model: {differences}")
@@ -350,13 +351,15 @@ def _change(model: Mapping[str, torch.Tensor], handler: ChangesWeights) -> None:
 
 
 def _converted(
-    stored: Mapping[str, dict[str, Any]], ranks: list[dict[str, dict[str, Any]]]
+    stored: Mapping[str, dict[str, Any]],
+    ranks: list[dict[str, dict[str, Any]]],
+    types: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Return `stored` with the floating point types of the ranks."""
+    """Return `stored` with the floating point types of the ranks, where these are in `types`."""
     wanted = {name: entry["dtype"] for tensors in ranks for name, entry in tensors.items()}
     return {
         name: entry | {"dtype": wanted[name]}
-        if entry["dtype"] in _FLOATS and wanted.get(name) in _FLOATS
+        if entry["dtype"] in _FLOATS and wanted.get(name) in types
         else entry
         for name, entry in stored.items()
     }

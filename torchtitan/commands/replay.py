@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(ConfigIssue("WORLD_SIZE", text, "run it without a launcher", local=True))
     before = known_of(run, step)
     settings = [f"--job.device={options.device}"] if options.device else []
-    with _folder(options.keep) as folder:
+    with new_folder(options.keep) as folder:
         prepared = prepare(run, step, folder, options.mesh, [*settings, *options.settings])
         before.require()
-        _check(prepared)
+        check(prepared)
         code = launch(prepared)
         now = known_of(folder, step)
         if code not in (DONE, NON_FINITE) or (now.record is None and not now.failure):
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if report["result"] == "different" else DONE
 
 
-def _check(prepared: Prepared) -> None:
+def check(prepared: Prepared) -> None:
     """Raise ConfigError for settings that do not fit the mesh, before a launcher is started."""
     if problems := import_custom_modules(prepared.config, quiet=True):
         raise ConfigError(problems)
@@ -57,10 +57,10 @@ def _check(prepared: Prepared) -> None:
 
 
 @contextmanager
-def _folder(kept: str | None) -> Iterator[Path]:
+def new_folder(kept: str | None) -> Iterator[Path]:
     """Yield a new folder, which stays if it is to be `kept` there."""
     if kept is None:
-        path = Path(tempfile.mkdtemp(prefix="torchtitan-replay-"))
+        path = Path(tempfile.mkdtemp(prefix="torchtitan-"))
         try:
             yield path
         finally:

@@ -21,7 +21,7 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        type=_mesh,
+        type=mesh_degrees,
         help="degrees of pp, dp_replicate, dp_shard, cp and tp; those left out are 1 (default: the"
         " run's mesh). As many processes are started on this machine",
     )
@@ -36,6 +36,7 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _mesh(text: str) -> dict[str, int]:
+def mesh_degrees(text: str) -> dict[str, int]:
+    """Read `AXIS=N,...`."""
     pairs = [part.partition("=") for part in text.split(",")]
     return {axis.strip(): positive(degree) for axis, _, degree in pairs}

@@ -877,6 +877,10 @@ class Debug(Section):
     deterministic_warn_only: bool = False
     """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
 
+    record_tensors: PathText | None = None
+    """Folder for every tensor of the last step, number `training.steps`, in full: what modules
+    return, gradients, parameters. `torchtitan bisect` compares two of them."""
+
     record: NonNegativeInt = 0
     """Steps between two records of the loss, the gradient norm and a digest of every gradient, with
     which `torchtitan replay RUN STEP` compares. 0: none."""

@@ -105,7 +105,7 @@ class RunnerBase:
     def _prepare(self, batch: Batch) -> Batch:
         """Return this rank's share of the batch on the device."""
         batch = batch.to(self.device, non_blocking=True)
-        if self.streams.needs_token_index:
+        if self.streams.needs_token_index and TOKEN_INDEX not in batch:
             tokens = batch["tokens"]
             numbers = torch.arange(tokens.size(1), device=tokens.device)
             batch = Batch({**batch, TOKEN_INDEX: numbers.expand_as(tokens)})

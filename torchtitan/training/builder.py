@@ -47,6 +47,7 @@ from torchtitan.parallel.runner import Loss, Runner, SPMDRunner
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
+from torchtitan.training.step_recorder import StepRecorder, record_update
 from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.environment import read_wandb
@@ -81,9 +82,10 @@ def build_update(
     manager: CheckpointManager | None = None,
 ) -> Update:
     """Build what steps the parameters. `manager` may still be copying them before a step."""
+    update: Update
     if config.optimizer.early_step_in_backward:
         wait_for_staging = manager.wait_for_staging if manager is not None else lambda: None
-        return OptimizerInBackward(
+        update = OptimizerInBackward(
             optimizers,
             dims.ranks_per_stage,
             wait_for_staging,
@@ -91,7 +93,12 @@ def build_update(
             late=[copy for weight in model.tied for copy in weight.parameters],
             uncounted=model.uncounted,
         )
-    return AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
+    else:
+        update = AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
+    if config.debug.record_tensors is not None and manager is not None:
+        recorder = StepRecorder(config.debug.record_tensors, "update", dims)
+        record_update(recorder, model, update, config.training.steps - manager.state.step)
+    return update
 
 
 def build_runner(

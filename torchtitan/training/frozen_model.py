@@ -40,6 +40,7 @@ from torchtitan.training.reference_pass import (
     reference_facts,
     sets_of_run,
 )
+from torchtitan.training.step_recorder import StepRecorder, record_backward
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.processes import StopRequest
 from torchtitan.weights.description import describe_model
@@ -131,7 +132,11 @@ def build_runner(
     def sets() -> list[PairSet]:
         return sets_of_run(context, dims, world, tokenizer, runner.loss, stop)
 
-    return with_frozen_model(config, runner, model, size, mesh, dims, world, known, sets)
+    runner, digest = with_frozen_model(config, runner, model, size, mesh, dims, world, known, sets)
+    if config.debug.record_tensors is not None:
+        recorder = StepRecorder(config.debug.record_tensors, "backward", dims)
+        record_backward(recorder, model, runner, config.training.steps)
+    return runner, digest
 
 
 def with_frozen_model(

@@ -7,14 +7,11 @@ its outputs in the forward and the gradients of its inputs in the backward, with
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
 from torchtitan.config import NonFiniteError
 from torchtitan.distributed.context import DistributedContext
@@ -23,6 +20,7 @@ from torchtitan.models.batch import Batch
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Runner
 from torchtitan.training.model_builder import BuiltModel
+from torchtitan.training.module_watch import Direction, ModuleUse, ModuleWatch
 from torchtitan.utils.text import some_of
 
 logger = logging.getLogger(__name__)
@@ -69,9 +67,13 @@ def find_origin(
     `keep_gradients`, which takes their memory once more and is for a run that goes on: it raises
     NonFiniteError if the pass fails. `decode` turns tokens into text.
     """
-    watch = _Watch(world.rank, runner.streams, batch, decode)
+    found = _FirstNonFinite(world.rank, runner.streams, batch, decode)
+    watch = ModuleWatch(runner.streams, found.report)
     try:
-        with watch.modules(model.parts), _undone(model, runner, keep_gradients):
+        with (
+            watch.modules(model.parts, runs_compiled=False),
+            _undone(model, runner, keep_gradients),
+        ):
             runner.streams.step = batch.step
             loss = runner.forward_backward(batch.microbatches, batch.num_targets)
             gradients = {
@@ -88,7 +90,7 @@ def find_origin(
             raise NonFiniteError(f"{text} a second pass failed: {error!r}") from error
         return ""  # the error to report is the step's
     stages = list(model.args.modules())
-    for direction, own in watch.first.items():
+    for direction, own in found.first.items():
         events = [
             _Event(**event) for event in world.gather_json(own and asdict(own)) if event is not None
         ]
@@ -141,8 +143,8 @@ def _undone(model: BuiltModel, runner: Runner, keep_gradients: bool) -> Iterator
         runner.streams.end_microbatches()
 
 
-class _Watch:
-    """Hooks that keep the first value of this rank that is not finite, in each direction."""
+class _FirstNonFinite:
+    """The first value of this rank that is not finite, in each direction."""
 
     def __init__(
         self,
@@ -154,91 +156,21 @@ class _Watch:
         self.first: dict[str, _Event | None] = {"forward": None, "backward": None}
         self._rank, self._streams, self._decode = rank, streams, decode
         self._tokens = [row for batch in batch.microbatches for row in batch["tokens"]]
-        self._order = 0
-        self._size = 0
 
-    @contextmanager
-    def modules(self, parts: Sequence[nn.Module]) -> Iterator[None]:
-        """Watch the modules of `parts` within the context."""
-        with ExitStack() as hooks:
-            for part in parts:
-                handle = part.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-                hooks.callback(handle.remove)
-                for name, module in part.named_modules():
-                    before = partial(self._before, name or "the model")
-                    after = partial(self._after, name or "the model")
-                    for handle in (
-                        module.register_forward_pre_hook(before, with_kwargs=True),
-                        module.register_forward_hook(after),
-                    ):
-                        hooks.callback(handle.remove)
-            yield
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _is_recomputation():
-            self._order = 0
-            self._size = len(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
-
-    def _before(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        self._order += not _is_recomputation()
-        report = partial(self._report, "backward", name, self._order, self._streams.first_sequence)
-
-        def watched(value: Any) -> Any:
-            is_watched = isinstance(value, Tensor) and value.requires_grad
-            return _WatchedGradient.apply(value, report) if is_watched else value
-
-        watched_args, watched_kwargs = tree_map(watched, (args, kwargs))
-        return watched_args, watched_kwargs
-
-    def _after(self, name: str, module: nn.Module, args: object, output: Any) -> None:
-        if not _is_recomputation():
-            for value in tree_leaves(output):
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    first = self._streams.first_sequence
-                    is_mask = not value.requires_grad
-                    self._report("forward", name, self._order, first, value, is_mask)
-
-    def _report(
-        self,
-        direction: str,
-        name: str,
-        order: int,
-        first: int,
-        value: Tensor,
-        is_mask: bool = False,
-    ) -> None:
-        """Keep `value` if it is the first one that is not finite; `is_mask` allows -inf."""
+    def report(self, direction: Direction, use: ModuleUse, number: int, value: Tensor) -> None:
+        """Keep `value` if it is the first one that is not finite; a mask may hold -inf."""
         if self.first[direction] is not None:
             return
         is_finite = value.detach().isfinite()
-        if is_mask:
+        if direction == "forward" and not value.requires_grad:
             is_finite |= value.isneginf()
         if is_finite.all():
             return
         sequence, text = None, ""
-        if value.dim() > 2 and len(value) == self._size:
-            row = first + int(is_finite.flatten(1).all(1).logical_not().nonzero()[0])
+        if value.dim() > 2 and len(value) == use.num_sequences:
+            row = use.first_sequence + int(is_finite.flatten(1).all(1).logical_not().nonzero()[0])
             sequence = self._streams.sequence_number(row)
             text = self._decode(self._tokens[row][:_SHOWN_TOKENS].tolist())[:_SHOWN_CHARACTERS]
-        self.first[direction] = _Event(name, self._rank, first, order, sequence, text)
-
-
-class _WatchedGradient(torch.autograd.Function):
-    """The identity, which shows the gradient that comes back along one use of a tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, report: Callable[[Tensor], None]) -> Tensor:
-        ctx.report = report
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.report(gradient)
-        return gradient, None
-
-
-def _is_recomputation() -> bool:
-    """Return True within activation checkpointing's second forward."""
-    return torch._C._current_graph_task_id() != -1
+        self.first[direction] = _Event(
+            use.name, self._rank, use.first_sequence, use.order, sequence, text
+        )

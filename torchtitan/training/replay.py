@@ -90,7 +90,7 @@ def prepare(
     config = _with_start(config, run, checkpoint)
     if mesh is None:
         mesh = _mesh_of(checkpoint or stored.newest) if recorded is None else recorded.start["mesh"]
-    config = _quiet(_on_mesh(config, mesh or degrees_of(config)), step)
+    config = quiet(on_mesh(config, mesh or degrees_of(config)), step)
     file.write_text(config_toml_text(config), encoding="utf-8")
     config = load_config([str(file), *settings]).config
     config = changed_config(config, job={"dump_folder": str(folder)})
@@ -103,17 +103,21 @@ def launch(prepared: Prepared) -> int:
 
     torchrun turns every failure into 1, so it is the one in the status of the folder.
     """
-    words = [sys.executable]
-    if prepared.world_size > 1:
-        words += ["-m", "torch.distributed.run", f"--nproc_per_node={prepared.world_size}"]
-        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += ["-m", "torchtitan.train", f"--job.config_file={prepared.file}"]
-    code = run_words(words)
+    code = run_words(words_of(prepared))
     try:
         status = json.loads((prepared.file.parent / STATUS_NAME).read_text(encoding="utf-8"))
         return int(status["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
         return code or FAILED
+
+
+def words_of(prepared: Prepared, python: str = sys.executable) -> list[str]:
+    """Return the command line that runs it."""
+    words = [python]
+    if prepared.world_size > 1:
+        words += ["-m", "torch.distributed.run", f"--nproc_per_node={prepared.world_size}"]
+        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [*words, "-m", "torchtitan.train", f"--job.config_file={prepared.file}"]
 
 
 def run_words(words: Sequence[str]) -> int:
@@ -164,7 +168,7 @@ def _with_start(config: JobConfig, run: Path, checkpoint: Manifest | None) -> Jo
     return changed_config(config, checkpoint=keys, model=model)
 
 
-def _on_mesh(config: JobConfig, mesh: Mapping[str, int]) -> JobConfig:
+def on_mesh(config: JobConfig, mesh: Mapping[str, int]) -> JobConfig:
     """Return the config on a mesh, with microbatches that divide a rank's share of a step."""
     before, degrees = degrees_of(config), {axis: mesh.get(axis, 1) for axis in DEGREES}
     section = {key: degrees[axis] for axis, key in DEGREES.items()}
@@ -182,7 +186,7 @@ def _is_of_pipelines(name: str) -> bool:
     return name.startswith("pipeline_parallel") or name == "module_fqns_per_model_part"
 
 
-def _quiet(config: JobConfig, step: int) -> JobConfig:
+def quiet(config: JobConfig, step: int) -> JobConfig:
     """Return a config that ends with `step` on the same schedule, and only trains and logs."""
     steps, every = config.lr_scheduler.length(config.training.steps), config.debug.record
     config = changed_config(
