@@ -163,6 +163,7 @@ def upload_step(remote: RemoteFolder, step: Path, manifest: Manifest) -> bool:
         name in files and files[name].size == record.size for name, record in manifest.files.items()
     )
     if is_whole and remote.read(f"{place}/{MANIFEST_NAME}") == content:
+        remote.delete([f"{place}/{_UPLOADING_NAME}"] * (_UPLOADING_NAME in files))
         return False
     if MANIFEST_NAME in files or remote.read(f"{place}/{_UPLOADING_NAME}") != content:
         _delete_step(remote, manifest.step, remote.files())
