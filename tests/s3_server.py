@@ -4,9 +4,12 @@ import logging
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import fsspec
+import pytest
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -97,6 +100,20 @@ class S3Server:
             if fault >= 0.75:
                 _lose_connection(environ)
             return answer
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Run a server with an empty bucket, which clients of this process and its children find."""
+    clients = fsspec.get_filesystem_class("s3")
+    with pytest.MonkeyPatch.context() as patch, S3Server() as server:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        s3_backends.reset()
+        clients.clear_instance_cache()
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        yield server
+        clients.clear_instance_cache()
 
 
 def _lose_connection(environ: dict[str, Any]) -> None:

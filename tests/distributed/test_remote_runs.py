@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import runs
 from tests.forked import ForkedRun, execute
-from tests.s3_server import BUCKET, S3Server
+from tests.s3_server import BUCKET, S3Server, s3_server
 from torchtitan.checkpoint.remote import remote_steps
 
 _PACED = """
@@ -42,15 +42,9 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with pytest.MonkeyPatch.context() as patch, S3Server() as server:
-        variables = server.environment
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch, s3_server() as server:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        fsspec.filesystem("s3").mkdir(BUCKET)
         yield server
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.s3_server import BUCKET, S3Server
+from tests.s3_server import BUCKET, S3Server, s3_server
 from torchtitan.checkpoint import remote as uploads
 from torchtitan.checkpoint.manifest import (
     FileRecord,
@@ -38,13 +38,8 @@ FILES = {".metadata": 300, "__0_0.distcp": 5000, "__1_0.distcp": 7000, "__2_0.di
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    with pytest.MonkeyPatch.context() as patch, S3Server() as server:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        fsspec.filesystem("s3").mkdir(BUCKET)
+    with s3_server() as server:
         yield server
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture
