@@ -168,6 +168,7 @@ def test_data(server: S3Server, tmp_path: Path) -> None:
 
 def test_export(server: S3Server, stored: str, uninterrupted: Path, tmp_path: Path) -> None:
     """File by file what a local export of the same step is; the config comes last."""
+    assert "step-10" in command("inspect", "--headers", f"{stored}/checkpoint/step-10")
     out = f"s3://{BUCKET}/exports/model"
     server.requests.clear()
     said = command("export", f"{stored}/checkpoint/step-10", out)

@@ -7,6 +7,7 @@ from some point on, or holds damaged objects.
 import hashlib
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from torchtitan.checkpoint.manifest import (
 from torchtitan.checkpoint.remote import Uploads, remote_steps, upload_step
 from torchtitan.checkpoint.remote_start import fetch_run
 from torchtitan.checkpoint.steps_folder import committed_steps
+from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
+from torchtitan.distributed.context import DistributedContext
 from torchtitan.preflight import remote as remote_checks
 from torchtitan.utils import remote
 from torchtitan.utils.remote import RemoteError, RemoteFolder
@@ -185,6 +188,35 @@ def test_failure_is_reported_and_the_next_start_uploads(
     server.good_again()
     assert upload_run(url, tmp_path / "run") == ""
     assert whole_steps(server, url, tmp_path) == [5]
+
+
+def test_step_that_is_being_uploaded_is_not_deleted_here(
+    server: S3Server, url: str, tmp_path: Path, one_process: DistributedContext
+) -> None:
+    """Even where retention would: a slow upload must come to its end."""
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def hold(method: str, path: str) -> None:
+        if method == "PUT" and "step-1/__0_0" in path:
+            arrived.set()
+            assert go_on.wait(60)
+
+    server.after = hold
+    section = Checkpoint(enable=True, remote_folder=url, keep_latest_k=2)
+    make_step(tmp_path / "run", 1)
+    running = Uploads(section, tmp_path / "run", RUN_ID)
+    running.step_saved()
+    assert arrived.wait(60)
+    for step in (2, 3, 4):
+        make_step(tmp_path / "run", step)
+    folder = tmp_path / "run" / "checkpoint"
+    info = {"run_id": RUN_ID}
+    store = CheckpointStore(section, folder, one_process, info, uploading=lambda: running.uploading)
+    store._delete_old(4)
+    assert committed_steps(folder, RUN_ID) == [1, 3, 4]
+    go_on.set()
+    assert running.finish() == ""
+    assert whole_steps(server, url, tmp_path) == [1, 4]
 
 
 def test_another_run_is_left_alone(server: S3Server, url: str, tmp_path: Path) -> None:
