@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -30,7 +31,6 @@ from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Checkpoint
-from torchtitan.distributed.context import DistributedContext
 from torchtitan.preflight import remote as remote_checks
 from torchtitan.utils import remote
 from torchtitan.utils.remote import RemoteError, RemoteFolder
@@ -191,7 +191,7 @@ def test_failure_is_reported_and_the_next_start_uploads(
 
 
 def test_step_that_is_being_uploaded_is_not_deleted_here(
-    server: S3Server, url: str, tmp_path: Path, one_process: DistributedContext
+    server: S3Server, url: str, tmp_path: Path
 ) -> None:
     """Even where retention would: a slow upload must come to its end."""
     arrived, go_on = threading.Event(), threading.Event()
@@ -210,9 +210,9 @@ def test_step_that_is_being_uploaded_is_not_deleted_here(
     for step in (2, 3, 4):
         make_step(tmp_path / "run", step)
     folder = tmp_path / "run" / "checkpoint"
-    info = {"run_id": RUN_ID}
-    store = CheckpointStore(section, folder, one_process, info, uploading=lambda: running.uploading)
-    store._delete_old(4)
+    store = SimpleNamespace(section=section, folder=folder, run_id=RUN_ID, protected_step=-1)
+    store.on_site, store._uploading = lambda site, step: None, lambda: running.uploading
+    CheckpointStore._delete_old(store, 4)  # type: ignore[arg-type]
     assert committed_steps(folder, RUN_ID) == [1, 3, 4]
     go_on.set()
     assert running.finish() == ""
