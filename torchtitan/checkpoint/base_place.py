@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
-from torchtitan.weights.hub import is_hub_path
+from torchtitan.utils.remote import is_remote
 
 _OPTION = "--base"
 
@@ -26,7 +26,7 @@ def moved_base(given: str | None) -> MovedBase:
     if given is None:
         return MovedBase(_OPTION)
     path = expand_path(given)
-    if not is_hub_path(path) and not Path(path).exists():
+    if not is_remote(path) and not Path(path).exists():
         fix = "name the base model's folder or file"
         raise ConfigError(ConfigIssue(_OPTION, "does not exist", fix, given))
     return MovedBase(_OPTION, path)
@@ -38,8 +38,8 @@ def place_of_base(recorded: Mapping[str, str], moved: MovedBase) -> str | None:
     Content decides whether it is the right one, so what is here goes before a download.
     """
     places = [place for place in (moved.path, recorded["path"]) if place is not None]
-    here = [place for place in places if not is_hub_path(place) and Path(place).exists()]
-    remote = [p for p in (recorded.get("hub"), moved.path) if p is not None and is_hub_path(p)]
+    here = [place for place in places if not is_remote(place) and Path(place).exists()]
+    remote = [p for p in (recorded.get("hub"), moved.path) if p is not None and is_remote(p)]
     return next(iter([*here, *remote]), None)
 
 

@@ -27,7 +27,7 @@ from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext, default_lanes
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.suggest import did_you_mean
-from torchtitan.weights.hub import is_hub_path
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.recognise import kind_of
 
 _KEY = "checkpoint.initial_load_path"
@@ -79,7 +79,7 @@ def initial_start(context: RunContext) -> InitialStart:
     batch, lanes = context.global_batch_size, context.num_lanes
     if not section.enable or section.initial_load_path is None:
         return InitialStart(0, batch, lanes)
-    if is_hub_path(section.initial_load_path):  # a check that downloads no weights
+    if is_remote(section.initial_load_path):  # a check that downloads no weights
         notice = f"The weights will be downloaded from {section.initial_load_path}."
         return InitialStart(0, batch, lanes, (notice,))
     path = initial_path(section)

@@ -35,9 +35,10 @@ from torchtitan.checkpoint.model_folder import ModelFolder, read_model_folder
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.weights.hub import download_once, hub_path_of, is_hub_path
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
+from torchtitan.weights.remote import download_once, place_of
 from torchtitan.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class InitialLoad:
         elif self._digest is None:
             self._digest = digest_of_files(self._world, self._what, self._folder.files)
         record = {"path": str(self._folder.path), "digest": self._digest}
-        hub_path = hub_path_of(self._folder.path)
+        hub_path = place_of(self._folder.path)
         return record if hub_path is None else record | {"hub": hub_path}
 
     def holds_any(self, names: Collection[str]) -> bool:
@@ -295,7 +296,7 @@ def open_base(
     place = run_on_rank0(world, what, lambda: place_of_base(recorded, moved))
     if place is None:
         raise missing_base(recorded, moved)
-    if is_hub_path(place):
+    if is_remote(place):
         what = f"the base model {place} cannot be downloaded"
         place = str(run_on_all_ranks(world, what, partial(download_once, place)))
     update = {"initial_load_path": place, "initial_load_model_only": True}

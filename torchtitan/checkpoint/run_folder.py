@@ -28,6 +28,7 @@ from torchtitan.checkpoint.decision import (
 )
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
+from torchtitan.checkpoint.remote import Uploads
 from torchtitan.checkpoint.stored_run import (
     CONFIG_NAME,
     HF_NAME,
@@ -70,6 +71,8 @@ class RunFolder:
         self._decision = decision
         self._lock = lock
         self._has_begun = False
+        self.uploads: Uploads | None = None
+        """Of `checkpoint.remote_folder`, on rank 0."""
 
     @classmethod
     def open(
@@ -147,6 +150,18 @@ class RunFolder:
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
         copy_tokenizer(self.config.model.tokenizer_path, self.path / TOKENIZER_NAME)
+        self.start_uploads()
+
+    def start_uploads(self) -> None:
+        """Upload steps from now on if there is a remote folder; `step_saved` says when. Rank 0."""
+        section = self.config.checkpoint
+        if section.remote_folder is not None and section.enable and not section.load_only:
+            self.uploads = Uploads(section, self.path, self.decision.run_id)
+
+    def step_saved(self) -> None:
+        """Let the newest step be uploaded, if this process uploads."""
+        if self.uploads is not None:
+            self.uploads.step_saved()
 
     def keeps_status(self, error: BaseException) -> bool:
         """Return whether a start that ends with `error` leaves the stored status unchanged.

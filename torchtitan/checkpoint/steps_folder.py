@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,20 +174,22 @@ def move_aside(folder: Path, step: int, prefix: str) -> Path:
     return target
 
 
-def steps_to_delete(steps: list[int], current: int, keep_latest: int, protected: int) -> list[int]:
+def steps_to_delete(
+    steps: list[int], current: int, keep_latest: int, protected: Collection[int]
+) -> list[int]:
     """Return the steps that retention removes after `current` was committed.
 
-    The newest `keep_latest` steps up to `current` stay (0: all), and so does `protected`, the step
-    that the run resumed from. Steps after `current` are neither counted nor removed.
+    The newest `keep_latest` steps up to `current` stay (0: all), and so do `protected` ones. Steps
+    after `current` are neither counted nor removed.
     """
     if keep_latest == 0:
         return []
     past = sorted(step for step in steps if step <= current)
-    return [step for step in past[:-keep_latest] if step not in (protected, current)]
+    return [step for step in past[:-keep_latest] if step not in (*protected, current)]
 
 
 def delete_old_steps(
-    folder: Path, run_id: str, current: int, keep_latest: int, protected: int
+    folder: Path, run_id: str, current: int, keep_latest: int, protected: Collection[int]
 ) -> list[int]:
     """Apply `steps_to_delete` to the committed steps of this run; return the removed ones."""
     steps = committed_steps(folder, run_id)

@@ -91,7 +91,8 @@ class CheckpointStore:
     `run_info` holds `run_id` and what else a manifest keeps (config, mesh, versions), as JSON
     values. `save_timeout_seconds` bounds how long ranks wait for each other in an async save.
     `on_site(name, step)` is called between the phases of a save; tests kill processes there.
-    `on_saved` gets the seconds that a save took. The caller holds the lock of the run folder.
+    `on_saved` gets the seconds that a save took; `uploading` returns a step that is being copied,
+    which retention leaves alone. The caller holds the lock of the run folder.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class CheckpointStore:
         on_site: Callable[[str, int], None] = lambda site, step: None,
         save_timeout_seconds: int = 300,
         on_saved: Callable[[float], None] = lambda seconds: None,
+        uploading: Callable[[], int] = lambda: -1,
     ):
         self.section = section
         self.folder = Path(folder)
         self.world = world
         self.run_id = str(run_info["run_id"])
         self.on_site = on_site
-        self._on_saved = on_saved
+        self._on_saved, self._uploading = on_saved, uploading
         self.saved_step = -1
         """The last step that this process knows to be committed."""
         self.protected_step = -1
@@ -287,8 +289,8 @@ class CheckpointStore:
     def _delete_old(self, step: int) -> None:
         self.on_site("purge.begin", step)
         try:
-            keep = self.section.keep_latest_k
-            delete_old_steps(self.folder, self.run_id, step, keep, self.protected_step)
+            keep, protected = self.section.keep_latest_k, (self.protected_step, self._uploading())
+            delete_old_steps(self.folder, self.run_id, step, keep, protected)
         except OSError as error:
             logger.warning("Old checkpoints could not be deleted: %s", error)
 

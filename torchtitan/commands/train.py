@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torchtitan import preflight
 from torchtitan.checkpoint.decision import with_stored_batch
+from torchtitan.checkpoint.remote_start import fetch_run
 from torchtitan.commands import config as config_command
 from torchtitan.config import JobConfig
 from torchtitan.config.custom_import import import_custom_modules
@@ -51,6 +52,8 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
     if problems:
         raise ConfigError(problems)
+    for notice in fetch_run(loaded.config):
+        print(f"notice: {notice}", file=sys.stderr)
     loaded = _with_pretrained(loaded)
     device: str = loaded.config.job.device
     if device == "auto":
@@ -154,10 +157,13 @@ def describe_data(context: RunContext) -> list[str]:
     from torchtitan.data.named_sources import describe_source, named_sources, validation_sets
     from torchtitan.data.registry import build_source
     from torchtitan.data.tokenizers import build_tokenizer
+    from torchtitan.preflight.data_files import is_left_out
 
     config = context.config
     lines, said = list[str](), list[str]()
     for named in [*named_sources(config.training, config.data), *validation_sets(config)]:
+        if is_left_out(named, context.full):
+            continue
         with suppress(ConfigError, DataError):
             lines.append(describe_source(named, build_source(named.training, named.data)))
         with suppress(ConfigError):

@@ -603,6 +603,12 @@ class Checkpoint(Section):
     interval: PositiveInt = 500
     """Steps between two checkpoints."""
 
+    remote_folder: PathText | None = None
+    """Folder in an object store, such as `s3://bucket/runs/mine`, for a copy of the run. Steps are
+    uploaded while training goes on, and `keep_latest_k` counts there, too. A start whose
+    `job.dump_folder` lacks the newest step downloads it. Of one run; needs `s3fs`, `gcsfs` or
+    `adlfs`."""
+
     keep_latest_k: NonNegativeInt = 10
     """Checkpoints to keep, at least 2; 0 keeps all."""
 

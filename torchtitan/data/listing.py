@@ -139,9 +139,6 @@ def _globbed(
             left_out[IRREGULAR][os.path.basename(name)] += 1
     if found:
         return found
-    if "://" in path:
-        fix = 'mount that storage or copy the files; a dataset of the hub is named "hf:owner/name"'
-        raise _error(path, "is a URI, and files are read from file systems only", fix)
     where = os.path.abspath(expanded)
     if glob.has_magic(expanded):
         raise _error(path, f"no file matches {where}", "correct the glob", missing_asset=True)

@@ -8,7 +8,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torchtitan.config.registry import Registry, calling_module
 from torchtitan.config.schema import Data, Training
 from torchtitan.config.suggest import fix_of_registered
 from torchtitan.data.c4 import c4, c4_test, c4_validation
+from torchtitan.utils.remote import RemoteError, is_remote, local_copy
 
 if TYPE_CHECKING:
     from torchtitan.data.sources import Source
@@ -102,8 +103,27 @@ def build_source(training: Training, data: Data) -> "Source":
         raise ConfigError(missing_path(training.dataset))
     from torchtitan.data.sources_torch import as_source
 
+    training = _with_local_path(training)
     make = partial(entry.factory, training, data)
     return as_source(make, training.dataset, data.text_column, data.max_document_bytes)
+
+
+def _with_local_path(training: Training) -> Training:
+    """Return the section with the copy on this machine of files in an object store.
+
+    Lanes jump in files, and rows are located again after a resume: a copy gives both exactly, at
+    the price of the disk. Raises ConfigError.
+    """
+    path = training.dataset_path
+    if path is None or not is_remote(path):
+        return training
+    try:
+        copy = local_copy(path)
+    except RemoteError as error:
+        fix = "check the path, the credentials and the network"
+        issue = ConfigIssue("training.dataset_path", str(error), fix, path)
+        raise ConfigError(replace(issue, missing_asset=error.missing)) from error
+    return training.model_copy(update={"dataset_path": str(copy)})
 
 
 def unknown_dataset(name: str) -> ConfigIssue:

@@ -30,6 +30,7 @@ from torchtitan.preflight import (
     outputs,
     pipeline_parallel,
     pretrained,
+    remote,
     sharding,
     tensor_parallel,
     validation,
@@ -61,12 +62,13 @@ STATIC = (
     outputs,
     handlers,
     checkpoint,
+    remote,
 )
 """Modules with `check_static`, in the order of their issues."""
 ENVIRONMENT = {
     FILES: (pipeline_parallel, data, validation, evaluation, optim, frozen_model, outputs),
     HARDWARE: (hardware, handlers),
-    CHECKPOINTS: (checkpoint, pretrained),
+    CHECKPOINTS: (checkpoint, remote, pretrained),
 }
 """Modules with `check_environment`, by phase."""
 

@@ -25,8 +25,8 @@ from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.registry import get_family, model_args
 from torchtitan.preflight.folders import check_name, check_writable
 from torchtitan.preflight.model import UNKNOWN_VOCAB_SIZE
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.hf_config import to_hf_config
-from torchtitan.weights.hub import is_hub_path
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     """Check the section alone and against other sections; touch no file."""
     config, section = context.config, context.config.checkpoint
     issues = _path_problems("job.dump_folder", config.job.dump_folder)
-    if section.initial_load_path is not None and not is_hub_path(section.initial_load_path):
+    if section.initial_load_path is not None and not is_remote(section.initial_load_path):
         issues += _path_problems("checkpoint.initial_load_path", section.initial_load_path)
     issues += check_name("checkpoint.folder", section.folder)
     if section.keep_latest_k == 1:
@@ -71,7 +71,7 @@ def _path_problems(key: str, path: str) -> list[ConfigIssue]:
         return [ConfigIssue(key, "is not a path", "give the path of a folder", path)]
     if _URI.match(path):
         text = "is a URI, but runs are only read from and written to file systems"
-        fix = "mount that storage, and give the path of a folder in it"
+        fix = "give a folder of a file system; checkpoint.remote_folder is for object stores"
         return [ConfigIssue(key, text, fix, path)]
     return []
 
@@ -119,7 +119,7 @@ def check_model(context: RunContext, model: "nn.Module") -> list[ConfigIssue]:
     config, section = context.config, context.config.checkpoint
     if not section.enable or section.initial_load_path is None:
         return []
-    if is_hub_path(section.initial_load_path):
+    if is_remote(section.initial_load_path):
         return []  # it has not been downloaded for this check
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":

@@ -17,6 +17,7 @@ from torchtitan.data.named_sources import NamedSource
 from torchtitan.data.pieces import Shard, too_few_shards
 from torchtitan.data.registry import build_source
 from torchtitan.preflight.chat import open_encoder
+from torchtitan.utils.remote import RemoteError, RemoteFolder, is_remote
 
 if TYPE_CHECKING:
     from torchtitan.data.files import FileSource
@@ -50,6 +51,9 @@ def check_files(
         config = context.config.model_copy(update={"training": named.training, "data": data})
         own = replace(context, config=config)
         found: list[ConfigIssue] = []
+        if is_left_out(named, context.full):
+            issues += map(named.under_own_key, _check_listing(named.training.dataset_path or ""))
+            continue
         try:
             source = build_source(named.training, data)
             found += _source_problems(own, source)
@@ -63,6 +67,21 @@ def check_files(
             found.append(ConfigIssue(_key(own), str(error), "correct or replace the file"))
         issues += [named.under_own_key(problem) for problem in found]
     return issues
+
+
+def is_left_out(named: NamedSource, full: bool) -> bool:
+    """Return whether a check leaves data alone that only the machine which trains downloads."""
+    return not full and is_remote(named.training.dataset_path or "")
+
+
+def _check_listing(url: str) -> list[ConfigIssue]:
+    """Check that an object store has files there."""
+    key, fix = "training.dataset_path", "check the path, the credentials and the network"
+    try:
+        problem = "" if RemoteFolder(url).files() else "no file is there"
+    except RemoteError as error:
+        problem = str(error)
+    return [replace(ConfigIssue(key, problem, fix, url), missing_asset=True)] if problem else []
 
 
 def _lightly(data: Data) -> Data:

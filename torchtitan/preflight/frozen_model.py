@@ -19,7 +19,7 @@ from torchtitan.loss.registry import (
 )
 from torchtitan.models.registry import get_family
 from torchtitan.preflight.folders import check_writable
-from torchtitan.weights.hub import is_hub_path
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.recognise import kind_of
 
 _PAIRS = "preference"
@@ -50,7 +50,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
         return check_writable("loss.args.reference_cache", Path(cache), cache)
     if not isinstance(settings, DistillationSettings) or settings.teacher_path is None:
         return []
-    if is_hub_path(settings.teacher_path) or not Path(settings.teacher_path).exists():
+    if is_remote(settings.teacher_path) or not Path(settings.teacher_path).exists():
         return []  # compared when it has been downloaded
     return list(_teacher(context, settings, Path(settings.teacher_path)))
 
@@ -94,7 +94,7 @@ def _reference(context: RunContext, settings: DPOSettings) -> Iterator[ConfigIss
 
 def _weights(key: str, path: str | None) -> Iterator[ConfigIssue]:
     """Check that a path holds weights."""
-    if path is None or is_hub_path(path) or kind_of(Path(path)) is not None:
+    if path is None or is_remote(path) or kind_of(Path(path)) is not None:
         return
     exists = Path(path).exists()
     problem = "is no checkpoint" if exists else "does not exist"

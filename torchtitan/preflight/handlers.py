@@ -19,7 +19,7 @@ from torchtitan.config.suggest import issues_of_names
 from torchtitan.handlers.registry import HANDLERS, HandlerEntry, handler_settings
 from torchtitan.handlers.settings import LoraSettings
 from torchtitan.loss.registry import DPOSettings, loss_settings
-from torchtitan.weights.hub import is_hub_path
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.recognise import kind_of
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _config_of_start(config: JobConfig) -> Mapping[str, Any] | None:
         if run.good and not starts_anew(config) and not _has_frozen_start(config):
             return None
         path = section.initial_load_path
-        if path is None or is_hub_path(path) or kind_of(Path(path)) != "step":
+        if path is None or is_remote(path) or kind_of(Path(path)) != "step":
             return {}
         return read_manifest(Path(path)).info.get("config") or {}
     except (OSError, InvalidCheckpoint):  # reported by the checks of the folders

@@ -7,14 +7,15 @@ from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.run_context import RunContext
 from torchtitan.models.family import FROM_CHECKPOINT
 from torchtitan.models.registry import get_family
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.description import (
     ModelDescription,
     describe_model,
     differences,
     same_architecture,
 )
-from torchtitan.weights.hub import download, is_hub_path
 from torchtitan.weights.recognise import kind_of
+from torchtitan.weights.remote import download
 
 _FIX = 'set model.flavor = "from_checkpoint", or the flavor and model.args of the checkpoint'
 VOCABULARY = "model.args.vocab_size"
@@ -32,7 +33,7 @@ def check_environment(context: RunContext) -> list[ConfigIssue]:
     try:
         if decide(config, context, Path(config.job.dump_folder).resolve()).action != "new":
             return []
-        path = download(given, with_weights=False) if is_hub_path(given) else Path(given)
+        path = download(given, with_weights=False) if is_remote(given) else Path(given)
         if kind_of(path) in (None, "dcp", "torch"):
             return []
         description = describe_model(path)

@@ -39,10 +39,11 @@ from torchtitan.training.open_model import (
 from torchtitan.training.pretrained import newest_step, require_cached_masks
 from torchtitan.training.pretrained_config import tokenizer_of_step
 from torchtitan.utils.dtypes import at_least_float32
-from torchtitan.weights.hub import download_once, is_hub_path
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.readback import logits_of
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
+from torchtitan.weights.remote import download_once
 from torchtitan.weights.source import open_weights
 from torchtitan.weights.stored_model import StoredModel, Weights, empty, load
 
@@ -194,7 +195,7 @@ def _open(
     found = place_of_base(recorded, moved)
     if found is None:
         raise missing_base(recorded, moved)
-    place = download_once(found) if is_hub_path(found) else Path(found).resolve()
+    place = download_once(found) if is_remote(found) else Path(found).resolve()
     base, args, digest = _open_base(place, config.model, family)
     require_same_base(recorded, place, digest, moved)
     model = StoredModel(path, family, with_window(config, args), folder, tokenizer, training)

@@ -300,6 +300,11 @@ def build_manager(
 ) -> CheckpointManager:
     """Build checkpointing; without `checkpoint.enable` it does nothing."""
     store = None
+
+    def saved(seconds: float) -> None:
+        on_saved(seconds)
+        folder.step_saved()
+
     if config.checkpoint.enable:
         run_info = folder.run_info(mesh=asdict(dims), world_size=world.world_size)
         store = CheckpointStore(
@@ -308,7 +313,8 @@ def build_manager(
             world,
             run_info,
             save_timeout_seconds=config.comm.init_timeout_seconds,
-            on_saved=on_saved,
+            on_saved=saved,
+            uploading=lambda: folder.uploads.uploading if folder.uploads else -1,
         )
     open_foreign = foreign_opener(config, tokenizer.vocab_size)
     replaces_run = folder.decision.replaces_run

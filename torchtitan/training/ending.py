@@ -225,6 +225,22 @@ def export_last_step(config: JobConfig, folder: RunFolder) -> int:
     return DONE
 
 
+def finish_uploads(folder: RunFolder) -> int:
+    """Wait for the upload of the last step; return the exit status.
+
+    The status of the run is written by then: a scheduler may kill a job that waits here, and the
+    next start goes on with the upload.
+    """
+    if folder.uploads is None:
+        return DONE
+    error = folder.uploads.finish()
+    if not error:
+        return DONE
+    text = "The last step is not in checkpoint.remote_folder: %s. It is saved in %s; the same"
+    logger.error(f"{text} command uploads it.", error, folder.path)
+    return CHECKPOINT
+
+
 def describe_folder(config: JobConfig, folder: RunFolder) -> str:
     """Return where the run folder is, and how to look at it."""
     text = f"Run folder: {folder.path}"

@@ -43,8 +43,9 @@ from torchtitan.training.reference_pass import (
 from torchtitan.training.step_recorder import StepRecorder, record_backward
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.processes import StopRequest
+from torchtitan.utils.remote import is_remote
 from torchtitan.weights.description import describe_model
-from torchtitan.weights.hub import download, is_hub_path
+from torchtitan.weights.remote import download
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def config_of_copy(config: JobConfig, vocab_size: int) -> JobConfig | None:
 
 def found_path(key: str, given: str, with_weights: bool = True) -> Path:
     """Return the folder or file of weights that `given` names, downloaded if it is remote."""
-    path = download(given, with_weights=with_weights) if is_hub_path(given) else Path(given)
+    path = download(given, with_weights=with_weights) if is_remote(given) else Path(given)
     path = path.resolve()
     if not path.exists():
         text = "does not exist, and these weights are loaded at every start of the run"

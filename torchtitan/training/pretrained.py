@@ -51,10 +51,11 @@ from torchtitan.models.spec import ModelArgs
 from torchtitan.parallel.parallelize import parallelize_for_inference
 from torchtitan.training.pretrained_config import tokenizer_of
 from torchtitan.utils.dtypes import default_dtype
+from torchtitan.utils.remote import is_remote
 from torchtitan.utils.text import some_of
 from torchtitan.weights.description import KEY as INITIAL_LOAD_KEY
-from torchtitan.weights.hub import download, is_hub_path
 from torchtitan.weights.recognise import kind_of
+from torchtitan.weights.remote import download
 from torchtitan.weights.tokenizer_files import folder_of_tokenizer, read_json
 
 _KEY = "CHECKPOINT"
@@ -112,7 +113,7 @@ def find_checkpoint(given: str) -> tuple[Path, list[str]]:
     Of a run's folder it is the newest step; `hf://owner/name` is downloaded first. Raises
     ConfigError, and CheckpointError if all steps are damaged.
     """
-    if is_hub_path(given):
+    if is_remote(given):
         with under_command_key():
             return download(given), []
     path = Path(given).resolve()

@@ -17,7 +17,8 @@ from torchtitan.config.load import LoadedConfig
 from torchtitan.config.schema import Model
 from torchtitan.models.family import FROM_CHECKPOINT
 from torchtitan.models.registry import get_family
-from torchtitan.weights import hub
+from torchtitan.utils.remote import is_remote
+from torchtitan.weights import remote
 from torchtitan.weights.description import (
     KEY,
     ModelDescription,
@@ -52,10 +53,10 @@ def with_pretrained(loaded: LoadedConfig, with_weights: bool = True) -> LoadedCo
         return loaded
     found = _of_run(config)
     if found is None and given is not None:
-        is_remote = hub.is_hub_path(given)
-        path = hub.download(given, with_weights) if is_remote else Path(given)
+        is_elsewhere = is_remote(given)
+        path = remote.download(given, with_weights) if is_elsewhere else Path(given)
         found = _of_checkpoint(config.model, path)
-        if is_remote and with_weights:
+        if is_elsewhere and with_weights:
             update = {"initial_load_path": str(path)}
             checkpoint = config.checkpoint.model_copy(update=update)
             config = config.model_copy(update={"checkpoint": checkpoint})

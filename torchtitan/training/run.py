@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from torchtitan.checkpoint.async_save import is_saving
@@ -30,6 +30,7 @@ from torchtitan.training.ending import (
     after_success,
     describe_folder,
     export_last_step,
+    finish_uploads,
     leave_now,
     set_status,
 )
@@ -216,6 +217,7 @@ def begin(
     run_on_rank0(world, f"the run folder {folder.path} cannot be written", write)
     progress.may_write = True
     manager.begin()
+    folder.step_saved()  # the last job may have been killed before it was uploaded
 
 
 def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder) -> None:
@@ -268,6 +270,19 @@ def run(
     stop.watch(folder.path / STOP_NAME if is_main else None, config.training.max_seconds)
     if is_main:  # for a stop before the ranks meet
         progress.step = progress.first_step = folder.decision.step
+    with closing(folder):
+        return _run_in(folder, config, context, environment, progress)
+
+
+def _run_in(
+    folder: RunFolder,
+    config: JobConfig,
+    context: RunContext,
+    environment: ProcessEnvironment,
+    progress: Progress,
+) -> int:
+    """Train in a run folder that is open, and return the exit status."""
+    is_main = environment.rank == 0
     world: DistributedContext | None = None
     try:
         recorder = FlightRecorder(config.comm, folder.path, environment.rank, context.device_type)
@@ -279,7 +294,10 @@ def run(
                 logger.info(notice)
             if decision.action == "finished":
                 logger.info(describe_folder(config, folder))
-                return export_last_step(config, folder) if is_main else DONE
+                if not is_main:
+                    return DONE
+                folder.start_uploads()
+                return export_last_step(config, folder) or finish_uploads(folder)
             progress.step = progress.first_step = decision.step
             context = replace(context, config=folder.config)
             if config.checkpoint.create_seed_checkpoint:
@@ -289,16 +307,16 @@ def run(
                 world.watch(folder.path, enabled=config.comm.watchdog)
                 train(context, world, folder, progress)
     except BaseException as error:
-        stop.at_once = False  # the launcher ends all ranks when one does
+        progress.stop.at_once = False  # the launcher ends all ranks when one does
         failed = after_error(error, environment.rank, world, folder, progress, config.comm)
         if failed is None:
             raise
         if failed == INTERRUPTED and is_saving():
             leave_now(failed)
+        if failed != INTERRUPTED:
+            finish_uploads(folder)
         return failed
-    finally:
-        folder.close()
     code = after_success(config, is_main, folder, progress)
     if is_main and progress.status in ("completed", "data_exhausted"):
-        return export_last_step(config, folder)
-    return code
+        code = export_last_step(config, folder)
+    return finish_uploads(folder) or code

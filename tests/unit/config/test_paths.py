@@ -15,7 +15,7 @@ from torchtitan.preflight.mesh import check_static
 TABLES = [key for key in known_keys().values() if key.item is not None]
 NAMED_OTHERWISE = (
     *("job.config_file", "job.dump_folder", "evaluation.task_dir"),
-    *("data.chat_template", "debug.record_tensors"),
+    *("data.chat_template", "debug.record_tensors", "checkpoint.remote_folder"),
 )
 
 
