@@ -181,7 +181,7 @@ class Soaked:
         time.sleep(self._dice.uniform(0, 0.1))
 
     def _stop(self, start: Start, ranks: Sequence[Any]) -> None:
-        """Ask ranks to stop. One that leaves before they have met leaves the others to a launcher."""
+        """Ask ranks to stop. One that leaves before they meet leaves the others to a launcher."""
         sent = time.monotonic()
         start.send(signal.SIGTERM, ranks)
         start.ends(PATIENCE_SECONDS, 1)
