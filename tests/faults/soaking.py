@@ -181,11 +181,11 @@ class Soaked:
         time.sleep(self._dice.uniform(0, 0.1))
 
     def _stop(self, start: Start, ranks: Sequence[Any]) -> None:
-        """Ask ranks to stop. One that was just forked dies of it, and its launcher ends all."""
+        """Ask ranks to stop. One that leaves before they meet leaves the others to a launcher."""
         sent = time.monotonic()
         start.send(signal.SIGTERM, ranks)
         start.ends(PATIENCE_SECONDS, 1)
-        if -signal.SIGTERM in start.codes:
+        if not start.steps:
             self._end_survivors(start)
         elif not start.ends(PATIENCE_SECONDS, len(start.ranks)):
             self.fault(f"ranks did not end after SIGTERM:\n{start.text()}")

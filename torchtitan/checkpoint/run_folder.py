@@ -29,6 +29,7 @@ from torchtitan.checkpoint.decision import (
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.remote import Uploads
+from torchtitan.checkpoint.steps_folder import delete_leftovers
 from torchtitan.checkpoint.stored_run import (
     CONFIG_NAME,
     HF_NAME,
@@ -38,8 +39,10 @@ from torchtitan.checkpoint.stored_run import (
     STATUS_NAME,
     STOP_NAME,
     TOKENIZER_NAME,
+    StoredRun,
 )
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, DataError, JobConfig
+from torchtitan.config.exit_codes import DONE
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.toml_text import config_toml_text
 from torchtitan.distributed.hang_report import RECORDS_NAME, REPORT_NAME
@@ -86,8 +89,9 @@ class RunFolder:
 
         Only rank 0 touches the folder; on other ranks `share` must follow. `check` gets the
         resolved config of a run that will be trained, and may reject it. Nothing but a mark of
-        a pending `job.new_run` is written before `begin`; a stop file, which an earlier start was
-        meant to see, is removed, and so are the records of its hang. Raises `ConfigError`.
+        a pending `job.new_run` is written before `begin`, and for a finished run what its last
+        start did not come to; a stop file, which an earlier start was meant to see, is removed, and
+        so are the records of its hang. Raises `ConfigError`.
         """
         path = Path(config.job.dump_folder).resolve()
         if not is_main:
@@ -104,6 +108,8 @@ class RunFolder:
                 if decision.replaces_run:
                     (path / PENDING_NAME).touch()
                 lock.name_run(decision.run_id)
+            else:
+                folder._settle()
         except OSError as error:
             lock.release()
             raise ConfigError(_unwritable(path, error)) from error
@@ -197,8 +203,19 @@ class RunFolder:
 
         `error`: a line on why the run failed; `requeue`: the same command may well go on.
         """
-        if self.decision.action == "finished":
-            return
+        if self.decision.action != "finished":
+            self._write_status(status, step, exit_code, error, requeue)
+
+    def _settle(self) -> None:
+        """Do for a finished run what its last start did not come to, because it was killed."""
+        stored = StoredRun(self.path, self.config.checkpoint.folder)
+        delete_leftovers(self.checkpoint_folder, self.decision.run_id)
+        if stored.ended and stored.status.get("status") != stored.ended:
+            self._write_status(stored.ended, stored.step, DONE)
+
+    def _write_status(
+        self, status: str, step: int, exit_code: int | None, error: str = "", requeue: bool = False
+    ) -> None:
         content = {
             "status": status,
             "step": step,

@@ -18,7 +18,7 @@ from folders import (
     stopped_run,
 )
 
-from torchtitan.checkpoint.run_folder import RunFolder
+from torchtitan.checkpoint.run_folder import RunFolder, Status
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
@@ -119,10 +119,21 @@ def test_finished(tmp_path: Path) -> None:
     assert "training.seq_len" in refused(tmp_path, training={"seq_len": 64})
 
 
-@pytest.mark.fault("F02")
-def test_killed_between_last_checkpoint_and_status(tmp_path: Path) -> None:
-    stopped_run(tmp_path, 20)
+@pytest.mark.fault("F02", "F54")
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_killed_between_last_checkpoint_and_status(tmp_path: Path, status: Status) -> None:
+    """Or while it deleted an older step: the next start says how it ended, and tidies up."""
+    opened = open_folder(tmp_path)
+    opened.begin()
+    run_id = opened.decision.run_id
+    plant_step(tmp_path, 20, run_id, state={"finished": True})
+    trash = tmp_path / "checkpoint" / f".trash-{run_id}-step-10-0a"
+    trash.mkdir()
+    opened.set_status(status, 20, None if status == "running" else 1, requeue=True)
     assert open_folder(tmp_path).decision.action == "finished"
+    stored = json.loads((tmp_path / "run_status.json").read_text())
+    assert (stored["status"], stored["step"], stored["exit_code"]) == ("completed", 20, 0)
+    assert not stored["requeue"] and not trash.exists()
 
 
 def test_failed_at_the_last_step_is_not_finished(tmp_path: Path) -> None:
