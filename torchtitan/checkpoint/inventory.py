@@ -78,7 +78,7 @@ def take_inventory(given: Path) -> Inventory:
     valid = [found.step for found in stored.good if found.run_id == run_id]
     # A start refuses a folder with another run's steps, or with links.
     takes_newest = len(valid) == len(stored.good) and not any(_links(folder))
-    doomed = steps_to_delete(valid, valid[-1], keep or 0, -1) if valid else []
+    doomed = steps_to_delete(valid, valid[-1], keep or 0, ()) if valid else []
     entries = [*_links(folder)]
     for step in stored.step_folders:
         found, path = inspect_step(folder, step), folder / step_name(step)

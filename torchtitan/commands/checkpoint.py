@@ -220,7 +220,7 @@ def _doomed(found: Inventory, options: argparse.Namespace) -> list[Entry]:
     if problems:
         raise ConfigError(problems)
     if options.keep is not None and valid:
-        steps |= set(steps_to_delete(valid, valid[-1], options.keep, -1))
+        steps |= set(steps_to_delete(valid, valid[-1], options.keep, ()))
     return [
         entry
         for entry in found.entries
