@@ -18,8 +18,8 @@ fi
 source scripts/setup_env.sh
 setup_env dev
 
-# One test more at a time than there are processors: some wait. tests/conftest.py says which together.
-count=$(($(getconf _NPROCESSORS_ONLN) + 1))
+# Two tests more at a time than there are processors: many wait. tests/conftest.py says which together.
+count=$(($(getconf _NPROCESSORS_ONLN) + 2))
 several=(--numprocesses $((count < 8 ? count : 8)) --dist loadscope --no-loadscope-reorder)
 
 # The linters are tests too (tests/meta/test_linters.py), so there is one report.

@@ -60,6 +60,7 @@ def run_two(folder: Path, arguments: Sequence[str], mode: str) -> list[tuple[int
         return [rank.end(120) for rank in ranks]
 
 
+@pytest.mark.fault("F38")
 def test_a_failing_disk(arguments: list[str], tmp_path: Path) -> None:
     """A moment changes nothing. A failure for good ends both ranks, which say what failed and
     where, and a resume trains on what a run without it trains on."""
@@ -80,6 +81,7 @@ def test_a_failing_disk(arguments: list[str], tmp_path: Path) -> None:
     assert runs.curve(failed) == runs.curve(whole)
 
 
+@pytest.mark.fault("F39")
 def test_a_disk_that_does_not_answer_is_named_before_others_give_up(tmp_path: Path) -> None:
     """A pipe without a writer stands for it; lanes 1 and 3, of rank 1, read the odd files."""
     folder, data = tmp_path / "run", tmp_path / "data"
@@ -131,6 +133,7 @@ def bad_rows(folder: Path, arguments: Sequence[str], processes: int = 1) -> list
     return [record.get("bad_rows", 0) for record in runs.records(folder)]
 
 
+@pytest.mark.fault("F40")
 @pytest.mark.parametrize(
     "mesh", ["dp", "tp", *(pytest.param(m, marks=pytest.mark.nightly) for m in ("cp", "pp"))]
 )

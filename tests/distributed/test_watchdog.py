@@ -75,6 +75,7 @@ def run_stuck(
         return [rank.end(120) for rank in ranks]
 
 
+@pytest.mark.fault("F42", "F43")
 @pytest.mark.parametrize(
     ("site", "how", "place"),
     [
@@ -101,6 +102,7 @@ def test_a_stuck_rank_ends_with_its_stack_in_the_report(
     wait_until(lambda: not processes_of(folder))
 
 
+@pytest.mark.fault("F43")
 def test_a_run_of_one_rank_ends_when_it_is_stuck(tmp_path: Path) -> None:
     """Nobody waits for it; the time that a phase has taken before tells."""
     folder = tmp_path / "run"
@@ -225,6 +227,7 @@ SPMDRunner.forward_backward = run_slowly
 """
 
 
+@pytest.mark.fault("F44")
 def test_a_slow_rank_is_named_and_trains_on(tmp_path: Path) -> None:
     (tmp_path / "straggler.py").write_text(STRAGGLER)
     path = os.pathsep.join([str(tmp_path), runs.environment()["PYTHONPATH"]])

@@ -147,6 +147,7 @@ SHARES = {"text": 0.2, "parquet": 0.2, "stream": 0.005, "seeking": 0.005, "array
 """Of the operations that fail; a small one where a new try goes through many."""
 
 
+@pytest.mark.fault("F38")
 @pytest.mark.parametrize("kind", [*WRITERS, "parquet", *KINDS])
 def test_samples_are_the_same_where_reads_fail_now_and_then(kind, tmp_path, monkeypatch, caplog):
     """None is left out, none comes twice, also after a resume in the middle."""
@@ -180,6 +181,7 @@ PLACES = {
 }
 
 
+@pytest.mark.fault("F38")
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_failure_for_good_ends_the_run_with_file_and_row(kind, tmp_path, monkeypatch, caplog):
     config = config_of(kind, tmp_path, read_retries=2, on_bad_row="skip")
@@ -219,6 +221,7 @@ def test_pauses_grow(monkeypatch):
     assert pauses == [1, 2, 4, 8]
 
 
+@pytest.mark.fault("F39")
 def test_a_short_stall_is_a_warning(tmp_path, monkeypatch, caplog):
     config = config_of("jsonl", tmp_path, epochs=1)
     expected, _ = read(config)
@@ -245,6 +248,7 @@ def test_a_short_stall_is_a_warning(tmp_path, monkeypatch, caplog):
     run.close()
 
 
+@pytest.mark.fault("F39")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stall_for_good_ends_the_step_with_file_and_row(num_workers, tmp_path, monkeypatch):
     """A pipe without a writer stands for a disk that does not answer."""
@@ -288,6 +292,7 @@ def write_bad_tail(folder: Path) -> None:
         (folder / f"{number}.jsonl.gz").write_bytes(packed[: len(packed) // (1 + number % 2)])
 
 
+@pytest.mark.fault("F40")
 @pytest.mark.parametrize(
     ("write", "count"), [(write_bad_lines, 2), (write_bad_page, 1), (write_bad_tail, 2)]
 )
