@@ -20,7 +20,7 @@ from torchtitan.commands.bisect_sides import (
 from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE, FAILED
-from torchtitan.utils.text import some_of
+from torchtitan.utils.text import plural, some_of
 
 if TYPE_CHECKING:
     from torchtitan.training.recorded_step import RecordedStep
@@ -76,7 +76,10 @@ def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> l
             raise sides[0].refuse(text, "give a --bound, or record both in float64")
         a, b = sides
         recipes.append(recipe(a, b, folder / "A-float64", settings, FLOAT64, recipes[0]))
-    for training in filter(None, recipes):
+    trainings = list(filter(None, recipes))
+    for training in trainings:
+        training.check()  # all of them, before the first takes its time
+    for training in trainings:
         begun = time.monotonic()
         _say(f"training {training.side.name}: {training.title}")
         training.train()
@@ -106,10 +109,10 @@ def _describe(result: "Comparison") -> Iterator[str]:
         title = "first difference" if number == 0 else "then"
         yield f"{title}: {found.phase}, {_text(found)}"
         if number == 0:
-            before = sum(result.counts.values()) - len(result.differences)
+            before = plural(sum(result.counts.values()), "tensor")
             yield (
-                f"everything before it agrees within {result.largest:.0e} ({before} tensors:"
-                f" {counts}); rounding explains {result.bound:.0e}"
+                f"everything before it agrees within {result.largest:.0e} ({before}:"
+                f" {counts or 'none'}); rounding explains up to {result.bound:.0e}"
             )
     if result.skipped:
         yield f"not compared, as one side lacks it or has other shapes: {some_of(result.skipped)}"

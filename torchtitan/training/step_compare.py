@@ -48,6 +48,7 @@ class Comparison:
 
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    """Tensors of each phase that agree, before the first that differs."""
     largest: float = 0.0
     """The largest relative difference of the tensors before the first that differs."""
     bound: float = EXACT
@@ -82,7 +83,6 @@ def compare_steps(
         if wholes is None:
             result.skipped.append(f"{name[0]}: {name[1]}")
             continue
-        result.counts[phase] += 1
         first = wholes[0].values
         largest_value = max(largest_value, _largest(first))
         scale = max(_largest(first), _LEAST_SCALE * largest_value)
@@ -94,6 +94,7 @@ def compare_steps(
         if found is None and not result.differences:
             apart = _relative(_gap(first, wholes[1].values), scale)
             result.largest = max(result.largest, apart)
+            result.counts[phase] += 1
         if not result.differences:
             result.bound = bound
         if found is not None:
