@@ -163,3 +163,12 @@ def test_sides_that_cannot_be_trained(
     printed = capsys.readouterr().err
     assert text in printed
     assert "training A" not in printed, "that takes time, and what is wrong with B is known"
+
+
+def test_the_report_in_words(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is alike to the bit is said to be so, and a phase of one tensor is named once."""
+    assert main(["bisect", str(config), f"{config} {FROZEN}"]) == 1
+    first, before, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("first difference: gradient norm: ")
+    assert before.startswith("everything before it agrees exactly (")
+    assert before.endswith(" gradients); rounding explains up to 1e-09")

@@ -102,16 +102,18 @@ def _open(folder: Path) -> "RecordedStep":
 
 
 def _describe(result: "Comparison") -> Iterator[str]:
+    agree = f"within {result.largest:.0e}" if result.largest else "exactly"
     counts = ", ".join(f"{n} {phase}" for phase, n in result.counts.items() if n)
     if not result.differences:
-        yield f"no difference: {counts} agree within {result.largest:.0e}"
+        yield f"no difference: {counts} agree {agree}"
     for number, found in enumerate(result.differences):
         title = "first difference" if number == 0 else "then"
-        yield f"{title}: {found.phase}, {_text(found)}"
+        phase = "" if found.name == found.phase else f"{found.phase}, "
+        yield f"{title}: {phase}{_text(found)}"
         if number == 0:
             before = plural(sum(result.counts.values()), "tensor")
             yield (
-                f"everything before it agrees within {result.largest:.0e} ({before}:"
+                f"everything before it agrees {agree} ({before}:"
                 f" {counts or 'none'}); rounding explains up to {result.bound:.0e}"
             )
     if result.skipped:
