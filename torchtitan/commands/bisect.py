@@ -111,11 +111,10 @@ def _describe(result: "Comparison") -> Iterator[str]:
         phase = "" if found.name == found.phase else f"{found.phase}, "
         yield f"{title}: {phase}{_text(found)}"
         if number == 0:
-            before = plural(sum(result.counts.values()), "tensor")
-            yield (
-                f"everything before it agrees {agree} ({before}:"
-                f" {counts or 'none'}); rounding explains up to {result.bound:.0e}"
-            )
+            total = plural(sum(result.counts.values()), "tensor")
+            before = f"everything before it agrees {agree} ({total}: {counts})"
+            before = before if counts else "it is the first that is compared"
+            yield f"{before}; rounding explains up to {result.bound:.0e}"
     if result.skipped:
         yield f"not compared, as one side lacks it or has other shapes: {some_of(result.skipped)}"
 
