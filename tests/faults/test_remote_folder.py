@@ -18,9 +18,9 @@ import pytest
 from tests.s3_server import BUCKET, S3Server, s3_server
 from torchtitan.checkpoint import remote as uploads
 from torchtitan.checkpoint.manifest import (
-    FileRecord,
     Manifest,
     read_manifest,
+    record_file,
     verify_share,
     write_manifest,
 )
@@ -67,7 +67,7 @@ def make_step(run: Path, step: int, seed: int | None = None, run_id: str = RUN_I
     for name, size in FILES.items():
         content = generator.randbytes(size)
         (folder / name).write_bytes(content)
-        records[name] = FileRecord(size, hashlib.sha256(content).hexdigest())
+        records[name] = record_file(folder / name)
     write_manifest(folder, Manifest(run_id, step, False, records, {}, {"step": step}))
     return read_manifest(folder)
 
