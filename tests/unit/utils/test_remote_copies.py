@@ -112,6 +112,26 @@ def test_data_that_are_not_there_are_named(server: S3Server, url: str) -> None:
     assert "AccessDenied" in problem(url)
 
 
+@pytest.mark.parametrize("name", ["../../../../planted.jsonl", "in/../../planted.jsonl", "a\0b"])
+def test_names_of_objects_do_not_lead_out_of_the_cache(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A store may hold objects of any name, written by whoever may write to the bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = RemoteFolder(url)
+    planted = {**folder._fs.find(folder._root, detail=True)}
+    planted[f"{folder._root}/{name}"] = {"type": "file", "size": 1}
+    monkeypatch.setattr(folder._fs, "find", lambda path, detail: planted)
+    with pytest.raises(RemoteError, match="no name of a file"):
+        local_copy(url)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.jsonl"))
+
+
+def test_url_opens_no_second_file_system() -> None:
+    with pytest.raises(RemoteError, match="::"):
+        RemoteFolder("reference://a::/tmp/planted.json")
+
+
 def test_copy_that_does_not_fit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: type("", (), {"free": 10}))
     with pytest.raises(RemoteError, match=r"needs 3\.0 KiB, and 10 bytes are free"):
