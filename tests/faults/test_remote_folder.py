@@ -17,6 +17,8 @@ import pytest
 
 from tests.s3_server import BUCKET, S3Server, s3_server
 from torchtitan.checkpoint import remote as uploads
+from torchtitan.checkpoint.decision import Decision
+from torchtitan.checkpoint.lock import FolderLock
 from torchtitan.checkpoint.manifest import (
     Manifest,
     read_manifest,
@@ -24,8 +26,9 @@ from torchtitan.checkpoint.manifest import (
     verify_share,
     write_manifest,
 )
-from torchtitan.checkpoint.remote import Uploads, remote_steps, upload_step
+from torchtitan.checkpoint.remote import Uploads, forget_later, remote_steps, upload_step
 from torchtitan.checkpoint.remote_start import fetch_run
+from torchtitan.checkpoint.run_folder import RunFolder
 from torchtitan.checkpoint.steps_folder import committed_steps
 from torchtitan.checkpoint.store import CheckpointStore
 from torchtitan.config import ConfigError, JobConfig
@@ -170,11 +173,95 @@ def test_newest_step_goes_first_and_later_ones_of_before_go(
         upload_run(url, tmp_path / "run")
     for step in (20, 30):  # the run goes back to step 10
         shutil.rmtree(tmp_path / "run" / "checkpoint" / f"step-{step}")
-    upload_run(url, tmp_path / "run")
+    forget_later(Checkpoint(enable=True, remote_folder=url), RUN_ID, 10)
+    assert whole_steps(server, url, tmp_path) == [10]
     make_step(tmp_path / "run", 15)
     make_step(tmp_path / "run", 18)
     upload_run(url, tmp_path / "run")
     assert whole_steps(server, url, tmp_path) == [10, 18]
+
+
+def test_start_that_goes_back_forgets_later_steps_before_it_trains(
+    server: S3Server, url: str, tmp_path: Path
+) -> None:
+    """Otherwise a kill before the next upload would let the next start go on from them."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        make_step(run, step)
+        upload_run(url, run)
+    decision = Decision("resume", RUN_ID, 10, 8, 8, load_step=10, asked_load_step=10)
+    config = config_of(url, run, load_step=10, allow_rewind=True)
+    folder = RunFolder(run, config, decision, None)
+    folder.begin()
+    assert remote_steps(server.objects(prefix_of(url))) == [10]
+    assert folder.uploads is not None
+    make_step(run, 15)
+    shutil.rmtree(run / "checkpoint" / "step-20")
+    assert folder.uploads.finish() == ""
+    assert whole_steps(server, url, tmp_path) == [10, 15]
+
+
+def test_later_steps_stay_where_the_one_here_is_damaged(
+    server: S3Server, url: str, tmp_path: Path
+) -> None:
+    """A run that fell back to an older step does not delete the good copy of the newer one."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        make_step(run, step)
+        upload_run(url, run)
+    (run / "checkpoint" / "step-20").rename(run / "checkpoint" / "quarantine-step-20-0a")
+    make_step(run, 15)
+    assert upload_run(url, run) == ""
+    assert whole_steps(server, url, tmp_path) == [10, 15, 20]
+    fetch_run(config_of(url, run))
+    assert committed_steps(run / "checkpoint", RUN_ID) == [10, 15, 20]
+
+
+def test_what_no_step_needs_goes(server: S3Server, url: str, tmp_path: Path) -> None:
+    """An upload that never ended, and ledgers that a later start has deleted here."""
+    run = tmp_path / "run"
+    (run / "ledger").mkdir(parents=True)
+    (run / "ledger" / "step-0.rank-0.jsonl").write_text("{}")
+    (run / "ledger" / "step-5.rank-0.jsonl").write_text("{}")
+    make_step(run, 5)
+    server.refuse = lambda method, path: 403 * (method == "PUT" and "distcp" in path)
+    assert upload_run(url, run)
+    server.good_again()
+    (run / "ledger" / "step-5.rank-0.jsonl").unlink()
+    make_step(run, 8)
+    assert upload_run(url, run) == ""
+    names = server.objects(prefix_of(url))
+    assert not [name for name in names if "step-5" in name]
+    assert "ledger/step-0.rank-0.jsonl" in names and whole_steps(server, url, tmp_path) == [8]
+
+
+def test_mark_without_a_step_protects_nothing(server: S3Server, url: str, tmp_path: Path) -> None:
+    """A machine that is lost during the first upload; without a step the run is a new one."""
+    RemoteFolder(url).write("run_id", b"lost")
+    assert fetch_run(config_of(url, tmp_path / "run")) == []
+    make_step(tmp_path / "run", 5)
+    assert upload_run(url, tmp_path / "run") == ""
+    assert server.objects(prefix_of(url))["run_id"] == RUN_ID.encode()
+    assert fetch_run(config_of(url, tmp_path / "run")) == []
+    # Steps without a mark are somebody's: never a start from scratch.
+    RemoteFolder(url).delete(["run_id"])
+    with pytest.raises(ConfigError, match="holds steps, but not the file run_id"):
+        fetch_run(config_of(url, tmp_path / "new"))
+
+
+def test_folder_of_a_running_job_is_left_alone(server: S3Server, url: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (4, 8):
+        make_step(run, step)
+        upload_run(url, run)
+    shutil.rmtree(run / "checkpoint" / "step-8")
+    lock = FolderLock(run)
+    with pytest.raises(ConfigError, match="another job is using it"):
+        fetch_run(config_of(url, run))
+    assert fetch_run(config_of(url, run), is_main=False) == [], "its own rank 0 may hold it"
+    assert committed_steps(run / "checkpoint", RUN_ID) == [4]
+    lock.release()
+    assert "Step 8" in fetch_run(config_of(url, run))[0]
 
 
 def test_failure_is_reported_and_the_next_start_uploads(
