@@ -97,7 +97,7 @@ def prepare(
     config = load_config([str(file), *settings]).config
     modules = original.job.custom_import
     if set(modules) - set(config.job.custom_import):
-        text = "the run imported modules, and a stored config executes nothing by itself"
+        text = "the run imported modules, and a stored config executes nothing"
         fix = f"if you trust them, add --job.custom_import={','.join(modules)}"
         raise ConfigError(ConfigIssue("job.custom_import", text, fix, list(modules)))
     config = changed_config(config, job={"dump_folder": str(folder)})
