@@ -223,8 +223,11 @@ def test_what_no_step_needs_goes(server: S3Server, url: str, tmp_path: Path) -> 
     (run / "ledger").mkdir(parents=True)
     (run / "ledger" / "step-0.rank-0.jsonl").write_text("{}")
     (run / "ledger" / "step-5.rank-0.jsonl").write_text("{}")
+    make_step(run, 3)
+    upload_run(url, run)  # and killed before the last request
+    RemoteFolder(url).write("checkpoint/step-3/uploading.json", b"")
     make_step(run, 5)
-    server.refuse = lambda method, path: 403 * (method == "PUT" and "distcp" in path)
+    server.refuse = lambda method, path: 403 * (method == "PUT" and "step-5/__" in path)
     assert upload_run(url, run)
     server.good_again()
     (run / "ledger" / "step-5.rank-0.jsonl").unlink()
@@ -232,7 +235,8 @@ def test_what_no_step_needs_goes(server: S3Server, url: str, tmp_path: Path) -> 
     assert upload_run(url, run) == ""
     names = server.objects(prefix_of(url))
     assert not [name for name in names if "step-5" in name]
-    assert "ledger/step-0.rank-0.jsonl" in names and whole_steps(server, url, tmp_path) == [8]
+    assert "ledger/step-0.rank-0.jsonl" in names
+    assert whole_steps(server, url, tmp_path) == [3, 8]
 
 
 def test_mark_without_a_step_protects_nothing(server: S3Server, url: str, tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ class Uploads:
         files = self._remote.files()
         steps = remote_steps(files)
         doomed = set(steps_to_delete(steps, current, self._keep, ()))
-        doomed |= {step for step in remote_steps(files, _UPLOADING_NAME) if step < current}
+        unfinished = set(remote_steps(files, _UPLOADING_NAME)) - set(steps)
+        doomed |= {step for step in unfinished if step < current}
         for step in sorted(doomed):
             _delete_step(self._remote, step, files)
         ledgers = [name for name in files if name.startswith("ledger/")]
