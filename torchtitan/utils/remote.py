@@ -234,7 +234,7 @@ def url_of_copy(path: Path) -> str | None:
     return f"{scheme}://{'/'.join(rest)}"
 
 
-def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+def local_copy(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
     """Return the copy of a folder, a file or a glob on this machine, after downloading what lacks.
 
     Only the `wanted` names are downloaded. One process downloads and the others on its machine
@@ -247,8 +247,8 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> P
     root = Path(_before_magic(str(target))) if glob.has_magic(str(target)) else target
     try:
         with downloads_once(cache_folder() / ".locks" / _digest(url)) as is_done:
-            if not is_done:
-                _update(folder, root, wanted)
+            if not is_done or wanted is not None:  # another process may have wanted less
+                _update(folder, root, wanted or (lambda name: True))
     except RemoteError:
         raise
     except OSError as error:

@@ -13,6 +13,7 @@ from torchtitan.config.schema import Data, Training
 from torchtitan.data.registry import build_source
 from torchtitan.utils import remote
 from torchtitan.utils.remote import RemoteError, RemoteFolder, local_copy, url_of_copy
+from torchtitan.weights.remote import download
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,25 @@ def test_processes_of_a_machine_download_once(server: S3Server, url: str) -> Non
     with ThreadPoolExecutor(6) as pool:
         copies = set(pool.map(lambda _: local_copy(url), range(6)))
     assert len(copies) == 1 and len(downloads(server)) == 4
+
+
+def test_process_that_waited_gets_what_it_wants(
+    server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check, which needs no weights, may have held the lock."""
+    copy = local_copy(url, lambda name: name == "a.jsonl")
+    monkeypatch.setattr(remote.time, "time", lambda: 0.0)  # the second one began before
+    local_copy(url, lambda name: "/" not in name)
+    assert content(copy).keys() == {"a.jsonl", "b.jsonl"}
+
+
+def test_weights_that_are_still_uploaded_are_refused(server: S3Server, url: str) -> None:
+    """Without the manifest they would pass for another program's, which nothing verifies."""
+    fsspec.filesystem("s3").pipe_file(f"{url}/uploading.json", b"{}")
+    with pytest.raises(ConfigError, match="not been uploaded completely"):
+        download(url)
+    fsspec.filesystem("s3").rm_file(f"{url}/uploading.json")
+    assert (download(url) / "a.jsonl").exists()
 
 
 def test_data_that_are_not_there_are_named(server: S3Server, url: str) -> None:
