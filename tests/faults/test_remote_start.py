@@ -143,6 +143,7 @@ def test_access_is_checked_before_the_start(
     for text, config in {
         "bucket does not exist": config_of("s3://no-such-bucket/run", run),
         "is not a URL": config_of("bucket/run", run),
+        "wildcard": config_of(f"{url}/lr[1]", run),
         "empty part": config_of("s3://bucket//run", run),
         "checkpoint.enable is false": config_of(url, run, enable=False),
         "Protocol not known": config_of("nfs4://bucket/run", run),
