@@ -81,6 +81,15 @@ def test_nothing_good_is_an_error(server: S3Server, url: str, tmp_path: Path) ->
     assert committed_steps(tmp_path / "new" / "checkpoint", RUN_ID) == []
 
 
+def test_run_id_of_a_store_does_not_lead_out_of_the_folder(url: str, tmp_path: Path) -> None:
+    run_id = "x/../../../planted"
+    make_step(tmp_path / "run", 4, run_id=run_id)
+    assert upload_run(url, tmp_path / "run", run_id) == ""
+    with pytest.raises(ConfigError, match="holds no run id"):
+        fetch_run(config_of(url, tmp_path / "new"))
+    assert not list(tmp_path.glob("planted*"))
+
+
 def test_new_machine_gets_the_newest_step_and_the_run_s_files(
     server: S3Server, url: str, tmp_path: Path
 ) -> None:

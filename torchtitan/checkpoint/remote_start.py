@@ -7,6 +7,7 @@ commits it, as for a step that is saved. The start then goes on as if the step h
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from torchtitan.utils.text import format_bytes, some_of
 logger = logging.getLogger(__name__)
 
 KEY = "checkpoint.remote_folder"
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIX = "check its name, the credentials and the network"
 Files = Mapping[str, RemoteFile]
 
@@ -94,6 +96,9 @@ def _fetch(config: JobConfig, path: Path, remote: RemoteFolder) -> list[str]:
         fix = "write the run_id of a step's manifest.json to it, or choose another one"
         raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
     run_id = found.decode(errors="replace")
+    if not _RUN_ID.fullmatch(run_id):  # it becomes part of the name of a folder
+        text, fix = f"{remote.url}/{RUN_ID_NAME} holds no run id", "restore it, or choose another"
+        raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
     if starts_anew(config):
         text = f"{remote.url} holds run {run_id}, which job.new_run cannot move aside"
         fix = "choose another one for the new run"
