@@ -22,6 +22,7 @@ from tests.faults.storing import (
     whole_steps,
 )
 from tests.s3_server import S3Server
+from torchtitan.checkpoint import remote as uploads
 from torchtitan.checkpoint.decision import Decision
 from torchtitan.checkpoint.lock import FolderLock
 from torchtitan.checkpoint.manifest import read_manifest
@@ -216,6 +217,22 @@ def test_failure_is_reported_and_the_next_start_uploads(
     server.good_again()
     assert upload_run(url, tmp_path / "run") == ""
     assert whole_steps(server, url, tmp_path) == [5]
+
+
+def test_folder_that_cannot_be_listed_is_a_failure(
+    server: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the end of the thread, after which everything would seem to be uploaded."""
+    make_step(tmp_path / "run", 5)
+    listings = iter([[5]])
+
+    def listed(folder: Path, run_id: str) -> list[int]:
+        if (found := next(listings, None)) is None:
+            raise OSError("stale file handle")
+        return found
+
+    monkeypatch.setattr(uploads, "committed_steps", listed)
+    assert "stale file handle" in upload_run(url, tmp_path / "run")
 
 
 def test_step_that_is_being_uploaded_is_not_deleted_here(

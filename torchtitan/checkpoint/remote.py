@@ -95,14 +95,14 @@ class Uploads:
             self._wake.clear()
             try:
                 self._upload_newest()
+                is_newest = self._newest() == self._done
                 failures, self.error = 0, ""
             except Exception as error:
-                failures += 1
+                failures, is_newest = failures + 1, False
                 self.error = str(error) or type(error).__name__
                 expected = isinstance(error, OSError | InvalidCheckpoint)
                 text = "Step %d is not uploaded yet: %s"
                 logger.error(text, self.uploading, error, exc_info=None if expected else error)
-            is_newest = not self.error and self._newest() == self._done
             if self._closing and (is_newest or failures >= _LAST_ATTEMPTS):
                 return
             if self._closing:
