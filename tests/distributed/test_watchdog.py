@@ -1,10 +1,14 @@
 """The watchdog: a rank that is stuck ends with its stack in a report, and a healthy one is left."""
 
+import itertools
+import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +20,9 @@ from tests.distributed import runs
 from tests.distributed.test_lost_ranks import ranks_of, wait_until
 from tests.forked import CONTEXT, launcher_variables
 from tests.pool import GlooPool
-from torchtitan.distributed import hang_report
+from torchtitan.distributed import hang_report, watchdog
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.hang_report import Sign, Silence
+from torchtitan.distributed.hang_report import Rank, Sign, Silence
 from torchtitan.distributed.watchdog import Watchdog
 from torchtitan.utils.torch_compat import observe_waits
 
@@ -152,6 +156,61 @@ def test_a_rank_of_a_failed_run_ends_in_a_phase_without_a_limit(trace: str, tmp_
     assert "in _stand_still" in (tmp_path / "hang.txt").read_text()
 
 
+def test_a_stuck_rank_ends_although_no_report_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run_status.json").write_text('{"status": "failed"}')
+    (tmp_path / hang_report.RECORDS_NAME).write_text("a file where a folder is needed")
+    process: Any = CONTEXT.Process(target=_stand_still, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    try:
+        assert process.exitcode == 6
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_sandbox_without_shared_memory_runs_unwatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    os.close(watchdog._shared_file())
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with Watchdog() as unwatched:
+        unwatched.start(tmp_path, 1)
+    assert "no watchdog, so a rank that gets stuck does not end: not here" in caplog.text
+
+
+def test_time_in_a_debugger_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even right after the debugger has left, before the rank has come to its next sign."""
+    states = [("t", True)] * 200 + [("S", False)] * 5
+    clock, ended = itertools.count(step=0.5), []
+    monkeypatch.setattr(hang_report, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(hang_report, "_state", lambda pid: states.pop(0))
+    with open(tmp_path / "page", "w+b") as file:
+        file.truncate(hang_report.PAGE)
+        page = mmap.mmap(file.fileno(), hang_report.PAGE)
+        hang_report.SIGN.pack_into(page, 0, 1, False, 3, 1.0, b"compute")
+        rank = Rank(str(tmp_path / "a" / "b"), 0, 1, os.getppid(), file.fileno())
+        monkeypatch.setattr(rank, "_has_ended", lambda seconds: not states)
+        monkeypatch.setattr(rank, "_end_rank", lambda *arguments: ended.append(arguments))
+        rank.watch()
+    assert not ended and not states
+
+
+def test_containers_with_the_same_process_ids_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda temporary, path: used.append(temporary))
+    for host in ("node-0", "node-1"):
+        monkeypatch.setattr(hang_report.socket, "gethostname", lambda host=host: host)
+        hang_report._write(str(tmp_path / "hang.txt"), "")
+    assert len(set(used)) == 2
+
+
 def sign_of(number: int, phase: str, timeout: float = 100.0) -> Sign:
     return Sign(number, False, 3, timeout, phase)
 
@@ -174,6 +233,9 @@ def silence_of(*spans: tuple[str, float], stopped: bool = False) -> Silence:
         ([("compute", 1), ("data", 1), ("compute", 130)], True),
         ([("compute", 60), ("data", 1), ("compute", 600)], False),  # slow, but healthy
         ([("compute", 1), ("data", 1), ("validation", 600)], False),
+        ([("compute", 1), ("validation", 1), ("validation", 600)], False),  # still the first one
+        ([("validation", 1), ("validation", 1), ("data", 1), ("validation", 130)], True),
+        ([("data", 1), ("compute", 1), ("data", 9000)], False),  # a single process waits on
         ([("checkpoint", 1), ("compute", 1), ("checkpoint", 9000)], False),
         ([("startup", 9000)], False),
     ],
