@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 1.0
-"""The pause before the first new try; each is twice as long as the one before."""
+"""The pause before the first new try; each is twice as long as the one before, for a while."""
+_LONGEST_PAUSE = 64
+"""As a multiple of the first one."""
 
 
 class Place(NamedTuple):
@@ -95,7 +97,7 @@ def persist(read: Callable[[], T], where: Callable[[], str], retries: int) -> T:
             reason = f"{type(cause).__name__}: {cause}"
             if attempt > retries:
                 raise DataError(f"reading failed {attempt} times at {where()}: {reason}") from error
-        pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)
+        pause = FIRST_PAUSE_SECONDS * min(2 ** (attempt - 1), _LONGEST_PAUSE)
         text = "Reading failed at %s: %s; trying again in %g s (%d of %d)"
         logger.warning(text, where(), reason, pause, attempt, retries)
         time.sleep(pause)

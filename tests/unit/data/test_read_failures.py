@@ -2,11 +2,13 @@
 
 import errno
 import gzip
+import http.client
 import io
 import json
 import os
 import random
 import re
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchtitan.config import DataError
 from torchtitan.data import files, reading, registry, workers
+from torchtitan.data.decode import transient_cause
 
 DOCUMENTS = make_documents(200)
 real_parquet = pyarrow.parquet.ParquetFile
@@ -216,9 +219,15 @@ def test_what_does_not_pass_is_not_tried_again(number, tmp_path, monkeypatch, ca
 def test_pauses_grow(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    with pytest.raises(DataError, match="failed 5 times at here"):
-        reading.persist(BROKEN, lambda: "here", 4)
-    assert pauses == [1, 2, 4, 8]
+    with pytest.raises(DataError, match="failed 9 times at here"):
+        reading.persist(BROKEN, lambda: "here", 8)
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 64], "up to a minute: many tries last for hours"
+
+
+def test_a_damaged_archive_is_no_answer_that_broke_off():
+    """`tarfile` calls its error `ReadError`, as HTTP libraries do."""
+    assert transient_cause(http.client.IncompleteRead(b"")) is not None
+    assert transient_cause(tarfile.ReadError("file could not be opened")) is None
 
 
 @pytest.mark.fault("F39")
