@@ -79,7 +79,10 @@ def describe_place(source: Source, shard: Shard, row: int) -> str:
     """Return where the row at `row` is, for a message, without reading."""
     if isinstance(source, FileSource):
         return source.whereabouts(shard, row)
-    return source.locate(shard, Row(row, 0, None))
+    try:
+        return source.locate(shard, Row(row, 0, None))
+    except Exception:  # that of a custom source may look at the content of the row
+        return f"part {shard.file + 1} (row {row + 1})"
 
 
 def persist(read: Callable[[], T], where: Callable[[], str], retries: int) -> T:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchtitan.config import DataError
 from torchtitan.data import files, reading, registry, workers
 from torchtitan.data.decode import transient_cause
+from torchtitan.data.pieces import Shard
 
 DOCUMENTS = make_documents(200)
 real_parquet = pyarrow.parquet.ParquetFile
@@ -222,6 +224,12 @@ def test_pauses_grow(monkeypatch):
     with pytest.raises(DataError, match="failed 9 times at here"):
         reading.persist(BROKEN, lambda: "here", 8)
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 64], "up to a minute: many tries last for hours"
+
+
+def test_a_source_that_locates_rows_by_their_content_can_be_waited_for():
+    """The row has not been read yet, and a message must not end a run that only waits."""
+    by_content: Any = SimpleNamespace(locate=lambda shard, row: row.content["id"])
+    assert reading.describe_place(by_content, Shard(1), 6) == "part 2 (row 7)"
 
 
 def test_a_damaged_archive_is_no_answer_that_broke_off():
