@@ -108,7 +108,7 @@ def test_a_stuck_rank_ends_with_its_stack_in_the_report(
 
 @pytest.mark.fault("F43")
 def test_a_run_of_one_rank_ends_when_it_is_stuck(tmp_path: Path) -> None:
-    """Nobody waits for it; the time that a phase has taken before tells."""
+    """Nobody waits for it; its silence tells."""
     folder = tmp_path / "run"
     ((status, output),) = run_stuck(folder, TRAIN, "gil", timeout_seconds=1, world_size=1)
     assert status == 6, output
@@ -227,20 +227,19 @@ def silence_of(*spans: tuple[str, float], stopped: bool = False) -> Silence:
 @pytest.mark.parametrize(
     ("spans", "ends"),
     [
-        ([("compute", 1000)], False),  # nothing to compare with
+        ([("compute", 1000)], False),
         ([("compute", 1200)], True),
-        ([("compute", 1), ("data", 1), ("compute", 100)], False),
-        ([("compute", 1), ("data", 1), ("compute", 130)], True),
-        ([("compute", 60), ("data", 1), ("compute", 600)], False),  # slow, but healthy
-        ([("compute", 1), ("data", 1), ("validation", 600)], False),
-        ([("compute", 1), ("validation", 1), ("validation", 600)], False),  # still the first one
-        ([("validation", 1), ("validation", 1), ("data", 1), ("validation", 130)], True),
+        ([("compute", 1), ("data", 1), ("compute", 1000)], False),  # a hook that evaluates, say
+        ([("compute", 1), ("data", 1), ("compute", 1200)], True),
+        ([("compute", 200), ("data", 1), ("compute", 2000)], False),  # slow, but healthy
+        ([("compute", 200), ("data", 1), ("compute", 2200)], True),
+        ([("compute", 200), ("validation", 1), ("validation", 1200)], True),
         ([("data", 1), ("compute", 1), ("data", 9000)], False),  # a single process waits on
         ([("checkpoint", 1), ("compute", 1), ("checkpoint", 9000)], False),
         ([("startup", 9000)], False),
     ],
 )
-def test_only_a_silence_beyond_all_earlier_ones_is_a_hang(
+def test_only_a_silence_far_beyond_the_timeout_and_all_earlier_ones_is_a_hang(
     spans: Sequence[tuple[str, float]], ends: bool
 ) -> None:
     assert silence_of(*spans).is_hopeless() == ends

@@ -162,7 +162,8 @@ class ShardRows(Iterator[Row]):
 
     def _open(self) -> Iterator[Row]:
         source, shard, cursor = self._source, self._shard, self._cursor
-        rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
+        # A custom source may return a list.
+        rows = iter(source.rows(shard, cursor) if cursor else source.rows(shard))  # type: ignore[call-arg]
         for _ in itertools.islice(rows, self._num_given):
             pass
         self._rows = rows

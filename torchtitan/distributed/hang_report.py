@@ -5,7 +5,7 @@ reads the rank's signs of life from a page of memory they share (`watchdog.py` w
 the rank when the rank gives no sign although
 
 - another rank has recorded that it waited in vain, or the run has failed,
-- or, should nobody wait for it, much longer than its phase has ever been silent before.
+- or, should nobody wait for it, much longer than the timeout and than ever before in its phase.
 
 It sends `DUMP`, at which faulthandler writes the stacks of all threads without the help of the
 interpreter, and then SIGABRT, at which the rank exits with status 6. A rank that was ended so, or
@@ -44,7 +44,8 @@ _PERIOD = 0.5
 _GRACE = 5.0
 """Seconds beyond the timeout, so that errors of the collectives themselves come first."""
 _MORE = 10
-"""A phase may take this many times the longest silence it had so far, beyond the timeout."""
+"""A phase may take this many times the longest silence it had so far, or the timeout, if that is
+more, beyond the timeout."""
 _STOPPED = "T"
 
 
@@ -77,18 +78,13 @@ class Silence:
         """The same without time in which the process was stopped, by Ctrl-Z or a debugger say."""
         self._sign = Sign(0, False, 0, 0.0, STARTUP)
         self._longest: dict[tuple[str, float], float] = {}
-        """Those of phases that have been left. Phases of the first step, which compiles, have
-        another timeout than later ones."""
-        self._longest_now = 0.0
 
     def add(self, sign: Sign, seconds: float, stopped: bool) -> None:
         """Count `seconds` since the last call, with `sign` the newest one."""
         if sign.number != self._sign.number:
-            self._longest_now = max(self._longest_now, self._counted)
+            # Phases of the first step, which compiles, have another timeout than later ones.
             key = self._sign.phase, self._sign.timeout
-            if key != (sign.phase, sign.timeout):
-                self._longest[key] = max(self._longest.get(key, 0.0), self._longest_now)
-                self._longest_now = 0.0
+            self._longest[key] = max(self._longest.get(key, 0.0), self._counted)
             self._sign, self.seconds, self._counted = sign, 0.0, 0.0
         else:
             self.seconds += seconds
@@ -106,8 +102,9 @@ class Silence:
     def is_hopeless(self) -> bool:
         """Return True for a rank that is stuck, although nobody waits for it."""
         sign = self._sign
-        before = self._longest.get((sign.phase, sign.timeout), sign.timeout)
-        limit = sign.timeout + _GRACE + _MORE * max(before, self._longest_now)
+        # Now and then a step is much slower than others: it compiles again, or a hook evaluates.
+        longest = max(self._longest.get((sign.phase, sign.timeout), 0.0), sign.timeout)
+        limit = sign.timeout + _GRACE + _MORE * longest
         endless = (STARTUP, READING, SAVING, ENDING)
         return sign.phase not in endless and self._counted > limit
 

@@ -27,6 +27,7 @@ from torchtitan.config import DataError
 from torchtitan.data import files, reading, registry, workers
 from torchtitan.data.decode import transient_cause
 from torchtitan.data.pieces import Shard
+from torchtitan.data.sources import Row
 
 DOCUMENTS = make_documents(200)
 real_parquet = pyarrow.parquet.ParquetFile
@@ -224,6 +225,12 @@ def test_pauses_grow(monkeypatch):
     with pytest.raises(DataError, match="failed 9 times at here"):
         reading.persist(BROKEN, lambda: "here", 8)
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 64], "up to a minute: many tries last for hours"
+
+
+def test_rows_may_be_a_list():
+    rows = [Row(0, 1, "a"), Row(1, 1, "b")]
+    source: Any = SimpleNamespace(rows=lambda shard: rows)
+    assert list(reading.ShardRows(source, Shard(0))) == rows
 
 
 def test_a_source_that_locates_rows_by_their_content_can_be_waited_for():
