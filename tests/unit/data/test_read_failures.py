@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -128,6 +128,25 @@ class SeekingStream(Stream):
         self.start = state["start"]
 
 
+class Slow:
+    """A source of which a service makes the text, which does not answer in time."""
+
+    description: ClassVar[dict[str, Any]] = {}
+
+    def shards(self, num_lanes: int) -> list[Shard]:
+        return [Shard(number) for number in range(num_lanes)]
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        yield Row(0, 1, "content")
+
+    def text(self, row: Row) -> str:
+        raise TimeoutError("the service did not answer")
+
+    def locate(self, shard: Shard, row: Row) -> str:
+        return str(row.place)
+
+
+registry.register_dataset("slow-service", lambda training, data: Slow())
 KINDS = {"rows": Rows, "stream": Stream, "seeking": SeekingStream}
 for _name, _kind in KINDS.items():
     registry.register_dataset(f"flaky-{_name}", lambda training, data, kind=_kind: kind())
@@ -225,6 +244,14 @@ def test_pauses_grow(monkeypatch):
     with pytest.raises(DataError, match="failed 9 times at here"):
         reading.persist(BROKEN, lambda: "here", 8)
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 64], "up to a minute: many tries last for hours"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_a_dataset_is_not_taken_for_a_row_that_is_late(num_workers):
+    run = Run(make_config(None, num_workers, dataset="slow-service"))
+    with pytest.raises(TimeoutError, match="the service did not answer"):
+        run.step()
+    run.close()
 
 
 def test_rows_may_be_a_list():
