@@ -273,6 +273,15 @@ def test_report_names_the_rank_that_was_late_first(tmp_path: Path) -> None:
     assert sorted(order, key=report.index) == list(order)
 
 
+def test_a_damaged_record_does_not_replace_the_error_of_the_run(tmp_path: Path) -> None:
+    watch = Watchdog(world_size=2)
+    watch._place = str(tmp_path / hang_report.RECORDS_NAME / "1")
+    hang_report.write_record(watch._place, 0, 1, sign_of(1, "compute"), 100, "waited", "stack")
+    (Path(watch._place) / "rank_1.json").write_bytes(bytes(100))
+    assert watch.found_hang()
+    assert watch.report().startswith("No report of it, as hang.txt cannot be written: ")
+
+
 STRAGGLER = """
 import os, time
 from torchtitan.parallel.runner import SPMDRunner

@@ -109,7 +109,7 @@ class Watchdog:
         """Write the report from all ranks' records; return a line on it."""
         try:
             headline = hang_report.merge(self._place, self._world_size)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a record may be damaged
             return f"No report of it, as {hang_report.REPORT_NAME} cannot be written: {error}"
         folder = hang_report.folder_of(self._place)
         return f"{headline}. All stacks: {os.path.join(folder, hang_report.REPORT_NAME)}"
