@@ -1,10 +1,15 @@
 """The watchdog: a rank that is stuck ends with its stack in a report, and a healthy one is left."""
 
+import itertools
+import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +21,11 @@ from tests.distributed import runs
 from tests.distributed.test_lost_ranks import ranks_of, wait_until
 from tests.forked import CONTEXT, launcher_variables
 from tests.pool import GlooPool
-from torchtitan.distributed import hang_report
+from torchtitan.distributed import hang_report, watchdog
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.distributed.hang_report import Sign, Silence
+from torchtitan.distributed.hang_report import Rank, Sign, Silence
 from torchtitan.distributed.watchdog import Watchdog
+from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.utils.torch_compat import observe_waits
 
 LONG = ("--training.steps=100000", "--checkpoint.enable=false")
@@ -104,7 +110,7 @@ def test_a_stuck_rank_ends_with_its_stack_in_the_report(
 
 @pytest.mark.fault("F43")
 def test_a_run_of_one_rank_ends_when_it_is_stuck(tmp_path: Path) -> None:
-    """Nobody waits for it; the time that a phase has taken before tells."""
+    """Nobody waits for it; its silence tells."""
     folder = tmp_path / "run"
     ((status, output),) = run_stuck(folder, TRAIN, "gil", timeout_seconds=1, world_size=1)
     assert status == 6, output
@@ -152,6 +158,61 @@ def test_a_rank_of_a_failed_run_ends_in_a_phase_without_a_limit(trace: str, tmp_
     assert "in _stand_still" in (tmp_path / "hang.txt").read_text()
 
 
+def test_a_stuck_rank_ends_although_no_report_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run_status.json").write_text('{"status": "failed"}')
+    (tmp_path / hang_report.RECORDS_NAME).write_text("a file where a folder is needed")
+    process: Any = CONTEXT.Process(target=_stand_still, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    try:
+        assert process.exitcode == 6
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_sandbox_without_shared_memory_runs_unwatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    os.close(watchdog._shared_file())
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with Watchdog() as unwatched:
+        unwatched.start(tmp_path, 1)
+    assert "no watchdog, so a rank that gets stuck does not end: not here" in caplog.text
+
+
+def test_time_in_a_debugger_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even right after the debugger has left, before the rank has come to its next sign."""
+    states = [("t", True)] * 200 + [("S", False)] * 5
+    clock, ended = itertools.count(step=0.5), []
+    monkeypatch.setattr(hang_report, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(hang_report, "_state", lambda pid: states.pop(0))
+    with open(tmp_path / "page", "w+b") as file:
+        file.truncate(hang_report.PAGE)
+        page = mmap.mmap(file.fileno(), hang_report.PAGE)
+        hang_report.SIGN.pack_into(page, 0, 1, False, 3, 1.0, b"compute")
+        rank = Rank(str(tmp_path / "a" / "b"), 0, 1, os.getppid(), file.fileno())
+        monkeypatch.setattr(rank, "_has_ended", lambda seconds: not states)
+        monkeypatch.setattr(rank, "_end_rank", lambda *arguments: ended.append(arguments))
+        rank.watch()
+    assert not ended and not states
+
+
+def test_containers_with_the_same_process_ids_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda temporary, path: used.append(temporary))
+    for host in ("node-0", "node-1"):
+        monkeypatch.setattr(hang_report.socket, "gethostname", lambda host=host: host)
+        hang_report._write(str(tmp_path / "hang.txt"), "")
+    assert len(set(used)) == 2
+
+
 def sign_of(number: int, phase: str, timeout: float = 100.0) -> Sign:
     return Sign(number, False, 3, timeout, phase)
 
@@ -168,17 +229,19 @@ def silence_of(*spans: tuple[str, float], stopped: bool = False) -> Silence:
 @pytest.mark.parametrize(
     ("spans", "ends"),
     [
-        ([("compute", 1000)], False),  # nothing to compare with
+        ([("compute", 1000)], False),
         ([("compute", 1200)], True),
-        ([("compute", 1), ("data", 1), ("compute", 100)], False),
-        ([("compute", 1), ("data", 1), ("compute", 130)], True),
-        ([("compute", 60), ("data", 1), ("compute", 600)], False),  # slow, but healthy
-        ([("compute", 1), ("data", 1), ("validation", 600)], False),
+        ([("compute", 1), ("data", 1), ("compute", 1000)], False),  # a hook that evaluates, say
+        ([("compute", 1), ("data", 1), ("compute", 1200)], True),
+        ([("compute", 200), ("data", 1), ("compute", 2000)], False),  # slow, but healthy
+        ([("compute", 200), ("data", 1), ("compute", 2200)], True),
+        ([("compute", 200), ("validation", 1), ("validation", 1200)], True),
+        ([("data", 1), ("compute", 1), ("data", 9000)], False),  # a single process waits on
         ([("checkpoint", 1), ("compute", 1), ("checkpoint", 9000)], False),
         ([("startup", 9000)], False),
     ],
 )
-def test_only_a_silence_beyond_all_earlier_ones_is_a_hang(
+def test_only_a_silence_far_beyond_the_timeout_and_all_earlier_ones_is_a_hang(
     spans: Sequence[tuple[str, float]], ends: bool
 ) -> None:
     assert silence_of(*spans).is_hopeless() == ends
@@ -210,6 +273,15 @@ def test_report_names_the_rank_that_was_late_first(tmp_path: Path) -> None:
     assert sorted(order, key=report.index) == list(order)
 
 
+def test_a_damaged_record_does_not_replace_the_error_of_the_run(tmp_path: Path) -> None:
+    watch = Watchdog(world_size=2)
+    watch._place = str(tmp_path / hang_report.RECORDS_NAME / "1")
+    hang_report.write_record(watch._place, 0, 1, sign_of(1, "compute"), 100, "waited", "stack")
+    (Path(watch._place) / "rank_1.json").write_bytes(bytes(100))
+    assert watch.found_hang()
+    assert watch.report().startswith("No report of it, as hang.txt cannot be written: ")
+
+
 STRAGGLER = """
 import os, time
 from torchtitan.parallel.runner import SPMDRunner
@@ -236,18 +308,33 @@ def test_a_slow_rank_is_named_and_trains_on(tmp_path: Path) -> None:
     with ranks_of(tmp_path / "run", [arguments] * 2, env) as ranks:
         (status, output), (second, _) = (rank.end(120) for rank in ranks)
     assert (status, second) == (0, 0), output
-    assert output.count("Rank 1 is slow, and all wait for it") == 1, output
-    rows = runs.records(tmp_path / "run")
-    times = [row["own_seconds/slowest"] for row in rows[3:]]
-    assert [row["slowest_rank"] for row in rows[3:]] == [1] * len(times)
-    assert min(times) >= 0.3
+    assert "Rank 1 is slow, and all wait for it" in output, output
+    assert "Rank 0 is slow" not in output, output
+    rows = runs.records(tmp_path / "run")[3:]
+    assert min(row["own_seconds/slowest"] for row in rows) >= 0.3
+    # Others use the machine as well, so a step or two of the first rank may be slower still.
+    named = [row for row in rows if row["slowest_rank"] == 1]
+    assert 2 * len(named) > len(rows)
     # The time of the first rank's steps is that of the other, which it waits for.
-    assert all(row["own_seconds/median"] < row["step_seconds"] - 0.2 for row in rows[3:])
+    waits = [row["step_seconds"] - row["own_seconds/median"] for row in named]
+    assert median(waits) > 0.1
 
 
 def test_a_rank_alone_has_no_times_to_compare(tmp_path: Path) -> None:
     runs.run(tmp_path / "run", "--training.steps=3", "--checkpoint.enable=false")
     assert not [key for row in runs.records(tmp_path / "run") for key in row if "own_" in key]
+
+
+def test_waits_are_observed_on_gpus_too() -> None:
+    """Only to tell ranks that wait from one that is stuck: there are no own times."""
+    watch = SimpleNamespace(end=lambda: None)
+    world: Any = SimpleNamespace(world_size=2, device=torch.device("cuda"), watchdog=watch)
+    times, wait = RankTimes(world, ratio=2.0), dist.Work.wait
+    times.open()
+    observed = dist.Work.wait
+    times.close()
+    assert observed is not wait and dist.Work.wait is wait
+    assert times.record(1) == {}
 
 
 def wait_for_each_kind(world: DistributedContext) -> dict[str, float]:

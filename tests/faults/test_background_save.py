@@ -92,7 +92,9 @@ def train_on_while_saving(
         assert saved not in store.steps()
         assert store.saved_step != saved, "told before it was committed"
         gate.open()
+        world.watchdog.sign("compute")
         store.wait()
+        assert world.watchdog._phase == "checkpoint", "a long wait would count as a hang"
         assert store.saved_step == saved
     assert trainer.content() != content
     return content

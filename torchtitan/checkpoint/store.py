@@ -65,6 +65,7 @@ from torchtitan.checkpoint.steps_folder import (
 from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext, with_own_group
+from torchtitan.distributed.hang_report import SAVING
 from torchtitan.utils.files import sync_folder
 from torchtitan.utils.text import format_bytes
 from torchtitan.utils.torch_compat import local_tensor
@@ -189,6 +190,7 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Wait for the save under way; raise `CheckpointError` on all ranks if it has failed."""
+        self.world.watchdog.sign(SAVING)
         self._thread.wait()
 
     def _save(

@@ -364,9 +364,9 @@ class Data(Section):
     more than this. Rows count in the first epoch only."""
 
     read_retries: NonNegativeInt = 5
-    """Times that a read is tried again, after pauses of 1, 2, 4, ... seconds, if a disk or a
-    network fails as it may for a moment. What does not pass, such as a missing file, stops the run
-    at once."""
+    """Times that a read is tried again, after pauses of 1, 2, 4, ... and at most 64 seconds, if a
+    disk or a network fails as it may for a moment. What does not pass, such as a missing file,
+    stops the run at once."""
 
     @property
     def max_document_bytes(self) -> int:

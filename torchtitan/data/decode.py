@@ -82,6 +82,8 @@ _LOST_BODIES = {
     "IncompleteRead",
 }
 """Names of errors of HTTP libraries that break off an answer."""
+_HTTP_LIBRARIES = ("aiohttp", "http", "requests", "urllib3")
+"""Beginnings of their modules; `tarfile` has a `ReadError`, too."""
 
 
 def transient_cause(error: BaseException) -> BaseException | None:
@@ -92,7 +94,9 @@ def transient_cause(error: BaseException) -> BaseException | None:
             return link
         if str(link) == "Server Disconnected":
             return None  # from `datasets`, which has tried for minutes
-        if isinstance(link, ConnectionError | TimeoutError) or type(link).__name__ in _LOST_BODIES:
+        kind = type(link)
+        is_lost = kind.__name__ in _LOST_BODIES and kind.__module__.startswith(_HTTP_LIBRARIES)
+        if is_lost or isinstance(link, ConnectionError | TimeoutError):
             return link
         link = link.__cause__
     return None

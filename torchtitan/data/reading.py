@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 1.0
-"""The pause before the first new try; each is twice as long as the one before."""
+"""The pause before the first new try; each is twice as long as the one before, for a while."""
+_LONGEST_PAUSE = 64
+"""As a multiple of the first one."""
 
 
 class Place(NamedTuple):
@@ -77,7 +79,10 @@ def describe_place(source: Source, shard: Shard, row: int) -> str:
     """Return where the row at `row` is, for a message, without reading."""
     if isinstance(source, FileSource):
         return source.whereabouts(shard, row)
-    return source.locate(shard, Row(row, 0, None))
+    try:
+        return source.locate(shard, Row(row, 0, None))
+    except Exception:  # that of a custom source may look at the content of the row
+        return f"part {shard.file + 1} (row {row + 1})"
 
 
 def persist(read: Callable[[], T], where: Callable[[], str], retries: int) -> T:
@@ -95,7 +100,7 @@ def persist(read: Callable[[], T], where: Callable[[], str], retries: int) -> T:
             reason = f"{type(cause).__name__}: {cause}"
             if attempt > retries:
                 raise DataError(f"reading failed {attempt} times at {where()}: {reason}") from error
-        pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)
+        pause = FIRST_PAUSE_SECONDS * min(2 ** (attempt - 1), _LONGEST_PAUSE)
         text = "Reading failed at %s: %s; trying again in %g s (%d of %d)"
         logger.warning(text, where(), reason, pause, attempt, retries)
         time.sleep(pause)
@@ -157,7 +162,8 @@ class ShardRows(Iterator[Row]):
 
     def _open(self) -> Iterator[Row]:
         source, shard, cursor = self._source, self._shard, self._cursor
-        rows = source.rows(shard, cursor) if cursor else source.rows(shard)  # type: ignore[call-arg]
+        # A custom source may return a list.
+        rows = iter(source.rows(shard, cursor) if cursor else source.rows(shard))  # type: ignore[call-arg]
         for _ in itertools.islice(rows, self._num_given):
             pass
         self._rows = rows

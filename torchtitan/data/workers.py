@@ -36,6 +36,10 @@ _WARN_SECONDS = 30.0
 """Before the first warning of a row that does not come; each further one after twice the time."""
 
 
+class _NotYet(Exception):
+    """The next item has not come yet. No TimeoutError, which a dataset may raise."""
+
+
 class Item(NamedTuple):
     """One sample of one lane, or the error that it met instead."""
 
@@ -142,10 +146,10 @@ class SampleStream:
             try:
                 item = next(self._iterator)
                 break
-            except TimeoutError:
+            except _NotYet:
                 watch.check(self._worker())
             except RuntimeError as error:
-                if "DataLoader timed out" in str(error):
+                if str(error).startswith("DataLoader timed out"):
                     watch.check(self._worker())
                 elif "DataLoader worker" in str(error):
                     raise DataError(f"a worker process died: {error}") from error
@@ -223,14 +227,14 @@ class _ReaderThread(Iterator[Item]):
         weakref.finalize(self, self._requests.put, False)
 
     def __next__(self) -> Item:
-        """Return the next item. Raises TimeoutError if it is to be asked for again."""
+        """Return the next item. Raises _NotYet if it is to be asked for again."""
         if not self._is_asked:
             self._requests.put(True)
         self._is_asked = True
         try:
             answer = self._answers.get(timeout=_POLL_SECONDS)
         except Empty:
-            raise TimeoutError from None
+            raise _NotYet from None
         self._is_asked = False
         if isinstance(answer, BaseException):
             raise answer

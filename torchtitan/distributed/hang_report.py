@@ -5,7 +5,7 @@ reads the rank's signs of life from a page of memory they share (`watchdog.py` w
 the rank when the rank gives no sign although
 
 - another rank has recorded that it waited in vain, or the run has failed,
-- or, should nobody wait for it, much longer than its phase has ever been silent before.
+- or, should nobody wait for it, much longer than the timeout and than ever before in its phase.
 
 It sends `DUMP`, at which faulthandler writes the stacks of all threads without the help of the
 interpreter, and then SIGABRT, at which the rank exits with status 6. A rank that was ended so, or
@@ -31,10 +31,11 @@ PAGE = 4096
 SIGN = struct.Struct("<QBQd32s")
 START_OF_SIGN = struct.Struct("<QB")
 """The fields that change at each wait."""
-STARTUP, SAVING, ENDING = "startup", "checkpoint", "ending"
+STARTUP, READING, SAVING, ENDING = "startup", "data", "checkpoint", "ending"
 """Phases in which a rank may be silent for as long as it likes, if nobody waits for it.
 
-It may wait for a large save that goes on beside training.
+It may wait for a large save that goes on beside training. How long a read may take is decided where
+the data are read.
 """
 HANG = 6
 DUMP = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
@@ -43,7 +44,8 @@ _PERIOD = 0.5
 _GRACE = 5.0
 """Seconds beyond the timeout, so that errors of the collectives themselves come first."""
 _MORE = 10
-"""A phase may take this many times the longest silence it had so far, beyond the timeout."""
+"""A phase may take this many times the longest silence it had so far, or the timeout, if that is
+more, beyond the timeout."""
 _STOPPED = "T"
 
 
@@ -73,7 +75,7 @@ class Silence:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._counted = 0.0
-        """The same without time in which the process was stopped, by Ctrl-Z say."""
+        """The same without time in which the process was stopped, by Ctrl-Z or a debugger say."""
         self._sign = Sign(0, False, 0, 0.0, STARTUP)
         self._longest: dict[tuple[str, float], float] = {}
 
@@ -100,9 +102,11 @@ class Silence:
     def is_hopeless(self) -> bool:
         """Return True for a rank that is stuck, although nobody waits for it."""
         sign = self._sign
-        longest = self._longest.get((sign.phase, sign.timeout), sign.timeout)
+        # Now and then a step is much slower than others: it compiles again, or a hook evaluates.
+        longest = max(self._longest.get((sign.phase, sign.timeout), 0.0), sign.timeout)
         limit = sign.timeout + _GRACE + _MORE * longest
-        return sign.phase not in (STARTUP, SAVING, ENDING) and self._counted > limit
+        endless = (STARTUP, READING, SAVING, ENDING)
+        return sign.phase not in endless and self._counted > limit
 
 
 class Rank:
@@ -129,7 +133,7 @@ class Rank:
             if self._first_step is None and sign.phase != STARTUP:
                 self._first_step = sign.step
             # This process may have been frozen as well, with its machine say.
-            silence.add(sign, min(now - last, 2 * _PERIOD), state == _STOPPED)
+            silence.add(sign, min(now - last, 2 * _PERIOD), state == _STOPPED or traced)
             last = now
             if traced:
                 continue  # by a debugger
@@ -161,8 +165,10 @@ class Rank:
         else:
             self._dump()
         stacks = self._stacks().removeprefix("Fatal Python error: Aborted\n")
-        self._record(sign, seconds, what, stacks)
-        self._kill()
+        try:
+            self._record(sign, seconds, what, stacks)
+        finally:  # the disk may be full
+            self._kill()
 
     def _dump(self) -> None:
         """Let the rank write its stacks, within some seconds."""
@@ -209,7 +215,7 @@ def folder_of(place: str) -> str:
 def _state(pid: int) -> tuple[str, bool]:
     """Return the letter of a process's state, and True if a debugger holds it."""
     try:
-        with open(f"/proc/{pid}/status") as file:
+        with open(f"/proc/{pid}/status", errors="replace") as file:  # the name may be any bytes
             facts = dict(line.split(":", 1) for line in file if ":" in line)
         return facts["State"].split()[0], facts["TracerPid"].strip() != "0"
     except (OSError, KeyError):
@@ -226,7 +232,8 @@ def _status(folder: str) -> dict[str, Any]:
 
 
 def _write(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
+    # Containers often give the same process ids to their ranks.
+    temporary = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"
     with open(temporary, "w") as file:
         file.write(text)
     os.replace(temporary, path)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -49,14 +50,14 @@ class Watchdog:
         `start` is a number that only the ranks of this start have.
         """
         self._place = str(folder / hang_report.RECORDS_NAME / str(start))
-        self._descriptor = descriptor = _shared_file()
-        os.truncate(descriptor, PAGE)
-        os.lseek(descriptor, PAGE, os.SEEK_SET)  # faulthandler writes behind the signs
-        self._page = mmap.mmap(descriptor, PAGE)
-        self.sign()
         words = [sys.executable, "-I", "-S", hang_report.__file__, self._place]
-        words += map(str, (self._rank, self._world_size, os.getpid(), descriptor))
         try:
+            self._descriptor = descriptor = _shared_file()
+            os.truncate(descriptor, PAGE)
+            os.lseek(descriptor, PAGE, os.SEEK_SET)  # faulthandler writes behind the signs
+            self._page = mmap.mmap(descriptor, PAGE)
+            self.sign()
+            words += map(str, (self._rank, self._world_size, os.getpid(), descriptor))
             self._process = subprocess.Popen(
                 words,
                 stdin=subprocess.PIPE,
@@ -108,7 +109,7 @@ class Watchdog:
         """Write the report from all ranks' records; return a line on it."""
         try:
             headline = hang_report.merge(self._place, self._world_size)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a record may be damaged
             return f"No report of it, as {hang_report.REPORT_NAME} cannot be written: {error}"
         folder = hang_report.folder_of(self._place)
         return f"{headline}. All stacks: {os.path.join(folder, hang_report.REPORT_NAME)}"
@@ -154,7 +155,7 @@ class Watchdog:
 
 def _shared_file() -> int:
     """Return the descriptor of a file without a name, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
+    with suppress(AttributeError, OSError):  # not on every system, nor in every sandbox
         return os.memfd_create("watchdog")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

@@ -30,7 +30,7 @@ class RankTimes:
 
     def __init__(self, world: DistributedContext, ratio: float):
         self._world, self._ratio = world, ratio
-        self._observes = world.world_size > 1 and world.device.type == "cpu"
+        self._measures = ratio > 0 and world.world_size > 1 and world.device.type == "cpu"
         self._activity = STARTUP
         self._booked_until = time.perf_counter()
         self._own = 0.0
@@ -39,7 +39,9 @@ class RankTimes:
 
     def open(self) -> None:
         """Observe the waits of this thread for other ranks from here on."""
-        if self._observes:
+        if self._world.world_size > 1:
+            # On a GPU those over gloo: a report of a hang tells a rank that waits from one that is
+            # stuck.
             self._stack.enter_context(observe_waits(self._before_wait, self._after_wait))
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class RankTimes:
         """Return the own times of the last `num_steps` steps; warn of a rank that stays slow."""
         self._book()
         own, self._own = self._own / num_steps, 0.0
-        if not self._observes or self._ratio == 0:
+        if not self._measures:
             return {}
         times: list[float] = self._world.gather_json(own)
         slowest, median = max(times), median_low(times)

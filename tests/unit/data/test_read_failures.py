@@ -2,16 +2,19 @@
 
 import errno
 import gzip
+import http.client
 import io
 import json
 import os
 import random
 import re
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -22,6 +25,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchtitan.config import DataError
 from torchtitan.data import files, reading, registry, workers
+from torchtitan.data.decode import transient_cause
+from torchtitan.data.pieces import Shard
+from torchtitan.data.sources import Row
 
 DOCUMENTS = make_documents(200)
 real_parquet = pyarrow.parquet.ParquetFile
@@ -122,6 +128,25 @@ class SeekingStream(Stream):
         self.start = state["start"]
 
 
+class Slow:
+    """A source of which a service makes the text, which does not answer in time."""
+
+    description: ClassVar[dict[str, Any]] = {}
+
+    def shards(self, num_lanes: int) -> list[Shard]:
+        return [Shard(number) for number in range(num_lanes)]
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        yield Row(0, 1, "content")
+
+    def text(self, row: Row) -> str:
+        raise TimeoutError("the service did not answer")
+
+    def locate(self, shard: Shard, row: Row) -> str:
+        return str(row.place)
+
+
+registry.register_dataset("slow-service", lambda training, data: Slow())
 KINDS = {"rows": Rows, "stream": Stream, "seeking": SeekingStream}
 for _name, _kind in KINDS.items():
     registry.register_dataset(f"flaky-{_name}", lambda training, data, kind=_kind: kind())
@@ -216,9 +241,35 @@ def test_what_does_not_pass_is_not_tried_again(number, tmp_path, monkeypatch, ca
 def test_pauses_grow(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    with pytest.raises(DataError, match="failed 5 times at here"):
-        reading.persist(BROKEN, lambda: "here", 4)
-    assert pauses == [1, 2, 4, 8]
+    with pytest.raises(DataError, match="failed 9 times at here"):
+        reading.persist(BROKEN, lambda: "here", 8)
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 64], "up to a minute: many tries last for hours"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_a_dataset_is_not_taken_for_a_row_that_is_late(num_workers):
+    run = Run(make_config(None, num_workers, dataset="slow-service"))
+    with pytest.raises(TimeoutError, match="the service did not answer"):
+        run.step()
+    run.close()
+
+
+def test_rows_may_be_a_list():
+    rows = [Row(0, 1, "a"), Row(1, 1, "b")]
+    source: Any = SimpleNamespace(rows=lambda shard: rows)
+    assert list(reading.ShardRows(source, Shard(0))) == rows
+
+
+def test_a_source_that_locates_rows_by_their_content_can_be_waited_for():
+    """The row has not been read yet, and a message must not end a run that only waits."""
+    by_content: Any = SimpleNamespace(locate=lambda shard, row: row.content["id"])
+    assert reading.describe_place(by_content, Shard(1), 6) == "part 2 (row 7)"
+
+
+def test_a_damaged_archive_is_no_answer_that_broke_off():
+    """`tarfile` calls its error `ReadError`, as HTTP libraries do."""
+    assert transient_cause(http.client.IncompleteRead(b"")) is not None
+    assert transient_cause(tarfile.ReadError("file could not be opened")) is None
 
 
 @pytest.mark.fault("F39")
