@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,16 @@ import pytest
 
 from tests.distributed import runs
 from tests.distributed.test_non_finite_steps import INJECTOR, W2
+from tests.distributed.test_preference_runs import DPO, START, write_pairs, write_start
 from tests.forked import execute
 from torchtitan.checkpoint.steps_folder import step_folders
 from torchtitan.cli import main
+from torchtitan.commands.replay import new_folder
+from torchtitan.commands.replay_report import bound_of
+from torchtitan.config.load import load_config
 from torchtitan.training import replay
 from torchtitan.training.step_record import read_records
+from torchtitan.utils.processes import StopRequested
 
 RECORD = ("--debug.record=1", "--data.ledger=true")
 IN_FLOAT64 = [
@@ -146,6 +154,51 @@ def test_a_step_that_was_only_logged(
     assert report["loss"]["difference"] == report["grad_norm"]["difference"] == 0
     assert main(["replay", str(folder), "5"]) == 2
     assert "which has none, nor logged" in capsys.readouterr().err
+
+
+def test_a_run_with_a_reference(
+    tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference stays that of the start, not the weights of the checkpoint."""
+    write_start(tmp_path / "hf")
+    words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"), "--training.steps=6")
+    words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--debug.record=1")
+    runs.run(tmp_path / "run", *words)
+    report = report_of(capsys, tmp_path / "run", 6)
+    assert (report["start"], report["result"]) == (4, "equal")
+
+
+def test_the_store_and_the_tensors_of_the_run_are_left_alone() -> None:
+    """Or the replay would go on from the newest step of the store, and record over the run's."""
+    words = ["--checkpoint.enable", "--checkpoint.remote_folder=s3://bucket/run"]
+    words += ["--debug.record_tensors=tensors", "--checkpoint.load_step=3"]
+    config = replay.quiet(load_config(words).config, 2)
+    assert config.checkpoint.remote_folder is config.debug.record_tensors is None
+    assert config.checkpoint.load_step == -1
+
+
+def test_the_bound_of_many_steps_still_finds_a_wrong_factor(tmp_path: Path) -> None:
+    config = load_config([]).config
+    prepared = replay.Prepared(config, config, tmp_path, 0)
+    assert bound_of(prepared, 1) < bound_of(prepared, 4) < bound_of(prepared, 10**4) < 0.5
+
+
+def test_a_signal_ends_what_was_started(tmp_path: Path) -> None:
+    """Before the temporary folder is removed, which ranks would write to again."""
+    script = f"trap 'sleep 0.2; touch {tmp_path}/ended; exit' TERM; touch {tmp_path}/started\n"
+    script += "while :; do sleep 0.05; done"
+
+    def stop() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    with pytest.raises(StopRequested), new_folder(None) as folder:
+        thread.start()
+        replay.run_words(["sh", "-c", script], folder / "log")
+    thread.join()
+    assert (tmp_path / "ended").exists() and not folder.exists()
 
 
 STATEFUL = (

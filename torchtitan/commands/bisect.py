@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.commands.bisect_sides import (
     FLOAT64,
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         )
         for opened in (one, other, *exact):
             opened.close()
-    print(json.dumps(asdict(result)) if options.json else "\n".join(_describe(result)))
+    print(json.dumps(_finite(asdict(result))) if options.json else "\n".join(_describe(result)))
     return FAILED if result.differences else DONE
 
 
@@ -98,6 +98,15 @@ def _open(folder: Path) -> "RecordedStep":
         raise ConfigError(ConfigIssue("FOLDER", f"{error}", fix, str(folder))) from error
 
 
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold: None instead of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _describe(result: "Comparison") -> Iterator[str]:
     counts = ", ".join(f"{n} {phase}" for phase, n in result.counts.items() if n)
     if not result.differences:
@@ -106,7 +115,7 @@ def _describe(result: "Comparison") -> Iterator[str]:
         title = "first difference" if number == 0 else "then"
         yield f"{title}: {found.phase}, {_text(found)}"
         if number == 0:
-            before = sum(result.counts.values()) - len(result.differences)
+            before = sum(result.counts.values())
             yield (
                 f"everything before it agrees within {result.largest:.0e} ({before} tensors:"
                 f" {counts}); rounding explains {result.bound:.0e}"

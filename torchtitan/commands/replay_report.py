@@ -19,6 +19,8 @@ from torchtitan.utils.text import plural, some_of
 _BOUNDS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.1}
 """Bounds of one step by the type that computes: 6 to 33 times the differences between meshes that
 docs/debugging.md reports."""
+_LARGEST_BOUND = 0.3
+"""Below what a factor of 2 or 1/2 does, which a bound that grows with the steps would hide."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def bound_of(prepared: Prepared, step: int) -> float:
     types: set[str] = set()
     for training in (prepared.original.training, prepared.config.training):
         types |= {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-    return math.sqrt(step - prepared.start) * max(_BOUNDS[dtype] for dtype in types)
+    bound = math.sqrt(step - prepared.start) * max(_BOUNDS[dtype] for dtype in types)
+    return min(bound, _LARGEST_BOUND)
 
 
 def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:

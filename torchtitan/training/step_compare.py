@@ -48,6 +48,7 @@ class Comparison:
 
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    """The tensors before the first that differs, by phase."""
     largest: float = 0.0
     """The largest relative difference of the tensors before the first that differs."""
     bound: float = EXACT
@@ -82,7 +83,6 @@ def compare_steps(
         if wholes is None:
             result.skipped.append(f"{name[0]}: {name[1]}")
             continue
-        result.counts[phase] += 1
         first = wholes[0].values
         largest_value = max(largest_value, _largest(first))
         scale = max(_largest(first), _LEAST_SCALE * largest_value)
@@ -92,6 +92,7 @@ def compare_steps(
             bound = max(fixed, _TIMES_NOISE * noise)
         found = _difference(name, wholes[0], wholes[1], scale, bound, (one, other))
         if found is None and not result.differences:
+            result.counts[phase] += 1
             apart = _relative(_gap(first, wholes[1].values), scale)
             result.largest = max(result.largest, apart)
         if not result.differences:
