@@ -8,15 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchtitan.commands.bisect_sides import (
-    FLOAT64,
-    Recipe,
-    Side,
-    read_side,
-    recipe,
-)
+from torchtitan.commands.bisect_sides import FLOAT64, Recipe, Side, read_side, recipe
+from torchtitan.commands.printing import json_values
 from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE, FAILED
@@ -58,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
         )
         for opened in (one, other, *exact):
             opened.close()
-    print(json.dumps(_finite(asdict(result))) if options.json else "\n".join(_describe(result)))
+    report = json.dumps(json_values(asdict(result)))
+    print(report if options.json else "\n".join(_describe(result)))
     return FAILED if result.differences else DONE
 
 
@@ -96,15 +92,6 @@ def _open(folder: Path) -> "RecordedStep":
     except (OSError, ValueError, KeyError) as error:
         fix = "record both sides anew"
         raise ConfigError(ConfigIssue("FOLDER", f"{error}", fix, str(folder))) from error
-
-
-def _finite(value: Any) -> Any:
-    """Return what JSON can hold: None instead of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe(result: "Comparison") -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.checkpoint.stored_run import METRICS_NAME, RECORD_NAME, STATUS_NAME
+from torchtitan.commands.printing import json_values
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.ledger import LedgerStep, read_ledger
@@ -116,8 +117,7 @@ def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
     if before.numbers is not None and now.numbers is not None:
         for name, old, new in zip(("loss", "grad_norm"), before.numbers, now.numbers, strict=True):
             differences.append(difference(old, new))
-            report[name] = {"recorded": _json(old), "replayed": _json(new)}
-            report[name]["difference"] = _json(differences[-1])
+            report[name] = {"recorded": old, "replayed": new, "difference": differences[-1]}
     report["gradients"] = _gradients(before.record, now.record)
     if report["gradients"] is not None:
         differences.append(report["gradients"]["largest"] or 0.0)
@@ -132,9 +132,8 @@ def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
         found = report["gradients"]
         equal = not any(differences) and (found is None or found["equal"] == found["all"])
         report["result"] = "equal" if equal else "rounding"
-    if report["gradients"] is not None:
-        report["gradients"]["largest"] = _json(report["gradients"]["largest"])
-    return report
+    values: dict[str, Any] = json_values(report)
+    return values
 
 
 def _places(config: JobConfig, before: Known, now: Known) -> dict[str, dict[str, Any]]:
@@ -181,13 +180,8 @@ def _first_difference(
     for step in sorted(before.keys() & now.keys()):
         found = _gradients(before[step], now[step])
         if found is not None and found["equal"] < found["all"]:
-            return {"step": step, "name": found["name"], "difference": _json(found["largest"])}
+            return {"step": step, "name": found["name"], "difference": found["largest"]}
     return None
-
-
-def _json(value: float) -> float | None:
-    """Return the value; None if it is not finite, which JSON has no number for."""
-    return value if math.isfinite(value) else None
 
 
 def describe(report: Mapping[str, Any]) -> Iterator[str]:
