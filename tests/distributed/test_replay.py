@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -175,6 +176,21 @@ def test_the_store_and_the_tensors_of_the_run_are_left_alone() -> None:
     config = replay.quiet(load_config(words).config, 2)
     assert config.checkpoint.remote_folder is config.debug.record_tensors is None
     assert config.checkpoint.load_step == -1
+
+
+def test_a_spike_that_ends_a_run_is_finite(
+    tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    spikes = ["--training.on_loss_spike=skip", "--training.max_skipped_steps=1"]
+    spikes += ["--training.loss_spike_threshold=0.5", "--training.loss_spike_window=16"]
+    spikes += ["--training.steps=60", "--optimizer.lr=0.3", "--checkpoint.interval=1000"]
+    runs.run(folder, *spikes, expect=5)
+    [step] = re.findall(r"step (\d+): the loss .* is a spike", runs.status(folder)["error"])
+    assert main(["replay", str(folder), step]) == 0
+    printed = capsys.readouterr().out
+    assert f"result:    equal, as far as it is known. step {step}: the loss" in printed
+    assert main(["replay", str(folder), step, "--training.on_loss_spike=ignore"]) == 1
 
 
 def test_the_bound_of_many_steps_still_finds_a_wrong_factor(tmp_path: Path) -> None:

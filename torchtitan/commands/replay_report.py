@@ -55,8 +55,10 @@ class Known:
 
     @property
     def is_finite(self) -> bool:
-        """Return True if loss and gradient norm are finite."""
-        return not self.failure and all(map(math.isfinite, self.numbers or ()))
+        """Return True if loss and gradient norm are finite; a spike may end a run, too."""
+        if self.numbers is None:
+            return "not finite" not in self.failure
+        return all(map(math.isfinite, self.numbers))
 
     def require(self) -> None:
         """Raise ConfigError if nothing is known to compare with."""
@@ -126,6 +128,7 @@ def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
     report["not_finite"] = {"recorded": not before.is_finite, "replayed": not now.is_finite}
     report["message"] = now.failure
     same = before.is_finite == now.is_finite and report["data"] is not False
+    same = same and (not before.failure or bool(now.failure))
     if not same or max(differences, default=0.0) > bound:
         report["result"] = "different"
     else:
@@ -204,7 +207,8 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     first = report["first_difference"]
     if first is not None and first["step"] < report["step"]:
         yield f"{'first:':<11}step {first['step']} is the first whose gradients have other bits"
-    yield f"{'result:':<11}{_verdict(report)}"
+    message = f". {report['message']}" if report["message"] else ""
+    yield f"{'result:':<11}{_verdict(report)}{message}"
 
 
 def _mesh(degrees: Mapping[str, int]) -> str:
@@ -245,7 +249,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
         again = "not finite again" if old else "not finite, unlike the first time"
         if old and report["result"] == "different":
             again += f", but what is finite is DIFFERENT; {bound}"
-        return f"{again}{'. ' + report['message'] if report['message'] else ''}"
+        return again
     if report["result"] == "equal":
         return "equal bit for bit" if report["gradients"] else "equal, as far as it is known"
     if report["result"] == "rounding":
