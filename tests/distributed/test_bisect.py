@@ -139,6 +139,7 @@ def test_a_step_of_a_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     report_of(capsys, side, f"{side} --mesh tp=2", expect=0)
     report = report_of(capsys, side, f"{side} --optimizer.lr=1e-4", expect=1)
     assert report["differences"][0]["phase"] == "updated parameters"
+    assert report["counts"]["gradients"] > 0 and report["counts"]["updated parameters"] == 0
 
 
 def test_bfloat16_as_it_is(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,13 +160,28 @@ def test_bfloat16_as_it_is(config: Path, capsys: pytest.CaptureFixture[str]) -> 
         (("CONFIG", "CONFIG --mesh tp=3"), "parallelism.tensor_parallel_degree = 3"),
         (("CONFIG", "CONFIG --training.dataset_path missing"), "training.dataset_path"),
         (("FOLDER", "CONFIG"), "is no run"),
+        (("STEP", "STEP"), "no side has a config to train them with"),
     ],
 )
 def test_sides_that_cannot_be_trained(
     sides: tuple[str, str], text: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        side.replace("CONFIG", str(config)).replace("FOLDER", str(config.parent)) for side in sides
-    ]
+    weights = config.parent / "weights" / "step-4"
+    weights.mkdir(parents=True)
+    (weights / "manifest.json").touch()
+    words = list(sides)
+    for name, path in {"CONFIG": config, "FOLDER": config.parent, "STEP": weights}.items():
+        words = [word.replace(name, str(path)) for word in words]
     assert main(["bisect", *words]) == 2
-    assert text in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert "training A" not in printed, "that takes time, and what is wrong with B is known"
+
+
+def test_the_report_in_words(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is alike to the bit is said to be so, and a phase of one tensor is named once."""
+    assert main(["bisect", str(config), f"{config} {FROZEN}"]) == 1
+    first, before, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("first difference: gradient norm: ")
+    assert before.startswith("everything before it agrees exactly (")
+    assert before.endswith(" gradients); rounding explains up to 1e-09")

@@ -282,7 +282,7 @@ def test_a_fault_of_the_code_comes_back_on_every_mesh(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["11"], "is not a step of the run, which has 10"),
+        (["11"], "the run has steps 1 to 10"),
         (["7", "--mesh", "qp=2"], "is no axis; the axes are pp, dp_replicate, dp_shard, cp, tp"),
         (["7", "--mesh", "dp_shard=3"], "training.global_batch_size"),
         (["7", "--mesh", "tp"], "--mesh"),

@@ -15,7 +15,7 @@ from torchtitan.commands.printing import json_values
 from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE, FAILED
-from torchtitan.utils.text import some_of
+from torchtitan.utils.text import plural, some_of
 
 if TYPE_CHECKING:
     from torchtitan.training.recorded_step import RecordedStep
@@ -72,7 +72,10 @@ def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> l
             raise sides[0].refuse(text, "give a --bound, or record both in float64")
         a, b = sides
         recipes.append(recipe(a, b, folder / "A-float64", settings, FLOAT64, recipes[0]))
-    for training in filter(None, recipes):
+    trainings = list(filter(None, recipes))
+    for training in trainings:
+        training.check()  # all of them, before the first takes its time
+    for training in trainings:
         begun = time.monotonic()
         _say(f"training {training.side.name}: {training.title}")
         training.train()
@@ -95,18 +98,19 @@ def _open(folder: Path) -> "RecordedStep":
 
 
 def _describe(result: "Comparison") -> Iterator[str]:
+    agree = f"within {result.largest:.0e}" if result.largest else "exactly"
     counts = ", ".join(f"{n} {phase}" for phase, n in result.counts.items() if n)
     if not result.differences:
-        yield f"no difference: {counts} agree within {result.largest:.0e}"
+        yield f"no difference: {counts} agree {agree}"
     for number, found in enumerate(result.differences):
         title = "first difference" if number == 0 else "then"
-        yield f"{title}: {found.phase}, {_text(found)}"
+        phase = "" if found.name == found.phase else f"{found.phase}, "
+        yield f"{title}: {phase}{_text(found)}"
         if number == 0:
-            before = sum(result.counts.values())
-            yield (
-                f"everything before it agrees within {result.largest:.0e} ({before} tensors:"
-                f" {counts}); rounding explains {result.bound:.0e}"
-            )
+            total = plural(sum(result.counts.values()), "tensor")
+            before = f"everything before it agrees {agree} ({total}: {counts})"
+            before = before if counts else "it is the first that is compared"
+            yield f"{before}; rounding explains up to {result.bound:.0e}"
     if result.skipped:
         yield f"not compared, as one side lacks it or has other shapes: {some_of(result.skipped)}"
 

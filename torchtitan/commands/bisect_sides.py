@@ -108,16 +108,19 @@ class Recipe:
         mesh = ", ".join(f"{axis} {n}" for axis, n in degrees if n > 1) or "one process"
         return f"{self.side.path} (step {config.training.steps}, {mesh}, {config.training.dtype})"
 
-    def train(self) -> None:
-        """Train the step. Raises ConfigError with what went wrong if there is nothing recorded."""
+    def check(self) -> None:
+        """Write the config. Raises ConfigError for settings that do not fit the mesh."""
         self.prepared.file.write_text(config_toml_text(self.prepared.config), encoding="utf-8")
         check(self.prepared)
+
+    def train(self) -> None:
+        """Train the step. Raises ConfigError with what went wrong if there is nothing recorded."""
         log = self.prepared.file.with_name("log.txt")
         code = run_words(replay.words_of(self.prepared, self.side.python), log)
         if not any(self.tensors.glob("update-*.json")):
             lines = log.read_text("utf-8", "replace").strip().splitlines()
             faults = [line for line in lines if _FAULT.search(line)] or lines
-            text = f"came to no end of its step (exit status {code}):"
+            text = f"did not complete its step (exit status {code}):"
             fix = f"train it alone, with the config that --keep DIR leaves in {self.side.name}"
             raise self.side.refuse("\n  ".join([text, *faults[:_SHOWN_LINES]]), fix)
 
@@ -139,7 +142,8 @@ def recipe(
     source, words = side, [*settings, *side.settings, *formats]
     if side.is_checkpoint:
         if other.is_checkpoint or other.is_recorded:
-            raise side.refuse("is weights, and neither side has a config", "name one for a side")
+            text = "is only weights, and no side has a config to train them with"
+            raise side.refuse(text, 'write CONFIG.toml, or "RUN --step N", for one side')
         load = ["--checkpoint.enable=true", f"--checkpoint.initial_load_path={side.path.resolve()}"]
         load += ["--checkpoint.initial_load_model_only=true"]
         source, words = other, [*settings, *other.settings, *load, *side.settings, *formats]

@@ -98,7 +98,8 @@ def _verify(options: argparse.Namespace) -> int:
     faults = _faults(_steps_of(Path(expand_path(options.checkpoint)).resolve()), options.quick)
     how = "by names and sizes" if options.quick else "every byte read"
     lines = [
-        f"{path.name}: {'damaged' if texts else f'good, {how}'}" for path, texts in faults.items()
+        f"{path.name}: {'damaged; no start loads it' if texts else f'good, {how}'}"
+        for path, texts in faults.items()
     ]
     steps = [{"path": str(path), "faults": texts} for path, texts in faults.items()]
     damaged = [text for texts in faults.values() for text in texts]

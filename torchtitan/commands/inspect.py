@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan.checkpoint.manifest import OPTIMIZER_PREFIX
 from torchtitan.commands.printing import Progress, aligned
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.exit_codes import CHECKPOINT, DONE, NON_FINITE
@@ -29,6 +30,8 @@ _KINDS = {
     "meta": "a folder of Meta's",
     "gguf": "a GGUF file",
 }
+_ROWS = 20
+"""Weights in the table of differences; a model has hundreds."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -341,9 +344,31 @@ def _comparison_lines(report: Mapping[str, Any]) -> list[str]:
     what = "" if report["optimizer_compared"] else " (optimizer state is not in both)"
     lines += ["", f"{compared} compared{what}, {len(values)} differ"]
     if values:
-        shown = [(n, "not finite" if a is None else f"{a:.4g}") for n, a in values.items()]
-        lines += aligned([("tensor", "largest difference"), *shown])
-    return [*lines, "no difference in the model was found"] if report["identical"] else lines
+        lines += aligned([("tensor", "largest difference"), *_difference_rows(values)])
+    return [*lines, "no difference was found"] if report["identical"] else lines
+
+
+def _difference_rows(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Return rows for the weights that differ most, and one for each state of the optimizer."""
+    states: dict[str, list[str]] = {}
+    weights = []
+    for name in values:  # the largest difference first
+        if name.startswith(OPTIMIZER_PREFIX):
+            states.setdefault(name.rpartition(".")[2], []).append(name)
+        else:
+            weights.append(name)
+
+    def row(name: str, label: str) -> tuple[str, str]:
+        apart = values[name]
+        return label, "not finite" if apart is None else f"{apart:.4g}"
+
+    rows = [row(name, name) for name in weights[:_ROWS]]
+    if more := weights[_ROWS:]:
+        rows.append(row(more[0], f"{plural(len(more), 'other')} (--json has all): at most"))
+    return rows + [
+        row(names[0], f"optimizer, {state} of {plural(len(names), 'tensor')}: at most")
+        for state, names in states.items()
+    ]
 
 
 def _shape(entry: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         code = launch(prepared)
         now = known_of(folder, step)
         if code not in (DONE, NON_FINITE) or (now.record is None and not now.failure):
-            print(f"the replay did not come to step {step}", file=sys.stderr)
+            print(f"the replay did not reach step {step}", file=sys.stderr)
             return code or FAILED
         report = compare(prepared, before, now)
     print(json.dumps(report, ensure_ascii=False) if options.json else "\n".join(describe(report)))

@@ -239,7 +239,7 @@ def _describe_gradients(found: Mapping[str, Any] | None) -> str:
 def _verdict(report: Mapping[str, Any]) -> str:
     """Return what the comparison means."""
     old, new = (report["not_finite"][side] for side in ("recorded", "replayed"))
-    bound = f"the bound of rounding is {report['bound']:.1e}"
+    bound = f"rounding explains up to {report['bound']:.1e}"
     if old and not new:
         return (
             "finite now: the first time was changed by a fault of the machine, or by code that"
@@ -250,10 +250,11 @@ def _verdict(report: Mapping[str, Any]) -> str:
         if old and report["result"] == "different":
             again += f", but what is finite is DIFFERENT; {bound}"
         return again
+    same = report["place"]["recorded"] == report["place"]["replayed"]
     if report["result"] == "equal":
         return "equal bit for bit" if report["gradients"] else "equal, as far as it is known"
     if report["result"] == "rounding":
-        same = report["place"]["recorded"] == report["place"]["replayed"]
         hint = ", though on the same mesh: see debug.deterministic" if same else ""
         return f"equal up to rounding; {bound}{hint}"
-    return f"DIFFERENT; {bound}"
+    hint = "" if same else "; `torchtitan bisect` names the first tensor that differs"
+    return f"DIFFERENT; {bound}{hint}"

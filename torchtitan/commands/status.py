@@ -54,6 +54,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "checkpoint": newest.step if newest else None,
         "checkpoint_bytes": newest.num_bytes if newest else None,
         "error": stored.status.get("error") or None,
+        "requeue": state == "killed" or bool(stored.status.get("requeue")),
         "last_sign": _last_sign(folder),
     }
     if records:
@@ -92,6 +93,10 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         lines["end"] = f"in {_duration(report['expected_end'] - now)}, at {at}"
     if report["error"]:
         lines["error"] = report["error"]
+    if report["requeue"]:
+        known = report["checkpoint"] is not None
+        what = f"resumes from {step_name(report['checkpoint'])}" if known else "starts it again"
+        lines["next"] = f"the same command {what}"
     return [f"{name:<12}{text}" for name, text in lines.items()]
 
 

@@ -226,7 +226,7 @@ def build_loader(
     Raises ConfigError for what the config or the files do not allow, DataError for bad content.
     """
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
-    logger.info("%s", mixture.describe())
+    logger.info("Data: %s", mixture.describe())
     if logger.isEnabledFor(logging.INFO):  # describing opens files, for each rank that logs it
         for named, settings in zip(named_sources(training, data), mixture.sources):
             logger.info("Reads %s", describe_source(named, settings.source))

@@ -85,7 +85,7 @@ def prepare(
     file.write_text(text, encoding="utf-8")
     config = original = load_config([str(file)]).config
     if not 1 <= step <= config.training.steps:
-        text = f"is not a step of the run, which has {config.training.steps}"
+        text = f"the run has steps 1 to {config.training.steps}"
         raise ConfigError(ConfigIssue("STEP", text, "name one of these", step))
     checkpoint = newest_before(run, step, config, stored)
     config = _with_start(config, run, checkpoint)

@@ -48,7 +48,7 @@ class Comparison:
 
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    """The tensors before the first that differs, by phase."""
+    """Tensors of each phase that agree, before the first that differs."""
     largest: float = 0.0
     """The largest relative difference of the tensors before the first that differs."""
     bound: float = EXACT
@@ -92,9 +92,9 @@ def compare_steps(
             bound = max(fixed, _TIMES_NOISE * noise)
         found = _difference(name, wholes[0], wholes[1], scale, bound, (one, other))
         if found is None and not result.differences:
-            result.counts[phase] += 1
             apart = _relative(_gap(first, wholes[1].values), scale)
             result.largest = max(result.largest, apart)
+            result.counts[phase] += 1
         if not result.differences:
             result.bound = bound
         if found is not None:

@@ -165,6 +165,8 @@ def test_verify(run: Path, capsys: Any) -> None:
             f"damaged: {step}/{name}: content differs from what was written"
             for name in (".metadata", "__0_0.distcp")
         ]
+    assert main(["checkpoint", "verify", str(run)]) == 4
+    assert "step-8: damaged; no start loads it" in capsys.readouterr().out
     assert checkpoint(capsys, "verify", run, "--quick")["quick"]
 
 

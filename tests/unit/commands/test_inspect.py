@@ -160,6 +160,12 @@ def test_two_steps(run_folder: Path, capsys: Any) -> None:
     assert report["optimizer_compared"] and report["config"] == {}
     assert report["values"]["optimizer.norm.weight.step"] == 4
     assert 0 < report["values"]["norm.weight"] < 0.1
+    weights = [name for name in report["values"] if not name.startswith("optimizer.")]
+    shown = text(capsys, steps / "step-4", steps / "step-8")
+    assert [name for name in weights if f"\n{name} " in shown] == weights[:20]
+    assert len(weights) == 21 and "1 other (--json has all): at most" in shown
+    assert f"optimizer, step of {len(weights)} tensors: at most" in shown
+    assert "optimizer.norm.weight.step" not in shown
     assert inspect(capsys, steps / "step-8", run_folder)[0]["identical"]
 
 

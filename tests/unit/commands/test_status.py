@@ -67,6 +67,9 @@ def test_a_run_in_its_middle(
         end = (folder / "metrics.jsonl").stat().st_mtime + sum(seconds)
         assert found["expected_end"] == pytest.approx(end)
     assert ("expected_end" in found) == (state == "running")
+    assert main(["status", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert ("\nnext        the same command resumes from step-4\n" in out) == (state == "killed")
 
 
 def test_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +80,7 @@ def test_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert out.startswith("state       failed, exit status 5; last sign ")
     assert "\nerror       step 2: the loss or the gradient norm is not finite" in out
+    assert "\nnext" not in out, "the same step would fail again"
 
 
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
