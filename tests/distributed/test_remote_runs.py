@@ -118,6 +118,12 @@ def test_training_goes_on_without_the_store(
     server.good_again()
     runs.run(tmp_path / "run", f"--checkpoint.remote_folder={url}")
     assert remote_steps(server.objects("runs/refused/")) == [10]
+    # A stop stays one, for schedulers that start again.
+    server.refuse = lambda method, path: 403 * (method == "PUT" and "config.toml" in path)
+    words = f"--checkpoint.remote_folder={url}", "--training.steps=12", "--training.max_seconds=0.1"
+    done = runs.run(tmp_path / "run", *words, expect=7)
+    server.good_again()
+    assert "The last step is not in checkpoint.remote_folder" in done.stderr
 
 
 def test_refused_before_anything_starts(server: S3Server, tmp_path: Path) -> None:

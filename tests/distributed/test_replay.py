@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from tests.distributed import runs
 from tests.distributed.test_non_finite_steps import INJECTOR, W2
@@ -169,13 +170,13 @@ def test_a_run_with_a_reference(
     assert (report["start"], report["result"]) == (4, "equal")
 
 
-def test_the_store_and_the_tensors_of_the_run_are_left_alone() -> None:
-    """Or the replay would go on from the newest step of the store, and record over the run's."""
-    words = ["--checkpoint.enable", "--checkpoint.remote_folder=s3://bucket/run"]
-    words += ["--debug.record_tensors=tensors", "--checkpoint.load_step=3"]
-    config = replay.quiet(load_config(words).config, 2)
-    assert config.checkpoint.remote_folder is config.debug.record_tensors is None
-    assert config.checkpoint.load_step == -1
+def test_a_config_that_went_back_or_made_a_seed_trains() -> None:
+    """In a new folder, which has no step to go back to."""
+    words = ["--checkpoint.enable", "--checkpoint.load_step=3", "--checkpoint.allow_rewind"]
+    words.append("--checkpoint.create_seed_checkpoint")
+    section = replay.quiet(load_config(words).config, 2).checkpoint
+    assert (section.load_step, section.allow_rewind) == (-1, False)
+    assert section.create_seed_checkpoint is False
 
 
 def test_a_spike_that_ends_a_run_is_finite(
@@ -260,11 +261,12 @@ def test_a_step_that_is_not_finite_is_so_again(
     assert runs.status(folder)["exit_code"] == 5
     assert step_folders(folder / "checkpoint") == [4]
     assert list(read_records(folder / "record.jsonl")) == list(range(1, 8))
-    report = report_of(capsys, folder, 7, "--device", "cpu")
+    own = ("--device", "cpu", "--job.custom_import=injector")
+    report = report_of(capsys, folder, 7, *own)
     assert report["not_finite"] == {"recorded": True, "replayed": True}
     assert report["result"] == "equal" and where in report["message"]
     # One process has no rank 1, which is where this fault is.
-    report = report_of(capsys, folder, 7, "--device", "cpu", "--mesh", "tp=1", expect=1)
+    report = report_of(capsys, folder, 7, *own, "--mesh", "tp=1", expect=1)
     assert report["not_finite"] == {"recorded": True, "replayed": False}
 
 
@@ -273,7 +275,8 @@ def test_a_fault_of_the_code_comes_back_on_every_mesh(
 ) -> None:
     folder = tmp_path / "run"
     injected(folder, "--handlers.injector.rank=0")
-    assert main(["replay", str(folder), "7", "--mesh", "tp=1", "--device", "cpu"]) == 0
+    words = ["--mesh", "tp=1", "--device", "cpu", "--job.custom_import=injector"]
+    assert main(["replay", str(folder), "7", *words]) == 0
     printed = capsys.readouterr().out
     assert "result:    not finite again. step 7: the loss" in printed
     assert f"{W2.replace('layers.1', 'layers.3')} 0 in sequence" in printed
@@ -306,6 +309,29 @@ def test_no_run_and_no_launcher(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["replay", str(whole), "7"]) == 2
     assert "run it without a launcher" in capsys.readouterr().err
+
+
+def test_stored_config_executes_nothing_and_points_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Modules count on the command line alone; the run's store and its recorded step stay out."""
+    (tmp_path / "planted.py").write_text("raise SystemExit('executed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run_status.json").write_text('{"status": "failed", "step": 1}')
+    stored = {
+        "job": {"custom_import": ["planted"]},
+        "checkpoint": {"enable": True, "remote_folder": "s3://bucket/run"},
+        "debug": {"record_tensors": str(tmp_path / "tensors")},
+    }
+    (run / "config.toml").write_text(tomli_w.dumps(stored))
+    assert main(["replay", str(run), "1"]) == 2
+    assert "--job.custom_import=planted" in capsys.readouterr().err
+    (tmp_path / "new").mkdir()
+    config = replay.prepare(run, 1, tmp_path / "new", None, ["--job.custom_import=planted"]).config
+    assert config.job.custom_import == ("planted",)
+    assert config.checkpoint.remote_folder is None and config.debug.record_tensors is None
 
 
 def test_the_folder_is_kept_and_can_be_trained_from(

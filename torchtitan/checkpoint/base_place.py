@@ -1,5 +1,6 @@
 """The place of the base that a checkpoint refers to, and a check of its content. No torch."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from torchtitan.config.paths import expand_path
 from torchtitan.utils.remote import is_remote
 
 _OPTION = "--base"
+_RECORDED = re.compile(r"(hf|s3|gs|az)://")
+"""What a checkpoint may let this machine connect to: whoever made it is not trusted."""
 
 
 class MovedBase(NamedTuple):
@@ -37,9 +40,11 @@ def place_of_base(recorded: Mapping[str, str], moved: MovedBase) -> str | None:
 
     Content decides whether it is the right one, so what is here goes before a download.
     """
+    url = recorded.get("hub", "")
     places = [place for place in (moved.path, recorded["path"]) if place is not None]
     here = [place for place in places if not is_remote(place) and Path(place).exists()]
-    remote = [p for p in (recorded.get("hub"), moved.path) if p is not None and is_remote(p)]
+    remote = [url] if _RECORDED.match(url) else []
+    remote += [moved.path] if moved.path is not None and is_remote(moved.path) else []
     return next(iter([*here, *remote]), None)
 
 

@@ -100,14 +100,14 @@ class Uploads:
             self._wake.clear()
             try:
                 self._upload_newest()
+                is_newest = self._newest() == self._done
                 failures, self.error = 0, ""
             except Exception as error:
-                failures += 1
+                failures, is_newest = failures + 1, False
                 self.error = str(error) or type(error).__name__
                 expected = isinstance(error, OSError | InvalidCheckpoint)
                 text = "Step %d is not uploaded yet: %s"
                 logger.error(text, self.uploading, error, exc_info=None if expected else error)
-            is_newest = not self.error and self._newest() == self._done
             if self._closing and (is_newest or failures >= _LAST_ATTEMPTS):
                 return
             if self._closing:
@@ -120,8 +120,7 @@ class Uploads:
         step = self.uploading = self._newest()
         if step < 0 or (step == self._done and not self._closing):
             return
-        require_own(self._remote, self._run_id)
-        if self._remote.read(RUN_ID_NAME) is None:
+        if not require_own(self._remote, self._run_id):
             self._remote.write(RUN_ID_NAME, self._run_id.encode())
         self._upload_run_files()
         if step == self._done:  # only metrics have come since
@@ -147,12 +146,34 @@ class Uploads:
                     self._known[name] = now
 
     def _delete_old(self, current: int) -> None:
-        """Apply `keep_latest_k`, and remove later steps, which the run has gone back from."""
+        """Apply `keep_latest_k`; remove older uploads that never ended, and files gone from here.
+
+        Later steps stay. The one here may be damaged, so that the run had to fall back, but theirs
+        may not; `forget_later` removes those that the run has gone back from.
+        """
         files = self._remote.files()
         steps = remote_steps(files)
-        doomed = steps_to_delete(steps, current, self._keep, ())
-        for step in [*doomed, *(step for step in steps if step > current)]:
+        doomed = set(steps_to_delete(steps, current, self._keep, ()))
+        unfinished = set(remote_steps(files, _UPLOADING_NAME)) - set(steps)
+        doomed |= {step for step in unfinished if step < current}
+        for step in sorted(doomed):
             _delete_step(self._remote, step, files)
+        ledgers = [name for name in files if name.startswith("ledger/")]
+        self._remote.delete(name for name in ledgers if not (self._run_folder / name).exists())
+
+
+def forget_later(section: Checkpoint, run_id: str, step: int) -> None:
+    """Delete the steps after `step` from the store, as the run goes back to it.
+
+    Before anything is trained: a start would take them for steps to go on from. Raises RemoteError.
+    """
+    assert section.remote_folder is not None
+    remote = RemoteFolder(section.remote_folder)
+    if require_own(remote, run_id):
+        files = remote.files()
+        for later in remote_steps(files):
+            if later > step:
+                _delete_step(remote, later, files)
 
 
 def upload_step(remote: RemoteFolder, step: Path, manifest: Manifest) -> bool:
@@ -182,9 +203,9 @@ def upload_step(remote: RemoteFolder, step: Path, manifest: Manifest) -> bool:
     return True
 
 
-def remote_steps(files: Iterable[str]) -> list[int]:
+def remote_steps(files: Iterable[str], marked_by: str = MANIFEST_NAME) -> list[int]:
     """Return the committed steps among the names of a remote folder, ascending."""
-    prefix, suffix = f"{STEPS_FOLDER}/step-", f"/{MANIFEST_NAME}"
+    prefix, suffix = f"{STEPS_FOLDER}/step-", f"/{marked_by}"
     numbers = (
         name[len(prefix) : -len(suffix)]
         for name in files
@@ -193,12 +214,17 @@ def remote_steps(files: Iterable[str]) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def require_own(remote: RemoteFolder, run_id: str) -> None:
-    """Raise `RemoteError` if the folder is another run's."""
+def require_own(remote: RemoteFolder, run_id: str) -> bool:
+    """Raise `RemoteError` if the folder holds another run's steps; return whether it is marked.
+
+    A run that ended before it had uploaded a step leaves its mark, and nothing to protect.
+    """
     found = remote.read(RUN_ID_NAME)
-    if found is not None and found.decode(errors="replace") != run_id:
+    is_own = found is not None and found.decode(errors="replace") == run_id
+    if found is not None and not is_own and remote_steps(remote.files()):
         other = json.dumps(found.decode(errors="replace")[:40])
         raise RemoteError(f"{remote.url} belongs to run {other}, this is run {run_id}")
+    return is_own
 
 
 def _files_of_step(files: dict[str, RemoteFile], step: int) -> dict[str, RemoteFile]:

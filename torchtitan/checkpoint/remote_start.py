@@ -7,11 +7,13 @@ commits it, as for a step that is saved. The start then goes on as if the step h
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torchtitan.checkpoint.decision import starts_anew
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE
+from torchtitan.checkpoint.lock import FolderInUse, FolderLock
 from torchtitan.checkpoint.manifest import (
     MANIFEST_NAME,
     InvalidCheckpoint,
@@ -43,6 +45,7 @@ from torchtitan.utils.text import format_bytes, some_of
 logger = logging.getLogger(__name__)
 
 KEY = "checkpoint.remote_folder"
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FIX = "check its name, the credentials and the network"
 Files = Mapping[str, RemoteFile]
 
@@ -52,7 +55,7 @@ def remote_issue(error: RemoteError, url: str | None, key: str = KEY) -> ConfigI
     return ConfigIssue(key, str(error), _FIX, url)
 
 
-def fetch_run(config: JobConfig) -> list[str]:
+def fetch_run(config: JobConfig, is_main: bool = True) -> list[str]:
     """Download the newest good step of the run if it is later than what the run folder holds.
 
     Also the step of `checkpoint.load_step`, if it is not there. Every rank calls it, before any
@@ -65,7 +68,14 @@ def fetch_run(config: JobConfig) -> list[str]:
     try:
         path.mkdir(mode=PRIVATE_TO_WRITE, parents=True, exist_ok=True)
         with downloads_once(path / ".remote") as is_done:
-            return [] if is_done else _fetch(config, path, RemoteFolder(section.remote_folder))
+            if is_done:
+                return []
+            return _fetch(config, path, RemoteFolder(section.remote_folder))
+    except FolderInUse as error:
+        if not is_main:  # a rank that comes late, while the first one has opened the folder
+            return []
+        fix = "wait for that job or stop it, or choose another --job.dump_folder"
+        raise ConfigError(ConfigIssue("job.dump_folder", str(error), fix, str(path))) from error
     except RemoteError as error:
         raise ConfigError(remote_issue(error, section.remote_folder)) from error
     except OSError as error:
@@ -75,29 +85,45 @@ def fetch_run(config: JobConfig) -> list[str]:
 
 
 def _fetch(config: JobConfig, path: Path, remote: RemoteFolder) -> list[str]:
-    found = remote.read(RUN_ID_NAME)
-    if found is None:
-        remote.files()  # the bucket exists, and may be read
+    found, files = remote.read(RUN_ID_NAME), remote.files()
+    if not remote_steps(files):
         return []
+    stored = StoredRun(path, config.checkpoint.folder)
+    if found is None:
+        if stored.is_run:
+            return []
+        text = f"{remote.url} holds steps, but not the file {RUN_ID_NAME}, which says whose"
+        fix = "write the run_id of a step's manifest.json to it, or choose another one"
+        raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
     run_id = found.decode(errors="replace")
+    if not _RUN_ID.fullmatch(run_id):  # it becomes part of the name of a folder
+        text, fix = f"{remote.url}/{RUN_ID_NAME} holds no run id", "restore it, or choose another"
+        raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
     if starts_anew(config):
         text = f"{remote.url} holds run {run_id}, which job.new_run cannot move aside"
         fix = "choose another one for the new run"
         raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
-    stored = StoredRun(path, config.checkpoint.folder)
     if stored.is_run:
         newest = stored.newest
         require_own(remote, str(stored.status.get("run_id") or (newest and newest.run_id)))
-    return _fetch_steps(config, path, remote, run_id, stored)
+    return _fetch_steps(config, path, remote, files, run_id, stored)
 
 
 def _fetch_steps(
-    config: JobConfig, path: Path, remote: RemoteFolder, run_id: str, stored: StoredRun
+    config: JobConfig,
+    path: Path,
+    remote: RemoteFolder,
+    files: Files,
+    run_id: str,
+    stored: StoredRun,
 ) -> list[str]:
     """Download what is later than the newest step here, and `checkpoint.load_step`."""
-    files, steps = remote.files(), path / config.checkpoint.folder
+    steps, wanted = path / config.checkpoint.folder, config.checkpoint.load_step
     newest = stored.newest.step if stored.newest else -1
     later = [step for step in reversed(remote_steps(files)) if step > newest]
+    lacks_wanted = wanted in remote_steps(files) and wanted not in step_folders(steps)
+    if later or lacks_wanted:
+        FolderLock(path, run_id).release()  # no job is at work here, and none starts meanwhile
     faults, notices = [], []
     for step in later:
         try:
@@ -110,8 +136,7 @@ def _fetch_steps(
         text = f"{remote.url} holds no step that can be used: {some_of(faults, 4, '; ')}"
         fix = "restore one of them, or choose another folder for a new run"
         raise ConfigError(ConfigIssue(KEY, text, fix, remote.url))
-    wanted = config.checkpoint.load_step
-    if wanted in remote_steps(files) and wanted not in step_folders(steps):
+    if lacks_wanted and wanted not in step_folders(steps):
         try:
             notices.append(_fetch_step(remote, files, path, steps, wanted, run_id))
         except InvalidCheckpoint as fault:

@@ -28,7 +28,7 @@ from torchtitan.checkpoint.decision import (
 )
 from torchtitan.checkpoint.files import PRIVATE_TO_WRITE, write_in_place
 from torchtitan.checkpoint.lock import FolderInUse, FolderLock
-from torchtitan.checkpoint.remote import Uploads
+from torchtitan.checkpoint.remote import Uploads, forget_later
 from torchtitan.checkpoint.steps_folder import delete_leftovers
 from torchtitan.checkpoint.stored_run import (
     CONFIG_NAME,
@@ -156,13 +156,20 @@ class RunFolder:
         self.set_status("running", self.decision.step)
         write_atomically(self.path / CONFIG_NAME, config_toml_text(self.config))
         copy_tokenizer(self.config.model.tokenizer_path, self.path / TOKENIZER_NAME)
+        section, back_to = self.config.checkpoint, self.decision.load_step
+        if self._uploads_steps and section.allow_rewind and back_to >= 0:
+            forget_later(section, self.decision.run_id, back_to)
         self.start_uploads()
 
     def start_uploads(self) -> None:
         """Upload steps from now on if there is a remote folder; `step_saved` says when. Rank 0."""
+        if self._uploads_steps:
+            self.uploads = Uploads(self.config.checkpoint, self.path, self.decision.run_id)
+
+    @property
+    def _uploads_steps(self) -> bool:
         section = self.config.checkpoint
-        if section.remote_folder is not None and section.enable and not section.load_only:
-            self.uploads = Uploads(section, self.path, self.decision.run_id)
+        return section.remote_folder is not None and section.enable and not section.load_only
 
     def step_saved(self) -> None:
         """Let the newest step be uploaded, if this process uploads."""

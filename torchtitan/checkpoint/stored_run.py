@@ -44,7 +44,9 @@ class StoredRun:
         # The stored name counts: a config that renames the folder must not hide the checkpoints.
         stored = read_stored_config(self._config_file) if self.status else None
         name = stored_value(stored or {}, "checkpoint.folder")
-        self.checkpoints = path / (name if isinstance(name, str) else default_folder)
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            name = default_folder  # the config may be anybody's, and lead out of the folder
+        self.checkpoints = path / name
         """The folder of the `step-N` folders."""
         self.step_folders = step_folders(self.checkpoints)
         """Steps that have a folder, valid or not."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from torchtitan.commands.generation_options import add_base, add_option
+from torchtitan.commands.generation_options import add_base, add_modules, add_option
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -73,6 +73,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
         help="largest safetensors file, such as 500MB (default: 5GB)",
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    add_modules(parser)
 
 
 def add_upload_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from torchtitan.config.custom_import import import_modules
+from torchtitan.config.errors import ConfigError
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what opens a checkpoint on a mesh."""
@@ -14,6 +17,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
     add_base(group)
+    add_modules(group)
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -130,6 +134,25 @@ def add_option(parser: argparse._ActionsContainer, name: str, **settings: Any) -
     """Add the option `--name`, which may be written with underscores, too."""
     names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
     parser.add_argument(*names, **settings)
+
+
+class _Import(argparse.Action):
+    """Imports modules before the command begins."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Raise ConfigError for a module that cannot be imported."""
+        if problems := import_modules(values.split(",")):
+            raise ConfigError(problems)
+
+
+def add_modules(parser: argparse._ActionsContainer) -> None:
+    """Add the option for modules that the checkpoint's run imported: a stored config is data."""
+    parser.add_argument(
+        *("--job.custom_import", "--job.custom-import"),
+        action=_Import,
+        metavar="MODULE,...",
+        help="modules to import, where the run that saved the checkpoint did, too",
+    )
 
 
 def positive(text: str) -> int:

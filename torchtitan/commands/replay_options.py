@@ -13,8 +13,9 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     the same mesh they are equal bit for bit, on another one to rounding, with the bound printed.
     What is compared is what `debug.record` has recorded, or else what metrics.jsonl holds.
 
-    Settings, `--section.key value`, change what is run. The exit status is 0 if the step is the
-    same, 1 if it differs, and that of `train` if it cannot be trained.
+    Settings, `--section.key value`, change what is run; modules that the run imported have to be
+    named again, with `--job.custom_import`, as a stored config executes nothing. The exit status
+    is 0 if the step is the same, 1 if it differs, and that of `train` if it cannot be trained.
     """
     parser.add_argument("run", metavar="RUN", help="a run's folder, job.dump_folder")
     parser.add_argument("step", metavar="STEP", type=positive, help="the step to repeat")

@@ -52,7 +52,7 @@ def _train(loaded: LoadedConfig, stop: StopRequest) -> int:
     problems = import_custom_modules(loaded.config, quiet=place.rank != 0)
     if problems:
         raise ConfigError(problems)
-    for notice in fetch_run(loaded.config):
+    for notice in fetch_run(loaded.config, place.rank == 0):
         print(f"notice: {notice}", file=sys.stderr)
     loaded = _with_pretrained(loaded)
     device: str = loaded.config.job.device

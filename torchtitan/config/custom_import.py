@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from torchtitan.config.errors import ConfigIssue
+from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.registry import import_traceback
 from torchtitan.config.schema import JobConfig
 
@@ -32,6 +32,15 @@ def import_modules(names: Iterable[str], quiet: bool = False) -> list[ConfigIssu
         if problem:
             problems.append(problem)
     return problems
+
+
+def require_imported(stored: JobConfig) -> None:
+    """Raise ConfigError for modules of a stored config that are not imported: it is data."""
+    lacking = [name for name in stored.job.custom_import if name not in sys.modules]
+    if lacking:
+        text = "the checkpoint's run imported modules, and a stored config executes nothing"
+        fix = f"if you trust them, add --job.custom_import={','.join(lacking)}"
+        raise ConfigError(ConfigIssue(KEY, text, fix, lacking))
 
 
 def _import(name: str, quiet: bool) -> ConfigIssue | None:

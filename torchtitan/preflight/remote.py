@@ -1,5 +1,6 @@
 """Checks of `checkpoint.remote_folder`: its form, and that it can be read and written."""
 
+import glob
 import secrets
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
     url = section.remote_folder
     if url is None:
         return []
-    if problem := url_problem(url):
+    problem = "has a wildcard" if glob.has_magic(url) else url_problem(url)
+    if problem:
         return [ConfigIssue(KEY, problem, "write s3://bucket/folder, or gs:// or az://", url)]
     if not section.enable:
         text = "has no effect, because checkpoint.enable is false"

@@ -12,7 +12,7 @@ from torchtitan.checkpoint.dcp_io import quiet_dcp
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, Manifest, base_of, verify_file
 from torchtitan.checkpoint.model_folder import read_model_folder
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
-from torchtitan.config.custom_import import import_custom_modules
+from torchtitan.config.custom_import import require_imported
 from torchtitan.config.value_errors import problems_of
 from torchtitan.handlers.registry import HANDLERS, handler_settings
 from torchtitan.models.decoder.args import DecoderArgs
@@ -100,13 +100,12 @@ def holds_adapters(manifest: Manifest | None) -> bool:
 
 
 def config_of_step(manifest: Manifest) -> JobConfig:
-    """Return the config of the run that saved a step; its own modules are imported."""
+    """Return the config of the run that saved a step; the user has imported its modules."""
     try:
         config = JobConfig.model_validate(manifest.info.get("config"))
     except ValidationError as error:
         raise ConfigError(problems_of(error, {})) from None
-    if problems := import_custom_modules(config):
-        raise ConfigError(problems)
+    require_imported(config)
     return config
 
 

@@ -35,7 +35,7 @@ from torchtitan.config import (
     JobConfig,
     NonFiniteError,
 )
-from torchtitan.config.custom_import import import_custom_modules
+from torchtitan.config.custom_import import require_imported
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.value_errors import problems_of
 from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
@@ -186,8 +186,7 @@ def _describe_step(
         config = JobConfig.model_validate(manifest.info.get("config"))
     except ValidationError as error:
         raise ConfigError(problems_of(error, {})) from None
-    if problems := import_custom_modules(config):
-        raise ConfigError(problems)
+    require_imported(config)
     where = tokenizer_path or tokenizer_of(folder) or config.model.tokenizer_path
     tokenizer = build_tokenizer(where)
     family = get_family(config.model.name)

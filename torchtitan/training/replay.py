@@ -69,7 +69,8 @@ def prepare(
     """Write to `folder`, which exists, the config of a run up to `step` from the state of `run`.
 
     `mesh`: degrees by axis, 1 for those left out; None for the mesh of the run. `settings` are
-    words of a command line, `--section.key value`, which win over all but the folder. Raises
+    words of a command line, `--section.key value`, which win over all but the folder. Modules of
+    `job.custom_import` count only there: a stored config is data, and executes nothing. Raises
     ConfigError.
     """
     if unknown := sorted(set(mesh or ()) - set(DEGREES)):
@@ -92,8 +93,14 @@ def prepare(
     if mesh is None:
         mesh = _mesh_of(checkpoint or stored.newest) if recorded is None else recorded.start["mesh"]
     config = quiet(on_mesh(config, mesh or degrees_of(config)), step)
+    config = changed_config(config, job={"custom_import": ()})
     file.write_text(config_toml_text(config), encoding="utf-8")
     config = load_config([str(file), *settings]).config
+    modules = original.job.custom_import
+    if set(modules) - set(config.job.custom_import):
+        text = "the run imported modules, and a stored config executes nothing"
+        fix = f"if you trust them, add --job.custom_import={','.join(modules)}"
+        raise ConfigError(ConfigIssue("job.custom_import", text, fix, list(modules)))
     config = changed_config(config, job={"dump_folder": str(folder)})
     file.write_text(config_toml_text(config), encoding="utf-8")
     return Prepared(original, config, file, 0 if checkpoint is None else checkpoint.step)

@@ -319,4 +319,5 @@ def _run_in(
     code = after_success(config, is_main, folder, progress)
     if is_main and progress.status in ("completed", "data_exhausted"):
         code = export_last_step(config, folder)
-    return finish_uploads(folder) or code
+    uploaded = finish_uploads(folder)
+    return code or uploaded  # a stop stays one: the next start goes on with the upload, too

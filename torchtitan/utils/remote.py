@@ -65,6 +65,8 @@ def url_problem(url: str) -> str | None:
         return "is not a URL such as s3://bucket/folder"
     if {"", ".", ".."} & set(parts[:-1] + ([parts[-1]] if parts[-1] else [])) or "\0" in url:
         return "has an empty part, or `.` or `..`"
+    if "::" in url:  # fsspec would open what follows as another file system
+        return "has `::` in it"
     return None
 
 
@@ -100,11 +102,15 @@ class RemoteFolder:
             root = _before_magic(root)
         else:
             found = self._ask("listed", lambda: self._fs.find(root, detail=True))
-        return {
+        files = {
             path[len(root) :].lstrip("/"): RemoteFile(int(info["size"] or 0), _version(info))
             for path, info in sorted(found.items())
             if info.get("type") == "file" and not path.endswith("/")
         }
+        for name in files:  # an object's name is any text, and becomes a path here
+            if ".." in name.split("/") or "\0" in name:
+                raise RemoteError(f"{self.url} holds {name!r}, which is no name of a file here")
+        return files
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a small file; None if there is none."""
@@ -228,7 +234,7 @@ def url_of_copy(path: Path) -> str | None:
     return f"{scheme}://{'/'.join(rest)}"
 
 
-def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+def local_copy(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
     """Return the copy of a folder, a file or a glob on this machine, after downloading what lacks.
 
     Only the `wanted` names are downloaded. One process downloads and the others on its machine
@@ -241,8 +247,8 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> P
     root = Path(_before_magic(str(target))) if glob.has_magic(str(target)) else target
     try:
         with downloads_once(cache_folder() / ".locks" / _digest(url)) as is_done:
-            if not is_done:
-                _update(folder, root, wanted)
+            if not is_done or wanted is not None:  # another process may have wanted less
+                _update(folder, root, wanted or (lambda name: True))
     except RemoteError:
         raise
     except OSError as error:

@@ -8,7 +8,7 @@ from torchtitan.weights import hub
 from torchtitan.weights.description import KEY
 
 _LARGE = (".safetensors", ".distcp", ".pth", ".pt", ".bin")
-_MANIFEST, _TOKENIZER = "manifest.json", "tokenizer"
+_MANIFEST, _UPLOADING, _TOKENIZER = "manifest.json", "uploading.json", "tokenizer"
 
 
 def download(path: str, with_weights: bool = True) -> Path:
@@ -26,6 +26,8 @@ def download(path: str, with_weights: bool = True) -> Path:
         )
         if (copy / _MANIFEST).is_file():
             _add_tokenizer(path.rstrip("/"))
+        elif (copy / _UPLOADING).is_file():
+            raise RemoteError(f"{path} has not been uploaded completely")
     except RemoteError as error:
         fix = "check the path, the credentials and the network"
         raise ConfigError(ConfigIssue(KEY, str(error), fix, path)) from error

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.checkpoint.folders import plant_step
 from torchtitan.checkpoint.base import digest_here, digest_of_manifest
+from torchtitan.checkpoint.base_place import MovedBase, place_of_base
 from torchtitan.checkpoint.manifest import (
     FileRecord,
     InvalidCheckpoint,
@@ -82,3 +83,13 @@ def test_ctrl_c_ends_the_reading(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         damaged_files(files, interrupt)
     assert len(chunks) < 16
+
+
+@pytest.mark.parametrize("url", ["http://host/base", "sftp://host/base", "reference://a::b"])
+def test_checkpoint_chooses_no_other_servers_than_stores(url: str) -> None:
+    """The user may; a checkpoint comes from anybody."""
+    recorded = {"path": "/gone", "digest": "0"}
+    assert place_of_base({**recorded, "hub": url}, MovedBase()) is None
+    assert place_of_base({**recorded, "hub": url}, MovedBase("--base", url)) == url
+    stored = "s3://bucket/base"
+    assert place_of_base({**recorded, "hub": stored}, MovedBase()) == stored

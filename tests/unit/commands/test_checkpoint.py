@@ -13,7 +13,7 @@ from tests.distributed import runs
 from tests.faults.damage import DAMAGES, flip, resign
 from tests.faults.saving import recover, save_steps
 from tests.pool import GlooPool
-from torchtitan.checkpoint.inventory import Entry
+from torchtitan.checkpoint.inventory import Entry, take_inventory
 from torchtitan.checkpoint.lock import FolderLock
 from torchtitan.cli import main
 
@@ -239,6 +239,16 @@ def test_prune_leaves_what_is_not_its_own(run: Path, capsys: Any) -> None:
     assert names(run) == sorted({*before} - {"step-4", "step-8", *removed})
     for step in (5, 6, 7):
         assert "is no valid step" in refused(capsys, "prune", run, "--step", step)
+
+
+@pytest.mark.parametrize("folder", ["../victim", "..", "", "/"])
+def test_config_of_a_run_does_not_lead_out_of_its_folder(tmp_path: Path, folder: str) -> None:
+    """Or `prune` would delete steps that are not the run's."""
+    run = tmp_path / "run"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "run_status.json").write_text('{"run_id": "mine"}')
+    (run / "config.toml").write_text(f"checkpoint.folder = {json.dumps(folder)}")
+    assert take_inventory(run).folder == run / "checkpoint"
 
 
 def test_prune_spares_a_running_job(run: Path, capsys: Any) -> None:

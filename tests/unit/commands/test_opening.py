@@ -10,9 +10,11 @@ import pytest
 from tests.foreign import args_of, random_weights, write_meta
 from tests.unit.hub_server import Hub
 from tests.unit.weights.test_pretrained import READER, REPOSITORIES, fetch
-from torchtitan.checkpoint.manifest import Manifest, write_manifest
+from torchtitan.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from torchtitan.cli import parse
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.load import load_config
+from torchtitan.training.open_model import config_of_step
 from torchtitan.training.pretrained import describe_pretrained
 from torchtitan.weights.meta_params import to_meta_params
 
@@ -96,3 +98,22 @@ def test_a_repository_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert done.stdout.strip() == "64", done.stderr
     done = fetch(hub, tmp_path, f"{code}\nd('hf://mine/nothing')")
     assert 'CHECKPOINT = "mine/nothing": does not exist, or is private' in done.stderr
+
+
+def test_stored_config_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made the checkpoint is not asked what to run; the user may name its modules."""
+    name = "planted_by_a_checkpoint"
+    (tmp_path / f"{name}.py").write_text("raise RuntimeError('executed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    step = plant_step(tmp_path / "checkpoint", 3, f"--job.custom_import={name}")
+    with pytest.raises(ConfigError, match=f"add --job.custom_import={name}"):
+        describe_pretrained(str(step))
+    with pytest.raises(ConfigError, match=f"add --job.custom_import={name}"):
+        config_of_step(read_manifest(step))
+    words = (["generate", str(step)], ["export", str(step), "OUT"], ["convert", str(step), "OUT"])
+    for command in words:
+        with pytest.raises(ConfigError, match="RuntimeError: executed"):
+            parse([*command, f"--job.custom_import={name}"])
+    (tmp_path / f"{name}.py").write_text("")
+    parse(["generate", str(step), f"--job.custom_import={name}"])
+    assert describe_pretrained(str(step)).path == step

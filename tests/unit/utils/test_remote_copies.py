@@ -13,6 +13,7 @@ from torchtitan.config.schema import Data, Training
 from torchtitan.data.registry import build_source
 from torchtitan.utils import remote
 from torchtitan.utils.remote import RemoteError, RemoteFolder, local_copy, url_of_copy
+from torchtitan.weights.remote import download
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,25 @@ def test_processes_of_a_machine_download_once(server: S3Server, url: str) -> Non
     assert len(copies) == 1 and len(downloads(server)) == 4
 
 
+def test_process_that_waited_gets_what_it_wants(
+    server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check, which needs no weights, may have held the lock."""
+    copy = local_copy(url, lambda name: name == "a.jsonl")
+    monkeypatch.setattr(remote.time, "time", lambda: 0.0)  # the second one began before
+    local_copy(url, lambda name: "/" not in name)
+    assert content(copy).keys() == {"a.jsonl", "b.jsonl"}
+
+
+def test_weights_that_are_still_uploaded_are_refused(server: S3Server, url: str) -> None:
+    """Without the manifest they would pass for another program's, which nothing verifies."""
+    fsspec.filesystem("s3").pipe_file(f"{url}/uploading.json", b"{}")
+    with pytest.raises(ConfigError, match="not been uploaded completely"):
+        download(url)
+    fsspec.filesystem("s3").rm_file(f"{url}/uploading.json")
+    assert (download(url) / "a.jsonl").exists()
+
+
 def test_data_that_are_not_there_are_named(server: S3Server, url: str) -> None:
     def problem(path: str) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -110,6 +130,26 @@ def test_data_that_are_not_there_are_named(server: S3Server, url: str) -> None:
     assert "an empty part" in problem(f"s3://{BUCKET}/../../etc")
     server.refuse = lambda method, path: 403
     assert "AccessDenied" in problem(url)
+
+
+@pytest.mark.parametrize("name", ["../../../../planted.jsonl", "in/../../planted.jsonl", "a\0b"])
+def test_names_of_objects_do_not_lead_out_of_the_cache(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A store may hold objects of any name, written by whoever may write to the bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = RemoteFolder(url)
+    planted = {**folder._fs.find(folder._root, detail=True)}
+    planted[f"{folder._root}/{name}"] = {"type": "file", "size": 1}
+    monkeypatch.setattr(folder._fs, "find", lambda path, detail: planted)
+    with pytest.raises(RemoteError, match="no name of a file"):
+        local_copy(url)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.jsonl"))
+
+
+def test_url_opens_no_second_file_system() -> None:
+    with pytest.raises(RemoteError, match="::"):
+        RemoteFolder("reference://a::/tmp/planted.json")
 
 
 def test_copy_that_does_not_fit_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
