@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed import runs
@@ -60,7 +62,7 @@ def report_of(capsys: pytest.CaptureFixture[str], *words: object, expect: int) -
     status = main(["bisect", *map(str, words), "--json"])
     printed = capsys.readouterr()
     assert status == expect, printed.err + printed.out
-    return json.loads(printed.out)
+    return json.loads(printed.out, parse_constant=pytest.fail)
 
 
 def first_of(report: Any) -> tuple[str, str]:
@@ -82,6 +84,17 @@ def test_a_mesh_a_handler_and_an_interpreter(
     assert first_of(report) == ("gradient norm", "gradient norm")
     assert "gradients: layers.0.attention.wq.weight" in report["skipped"]
     assert len(started) == 3
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(one, spoiled)
+    entries = json.loads((spoiled / "backward-0.json").read_text())["entries"]
+    entry = next(entry for entry in entries if entry["phase"] == "forward")
+    tensors = load_file(spoiled / entry["file"])
+    tensors[entry["key"]][0, 0, 0] = torch.nan
+    save_file(tensors, spoiled / entry["file"])
+    report = report_of(capsys, one, spoiled, expect=1)
+    assert first_of(report) == ("forward", entry["name"])
+    assert report["differences"][0]["relative"] is report["differences"][0]["values"][1] is None
+    assert report["counts"]["parameters"] > 20 and report["counts"]["loss"] == 0
 
 
 def test_a_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

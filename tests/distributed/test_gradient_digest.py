@@ -100,6 +100,20 @@ def test_other_gradients_have_other_digests(gloo_pool: GlooPool) -> None:
     assert min(apart[name] for name in ("swapped", "reversed", "negative", "without_row")) > 0.01
 
 
+def digests_of_signs(world: DistributedContext) -> list[Digest]:
+    gradient = whole(torch.float64)
+    other, zero = gradient.clone(), torch.zeros_like(gradient)
+    other[:2, 0] *= -1
+    return [digests_of(world, each)["w"] for each in (gradient, other, zero, -zero)]
+
+
+def test_two_signs_do_not_cancel(gloo_pool: GlooPool) -> None:
+    """In float64, where an odd weight leaves the topmost bit where it is."""
+    ((one, other, zero, negative_zero),) = gloo_pool.run(1, digests_of_signs)
+    assert one.bits != other.bits
+    assert zero.bits != negative_zero.bits and zero.difference(negative_zero) == 0
+
+
 def parts_of_a_large_gradient(world: DistributedContext) -> tuple[int, int]:
     """In one piece, and in pieces of a few rows."""
     gradient = DTensor.from_local(whole(), init_device_mesh("cpu", (1,)), [Shard(0)])

@@ -3,6 +3,10 @@
 import json
 import math
 import os
+import re
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,16 @@ import tomli_w
 
 from tests.distributed import runs
 from tests.distributed.test_non_finite_steps import INJECTOR, W2
+from tests.distributed.test_preference_runs import DPO, START, write_pairs, write_start
 from tests.forked import execute
 from torchtitan.checkpoint.steps_folder import step_folders
 from torchtitan.cli import main
+from torchtitan.commands.replay import new_folder
+from torchtitan.commands.replay_report import bound_of
+from torchtitan.config.load import load_config
 from torchtitan.training import replay
 from torchtitan.training.step_record import read_records
+from torchtitan.utils.processes import StopRequested
 
 RECORD = ("--debug.record=1", "--data.ledger=true")
 IN_FLOAT64 = [
@@ -147,6 +156,66 @@ def test_a_step_that_was_only_logged(
     assert report["loss"]["difference"] == report["grad_norm"]["difference"] == 0
     assert main(["replay", str(folder), "5"]) == 2
     assert "which has none, nor logged" in capsys.readouterr().err
+
+
+def test_a_run_with_a_reference(
+    tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference stays that of the start, not the weights of the checkpoint."""
+    write_start(tmp_path / "hf")
+    words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"), "--training.steps=6")
+    words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--debug.record=1")
+    runs.run(tmp_path / "run", *words)
+    report = report_of(capsys, tmp_path / "run", 6)
+    assert (report["start"], report["result"]) == (4, "equal")
+
+
+def test_a_config_that_went_back_or_made_a_seed_trains() -> None:
+    """In a new folder, which has no step to go back to."""
+    words = ["--checkpoint.enable", "--checkpoint.load_step=3", "--checkpoint.allow_rewind"]
+    words.append("--checkpoint.create_seed_checkpoint")
+    section = replay.quiet(load_config(words).config, 2).checkpoint
+    assert (section.load_step, section.allow_rewind) == (-1, False)
+    assert section.create_seed_checkpoint is False
+
+
+def test_a_spike_that_ends_a_run_is_finite(
+    tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    spikes = ["--training.on_loss_spike=skip", "--training.max_skipped_steps=1"]
+    spikes += ["--training.loss_spike_threshold=0.5", "--training.loss_spike_window=16"]
+    spikes += ["--training.steps=60", "--optimizer.lr=0.3", "--checkpoint.interval=1000"]
+    runs.run(folder, *spikes, expect=5)
+    [step] = re.findall(r"step (\d+): the loss .* is a spike", runs.status(folder)["error"])
+    assert main(["replay", str(folder), step]) == 0
+    printed = capsys.readouterr().out
+    assert f"result:    equal, as far as it is known. step {step}: the loss" in printed
+    assert main(["replay", str(folder), step, "--training.on_loss_spike=ignore"]) == 1
+
+
+def test_the_bound_of_many_steps_still_finds_a_wrong_factor(tmp_path: Path) -> None:
+    config = load_config([]).config
+    prepared = replay.Prepared(config, config, tmp_path, 0)
+    assert bound_of(prepared, 1) < bound_of(prepared, 4) < bound_of(prepared, 10**4) < 0.5
+
+
+def test_a_signal_ends_what_was_started(tmp_path: Path) -> None:
+    """Before the temporary folder is removed, which ranks would write to again."""
+    script = f"trap 'sleep 0.2; touch {tmp_path}/ended; exit' TERM; touch {tmp_path}/started\n"
+    script += "while :; do sleep 0.05; done"
+
+    def stop() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    with pytest.raises(StopRequested), new_folder(None) as folder:
+        thread.start()
+        replay.run_words(["sh", "-c", script], folder / "log")
+    thread.join()
+    assert (tmp_path / "ended").exists() and not folder.exists()
 
 
 STATEFUL = (

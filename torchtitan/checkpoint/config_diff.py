@@ -126,8 +126,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
     """Return the differences that make `config` another run, and notices about permitted ones.
 
     A key that is missing in the stored config, which may be an older release's, has its default.
-    `training.steps` and `data.epochs` may grow, and an open `global_batch_size`, `lanes` or
-    `warmup_steps` takes the stored value.
+    `training.steps`, `total_steps` and `data.epochs` may grow, and an open `global_batch_size`,
+    `lanes` or `warmup_steps` takes the stored value.
     """
     defaults = flatten(JobConfig().model_dump())
     old = {**defaults, **flatten(stored)}
@@ -138,6 +138,9 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
         sources = side.get("data.sources", [])
         side["data.sources"] = [{k: v for k, v in t.items() if k != "path"} for t in sources]
         side[_SOURCE_PATHS] = [table.get("path") for table in sources]
+    if _TOTAL_STEPS in {*old, *new}:
+        for side in (old, new):
+            side.setdefault(_TOTAL_STEPS, side[_STEPS])
     problems, notices = [], []
     for key in sorted({*old, *new}):
         before, now = old.get(key, _MISSING), new.get(key, _MISSING)
@@ -146,6 +149,8 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
         if key == _STEPS and now > before:
             text = "" if _TOTAL_STEPS in new else "; so does the schedule of the learning rate"
             notices.append(f"training.steps grows from {before} to {now}{text}.")
+        elif key == _TOTAL_STEPS and now > before:
+            notices.append(f"The schedule of the learning rate grows from {before} to {now} steps.")
         elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
             text = f"{key} grows from {before} to {_show(now)}: each data lane continues where it"
             notices.append(f"{text} stopped, or with the next epoch if its data had ended.")

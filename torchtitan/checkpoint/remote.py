@@ -24,7 +24,12 @@ from torchtitan.checkpoint.manifest import (
     read_manifest,
 )
 from torchtitan.checkpoint.steps_folder import committed_steps, step_name, steps_to_delete
-from torchtitan.checkpoint.stored_run import CONFIG_NAME, METRICS_NAME, TOKENIZER_NAME
+from torchtitan.checkpoint.stored_run import (
+    CONFIG_NAME,
+    METRICS_NAME,
+    RECORD_NAME,
+    TOKENIZER_NAME,
+)
 from torchtitan.config.schema import Checkpoint
 from torchtitan.utils.remote import RemoteError, RemoteFile, RemoteFolder
 from torchtitan.utils.text import format_bytes
@@ -33,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_NAME = "run_id"
 STEPS_FOLDER = "checkpoint"
-RUN_FILES = (CONFIG_NAME, METRICS_NAME)
+RUN_FILES = (CONFIG_NAME, METRICS_NAME, RECORD_NAME)
 RUN_FOLDERS = (TOKENIZER_NAME, "ledger")
 """Of the run folder, what a start on another machine needs or goes on with, besides the step."""
 

@@ -10,13 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchtitan.commands.bisect_sides import (
-    FLOAT64,
-    Recipe,
-    Side,
-    read_side,
-    recipe,
-)
+from torchtitan.commands.bisect_sides import FLOAT64, Recipe, Side, read_side, recipe
+from torchtitan.commands.printing import json_values
 from torchtitan.commands.replay import new_folder
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE, FAILED
@@ -58,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
         )
         for opened in (one, other, *exact):
             opened.close()
-    print(json.dumps(asdict(result)) if options.json else "\n".join(_describe(result)))
+    report = json.dumps(json_values(asdict(result)))
+    print(report if options.json else "\n".join(_describe(result)))
     return FAILED if result.differences else DONE
 
 

@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.toml_text import config_toml_text
 from torchtitan.training import replay
-from torchtitan.training.replay import Prepared
+from torchtitan.training.replay import Prepared, run_words
 from torchtitan.weights.recognise import kind_of
 
 FLOAT64 = [
@@ -124,12 +123,6 @@ class Recipe:
             text = f"did not complete its step (exit status {code}):"
             fix = f"train it alone, with the config that --keep DIR leaves in {self.side.name}"
             raise self.side.refuse("\n  ".join([text, *faults[:_SHOWN_LINES]]), fix)
-
-
-def run_words(words: Sequence[str], log: Path) -> int:
-    """Run a command line with its output in a file; return its exit status."""
-    with log.open("wb") as output:
-        return subprocess.run(words, stdout=output, stderr=output, check=False).returncode
 
 
 def recipe(

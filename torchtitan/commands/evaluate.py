@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from torchtitan.commands.printing import json_values
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
@@ -100,17 +100,12 @@ def _table(measures: list[Measure]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> float | None:
-    """Return the value; None if it is not finite, which JSON has no number for."""
-    return value if math.isfinite(value) else None
-
-
 def _write(
     path: str, options: argparse.Namespace, measures: list[Measure], report: dict[str, Any]
 ) -> None:
     content = {
         "checkpoint": options.checkpoint,
-        "results": [measure._asdict() | {"value": _number(measure.value)} for measure in measures],
+        "results": json_values([measure._asdict() for measure in measures]),
         "num_fewshot": report["n-shot"],
         "versions": report["versions"],
         "limit": options.limit,

@@ -1,8 +1,10 @@
-"""Tables, and the progress of long tasks, as commands print them. No torch."""
+"""Tables, JSON, and the progress of long tasks, as commands print them. No torch."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torchtitan.utils.text import format_bytes
 
@@ -30,3 +32,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths)) for row in rows)
     return [line.rstrip() for line in lines]
+
+
+def json_values(value: Any) -> Any:
+    """Return the value with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: json_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

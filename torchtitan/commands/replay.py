@@ -21,6 +21,7 @@ from torchtitan.config.run_context import RunContext
 from torchtitan.training.pretrained_config import with_pretrained
 from torchtitan.training.replay import Prepared, launch, prepare
 from torchtitan.utils.environment import guess_device_type
+from torchtitan.utils.processes import StopRequest
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,13 +59,14 @@ def check(prepared: Prepared) -> None:
 
 @contextmanager
 def new_folder(kept: str | None) -> Iterator[Path]:
-    """Yield a new folder, which stays if it is to be `kept` there."""
+    """Yield a new folder, which stays if it is to be `kept` there; signals raise StopRequested."""
     if kept is None:
-        path = Path(tempfile.mkdtemp(prefix="torchtitan-"))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        with StopRequest(at_once=True):
+            path = Path(tempfile.mkdtemp(prefix="torchtitan-"))
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
         return
     path = Path(expand_path(kept)).resolve()
     try:
@@ -72,4 +74,5 @@ def new_folder(kept: str | None) -> Iterator[Path]:
     except OSError as error:
         text = f"cannot be made: {error.strerror or error}"
         raise ConfigError(ConfigIssue("--keep", text, "name a new folder", kept)) from error
-    yield path
+    with StopRequest(at_once=True):
+        yield path

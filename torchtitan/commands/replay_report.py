@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.checkpoint.stored_run import METRICS_NAME, RECORD_NAME, STATUS_NAME
+from torchtitan.commands.printing import json_values
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.ledger import LedgerStep, read_ledger
@@ -19,6 +20,8 @@ from torchtitan.utils.text import plural, some_of
 _BOUNDS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.1}
 """Bounds of one step by the type that computes: 6 to 33 times the differences between meshes that
 docs/debugging.md reports."""
+_LARGEST_BOUND = 0.3
+"""Below what a factor of 2 or 1/2 does, which a bound that grows with the steps would hide."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Known:
 
     @property
     def is_finite(self) -> bool:
-        """Return True if loss and gradient norm are finite."""
-        return not self.failure and all(map(math.isfinite, self.numbers or ()))
+        """Return True if loss and gradient norm are finite; a spike may end a run, too."""
+        if self.numbers is None:
+            return "not finite" not in self.failure
+        return all(map(math.isfinite, self.numbers))
 
     def require(self) -> None:
         """Raise ConfigError if nothing is known to compare with."""
@@ -100,7 +105,8 @@ def bound_of(prepared: Prepared, step: int) -> float:
     types: set[str] = set()
     for training in (prepared.original.training, prepared.config.training):
         types |= {training.dtype, training.mixed_precision_param, training.mixed_precision_reduce}
-    return math.sqrt(step - prepared.start) * max(_BOUNDS[dtype] for dtype in types)
+    bound = math.sqrt(step - prepared.start) * max(_BOUNDS[dtype] for dtype in types)
+    return min(bound, _LARGEST_BOUND)
 
 
 def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
@@ -113,8 +119,7 @@ def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
     if before.numbers is not None and now.numbers is not None:
         for name, old, new in zip(("loss", "grad_norm"), before.numbers, now.numbers, strict=True):
             differences.append(difference(old, new))
-            report[name] = {"recorded": _json(old), "replayed": _json(new)}
-            report[name]["difference"] = _json(differences[-1])
+            report[name] = {"recorded": old, "replayed": new, "difference": differences[-1]}
     report["gradients"] = _gradients(before.record, now.record)
     if report["gradients"] is not None:
         differences.append(report["gradients"]["largest"] or 0.0)
@@ -123,15 +128,15 @@ def compare(prepared: Prepared, before: Known, now: Known) -> dict[str, Any]:
     report["not_finite"] = {"recorded": not before.is_finite, "replayed": not now.is_finite}
     report["message"] = now.failure
     same = before.is_finite == now.is_finite and report["data"] is not False
+    same = same and (not before.failure or bool(now.failure))
     if not same or max(differences, default=0.0) > bound:
         report["result"] = "different"
     else:
         found = report["gradients"]
         equal = not any(differences) and (found is None or found["equal"] == found["all"])
         report["result"] = "equal" if equal else "rounding"
-    if report["gradients"] is not None:
-        report["gradients"]["largest"] = _json(report["gradients"]["largest"])
-    return report
+    values: dict[str, Any] = json_values(report)
+    return values
 
 
 def _places(config: JobConfig, before: Known, now: Known) -> dict[str, dict[str, Any]]:
@@ -178,13 +183,8 @@ def _first_difference(
     for step in sorted(before.keys() & now.keys()):
         found = _gradients(before[step], now[step])
         if found is not None and found["equal"] < found["all"]:
-            return {"step": step, "name": found["name"], "difference": _json(found["largest"])}
+            return {"step": step, "name": found["name"], "difference": found["largest"]}
     return None
-
-
-def _json(value: float) -> float | None:
-    """Return the value; None if it is not finite, which JSON has no number for."""
-    return value if math.isfinite(value) else None
 
 
 def describe(report: Mapping[str, Any]) -> Iterator[str]:
@@ -207,7 +207,8 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     first = report["first_difference"]
     if first is not None and first["step"] < report["step"]:
         yield f"{'first:':<11}step {first['step']} is the first whose gradients have other bits"
-    yield f"{'result:':<11}{_verdict(report)}"
+    message = f". {report['message']}" if report["message"] else ""
+    yield f"{'result:':<11}{_verdict(report)}{message}"
 
 
 def _mesh(degrees: Mapping[str, int]) -> str:
@@ -248,7 +249,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
         again = "not finite again" if old else "not finite, unlike the first time"
         if old and report["result"] == "different":
             again += f", but what is finite is DIFFERENT; {bound}"
-        return f"{again}{'. ' + report['message'] if report['message'] else ''}"
+        return again
     same = report["place"]["recorded"] == report["place"]["replayed"]
     if report["result"] == "equal":
         return "equal bit for bit" if report["gradients"] else "equal, as far as it is known"

@@ -85,6 +85,8 @@ def _sums(gradient: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for chunk, indices in indexed_chunks(gradient):
         hashed = hash_values(indices, 0, name)
         read = chunk.contiguous().view(integer).view(indices.shape).long()
+        if integer is torch.int64:  # an odd number leaves the topmost bits where they are
+            read = read ^ (read >> 32 & 0xFFFFFFFF)
         bits += (read * (hashed | 1)).sum()
         values = chunk.double().reshape(indices.shape)
         sums[0] += values.square().sum()

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.checkpoint.base import digest_of_files, weights_digest
+from torchtitan.checkpoint.config_diff import stored_value
 from torchtitan.checkpoint.initial_load import InitialLoad
 from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.checkpoint.manifest import read_manifest
 from torchtitan.checkpoint.state import fill_copies, model_tensors
 from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
@@ -215,8 +217,21 @@ def _weights_of(
     """Return the key that names the frozen model's weights, and their path; None: the seed's."""
     if isinstance(settings, DistillationSettings):
         return TEACHER_PATH, settings.teacher_path
-    start = config.checkpoint.initial_load_path if config.checkpoint.enable else None
+    start = _start_of(config.checkpoint) if config.checkpoint.enable else None
     return REFERENCE_PATH, settings.reference_path or start
+
+
+def _start_of(section: Checkpoint) -> str | None:
+    """Return the path of the weights that a run started from; None: the seed's.
+
+    One that goes on from a step of another run has the start of that one.
+    """
+    path, model_only = section.initial_load_path, section.initial_load_model_only
+    while path is not None and not model_only:
+        stored = read_manifest(Path(path).resolve()).info.get("config") or {}
+        path = stored_value(stored, "checkpoint.initial_load_path")
+        model_only = stored_value(stored, "checkpoint.initial_load_model_only") is not False
+    return path
 
 
 def config_of_copy(config: JobConfig, vocab_size: int) -> JobConfig | None:

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,19 @@ def words_of(prepared: Prepared, python: str = sys.executable) -> list[str]:
     return [*words, "-m", "torchtitan.train", f"--job.config_file={prepared.file}"]
 
 
-def run_words(words: Sequence[str]) -> int:
-    """Run a command line, with its output on stderr; return its exit status."""
-    return subprocess.run(words, stdout=sys.stderr, check=False).returncode
+def run_words(words: Sequence[str], log: Path | None = None) -> int:
+    """Run a command line, with its output in `log`, or on stderr; return its exit status.
+
+    Whatever stops this process ends that one first, with the ranks that it has started.
+    """
+    place = nullcontext(sys.stderr) if log is None else log.open("wb")
+    with place as output, subprocess.Popen(words, stdout=output, stderr=output) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def newest_before(run: Path, step: int, config: JobConfig, stored: StoredRun) -> Manifest | None:
@@ -164,7 +175,7 @@ def _mesh_of(manifest: Manifest | None) -> dict[str, int] | None:
 
 def _with_start(config: JobConfig, run: Path, checkpoint: Manifest | None) -> JobConfig:
     """Return the config of a run that starts from a checkpoint; else where the run started."""
-    keys: dict[str, Any] = {"load_step": -1, "create_seed_checkpoint": False, "allow_rewind": False}
+    keys: dict[str, Any] = {}
     if checkpoint is not None:
         keys["initial_load_path"] = str(run / config.checkpoint.folder / step_name(checkpoint.step))
         keys["initial_load_model_only"] = checkpoint.model_only
@@ -205,6 +216,9 @@ def quiet(config: JobConfig, step: int) -> JobConfig:
         lr_scheduler={"total_steps": steps},
         checkpoint={
             "load_only": config.checkpoint.enable,
+            "load_step": -1,
+            "allow_rewind": False,
+            "create_seed_checkpoint": False,
             "remote_folder": None,
             "last_save_model_only": False,
             "last_save_in_hf": False,

@@ -104,6 +104,7 @@ def test_keys_of_the_list_exist() -> None:
         "loss.args.teacher_path",
         "loss.args.reference_cache",
         "training.max_seconds",
+        "debug.record_tensors",
     }
     for pattern in (*MAY_DIFFER, *MUST_NOT, *NOTICED):
         assert pattern in unset or any(fnmatchcase(key, pattern) for key in keys), pattern
@@ -143,3 +144,30 @@ def test_older_configs_compare_by_defaults() -> None:
     stored = JobConfig().model_dump(exclude_none=True)
     del stored["training"]["document_mask"], stored["debug"]
     assert compare(stored, JobConfig()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "problems", "notice"),
+    [
+        ((10, None), (20, None), [], "from 10 to 20; so does the schedule"),
+        ((10, None), (20, 20), [], "The schedule of the learning rate grows from 10 to 20 steps."),
+        ((10, 20), (20, 20), [], "training.steps grows from 10 to 20."),
+        ((10, 20), (20, None), [], "training.steps grows from 10 to 20."),
+        ((20, 20), (30, 30), [], "The schedule of the learning rate grows from 20 to 30 steps."),
+        ((10, None), (10, 10), [], ""),
+        ((10, 20), (10, None), ["lr_scheduler.total_steps"], ""),
+        ((10, 20), (10, 15), ["lr_scheduler.total_steps"], ""),
+    ],
+)
+def test_the_schedule_may_grow_and_not_shrink(
+    before: tuple[int, int | None], now: tuple[int, int | None], problems: list[str], notice: str
+) -> None:
+    """Unset, it is as long as the run."""
+
+    def config(steps: int, total: int | None) -> JobConfig:
+        tables = {"training": {"steps": steps}, "lr_scheduler": {"total_steps": total}}
+        return JobConfig.model_validate(tables)
+
+    found, notices = compare(config(*before).model_dump(exclude_none=True), config(*now))
+    assert [issue.key for issue in found] == problems
+    assert notice in " ".join(notices)
