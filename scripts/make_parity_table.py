@@ -81,7 +81,7 @@ dropout, in microbatches of one sequence, compared with one process that has the
 Mistakes that libraries of this kind have made, put back one at a time into this one, each on the
 smallest mesh that shows it, with the largest relative difference that the table then finds.
 `torchtitan bisect` finds each of them, with the module or tensor and the axis of the mesh
-([debugging](debugging.md#my-loss-differs-on-another-mesh), `tests/parity/test_bisect.py`).
+([debugging](debugging.md#my-loss-differs-on-another-mesh), `tests/parity/test_bisect_finds.py`).
 
 | mistake | mesh | difference |
 |---|---|---:|

@@ -1,4 +1,4 @@
-"""`torchtitan bisect` of real runs; tests/parity/test_bisect.py has the mistakes it finds."""
+"""`torchtitan bisect` of real runs; tests/parity/test_bisect_finds.py has the mistakes it finds."""
 
 import json
 import os

@@ -67,6 +67,8 @@ def url_problem(url: str) -> str | None:
         return "has an empty part, or `.` or `..`"
     if "::" in url:  # fsspec would open what follows as another file system
         return "has `::` in it"
+    if match and match[1].lower() in ("http", "https"):
+        return "is no object store: download the files"
     return None
 
 

@@ -12,6 +12,7 @@ from test_bad_data import facts_for
 from torchtitan.data.lanes import _blocks
 from torchtitan.data.listing import list_files
 from torchtitan.data.pieces import cut_text
+from torchtitan.data.reading import ShardRows
 from torchtitan.data.registry import build_source
 from torchtitan.preflight.data import check_environment
 
@@ -71,6 +72,7 @@ def test_blocks_do_not_depend_on_the_limit_on_documents(tmp_path, monkeypatch):
     for mib in (1e-3, 64.0):
         config = make_config(str(file), max_document_mib=mib)
         source = build_source(config.training, config.data)
-        blocks = _blocks(source, source.shards(1)[0], "")
+        shard = source.shards(1)[0]
+        blocks = _blocks(ShardRows(source, shard), shard, "")
         sizes.append([len(block) for _, block in blocks])
     assert sizes[0] == sizes[1] == [31, 29]

@@ -23,6 +23,8 @@ CONTENTS_ONLY = {
     "shard-bit-last",
     "shard-of-another-step",
     "metadata-bit",
+    "metadata-half",
+    "metadata-garbage",
     "metadata-evil",
     "metadata-evil-inside",
     "metadata-path-outside",
