@@ -57,7 +57,8 @@ def test_any_mesh_and_a_resume_on_another_one(tmp_path: Path) -> None:
     words = (*DPO, *START, write_pairs(tmp_path / "pairs.jsonl"))
     words += (f"--checkpoint.initial_load_path={tmp_path / 'hf'}", "--training.steps=6")
     # In float32 a reward, a small difference of large sums, has errors of 1e-5 of its own.
-    words += ("--training.dtype=float64",)
+    types = ("dtype", "mixed_precision_param", "mixed_precision_reduce")
+    words += tuple(f"--training.{name}=float64" for name in types)
     words += ("--validation.enable", "--validation.dataset=json", "--validation.freq=3")
     write_pairs(tmp_path / "held_out.jsonl", 32)
     words += (f"--validation.dataset_path={tmp_path / 'held_out.jsonl'}",)
