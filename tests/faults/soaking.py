@@ -32,6 +32,8 @@ SITES = {
 ACTIONS = ("kill all", "kill one", "stop and kill", "term", "term one", "term and kill")
 GRACE_SECONDS = 120.0
 """How long ranks may go on after one has failed, on a busy machine; torchrun gives them 30."""
+LAUNCHER_SECONDS = 30.0
+"""From torchrun's SIGTERM to its SIGKILL."""
 PATIENCE_SECONDS = 300.0
 """For a start to get to where it is to be killed, on a busy machine."""
 
@@ -193,12 +195,18 @@ class Soaked:
             self._figures.stop_seconds.append(time.monotonic() - sent)
 
     def _end_survivors(self, start: Start) -> None:
-        """Let ranks that train end by themselves; others as a launcher does, with SIGTERM."""
+        """Let ranks that train end by themselves; others as a launcher does.
+
+        That is SIGTERM, which a rank that waits for others to meet sees late, and SIGKILL.
+        """
         since = time.monotonic()
-        if not (start.steps and start.ends(GRACE_SECONDS, len(start.ranks))):
+        if not start.steps:
             start.send(signal.SIGTERM, start.ranks)
-            if not start.ends(GRACE_SECONDS, len(start.ranks)):
-                self.fault(f"ranks outlived a killed one:\n{start.text()}")
+            if not start.ends(LAUNCHER_SECONDS, len(start.ranks)):
+                start.send(signal.SIGKILL, start.ranks)
+                start.ends(GRACE_SECONDS, len(start.ranks))
+        elif not start.ends(GRACE_SECONDS, len(start.ranks)):
+            self.fault(f"ranks outlived a killed one:\n{start.text()}")
         elif len(start.ranks) > 1:
             self._figures.lonely_seconds.append(time.monotonic() - since)
 
