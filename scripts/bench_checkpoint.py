@@ -1,4 +1,4 @@
-"""What checkpoints cost on a CPU: saves, loads, the stall of the loop, and steps beside a save.
+"""Measures checkpoints on a CPU: saves, loads, the stall of the loop, steps beside a save.
 
     python scripts/bench_checkpoint.py [--megabytes 768] [--rounds 5] [PART ...]
     torchrun --nproc_per_node 2 scripts/bench_checkpoint.py

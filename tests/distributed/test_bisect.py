@@ -179,7 +179,7 @@ def test_sides_that_cannot_be_trained(
 
 
 def test_the_report_in_words(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is alike to the bit is said to be so, and a phase of one tensor is named once."""
+    """Equal bits are said to be equal, and a phase of one tensor is named once."""
     assert main(["bisect", str(config), f"{config} {FROZEN}"]) == 1
     first, before, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("first difference: gradient norm: ")

@@ -42,7 +42,7 @@ loader.Loader.next_step, files.open = counted, fail
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """Of a run on many small files, so that every step opens some."""
+    """The settings of a run on many small files, so that every step opens some."""
     (tmp_path / "failing.py").write_text(_FAILING)
     folder = tmp_path / "data"
     folder.mkdir()

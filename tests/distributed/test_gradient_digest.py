@@ -28,7 +28,7 @@ def with_gradient(gradient: Tensor) -> nn.Parameter:
 
 
 def digests_of(world: DistributedContext, gradient: Tensor) -> dict[str, Digest]:
-    """Of a model with one trained parameter, and one that only the last rank holds."""
+    """Digests of a model with one trained parameter, and one that only the last rank holds."""
     named = [("w", with_gradient(gradient)), ("w", with_gradient(gradient))]
     named.append(("frozen", nn.Parameter(torch.zeros(3), requires_grad=False)))
     if world.rank == world.world_size - 1:

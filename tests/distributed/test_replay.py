@@ -130,7 +130,7 @@ def test_the_first_step_and_other_data(
 def test_a_run_that_was_killed_and_went_on(
     tmp_path: Path, forked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it recorded after its checkpoint counts until a start goes on from there."""
+    """Records after the last checkpoint count until a start goes on from there."""
     folder = tmp_path / "run"
     runs.run_killed(folder, *RECORD)
     assert report_of(capsys, folder, 6)["result"] == "equal"

@@ -255,7 +255,7 @@ def test_a_stopped_process_waits_for_somebody_to_wait_for_it() -> None:
 
 
 def test_report_names_the_rank_that_was_late_first(tmp_path: Path) -> None:
-    """That is none of those that wait; the ones without a record are named as well."""
+    """It is none of those that wait; the ones without a record are named as well."""
     place = str(tmp_path / hang_report.RECORDS_NAME / "1")
 
     def record(rank: int, step: int, seconds: float, what: str) -> None:

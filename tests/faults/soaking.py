@@ -28,10 +28,10 @@ SITES = {
     **dict.fromkeys(("folder.begin", "ckpt.manifest", "ckpt.rename"), True),
     **dict.fromkeys(("purge.begin", "purge.half"), True),
 }
-"""Where a rank kills itself (`probe.py`), and whether only rank 0 gets there."""
+"""The sites where a rank kills itself (`probe.py`); True: only rank 0 gets there."""
 ACTIONS = ("kill all", "kill one", "stop and kill", "term", "term one", "term and kill")
 GRACE_SECONDS = 120.0
-"""How long ranks may go on after one has failed, on a busy machine; torchrun gives them 30."""
+"""Ranks may go on so long after one has failed, on a busy machine; torchrun gives them 30."""
 LAUNCHER_SECONDS = 30.0
 """From torchrun's SIGTERM to its SIGKILL."""
 PATIENCE_SECONDS = 300.0
@@ -40,7 +40,7 @@ PATIENCE_SECONDS = 300.0
 
 @dataclass
 class Figures:
-    """What was seen in all runs."""
+    """The sums over all runs."""
 
     kills: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Figures:
     repeated: list[int] = field(default_factory=list)
     """For each kill, the steps that have to be trained again."""
     lonely_seconds: list[float] = field(default_factory=list)
-    """How long a training rank went on after its peer was killed."""
+    """Seconds that a training rank went on after its peer was killed."""
     stop_seconds: list[float] = field(default_factory=list)
     """From SIGTERM to the end of all ranks."""
 

@@ -73,7 +73,7 @@ NIGHTLY_MOVES = [
     (mesh(shard=2, tp=2, pp=2, **LOOP), mesh(shard=2, cp=2, pp=2, **ONE_EACH)),
     (mesh(shard=2, cp=2, tp=2, pp=2, **LOOP), mesh()),
 ]
-"""Of many ranks. By day every axis changes in every way, three of them at once."""
+"""Moves between many ranks. By day every axis changes in every way, three of them at once."""
 
 
 @dataclass

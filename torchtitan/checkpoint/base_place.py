@@ -11,7 +11,7 @@ from torchtitan.utils.remote import is_remote
 
 _OPTION = "--base"
 _RECORDED = re.compile(r"(hf|s3|gs|az)://")
-"""What a checkpoint may let this machine connect to: whoever made it is not trusted."""
+"""The stores that a checkpoint may let this machine open: whoever made it is not trusted."""
 
 
 class MovedBase(NamedTuple):

@@ -40,7 +40,7 @@ RUN_ID_NAME = "run_id"
 STEPS_FOLDER = "checkpoint"
 RUN_FILES = (CONFIG_NAME, METRICS_NAME, RECORD_NAME)
 RUN_FOLDERS = (TOKENIZER_NAME, "ledger")
-"""Of the run folder, what a start on another machine needs or goes on with, besides the step."""
+"""Folders of the run folder that a start on another machine needs, besides the step."""
 
 _UPLOADING_NAME = "uploading.json"
 _AGAIN_SECONDS = 30.0

@@ -75,7 +75,7 @@ class RunFolder:
         self._lock = lock
         self._has_begun = False
         self.uploads: Uploads | None = None
-        """Of `checkpoint.remote_folder`, on rank 0."""
+        """The uploads to `checkpoint.remote_folder`, on rank 0."""
 
     @classmethod
     def open(

@@ -35,7 +35,7 @@ class Place(NamedTuple):
     row: int = 0
     """`Row.place` of the next row, about; 0 at the beginning of the shard."""
     is_reading: bool = False
-    """That row is being read."""
+    """True while that row is being read."""
 
 
 _FORM = struct.Struct("3q?")
@@ -67,7 +67,7 @@ class Reading:
 
 
 READING = Reading()
-"""Of this process, in which one row is read at a time."""
+"""The row that this process reads; it reads one at a time."""
 
 
 def place_in(memory: Any) -> Place:

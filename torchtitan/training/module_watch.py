@@ -40,7 +40,7 @@ class ModuleUse:
     """Number among this rank's sequences of the first one of the microbatch."""
     num_sequences: int
     places: Tensor | None
-    """Where the microbatch's tokens belong, `[B, T]`, for who wants to know."""
+    """Places of the microbatch's tokens in the step, `[B, T]`."""
 
 
 Report = Callable[[Direction, ModuleUse, int, Tensor], None]

@@ -15,7 +15,7 @@ EXACT = 1e-9
 """The bound in float64: rounding stays below 1e-11, and mistakes are above 1e-4."""
 _TIMES_NOISE = 8.0
 _LEAST_SCALE = 1e-3
-"""Of the largest value of the phase so far: what is smaller may be nothing but rounding."""
+"""A share of the largest value of the phase so far; smaller ones may be nothing but rounding."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Difference:
     index: dict[str, int]
     """The element that differs most, by dimension."""
     values: tuple[float, float]
-    """Of that element."""
+    """The values of that element."""
     axes: tuple[str, ...]
     """The axes of the mesh on which ranks are right or wrong, or copies unlike."""
     ranks: tuple[int, ...]

@@ -169,7 +169,7 @@ def read(config: Any, **options: Any) -> tuple[list[np.ndarray], list[dict[str, 
 
 
 SHARES = {"text": 0.2, "parquet": 0.2, "stream": 0.005, "seeking": 0.005, "array": 0.02}
-"""Of the operations that fail; a small one where a new try goes through many."""
+"""The share of operations that fail; a small one where a new try goes through many."""
 
 
 @pytest.mark.fault("F38")
