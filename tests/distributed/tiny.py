@@ -36,7 +36,7 @@ from torchtitan.parallel.initialize import local_indices
 from torchtitan.training import builder, model_builder
 from torchtitan.training.frozen_model import with_frozen_model
 from torchtitan.training.reference_pass import PairSet
-from torchtitan.training.step_recorder import StepRecorder, record_backward, record_update
+from torchtitan.training.tensor_recorder import TensorRecorder, record_backward, record_update
 
 VOCAB_SIZE = 131
 SEQ_LEN = 32
@@ -259,8 +259,8 @@ def train(world: DistributedContext, case: Case, folder: Path | None = None) -> 
     )
     update = builder.build_update(config, model, optimizers, dims)
     if folder is not None:
-        record_backward(StepRecorder(folder, "backward", dims), model, runner, step=1)
-        record_update(StepRecorder(folder, "update", dims), model, update, steps=1)
+        record_backward(TensorRecorder(folder, "backward", dims), model, runner, step=1)
+        record_update(TensorRecorder(folder, "update", dims), model, update, steps=1)
     num_targets = int(runner.loss.count(data_of(case)))
     result = Result()
     for step in range(1, NUM_STEPS + 1 if folder is None else 2):

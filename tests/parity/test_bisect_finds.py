@@ -28,9 +28,9 @@ from tests.parity.table import (
 )
 from tests.pool import GlooPool
 from torchtitan.distributed.context import DistributedContext
-from torchtitan.training.recorded_step import RecordedStep
+from torchtitan.training.recorded_tensors import RecordedTensors
 from torchtitan.training.step_compare import Comparison, compare_steps
-from torchtitan.training.step_recorder import PHASES
+from torchtitan.training.tensor_recorder import PHASES
 
 
 def record(world: DistributedContext, case: Case, folder: Path, bug: str = "") -> int:
@@ -59,7 +59,7 @@ def recorded(gloo_pool: GlooPool, tmp_path_factory: pytest.TempPathFactory):
 
 
 def compared(one: Path, other: Path) -> Comparison:
-    with closing(RecordedStep(one)) as a, closing(RecordedStep(other)) as b:
+    with closing(RecordedTensors(one)) as a, closing(RecordedTensors(other)) as b:
         return compare_steps(a, b)
 
 

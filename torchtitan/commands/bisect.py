@@ -18,7 +18,7 @@ from torchtitan.config.exit_codes import DONE, FAILED
 from torchtitan.utils.text import plural, some_of
 
 if TYPE_CHECKING:
-    from torchtitan.training.recorded_step import RecordedStep
+    from torchtitan.training.recorded_tensors import RecordedTensors
     from torchtitan.training.step_compare import Comparison, Difference
 
 _SHOWN = 5
@@ -87,11 +87,11 @@ def _recorded(sides: list[Side], folder: Path, options: argparse.Namespace) -> l
     ]
 
 
-def _open(folder: Path) -> "RecordedStep":
-    from torchtitan.training.recorded_step import RecordedStep
+def _open(folder: Path) -> "RecordedTensors":
+    from torchtitan.training.recorded_tensors import RecordedTensors
 
     try:
-        return RecordedStep(folder)
+        return RecordedTensors(folder)
     except (OSError, ValueError, KeyError) as error:
         fix = "record both sides anew"
         raise ConfigError(ConfigIssue("FOLDER", f"{error}", fix, str(folder))) from error

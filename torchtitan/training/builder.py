@@ -47,7 +47,7 @@ from torchtitan.parallel.runner import Loss, Runner, SPMDRunner
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
-from torchtitan.training.step_recorder import StepRecorder, record_update
+from torchtitan.training.tensor_recorder import TensorRecorder, record_update
 from torchtitan.training.validation import Validator
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.environment import read_wandb
@@ -96,7 +96,7 @@ def build_update(
     else:
         update = AfterBackward(model.parameters, optimizers, dims.ranks_per_stage, model.uncounted)
     if config.debug.record_tensors is not None and manager is not None:
-        recorder = StepRecorder(config.debug.record_tensors, "update", dims)
+        recorder = TensorRecorder(config.debug.record_tensors, "update", dims)
         record_update(recorder, model, update, config.training.steps - manager.state.step)
     return update
 

@@ -42,7 +42,7 @@ from torchtitan.training.reference_pass import (
     reference_facts,
     sets_of_run,
 )
-from torchtitan.training.step_recorder import StepRecorder, record_backward
+from torchtitan.training.tensor_recorder import TensorRecorder, record_backward
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.remote import is_remote
@@ -137,7 +137,7 @@ def build_runner(
 
     runner, digest = with_frozen_model(config, runner, model, size, mesh, dims, world, known, sets)
     if config.debug.record_tensors is not None:
-        recorder = StepRecorder(config.debug.record_tensors, "backward", dims)
+        recorder = TensorRecorder(config.debug.record_tensors, "backward", dims)
         record_backward(recorder, model, runner, config.training.steps)
     return runner, digest
 

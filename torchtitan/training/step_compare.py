@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from torchtitan.distributed.parallel_dims import AXES
-from torchtitan.training.recorded_step import PHASES_OF_ACTIVATIONS, Name, Piece, RecordedStep
-from torchtitan.training.step_recorder import PHASES
+from torchtitan.training.recorded_tensors import PHASES_OF_ACTIVATIONS, Name, Piece, RecordedTensors
+from torchtitan.training.tensor_recorder import PHASES
 
 EXACT = 1e-9
 """The bound in float64: rounding stays below 1e-11, and mistakes are above 1e-4."""
@@ -58,9 +58,9 @@ class Comparison:
 
 
 def compare_steps(
-    one: RecordedStep,
-    other: RecordedStep,
-    exact: RecordedStep | None = None,
+    one: RecordedTensors,
+    other: RecordedTensors,
+    exact: RecordedTensors | None = None,
     bound: float | None = None,
     most: int = 8,
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -132,7 +132,7 @@ class _Whole:
         return wrong
 
 
-def _assemble(name: Name, sides: Sequence[RecordedStep]) -> list[_Whole] | None:
+def _assemble(name: Name, sides: Sequence[RecordedTensors]) -> list[_Whole] | None:
     """Put a tensor together on each side; None if the sides' shapes cannot be the same."""
     num_features = num_tokens = 0
     if sides[0].is_activation(name):
@@ -192,7 +192,7 @@ def _difference(
     other: _Whole,
     scale: float,
     bound: float,
-    sides: Sequence[RecordedStep],
+    sides: Sequence[RecordedTensors],
 ) -> Difference | None:
     """Describe how two sides differ; None if that is within the bound, and all copies are alike."""
     gap, tolerance = _gap(one.values, other.values), bound * scale
@@ -237,7 +237,7 @@ def _axes_of(wrong: set[int], places: Mapping[int, Mapping[str, int]]) -> tuple[
     raise AssertionError("all axes together tell each rank")
 
 
-def _other_degrees(one: RecordedStep, other: RecordedStep) -> tuple[str, ...]:
+def _other_degrees(one: RecordedTensors, other: RecordedTensors) -> tuple[str, ...]:
     """Return the axis on which the meshes differ, if it is only one."""
     axes = tuple(axis for axis in AXES if one.degrees[axis] != other.degrees[axis])
     return axes if len(axes) == 1 else ()

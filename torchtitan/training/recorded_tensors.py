@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from torchtitan.training.step_recorder import PHASES, TOKEN_BITS
+from torchtitan.training.tensor_recorder import PHASES, TOKEN_BITS
 
 PHASES_OF_ACTIVATIONS = ("batch", "forward", "backward")
 """Their tensors have a value for each token."""
@@ -31,7 +31,7 @@ class Piece:
     values: np.ndarray
 
 
-class RecordedStep:
+class RecordedTensors:
     """The files that the ranks of one side have written."""
 
     def __init__(self, folder: Path):

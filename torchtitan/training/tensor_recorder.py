@@ -51,7 +51,7 @@ _BYTES_IN_MEMORY = 256 << 20
 """Bytes to keep before a file of them is written."""
 
 
-class StepRecorder:
+class TensorRecorder:
     """Writes one rank's tensors to a folder."""
 
     def __init__(self, folder: str | Path, name: str, dims: ParallelDims):
@@ -151,7 +151,11 @@ class StepRecorder:
 
 
 def record_backward(
-    recorder: StepRecorder, model: BuiltModel, runner: Runner, step: int, runs_compiled: bool = True
+    recorder: TensorRecorder,
+    model: BuiltModel,
+    runner: Runner,
+    step: int,
+    runs_compiled: bool = True,
 ) -> None:
     """Let `runner` record its forward and backward of `step`.
 
@@ -185,7 +189,7 @@ def record_backward(
     runner.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
-def record_update(recorder: StepRecorder, model: BuiltModel, update: Update, steps: int) -> None:
+def record_update(recorder: TensorRecorder, model: BuiltModel, update: Update, steps: int) -> None:
     """Let `update` record the last one of the next `steps` steps."""
     gradient_norm, step_parameters, left = update.gradient_norm, update.step, steps
 
@@ -257,7 +261,7 @@ class _Places:
 
 
 @contextmanager
-def _batches_shown(runner: Runner, recorder: StepRecorder) -> Iterator[None]:
+def _batches_shown(runner: Runner, recorder: TensorRecorder) -> Iterator[None]:
     """Record each batch as the loss gets it: the model has taken its inputs from the same one."""
     loss: Any = runner.loss
     original: Callable[[Tensor, nn.Module, Batch], Tensor] = loss.sum
