@@ -153,7 +153,7 @@ class OurStream:
 def write_documents(folder: Path) -> dict[str, str]:
     """Some 12 MB of documents, as lines and as compressed files."""
     generator = random.Random(0)
-    words = (ROOT / "docs" / "architecture.md").read_text("utf-8").split()
+    words = (ROOT / "docs" / "design" / "architecture.md").read_text("utf-8").split()
     lines = [
         json.dumps({"text": " ".join(generator.choices(words, k=generator.choice([40, 200, 900])))})
         for _ in range(5000)

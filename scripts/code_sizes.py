@@ -2,8 +2,8 @@
 
     python scripts/code_sizes.py [--files] [--write]
 
-Prints the table of docs/architecture.md. --files also lists what each row counts; --write puts the
-table into the page. All lines count, including blank ones and docstrings.
+Prints the table of docs/design/architecture.md. --files also lists what each row counts; --write
+puts the table into the page. All lines count, including blank ones and docstrings.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "torchtitan"
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE = ROOT / "docs" / "design" / "architecture.md"
 HEAD = "| | now | limit |"
 MAX_ARGUMENTS = 8
 MAX_FILE_LINES = 400

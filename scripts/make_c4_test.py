@@ -26,7 +26,7 @@ TIMESTAMP = "2025-01-01T00:00:00Z"
 
 def documents() -> Iterator[tuple[str, str]]:
     """URL and text of each document, in a fixed order."""
-    for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]):
+    for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
         name = page.relative_to(ROOT).as_posix()
         for number, section in enumerate(re.split(r"\n(?=#)", page.read_text("utf-8"))):
             yield f"file:{name}#{number}", section.strip()

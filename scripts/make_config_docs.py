@@ -1,4 +1,4 @@
-"""Write docs/config.md, and the tables of docs/from_torchtitan.md, from the code they describe:
+"""Write docs/reference/settings.md, and the tables of docs/start/from_torchtitan.md, from the code:
 python scripts/make_config_docs.py"""
 
 import re
@@ -64,9 +64,9 @@ def _not_built() -> Iterator[str]:
 
 if __name__ == "__main__":
     docs = Path(__file__).resolve().parent.parent / "docs"
-    page = docs / "config.md"
+    page = docs / "reference" / "settings.md"
     page.write_text(reference(), encoding="utf-8")
     print(f"wrote {page}")
-    page = docs / "from_torchtitan.md"
+    page = docs / "start" / "from_torchtitan.md"
     page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {page}")

@@ -1,4 +1,4 @@
-"""Train the debug model in many ways, and write docs/converging.md's table and picture.
+"""Train the debug model in many ways, and write docs/design/converging.md's table and picture.
 
     python scripts/make_converging.py [--folder outputs/converging] [--again NAME] [--page-only]
 
@@ -28,7 +28,7 @@ from typing import Any
 from torchtitan import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "converging.md"
+PAGE = ROOT / "docs" / "design" / "converging.md"
 PICTURE = ROOT / "docs" / "images" / "converging.png"
 BEGIN, END = "<!-- scripts/make_converging.py writes from here -->", "<!-- to here -->"
 CONFIG = ROOT / "train_configs" / "debug_model.toml"

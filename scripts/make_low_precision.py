@@ -1,4 +1,4 @@
-"""Measure low precision and write its tables into docs/low_precision.md:
+"""Measure low precision and write its tables into docs/guides/low_precision.md:
 python scripts/make_low_precision.py
 
 Trains the debug model in short sequences, in bfloat16 and in each format, and compares gradients
@@ -26,7 +26,7 @@ from tests.distributed.low_precision import (  # noqa: E402
 from tests.pool import GlooPool  # noqa: E402
 from torchtitan import __version__  # noqa: E402
 
-PAGE = ROOT / "docs" / "low_precision.md"
+PAGE = ROOT / "docs" / "guides" / "low_precision.md"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Train every row of the parity table, and write docs/parity.md.
+"""Train every row of the parity table, and write docs/design/parity.md.
 
     python scripts/make_parity_table.py
 
@@ -81,7 +81,8 @@ dropout, in microbatches of one sequence, compared with one process that has the
 Mistakes that libraries of this kind have made, put back one at a time into this one, each on the
 smallest mesh that shows it, with the largest relative difference that the table then finds.
 `torchtitan bisect` finds each of them, with the module or tensor and the axis of the mesh
-([debugging](debugging.md#my-loss-differs-on-another-mesh), `tests/parity/test_bisect_finds.py`).
+([debugging](../guides/debugging.md#my-loss-differs-on-another-mesh),
+`tests/parity/test_bisect_finds.py`).
 
 | mistake | mesh | difference |
 |---|---|---:|
@@ -161,7 +162,7 @@ def main() -> int:
                 return 1
     finally:
         trainer.close()
-    path = ROOT / "docs" / "parity.md"
+    path = ROOT / "docs" / "design" / "parity.md"
     path.write_text(_page(trainer, rows, worst, mistakes), encoding="utf-8")
     print(f"wrote {path}")
     return 0

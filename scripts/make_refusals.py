@@ -1,5 +1,5 @@
-"""Write docs/refusals.md, which models, handlers and meshes do not go together, from the checks
-that every run makes:
+"""Write docs/reference/refusals.md, which models, handlers and meshes do not go together, from the
+checks that every run makes:
 python scripts/make_refusals.py"""
 
 import re
@@ -21,7 +21,7 @@ from torchtitan.preflight import handlers as handlers_check
 # The page does not depend on the packages that are installed here.
 handlers_check.find_spec = lambda package: ModuleSpec(package, None)
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "refusals.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "refusals.md"
 DEGREES = (2, 4, 8, 16, 32)
 SHARDS = 8
 SEQUENCES = 64
@@ -264,14 +264,14 @@ checkpointing, on GPUs. What is not listed is not refused.
 
 A rejected run prints what to write instead; `torchtitan train FILE --check` with
 `WORLD_SIZE` set tells it beforehand. What the length of sequences, the batch, or other settings
-rule out is in [parallelism](parallelism.md), [low precision](low_precision.md) and
-[optimizers](optimizers.md).
+rule out is in [parallelism](../guides/parallelism.md), [low precision](../guides/low_precision.md)
+and [optimizers](../guides/optimizers.md).
 """
 WITH_HANDLERS = """Beside what is refused to the model without a handler.
 """
 BY_PARTS = """When the model is built, and so in a dry run (`--comm.mode fake_backend`), `float8`,
 `mxfp8`, `int8` and `bitnet` also refuse a degree of tensor parallelism that leaves parts of
-matrices which do not fit ([low precision](low_precision.md#on-every-mesh))."""
+matrices which do not fit ([low precision](../guides/low_precision.md#on-every-mesh))."""
 
 
 if __name__ == "__main__":

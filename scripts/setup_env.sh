@@ -31,7 +31,7 @@ ours = found is not None and os.path.realpath(found.origin or "").startswith(
 needed = ["torch", "datasets", "jinja2", "sentencepiece", "tiktoken"]
 if extra == "dev":
     needed += ["pytest", "pytest_timeout", "xdist", "ruff", "mypy", "importlinter", "transformers"]
-    needed += ["filelock", "gguf", "lm_eval"]
+    needed += ["filelock", "gguf", "lm_eval", "material", "matplotlib", "nbmake", "shtab"]
     needed += ["xllamacpp"] if sys.platform == "linux" else []
 sys.exit(not (ours and all(find_spec(name) for name in needed)))
 PYTHON

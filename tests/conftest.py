@@ -52,7 +52,7 @@ Tests whose names agree up to a colon stay together.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--fault F23`: the tests that prove a fault of docs/reliability.md."""
+    """Add `--fault F23`: the tests that prove a fault of docs/design/reliability.md."""
     parser.addoption("--fault", action="append", help="only tests that are marked with this fault")
 
 

@@ -1,4 +1,4 @@
-"""What a handler keeps is in checkpoints. The handler is that of docs/handlers.md, an average."""
+"""A handler's state is in checkpoints. The handler is the average of docs/guides/handlers.md."""
 
 import logging
 import sys

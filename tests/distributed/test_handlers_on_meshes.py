@@ -262,7 +262,7 @@ def test_a_cut_matrix_has_the_scale_of_the_whole(compiled: bool, gloo_pool: Gloo
 @pytest.mark.nightly
 @pytest.mark.parametrize("variant", ["tensorwise", "rowwise", "rowwise_with_gw_hp", "int8"])
 def test_the_loss_is_within_2_percent_of_bfloat16(variant: str, gloo_pool: GlooPool) -> None:
-    """After 200 steps of the debug model: docs/low_precision.md has the figures."""
+    """After 200 steps of the debug model: docs/guides/low_precision.md has the figures."""
     [plain] = gloo_pool.run(1, curve, None, timeout=600)
     [rounded] = gloo_pool.run(1, curve, variant, timeout=600)
     assert plain.last < plain.losses[0] - 1.5

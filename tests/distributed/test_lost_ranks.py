@@ -213,7 +213,7 @@ def test_out_of_memory_is_told_with_its_status_on_all_ranks(
         for status, output in [rank.end() for rank in ranks]:
             assert status == 8, output
             last = output.splitlines()[-1]
-            assert "out of memory" in last and "docs/memory.md" in last, output
+            assert "out of memory" in last and "docs/guides/memory.md" in last, output
             assert "Traceback" not in output
     first = (tmp_path / "rank-0").read_text()
     assert ("Rank 1 failed first" in first) == (world_size == 2)

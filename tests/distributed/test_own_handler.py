@@ -1,5 +1,5 @@
-"""The handler that docs/handlers.md shows how to write, trained and tested as the page says; and
-the tokenizer of docs/tokenizers.md."""
+"""The handler of docs/guides/handlers.md, trained and tested as the page says; and the tokenizer of
+docs/guides/tokenizers.md."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from tests.distributed import runs
 from tests.forked import execute
 
-PAGE = (runs.ROOT / "docs" / "handlers.md").read_text("utf-8")
+PAGE = (runs.ROOT / "docs" / "guides" / "handlers.md").read_text("utf-8")
 LESSON, _, TESTING = PAGE.partition("## Testing it")
 
 FORKED = """
@@ -94,7 +94,7 @@ def test_the_pages_test_of_it_passes(tmp_path: Path) -> None:
 
 
 def test_the_pages_tokenizer_trains(tmp_path: Path) -> None:
-    page = (runs.ROOT / "docs" / "tokenizers.md").read_text("utf-8")
+    page = (runs.ROOT / "docs" / "guides" / "tokenizers.md").read_text("utf-8")
     section = page.partition("## Custom tokenizers")[2]
     (tmp_path / "my_tokenizer.py").write_text(block("python", section))
     loss, _ = run(tmp_path / "run", block("toml", section), "--training.steps=2")

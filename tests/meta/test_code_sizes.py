@@ -1,4 +1,4 @@
-"""The sizes that docs/architecture.md quotes, and the limits that are held."""
+"""The sizes that docs/design/architecture.md quotes, and the limits that are held."""
 
 import re
 import sys

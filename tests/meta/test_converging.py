@@ -1,4 +1,4 @@
-"""The runs of docs/converging.md can be started, and the page has them all."""
+"""The runs of docs/design/converging.md can be started, and the page has them all."""
 
 import importlib.util
 import math

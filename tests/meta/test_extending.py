@@ -27,7 +27,7 @@ def is_a_key(key: str) -> bool:
 
 
 def test_every_registry_is_on_the_page() -> None:
-    page = (ROOT / "docs" / "extending.md").read_text()
+    page = (ROOT / "docs" / "guides" / "extending.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| `([\w.]+)` \| `@?(\w+)\(.*?\)` \| `([\w.]+)` \|", page, re.M)
     assert len(rows) == len(KINDS) == 9
     assert {group for _, _, group in rows} == set(KINDS.values())
@@ -57,13 +57,13 @@ def test_the_page_of_refusals_is_current() -> None:
         timeout=240,
     )
     assert made.returncode == 0, made.stderr
-    page = (ROOT / "docs" / "refusals.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reference" / "refusals.md").read_text("utf-8")
     assert made.stdout == page, "python scripts/make_refusals.py makes it"
 
 
 def test_what_is_refused_is_told() -> None:
     """Some lines that have to be there, by whoever wrote the checks."""
-    lines = (ROOT / "docs" / "refusals.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "reference" / "refusals.md").read_text().splitlines()
 
     def has(*parts: str) -> bool:
         return any(all(part in line for part in parts) for line in lines)

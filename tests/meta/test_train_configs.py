@@ -82,7 +82,7 @@ def test_the_configs_that_are_promised_are_there():
 
 def table_rows() -> dict[str, list[str]]:
     """The table of configs in the documentation: GPUs, mesh and length by file."""
-    text = (ROOT / "docs" / "launching.md").read_text()
+    text = (ROOT / "docs" / "guides" / "launching.md").read_text()
     rows = re.findall(r"^\| (`.*\.toml`) \|(.*)\|$", text, re.MULTILINE)
     return {
         name: [cell.strip() for cell in cells.split("|")]

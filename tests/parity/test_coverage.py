@@ -36,7 +36,7 @@ def test_rows_differ() -> None:
 
 
 def test_the_page_has_all_rows_and_mistakes() -> None:
-    lines = (Path(__file__).parents[2] / "docs" / "parity.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "design" / "parity.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rows = [(row[1], row[2]) for row in cells if len(row) == 7 and row[0].isdigit()]
     assert rows == [(dims_of(case).describe(), ", ".join(special_of(case))) for case in TABLE]

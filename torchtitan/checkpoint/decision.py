@@ -320,7 +320,7 @@ def _older_rule(stored: StoredRun, warmup: int | None) -> list[str]:
         return []
     return [
         "The checkpoint is of an earlier release, whose learning rate never reached its peak. From"
-        " here on it follows the rule in docs/optimizers.md, so the curve may bend a little."
+        " here on it follows the rule in docs/guides/optimizers.md, so the curve may bend a little."
     ]
 
 

@@ -121,7 +121,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def reference() -> str:
-    """Return the text of docs/config.md."""
+    """Return the text of docs/reference/settings.md."""
     from torchtitan.handlers.registry import HANDLERS
     from torchtitan.loss.registry import LOSSES
     from torchtitan.models.registry import families

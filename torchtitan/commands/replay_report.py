@@ -19,7 +19,7 @@ from torchtitan.utils.text import plural, some_of
 
 _BOUNDS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.1}
 """Bounds of one step by the type that computes: 6 to 33 times the differences between meshes that
-docs/debugging.md reports."""
+docs/guides/debugging.md reports."""
 _LARGEST_BOUND = 0.3
 """Below what a factor of 2 or 1/2 does, which a bound that grows with the steps would hide."""
 

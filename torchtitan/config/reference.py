@@ -19,7 +19,7 @@ looking at this machine's hardware (`--check full` does).
 
 Unknown keys, wrong types and values out of range are errors; all of them are reported at once.
 `unset` means that the key has no value unless it is given. Older keys of TorchTitan's work, too;
-[from_torchtitan.md](from_torchtitan.md) has them.
+[from TorchTitan](../start/from_torchtitan.md) has them.
 """
 
 _KINDS = {
@@ -41,7 +41,7 @@ Models = Mapping[str, type[Section]]
 
 
 def reference_page(free_tables: Mapping[str, Models]) -> str:
-    """Return docs/config.md.
+    """Return docs/reference/settings.md.
 
     `free_tables`: by the free-form table (`model.args`, `handlers`) and the name of the family or
     the handler, the section that the table is checked with.

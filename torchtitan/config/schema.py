@@ -2,7 +2,7 @@
 
 Sections are frozen pydantic models. They are strict (a string is never taken for a number), reject
 unknown keys, and reject nan and inf, which TOML can write. The docstring below a field is its
-documentation everywhere: in `--help`, in the JSON schema and in docs/config.md.
+documentation everywhere: in `--help`, in the JSON schema and in docs/reference/settings.md.
 """
 
 from typing import Annotated, Any, Literal

@@ -18,7 +18,7 @@ from torchtitan.config.errors import ConfigIssue
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The distribution that tokens are drawn from; see docs/generation.md."""
+    """The distribution that tokens are drawn from; see docs/guides/generation.md."""
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the most probable token."""

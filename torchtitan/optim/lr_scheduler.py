@@ -2,10 +2,10 @@
 
 A schedule is a pure function `(step, steps, settings) -> factor`: the share of `optimizer.lr` that
 step `step` (the first is 1) of a schedule of `steps` trains with. It has no state, so a resumed run
-asks for the factor of its step. The built-in rule is TorchTitan 0.2.2's; `docs/optimizers.md` has
-the formula. A third party adds one by the decorator `register_schedule`, in a module that
-`job.custom_import` names, or by an entry point of the group `torchtitan.schedules`, with a
-`Section` for `[lr_scheduler.args]`.
+asks for the factor of its step. The built-in rule is TorchTitan 0.2.2's;
+`docs/guides/optimizers.md` has the formula. A third party adds one by the decorator
+`register_schedule`, in a module that `job.custom_import` names, or by an entry point of the group
+`torchtitan.schedules`, with a `Section` for `[lr_scheduler.args]`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 _EXPLAIN_THEMSELVES = (ConfigError, CheckpointError, DataError, NonFiniteError, HangError)
 _LESS_MEMORY = (
-    "Fix: a smaller training.local_batch_size or more ranks; docs/memory.md lists what else saves"
+    "Fix: a smaller training.local_batch_size or more ranks; docs/guides/memory.md lists what else"
+    " saves"
 )
 _STOPPED_AT_START = "Asked to stop before the first step; the same command starts again."
 _GRACE_SECONDS = 2.0

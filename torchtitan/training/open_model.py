@@ -165,7 +165,7 @@ def decoder_args(family: ModelFamily, args: ModelArgs) -> DecoderArgs:
     if isinstance(args, DecoderArgs) and family.hf_weights:
         return args
     text = "declares no names of Hugging Face's, so its weights cannot be exported"
-    raise ConfigError(ConfigIssue("model.name", text, "see docs/extending.md", family.name))
+    raise ConfigError(ConfigIssue("model.name", text, "see docs/guides/extending.md", family.name))
 
 
 def _is_tied(source: WeightSource) -> bool:

@@ -29,7 +29,7 @@ from torchtitan.weights.stored_model import DtypeOf, StoredModel, convert, load
 SAME_WEIGHTS = 1e-6
 """Bound of the KL divergence, in nats per token, of models whose weights are equal."""
 BOUNDS = {"bfloat16": 1e-1, "float16": 1e-3}
-"""The same where the export rounds the weights to this type: docs/export.md has measurements."""
+"""The same where the export rounds weights to this type: docs/guides/export.md has measurements."""
 _PROBE = (2, 128)
 """Sequences and tokens of the probe batch."""
 

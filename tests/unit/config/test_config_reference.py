@@ -1,4 +1,4 @@
-"""docs/config.md, --help and the schema know every key and say what the sections say."""
+"""docs/reference/settings.md, --help and the schema know every key and repeat the sections."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from torchtitan.config.help_text import print_help
 from torchtitan.handlers.registry import HANDLERS
 from torchtitan.loss.registry import LOSSES
 
-PAGE = Path(__file__).parents[3] / "docs" / "config.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "settings.md"
 
 
 @pytest.fixture(autouse=True)

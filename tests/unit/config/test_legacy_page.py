@@ -1,4 +1,4 @@
-"""docs/from_torchtitan.md lists every older key, and every default that differs."""
+"""docs/start/from_torchtitan.md lists every older key, and every default that differs."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from scripts.make_config_docs import with_tables
 from torchtitan.config.compat import keys as tables
 from torchtitan.config.fields import known_keys
 
-PAGE = Path(__file__).parents[3] / "docs" / "from_torchtitan.md"
+PAGE = Path(__file__).parents[3] / "docs" / "start" / "from_torchtitan.md"
 
 
 def test_the_page_s_tables_are_current():

@@ -107,7 +107,7 @@ def test_a_run_is_the_beginning_of_a_longer_schedule() -> None:
 
 def test_the_table_of_the_page_is_what_is_computed() -> None:
     """Its rows: settings, this library's factors; the formula above it is the one tested here."""
-    page = (Path(__file__).parents[3] / "docs" / "optimizers.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "optimizers.md").read_text("utf-8")
     ours = re.findall(_ROW, page, re.MULTILINE)
     assert len(ours) == 4
     for steps, warmup, ratio, row in ours:
