@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.cli import parse
 from torchtitan.commands.list import lists
+from torchtitan.commands.table import parse
 from torchtitan.config.compat.keys import OLD_KEYS
 from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.fields import free_table_of, known_keys, known_sections

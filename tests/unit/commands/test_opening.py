@@ -11,7 +11,7 @@ from tests.foreign import args_of, random_weights, write_meta
 from tests.unit.hub_server import Hub
 from tests.unit.weights.test_pretrained import READER, REPOSITORIES, fetch
 from torchtitan.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from torchtitan.cli import parse
+from torchtitan.commands.table import parse
 from torchtitan.config import CheckpointError, ConfigError
 from torchtitan.config.load import load_config
 from torchtitan.training.open_model import config_of_step

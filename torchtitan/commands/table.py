@@ -1,0 +1,202 @@
+"""The commands of `torchtitan`, in one table, with their arguments."""
+
+import argparse
+from collections.abc import Sequence
+
+from torchtitan import __version__
+from torchtitan.commands.bisect_options import add_bisect_arguments
+from torchtitan.commands.checkpoint_options import (
+    add_diff_arguments,
+    add_ls_arguments,
+    add_prune_arguments,
+    add_verify_arguments,
+)
+from torchtitan.commands.data_options import add_show_arguments
+from torchtitan.commands.evaluation_options import add_evaluate_arguments
+from torchtitan.commands.export_options import (
+    add_convert_arguments,
+    add_download_arguments,
+    add_export_arguments,
+    add_upload_arguments,
+)
+from torchtitan.commands.generation_options import (
+    add_chat_arguments,
+    add_generate_arguments,
+    add_option,
+    positive,
+)
+from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
+from torchtitan.commands.parser import Command, CommandParser
+from torchtitan.commands.replay_options import add_replay_arguments
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace | None:
+    """Read a command line; None after printing a help text or the version.
+
+    `settings` of the result holds the config file and the flags of settings, unread. Raises
+    ConfigError.
+    """
+    parser = CommandParser(prog="torchtitan", description="Train language models from a TOML file.")
+    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
+    parser.add_commands(_COMMANDS, dest="command")
+    if argv and argv[0] in ("help", "version"):
+        argv = [f"--{argv[0]}"]
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except SystemExit:
+        return None
+    if "settings" in options:
+        options.settings += rest
+        return options
+    if "prompts" in options and not any(word.startswith("-") for word in rest):
+        options.prompts += rest  # argparse takes positional arguments in one place only
+        return options
+    if rest:
+        flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+        known = f"does not know {', '.join(flags)}" if flags else "takes no more arguments"
+        options.parser.error(known)  # without values: one may be a token
+    if options.is_group:
+        options.parser.print_help()
+        return None
+    return options
+
+
+def _train(parser: CommandParser) -> None:
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--check", nargs="?", action=_Check, default="")
+
+
+class _Check(argparse.Action):
+    """`--check` or `--check full`; any other word after it is the config file."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Set `check` to "plain" or "full"."""
+        namespace.check = "full" if values == "full" else "plain"
+        if values not in (None, "full"):
+            namespace.settings = [values]
+
+
+def _tokenize(parser: CommandParser) -> None:
+    """Tokenise the dataset of a config once.
+
+    A run reads the folder as training.dataset_path, and with the same data.lanes it sees the same
+    samples as in the text. After a kill the same command continues; a finished folder is verified.
+
+    These settings count: training.dataset_path, training.dataset, model.tokenizer_path,
+    data.text_column, data.encoding, data.document_separator, data.add_bos, data.add_eos,
+    data.lanes, data.max_document_mib, data.on_bad_row, data.max_bad_rows.
+    """
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write to")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        help="processes; the output is the same for every number (default: one a core)",
+    )
+    parser.add_argument("--source", metavar="NAME", help="one of several [[data.sources]]")
+    add_option(
+        parser,
+        "shard-mib",
+        metavar="N",
+        type=positive,
+        default=256,
+        help="MiB of text in each pair of files (default: 256)",
+    )
+
+
+def _config(parser: CommandParser) -> None:
+    parser.add_commands(_CONFIG_COMMANDS, dest="action")
+
+
+def _data(parser: CommandParser) -> None:
+    parser.add_commands(_DATA_COMMANDS, dest="action")
+
+
+def _checkpoint(parser: CommandParser) -> None:
+    parser.add_commands(_CHECKPOINT_COMMANDS, dest="action")
+
+
+def _config_copy(parser: CommandParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="one of `torchtitan list configs`")
+    parser.add_argument("file", metavar="FILE", help="a new file, or a folder")
+
+
+def _config_convert(parser: CommandParser) -> None:
+    parser.add_argument("old", metavar="OLD.toml")
+    parser.add_argument("new", metavar="NEW.toml", nargs="?", help="default: stdout")
+
+
+def _list(parser: CommandParser) -> None:
+    """Print the names that a config may use, with the package or module that adds a name.
+
+    Without NAME, all of these:
+
+      configs      shipped TOMLs, for `torchtitan config copy`
+      models       model.name, with the choices of model.flavor
+      datasets     training.dataset
+      tokenizers   model.tokenizer_path
+      losses       loss.name, with the settings of [loss.args]
+      optimizers   optimizer.name, with the keys of [optimizer] and of [optimizer.args]
+      schedules    lr_scheduler.name, with the keys of [lr_scheduler]
+      sinks        metrics.sinks, and the switches of the built-in ones
+      handlers     model.handlers, with the settings of [handlers.NAME]
+      masks        handlers.flex_attention.masks
+    """
+    parser.add_argument("names", metavar="NAME", nargs="*")
+    parser.add_argument(
+        *("--job.custom_import", "--job.custom-import"),
+        dest="modules",
+        metavar="MODULE",
+        nargs="+",
+        default=[],
+        help="modules that register more names",
+    )
+
+
+def _doctor(parser: CommandParser) -> None:
+    """Report what is installed, what a run would use and what is wrong, one line each.
+
+    Lines begin with `ok`, `WRONG` (with a fix), `look` (perhaps intended) or `-` (information). The
+    exit status is 1 if anything is WRONG. With a config, doctor checks what that needs; under
+    torchrun (`torchrun --nproc_per_node N -m torchtitan doctor`) it measures each axis of the mesh.
+    """
+
+
+_COMMANDS = {
+    "train": Command(
+        "train from a TOML file; --check only checks that it could start", _train, True
+    ),
+    "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True),
+    "data": Command("show rows as they are trained", _data),
+    "config": Command("show, copy or convert a config; schema; docs", _config),
+    "export": Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
+    "convert": Command("convert a checkpoint to another format", add_convert_arguments),
+    "upload": Command("upload a folder to the Hugging Face hub", add_upload_arguments),
+    "generate": Command("continue prompts with any checkpoint", add_generate_arguments),
+    "chat": Command("talk with a chat model", add_chat_arguments),
+    "evaluate": Command("measure on lm-eval's tasks", add_evaluate_arguments),
+    "checkpoint": Command("list, verify, compare or delete steps of a run", _checkpoint),
+    "inspect": Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
+    "status": Command("show where a run stands", add_status_arguments),
+    "bisect": Command("find where two ways to train a step differ", add_bisect_arguments, True),
+    "replay": Command("repeat a step of a run and compare", add_replay_arguments, True),
+    "list": Command("list configs, models, datasets, optimizers and more", _list),
+    "download": Command("download files of a model from the hub", add_download_arguments),
+    "doctor": Command("check the installation, the machine and a config", _doctor, True),
+}
+_DATA_COMMANDS = {
+    "show": Command("print rows with the trained tokens marked", add_show_arguments, True),
+}
+_CHECKPOINT_COMMANDS = {
+    "ls": Command("list the steps of a run", add_ls_arguments),
+    "verify": Command("compare every byte of steps with its digest", add_verify_arguments),
+    "diff": Command("show how two checkpoints differ", add_diff_arguments),
+    "prune": Command("delete old steps of a run", add_prune_arguments),
+}
+_CONFIG_COMMANDS = {
+    "show": Command("print the resolved values, each with its origin", takes_settings=True),
+    "copy": Command("copy a shipped config to a file", _config_copy),
+    "convert": Command("write a TOML of an older TorchTitan with today's keys", _config_convert),
+    "schema": Command("print the JSON schema of the TOML file, for editors"),
+    "docs": Command("print the reference page, in Markdown"),
+}
