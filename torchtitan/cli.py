@@ -1,7 +1,7 @@
 """The command line `torchtitan COMMAND ...`: reads it, runs the command, prints errors.
 
-`commands/table.py` has the commands. The function of COMMAND is `run` in `commands/COMMAND.py`, which
-is imported when the command runs. None of this imports torch.
+`commands/table.py` has the commands. A command's function is `run` in `commands/NAME.py`, which is
+imported when the command runs. None of this imports torch.
 """
 
 import codecs
