@@ -249,7 +249,7 @@ def test_python_blocks_import_what_is_there(page: Path):
 
 
 def test_pages_have_blocks():
-    for language, page in (("toml", "guides/memory.md"), ("python", "guides/models.md")):
+    for language, page in (("toml", "guides/memory.md"), ("python", "guides/own_model.md")):
         assert blocks(ROOT / "docs" / page, language)
 
 
