@@ -304,8 +304,8 @@ def test_the_readme_leads_to_every_page():
     assert [page for page in pages if f"]({page})" not in readme] == []
 
 
-def test_the_tree_in_the_readme_exists():
-    block = re.search(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+def test_the_tree_in_contributing_exists():
+    block = re.search(r"^```text\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M)
     assert block
     folder, missing = ROOT, []
     for line in block[1].splitlines():
