@@ -1,4 +1,4 @@
-"""`torchtitan config show | copy | convert | schema | docs`."""
+"""`torchtitan config show | diff | copy | convert | schema | docs`."""
 
 import argparse
 import json
@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from pydantic import PydanticUserError
 
+from torchtitan.commands.config_diff import print_difference
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import BASE, TOP_KEYS, UNSET, known_sections, unexpanded_paths
 from torchtitan.config.load import LoadedConfig, load_config
@@ -32,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
         print(show_config(loaded))
     elif options.action == "copy":
         _copy(options.name, options.file)
+    elif options.action == "diff":
+        print_difference(options.first, options.second)
     elif options.action == "convert":
         _convert(options.old, options.new)
     elif options.action == "schema":
@@ -99,7 +103,7 @@ def _today(loaded: LoadedConfig, folder: Path) -> str:
     given["job"] = job
     ordered = {name: given[name] for name in known_sections() if given.get(name)}
     file = loaded.files[-1]
-    top = {} if file.base is None else {BASE: _base_from(loaded, folder)}
+    top: dict[str, Any] = {} if file.base is None else {BASE: _base_from(loaded, folder)}
     top |= {UNSET: list(file.unset)} if file.unset else {}
     comment = f"# {file.path.name} with today's keys, by `torchtitan config convert`; its comments"
     return f"{comment} are\n# not carried over\n\n{tomli_w.dumps({**top, **ordered})}"
@@ -170,8 +174,8 @@ def json_schema() -> dict[str, object]:
             settings[name], inner = _schema_of(model, f"{table}.{name}")
             schema["$defs"].update(inner)
         schema["properties"][table]["properties"] = settings
-    text: dict[str, object] = {"type": "string"}
-    kinds = {BASE: text, UNSET: {"type": "array", "items": text}}
+    text: dict[str, Any] = {"type": "string"}
+    kinds: dict[str, dict[str, Any]] = {BASE: text, UNSET: {"type": "array", "items": text}}
     top = {name: {**kinds[name], "description": key.doc} for name, key in TOP_KEYS.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

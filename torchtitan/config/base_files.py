@@ -72,7 +72,7 @@ def _path_of_base(files: Sequence[TomlFile], base: Any) -> Path:
     key = f"{file}: {BASE}"
     if not isinstance(base, str) or not base:
         problem = "needs the name of one config that comes with the library, or one path"
-        fix = f"write for example `{TOP_KEYS[BASE].example}` above the first section; that file may have a base"
+        fix = f"write for example `{TOP_KEYS[BASE].example}`; that file may have a base of its own"
         value = str(base) if isinstance(base, dict) else base
         raise ConfigError(ConfigIssue(key, problem, fix, value))
     reason = why_unexpanded(expand_path(base))

@@ -2,8 +2,8 @@
 
 Each source, a file, its bases and the command line, is translated by itself (`translate`), so that
 a later source wins over an earlier one whichever names either uses. Keys that depend on other keys
-wait until all are merged (`settle`). Every translated key gives one notice; a key that switches on a
-feature that does not exist gives an issue. The tables are in `keys.py`.
+wait until all are merged (`settle`). Every translated key gives one notice; a key that switches on
+a feature that does not exist gives an issue. The tables are in `keys.py`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
