@@ -90,7 +90,8 @@ NOTICED = (
 """Keys of `MAY_DIFFER` whose change is logged."""
 
 _FREE_HANDLERS = {"compile"}
-_RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
+RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
+"""Keys that a config may leave open, unset or -1: the first start of a run sets them."""
 _STEPS = "training.steps"
 _TOTAL_STEPS = "lr_scheduler.total_steps"
 _EPOCHS = "data.epochs"
@@ -154,7 +155,7 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
         elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
             text = f"{key} grows from {before} to {_show(now)}: each data lane continues where it"
             notices.append(f"{text} stopped, or with the next epoch if its data had ended.")
-        elif key in _RESOLVED and now in (-1, _MISSING):
+        elif key in RESOLVED and now in (-1, _MISSING):
             continue
         elif reason_to_differ(key) is None:
             problems.append(_problem(key, before, now))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan.checkpoint.config_diff import compare, flatten, reason_to_differ
+from torchtitan.checkpoint.config_diff import RESOLVED, compare, flatten, reason_to_differ
 from torchtitan.checkpoint.stored_run import CONFIG_NAME
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import known_keys, known_sections
@@ -37,6 +37,8 @@ class Difference:
         if self.another_run:
             return text
         reason = reason_to_differ(_without_index(self.key))
+        if _is_open(self.key, self.before, self.after):
+            reason = "the run sets what is left open"
         return f"{text}  (may change{f': {reason}' if reason else ''})"
 
 
@@ -70,8 +72,9 @@ def differences(first: JobConfig, second: JobConfig) -> list[Difference]:
     found = []
     for key in dict.fromkeys([*one, *other]):
         if key != _FILE and one.get(key, _UNSET) != other.get(key, _UNSET):
-            another = _is_refused(key, refused)
-            found.append(Difference(key, one.get(key), other.get(key), another))
+            pair = one.get(key), other.get(key)
+            another = _is_refused(key, refused) and not _is_open(key, *pair)
+            found.append(Difference(key, *pair, another))
     return found
 
 
@@ -128,14 +131,18 @@ def _is_refused(key: str, refused: set[str]) -> bool:
     return plain in refused or (whole in refused and reason_to_differ(plain) is None)
 
 
+def _is_open(key: str, before: Any, after: Any) -> bool:
+    return key in RESOLVED and bool({before, after} & {None, -1})
+
+
 def _without_index(key: str) -> str:
     return re.sub(r"\[\d+\]", "", key)
 
 
 def _summary(found: list[Difference]) -> str:
     another = sum(each.another_run for each in found)
+    rest = len(found) - another
+    parts = [f"{another} for another run"] if another else []
+    parts += [f"{rest} that may change when a run resumes"] if rest else []
     differ = f"{plural(len(found), 'setting')} differ{'s' if len(found) == 1 else ''}"
-    if not another:
-        return f"{differ}: all may change when a run resumes"
-    rest = "; the others may change when a run resumes" if another < len(found) else ""
-    return f"{differ}: {another} of them for another run{rest}"
+    return f"{differ}: {', '.join(parts)}"
