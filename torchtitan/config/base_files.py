@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan.config.compat.keys import TODAY
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import (
     BASE,
@@ -80,7 +81,7 @@ def _path_of_base(files: Sequence[TomlFile], base: Any) -> Path:
         fix = "set it where the run starts, or write the path itself"
         raise ConfigError(ConfigIssue(key, reason, fix, base))
     path = base_path(base, file.parent)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         config = Path(base) / "config.toml"
         fix = f'did you mean "{config}"?' if (path / config.name).is_file() else "name a TOML file"
         raise ConfigError(ConfigIssue(key, "is a folder", fix, base))
@@ -127,5 +128,11 @@ def _unset_names(file: Path, base: Any, names: Any) -> tuple[tuple[str, ...], li
         for name in names
         if name in known_keys() or name in known_sections() or free_table_of(name)
     ]
-    wrong = [unknown_key(name, name) for name in names if name not in known]
+    wrong = [_unknown_name(name) for name in names if name not in known]
     return tuple(known), [replace(issue, key=f"{key}: {issue.key}") for issue in wrong]
+
+
+def _unknown_name(name: str) -> ConfigIssue:
+    if name in TODAY:
+        return ConfigIssue(name, f"is {TODAY[name]} today", "write that name")
+    return unknown_key(name, name)
