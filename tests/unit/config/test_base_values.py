@@ -195,5 +195,6 @@ def test_a_converted_file_keeps_its_base_and_its_own_keys_alone(chain: Chain, tm
 
 def test_a_conversion_keeps_the_name_of_a_shipped_base(toml, tmp_path: Path):
     path = toml("run.toml", 'base = "llama3_8b"\n[training]\nbatch_size = 3\n')
-    assert main(["config", "convert", path, str(tmp_path / "new.toml")]) == 0
-    assert 'base = "llama3_8b"' in (tmp_path / "new.toml").read_text()
+    (tmp_path / "sub").mkdir()
+    assert main(["config", "convert", path, str(tmp_path / "sub")]) == 0
+    assert 'base = "llama3_8b"' in (tmp_path / "sub" / "run.toml").read_text()
