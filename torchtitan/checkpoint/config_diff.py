@@ -44,7 +44,7 @@ MAY_DIFFER: dict[str, str] = {
     "checkpoint.exclude_from_loading": "like checkpoint.initial_load_path",
     "checkpoint.create_seed_checkpoint": "the weights that the run would start from without it",
     "checkpoint.async_mode": "speed; the same files",
-    "checkpoint.*": "when to save and what to keep (the folder, a name, counts: see MUST_NOT)",
+    "checkpoint.*": "when to save and what to keep",
     "loss.args.reference_path": "a path; a checkpoint knows its reference by content",
     "loss.args.reference_cache": "the same values, computed before the first step",
     "loss.args.teacher_path": "like loss.args.reference_path",
@@ -74,7 +74,7 @@ MAY_DIFFER: dict[str, str] = {
 """Keys (globs) that may differ from the run in the folder, and why."""
 
 MUST_NOT = ("checkpoint.folder",)
-"""Exceptions to `MAY_DIFFER`: under another name the checkpoints would not be found."""
+"""Exceptions to `MAY_DIFFER`: in a folder of another name the checkpoints would not be found."""
 
 NOTICED = (
     "model.tokenizer_path",
@@ -90,7 +90,8 @@ NOTICED = (
 """Keys of `MAY_DIFFER` whose change is logged."""
 
 _FREE_HANDLERS = {"compile"}
-_RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
+RESOLVED = ("training.global_batch_size", "data.lanes", "lr_scheduler.warmup_steps")
+"""Keys that a config may leave open, unset or -1: the first start of a run sets them."""
 _STEPS = "training.steps"
 _TOTAL_STEPS = "lr_scheduler.total_steps"
 _EPOCHS = "data.epochs"
@@ -154,9 +155,9 @@ def compare(stored: Mapping[str, Any], config: JobConfig) -> tuple[list[ConfigIs
         elif key == _EPOCHS and epochs_grow(old.get(key), new.get(key)):
             text = f"{key} grows from {before} to {_show(now)}: each data lane continues where it"
             notices.append(f"{text} stopped, or with the next epoch if its data had ended.")
-        elif key in _RESOLVED and now in (-1, _MISSING):
+        elif key in RESOLVED and now in (-1, _MISSING):
             continue
-        elif not _may_differ(key):
+        elif reason_to_differ(key) is None:
             problems.append(_problem(key, before, now))
         elif key in NOTICED:
             notices.append(f"{key} was {_show(before)} and is {_show(now)} from here on.")
@@ -168,8 +169,10 @@ def epochs_grow(before: Any, now: int | None) -> bool:
     return isinstance(before, int) and (now is None or now > before)
 
 
-def _may_differ(key: str) -> bool:
-    return key not in MUST_NOT and any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
+def reason_to_differ(key: str) -> str | None:
+    """Return the reason that a key may differ from the run in the folder; None if it may not."""
+    patterns = () if key in MUST_NOT else MAY_DIFFER
+    return next((MAY_DIFFER[glob] for glob in patterns if fnmatchcase(key, glob)), None)
 
 
 def _problem(key: str, before: Any, now: Any) -> ConfigIssue:

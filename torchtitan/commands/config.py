@@ -1,16 +1,19 @@
-"""`torchtitan config show | copy | convert | schema | docs`."""
+"""`torchtitan config show | diff | copy | convert | schema | docs`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from pydantic import PydanticUserError
 
+from torchtitan.commands.config_diff import print_difference
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import known_sections, unexpanded_paths
+from torchtitan.config.fields import BASE, TOP_KEYS, UNSET, known_sections, unexpanded_paths
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.paths import expand_path
 from torchtitan.config.reference import reference_page
@@ -31,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
         print(show_config(loaded))
     elif options.action == "copy":
         _copy(options.name, options.file)
+    elif options.action == "diff":
+        print_difference(options.first, options.second)
     elif options.action == "convert":
         _convert(options.old, options.new)
     elif options.action == "schema":
@@ -81,26 +86,38 @@ def _convert(old: str, new: str | None) -> None:
     """Write the TOML `old`, of any release, with today's keys: to the file `new`, or to stdout."""
     loaded = load_config(["--job.config_file", old])
     print_notices(loaded)
-    text = _today(loaded, old)
+    path = loaded.files[-1].path
     if new is None:
-        print(text, end="")
+        print(_today(loaded, path.parent), end="")
     else:
         target = Path(expand_path(new))
-        target = target / Path(old).name if target.is_dir() else target
-        _write(target, text)
+        target = target / path.name if target.is_dir() else target
+        _write(target, _today(loaded, target.parent))
         print(f"wrote {target}; comments were not carried over")
 
 
-def _today(loaded: LoadedConfig, old: str) -> str:
-    """Return the keys that the file sets, in the order of the sections."""
-    given = {name: table for name, table in loaded.given.items() if table}
+def _today(loaded: LoadedConfig, folder: Path) -> str:
+    """Return the keys that the file sets, in the order of the sections, for a file in `folder`."""
+    given = {name: table for name, table in loaded.own.items() if table}
     job = {key: value for key, value in given.get("job", {}).items() if key != "config_file"}
     given["job"] = job
     ordered = {name: given[name] for name in known_sections() if given.get(name)}
-    comment = (
-        f"# {Path(old).name} with today's keys, by `torchtitan config convert`; its comments are"
-    )
-    return f"{comment}\n# not carried over\n\n{tomli_w.dumps(ordered)}"
+    file = loaded.files[-1]
+    top: dict[str, Any] = {} if file.base is None else {BASE: _base_from(loaded, folder)}
+    top |= {UNSET: list(file.unset)} if file.unset else {}
+    comment = f"# {file.path.name} with today's keys, by `torchtitan config convert`; its comments"
+    return f"{comment} are\n# not carried over\n\n{tomli_w.dumps({**top, **ordered})}"
+
+
+def _base_from(loaded: LoadedConfig, folder: Path) -> str:
+    """Return the base as a file in `folder` has to name it."""
+    base, file = loaded.files[-2:]
+    assert file.base is not None
+    is_shipped = base.path == shipped_configs().get(file.base)
+    here, there = folder.resolve(), file.path.parent.resolve()
+    if is_shipped or here == there or Path(expand_path(file.base)).is_absolute():
+        return file.base
+    return os.path.relpath(base.path.resolve(), here)
 
 
 def _write(path: Path, text: str) -> None:
@@ -157,9 +174,13 @@ def json_schema() -> dict[str, object]:
             settings[name], inner = _schema_of(model, f"{table}.{name}")
             schema["$defs"].update(inner)
         schema["properties"][table]["properties"] = settings
+    text: dict[str, Any] = {"type": "string"}
+    kinds: dict[str, dict[str, Any]] = {BASE: text, UNSET: {"type": "array", "items": text}}
+    top = {name: {**kinds[name], "description": key.doc} for name, key in TOP_KEYS.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
+        "properties": {**top, **schema["properties"]},
         "title": "torchtitan run",
     }
 

@@ -121,6 +121,17 @@ def _config_copy(parser: CommandParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a new file, or a folder")
 
 
+def _config_diff(parser: CommandParser) -> None:
+    """Print the settings whose values differ, with defaults and bases filled in.
+
+    A and B are TOMLs, names of `torchtitan list configs` or run folders. Marked "may change" is
+    what may differ between two starts of one run, with the reason. The exit status is 0, whether
+    there is a difference or not.
+    """
+    parser.add_argument("first", metavar="A")
+    parser.add_argument("second", metavar="B")
+
+
 def _config_convert(parser: CommandParser) -> None:
     parser.add_argument("old", metavar="OLD.toml")
     parser.add_argument("new", metavar="NEW.toml", nargs="?", help="default: stdout")
@@ -168,7 +179,7 @@ _COMMANDS = {
     ),
     "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True),
     "data": Command("show rows as they are trained", _data),
-    "config": Command("show, copy or convert a config; schema; docs", _config),
+    "config": Command("show, compare, copy or convert a config; schema; docs", _config),
     "export": Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
     "convert": Command("convert a checkpoint to another format", add_convert_arguments),
     "upload": Command("upload a folder to the Hugging Face hub", add_upload_arguments),
@@ -195,6 +206,7 @@ _CHECKPOINT_COMMANDS = {
 }
 _CONFIG_COMMANDS = {
     "show": Command("print the resolved values, each with its origin", takes_settings=True),
+    "diff": Command("show the settings in which two configs differ", _config_diff),
     "copy": Command("copy a shipped config to a file", _config_copy),
     "convert": Command("write a TOML of an older TorchTitan with today's keys", _config_convert),
     "schema": Command("print the JSON schema of the TOML file, for editors"),

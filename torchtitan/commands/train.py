@@ -119,10 +119,9 @@ def _help(options: argparse.Namespace) -> int:
 
 
 def _print_notices(loaded: LoadedConfig) -> None:
-    """Print what was read differently from how it is written, and how to update the file."""
+    """Print what was read differently from how it is written, and how to update the files."""
     config_command.print_notices(loaded)
-    file = loaded.config.job.config_file
-    if file and not all(notice.startswith("--") for notice in loaded.notices):
+    for file in loaded.outdated:
         hint = f"`torchtitan config convert {file}` writes the file with today's keys"
         print(f"notice: {hint}", file=sys.stderr)
 

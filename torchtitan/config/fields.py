@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import annotated_types
 from pydantic.fields import FieldInfo
@@ -26,6 +26,27 @@ _EXAMPLES = {
     "strings": '["a", "b"]',
     "lists": '[["a", "b"], ["c"]]',
     "table": "{n_layers = 4}",
+}
+
+
+class TopKey(NamedTuple):
+    """A key above the first section: it says how to read the file, and is no setting."""
+
+    doc: str
+    example: str
+
+
+BASE, UNSET = "base", "unset"
+TOP_KEYS = {
+    BASE: TopKey(
+        "The TOML whose settings this one starts from: a config that comes with the library, by its"
+        " name, or a path, which starts in the folder of this file.",
+        'base = "llama3_8b"',
+    ),
+    UNSET: TopKey(
+        "Settings and tables of the base that this file leaves out, by their dotted names.",
+        'unset = ["model.tokenizer_path"]',
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS, TODAY
 from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.fields import TOP_KEYS, known_keys, known_sections
 from torchtitan.config.schema import MAX_INT64
 from torchtitan.config.suggest import did_you_mean, nearest
 from torchtitan.utils.redaction import is_secret, names_a_secret
@@ -99,6 +99,11 @@ def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> 
     homes = [key for key in known_keys().values() if key.last_name == last]
     if names_a_secret(name, value):
         return secret_issue(shown)
+    top = MISNAMED.get(name, last)
+    if top in TOP_KEYS:
+        place = "at the top of a TOML" if dashes else "above the first [section] of the file"
+        fix = f"write {place}: {TOP_KEYS[top].example}"
+        return ConfigIssue(shown, "is no key of a section", fix)
     if name in MISNAMED:
         return ConfigIssue(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
     if homes and not isinstance(value, dict):

@@ -1,37 +1,40 @@
-"""Load a config: defaults, then the TOML file, then the command line.
+"""Load a config: defaults, then the TOML after the files it is based on, then the command line.
 
-Everything wrong in the file and on the command line is reported at once. The values are validated
-once, after merging, so a wrong value in the file does not matter if the command line replaces it.
+Everything wrong in the files and on the command line is reported at once. The values are validated
+once, after merging, so a wrong value does not matter if a later source replaces it. Tables are
+merged key by key; lists are replaced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from torchtitan.config.base_files import TomlFile, read_files
 from torchtitan.config.cli_args import CommandLine, parse_command_line
 from torchtitan.config.compat import translate as compat
 from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import free_table_of, known_keys, known_sections
+from torchtitan.config.fields import UNSET, free_table_of, known_keys, known_sections
 from torchtitan.config.fitting import with_document_mask
 from torchtitan.config.keys_check import split_known
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
-from torchtitan.config.toml_file import read_toml
 from torchtitan.config.value_errors import problems_of
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+_NOTHING = ("", "none", "null", "unset")
+"""Texts that people write where TOML has no null."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
     """A config and the origin of each value.
 
-    `origins`: by dotted key, "default", the file's name or "command line".
+    `origins`: by dotted key, "default", the name of a file or "command line".
     """
 
     config: JobConfig
@@ -39,8 +42,12 @@ class LoadedConfig:
     notices: tuple[str, ...] = ()
     """Notices of values that were read otherwise than written, one sentence each: an older
     release's keys, and flags that were given twice."""
-    given: dict[str, Any] = field(default_factory=dict)
-    """Values that file and command line set, as a table of today's keys."""
+    files: tuple[TomlFile, ...] = ()
+    """The TOML, last, after the files that it is based on."""
+    outdated: tuple[Path, ...] = ()
+    """Those that are written in an older release's keys."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """Values of the keys that the TOML sets itself, as a table of today's keys."""
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:
@@ -62,50 +69,138 @@ def load_toml(path: Path) -> JobConfig:
     return _load(path, CommandLine()).config
 
 
-def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
-    issues = list(command_line.problems)
-    table: dict[str, Any] = {}
-    file = compat.Translated()
-    if path is not None:
-        try:
-            table, file = _read(path)
-        except ConfigError as error:
-            issues += error.problems
-    old = {name: value for name, value in command_line.values.items() if is_old(name, value)}
-    today = {name: value for name, value in command_line.values.items() if name not in old}
-    flags = compat.translate(old, today, "--")
-    flag_values = {**today, **flags.values}
+@dataclass(frozen=True)
+class _Source:
+    """A file, or the command line: the values that it sets, as a table of today's keys."""
 
-    values = _merge(table, flag_values)
-    compat.settle(values, file, flags, today)
-    config, value_problems = _validate(values, list(flag_values))
-    written = {**{k: v for k, v in file.names.items() if k not in flag_values}, **flags.names}
-    issues += [*file.issues, *flags.issues]
-    issues += [_by_written_name(problem, written) for problem in value_problems]
+    origin: str
+    values: dict[str, Any]
+    old: compat.Translated
+    prefix: str = ""
+    """The start of its messages: the file, where there are several."""
+    unset: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """Return the dotted names of the keys that it sets."""
+        return [*_leaves(self.values), *self.old.changed]
+
+    def own_issue(self, issue: ConfigIssue) -> ConfigIssue:
+        """Return an issue of one of its values under the name that the user wrote."""
+        return replace(issue, key=self.prefix + self.old.names.get(issue.key, issue.key))
+
+
+def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
+    files, issues = ([], []) if path is None else read_files(path)
+    issues = [*command_line.problems, *issues]
+    sources = [_of_file(file, index, len(files)) for index, file in enumerate(files)]
+    flags = _of_flags(command_line)
+    every = [*sources, flags]
+    values, unused = _merge(every)
+    compat.settle(values, [source.old for source in every])
+    setter = {name: source for source in every for name in source.names()}
+    config, value_problems = _validate(values, _leaves(flags.values))
+    for source in every:
+        issues += [replace(issue, key=source.prefix + issue.key) for issue in source.old.issues]
+    issues += [_by_setter(problem, setter) for problem in value_problems]
     if config is None or issues:
         raise ConfigError(issues)
-    from_file = dict.fromkeys(_leaves(values), str(path))
-    from_flags = dict.fromkeys([*_leaves(_merge({}, flag_values)), *flags.changed], COMMAND_LINE)
-    notices = (*command_line.notices, *file.notices.values(), *flags.notices.values())
+    notices = [source.prefix + text for source in every for text in source.old.notices.values()]
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
-    origins |= from_file
-    origins |= {name: origin for name, origin in from_flags.items() if name in from_file}
-    return LoadedConfig(with_document_mask(config), origins, notices, values)
+    origins |= {name: setter[name].origin for name in _leaves(values)}
+    return LoadedConfig(
+        with_document_mask(config),
+        origins,
+        (*command_line.notices, *unused, *notices),
+        tuple(files),
+        tuple(file.path for file, one in zip(files, sources, strict=True) if one.old.notices),
+        _own(sources[-1], values) if sources else {},
+    )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], compat.Translated]:
-    """Return a file's values by today's keys, and the translation of older ones."""
-    rest, old = compat.take_old(read_toml(path))
+def _of_file(file: TomlFile, index: int, count: int) -> _Source:
+    """Return what one of `count` files sets, with the translation of older keys."""
+    rest, old = compat.take_old(file.table)
     table, issues = split_known(rest)
-    file = compat.translate(old, _leaves(rest))
-    _, secrets = split_known(_merge({}, file.values))
-    file.issues += [*issues, *secrets]
-    return _merge(table, file.values), file
+    translated = compat.translate(old, _leaves(rest), overrides=index > 0)
+    _, secrets = split_known(_nested(translated.values))
+    translated.issues += [*issues, *secrets]
+    values = _merged(table, _nested(translated.values))
+    prefix = f"{file.path}: " if count > 1 else ""
+    return _Source(str(file.path), values, translated, prefix, file.unset)
 
 
-def _by_written_name(problem: ConfigIssue, written: dict[str, str]) -> ConfigIssue:
-    """Return the issue under the name that the user wrote."""
-    return replace(problem, key=written.get(problem.key, problem.key))
+def _of_flags(command_line: CommandLine) -> _Source:
+    given = command_line.values
+    old = {name: value for name, value in given.items() if is_old(name, value)}
+    today = {name: value for name, value in given.items() if name not in old}
+    translated = compat.translate(old, today, "--", overrides=True)
+    return _Source(COMMAND_LINE, _nested({**today, **translated.values}), translated)
+
+
+def _merge(sources: Sequence[_Source]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of all sources, where later ones win, and notices of useless `unset`s."""
+    values: dict[str, Any] = {}
+    notices = []
+    for index, source in enumerate(sources):
+        for name in source.unset:
+            for earlier in sources[:index]:
+                earlier.old.leave_out(name)
+            if not _take_out(values, name):
+                notices.append(f"{source.prefix}{UNSET} has no use for {name}: no base sets it")
+        values = _merged(values, source.values)
+    return values, notices
+
+
+def _merged(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of `base` with the values of `table`, key by key."""
+    merged = dict(base)
+    for key, value in table.items():
+        before = merged.get(key)
+        if isinstance(value, dict):
+            value = _merged(before if isinstance(before, dict) else {}, value)
+        merged[key] = value
+    return merged
+
+
+def _take_out(table: dict[str, Any], name: str) -> bool:
+    """Remove a dotted name, and return whether it was there."""
+    for key, value in list(table.items()):  # a quoted key may have dots, too
+        if key == name:
+            del table[key]
+            return True
+        if isinstance(value, dict) and name.startswith(f"{key}."):
+            return _take_out(value, name.removeprefix(f"{key}."))
+    return False
+
+
+def _own(file: _Source, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the merged values of the keys that `file` sets."""
+    own = _common(values, file.values)
+    for name in file.old.changed:
+        section, _, key = name.rpartition(".")
+        own.setdefault(section, {})[key] = values[section][key]
+    return own
+
+
+def _common(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    common = {}
+    for key in keys:
+        if key in values:
+            is_table = isinstance(keys[key], dict) and isinstance(values[key], dict)
+            common[key] = _common(values[key], keys[key]) if is_table else values[key]
+    return common
+
+
+def _by_setter(problem: ConfigIssue, setter: Mapping[str, _Source]) -> ConfigIssue:
+    """Return the issue of a value under the name that its source has for it."""
+    source = setter.get(problem.key) or setter.get(problem.key.partition("[")[0])
+    if source is None:
+        return problem
+    issue = source.own_issue(problem)
+    if source.prefix and source.old.overrides and str(problem.value).lower() in _NOTHING:
+        fix = f"{problem.fix}; what the base sets is left out by `{UNSET}` at the top of the file"
+        return replace(issue, fix=fix)
+    return issue
 
 
 def _validate(
@@ -117,15 +212,12 @@ def _validate(
         return None, problems_of(error, known_keys(), flags=flags)
 
 
-def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base` with the dotted keys set in it.
-
-    An empty table adds nothing to one that is there.
-    """
-    merged = _copied(base)
+def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys as tables. An empty table adds nothing to one that is there."""
+    nested: dict[str, Any] = {}
     for name, value in dotted.items():
         *tables, last = name.split(".")
-        table = merged
+        table = nested
         for part in tables:
             inner = table.setdefault(part, {})
             if not isinstance(inner, dict):  # a value where the command line goes deeper
@@ -133,11 +225,7 @@ def _merge(base: dict[str, Any], dotted: dict[str, Any]) -> dict[str, Any]:
             table = inner
         if value != {} or not isinstance(table.get(last), dict):
             table[last] = value
-    return merged
-
-
-def _copied(table: dict[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, dict) else v for k, v in table.items()}
+    return nested
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> list[str]:

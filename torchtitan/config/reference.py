@@ -17,6 +17,10 @@ the same there. `torchtitan config show FILE` prints the resolved values and whe
 whether the run could start, for the number of processes in `WORLD_SIZE` (1 when unset), without
 looking at this machine's hardware (`--check full` does).
 
+Two keys may stand above the first section: `base = "llama3_8b"` starts from the settings of a
+shipped config or of another file, and `unset = ["model.tokenizer_path"]` leaves out what that sets;
+see [one file from another](../guides/launching.md#one-file-from-another).
+
 Unknown keys, wrong types and values out of range are errors; all of them are reported at once.
 `unset` means that the key has no value unless it is given. Older keys of TorchTitan's work, too;
 [from TorchTitan](../start/from_torchtitan.md) has them.

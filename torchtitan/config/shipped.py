@@ -1,6 +1,7 @@
 """Find the TOMLs that come with the library, which a command line may call by name."""
 
 import glob
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def config_path(text: str) -> Path:
     """Return the file that a command line names: a path, or else the name of a shipped config."""
     path = Path(expand_path(text))
     if path.name != text or path.exists():
+        return path
+    return shipped_configs().get(text, path)
+
+
+def base_path(text: str, folder: Path) -> Path:
+    """Return the file that a TOML in `folder` is based on: a path from there, or a shipped name."""
+    path = folder / expand_path(text)
+    if Path(text).name != text or os.path.isfile(path):
         return path
     return shipped_configs().get(text, path)
 

@@ -19,7 +19,13 @@ def show_config(loaded: LoadedConfig) -> str:
         rows = [(line, loaded.origins.get(name, DEFAULT)) for name, line in lines]
         if rows or section not in known_keys():
             blocks.append(f"[{section}]\n" + _aligned(rows))
-    return "\n\n".join(blocks)
+    return "\n\n".join(_head(loaded) + blocks)
+
+
+def _head(loaded: LoadedConfig) -> list[str]:
+    """Return a comment with the chain of files, where there are several."""
+    names = [str(file.path) for file in reversed(loaded.files)]
+    return [f"# {', based on '.join(names)}"] if len(names) > 1 else []
 
 
 def _lines(section: str, table: dict[str, Any]) -> list[tuple[str, str]]:

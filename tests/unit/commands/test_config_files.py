@@ -94,15 +94,23 @@ def test_an_installed_wheel_has_them(tmp_path: Path):
     # As an installer writes it: paths from the folder of packages to where the files have gone.
     (record,) = site.glob("torchtitan-*.dist-info/RECORD")
     record.write_text(record.read_text().replace(f"{data.name}/data/", "../prefix/"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torchtitan.cli", "config", "copy", "llama3_8b", "mine.toml"],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "torchtitan train mine.toml" in done.stdout
+
+    def config(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "torchtitan.cli", "config", *arguments],
+            env={**os.environ, "PYTHONPATH": str(site)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "torchtitan train mine.toml" in config("copy", "llama3_8b", "mine.toml")
+    (tmp_path / "based.toml").write_text('base = "llama3_8b"\n')
+    head = config("show", "based.toml").splitlines()[0]
+    base = prefix / "share" / "torchtitan" / "train_configs" / "llama3_8b.toml"
+    assert head == f"# based.toml, based on {base}"
     in_clone = shipped_configs()
     text = in_clone["llama3_8b"].read_text().replace("train_configs/llama3_8b.toml", "mine.toml")
     assert (tmp_path / "mine.toml").read_text() == text

@@ -37,6 +37,10 @@ RENAMED = {
 """The same setting, with the same values, under another name."""
 
 MISNAMED = {
+    "_base_": "base",
+    "extends": "base",
+    "include": "base",
+    "inherits": "base",
     "optimizer.learning_rate": "optimizer.lr",
     "training.enable_activation_offloading": "activation_checkpoint.offload",
     "training.learning_rate": "optimizer.lr",

@@ -1,12 +1,12 @@
 """TorchTitan's TOMLs of three releases, and its flags, in today's keys.
 
-Each source, the file and the command line, is translated by itself (`translate`), so that the
-command line wins over the file whichever names either uses. Keys that depend on other keys wait
-until both are merged (`settle`). Every translated key gives one notice; a key that switches on a
-feature that does not exist gives an issue. The tables are in `keys.py`.
+Each source, a file, its bases and the command line, is translated by itself (`translate`), so that
+a later source wins over an earlier one whichever names either uses. Keys that depend on other keys
+wait until all are merged (`settle`). Every translated key gives one notice; a key that switches on
+a feature that does not exist gives an issue. The tables are in `keys.py`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,10 @@ class Translated:
 
     dashes: str = ""
     """The start of the keys as the user wrote them."""
+    today: frozenset[str] = frozenset()
+    """Keys that the source gives by today's names."""
+    overrides: bool = False
+    """Another source comes before it: a switch that is false takes out what that one put in."""
     values: dict[str, Any] = field(default_factory=dict)
     """By today's dotted names."""
     pending: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +44,12 @@ class Translated:
     def note(self, name: str, text: str) -> None:
         """Add the notice of a key."""
         self.notices[name] = f"{self.dashes}{name} {text}"
+
+    def leave_out(self, name: str) -> None:
+        """Drop the undecided keys that mean the key or table `name` of today."""
+        for old in list(self.pending):
+            if f"{tables.TODAY.get(old, old)}.".startswith(f"{name}."):
+                del self.pending[old]
 
     def reject(self, name: str, problem: str, fix: str, value: Any) -> None:
         """Add the issue of a key."""
@@ -93,9 +103,11 @@ def take_old(table: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], d
     return rest, old
 
 
-def translate(old: Mapping[str, Any], today: Collection[str], dashes: str = "") -> Translated:
+def translate(
+    old: Mapping[str, Any], today: Collection[str], dashes: str = "", overrides: bool = False
+) -> Translated:
     """Return `old` in today's keys. `today`: the keys of the same source that are today's."""
-    result = Translated(dashes)
+    result = Translated(dashes, frozenset(today), overrides)
     for name, value in old.items():
         if value is None:  # `None` on the command line: as if it were not there
             continue
@@ -150,21 +162,18 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
-def settle(
-    values: dict[str, Any], file: Translated, flags: Translated, flags_today: Collection[str]
-) -> None:
-    """Apply the pending keys to `values`, which file and command line were merged into.
+def settle(values: dict[str, Any], sources: Sequence[Translated]) -> None:
+    """Apply the pending keys to `values`, which the sources were merged into, in their order.
 
-    `flags_today` are the keys that the command line gave by today's names: they win over an old
-    key of the file that means the same.
+    A key that a later source gives by today's name wins over an old key that means the same.
     """
-    for source in (file, flags):
+    for index, source in enumerate(sources):
+        later = {name for other in sources[index + 1 :] for name in other.today}
         for name in _PENDING:
-            is_replaced = source is file and {name, tables.TODAY.get(name, name)} & set(flags_today)
-            if name in source.pending and not is_replaced:
+            if name in source.pending and not {name, tables.TODAY.get(name, name)} & later:
                 apply = _switch if name in tables.HANDLER_SWITCHES else _settle
                 apply(values, source, name, source.pending[name])
-    _leave_out_unused(values, file, flags)
+    _leave_out_unused(values, sources)
 
 
 def _switch(values: dict[str, Any], source: Translated, name: str, value: Any) -> None:
@@ -175,7 +184,7 @@ def _switch(values: dict[str, Any], source: Translated, name: str, value: Any) -
     elif value and handler not in handlers:
         _set(values, source, tables.HANDLERS, [*handlers, handler])
         source.note(name, f'is "{handler}" in {tables.HANDLERS} today')
-    elif not value and source.dashes and handler in handlers:
+    elif not value and source.overrides and handler in handlers:
         _set(values, source, tables.HANDLERS, [other for other in handlers if other != handler])
         source.note(name, f'= false is {tables.HANDLERS} without "{handler}" today')
 
@@ -199,10 +208,10 @@ def _settle(values: dict[str, Any], source: Translated, name: str, value: Any) -
         source.reject(name, "the handler compile compiles the blocks of the model", fix, value)
 
 
-def _leave_out_unused(values: dict[str, Any], file: Translated, flags: Translated) -> None:
+def _leave_out_unused(values: dict[str, Any], sources: Sequence[Translated]) -> None:
     """Take out the settings, written in old keys, of handlers that are not used."""
     settings, handlers = values.get("handlers", {}), _handlers(values)
-    for source in (file, flags):
+    for source in sources:
         for target, name in list(source.names.items()):
             section, handler, *_ = target.split(".")
             if section != "handlers" or handler in handlers or not isinstance(settings, dict):
