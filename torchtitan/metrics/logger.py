@@ -23,6 +23,7 @@ from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
 from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
 from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
+from torchtitan.utils.environment import wants_color
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class MetricsLogger:
         self._peak_flops = _peak_flops(section, run.device)
         self._clock = clock
         self._ranks = ranks
-        self._step = 0
+        self._step = self._first_step = 0
         self._started: float | None = None
         self._interval_steps = 0
         self._interval_tokens = 0
@@ -94,7 +95,7 @@ class MetricsLogger:
         Drops what was logged for later steps, so that the run has one curve. `num_tokens_seen` is
         that of the checkpoint.
         """
-        self.num_tokens_seen, self._step = num_tokens_seen, step
+        self.num_tokens_seen, self._step, self._first_step = num_tokens_seen, step, step
         if self._writes and self._file.is_file():
             try:
                 self._split.add(earlier_seconds(self._file, step))
@@ -227,7 +228,7 @@ class MetricsLogger:
         for sink in sinks:
             self._guarded(sink, lambda sink: sink.close(failed))
         if self._started is not None:
-            logger.info("Time of the run: %s", self._split.describe())
+            logger.info("%s", self._split.describe(self._first_step, self._step))
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -293,8 +294,9 @@ class MetricsLogger:
             openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
             fancy = is_terminal() and not section.disable_color_printing
-            bar = fancy and rank == 0
-            openers.append(("the console", lambda: ConsoleSink(self._run.steps, fancy, bar)))
+            color, bar = fancy and wants_color(), fancy and rank == 0
+            steps, clock = self._run.steps, self._clock
+            openers.append(("the console", lambda: ConsoleSink(steps, color, bar, clock)))
         for name, open_sink in openers:
             try:
                 self._sinks.append(open_sink())

@@ -265,7 +265,7 @@ def test_console_line_of_the_ranks_that_are_shown(
     assert not (tmp_path / "metrics.jsonl").exists()
     lines = [record.getMessage() for record in caplog.records if "console" in record.name]
     assert len(lines) == 2
-    for part in ("step: 3", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
+    for part in ("step: 3/7", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
         assert part in lines[1]
     assert "mfu" not in lines[1] and "\x1b" not in lines[1]
 
@@ -315,5 +315,5 @@ def test_a_validation_is_a_record_of_its_own(
     ]
     assert scalars(tmp_path / "tb", "time_metrics/validation(s)") == [(6, 2.0)]
     lines = [record.getMessage() for record in caplog.records if "console" in record.name]
-    assert lines[2] == "step: 3  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
+    assert lines[2] == "step: 3/7  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
     assert lines[3].endswith("validation/far/perplexity: inf")
