@@ -26,7 +26,7 @@ def test_a_run_resumes_on_another_mesh_while_its_base_is_there(tmp_path: Path) -
     write_hf(tmp_path / "hf", weights, ARGS)
     done = start(tmp_path, "hf", "--training.steps=2")
     assert done.returncode == 0, done.stderr
-    assert "28 tensors that handlers add are initialised" in done.stderr
+    assert "Initialised 28 tensors that handlers add" in done.stderr
     (tmp_path / "hf").rename(tmp_path / "moved")
     refused = start(tmp_path, "hf", "--training.steps=4", "--check")
     assert refused.returncode == 2

@@ -50,7 +50,7 @@ def test_watching_changes_no_bit_and_sees_every_rank(
     done = runs.run(watched, "--training.steps=3", *WATCHED, processes=2)
     assert runs.curve(watched) == runs.curve(alone)
     assert "Trained 3 steps in " in done.stderr
-    found = "After step 1 the garbage collector freed 1 tensors of 1.00 MiB"
+    found = "After step 1 the garbage collector freed 1 tensor of 1.00 MiB"
     assert done.stderr.count(found) == 2, "on each rank, once"
 
     done = runs.run(watched, "--training.steps=5", *WATCHED, processes=2)  # goes on

@@ -30,6 +30,7 @@ from torchtitan.data.ledger import DocumentSpan, step_ranges
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.named_sources import (
     NamedSource,
+    describe_amount,
     describe_source,
     named_sources,
 )
@@ -137,6 +138,8 @@ class Loader:
         skip: Sequence[range] = (),
     ):
         """`data_step`: steps that the data have given so far; those in `skip` are left out."""
+        self.amount = ""
+        """The name, files and bytes of the data, for the log; empty on a rank that logs nothing."""
         self.change = change
         """Describes a change of the data since the checkpoint; empty without one."""
         self.data_facts = data_facts(reader.mixture)
@@ -227,9 +230,12 @@ def build_loader(
     """
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
     logger.info("Data: %s", mixture.describe())
+    amount = ""
     if logger.isEnabledFor(logging.INFO):  # describing opens files, for each rank that logs it
-        for named, settings in zip(named_sources(training, data), mixture.sources):
-            logger.info("Reads %s", describe_source(named, settings.source))
+        every, sources = named_sources(training, data), [s.source for s in mixture.sources]
+        for named, source in zip(every, sources):
+            logger.info("Reads %s", describe_source(named, source))
+        amount = describe_amount(every, sources)
     positions = {lane: mixture.start() for lane in plan.lanes}
     change = ""
     if lane_states is not None:
@@ -253,7 +259,9 @@ def build_loader(
             wanted,
             len(plan.lanes),
         )
-    return Loader(reader, plan, positions, change, data_step, step_ranges(data.skip))
+    loader = Loader(reader, plan, positions, change, data_step, step_ranges(data.skip))
+    loader.amount = amount
+    return loader
 
 
 def build_mixture(

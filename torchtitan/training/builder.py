@@ -39,7 +39,6 @@ from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
 from torchtitan.models.registry import get_family
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
-from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
@@ -356,25 +355,3 @@ def build_metrics(
     )
     ranks = RankTimes(world, config.metrics.slow_rank_ratio)
     return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks)
-
-
-def describe(
-    context: RunContext, dims: ParallelDims, world: DistributedContext, model: BuiltModel
-) -> str:
-    """Describe the run in a line for the log."""
-    config = context.config
-    training = config.training
-    pipeline = ""
-    if model.plan is not None:
-        layers = ", ".join(map(str, model.plan.layers))
-        pipeline = f"; stages of {layers} layers"
-    compiled = any(
-        is_marked_for_compile(block) for part in model.parts for block in part.blocks().values()
-    )
-    compiling = "; the first step compiles, which may take minutes" if compiled else ""
-    return (
-        f"Training {config.model.name} {config.model.flavor}"
-        f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
-        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps:"
-        f" {context.describe_batch()}; {context.num_lanes} data lanes{pipeline}{compiling}"
-    )

@@ -24,6 +24,7 @@ from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.training import builder, model_builder
+from torchtitan.training.description import describe_run
 from torchtitan.training.ending import (
     Progress,
     after_error,
@@ -92,7 +93,7 @@ def train(
             builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
             build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
         )
-        logger.info(builder.describe(context, dims, world, model))
+        logger.info(describe_run(context, dims, world, model, loader.amount, optimizers))
 
         def save(finished: bool, last: bool) -> None:
             guard.flush()
