@@ -170,8 +170,9 @@ def _described(world: DistributedContext, case: Case) -> str:
 
 def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
     told = gloo_pool.run(2, _described, Case(2, pp=2, layers=5, schedule="LoopedBFS"))[0]
-    assert " in 8 microbatches of 1; data stdlib: 2 files, in 8 lanes; " in told
-    assert " on 2 ranks of cpu (pp 2), " in told and " a rank for weights and gradients, " in told
+    assert " a step, 8 microbatches of 1 a rank; data stdlib: 2 files, 8 lanes; " in told
+    assert " on 2 ranks of cpu (pp 2), " in told
+    assert " a rank before activations and optimizer state; " in told
     assert told.endswith("; stages of 1, 1, 2, 1 layers")
     assert "stages" not in gloo_pool.run(1, _described, Case())[0]
 

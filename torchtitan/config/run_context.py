@@ -90,8 +90,8 @@ class RunContext:
             count, size = self.pipeline_microbatches, mesh.pipeline_parallel_microbatch_size
         tokens = self.global_batch_size * training.seq_len
         return (
-            f"{plural(self.global_batch_size, 'sequence')} of {plural(training.seq_len, 'token')}"
-            f" a step ({tokens:,} tokens), on each rank in {plural(count, 'microbatch')} of {size}"
+            f"{plural(self.global_batch_size, 'sequence')} x {training.seq_len:,} ="
+            f" {plural(tokens, 'token')} a step, {plural(count, 'microbatch')} of {size} a rank"
         )
 
 

@@ -44,7 +44,7 @@ def describe_run(
         f" ({model.num_with_added / 1e6:,.1f} M parameters{trained}){handlers}"
         f" on {ranks}{world.device.type} ({dims.describe()}),"
         f" {training.mixed_precision_param} compute; {plural(training.steps, 'step')}:"
-        f" {context.describe_batch()}; data {data}, in {plural(context.num_lanes, 'lane')}"
+        f" {context.describe_batch()}; data {data}, {plural(context.num_lanes, 'lane')}"
         f"{_describe_memory(config, model, optimizers, world.device)}{pipeline}{compiling}"
     )
 
@@ -61,15 +61,15 @@ def _describe_memory(
     """
     if config.training.enable_cpu_offload:
         return ""
-    parts = {"weights": model.parameters}
+    held, missing = list(model.parameters), ["activations"]
     if not config.optimizer.early_step_in_backward:  # which frees each gradient at once
-        parts["gradients"] = [p for p in model.parameters if p.requires_grad]
+        held += [parameter for parameter in model.parameters if parameter.requires_grad]
     # Made already where a checkpoint may be loaded into it.
     values = (value for each in optimizers for of in each.state.values() for value in of.values())
     if state := [value for value in values if isinstance(value, torch.Tensor)]:
-        parts["optimizer state"] = state
-    total = sum(local_tensor(tensor).nbytes for tensors in parts.values() for tensor in tensors)
-    *first, last = parts
-    names = f"{', '.join(first)} and {last}" if first else last
+        held += state
+    else:
+        missing.append("optimizer state")
+    size = format_bytes(sum(local_tensor(tensor).nbytes for tensor in held))
     of = f" of {memory_peak(device).capacity_gib:.0f} GiB" if device.type == "cuda" else ""
-    return f"; {format_bytes(total)}{of} a rank for {names}, and more for activations"
+    return f"; memory {size}{of} a rank before {' and '.join(missing)}"
