@@ -29,10 +29,10 @@ from torchtitan.training.ending import (
     Progress,
     after_error,
     after_success,
-    describe_folder,
     export_last_step,
     finish_uploads,
     leave_now,
+    log_folder,
     set_status,
 )
 from torchtitan.training.evaluation import Evaluator, build_evaluator
@@ -294,7 +294,7 @@ def _run_in(
             for notice in decision.notices:
                 logger.info(notice)
             if decision.action == "finished":
-                logger.info(describe_folder(config, folder))
+                log_folder(config, folder, "completed")
                 if not is_main:
                     return DONE
                 folder.start_uploads()
