@@ -60,7 +60,7 @@ def test_watching_changes_no_bit_and_sees_every_rank(
     assert [json.loads(line)["loss"] for line in own] == [record["loss"] for record in of_main]
     assert len(own) == 5
     for rank in (0, 1):
-        events = EventAccumulator(str(watched / "tb" / f"rank_{rank}"))
+        events = EventAccumulator(str(watched / "tb" / "watched" / f"rank_{rank}"))
         events.Reload()
         assert [event.step for event in events.Scalars("time_share/compute(%)")] == [1, 2, 3, 4, 5]
     run_id = runs.status(watched)["run_id"]

@@ -21,7 +21,8 @@ from torchtitan.config.schema import Metrics
 from torchtitan.metrics.console import ConsoleSink, is_terminal
 from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
 from torchtitan.metrics.rank_times import RankTimes
-from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
+from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink
+from torchtitan.metrics.tensorboard import TensorBoardSink
 from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
 from torchtitan.utils.environment import wants_color
 
@@ -56,7 +57,8 @@ class MetricsLogger:
 
     Rank 0 writes files and draws the progress bar (with `save_for_all_ranks` every rank writes);
     ranks that show INFO messages print lines. All ranks may call every method. `more_sinks` are
-    opened, under their names, on ranks that write. `ranks` compares the ranks' times.
+    opened, under their names, on ranks that write. `ranks` compares the ranks' times. `texts` are
+    for TensorBoard alone: Markdown by tag.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class MetricsLogger:
         more_sinks: Mapping[str, Callable[[], Sink]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         ranks: RankTimes | None = None,
+        texts: Callable[[], Mapping[str, str]] = dict,
     ):
         self.num_tokens_seen = 0
         """Tokens of all steps of the run so far, over all ranks."""
@@ -75,6 +78,7 @@ class MetricsLogger:
         self._peak_flops = _peak_flops(section, run.device)
         self._clock = clock
         self._ranks = ranks
+        self._texts = texts
         self._step = self._first_step = 0
         self._started: float | None = None
         self._interval_steps = 0
@@ -286,10 +290,7 @@ class MetricsLogger:
         if self._writes:
             openers.append(("metrics.jsonl", lambda: JsonLinesSink(self._file)))
         if self._writes and section.enable_tensorboard:
-            tb_folder = self._run.folder / section.save_tb_folder
-            if section.save_for_all_ranks:
-                tb_folder /= f"rank_{rank}"
-            openers.append(("TensorBoard", lambda: TensorBoardSink(tb_folder)))
+            openers.append(("TensorBoard", lambda: self._tensorboard(section)))
         if self._writes:
             openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
@@ -304,6 +305,12 @@ class MetricsLogger:
                 self._warn(name, error)
         consoles = (sink for sink in self._sinks if isinstance(sink, ConsoleSink))
         self._console = next(consoles, None)
+
+    def _tensorboard(self, section: Metrics) -> TensorBoardSink:
+        run = self._run
+        own = run.rank if section.save_for_all_ranks else None
+        texts = self._texts if run.rank == 0 else dict
+        return TensorBoardSink(run.folder / section.save_tb_folder, run.folder.name, own, texts)
 
     def _each_sink(self, action: Callable[[Any], None]) -> None:
         for sink in list(self._sinks):

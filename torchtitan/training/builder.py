@@ -43,6 +43,7 @@ from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Loss, Runner, SPMDRunner
+from torchtitan.training.description import texts_of_run
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
@@ -332,7 +333,11 @@ def foreign_opener(config: JobConfig, vocab_size: int) -> Callable[[Path], Weigh
 
 
 def build_metrics(
-    config: JobConfig, folder: RunFolder, world: DistributedContext, model: BuiltModel
+    config: JobConfig,
+    folder: RunFolder,
+    world: DistributedContext,
+    model: BuiltModel,
+    loader: Loader,
 ) -> MetricsLogger:
     """Open the metrics of the run; call `resume` before the first step."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
@@ -354,4 +359,5 @@ def build_metrics(
         seconds_before=seconds_since_start(),
     )
     ranks = RankTimes(world, config.metrics.slow_rank_ratio)
-    return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks)
+    texts = partial(texts_of_run, config, loader, folder.decision.step == 0)
+    return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks, texts=texts)

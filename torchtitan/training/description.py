@@ -1,18 +1,26 @@
-"""What a run is, in the words of its log: a line at the start."""
+"""Descriptions of a run: the line at its start, and the texts that TensorBoard shows."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from torchtitan.config import JobConfig
 from torchtitan.config.run_context import RunContext
+from torchtitan.config.toml_text import dump_toml
+from torchtitan.data.loader import Loader
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.metrics.tensorboard import as_code
 from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.training.model_builder import BuiltModel
 from torchtitan.utils.device import memory_peak
 from torchtitan.utils.text import format_bytes, plural
 from torchtitan.utils.torch_compat import local_tensor
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_CHARACTERS = 10_000
 
 
 def describe_run(
@@ -73,3 +81,19 @@ def _describe_memory(
     size = format_bytes(sum(local_tensor(tensor).nbytes for tensor in held))
     of = f" of {memory_peak(device).capacity_gib:.0f} GiB" if device.type == "cuda" else ""
     return f"; memory {size}{of} a rank before {' and '.join(missing)}"
+
+
+def texts_of_run(config: JobConfig, loader: Loader, is_fresh: bool) -> dict[str, str]:
+    """Return Markdown for TensorBoard: the settings without secrets, and for a fresh run a sample.
+
+    The sample is the first sequence that this rank has read. It stays in the run folder.
+    """
+    texts = {"config": as_code(dump_toml(config, redacted=True))}
+    if is_fresh:
+        try:
+            text = loader.sample_text()
+        except Exception as error:  # a tokenizer of a user's own
+            logger.warning("TensorBoard gets no sample of the data: %r", error)
+        else:
+            texts["data_sample"] = as_code(text[:_SAMPLE_CHARACTERS])
+    return texts

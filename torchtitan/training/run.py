@@ -114,7 +114,7 @@ def train(
                     set_status(folder, "running", manager.saved_step)
 
         begin(world, folder, manager, progress, tokenizer, (ledger, recorder))
-        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
+        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, loader))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
         with metrics.timing("data"):

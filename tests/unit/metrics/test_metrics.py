@@ -65,7 +65,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder))
+    [run] = {file.parent for file in folder.rglob("*.tfevents.*")}
+    events = EventAccumulator(str(run))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
@@ -185,7 +186,7 @@ def test_all_ranks_write_where_they_are_asked_to(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in own.read_text().splitlines()]
     assert steps == [record["step"] for record in records(tmp_path)] == [1, 3, 6, 7]
     for rank in (0, 3):
-        assert len(scalars(tmp_path / "tb" / f"rank_{rank}", "lr")) == 4
+        assert len(scalars(tmp_path / "tb" / tmp_path.name / f"rank_{rank}", "lr")) == 4
 
     metrics = build(tmp_path, clock, rank=3, **settings)
     metrics.resume(3)  # on each rank
@@ -232,19 +233,19 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_tensorboard_shows_the_same_under_torchtitans_tags(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_same_under_tags(tmp_path: Path) -> None:
     clock = Clock()
     metrics = build(tmp_path, clock, enable_tensorboard=True, save_tb_folder="events")
     train(metrics, clock, 1, 3)
     metrics.close()
     record = records(tmp_path)[-1]
     shown = {
-        "loss_metrics/global_avg_loss": record["loss"],
+        "loss": record["loss"],
         "grad_norm": record["grad_norm"],
         "lr": record["lr"],
         "ntokens_seen": record["num_tokens_seen"],
-        "throughput(tps)": record["tokens_per_second"],
-        "tflops": record["tflops"],
+        "throughput/tps_per_device": record["tokens_per_second"],
+        "throughput/tflops_per_device": record["tflops"],
         "time_metrics/end_to_end(s)": record["step_seconds"],
         "time_metrics/data_loading(s)": record["data_seconds"],
         "time_metrics/data_loading(%)": 25.0,
