@@ -71,7 +71,7 @@ class TimeSplit:
     def describe(self, first_step: int, step: int) -> str:
         """Describe in a line what this start, after `first_step`, and all starts took to `step`.
 
-        The shares are those of all starts: the largest first, without empty ones.
+        The shares are those of all starts: the largest first, without those of 0.0%.
         """
         self._book()
         total = sum(self._seconds.values())
@@ -81,7 +81,7 @@ class TimeSplit:
         parts = [
             f"{100 * part / total:.1f}% {'start-up' if name == STARTUP else name}"
             for name, part in sorted(self._seconds.items(), key=lambda item: -item[1])
-            if part > 0
+            if part / total >= 0.0005
         ]
         return f"{text}: {', '.join(parts)}"
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ def build(
     steps: int = 7,
     seconds_before: float = 0.0,
     more_sinks: dict[str, Any] | None = None,
+    texts: Callable[[], dict[str, str]] = dict,
     **section: Any,
 ) -> MetricsLogger:
     run = MeasuredRun(folder, rank, 2, CPU, steps, 6e9, 3e9, seconds_before)
     section = {"log_freq": 3, **section}
-    return MetricsLogger(Metrics(**section), run, more_sinks, clock or Clock())
+    return MetricsLogger(Metrics(**section), run, more_sinks, clock or Clock(), texts=texts)
 
 
 def train(metrics: MetricsLogger, clock: Clock, first: int, last: int) -> None:
