@@ -63,6 +63,16 @@ def test_watching_changes_no_bit_and_sees_every_rank(
         events = EventAccumulator(str(watched / "tb" / "watched" / f"rank_{rank}"))
         events.Reload()
         assert [event.step for event in events.Scalars("time_share/compute(%)")] == [1, 2, 3, 4, 5]
+        texts = {tag for tag in events.Tags()["tensors"] if tag.endswith("text_summary")}
+        if rank == 0:
+            assert texts == {"config/text_summary", "data_sample/text_summary"}
+            [sample] = events.Tensors("data_sample/text_summary")  # of the first start alone
+        else:
+            assert not texts
+    [text] = sample.tensor_proto.string_val
+    line = max(text.decode().splitlines(), key=len).strip().encode()
+    uploaded = [file for file in (watched / "wandb").rglob("*") if file.is_file()]
+    assert len(line) > 10 and not any(line in file.read_bytes() for file in uploaded)
     run_id = runs.status(watched)["run_id"]
     starts = [run for run in offline_runs(watched) if run.run.run_id == f"{run_id}-rank1"]
     assert [[row["step"] for row in run.history] for run in starts] == [[1, 2, 3], [4, 5]]
