@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.summary.writer import event_file_writer
 from test_metrics import Clock, build, scalars, train
 
 from torchtitan.metrics.sinks import TENSORBOARD_TAGS
@@ -39,8 +40,12 @@ def test_a_run_has_the_name_of_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["tb", "tb/former_name", "tb/rank_0"])
-def test_a_resumed_run_stays_one_run_where_it_was(tmp_path: Path, then: str) -> None:
+def test_a_resumed_run_stays_one_run_where_it_was(
+    tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a folder that has been renamed, and where older releases wrote."""
+    # Files of one second are told apart, and ordered, by a count, as text: 9 comes after 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     every = {"save_for_all_ranks": then.endswith("rank_0")}
     start(tmp_path, **every)
     own = next((tmp_path / "tb").rglob("*.tfevents.*")).parent
