@@ -1,5 +1,6 @@
 """Whole runs with adapters: on a base of another program, resumed on another mesh, refused."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def test_a_run_resumes_on_another_mesh_while_its_base_is_there(tmp_path: Path) -
     write_hf(tmp_path / "hf", weights, ARGS)
     done = start(tmp_path, "hf", "--training.steps=2")
     assert done.returncode == 0, done.stderr
-    assert "28 tensors that handlers add are initialised" in done.stderr
+    assert "Initialised 28 tensors that handlers add" in done.stderr
+    assert re.search(r"M parameters, \d\.\d M of them trained\) with lora on cpu \(", done.stderr)
+    assert "torchtitan export --merge " in done.stderr
     (tmp_path / "hf").rename(tmp_path / "moved")
     refused = start(tmp_path, "hf", "--training.steps=4", "--check")
     assert refused.returncode == 2

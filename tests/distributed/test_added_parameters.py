@@ -238,4 +238,4 @@ def test_weights_that_lack_it_can_be_started_from(gloo_pool: GlooPool, tmp_path:
     gloo_pool.run(1, save_plain, str(tmp_path))
     for means, told in gloo_pool.run(2, start_from_plain, str(tmp_path / "step-1")):
         assert means == {"weight": 1.0, "gain": 1.0, "shift": 0.0, "twice": 2.0}
-        assert "6 tensors that handlers add are initialised" in told
+        assert "Initialised 6 tensors that handlers add" in told

@@ -20,6 +20,7 @@ from torchtitan.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.models.batch import Batch
 from torchtitan.parallel.pipeline.runner import PipelineRunner
 from torchtitan.training import builder, model_builder
+from torchtitan.training.description import describe_run
 
 LAYER_BY_LAYER = parallelism(
     pipeline_parallel_layers_per_stage=1,
@@ -158,17 +159,20 @@ def test_each_tensor_is_on_one_stage(gloo_pool: GlooPool) -> None:
 def _described(world: DistributedContext, case: Case) -> str:
     model, _, _ = build(world, case)
     context = RunContext(case.config(), world.world_size, "cpu")
-    return builder.describe(
+    return describe_run(
         context,
         ParallelDims.from_section(context.config.parallelism, context.world_size),
         world,
         model,
+        "stdlib: 2 files",
     )
 
 
 def test_log_tells_the_cut(gloo_pool: GlooPool) -> None:
     told = gloo_pool.run(2, _described, Case(2, pp=2, layers=5, schedule="LoopedBFS"))[0]
-    assert " in 8 microbatches of 1; " in told
+    assert " a step, 8 microbatches of 1 a rank; data stdlib: 2 files, 8 lanes; " in told
+    assert " on 2 ranks of cpu (pp 2), " in told
+    assert " a rank before activations and optimizer state; " in told
     assert told.endswith("; stages of 1, 1, 2, 1 layers")
     assert "stages" not in gloo_pool.run(1, _described, Case())[0]
 

@@ -249,7 +249,7 @@ def test_observers_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
         "--training.dataloader.num_workers=2",
     )
     assert runs.curve(folder) == runs.curve(uninterrupted)
-    assert list((folder / "tb").glob("events.*"))
+    assert list((folder / "tb" / "run").glob("events.*"))
     assert list((folder / "profile_trace").glob("iteration_5/*.json*"))
 
 

@@ -49,19 +49,30 @@ def test_watching_changes_no_bit_and_sees_every_rank(
     runs.run(alone, "--training.steps=3", "--comm.trace_buf_size=0", processes=2)
     done = runs.run(watched, "--training.steps=3", *WATCHED, processes=2)
     assert runs.curve(watched) == runs.curve(alone)
-    assert "Time of the run: " in done.stderr
-    found = "After step 1 the garbage collector freed 1 tensors of 1.00 MiB"
+    assert "Trained 3 steps in " in done.stderr
+    found = "After step 1 the garbage collector freed 1 tensor of 1.00 MiB"
     assert done.stderr.count(found) == 2, "on each rank, once"
 
-    runs.run(watched, "--training.steps=5", *WATCHED, processes=2)  # goes on where it ended
+    done = runs.run(watched, "--training.steps=5", *WATCHED, processes=2)  # goes on
+    assert " in this start, 5 steps in " in done.stderr
     own = (watched / "metrics" / "rank_1.jsonl").read_text().splitlines()
     of_main = runs.records(watched)
     assert [json.loads(line)["loss"] for line in own] == [record["loss"] for record in of_main]
     assert len(own) == 5
     for rank in (0, 1):
-        events = EventAccumulator(str(watched / "tb" / f"rank_{rank}"))
+        events = EventAccumulator(str(watched / "tb" / "watched" / f"rank_{rank}"))
         events.Reload()
         assert [event.step for event in events.Scalars("time_share/compute(%)")] == [1, 2, 3, 4, 5]
+        texts = {tag for tag in events.Tags()["tensors"] if tag.endswith("text_summary")}
+        if rank == 0:
+            assert texts == {"config/text_summary", "data_sample/text_summary"}
+            [sample] = events.Tensors("data_sample/text_summary")  # of the first start alone
+        else:
+            assert not texts
+    [text] = sample.tensor_proto.string_val
+    line = max(text.decode().splitlines(), key=len).strip().encode()
+    uploaded = [file for file in (watched / "wandb").rglob("*") if file.is_file()]
+    assert len(line) > 10 and not any(line in file.read_bytes() for file in uploaded)
     run_id = runs.status(watched)["run_id"]
     starts = [run for run in offline_runs(watched) if run.run.run_id == f"{run_id}-rank1"]
     assert [[row["step"] for row in run.history] for run in starts] == [[1, 2, 3], [4, 5]]

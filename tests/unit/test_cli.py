@@ -201,8 +201,8 @@ def test_check_prints_the_resolved_run(cli: CliServer, world_size: int):
     assert line.startswith("ok: llama3 debugmodel on ")
     mesh = "1 (replicate) x 1 (shard)" if world_size == 1 else "3 (replicate) x 2 (shard)"
     assert mesh in line
-    assert "24 sequences of 256 tokens a step" in line
-    assert f"on each rank in {12 // world_size} microbatches of 2; 24 lanes" in line
+    assert "24 sequences x 256 = 6,144 tokens a step" in line
+    assert f" a step, {12 // world_size} microbatches of 2 a rank; 24 lanes" in line
 
 
 def test_a_check_by_several_ranks_is_told_once(cli: CliServer):

@@ -30,6 +30,7 @@ from torchtitan.checkpoint.stored_run import (
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
 from torchtitan.config.run_context import RunContext
 from torchtitan.utils.environment import is_restart
+from torchtitan.utils.text import plural
 
 LOAD_STEP_NAME = "load_step"
 """The key in a manifest's `info` of the `checkpoint.load_step` that the job was started with."""
@@ -235,7 +236,7 @@ def _action(config: JobConfig, stored: StoredRun) -> tuple[Action, int, list[str
     if stored.ended == "data_exhausted" and not _has_more_data(config, stored):
         return "finished", last, [f"The run is finished: its data ended at step {last}."]
     if last >= steps:
-        return "finished", last, [f"The run is finished: all {steps} steps are trained."]
+        return "finished", last, [f"The run is finished: it has trained {plural(last, 'step')}."]
     if not stored.good:
         return "resume", 0, ["The run has no checkpoint yet: it starts again from step 0."]
     return "resume", last, []

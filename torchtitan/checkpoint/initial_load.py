@@ -36,6 +36,7 @@ from torchtitan.config import CheckpointError
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.utils.remote import is_remote
+from torchtitan.utils.text import plural
 from torchtitan.weights.made_tensors import MadeTensors
 from torchtitan.weights.recognise import FOREIGN, InvalidWeights, kind_of
 from torchtitan.weights.remote import download_once, place_of
@@ -185,8 +186,8 @@ class InitialLoad:
             added = {name for handler in without for name in handler.added} - stored.keys()
             kept = added & {name for tensors in ranks for name in tensors}
             if kept:
-                text = "%d tensors that handlers add are initialised, because %s lacks them."
-                logger.info(text, len(kept), folder.path)
+                text = "Initialised %s that handlers add and %s lacks."
+                logger.info(text, plural(len(kept), "tensor"), folder.path)
             wanted = {name: tensor for name, tensor in wanted.items() if name not in kept}
             ranks = [{n: entry for n, entry in of.items() if n not in kept} for of in ranks]
             self._log_conversions(stored, ranks)

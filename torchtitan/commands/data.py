@@ -27,6 +27,7 @@ from torchtitan.data.packing import COUNTS, Position
 from torchtitan.data.pieces import Shard
 from torchtitan.data.registry import HUB_PREFIX, build_source
 from torchtitan.data.row_packing import RowPacker, RowRule, Units
+from torchtitan.data.sample import text_of
 from torchtitan.data.sources import BadRow, Row, Source, row_record, row_tokens
 from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
 from torchtitan.training.pretrained_config import with_pretrained
@@ -161,20 +162,11 @@ def _of_text(tokens: np.ndarray | None) -> Encoded:
 
 def _marked(unit: Unit, tokenizer: Tokenizer, in_colour: bool) -> Text:
     """Return the text of a unit, its trained tokens marked."""
-    special: dict[str, int] = getattr(tokenizer, "special_ids", {})
-    names = {number: name for name, number in special.items()}
     text = Text()
     run: list[int] = []
 
     def flush(trained: bool) -> None:
-        parts, ordinary = [], list[int]()
-        for token in run:
-            if token in names:
-                parts += [tokenizer.decode(ordinary), names[token]]
-                ordinary = []
-            else:
-                ordinary.append(token)
-        shown = "".join([*parts, tokenizer.decode(ordinary)]).replace("\x1b", "\\x1b")
+        shown = text_of(run, tokenizer)
         if trained and not in_colour:
             shown = f"⟦{shown}⟧"
         text.append(shown, style="bold green" if trained else "")

@@ -16,6 +16,7 @@ from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
 from torchtitan.utils.host import prepare_host
+from torchtitan.utils.text import plural
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
@@ -197,7 +198,7 @@ def _generate(
     if world.is_main:
         seconds = time.perf_counter() - start
         rate = f"{num_tokens / seconds:.1f} tokens/s"
-        print(f"{num_tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
+        print(f"{plural(num_tokens, 'token')} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
 
 def _print_piece(number: int, text: str) -> None:

@@ -33,6 +33,7 @@ from torchtitan.data.tokenizers import build_tokenizer
 from torchtitan.preflight import report
 from torchtitan.preflight.data import check_data, check_tokenizer
 from torchtitan.preflight.data_files import check_files
+from torchtitan.utils.text import plural
 
 
 def run(options: argparse.Namespace) -> int:
@@ -184,12 +185,13 @@ def _with_progress(job: TokenizeJob, num_workers: int) -> TokenIndex:
 
 def _summary(job: TokenizeJob, index: TokenIndex, checked: bool) -> str:
     gib = index.num_tokens * index.token_bytes / 2**30
-    skipped = f", {index.bad_rows} rows left out" if index.bad_rows else ""
+    skipped = f", {plural(index.bad_rows, 'row')} left out" if index.bad_rows else ""
     state = "complete already, and every file is intact" if checked else "complete"
     return (
-        f"{job.folder} is {state}: {index.num_tokens:,} tokens of {index.num_documents:,} documents"
-        f"{skipped}, {len(index.shards)} shards of {index.dtype}, {gib:.3g} GiB, for"
-        f" {index.num_lanes} data lanes.\n"
+        f"{job.folder} is {state}: {plural(index.num_tokens, 'token')} of"
+        f" {plural(index.num_documents, 'document')}"
+        f"{skipped}, {plural(len(index.shards), 'shard')} of {index.dtype}, {gib:.3g} GiB, for"
+        f" {plural(index.num_lanes, 'data lane')}.\n"
         f"Train on it: --training.dataset tokens --training.dataset_path {job.folder}"
         f" --data.lanes {index.num_lanes}"
     )

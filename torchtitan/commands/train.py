@@ -214,7 +214,7 @@ def summary(context: RunContext) -> str:
         mesh += f", {kind} parallel {degree}" if degree > 1 else ""
     name = f"{config.model.name} {config.model.flavor}"
     return (
-        f"{name} on {context.world_size} process{'es' if context.world_size > 1 else ''}: {mesh};"
+        f"{name} on {plural(context.world_size, 'process')}: {mesh};"
         f" {context.describe_batch()}; {plural(context.num_lanes, 'lane')}"
     )
 

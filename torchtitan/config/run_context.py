@@ -88,9 +88,10 @@ class RunContext:
         count, size = self.accumulation_steps, training.local_batch_size
         if mesh.pipeline_parallel_degree > 1:
             count, size = self.pipeline_microbatches, mesh.pipeline_parallel_microbatch_size
+        tokens = self.global_batch_size * training.seq_len
         return (
-            f"{plural(self.global_batch_size, 'sequence')} of {training.seq_len} tokens a step,"
-            f" on each rank in {count} microbatch{'es' * (count > 1)} of {size}"
+            f"{plural(self.global_batch_size, 'sequence')} x {training.seq_len:,} ="
+            f" {plural(tokens, 'token')} a step, {plural(count, 'microbatch')} of {size} a rank"
         )
 
 

@@ -796,7 +796,8 @@ class Metrics(Section):
     """Write TensorBoard event files."""
 
     save_tb_folder: str = "tb"
-    """Folder of the event files, below `job.dump_folder`."""
+    """Folder of the event files, below `job.dump_folder`; in it lies one with the name of the run's
+    folder, which is the run's name in TensorBoard."""
 
     enable_wandb: bool = False
     """Log to Weights & Biases, too; needs the package `wandb`. WANDB_PROJECT, WANDB_TEAM,
@@ -815,7 +816,8 @@ class Metrics(Section):
     the median's, in three logged steps in a row; 0 measures no own times. Not on GPUs."""
 
     disable_color_printing: bool = False
-    """Plain console output without colours or progress bar."""
+    """Plain console output without colours or progress bar, as it is where there is no terminal.
+    The environment variable NO_COLOR turns off colours alone."""
 
 
 class Profiling(Section):

@@ -6,11 +6,13 @@ import tomli_w
 from pydantic import BaseModel
 
 from torchtitan.config.schema import JobConfig
+from torchtitan.utils.redaction import redact_tree
 
 
-def dump_toml(config: JobConfig) -> str:
-    """Return the whole config, defaults included, without unset keys."""
-    return tomli_w.dumps(_plain(config.model_dump(exclude_none=True)))
+def dump_toml(config: JobConfig, redacted: bool = False) -> str:
+    """Return the whole config, defaults included, without unset keys; `redacted`: no secrets."""
+    values = _plain(config.model_dump(exclude_none=True))
+    return tomli_w.dumps(redact_tree(values) if redacted else values)
 
 
 def config_toml_text(config: JobConfig) -> str:

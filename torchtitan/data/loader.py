@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchtitan.config import ConfigError, DataError
 from torchtitan.config.schema import Data, Training
@@ -30,12 +31,14 @@ from torchtitan.data.ledger import DocumentSpan, step_ranges
 from torchtitan.data.mixture import AnyPosition, Mixture
 from torchtitan.data.named_sources import (
     NamedSource,
+    describe_amount,
     describe_source,
     named_sources,
 )
 from torchtitan.data.packing import COUNTS, Sample, make_batch
 from torchtitan.data.pieces import too_few_shards
 from torchtitan.data.registry import build_source
+from torchtitan.data.sample import sequence_text
 from torchtitan.data.sources import Source
 from torchtitan.data.token_source import tokenizer_problem
 from torchtitan.data.tokenizers import Tokenizer
@@ -137,6 +140,10 @@ class Loader:
         skip: Sequence[range] = (),
     ):
         """`data_step`: steps that the data have given so far; those in `skip` are left out."""
+        self.amount = ""
+        """The name, files and bytes of the data, for the log; empty on a rank that logs nothing."""
+        self.sample: tuple[Tensor, Tensor] | None = None
+        """Tokens and labels `[seq_len]` of the first sequence that was read."""
         self.change = change
         """Describes a change of the data since the checkpoint; empty without one."""
         self.data_facts = data_facts(reader.mixture)
@@ -169,6 +176,8 @@ class Loader:
             self._reader.batch(samples[start : start + plan.local_batch_size])
             for start in range(0, len(samples), plan.local_batch_size)
         ]
+        if self.sample is None:
+            self.sample = batches[0]["tokens"][0].clone(), batches[0]["labels"][0].clone()
         states = {lane: position.state() for lane, position in self._positions.items()}
         bad_rows = sum(position.bad_rows for position in self._positions.values())
         counts = tuple(map(sum, zip(*(p.counts for p in self._positions.values()))))
@@ -196,6 +205,17 @@ class Loader:
     def reading(self) -> str:
         """Return the source, file and row that are being read; empty if none is."""
         return self._reader.reading()
+
+    def sample_text(self) -> str:
+        """Return the text of the first sequence that was read; in chat data ⟦⟧ mark what is learnt.
+
+        Empty before the first step.
+        """
+        if self.sample is None:
+            return ""
+        sources = self._reader.mixture.sources
+        has_chat = any(settings.chat is not None for settings in sources)
+        return sequence_text(*self.sample, sources[0].tokenizer.tokenizer, has_chat)
 
     def names_data(self, stored: str | None) -> bool:
         """Tell whether a stored fingerprint is that of this loader's data; None is of any."""
@@ -227,9 +247,12 @@ def build_loader(
     """
     mixture = build_mixture(training, data, seed, tokenizer, plan.num_lanes)
     logger.info("Data: %s", mixture.describe())
+    amount = ""
     if logger.isEnabledFor(logging.INFO):  # describing opens files, for each rank that logs it
-        for named, settings in zip(named_sources(training, data), mixture.sources):
-            logger.info("Reads %s", describe_source(named, settings.source))
+        every, sources = named_sources(training, data), [s.source for s in mixture.sources]
+        for named, source in zip(every, sources):
+            logger.info("Reads %s", describe_source(named, source))
+        amount = describe_amount(every, sources)
     positions = {lane: mixture.start() for lane in plan.lanes}
     change = ""
     if lane_states is not None:
@@ -253,7 +276,9 @@ def build_loader(
             wanted,
             len(plan.lanes),
         )
-    return Loader(reader, plan, positions, change, data_step, step_ranges(data.skip))
+    loader = Loader(reader, plan, positions, change, data_step, step_ranges(data.skip))
+    loader.amount = amount
+    return loader
 
 
 def build_mixture(

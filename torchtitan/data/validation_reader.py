@@ -23,6 +23,7 @@ from torchtitan.data.named_sources import NamedSource, describe_source
 from torchtitan.data.packing import Sample
 from torchtitan.data.sources import Source
 from torchtitan.data.tokenizers import Tokenizer
+from torchtitan.utils.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def build_reader(
         raise ConfigError(named.under_own_key(ConfigIssue("training.dataset_path", *problem)))
     idle = max(0, dp_degree - num_lanes)
     waiting = f"; {idle} data-parallel ranks have no share: raise validation.lanes" if idle else ""
-    logger.info("Reads %s once in %d lanes%s", named.name, num_lanes, waiting)
+    logger.info("Reads %s once in %s%s", named.name, plural(num_lanes, "lane"), waiting)
     if logger.isEnabledFor(logging.INFO):
         logger.info("Reads %s", describe_source(named, source))
     return SetReader(

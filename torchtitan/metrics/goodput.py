@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torchtitan.utils.text import format_duration, plural
+
 STARTUP, DATA, COMPUTE, CHECKPOINT, LOST = "startup", "data", "compute", "checkpoint", "lost"
 TOTAL_KEY = "run_seconds"
 SHARE_PREFIX = "time_share/"
@@ -27,6 +29,7 @@ class TimeSplit:
         self._clock = clock
         self._booked_until = clock()
         self._activities = [STARTUP]
+        self._earlier = 0.0
         self._seconds: dict[str, float] = defaultdict(float)
         # In every record, even at 0.
         self._seconds |= {STARTUP: seconds_before, DATA: 0.0, COMPUTE: 0.0, CHECKPOINT: 0.0}
@@ -56,6 +59,7 @@ class TimeSplit:
         """Add the seconds of earlier starts of the run."""
         for activity, part in seconds.items():
             self._seconds[activity] += part
+            self._earlier += part
 
     def record(self) -> dict[str, float]:
         """Return the seconds of the run over all its starts, and the share of each activity."""
@@ -64,21 +68,31 @@ class TimeSplit:
         shares = {SHARE_PREFIX + name: part / total for name, part in self._seconds.items()}
         return {TOTAL_KEY: total, **shares}
 
-    def describe(self) -> str:
-        """Return the same as a line: the largest share first, without empty ones."""
+    def describe(self, first_step: int, step: int) -> str:
+        """Describe in a line what this start, after `first_step`, and all starts took to `step`.
+
+        The shares are those of all starts: the largest first, without those of 0.0%.
+        """
         self._book()
         total = sum(self._seconds.values())
+        text = f"Trained {_steps_in(step - first_step, total - self._earlier)}"
+        if self._earlier:
+            text += f" in this start, {_steps_in(step, total)} in all"
         parts = [
             f"{100 * part / total:.1f}% {'start-up' if name == STARTUP else name}"
             for name, part in sorted(self._seconds.items(), key=lambda item: -item[1])
-            if part > 0
+            if part / total >= 0.0005
         ]
-        return f"{total:,.1f} s: {', '.join(parts)}"
+        return f"{text}: {', '.join(parts)}"
 
     def _book(self) -> None:
         now = self._clock()
         self._seconds[self._activities[-1]] += now - self._booked_until
         self._booked_until = now
+
+
+def _steps_in(steps: int, seconds: float) -> str:
+    return f"{plural(steps, 'step')} in {format_duration(seconds)}"
 
 
 def earlier_seconds(path: Path, step: int) -> dict[str, float]:

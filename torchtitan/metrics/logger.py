@@ -21,8 +21,10 @@ from torchtitan.config.schema import Metrics
 from torchtitan.metrics.console import ConsoleSink, is_terminal
 from torchtitan.metrics.goodput import TimeSplit, earlier_seconds
 from torchtitan.metrics.rank_times import RankTimes
-from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink, TensorBoardSink
+from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink
+from torchtitan.metrics.tensorboard import TensorBoardSink
 from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
+from torchtitan.utils.environment import wants_color
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class MetricsLogger:
 
     Rank 0 writes files and draws the progress bar (with `save_for_all_ranks` every rank writes);
     ranks that show INFO messages print lines. All ranks may call every method. `more_sinks` are
-    opened, under their names, on ranks that write. `ranks` compares the ranks' times.
+    opened, under their names, on ranks that write. `ranks` compares the ranks' times. `texts` are
+    for TensorBoard alone: Markdown by tag.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class MetricsLogger:
         more_sinks: Mapping[str, Callable[[], Sink]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         ranks: RankTimes | None = None,
+        texts: Callable[[], Mapping[str, str]] = dict,
     ):
         self.num_tokens_seen = 0
         """Tokens of all steps of the run so far, over all ranks."""
@@ -74,7 +78,8 @@ class MetricsLogger:
         self._peak_flops = _peak_flops(section, run.device)
         self._clock = clock
         self._ranks = ranks
-        self._step = 0
+        self._texts = texts
+        self._step = self._first_step = 0
         self._started: float | None = None
         self._interval_steps = 0
         self._interval_tokens = 0
@@ -94,7 +99,7 @@ class MetricsLogger:
         Drops what was logged for later steps, so that the run has one curve. `num_tokens_seen` is
         that of the checkpoint.
         """
-        self.num_tokens_seen, self._step = num_tokens_seen, step
+        self.num_tokens_seen, self._step, self._first_step = num_tokens_seen, step, step
         if self._writes and self._file.is_file():
             try:
                 self._split.add(earlier_seconds(self._file, step))
@@ -227,7 +232,7 @@ class MetricsLogger:
         for sink in sinks:
             self._guarded(sink, lambda sink: sink.close(failed))
         if self._started is not None:
-            logger.info("Time of the run: %s", self._split.describe())
+            logger.info("%s", self._split.describe(self._first_step, self._step))
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -285,16 +290,14 @@ class MetricsLogger:
         if self._writes:
             openers.append(("metrics.jsonl", lambda: JsonLinesSink(self._file)))
         if self._writes and section.enable_tensorboard:
-            tb_folder = self._run.folder / section.save_tb_folder
-            if section.save_for_all_ranks:
-                tb_folder /= f"rank_{rank}"
-            openers.append(("TensorBoard", lambda: TensorBoardSink(tb_folder)))
+            openers.append(("TensorBoard", lambda: self._tensorboard(section)))
         if self._writes:
             openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
             fancy = is_terminal() and not section.disable_color_printing
-            bar = fancy and rank == 0
-            openers.append(("the console", lambda: ConsoleSink(self._run.steps, fancy, bar)))
+            color, bar = fancy and wants_color(), fancy and rank == 0
+            steps, clock = self._run.steps, self._clock
+            openers.append(("the console", lambda: ConsoleSink(steps, color, bar, clock)))
         for name, open_sink in openers:
             try:
                 self._sinks.append(open_sink())
@@ -302,6 +305,12 @@ class MetricsLogger:
                 self._warn(name, error)
         consoles = (sink for sink in self._sinks if isinstance(sink, ConsoleSink))
         self._console = next(consoles, None)
+
+    def _tensorboard(self, section: Metrics) -> TensorBoardSink:
+        run = self._run
+        own = run.rank if section.save_for_all_ranks else None
+        texts = self._texts if run.rank == 0 else dict
+        return TensorBoardSink(run.folder / section.save_tb_folder, run.folder.name, own, texts)
 
     def _each_sink(self, action: Callable[[Any], None]) -> None:
         for sink in list(self._sinks):

@@ -1,8 +1,8 @@
-"""Sinks of metric records: JSON lines, TensorBoard, and those registered by name. No torch.
+"""Sinks of metric records: JSON lines, and those registered by name. No torch.
 
 A sink takes one record per logged step, validation set and evaluated task. It may raise at any of
-them (disk full, folder gone); `MetricsLogger` decides what happens then. wandb has a module of its
-own.
+them (disk full, folder gone); `MetricsLogger` decides what happens then. TensorBoard and
+wandb have modules of their own.
 
 A third party adds one by the decorator `register_sink`, in a module that `job.custom_import` names,
 or by an entry point of the group `torchtitan.sinks`. Either gives a class that is made by
@@ -33,12 +33,9 @@ _REQUIRED = ("resume", "write", "flush", "close")
 Record = dict[str, Any]
 
 TENSORBOARD_TAGS = {
-    "loss": "loss_metrics/global_avg_loss",
-    "grad_norm": "grad_norm",
-    "lr": "lr",
     "num_tokens_seen": "ntokens_seen",
-    "tokens_per_second": "throughput(tps)",
-    "tflops": "tflops",
+    "tokens_per_second": "throughput/tps_per_device",
+    "tflops": "throughput/tflops_per_device",
     "mfu": "mfu(%)",
     "mfu_causal": "mfu_causal(%)",
     "step_seconds": "time_metrics/end_to_end(s)",
@@ -54,8 +51,9 @@ TENSORBOARD_TAGS = {
     "num_alloc_retries": "memory/num_alloc_retries",
     "num_ooms": "memory/num_ooms",
 }
-"""TorchTitan's tags by record key. Tags in % show the record's fraction times 100. Other keys keep
-their name, and shares of time also get a %."""
+"""Tags by record key: TorchTitan's, but for the throughput, which is that of a device. Tags in %
+show the record's fraction times 100. Other keys keep their name, and shares of time also get a %.
+"""
 
 
 def tagged(record: Record) -> dict[str, Any]:
@@ -232,47 +230,6 @@ class JsonLinesSink:
         self._length = self._file.seek(0, os.SEEK_END)
         # The name must survive a failure of the machine as well as the lines.
         sync_folder(self._path.parent)
-
-
-class TensorBoardSink:
-    """TensorBoard event files under TorchTitan's tag names.
-
-    The whole run shares one folder: after a resume the first event of the new file tells
-    TensorBoard from which step on to hide older events.
-    """
-
-    name = "TensorBoard"
-    keeps_trying = False
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._purge_step: int | None = None
-        self._writer: Any = None
-
-    def resume(self, step: int) -> None:
-        """Hide events of steps after `step`."""
-        self._purge_step = step + 1
-
-    def write(self, record: Record) -> None:
-        """Add the values of the record as scalars."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._writer = SummaryWriter(
-                str(self._folder), max_queue=1000, purge_step=self._purge_step
-            )
-        for tag, value in tagged(record).items():
-            self._writer.add_scalar(tag, value, record["step"])
-
-    def flush(self) -> None:
-        """Write pending events."""
-        if self._writer is not None:
-            self._writer.flush()
-
-    def close(self, failed: bool = False) -> None:
-        """Write pending events and close the file."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 def _step_of(line: bytes) -> int | None:

@@ -7,6 +7,7 @@ from torchtitan.config import fitting
 from torchtitan.config.errors import ConfigIssue, warning
 from torchtitan.config.fields import unexpanded_paths
 from torchtitan.config.run_context import RunContext
+from torchtitan.utils.text import plural
 
 _DEGREES = (
     "data_parallel_replicate_degree",
@@ -44,7 +45,7 @@ def _mesh(context: RunContext) -> Iterator[ConfigIssue]:
     if shard == 0:
         yield ConfigIssue(key, "must be at least 1, or -1 for the rest", "set it to -1", shard)
     elif shard == -1 and ranks % fixed:
-        count = f"{ranks} process{'es' * (ranks > 1)}"
+        count = plural(ranks, "process")
         text = f"{count} cannot be divided by {_product(context)} = {fixed}"
         fix = f"set {others}, or start a multiple of {fixed} processes (to check: WORLD_SIZE)"
         yield ConfigIssue(key, text, fix, shard)

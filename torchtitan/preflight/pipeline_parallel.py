@@ -15,6 +15,7 @@ from torchtitan.parallel.pipeline.stages import (
     PipelinePlan,
     plan_pipeline,
 )
+from torchtitan.utils.text import plural
 
 SIZE_KEY = "parallelism.pipeline_parallel_microbatch_size"
 BATCH_KEY = "training.global_batch_size"
@@ -84,7 +85,7 @@ def _microbatches(context: RunContext, planned: PipelinePlan) -> Iterator[Config
     section = context.config.parallelism
     schedule, degree = section.pipeline_parallel_schedule, section.pipeline_parallel_degree
     count, stages = context.pipeline_microbatches, len(planned.stages)
-    has = f"a step has {count} microbatch{'es' * (count > 1)} on each rank"
+    has = f"a step has {plural(count, 'microbatch')} on each rank"
     needed = {"GPipe": 1, "DualPipeV": stages}.get(schedule, degree)
     fix = f"raise it, or lower {SIZE_KEY}"
     rounds = max(1, count // degree)

@@ -39,11 +39,11 @@ from torchtitan.metrics.sinks import Sink, SinkRun, sink_opener
 from torchtitan.metrics.wandb_sink import WandbSink
 from torchtitan.models.registry import get_family
 from torchtitan.optim.update import AfterBackward, OptimizerInBackward, Update
-from torchtitan.parallel.compile import is_marked_for_compile
 from torchtitan.parallel.context.context_parallel import ContextParallel
 from torchtitan.parallel.pipeline.runner import HiddenStates, LocalStages, PipelineRunner
 from torchtitan.parallel.random_streams import RandomStreams
 from torchtitan.parallel.runner import Loss, Runner, SPMDRunner
+from torchtitan.training.description import texts_of_run
 from torchtitan.training.model_builder import BuiltModel, call_after_load, initialize_added
 from torchtitan.training.nonfinite_guard import NonFiniteGuard
 from torchtitan.training.prefetch import Prefetch
@@ -333,7 +333,11 @@ def foreign_opener(config: JobConfig, vocab_size: int) -> Callable[[Path], Weigh
 
 
 def build_metrics(
-    config: JobConfig, folder: RunFolder, world: DistributedContext, model: BuiltModel
+    config: JobConfig,
+    folder: RunFolder,
+    world: DistributedContext,
+    model: BuiltModel,
+    loader: Loader,
 ) -> MetricsLogger:
     """Open the metrics of the run; call `resume` before the first step."""
     more_sinks: dict[str, Callable[[], Sink]] = {}
@@ -355,26 +359,5 @@ def build_metrics(
         seconds_before=seconds_since_start(),
     )
     ranks = RankTimes(world, config.metrics.slow_rank_ratio)
-    return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks)
-
-
-def describe(
-    context: RunContext, dims: ParallelDims, world: DistributedContext, model: BuiltModel
-) -> str:
-    """Describe the run in a line for the log."""
-    config = context.config
-    training = config.training
-    pipeline = ""
-    if model.plan is not None:
-        layers = ", ".join(map(str, model.plan.layers))
-        pipeline = f"; stages of {layers} layers"
-    compiled = any(
-        is_marked_for_compile(block) for part in model.parts for block in part.blocks().values()
-    )
-    compiling = "; the first step compiles, which may take minutes" if compiled else ""
-    return (
-        f"Training {config.model.name} {config.model.flavor}"
-        f" ({model.num_parameters / 1e6:,.1f} M parameters) on {world.device.type}"
-        f" ({dims.describe()}), {training.mixed_precision_param} compute; {training.steps} steps:"
-        f" {context.describe_batch()}; {context.num_lanes} data lanes{pipeline}{compiling}"
-    )
+    texts = partial(texts_of_run, config, loader, folder.decision.step == 0)
+    return MetricsLogger(config.metrics, measured, more_sinks, ranks=ranks, texts=texts)

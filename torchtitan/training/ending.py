@@ -3,12 +3,17 @@
 import logging
 import os
 import re
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NoReturn
 
+from torchtitan.checkpoint.manifest import base_of, read_manifest
 from torchtitan.checkpoint.run_folder import RunFolder, Status
-from torchtitan.checkpoint.stored_run import HF_NAME
+from torchtitan.checkpoint.stored_run import HF_NAME, TOKENIZER_NAME
 from torchtitan.config import (
     CheckpointError,
     ConfigError,
@@ -28,6 +33,7 @@ from torchtitan.config.exit_codes import (
     exit_code_of,
 )
 from torchtitan.config.schema import Comm
+from torchtitan.data.chat_template import read_chat_template
 from torchtitan.distributed.context import DistributedContext
 from torchtitan.distributed.roll_call import Ending, explain
 from torchtitan.training.pretrained import newest_step
@@ -73,7 +79,7 @@ def after_success(config: JobConfig, is_main: bool, folder: RunFolder, progress:
         set_status(folder, progress.status, progress.step, code, requeue=requeue)
     if progress.status == "preempted":
         logger.info(_describe_stop(progress))
-    logger.info(describe_folder(config, folder))
+    log_folder(config, folder, progress.status)
     return code
 
 
@@ -242,9 +248,46 @@ def finish_uploads(folder: RunFolder) -> int:
     return CHECKPOINT
 
 
-def describe_folder(config: JobConfig, folder: RunFolder) -> str:
-    """Return where the run folder is, and how to look at it."""
-    text = f"Run folder: {folder.path}"
-    if config.metrics.enable_tensorboard:
-        text += f". See it: tensorboard --logdir {folder.path / config.metrics.save_tb_folder}"
-    return text
+def log_folder(config: JobConfig, folder: RunFolder, status: Status) -> None:
+    """Log where the run folder is, and commands that go on from it, on ranks that show it."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    commands = list(_next_commands(config, folder.path, status))
+    width = max((len(command) for command, _ in commands), default=0)
+    lines = [f"  {command:<{width}}  # {purpose}" for command, purpose in commands]
+    header = f"Run folder: {folder.path}{'. What next:' if lines else ''}"
+    logger.info("%s", "\n".join([header, *lines]))
+
+
+def _next_commands(config: JobConfig, path: Path, status: Status) -> Iterator[tuple[str, str]]:
+    """Yield commands for a shell, and what each is for."""
+    run = shlex.quote(str(path))
+    if status != "seeded":
+        if config.metrics.enable_tensorboard:
+            logs = shlex.quote(str(path / config.metrics.save_tb_folder))
+            yield f"tensorboard --logdir {logs}", "curves, config and data in a browser"
+        yield f"torchtitan plot {run}", "curves as a picture"
+    # A run that goes on has no use for them yet.
+    if status not in ("completed", "data_exhausted"):
+        return
+    with suppress(CheckpointError, OSError):  # logged, if the run could not save
+        step = newest_step(path / config.checkpoint.folder)
+        if step is None:
+            return
+        if _has_chat_template(path):
+            yield f"torchtitan chat {run}", "talk with it"
+        else:
+            yield f"torchtitan generate {run} 'Once upon a time'", "try the model"
+        out = path / f"{HF_NAME}-{step.name}"
+        if not config.checkpoint.last_save_in_hf and not out.exists():
+            merge = "--merge " * (base_of(read_manifest(step)) is not None)
+            export = f"torchtitan export {merge}{run} {shlex.quote(str(out))}"
+            yield export, "for transformers, vLLM and others"
+
+
+def _has_chat_template(path: Path) -> bool:
+    try:
+        read_chat_template([path / TOKENIZER_NAME])
+    except ConfigError:
+        return False
+    return True

@@ -24,14 +24,15 @@ from torchtitan.optim.lr_scheduler import Schedule, set_learning_rates
 from torchtitan.optim.optimizer import build_optimizers
 from torchtitan.parallel.grad_clip import clip_gradients
 from torchtitan.training import builder, model_builder
+from torchtitan.training.description import describe_run
 from torchtitan.training.ending import (
     Progress,
     after_error,
     after_success,
-    describe_folder,
     export_last_step,
     finish_uploads,
     leave_now,
+    log_folder,
     set_status,
 )
 from torchtitan.training.evaluation import Evaluator, build_evaluator
@@ -92,7 +93,7 @@ def train(
             builder.build_validator(context, dims, world, tokenizer, runner, stop, garbage),
             build_evaluator(context, dims, world, tokenizer, model, mesh, runner, stop),
         )
-        logger.info(builder.describe(context, dims, world, model))
+        logger.info(describe_run(context, dims, world, model, loader.amount, optimizers))
 
         def save(finished: bool, last: bool) -> None:
             guard.flush()
@@ -113,7 +114,7 @@ def train(
                     set_status(folder, "running", manager.saved_step)
 
         begin(world, folder, manager, progress, tokenizer, (ledger, recorder))
-        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model))
+        metrics = stack.enter_context(builder.build_metrics(config, folder, world, model, loader))
         metrics.resume(manager.state.step, manager.state.num_tokens_seen)
         metrics.start_step()
         with metrics.timing("data"):
@@ -293,7 +294,7 @@ def _run_in(
             for notice in decision.notices:
                 logger.info(notice)
             if decision.action == "finished":
-                logger.info(describe_folder(config, folder))
+                log_folder(config, folder, "completed")
                 if not is_main:
                     return DONE
                 folder.start_uploads()

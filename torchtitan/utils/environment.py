@@ -304,3 +304,8 @@ def first_host(machines: str) -> str:
 def _number(environ: Mapping[str, str], variable: str) -> int | None:
     text = environ.get(variable, "").strip()
     return int(text) if re.fullmatch(r"[0-9]+", text) else None
+
+
+def wants_color(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a terminal may get colours: `NO_COLOR` is unset, `TERM` is not `dumb`."""
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"

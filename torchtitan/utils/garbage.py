@@ -13,7 +13,7 @@ import gc
 import logging
 from typing import Any
 
-from torchtitan.utils.text import some_of
+from torchtitan.utils.text import plural, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ class GarbageCollection:
         if sizes and kind not in self._told:
             self._told.add(kind)
             logger.warning(
-                "After %s the garbage collector freed %d tensors of %.2f MiB, which were kept"
+                "After %s the garbage collector freed %s of %.2f MiB, which were kept"
                 " alive by: %s. What refers to itself in a circle frees nothing until it runs.",
                 place,
-                len(sizes),
+                plural(len(sizes), "tensor"),
                 sum(sizes) / _MIB,
                 kind,
             )

@@ -12,8 +12,23 @@ def format_bytes(number: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return "1 lane" or "2 lanes"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """Return "1 lane" or "2 lanes", "2 processes", "2 microbatches"."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time in its two largest units: `4.2s`, `31s`, `3m12s`, `2h05m`, `4d07h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours == 0:
+        return f"{minutes}m{rest:02d}s"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h" if days else f"{hours}h{minutes:02d}m"
 
 
 def some_of(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:

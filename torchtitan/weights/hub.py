@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.utils.redaction import HIDDEN, redact
+from torchtitan.utils.text import plural
 from torchtitan.weights.description import KEY
 from torchtitan.weights.tokenizer_files import TOKENIZER_FILES
 
@@ -146,7 +147,9 @@ def _fetch(asked: Asked, path: str, with_weights: bool) -> Path:
     if with_weights:
         wanted += [*weights, *(name for name in sizes if name == _INDEX)]
         gigabytes = sum(sizes[name] for name in wanted) / 1e9
-        text = f"downloading {path}: {len(wanted)} files, {gigabytes:.2f} GB, to the cache"
+        text = (
+            f"downloading {path}: {plural(len(wanted), 'file')}, {gigabytes:.2f} GB, to the cache"
+        )
         print(text, file=sys.stderr, flush=True)
     return Path(asked.ask(lambda where: snapshot_download(**where, allow_patterns=wanted)))
 

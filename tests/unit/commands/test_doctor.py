@@ -75,7 +75,7 @@ def test_with_a_config(capsys: Any, tmp_path: Path) -> None:
     for arguments in ([config], ["--job.config_file", config]):
         status, lines = examine(*arguments, "--job.device=cpu", capsys=capsys)
         assert status == 0, lines
-        assert lines["config"].startswith("ok ") and "64 tokens" in lines["config"]
+        assert lines["config"].startswith("ok ") and " x 64 = 128 tokens" in lines["config"]
         assert "document by document" in lines["attention"]
         assert "1 for each process (debug.threads = 1)" in lines["threads"]
     window = ("--job.device=cpu", "--model.args.sliding_window=8")

@@ -331,7 +331,7 @@ def test_report():
     assert ["holds", "stage 1 of 2: layers.1, norm, output"] in lines
     assert [
         "step",
-        "8 sequences of 32 tokens a step, on each rank in 4 microbatches of 1, of which 1 ran",
+        "8 sequences x 32 = 256 tokens a step, 4 microbatches of 1 a rank, of which 1 ran",
     ] in lines
     assert any(line[0] == "memory" and "not yet reduced" in line[1] for line in lines)
     assert any(line[0] == "traffic" and "reduce-scatter" in line[1] for line in lines)

@@ -69,19 +69,21 @@ def run_on_terminal(folder: Path, rank: int, style: str) -> str:
 
 
 def test_line() -> None:
-    line = format_line(RECORD, step_width=4)
+    line = format_line(RECORD, 4000)
     assert line == (
-        "step:   30  loss:   2.3457  grad_norm:   0.5000  lr: 3.00e-04  "
+        "step:   30/4000  loss:   2.3457  grad_norm:   0.5000  lr: 3.00e-04  "
         "memory: 12.35GiB(25.0%)  tps: 12,346"
     )
-    assert format_line({**RECORD, "mfu": 0.4211}).endswith("tps: 12,346  mfu: 42.11%")
+    line = format_line({**RECORD, "mfu": 0.4211}, 60, eta="3m12s")
+    assert line.startswith("step: 30/60  ")
+    assert line.endswith("tps: 12,346  mfu: 42.11%  eta 3m12s")
 
 
 def test_coloured_line_is_the_same_line() -> None:
-    colored = format_line({**RECORD, "mfu": 0.5}, 2, color=True)
-    assert colored.count("\x1b[0m") == 7
+    colored = format_line({**RECORD, "mfu": 0.5}, 60, True, eta="9s")
+    assert colored.count("\x1b[0m") == 8
     plain = "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b["))
-    assert plain == format_line({**RECORD, "mfu": 0.5}, 2)
+    assert plain == format_line({**RECORD, "mfu": 0.5}, 60, eta="9s")
 
 
 def test_coloured_line_of_a_validation() -> None:
@@ -91,18 +93,18 @@ def test_coloured_line_of_a_validation() -> None:
         "validation/web/perplexity": 1e7,
         "validation/web/num_targets": 5,
     }
-    plain = "step:   30  validation/web/loss: 3.2500  validation/web/perplexity: 1e+07"
-    assert format_measures(record, 4) == plain
-    colored = format_measures(record, 4, color=True)
+    plain = "step:   30/4000  validation/web/loss: 3.2500  validation/web/perplexity: 1e+07"
+    assert format_measures(record, 4000) == plain
+    colored = format_measures(record, 4000, color=True)
     assert colored.count("\x1b[0m") == 3
     assert "".join(piece.split("m", 1)[-1] for piece in colored.split("\x1b[")) == plain
 
 
 def test_all_metrics_of_a_task_are_shown() -> None:
     record = {"step": 30, "evaluation/gsm8k/match/strict": 0.5, "evaluation/gsm8k/loose/strict": 1}
-    plain = "step: 30  evaluation/gsm8k/match/strict: 0.5000  evaluation/gsm8k/loose/strict: 1.0000"
-    assert format_measures(record) == plain
-    assert format_measures(record, color=True).count("\x1b[32mevaluation") == 2
+    tasks = "evaluation/gsm8k/match/strict: 0.5000  evaluation/gsm8k/loose/strict: 1.0000"
+    assert format_measures(record, 60) == f"step: 30/60  {tasks}"
+    assert format_measures(record, 60, color=True).count("\x1b[32mevaluation") == 2
 
 
 def test_terminal_gets_a_bar_below_whole_lines(tmp_path: Path) -> None:
@@ -130,5 +132,5 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert done.stdout == 4 * "to stdout\n" + "the last word\n"
     assert "\x1b" not in done.stderr and "━" not in done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 10 and "Time of the run: " in lines[-1]
+    assert len(lines) == 10 and "Trained 4 steps in " in lines[-1]
     assert "No MFU" in lines[0]

@@ -38,8 +38,8 @@ def test_every_second_is_booked_once() -> None:
     clock.wait(5.0)
     expected = {"startup": 4, "compute": 15, "validation": 3, "data": 4, "checkpoint": 0}
     assert seconds(split.record()) == pytest.approx(expected)
-    assert split.describe() == (
-        "26.0 s: 57.7% compute, 15.4% start-up, 15.4% data, 11.5% validation"
+    assert split.describe(0, 1) == (
+        "Trained 1 step in 26s: 57.7% compute, 15.4% start-up, 15.4% data, 11.5% validation"
     )
 
 
@@ -79,11 +79,14 @@ def test_each_record_has_the_split_of_the_run(
     assert shown[-1] == (6, pytest.approx(100 * 9 / 27))
     closing = caplog.records[-1].getMessage()
     assert closing == (
-        "Time of the run: 100.0 s: 82.0% checkpoint, 9.0% compute, 6.0% start-up, 3.0% data"
+        "Trained 6 steps in 1m40s: 82.0% checkpoint, 9.0% compute, 6.0% start-up, 3.0% data"
     )
 
 
-def test_later_starts_go_on_and_what_they_repeat_is_lost(tmp_path: Path) -> None:
+def test_later_starts_go_on_and_what_they_repeat_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="torchtitan")
     clock = Clock()
     metrics = build(tmp_path, clock, steps=12, seconds_before=10.0)
     metrics.resume(0)
@@ -94,6 +97,10 @@ def test_later_starts_go_on_and_what_they_repeat_is_lost(tmp_path: Path) -> None
     train(metrics, clock, 7, 12)
     metrics.close()
     last = records(tmp_path)[-1]
+    assert caplog.records[-1].getMessage() == (
+        "Trained 6 steps in 32s in this start, 12 steps in 1m00s in all:"
+        " 50.0% start-up, 30.0% compute, 10.0% data, 10.0% lost"
+    )
     # 6 steps of the first start, 6 of the second; 3 of the first were for nothing.
     expected = {"startup": 30, "data": 6, "compute": 18, "checkpoint": 0, "lost": 6}
     assert seconds(last) == pytest.approx(expected)

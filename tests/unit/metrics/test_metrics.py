@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ def build(
     steps: int = 7,
     seconds_before: float = 0.0,
     more_sinks: dict[str, Any] | None = None,
+    texts: Callable[[], dict[str, str]] = dict,
     **section: Any,
 ) -> MetricsLogger:
     run = MeasuredRun(folder, rank, 2, CPU, steps, 6e9, 3e9, seconds_before)
     section = {"log_freq": 3, **section}
-    return MetricsLogger(Metrics(**section), run, more_sinks, clock or Clock())
+    return MetricsLogger(Metrics(**section), run, more_sinks, clock or Clock(), texts=texts)
 
 
 def train(metrics: MetricsLogger, clock: Clock, first: int, last: int) -> None:
@@ -65,7 +67,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder))
+    [run] = {file.parent for file in folder.rglob("*.tfevents.*")}
+    events = EventAccumulator(str(run))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
@@ -185,7 +188,7 @@ def test_all_ranks_write_where_they_are_asked_to(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in own.read_text().splitlines()]
     assert steps == [record["step"] for record in records(tmp_path)] == [1, 3, 6, 7]
     for rank in (0, 3):
-        assert len(scalars(tmp_path / "tb" / f"rank_{rank}", "lr")) == 4
+        assert len(scalars(tmp_path / "tb" / tmp_path.name / f"rank_{rank}", "lr")) == 4
 
     metrics = build(tmp_path, clock, rank=3, **settings)
     metrics.resume(3)  # on each rank
@@ -232,19 +235,19 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_tensorboard_shows_the_same_under_torchtitans_tags(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_same_under_tags(tmp_path: Path) -> None:
     clock = Clock()
     metrics = build(tmp_path, clock, enable_tensorboard=True, save_tb_folder="events")
     train(metrics, clock, 1, 3)
     metrics.close()
     record = records(tmp_path)[-1]
     shown = {
-        "loss_metrics/global_avg_loss": record["loss"],
+        "loss": record["loss"],
         "grad_norm": record["grad_norm"],
         "lr": record["lr"],
         "ntokens_seen": record["num_tokens_seen"],
-        "throughput(tps)": record["tokens_per_second"],
-        "tflops": record["tflops"],
+        "throughput/tps_per_device": record["tokens_per_second"],
+        "throughput/tflops_per_device": record["tflops"],
         "time_metrics/end_to_end(s)": record["step_seconds"],
         "time_metrics/data_loading(s)": record["data_seconds"],
         "time_metrics/data_loading(%)": 25.0,
@@ -265,7 +268,7 @@ def test_console_line_of_the_ranks_that_are_shown(
     assert not (tmp_path / "metrics.jsonl").exists()
     lines = [record.getMessage() for record in caplog.records if "console" in record.name]
     assert len(lines) == 2
-    for part in ("step: 3", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
+    for part in ("step: 3/7", "loss:   0.3333", "grad_norm:   3.1000", "lr: 3.00e-01", "tps: 25"):
         assert part in lines[1]
     assert "mfu" not in lines[1] and "\x1b" not in lines[1]
 
@@ -315,5 +318,5 @@ def test_a_validation_is_a_record_of_its_own(
     ]
     assert scalars(tmp_path / "tb", "time_metrics/validation(s)") == [(6, 2.0)]
     lines = [record.getMessage() for record in caplog.records if "console" in record.name]
-    assert lines[2] == "step: 3  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
+    assert lines[2] == "step: 3/7  validation/web/loss: 2.5000  validation/web/perplexity: 12.1825"
     assert lines[3].endswith("validation/far/perplexity: inf")

@@ -35,7 +35,7 @@ def test_resume_leaves_one_curve(
     assert [record["step"] for record in written] == [1, 3, 6, 9, 12]
     assert [record["num_tokens_seen"] for record in written] == [100, 300, 600, 900, 1200]
     # Two files of events, and TensorBoard shows one curve of them.
-    assert len(list((tmp_path / "tb").iterdir())) == 2
+    assert len(list((tmp_path / "tb" / tmp_path.name).iterdir())) == 2
     curve = scalars(tmp_path / "tb", "ntokens_seen")
     assert curve == [(1, 100), (3, 300), (6, 600), (9, 900), (12, 1200)]
 

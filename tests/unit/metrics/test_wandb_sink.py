@@ -74,7 +74,7 @@ def test_records_arrive_under_the_tags_of_tensorboard(tmp_path: Path) -> None:
     written = records(folder)
     assert [row["step"] for row in run.history] == [1, 3, 6, 7]
     for row, record in zip(run.history, written, strict=True):
-        assert row["loss_metrics/global_avg_loss"] == record["loss"]
+        assert row["loss"] == record["loss"]
         assert row["time_metrics/data_loading(%)"] == 25.0
         assert row["time_share/compute(%)"] == 100 * record["time_share/compute"]
         assert "mfu(%)" not in row

@@ -83,7 +83,7 @@ def test_debug_names_what_keeps_tensors_alive(caplog: pytest.LogCaptureFixture) 
         collection.step(2)
         assert node() is None, "debugging must free what the collector would free"
         [warning] = warnings_of(caplog)
-        assert "After step 2 " in warning and "freed 1 tensors of 1.00 MiB" in warning
+        assert "After step 2 " in warning and "freed 1 tensor of 1.00 MiB" in warning
         assert "Node" in warning or "activations" in warning
         circle_with(torch.zeros(2**18))
         collection.step(3)

@@ -22,6 +22,7 @@ from torchtitan.distributed.parallel_dims import AXES, ParallelDims
 from torchtitan.preflight.mesh import is_mesh
 from torchtitan.utils.device import GIB, synchronize
 from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.text import plural
 from torchtitan.utils.torch_compat import all_gather_single
 
 _UNEVEN = 3.0
@@ -82,7 +83,7 @@ def run_folder_findings(config: JobConfig) -> Iterator[Finding]:
 def processes_findings(context: RunContext, place: ProcessEnvironment) -> Iterator[Finding]:
     """Yield the findings, the same on all processes. All must iterate."""
     timeout = context.config.comm.init_timeout_seconds
-    count = f"{place.world_size} process{'es' if place.world_size > 1 else ''}"
+    count = plural(place.world_size, "process")
     try:
         with open_context(context.device_type, place, timeout) as world:
             hosts = world.gather_json(socket.gethostname())
