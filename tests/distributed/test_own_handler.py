@@ -1,5 +1,5 @@
-"""The handler of docs/guides/own_handler.md, trained and tested as the page says; and the tokenizer of
-docs/guides/tokenizers.md."""
+"""The handler of docs/guides/own_handler.md, trained and tested as the page says; and the tokenizer
+of docs/guides/tokenizers.md."""
 
 import os
 import re

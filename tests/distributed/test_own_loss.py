@@ -1,4 +1,4 @@
-"""The loss that docs/guides/own_loss.md shows how to write, and our own losses' settings, in runs."""
+"""The loss of docs/guides/own_loss.md, and the settings of our own losses, in runs."""
 
 import math
 import os
