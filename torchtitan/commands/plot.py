@@ -19,7 +19,7 @@ from torchtitan.config.paths import expand_path
 from torchtitan.config.suggest import did_you_mean
 from torchtitan.metrics.records import read_records
 from torchtitan.metrics.sinks import Record
-from torchtitan.utils.text import format_bytes, plural
+from torchtitan.utils.text import format_bytes, plural, some_of
 
 Floats = NDArray[np.float64]
 
@@ -146,7 +146,9 @@ def _records_file(word: str) -> Path:
         problem = f"has no {_RECORDS_NAME}, so either no step is logged yet or it is not a run"
     else:
         problem = "is neither a folder nor a file"
-    raise ConfigError(ConfigIssue("RUN", problem, "give a job.dump_folder", word))
+    inside = [os.path.join(word, one.parent.name) for one in path.glob(f"*/{_RECORDS_NAME}")]
+    fix = f"name a run in it: {some_of(sorted(inside))}" if inside else "give a job.dump_folder"
+    raise ConfigError(ConfigIssue("RUN", problem, fix, word))
 
 
 def _output(text: str | None, names: Sequence[str]) -> Path:

@@ -144,8 +144,6 @@ def _figure(runs: Sequence[Curves], metrics: Sequence[str], look: Look) -> Figur
     if len(runs) == 1:
         figure.suptitle(shown[0], fontsize="large", fontweight="bold")
         return figure
-    # matplotlib leaves out labels that begin with an underscore.
-    shown = [f" {name}" if name.startswith("_") else name for name in shown]
     lines = [Line2D([], [], label=n, **_line(i, look.dark)) for i, n in enumerate(shown)]
     room = int(figure.get_figwidth() * 10 / (max(map(len, shown)) + 6))
     columns = max(1, min(4, len(runs), room))

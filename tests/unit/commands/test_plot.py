@@ -91,8 +91,18 @@ def test_runs_have_names_of_their_own_and_colours() -> None:
     assert {"one/run", "two/run", "_$x", "tokens", "15K"} <= set(shown)
     assert shown.count("one/run") == 1, "one folder is one run"
     assert colors(Path("three.svg")) == {"0072b2", "d55e00"}
-    assert main(["plot", "one/run", "two/run", "--dark"]) == 0
+    assert main(["plot", "one/run", "two/run", "--dark", "--output", "dark.svg"]) == 0
+    assert colors(Path("dark.svg")) == {"56b4e9"}, "the bright ones come first"
+    assert main(["plot", "one/run", "two/run"]) == 0
     assert Path("plot.png").is_file()
+
+
+def test_losses_may_have_a_log_scale() -> None:
+    write(Path("a/metrics.jsonl"), *(record(step) for step in range(1, 9)))
+    for scale, ticks in (("--log", ["10", "2", "3", "4", "6"]), ("--by=steps", list("2468"))):
+        assert main(["plot", "a", "--metrics", "loss", scale, "--output", "a.svg"]) == 0
+        assert " ".join(ticks) in " ".join(texts(Path("a.svg")))
+        assert ("3" in texts(Path("a.svg"))) == (scale == "--log")
 
 
 def test_a_run_at_work_with_gaps_and_steps_trained_twice() -> None:
@@ -170,7 +180,11 @@ def test_ticks_are_short() -> None:
 def test_what_is_no_run_or_has_no_records(capsys: pytest.CaptureFixture[str]) -> None:
     assert 'RUN = "nowhere": is neither a folder nor a file' in refused(capsys, "nowhere")
     Path("new").mkdir()
-    assert "has no metrics.jsonl, so either no step is logged yet" in refused(capsys, "new")
+    told = refused(capsys, "new")
+    assert "has no metrics.jsonl, so either no step is logged yet" in told
+    assert "give a job.dump_folder" in told
+    write(Path("runs/a/metrics.jsonl"), record(1))
+    assert "Fix: name a run in it: runs/a." in refused(capsys, "runs")
     write(Path("new/metrics.jsonl"), end='{"step": 1, "lo')
     assert "has no records yet" in refused(capsys, "new")
     write(Path("new/metrics.jsonl"), {"step": 1, "loss": 1.0})
