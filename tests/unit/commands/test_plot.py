@@ -80,6 +80,7 @@ def test_an_svg_has_titles_units_ticks_and_the_name_of_the_run() -> None:
     assert [text for text in shown if text in titles] == titles
     assert {"a", "steps", "training", "validation", "8"} <= set(shown)
     assert not any("stderr" in text or "perplexity" in text for text in shown)
+    assert "stroke: #ffffff" in Path("a.svg").read_text(), "the dot of the validation"
 
 
 def test_runs_have_names_of_their_own_and_colours() -> None:
@@ -118,6 +119,7 @@ def test_a_run_at_work_with_gaps_and_steps_trained_twice() -> None:
     ]
     assert main(["plot", "a", "--output", "a.svg", "--smooth", "0.9", "--log"]) == 0
     assert "validation" not in texts(Path("a.svg")), "its step is trained again"
+    assert "stroke-opacity: 0.25" in Path("a.svg").read_text(), "the measured line, faintly"
 
 
 def test_one_record_is_a_dot() -> None:
