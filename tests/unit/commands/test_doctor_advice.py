@@ -48,7 +48,7 @@ def test_a_gain_is_one_in_three_rounds_of_four() -> None:
             "bfloat16",
             0.5,
             "ok     speed of number formats: 200 and 100 tokens/s of a small Llama in bfloat16 and"
-            " float32; nothing to gain over bfloat16",
+            " float32; nothing to gain",
         ),
         (
             "float64",
@@ -61,6 +61,15 @@ def test_a_gain_is_one_in_three_rounds_of_four() -> None:
 def test_the_faster_number_format_is_advised(in_use: str, bfloat16: float, line: str) -> None:
     seconds = {"bfloat16": [bfloat16] * 4, "float32": [1.0] * 4}
     assert format_finding(in_use, seconds, 100).line() == line
+
+
+def test_rounds_that_contradict_each_other_advise_nothing() -> None:
+    rounds = [1.0, 1.0, 9.0, 9.0]
+    found = format_finding("float32", {"bfloat16": rounds, "float32": [4.0] * 4}, 100)
+    assert found.line().startswith("-  ") and found.text.endswith(
+        "too noisy to advise, measure again"
+    )
+    assert threads_finding(2, {1: [1.0, 1.0, 1.0, 9.0, 9.0], 2: [4.0] * 5}, busy=False).ok is None
 
 
 def test_the_fastest_number_of_threads_is_advised_on_a_quiet_machine() -> None:

@@ -90,10 +90,17 @@ def format_finding(in_use: str, seconds: Seconds[str], tokens: int) -> Finding:
     other = next(name for name in seconds if name != in_use)
     ratio, is_gain = gain(seconds[in_use], seconds[other])
     if not is_gain:
-        return Finding(True, subject, f"{text}; nothing to gain over {in_use}")
+        return _without_gain(subject, text, ratio)
     fix = f'set training.mixed_precision_param = "{other}"'
     fix += ", which rounds more" if other == "bfloat16" else ""
     return Finding(LOOK, subject, f"{text}: {other} is {ratio:.1f} times as fast", fix)
+
+
+def _without_gain(subject: str, text: str, ratio: float) -> Finding:
+    """Report a candidate that is not advised: it is slower, or perhaps only on a noisy machine."""
+    if ratio >= NOISE:
+        return Finding(None, subject, f"{text}; too noisy to advise, measure again")
+    return Finding(True, subject, f"{text}; nothing to gain")
 
 
 def threads_finding(in_use: int, seconds: Seconds[int], busy: bool) -> Finding:
@@ -103,8 +110,8 @@ def threads_finding(in_use: int, seconds: Seconds[int], busy: bool) -> Finding:
     ratio, is_gain = gain(seconds[in_use], seconds[best])
     subject, now = "speed of threads", plural(in_use, "thread")
     if not is_gain:
-        text = f"{now}: {1 / ratio:.1f} times as fast as {best}; nothing to gain"
-        return Finding(True, subject, text)
+        text = f"{now}: {1 / ratio:.1f} times as fast as {best}"
+        return _without_gain(subject, text, ratio)
     text = f"{plural(best, 'thread')}: {ratio:.1f} times as fast as {now}"
     if busy:
         return Finding(None, subject, f"{text} beside the other programs")
@@ -118,7 +125,7 @@ def allocator_finding(system: Sequence[float], tuned: Sequence[float]) -> Findin
     if is_gain:
         text = f"memory taken anew is {ratio:.1f} times as fast once glibc keeps it"
         return Finding(LOOK, subject, text, 'set debug.cpu_allocator = "tuned"')
-    return Finding(True, subject, f"tuned {ratio:.1f} times as fast; nothing to gain")
+    return _without_gain(subject, f"tuned {ratio:.1f} times as fast", ratio)
 
 
 def save_finding(
