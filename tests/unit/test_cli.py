@@ -296,7 +296,7 @@ def test_schema_is_json(torchless: CliServer):
 
 
 def test_doctor_names_what_is_there(cli: CliServer):
-    result = cli.run("doctor")
+    result = cli.run("doctor", "--quick")
     assert result.status == 0, result.stdout
     for word in ("python", "torch:", "gloo", "GPU", "run folder"):
         assert word in result.stdout
@@ -330,7 +330,7 @@ sys.exit(main())
         ["config", "show"],
         ["train", "--check", "--job.print_config"],
         ["list", "configs"],
-        ["doctor"],
+        ["doctor", "--quick"],
     ],
 )
 def test_what_a_terminal_cannot_print_is_escaped(words: list[str], tmp_path: Path):

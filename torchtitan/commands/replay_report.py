@@ -12,6 +12,7 @@ from torchtitan.commands.printing import json_values
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.ledger import LedgerStep, read_ledger
+from torchtitan.metrics.records import read_records as read_metrics
 from torchtitan.parallel.digest import difference
 from torchtitan.training.replay import Prepared, degrees_of
 from torchtitan.training.step_record import StepRecord, read_records
@@ -71,7 +72,7 @@ class Known:
 
 def known_of(folder: Path, step: int) -> Known:
     """Return what a run's folder knows of a step."""
-    metrics = next((row for row in _rows(folder / METRICS_NAME) if row.get("step") == step), None)
+    metrics = _line_of(folder / METRICS_NAME, step)
     try:
         status = json.loads((folder / STATUS_NAME).read_text(encoding="utf-8"))
         error = str(status.get("error") or "")
@@ -82,19 +83,13 @@ def known_of(folder: Path, step: int) -> Known:
     return Known(folder, step, read_records(folder / RECORD_NAME), metrics, failure, ledger)
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines about steps."""
+def _line_of(file: Path, step: int) -> dict[str, Any] | None:
+    """Return the line about a step, not that of its validation."""
     try:
-        lines = file.read_bytes().splitlines()
+        rows = read_metrics(file)
     except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a process may be writing it
-        if isinstance(row, dict) and "grad_norm" in row:
-            yield row
+        return None
+    return next((row for row in rows if row["step"] == step and "grad_norm" in row), None)
 
 
 def bound_of(prepared: Prepared, step: int) -> float:

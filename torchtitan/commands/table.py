@@ -27,6 +27,7 @@ from torchtitan.commands.generation_options import (
 )
 from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
 from torchtitan.commands.parser import Command, CommandParser
+from torchtitan.commands.plot_options import add_plot_arguments
 from torchtitan.commands.replay_options import add_replay_arguments
 
 
@@ -48,8 +49,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     if "settings" in options:
         options.settings += rest
         return options
-    if "prompts" in options and not any(word.startswith("-") for word in rest):
-        options.prompts += rest  # argparse takes positional arguments in one place only
+    words = vars(options).get("prompts", vars(options).get("runs"))
+    if words is not None and not any(word.startswith("-") for word in rest):
+        words += rest  # argparse takes positional arguments in one place only
         return options
     if rest:
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
@@ -170,7 +172,9 @@ def _doctor(parser: CommandParser) -> None:
     Lines begin with `ok`, `WRONG` (with a fix), `look` (perhaps intended) or `-` (information). The
     exit status is 1 if anything is WRONG. With a config, doctor checks what that needs; under
     torchrun (`torchrun --nproc_per_node N -m torchtitan doctor`) it measures each axis of the mesh.
+    Alone it ends with settings that would be faster on this machine, as measured in a few seconds.
     """
+    parser.add_argument("--quick", action="store_true", help="measure no speed")
 
 
 _COMMANDS = {
@@ -189,6 +193,7 @@ _COMMANDS = {
     "checkpoint": Command("list, verify, compare or delete steps of a run", _checkpoint),
     "inspect": Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
     "status": Command("show where a run stands", add_status_arguments),
+    "plot": Command("draw the curves of runs", add_plot_arguments),
     "bisect": Command("find where two ways to train a step differ", add_bisect_arguments, True),
     "replay": Command("repeat a step of a run and compare", add_replay_arguments, True),
     "list": Command("list configs, models, datasets, optimizers and more", _list),

@@ -100,13 +100,14 @@ def set_up_process(threads: int, environment: ProcessEnvironment, seed: int) -> 
     two processes on eight cores, four threads each are neither too many nor too few.
     """
     if threads == 0 and (environment.launched or not os.environ.get("OMP_NUM_THREADS")):
-        threads = max(1, _num_cores() // environment.local_world_size)
+        threads = max(1, num_cores() // environment.local_world_size)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -40,7 +40,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def examine(*arguments: str, capsys: Any) -> tuple[int, dict[str, str]]:
     """The exit status, and the lines by subject."""
-    status = main(["doctor", *arguments])
+    status = main(["doctor", *arguments, "--quick"])
     return status, by_subject(capsys.readouterr().out)
 
 

@@ -1,7 +1,8 @@
 """`torchtitan doctor`: what is installed, what a run would use, and what is wrong, one line each.
 
-Alone it checks this machine; with a config also what that needs; under torchrun all machines, the
-run folder that they share, and the speed of each axis of the mesh. Users paste the output into bug
+Alone it checks this machine, and measures which settings would be faster on it; with a config also
+what that needs; under torchrun all machines, the run folder that they share, and the speed of each
+axis of the mesh. Users paste the output into bug
 reports, so it prints no environment variables, which may hold secrets.
 """
 
@@ -23,6 +24,7 @@ from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.utils import environment as env
 from torchtitan.utils.environment import adopt_place
+from torchtitan.utils.host import spin_briefly
 
 _NEEDED = (
     "torch",
@@ -49,9 +51,10 @@ def run(options: argparse.Namespace) -> int:
     """Print a line for each finding; exit status 1 if something is wrong."""
     with suppress(env.EnvironmentFaults):  # a finding, below
         adopt_place()
+    spin_briefly()  # as a run does, before torch is imported
     loaded = load_config(options.settings)
     quiet, wrong = env.is_quiet_rank(), False
-    for finding in _findings(loaded, has_config=bool(options.settings)):
+    for finding in _findings(loaded, bool(options.settings), options.quick):
         wrong = wrong or finding.ok is False
         if not quiet:
             print(finding.line(), flush=True)
@@ -60,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if wrong else DONE
 
 
-def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
+def _findings(loaded: LoadedConfig, has_config: bool, quick: bool) -> Iterator[Finding]:
     yield from _versions()
     try:
         adopt_place()
@@ -80,7 +83,12 @@ def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
         return
 
     from torchtitan.commands.doctor.machine import context_of_machine, machine_findings
-    from torchtitan.commands.doctor.processes import processes_findings, run_folder_findings
+    from torchtitan.commands.doctor.processes import (
+        existing_folder,
+        processes_findings,
+        run_folder_findings,
+    )
+    from torchtitan.commands.doctor.speed import speed_findings
 
     context = context_of_machine(loaded.config, place)
     yield from machine_findings(context, place)
@@ -90,6 +98,10 @@ def _findings(loaded: LoadedConfig, has_config: bool) -> Iterator[Finding]:
     if place.launched:
         for finding in processes_findings(context, place):
             yield replace(finding, common=True)
+    elif not quick:
+        text = "Measuring what would be faster, for a few seconds (not with --quick) ..."
+        print(text, file=sys.stderr, flush=True)
+        yield from speed_findings(context, existing_folder(loaded.config), has_config)
 
 
 def _versions() -> Iterator[Finding]:

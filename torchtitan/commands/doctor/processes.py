@@ -64,7 +64,7 @@ class AxisSpeed:
 
 def run_folder_findings(config: JobConfig) -> Iterator[Finding]:
     """Write a file to the run folder, or where it would be created, and measure the free space."""
-    folder, existing = _dump_folder(config), _existing(config)
+    folder, existing = _dump_folder(config), existing_folder(config)
     try:
         with tempfile.TemporaryFile(dir=existing, prefix=".torchtitan-doctor-") as file:
             file.write(b"doctor")
@@ -199,7 +199,7 @@ def _shared_folder(config: JobConfig, world: DistributedContext, hosts: list[str
     """Let rank 0 write a file, and look for it on all ranks."""
     content = secrets.token_hex(8)
     name = f".torchtitan-doctor-{content}"
-    mark = _existing(config) / name
+    mark = existing_folder(config) / name
     try:
         written = False
         if world.is_main:
@@ -209,7 +209,7 @@ def _shared_folder(config: JobConfig, world: DistributedContext, hosts: list[str
             except OSError:
                 pass
         sent = world.broadcast_json({"name": name, "content": content, "written": written})
-        seen = _reads(_existing(config) / sent["name"], sent["content"])
+        seen = _reads(existing_folder(config) / sent["name"], sent["content"])
         blind = [rank for rank, sees in enumerate(world.gather_json(seen)) if not sees]
     finally:
         if world.is_main:
@@ -235,7 +235,7 @@ def _dump_folder(config: JobConfig) -> Path:
     return Path(config.job.dump_folder).absolute()
 
 
-def _existing(config: JobConfig) -> Path:
+def existing_folder(config: JobConfig) -> Path:
     """Return the run folder, or the nearest existing parent."""
     folder = _dump_folder(config)
     while not folder.exists() and folder != folder.parent:
