@@ -15,11 +15,15 @@ from torchtitan.utils.redaction import redact
 
 
 class Command(NamedTuple):
-    """A command: its line in the help, and what adds its arguments (and describes it at length)."""
+    """A command: its line in the help, and what adds its arguments (and describes it at length).
+
+    `group`: the task under which `torchtitan --help` lists it.
+    """
 
     summary: str
     add_arguments: "Callable[[CommandParser], None]" = lambda _: None
     takes_settings: bool = False
+    group: str = ""
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """The commands of `torchtitan`, in one table, with their arguments."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torchtitan import __version__
 from torchtitan.commands.bisect_options import add_bisect_arguments
@@ -30,15 +30,21 @@ from torchtitan.commands.parser import Command, CommandParser
 from torchtitan.commands.replay_options import add_replay_arguments
 
 
+def build_parser() -> CommandParser:
+    """Return the parser of the whole command line, with one of its own for each command."""
+    parser = CommandParser(prog="torchtitan", description="Train language models from a TOML file.")
+    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
+    parser.add_commands(COMMANDS, dest="command")
+    return parser
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """Read a command line; None after printing a help text or the version.
 
     `settings` of the result holds the config file and the flags of settings, unread. Raises
     ConfigError.
     """
-    parser = CommandParser(prog="torchtitan", description="Train language models from a TOML file.")
-    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
-    parser.add_commands(_COMMANDS, dest="command")
+    parser = build_parser()
     if argv and argv[0] in ("help", "version"):
         argv = [f"--{argv[0]}"]
     try:
@@ -162,28 +168,45 @@ def _doctor(parser: CommandParser) -> None:
     """
 
 
-_COMMANDS = {
+_TRAIN, _CONFIGS, _DATA, _WEIGHTS = "Train and watch", "Configs", "Data", "Weights in and out"
+_USE, _CHECKPOINTS, _DEBUG = "Use a model", "Checkpoints", "Find what is wrong"
+COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train from a TOML file; --check only checks that it could start", _train, True
+        "train from a TOML file; --check only checks that it could start", _train, True, _TRAIN
     ),
-    "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True),
-    "data": Command("show rows as they are trained", _data),
-    "config": Command("show, copy or convert a config; schema; docs", _config),
-    "export": Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
-    "convert": Command("convert a checkpoint to another format", add_convert_arguments),
-    "upload": Command("upload a folder to the Hugging Face hub", add_upload_arguments),
-    "generate": Command("continue prompts with any checkpoint", add_generate_arguments),
-    "chat": Command("talk with a chat model", add_chat_arguments),
-    "evaluate": Command("measure on lm-eval's tasks", add_evaluate_arguments),
-    "checkpoint": Command("list, verify, compare or delete steps of a run", _checkpoint),
-    "inspect": Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
-    "status": Command("show where a run stands", add_status_arguments),
-    "bisect": Command("find where two ways to train a step differ", add_bisect_arguments, True),
-    "replay": Command("repeat a step of a run and compare", add_replay_arguments, True),
-    "list": Command("list configs, models, datasets, optimizers and more", _list),
-    "download": Command("download files of a model from the hub", add_download_arguments),
-    "doctor": Command("check the installation, the machine and a config", _doctor, True),
+    "status": Command("show where a run stands", add_status_arguments, group=_TRAIN),
+    "config": Command("show, copy or convert a config; schema; docs", _config, group=_CONFIGS),
+    "list": Command("list configs, models, datasets, optimizers and more", _list, group=_CONFIGS),
+    "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True, _DATA),
+    "data": Command("show rows as they are trained", _data, group=_DATA),
+    "download": Command(
+        "download files of a model from the hub", add_download_arguments, group=_WEIGHTS
+    ),
+    "convert": Command(
+        "convert a checkpoint to another format", add_convert_arguments, group=_WEIGHTS
+    ),
+    "export": Command(
+        "write a checkpoint for transformers or llama.cpp", add_export_arguments, group=_WEIGHTS
+    ),
+    "upload": Command(
+        "upload a folder to the Hugging Face hub", add_upload_arguments, group=_WEIGHTS
+    ),
+    "chat": Command("talk with a chat model", add_chat_arguments, group=_USE),
+    "generate": Command("continue prompts with any checkpoint", add_generate_arguments, group=_USE),
+    "evaluate": Command("measure on lm-eval's tasks", add_evaluate_arguments, group=_USE),
+    "checkpoint": Command(
+        "list, verify, compare or delete steps of a run", _checkpoint, group=_CHECKPOINTS
+    ),
+    "inspect": Command(
+        "show what a checkpoint holds, or how two differ", add_inspect_arguments, group=_CHECKPOINTS
+    ),
+    "doctor": Command("check the installation, the machine and a config", _doctor, True, _DEBUG),
+    "bisect": Command(
+        "find where two ways to train a step differ", add_bisect_arguments, True, _DEBUG
+    ),
+    "replay": Command("repeat a step of a run and compare", add_replay_arguments, True, _DEBUG),
 }
+"""The commands in the order of the help, by `group`."""
 _DATA_COMMANDS = {
     "show": Command("print rows with the trained tokens marked", add_show_arguments, True),
 }
