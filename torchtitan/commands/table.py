@@ -28,11 +28,22 @@ from torchtitan.commands.generation_options import (
 from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
 from torchtitan.commands.parser import Command, CommandParser
 from torchtitan.commands.replay_options import add_replay_arguments
+from torchtitan.config.fields import known_sections
+from torchtitan.config.shipped import is_config
+from torchtitan.config.suggest import nearest
+
+_DESCRIPTION = """Train language models from a TOML file. To begin, train a small one here:
+
+  torchtitan train debug_model"""
+_EPILOG = """Go on:
+  torchtitan help COMMAND           a command, such as train
+  torchtitan help training.steps    a setting of the TOML, with an example
+  torchtitan completion --help      complete commands, settings and configs with the Tab key"""
 
 
 def build_parser() -> CommandParser:
     """Return the parser of the whole command line, with one of its own for each command."""
-    parser = CommandParser(prog="torchtitan", description="Train language models from a TOML file.")
+    parser = CommandParser(prog="torchtitan", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
     parser.add_commands(COMMANDS, dest="command")
     return parser
@@ -45,8 +56,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     ConfigError.
     """
     parser = build_parser()
-    if argv and argv[0] in ("help", "version"):
-        argv = [f"--{argv[0]}"]
+    if argv and argv[0] == "version":
+        argv = ["--version"]
+    if argv and argv[0] == "help":
+        argv = _help_command(argv[1:])
     try:
         options, rest = parser.parse_known_args(argv)
     except SystemExit:
@@ -67,9 +80,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     return options
 
 
+def _help_command(words: Sequence[str]) -> list[str]:
+    """Return the command line that `torchtitan help WORDS` is short for."""
+    if not words or words[0] in COMMANDS:
+        topic = words[:1] == ["train"] and words[1:2]
+        return [*words[:1], "--help", *words[1:]] if topic else [*words, "--help"]
+    is_misspelt = nearest(words[0], COMMANDS) and words[0] not in known_sections()
+    return [words[0], "--help"] if is_misspelt else ["train", "--help", *words]
+
+
 def _train(parser: CommandParser) -> None:
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", nargs="?", action=_Help, default="", const="overview")
     parser.add_argument("--check", nargs="?", action=_Check, default="")
+
+
+class _Help(argparse.Action):
+    """`--help`, `--help TOPIC`; a config after it is that of a run, whose modules add settings."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Set `help` to the topic."""
+        namespace.help = values
+        if is_config(values):
+            namespace.help, namespace.settings = self.const, [values]
 
 
 class _Check(argparse.Action):
@@ -159,6 +191,22 @@ def _list(parser: CommandParser) -> None:
     )
 
 
+def _completion(parser: CommandParser) -> None:
+    """Print a script with which a shell completes commands, options, settings and names.
+
+    Write it where the shell looks for such scripts, and open a new shell:
+
+      torchtitan completion bash > ~/.local/share/bash-completion/completions/torchtitan
+      torchtitan completion zsh > ~/.zfunc/_torchtitan
+      torchtitan completion fish > ~/.config/fish/completions/torchtitan.fish
+
+    bash needs its package bash-completion; without it, source the script in ~/.bashrc. zsh needs
+    `fpath+=~/.zfunc; autoload -Uz compinit; compinit` in ~/.zshrc. Write the script again after an
+    update: it holds the names of this version, and of the packages that are installed.
+    """
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to complete in")
+
+
 def _doctor(parser: CommandParser) -> None:
     """Report what is installed, what a run would use and what is wrong, one line each.
 
@@ -168,7 +216,12 @@ def _doctor(parser: CommandParser) -> None:
     """
 
 
-_TRAIN, _CONFIGS, _DATA, _WEIGHTS = "Train and watch", "Configs", "Data", "Weights in and out"
+_TRAIN, _CONFIGS, _DATA, _WEIGHTS = (
+    "Train and watch",
+    "Configs and help",
+    "Data",
+    "Weights in and out",
+)
 _USE, _CHECKPOINTS, _DEBUG = "Use a model", "Checkpoints", "Find what is wrong"
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
@@ -177,6 +230,9 @@ COMMANDS: Mapping[str, Command] = {
     "status": Command("show where a run stands", add_status_arguments, group=_TRAIN),
     "config": Command("show, copy or convert a config; schema; docs", _config, group=_CONFIGS),
     "list": Command("list configs, models, datasets, optimizers and more", _list, group=_CONFIGS),
+    "completion": Command(
+        "complete with the Tab key in bash, zsh or fish", _completion, group=_CONFIGS
+    ),
     "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True, _DATA),
     "data": Command("show rows as they are trained", _data, group=_DATA),
     "download": Command(

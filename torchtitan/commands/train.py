@@ -109,12 +109,15 @@ def _with_notices(complete: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
 
 
 def _help(options: argparse.Namespace) -> int:
-    """Print all settings, with those that the config's `job.custom_import` adds."""
-    from torchtitan.config.help_text import print_help
+    """Print the help on a topic, with what the config's `job.custom_import` adds."""
+    from torchtitan.config.help_text import OVERVIEW, print_help
 
+    topic = options.help
+    if topic == OVERVIEW and len(options.settings) == 1 and options.settings[0].startswith("--"):
+        [topic] = options.settings  # `train --training.steps --help`
     with suppress(ConfigError):  # a run reports it
         import_custom_modules(load_config(options.settings).config, quiet=True)
-    print_help(config_command.named_tables())
+    print_help({} if topic == OVERVIEW else config_command.free_tables(), topic)
     return DONE
 
 

@@ -467,7 +467,7 @@ class LRScheduler(Section):
     """Steps of the schedule, at least `training.steps`: a run that ends before it has the rates of
     the longer one. Unset: `training.steps`."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict, examples=[{"power": 2.0}])
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""
 
     def length(self, training_steps: int) -> int:
@@ -910,7 +910,9 @@ class JobConfig(Section):
     job: Job = Field(default_factory=Job)
     model: Model = Field(default_factory=Model)
 
-    handlers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    handlers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, examples=[{"lora": {"rank": 8}}]
+    )
     """Settings of the model handlers, one table each; every handler checks its own."""
 
     training: Training = Field(default_factory=Training)
@@ -925,7 +927,9 @@ class JobConfig(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     metrics: Metrics = Field(default_factory=Metrics)
 
-    sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    sinks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, examples=[{"my_sink": {"folder": "logs"}}]
+    )
     """Settings of the places in `metrics.sinks`, one table each; every sink checks its own."""
 
     profiling: Profiling = Field(default_factory=Profiling)

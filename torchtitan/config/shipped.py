@@ -26,6 +26,11 @@ def config_path(text: str) -> Path:
     return shipped_configs().get(text, path)
 
 
+def is_config(text: str) -> bool:
+    """Return whether a word can only mean a config: a TOML file, or the name of a shipped one."""
+    return text.endswith(".toml") or text in shipped_configs() or Path(expand_path(text)).is_file()
+
+
 def found_elsewhere(text: str, config_file: str | None = None) -> Path | None:
     """Return the file that an absent relative path or glob may mean, or None.
 
