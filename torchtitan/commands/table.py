@@ -98,8 +98,8 @@ class _Help(argparse.Action):
     """`--help`, `--help TOPIC`; a config after it is that of a run, whose modules add settings."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        """Set `help` to the topic."""
-        namespace.help = values
+        """Set `help` to the topic, which another module than that of `train` prints."""
+        namespace.command, namespace.help = "setting_help", values
         if is_config(values):
             namespace.help, namespace.settings = self.const, [values]
 

@@ -23,10 +23,10 @@ CASES = [
     ("train my.toml --handlers.lora.ra", "--handlers.lora.rank", None),
     ("train my.toml --optimizer.name ", "AdamW", "Muon"),
     ("train my.toml --training.dtype bf", "bfloat16", None),
-    ("train my.toml --model.handlers compile flo", "float8", None),
+    ("train my.toml --model.handlers flo", "float8", None),
     ("train my.toml --checkpoint.enable ", "true", "false"),
     ("train my.toml --training.dataset_path doc", "docs", None),
-    ("train --help lr_s", "lr_scheduler", None),
+    ("train --help lr_s", "lr_scheduler", "lr_scheduler.args"),
     ("replay RUN 5 --training.ste", "--training.steps", None),
     ("list ma", "masks", None),
     ("export --format ", "gguf", "meta"),
@@ -59,14 +59,13 @@ SHELLS = {"bash": candidates_in_bash, "fish": candidates_in_fish}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize(("line", "first", "other"), CASES)
-def test_the_tab_key_offers(shell: str, line: str, first: str, other: str | None, tmp_path: Path):
+def test_the_tab_key_offers_what_fits(shell: str, tmp_path: Path):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    offered = SHELLS[shell](line, tmp_path)
-    assert {first, other or first} <= set(offered)
-    if other is None:
-        assert len(offered) == 1
+    for line, first, other in CASES:
+        offered = SHELLS[shell](line, tmp_path)
+        assert {first, other or first} <= set(offered), line
+        assert other or len(offered) == 1, line
 
 
 def test_zsh_can_read_its_script(tmp_path: Path):
