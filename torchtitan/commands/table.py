@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from torchtitan import __version__
 from torchtitan.commands.bisect_options import add_bisect_arguments
@@ -12,6 +13,7 @@ from torchtitan.commands.checkpoint_options import (
     add_verify_arguments,
 )
 from torchtitan.commands.data_options import add_show_arguments
+from torchtitan.commands.elsewhere import elsewhere
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
@@ -28,9 +30,8 @@ from torchtitan.commands.generation_options import (
 from torchtitan.commands.inspect_options import add_inspect_arguments, add_status_arguments
 from torchtitan.commands.parser import Command, CommandParser
 from torchtitan.commands.replay_options import add_replay_arguments
-from torchtitan.config.fields import known_sections
+from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.shipped import is_config
-from torchtitan.config.suggest import nearest
 
 _DESCRIPTION = """Train language models from a TOML file. To begin, train a small one here:
 
@@ -82,11 +83,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
 
 def _help_command(words: Sequence[str]) -> list[str]:
     """Return the command line that `torchtitan help WORDS` is short for."""
+    if words[:1] == ["train"]:
+        return ["train", "--help", *words[1:]]
     if not words or words[0] in COMMANDS:
-        topic = words[:1] == ["train"] and words[1:2]
-        return [*words[:1], "--help", *words[1:]] if topic else [*words, "--help"]
-    is_misspelt = nearest(words[0], COMMANDS) and words[0] not in known_sections()
-    return [words[0], "--help"] if is_misspelt else ["train", "--help", *words]
+        return [*words, "--help"]
+    names = {name.rpartition(".")[2] for name in (*known_keys(), *known_sections())}
+    is_setting = "." in words[0] or words[0] in names
+    is_command = elsewhere(words) or get_close_matches(words[0], COMMANDS, cutoff=0.75)
+    return [*words, "--help"] if is_command and not is_setting else ["train", "--help", *words]
 
 
 def _train(parser: CommandParser) -> None:

@@ -28,7 +28,8 @@ def config_path(text: str) -> Path:
 
 def is_config(text: str) -> bool:
     """Return whether a word can only mean a config: a TOML file, or the name of a shipped one."""
-    return text.endswith(".toml") or text in shipped_configs() or Path(expand_path(text)).is_file()
+    is_named = text.endswith(".toml") or text in shipped_configs()
+    return is_named or ("/" in text and Path(expand_path(text)).is_file())
 
 
 def found_elsewhere(text: str, config_file: str | None = None) -> Path | None:

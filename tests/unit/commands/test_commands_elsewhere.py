@@ -65,3 +65,8 @@ def test_the_help_of_all_commands_is_at_hand():
     assert {*COMMANDS} < {*texts}
     assert "usage: torchtitan config copy" in texts["config copy"]
     assert texts["train"].startswith("usage: torchtitan train")
+
+
+def test_rows_are_shown_for_a_shipped_config(capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "show", "debug_model", "--samples=0", "--rows=5"]) == 0
+    assert "5 rows, 5 samples" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 
 from torchtitan.cli import main
 from torchtitan.commands.config import free_tables
+from torchtitan.commands.table import parse
 from torchtitan.config.cli_args import parse_command_line
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import known_keys, known_sections
@@ -56,6 +57,11 @@ def test_the_overview_is_short_and_names_every_section(capsys: pytest.CaptureFix
     text = shown(OVERVIEW, capsys)
     assert len(text.splitlines()) <= 60
     assert max(map(len, text.splitlines())) <= 100
+    examples = re.findall(r"^  torchtitan (train (?!--help).*?)(?:  |$)", text, re.MULTILINE)
+    assert len(examples) >= 3
+    for line in examples:
+        options = parse(line.split())
+        assert options and not parse_command_line(options.settings).problems
     assert all(re.search(rf"^  {section} +\w", text, re.MULTILINE) for section in known_sections())
 
 
@@ -120,6 +126,16 @@ def test_help_on_a_setting_is_asked_for_in_many_ways(
 ):
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("training.steps: integer > 0 (default: 10000)")
+
+
+@pytest.mark.parametrize(
+    "topic", ["checkpoint.enable", "compile", "lora", "handlers", "steps", "metrics"]
+)
+def test_help_prefers_settings_to_commands_of_like_names(
+    topic: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["help", topic]) == 0
+    assert topic in capsys.readouterr().out
 
 
 def test_a_config_after_help_is_no_topic(capsys: pytest.CaptureFixture[str]):
