@@ -11,7 +11,7 @@ import shtab
 
 from torchtitan.commands.config import free_tables
 from torchtitan.commands.list import lists
-from torchtitan.commands.table import build_parser
+from torchtitan.commands.table import COMMANDS, build_parser
 from torchtitan.config.fields import Key, known_keys, known_sections
 from torchtitan.config.help_text import ALL, keys_of_tables
 from torchtitan.config.shipped import shipped_configs
@@ -35,10 +35,12 @@ def script(shell: str) -> str:
 
 def _add_candidates(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
     """Say what each argument of a parser, and of those of its commands, may be."""
+    topics = dict.fromkeys([*known_sections(), *(key.name for key in keys)])
     names: dict[tuple[str, str], Iterable[str]] = {
         ("torchtitan list", "names"): lists(),
         ("torchtitan config copy", "name"): shipped_configs(),
-        ("torchtitan train", "help"): [ALL, *known_sections()],
+        ("torchtitan train", "help"): [ALL, *topics],
+        ("torchtitan help", "topic"): [*COMMANDS, *topics],
         ("torchtitan train", "check"): ["full"],
     }
     for action in parser._actions:

@@ -93,9 +93,37 @@ def _help_command(words: Sequence[str]) -> list[str]:
     return [*words, "--help"] if is_command and not is_setting else ["train", "--help", *words]
 
 
+def _help(parser: CommandParser) -> None:
+    """Explain a command, a section of the TOML, or a setting; without TOPIC list the commands."""
+    # `parse` replaces it by `TOPIC --help`.
+    parser.add_argument(
+        "topic", metavar="TOPIC", nargs="*", help="such as export, or training.steps"
+    )
+
+
 def _train(parser: CommandParser) -> None:
-    parser.add_argument("-h", "--help", nargs="?", action=_Help, default="", const="overview")
-    parser.add_argument("--check", nargs="?", action=_Check, default="")
+    """Train from a TOML file: a path, or the name of one of `torchtitan list configs`.
+
+    A setting on the command line wins over the file. The same command again resumes the run.
+    """
+    parser.add_argument(
+        *("-h", "--help"),
+        metavar="TOPIC",
+        nargs="?",
+        action=_Help,
+        default="",
+        const="overview",
+        help="list the sections; of a section its settings; explain a setting; all: every setting",
+    )
+    parser.add_argument(
+        "--check",
+        metavar="full",
+        nargs="?",
+        action=_Check,
+        default="",
+        help="only check that the run could start, with WORLD_SIZE processes; full: with the"
+        " hardware of this machine, too",
+    )
 
 
 class _Help(argparse.Action):
@@ -234,6 +262,9 @@ COMMANDS: Mapping[str, Command] = {
     "status": Command("show where a run stands", add_status_arguments, group=_TRAIN),
     "config": Command("show, copy or convert a config; schema; docs", _config, group=_CONFIGS),
     "list": Command("list configs, models, datasets, optimizers and more", _list, group=_CONFIGS),
+    "help": Command(
+        "explain a command, a section of the TOML, or a setting", _help, group=_CONFIGS
+    ),
     "completion": Command(
         "complete with the Tab key in bash, zsh or fish", _completion, group=_CONFIGS
     ),

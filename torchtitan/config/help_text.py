@@ -242,9 +242,9 @@ def _key_text(key: Key, groups: list[_Group]) -> str:
 
 def example(key: Key, shipped: Iterable[Any] = ()) -> str:
     """Return a value in TOML that differs from the default, if possible one of shipped configs."""
-    own = [value for value in shipped if value != key.default]
+    own = [text for text in map(toml_value, shipped) if text != toml_value(key.default)]
     if own:
-        return toml_value(max(own, key=own.count))
+        return max(own, key=own.count)
     if key.kind == "tables" and key.default:
         return toml_value(key.default)
     if key.kind == "bool":
