@@ -233,12 +233,7 @@ VALUES = [
     value("training.document_mask", "1", "needs true or false, and this is an integer"),
     value("training.document_mask", '"true"', "write true or false, without quotes"),
     value("parallelism.module_fqns_per_model_part", '"a"', "needs a list", "for example [["),
-    value(
-        "parallelism.module_fqns_per_model_part",
-        '["a"]',
-        '[0] = "a": needs a list',
-        '[["tok_embeddings"',
-    ),
+    value("parallelism.module_fqns_per_model_part", '["a"]', '[0] = "a": needs a list', '[["tok'),
     value("parallelism.module_fqns_per_model_part", "[[1]]", "[0][0] = 1: needs text"),
     value("parallelism.pipeline_parallel_schedule", '"1f1b"', 'did you mean "1F1B"?'),
     value("training.dataset_path", "5", "write text"),
