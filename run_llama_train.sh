@@ -3,7 +3,7 @@
 #
 #   ./run_llama_train.sh [--section.key value ...]
 #
-# CONFIG_FILE   the TOML (default: train_configs/debug_model.toml)
+# CONFIG_FILE   the TOML, or the name of a shipped one (default: train_configs/debug_model.toml)
 # NGPU          processes, one a GPU (default: the GPUs of this machine; on a CPU 1)
 # LOG_RANK      ranks whose progress is shown, such as 0 or 0,3 (default: 0)
 #

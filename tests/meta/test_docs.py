@@ -33,6 +33,7 @@ FOREIGN = {
     "jq",
     "kill",
     "ls",
+    "mkdir",
     "pip",
     "pre-commit",
     "pytest",
@@ -77,6 +78,8 @@ def commands_in_comments(path: Path) -> list[str]:
 def problem_of(command: str) -> str | None:
     """Why the command cannot work; None if it can."""
     words = shlex.split(command, comments=True)
+    if ">" in words:  # and the file that it writes
+        words = words[: words.index(">")]
     for joint in ("&&", "||", "|"):
         if joint in words:
             at = words.index(joint)

@@ -17,7 +17,7 @@ from torchtitan.config.fields import BASE, TOP_KEYS, UNSET, known_sections, unex
 from torchtitan.config.load import LoadedConfig, load_config
 from torchtitan.config.paths import expand_path
 from torchtitan.config.reference import reference_page
-from torchtitan.config.schema import JobConfig, Section
+from torchtitan.config.schema import JobConfig, LRScheduler, Section
 from torchtitan.config.shipped import CLONE, FOLDER, shipped_configs
 from torchtitan.config.show import show_config
 from torchtitan.config.suggest import did_you_mean
@@ -139,23 +139,7 @@ def _write(path: Path, text: str) -> None:
 
 def reference() -> str:
     """Return the text of docs/reference/settings.md."""
-    from torchtitan.handlers.registry import HANDLERS
-    from torchtitan.loss.registry import LOSSES
-    from torchtitan.models.registry import families
-    from torchtitan.optim.registry import OPTIMIZERS
-
-    optimizers = _own({name: entry.settings for name, entry in OPTIMIZERS.entries().items()})
-    return reference_page(
-        {
-            "model.args": _own({name: family.args_type for name, family in families().items()}),
-            "handlers": _own({name: entry.settings for name, entry in HANDLERS.entries().items()}),
-            "loss.args": _own({name: entry.settings for name, entry in LOSSES.entries().items()}),
-            # An optimizer without settings needs no table.
-            "optimizer.args": {name: s for name, s in optimizers.items() if s.model_fields},
-            "lr_scheduler.args": {},  # the library's schedule has none
-            "sinks": {},  # nor has it sinks that are named
-        }
-    )
+    return reference_page({table: _own(models) for table, models in free_tables().items()})
 
 
 def _own(models: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
@@ -207,4 +191,23 @@ def named_tables() -> dict[str, dict[str, type[Section]]]:
     return {
         "handlers": {name: entry.settings for name, entry in HANDLERS.entries().items()},
         "sinks": {name: entry.settings for name, entry in SINKS.entries().items()},
+    }
+
+
+def free_tables() -> dict[str, dict[str, type[Section]]]:
+    """Return the settings of all free-form tables, by table and by the name that chooses them."""
+    from torchtitan.loss.registry import LOSSES
+    from torchtitan.models.registry import families
+    from torchtitan.optim.lr_scheduler import SCHEDULES
+    from torchtitan.optim.registry import OPTIMIZERS
+
+    optimizers = {name: entry.settings for name, entry in OPTIMIZERS.entries().items()}
+    schedules = {name: entry.settings for name, entry in SCHEDULES.entries().items()}
+    return {
+        "model.args": {name: family.args_type for name, family in families().items()},
+        "loss.args": {name: entry.settings for name, entry in LOSSES.entries().items()},
+        # An optimizer without settings needs no table.
+        "optimizer.args": {name: s for name, s in optimizers.items() if s.model_fields},
+        "lr_scheduler.args": {n: s for n, s in schedules.items() if s is not LRScheduler},
+        **named_tables(),
     }

@@ -19,6 +19,7 @@ from torchtitan.config.exit_codes import DONE
 from torchtitan.config.load import load_config
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.schema import Data
+from torchtitan.config.shipped import shipped_configs
 from torchtitan.data.chat_encoder import Encoded, Unit, chat_encoder, describe_rows
 from torchtitan.data.chat_formats import ChatFormat
 from torchtitan.data.document_ends import document_tokenizer
@@ -88,7 +89,7 @@ def _as_settings(words: list[str]) -> list[str]:
         fix = "name a TOML, a run's folder, or the data"
         raise ConfigError(ConfigIssue("data show", "FILE is missing", fix))
     path, rest = words[0], words[1:]
-    if path.endswith(".toml"):
+    if path.endswith(".toml") or (path in shipped_configs() and not Path(path).exists()):
         return words
     if (stored := Path(path) / CONFIG_NAME).is_file():
         return [str(stored), *rest]

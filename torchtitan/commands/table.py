@@ -1,7 +1,8 @@
 """The commands of `torchtitan`, in one table, with their arguments."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from torchtitan import __version__
 from torchtitan.commands.bisect_options import add_bisect_arguments
@@ -12,6 +13,7 @@ from torchtitan.commands.checkpoint_options import (
     add_verify_arguments,
 )
 from torchtitan.commands.data_options import add_show_arguments
+from torchtitan.commands.elsewhere import elsewhere
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
@@ -29,6 +31,24 @@ from torchtitan.commands.inspect_options import add_inspect_arguments, add_statu
 from torchtitan.commands.parser import Command, CommandParser
 from torchtitan.commands.plot_options import add_plot_arguments
 from torchtitan.commands.replay_options import add_replay_arguments
+from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.shipped import is_config
+
+_DESCRIPTION = """Train language models from a TOML file. To begin, train a small one here:
+
+  torchtitan train debug_model"""
+_EPILOG = """Go on:
+  torchtitan help COMMAND           a command, such as train
+  torchtitan help training.steps    a setting of the TOML, with an example
+  torchtitan completion --help      complete commands, settings and configs with the Tab key"""
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of the whole command line, with one of its own for each command."""
+    parser = CommandParser(prog="torchtitan", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
+    parser.add_commands(COMMANDS, dest="command")
+    return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace | None:
@@ -37,11 +57,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     `settings` of the result holds the config file and the flags of settings, unread. Raises
     ConfigError.
     """
-    parser = CommandParser(prog="torchtitan", description="Train language models from a TOML file.")
-    parser.add_argument("--version", action="version", version=f"torchtitan {__version__}")
-    parser.add_commands(_COMMANDS, dest="command")
-    if argv and argv[0] in ("help", "version"):
-        argv = [f"--{argv[0]}"]
+    parser = build_parser()
+    if argv and argv[0] == "version":
+        argv = ["--version"]
+    if argv and argv[0] == "help":
+        argv = _help_command(argv[1:])
     try:
         options, rest = parser.parse_known_args(argv)
     except SystemExit:
@@ -63,9 +83,59 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     return options
 
 
+def _help_command(words: Sequence[str]) -> list[str]:
+    """Return the command line that `torchtitan help WORDS` is short for."""
+    if words[:1] == ["train"]:
+        return ["train", "--help", *words[1:]]
+    if not words or words[0] in COMMANDS:
+        return [*words, "--help"]
+    names = {name.rpartition(".")[2] for name in (*known_keys(), *known_sections())}
+    is_setting = "." in words[0] or words[0] in names
+    is_command = elsewhere(words) or get_close_matches(words[0], COMMANDS, cutoff=0.75)
+    return [*words, "--help"] if is_command and not is_setting else ["train", "--help", *words]
+
+
+def _help(parser: CommandParser) -> None:
+    """Explain a command, a section of the TOML, or a setting; without TOPIC list the commands."""
+    # `parse` replaces it by `TOPIC --help`.
+    parser.add_argument(
+        "topic", metavar="TOPIC", nargs="*", help="such as export, or training.steps"
+    )
+
+
 def _train(parser: CommandParser) -> None:
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--check", nargs="?", action=_Check, default="")
+    """Train from a TOML file: a path, or the name of one of `torchtitan list configs`.
+
+    A setting on the command line wins over the file. The same command again resumes the run.
+    """
+    parser.add_argument(
+        *("-h", "--help"),
+        metavar="TOPIC",
+        nargs="?",
+        action=_Help,
+        default="",
+        const="overview",
+        help="list the sections; of a section its settings; explain a setting; all: every setting",
+    )
+    parser.add_argument(
+        "--check",
+        metavar="full",
+        nargs="?",
+        action=_Check,
+        default="",
+        help="only check that the run could start, with WORLD_SIZE processes; full: with the"
+        " hardware of this machine, too",
+    )
+
+
+class _Help(argparse.Action):
+    """`--help`, `--help TOPIC`; a config after it is that of a run, whose modules add settings."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Set `help` to the topic, which another module than that of `train` prints."""
+        namespace.command, namespace.help = "setting_help", values
+        if is_config(values):
+            namespace.help, namespace.settings = self.const, [values]
 
 
 class _Check(argparse.Action):
@@ -166,6 +236,22 @@ def _list(parser: CommandParser) -> None:
     )
 
 
+def _completion(parser: CommandParser) -> None:
+    """Print a script with which a shell completes commands, options, settings and names.
+
+    Write it where the shell looks for such scripts, and open a new shell:
+
+      torchtitan completion bash > ~/.local/share/bash-completion/completions/torchtitan
+      torchtitan completion zsh > ~/.zfunc/_torchtitan
+      torchtitan completion fish > ~/.config/fish/completions/torchtitan.fish
+
+    bash needs its package bash-completion; without it, source the script in ~/.bashrc. zsh needs
+    `fpath+=~/.zfunc; autoload -Uz compinit; compinit` in ~/.zshrc. Write the script again after an
+    update: it holds the names of this version, and of the packages that are installed.
+    """
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to complete in")
+
+
 def _doctor(parser: CommandParser) -> None:
     """Report what is installed, what a run would use and what is wrong, one line each.
 
@@ -177,29 +263,59 @@ def _doctor(parser: CommandParser) -> None:
     parser.add_argument("--quick", action="store_true", help="measure no speed")
 
 
-_COMMANDS = {
+_TRAIN, _CONFIGS, _DATA, _WEIGHTS = (
+    "Train and watch",
+    "Configs and help",
+    "Data",
+    "Weights in and out",
+)
+_USE, _CHECKPOINTS, _DEBUG = "Use a model", "Checkpoints", "Find what is wrong"
+COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train from a TOML file; --check only checks that it could start", _train, True
+        "train from a TOML file; --check only checks that it could start", _train, True, _TRAIN
     ),
-    "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True),
-    "data": Command("show rows as they are trained", _data),
-    "config": Command("show, compare, copy or convert a config; schema; docs", _config),
-    "export": Command("write a checkpoint for transformers or llama.cpp", add_export_arguments),
-    "convert": Command("convert a checkpoint to another format", add_convert_arguments),
-    "upload": Command("upload a folder to the Hugging Face hub", add_upload_arguments),
-    "generate": Command("continue prompts with any checkpoint", add_generate_arguments),
-    "chat": Command("talk with a chat model", add_chat_arguments),
-    "evaluate": Command("measure on lm-eval's tasks", add_evaluate_arguments),
-    "checkpoint": Command("list, verify, compare or delete steps of a run", _checkpoint),
-    "inspect": Command("show what a checkpoint holds, or how two differ", add_inspect_arguments),
-    "status": Command("show where a run stands", add_status_arguments),
-    "plot": Command("draw the curves of runs", add_plot_arguments),
-    "bisect": Command("find where two ways to train a step differ", add_bisect_arguments, True),
-    "replay": Command("repeat a step of a run and compare", add_replay_arguments, True),
-    "list": Command("list configs, models, datasets, optimizers and more", _list),
-    "download": Command("download files of a model from the hub", add_download_arguments),
-    "doctor": Command("check the installation, the machine and a config", _doctor, True),
+    "status": Command("show where a run stands", add_status_arguments, group=_TRAIN),
+    "plot": Command("draw the curves of runs", add_plot_arguments, group=_TRAIN),
+    "config": Command(
+        "show, compare, copy or convert a config; schema; docs", _config, group=_CONFIGS
+    ),
+    "list": Command("list configs, models, datasets, optimizers and more", _list, group=_CONFIGS),
+    "help": Command(
+        "explain a command, a section of the TOML, or a setting", _help, group=_CONFIGS
+    ),
+    "completion": Command(
+        "complete with the Tab key in bash, zsh or fish", _completion, group=_CONFIGS
+    ),
+    "tokenize": Command("tokenise a dataset into files to train on", _tokenize, True, _DATA),
+    "data": Command("show rows as they are trained", _data, group=_DATA),
+    "download": Command(
+        "download files of a model from the hub", add_download_arguments, group=_WEIGHTS
+    ),
+    "convert": Command(
+        "convert a checkpoint to another format", add_convert_arguments, group=_WEIGHTS
+    ),
+    "export": Command(
+        "write a checkpoint for transformers or llama.cpp", add_export_arguments, group=_WEIGHTS
+    ),
+    "upload": Command(
+        "upload a folder to the Hugging Face hub", add_upload_arguments, group=_WEIGHTS
+    ),
+    "chat": Command("talk with a chat model", add_chat_arguments, group=_USE),
+    "generate": Command("continue prompts with any checkpoint", add_generate_arguments, group=_USE),
+    "evaluate": Command("measure on lm-eval's tasks", add_evaluate_arguments, group=_USE),
+    "checkpoint": Command(
+        "list, verify, compare or delete steps of a run", _checkpoint, group=_CHECKPOINTS
+    ),
+    "inspect": Command(
+        "show what a checkpoint holds, or how two differ", add_inspect_arguments, group=_CHECKPOINTS
+    ),
+    "doctor": Command("check the installation, the machine and a config", _doctor, True, _DEBUG),
+    "bisect": Command(
+        "find where two ways to train a step differ", add_bisect_arguments, True, _DEBUG
+    ),
+    "replay": Command("repeat a step of a run and compare", add_replay_arguments, True, _DEBUG),
 }
+"""The commands in the order of the help, by `group`."""
 _DATA_COMMANDS = {
     "show": Command("print rows with the trained tokens marked", add_show_arguments, True),
 }

@@ -32,8 +32,6 @@ T = TypeVar("T")
 
 def run(options: argparse.Namespace) -> int:
     """Check, then train. Problems that need no torch are reported before it is imported."""
-    if options.help:
-        return _help(options)
     _read(adopt_place)
     loaded = load_config(options.settings)
     if not env.is_quiet_rank():
@@ -106,16 +104,6 @@ def _with_notices(complete: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
         for notice in complete.notices[len(loaded.notices) :]:
             print(f"notice: {notice}", file=sys.stderr)
     return complete
-
-
-def _help(options: argparse.Namespace) -> int:
-    """Print all settings, with those that the config's `job.custom_import` adds."""
-    from torchtitan.config.help_text import print_help
-
-    with suppress(ConfigError):  # a run reports it
-        import_custom_modules(load_config(options.settings).config, quiet=True)
-    print_help(config_command.named_tables())
-    return DONE
 
 
 def _print_notices(loaded: LoadedConfig) -> None:

@@ -24,7 +24,7 @@ _BOOLEANS = {"true": True, "false": False}
 _NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "none")
 """After a switch, these are its (invalid) value rather than the next argument."""
 _INTEGER = re.compile(r"[+-]?\d(_?\d)*")
-_HELP = "`torchtitan train --help` lists all flags"
+_HELP = "`torchtitan train --help all` lists them"
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.paths import IS_PATH, why_unexpanded
 from torchtitan.config.schema import JobConfig, Section
+from torchtitan.config.toml_text import toml_value
 
 _HUGE = 2**31
 _EXAMPLES = {
@@ -64,6 +65,8 @@ class Key:
     item: type[Section] | None = None
     """Section that each table of a list of tables holds."""
     is_path: bool = False
+    own_example: Any = None
+    """A valid value, given where the default says nothing."""
 
     @property
     def section(self) -> str:
@@ -77,7 +80,7 @@ class Key:
 
     @property
     def example(self) -> str:
-        """Return a value in TOML: the default, if that says anything."""
+        """Return a value in TOML: the default if that says anything, else an example."""
         if self.choices:
             return f'"{self.choices[0]}"'
         if self.kind == "tables":
@@ -85,7 +88,9 @@ class Key:
             required = [key for key in keys if key.default is None and not key.optional]
             return f"[{{{', '.join(f'{key.last_name} = {key.example}' for key in required)}}}]"
         if self.default not in (None, "", (), {}):
-            return f'"{self.default}"' if self.kind == "str" else str(self.default).lower()
+            return toml_value(self.default)
+        if self.own_example is not None:
+            return toml_value(self.own_example)
         return _EXAMPLES[self.kind]
 
 
@@ -170,6 +175,7 @@ def _key(name: str, field: FieldInfo, base: Any, optional: bool, metadata: list[
         bounds=_bounds(metadata) if kind in ("int", "float") else "",
         item=_item(base) if kind == "tables" else None,
         is_path=IS_PATH in metadata,
+        own_example=next(iter(field.examples or ()), None),
     )
 
 

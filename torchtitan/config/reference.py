@@ -26,7 +26,7 @@ Unknown keys, wrong types and values out of range are errors; all of them are re
 [from TorchTitan](../start/from_torchtitan.md) has them.
 """
 
-_KINDS = {
+KINDS = {
     "bool": "true or false",
     "int": "integer",
     "float": "number",
@@ -36,9 +36,9 @@ _KINDS = {
     "table": "table",
     "tables": "list of tables",
 }
+"""Kinds of values as a reader calls them."""
 
-
-_NAMED_TABLES = ("handlers", "sinks")
+NAMED_TABLES = ("handlers", "sinks")
 """Free-form tables with a table for each name."""
 
 Models = Mapping[str, type[Section]]
@@ -55,7 +55,7 @@ def reference_page(free_tables: Mapping[str, Models]) -> str:
 
 def _sections(free_tables: Mapping[str, Models]) -> Iterator[str]:
     for section, doc in known_sections().items():
-        if section in _NAMED_TABLES:
+        if section in NAMED_TABLES:
             yield f"## [{section}.NAME]\n\n{_one_line(doc)}\n"
             for name, settings in free_tables[section].items():
                 yield f"### [{section}.{name}]\n"
@@ -98,7 +98,7 @@ def _values(key: Key) -> str:
     if key.choices:
         return ", ".join(f'`"{choice}"`' for choice in key.choices)
     bounds = f" {key.bounds}" if key.bounds else ""
-    return _KINDS[key.kind] + bounds
+    return KINDS[key.kind] + bounds
 
 
 def _code(text: str) -> str:

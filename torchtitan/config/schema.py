@@ -55,7 +55,7 @@ class Section(BaseModel):
 class Job(Section):
     """The run: where it writes and on what it runs."""
 
-    config_file: PathText | None = None
+    config_file: PathText | None = Field(default=None, examples=["my.toml"])
     """TOML file of the run. Values on the command line win over it."""
 
     dump_folder: PathText = "./outputs"
@@ -73,7 +73,7 @@ class Job(Section):
     new_run: bool = False
     """Start afresh in a folder that holds another run; the old folder's content is moved aside."""
 
-    custom_import: Names = ()
+    custom_import: Names = Field(default=(), examples=[["my_project.models"]])
     """Modules to import before the config is checked, to register models, handlers, datasets,
     tokenizers, losses, optimizers, schedules, masks or sinks of metrics."""
 
@@ -98,13 +98,13 @@ class Model(Section):
     by PyTorch's own function on every device; `layernorm` without a bias; `np_layernorm` without
     parameters."""
 
-    handlers: Names = ()
+    handlers: Names = Field(default=(), examples=[["compile"]])
     """Model handlers, applied in this order; each has its settings in `[handlers.NAME]`."""
 
     print_after_conversion: bool = False
     """Log the model's modules after the handlers have changed it, and before it is sharded."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict, examples=[{"n_layers": 4}])
     """Hyper-parameters that override the flavor's, for example `n_layers = 4`."""
 
 
@@ -130,7 +130,7 @@ class Training(Section):
     its `datasets` library reads), or a registered name. `auto` chooses by the files in
     `dataset_path`: `json`, `text`, `parquet` or `tokens`."""
 
-    dataset_path: PathText | None = None
+    dataset_path: PathText | None = Field(default=None, examples=["my_data/*.jsonl"])
     """File, folder or glob to read; `c4` without it streams from the Hugging Face hub. Leave it
     unset when `data.sources` says what to read."""
 
@@ -182,7 +182,7 @@ class Training(Section):
     """Documents packed into one sequence do not attend to, or predict, each other. Unset: on where
     `data.format` is not `text`."""
 
-    loss_chunks: PositiveInt | None = None
+    loss_chunks: PositiveInt | None = Field(default=None, examples=[8])
     """The head and the loss work on a microbatch in this many parts, so that the logits of only one
     part exist at a time. 1 computes them at once. Not set: 8, or fewer where a part would have
     fewer than 512 tokens, which costs time."""
@@ -191,7 +191,7 @@ class Training(Section):
     """Keep parameters, gradients and optimizer state in host memory: a unit's parameters are on the
     device while it computes, and the optimizer steps on the CPU. With FSDP and HSDP, not DDP."""
 
-    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    max_seconds: Annotated[float, Field(gt=0)] | None = Field(default=None, examples=[14400.0])
     """Stop, and save, before a process of the run is this old; the time that a save takes is kept
     free. The same command goes on. For a scheduler's time limit, less what a start takes."""
 
@@ -261,7 +261,7 @@ class Data(Section):
     """Datasets that are mixed by token share, in place of `training.dataset_path`: a table
     `[[data.sources]]` each."""
 
-    lanes: PositiveInt | None = None
+    lanes: PositiveInt | None = Field(default=None, examples=[64])
     """Independent data streams; must divide `global_batch_size`, and the data-parallel degree must
     divide it. Unset: the largest divisor of `global_batch_size` up to 64."""
 
@@ -270,15 +270,17 @@ class Data(Section):
     `instruct`, a question and its answer (`instruction`, `input`, `output`, or `prompt`,
     `completion`); `preference`, two answers (`prompt`, `chosen`, `rejected`)."""
 
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(
+        default_factory=dict, examples=[{"messages": "dialogue", "content": "text"}]
+    )
     """Names in these data of the columns that `format` reads, and of `role` and `content` in a
     message, for example `{messages = "dialogue", content = "text"}`."""
 
-    roles: dict[str, str] = Field(default_factory=dict)
+    roles: dict[str, str] = Field(default_factory=dict, examples=[{"customer": "user"}])
     """Roles of these data as `system`, `developer`, `user`, `assistant` or `tool`, for example
     `{customer = "user"}`. ShareGPT's `human` and `gpt` are known."""
 
-    chat_template: PathText | None = None
+    chat_template: PathText | None = Field(default=None, examples=["chatml"])
     """Jinja template that writes a conversation as text: a file, or `chatml`, `llama3`, `mistral`
     or `qwen3`. Unset: the tokenizer's own, or `chatml` for one without."""
 
@@ -301,21 +303,21 @@ class Data(Section):
     text_column: str = "text"
     """Column (field of a JSON row) that holds the text, or a list of tokens."""
 
-    encoding: str | None = None
+    encoding: str | None = Field(default=None, examples=["latin-1"])
     """Encoding of text and JSON files that begin with no byte-order mark: any codec of Python, such
     as `latin-1`, `cp1252` or `gb18030`. Unset: UTF-8."""
 
-    document_separator: str | None = None
+    document_separator: str | None = Field(default=None, examples=["<|endoftext|>"])
     """Text between two documents of one text file, such as `<|endoftext|>`, which belongs to
     neither. Unset: a text file is one document."""
 
-    subset: str | None = None
+    subset: str | None = Field(default=None, examples=["en"])
     """Subset (configuration) of a Hugging Face dataset. Unset: its only one; `en` for C4."""
 
     split: str = "train"
     """Split of a Hugging Face dataset."""
 
-    revision: str | None = None
+    revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of a hub dataset; a commit keeps the data what they are. Unset: the
     newest."""
 
@@ -332,7 +334,7 @@ class Data(Section):
     shuffle: bool = True
     """Shuffle the documents anew in every epoch, by `debug.seed`."""
 
-    epochs: PositiveInt | None = None
+    epochs: PositiveInt | None = Field(default=None, examples=[3])
     """Passes over the data after which the run ends, even before `training.steps`; may grow later.
     Unset: as many as the steps need. Of several `sources` each has its own passes, and this must be
     unset."""
@@ -341,7 +343,9 @@ class Data(Section):
     """Start the data anew, with the next epoch, if a resume finds other data than the checkpoint's.
     With the same data nothing changes."""
 
-    skip: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), examples=[["1200-1300", "1450"]]
+    )
     """Steps of the data to leave out, for example `["1200-1300", "1450"]`, both ends included. They
     are numbered as the steps of a run that leaves none out."""
 
@@ -380,7 +384,7 @@ class Loss(Section):
     name: str = "cross_entropy"
     """Loss; `torchtitan list losses` prints them with their settings."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict, examples=[{"z_loss_weight": 1e-4}])
     """Settings of the loss, for example `z_loss_weight = 1e-4`; every loss checks its own."""
 
 
@@ -431,7 +435,7 @@ class Optimizer(Section):
     )
     """Exceptions by parameter name. By default norms have no weight decay."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict, examples=[{"momentum": 0.9}])
     """Settings of the chosen optimizer, for example `momentum = 0.9`; every optimizer checks its
     own."""
 
@@ -443,7 +447,7 @@ class LRScheduler(Section):
     """Schedule; `torchtitan list schedules` prints them. The keys below are those of
     `warmup_stable_decay`; other schedules have theirs in `args`."""
 
-    warmup_steps: NonNegativeInt | None = None
+    warmup_steps: NonNegativeInt | None = Field(default=None, examples=[200])
     """Steps in which the learning rate rises linearly; the last of them has the peak. 0: the first
     step has it. Unset: 200, or a fifth of `total_steps` where 200 and the decay do not fit into
     these; stored with the run."""
@@ -459,11 +463,11 @@ class LRScheduler(Section):
     """Fraction of the peak that the learning rate falls towards. The step after the last one would
     have it."""
 
-    total_steps: PositiveInt | None = None
+    total_steps: PositiveInt | None = Field(default=None, examples=[10000])
     """Steps of the schedule, at least `training.steps`: a run that ends before it has the rates of
     the longer one. Unset: `training.steps`."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict, examples=[{"power": 2.0}])
     """Settings of another schedule than `warmup_stable_decay`, which checks them."""
 
     def length(self, training_steps: int) -> int:
@@ -531,7 +535,7 @@ class Parallelism(Section):
     """Order of the forwards and backwards of a step's microbatches. GPipe and 1F1B have one stage
     per rank, ZBVZeroBubble and DualPipeV two, the others two or more."""
 
-    pipeline_parallel_schedule_csv: PathText = ""
+    pipeline_parallel_schedule_csv: PathText = Field(default="", examples=["schedule.csv"])
     """File with a custom schedule, a line per pipeline rank, in the format of
     torch.distributed.pipelining (without communication). It takes the place of
     `pipeline_parallel_schedule`."""
@@ -551,11 +555,13 @@ class Parallelism(Section):
     pipeline_parallel_last_stage_less_layers: NonNegativeInt | None = None
     """Layers that the head counts for in a balanced cut. Unset: by its parameters."""
 
-    module_fqns_per_model_part: Annotated[tuple[Names, ...], Field(strict=False)] = ()
+    module_fqns_per_model_part: Annotated[tuple[Names, ...], Field(strict=False)] = Field(
+        default=(), examples=[[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]]
+    )
     """The modules of every stage by name, instead of a balanced cut: `tok_embeddings`, `layers.0`,
     ..., `norm`, `output`, each in exactly one stage, in order."""
 
-    pipeline_parallel_split_points: Names = ()
+    pipeline_parallel_split_points: Names = Field(default=(), examples=[["layers.8", "layers.16"]])
     """The modules at which a new stage begins, such as `layers.8`, instead of a balanced cut or of
     listing the modules of every stage."""
 
@@ -603,7 +609,7 @@ class Checkpoint(Section):
     interval: PositiveInt = 500
     """Steps between two checkpoints."""
 
-    remote_folder: PathText | None = None
+    remote_folder: PathText | None = Field(default=None, examples=["s3://bucket/runs/mine"])
     """Folder in an object store, such as `s3://bucket/runs/mine`, for a copy of the run. Steps are
     uploaded while training goes on, and `keep_latest_k` counts there, too. A start whose
     `job.dump_folder` lacks the newest step downloads it. Of one run; needs `s3fs`, `gcsfs` or
@@ -641,7 +647,7 @@ class Checkpoint(Section):
     """Save the initial weights as step 0, with one process, and end. A run on any mesh, in the same
     `job.dump_folder`, then starts from them."""
 
-    initial_load_path: PathText | None = None
+    initial_load_path: PathText | None = Field(default=None, examples=["hf://owner/name"])
     """Start of a new run: the folder of a `step-N`, weights that
     `torch.distributed.checkpoint` saved, a Hugging Face folder (safetensors), Meta's folder
     (`consolidated.*.pth`), a GGUF file of a Llama or Qwen3, or `hf://owner/name[@revision]`,
@@ -651,7 +657,7 @@ class Checkpoint(Section):
     """Take only the weights from `initial_load_path`. Else the optimizer's state, the step and the
     place in the data come along."""
 
-    exclude_from_loading: Names = ()
+    exclude_from_loading: Names = Field(default=(), examples=[["optimizer", "lr_scheduler"]])
     """State to leave at its start although `initial_load_path` has it: any of `optimizer`,
     `lr_scheduler`, `dataloader`, `train_state`, `handlers`. Needs
     `initial_load_model_only = false`."""
@@ -720,14 +726,14 @@ class Validation(Section):
     enable: bool = False
     """Measure the loss on data that are not trained on, during the run and at its end."""
 
-    dataset: str | None = None
+    dataset: str | None = Field(default=None, examples=["c4_validation"])
     """Kind of data, as `training.dataset`, where there is one set. Metrics call it `validation`.
     Unset: `auto` for a path, but `c4_validation` for a folder of C4, and without a path."""
 
-    dataset_path: PathText | None = None
+    dataset_path: PathText | None = Field(default=None, examples=["held_out.jsonl"])
     """File, folder or glob of the one set. Leave it unset when `validation.sets` names several."""
 
-    column: str | None = None
+    column: str | None = Field(default=None, examples=["text"])
     """Field of a row that holds the text of the one set. Unset: `data.text_column`."""
 
     sets: Annotated[tuple[ValidationSet, ...], Field(strict=False)] = ()
@@ -740,11 +746,11 @@ class Validation(Section):
     """Most sequences of a set, in training steps: each stands for `training.global_batch_size`
     sequences, whatever the mesh. -1 takes the whole set."""
 
-    local_batch_size: PositiveInt | None = None
+    local_batch_size: PositiveInt | None = Field(default=None, examples=[8])
     """Sequences per data-parallel rank in one forward; changes no loss. Unset:
     `training.local_batch_size`."""
 
-    seq_len: PositiveInt | None = None
+    seq_len: PositiveInt | None = Field(default=None, examples=[2048])
     """Tokens per sequence. Unset: `training.seq_len`."""
 
     lanes: PositiveInt | None = None
@@ -758,20 +764,20 @@ class Validation(Section):
 class Evaluation(Section):
     """Benchmarks of lm-eval, for which the extra `eval` is needed."""
 
-    tasks: Names = ()
+    tasks: Names = Field(default=(), examples=[["hellaswag"]])
     """Tasks, groups or tags to measure the model on, during the run and at its end. Empty: none."""
 
-    task_dir: PathText | None = None
+    task_dir: PathText | None = Field(default=None, examples=["my_tasks"])
     """Folder of YAML files with tasks of your own, in lm-eval's format."""
 
-    freq: PositiveInt | None = None
+    freq: PositiveInt | None = Field(default=None, examples=[1000])
     """Steps between two evaluations; the last step of the run is always followed by one. Unset:
     only that one."""
 
-    num_fewshot: NonNegativeInt | None = None
+    num_fewshot: NonNegativeInt | None = Field(default=None, examples=[5])
     """Solved examples in each prompt. Unset: as many as each task says."""
 
-    limit: PositiveInt | None = None
+    limit: PositiveInt | None = Field(default=None, examples=[100])
     """Only the first so many examples of each task. Unset: all."""
 
     batch_size: PositiveInt = 8
@@ -787,7 +793,7 @@ class Metrics(Section):
     log_freq: PositiveInt = 10
     """Steps between two logged lines."""
 
-    peak_tflops: PositiveFloat | None = None
+    peak_tflops: PositiveFloat | None = Field(default=None, examples=[989.0])
     """Peak of one device in TFLOP/s, dense, in the type that computes: what the model FLOPs
     utilisation (MFU) is a share of. Unset: the maker's bfloat16 figure, for devices that are in the
     table of `utils/device.py`; others have no MFU."""
@@ -803,7 +809,7 @@ class Metrics(Section):
     """Log to Weights & Biases, too; needs the package `wandb`. WANDB_PROJECT, WANDB_TEAM,
     WANDB_RUN_NAME and WANDB_MODE say where and as what."""
 
-    sinks: Names = ()
+    sinks: Names = Field(default=(), examples=[["my_sink"]])
     """Further places to log to, by the names that packages or modules of your own register
     (`torchtitan list sinks`); each has its settings in `[sinks.NAME]`."""
 
@@ -885,7 +891,7 @@ class Debug(Section):
     deterministic_warn_only: bool = False
     """With `deterministic`: warn about operations that have no deterministic form, do not fail."""
 
-    record_tensors: PathText | None = None
+    record_tensors: PathText | None = Field(default=None, examples=["recorded"])
     """Folder for every tensor of the last step, number `training.steps`, in full: what modules
     return, gradients, parameters. `torchtitan bisect` compares two of them."""
 
@@ -906,7 +912,9 @@ class JobConfig(Section):
     job: Job = Field(default_factory=Job)
     model: Model = Field(default_factory=Model)
 
-    handlers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    handlers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, examples=[{"lora": {"rank": 8}}]
+    )
     """Settings of the model handlers, one table each; every handler checks its own."""
 
     training: Training = Field(default_factory=Training)
@@ -921,7 +929,9 @@ class JobConfig(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     metrics: Metrics = Field(default_factory=Metrics)
 
-    sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    sinks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, examples=[{"my_sink": {"folder": "logs"}}]
+    )
     """Settings of the places in `metrics.sinks`, one table each; every sink checks its own."""
 
     profiling: Profiling = Field(default_factory=Profiling)

@@ -35,6 +35,12 @@ def base_path(text: str, folder: Path) -> Path:
     return shipped_configs().get(text, path)
 
 
+def is_config(text: str) -> bool:
+    """Return whether a word can only mean a config: a TOML file, or the name of a shipped one."""
+    is_named = text.endswith(".toml") or text in shipped_configs()
+    return is_named or ("/" in text and Path(expand_path(text)).is_file())
+
+
 def found_elsewhere(text: str, config_file: str | None = None) -> Path | None:
     """Return the file that an absent relative path or glob may mean, or None.
 

@@ -90,6 +90,8 @@ def _fix_of_absent(path: Path) -> str:
     name = nearest(path.stem, shipped_configs()) if path.name == str(path) else None
     if name:
         fix = f"did you mean `{name}`, which comes with the library? Otherwise {fix}"
+    elif path.name == str(path):
+        fix += "; `torchtitan list configs` prints the names of shipped ones"
     if not path.suffix:
         fix += ". A bare word is the config file; checks are `--check` or `--check full`"
     return fix

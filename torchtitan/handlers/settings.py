@@ -37,10 +37,10 @@ class CompileSettings(Section):
 class FreezeSettings(Section):
     """Settings of `freeze`."""
 
-    patterns: Names = ()
+    patterns: Names = Field(default=(), examples=[["tok_embeddings.*", "layers.0.*"]])
     """Globs over full parameter names: what matches one is frozen."""
 
-    only: Names = ()
+    only: Names = Field(default=(), examples=[["output.*"]])
     """In place of `patterns`: what matches one of these globs is trained, all else is frozen."""
 
     @field_validator("only")
@@ -76,11 +76,11 @@ class LoraSettings(Section):
     dropout: Probability = 0.0
     """Probability with which an adapter drops elements of its input; less than 1."""
 
-    targets: Names = ()
+    targets: Names = Field(default=(), examples=[["w[qv]"]])
     """Globs over full names of linears, or their last parts, such as `w[qv]`: these get adapters.
     Empty: all linears in the model's blocks."""
 
-    adapter: PathText | None = None
+    adapter: PathText | None = Field(default=None, examples=["my_adapter"])
     """A folder of PEFT's with the adapters to start from, of the same rank, scale and targets.
     Unset: A is random and B zero. Without effect where a checkpoint has adapters: on a resume, and
     if `checkpoint.initial_load_path` is a step of adapters."""
@@ -100,7 +100,7 @@ class QloraSettings(LoraSettings):
 class LinearSettings(Section):
     """Settings that all low-precision handlers share."""
 
-    filter_fqns: Names = ()
+    filter_fqns: Names = Field(default=(), examples=[["layers.0."]])
     """Linears whose full name contains one of these texts stay as they are. The head is never
     converted: it is computed with the loss, in `training.mixed_precision_param`."""
 
@@ -113,7 +113,7 @@ class Float8Settings(LinearSettings):
     powers of two (more accurate); `rowwise_with_gw_hp` also computes the gradients of weights in
     high precision."""
 
-    filter_fqns: Names = ()
+    filter_fqns: Names = Field(default=(), examples=[["layers.0."]])
     """Linears whose full name contains one of these texts stay as they are;
     `auto_filter_small_kn` stands for those that torchao considers too small to gain."""
 
@@ -161,12 +161,12 @@ class BitNetSettings(LinearSettings):
 class FlexAttentionSettings(Section):
     """Settings of `flex_attention`."""
 
-    masks: Names = ()
+    masks: Names = Field(default=(), examples=[["causal", "sliding_window"]])
     """A token sees what all of these allow: `causal`, `document` (its own document, with
     `training.document_mask`), `sliding_window`, and what is registered. `causal` is always in
     force. Empty: what `training.document_mask` and the window ask for."""
 
-    window: PositiveInt | None = None
+    window: PositiveInt | None = Field(default=None, examples=[4096])
     """Tokens that `sliding_window` lets a token see, itself included. Unset: the model's
     `model.args.sliding_window`."""
 

@@ -65,11 +65,11 @@ class DPOSettings(Section):
     """The model to compare with: a frozen copy of the weights that the run started from, or the
     model without its adapters, which takes no memory."""
 
-    reference_path: PathText | None = None
+    reference_path: PathText | None = Field(default=None, examples=["hf://owner/name"])
     """Weights of the frozen copy, in any format of `checkpoint.initial_load_path`. Unset: those
     that the run starts from."""
 
-    reference_cache: PathText | None = None
+    reference_cache: PathText | None = Field(default=None, examples=["reference"])
     """Folder of files with the reference's log-probabilities, computed once before the first step:
     steps need no second model then. Other runs may share it. Unset: computed in each step."""
 
@@ -104,7 +104,7 @@ class DPOSettings(Section):
 class DistillationSettings(Section):
     """Settings of `distillation`."""
 
-    teacher_path: PathText | None = None
+    teacher_path: PathText | None = Field(default=None, examples=["hf://owner/name"])
     """The teacher: a step of this library, a Hugging Face folder, Meta's or a GGUF, with the same
     tokenizer. It may be of another family and size."""
 
@@ -114,7 +114,7 @@ class DistillationSettings(Section):
     temperature: PositiveFloat = 1.0
     """Divides the logits of both models: above 1 unlikely tokens count more."""
 
-    top_k: PositiveInt | None = None
+    top_k: PositiveInt | None = Field(default=None, examples=[64])
     """Compare only the teacher's most likely tokens, which are recorded as numbers of them. Unset:
     the whole vocabulary."""
 

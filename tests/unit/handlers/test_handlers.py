@@ -269,7 +269,7 @@ def test_help_and_schema_show_the_settings_of_a_module(
     monkeypatch.syspath_prepend(tmp_path)
 
     def output(*more: str) -> str:
-        assert main(["train", "--help", *more]) == 0
+        assert main(["train", "--help", "all", *more]) == 0
         return capsys.readouterr().out
 
     own, built_in = "--handlers.freeze_one.name", "--handlers.float8.recipe_name"

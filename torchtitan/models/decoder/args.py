@@ -48,10 +48,10 @@ class DecoderArgs(ModelArgs):
     n_kv_heads: PositiveInt | None = None
     """Key and value heads, each shared by a group of query heads. Unset: as many as `n_heads`."""
 
-    head_dim: PositiveInt | None = None
+    head_dim: PositiveInt | None = Field(default=None, examples=[128])
     """Channels of a head, an even number. Unset: `dim` / `n_heads`, which must divide evenly."""
 
-    ffn_dim: Width | None = None
+    ffn_dim: Width | None = Field(default=None, examples=[14336])
     """Hidden width of the feed-forward. Unset: 4 times `dim`."""
 
     qkv_bias: bool = False
@@ -99,7 +99,7 @@ class DecoderArgs(ModelArgs):
     rope_attention_factor: PositiveFloat | None = None
     """`yarn`: factor of queries and of keys. Unset: 0.1 ln(`rope_scaling_factor`) + 1."""
 
-    sliding_window: PositiveInt | None = None
+    sliding_window: PositiveInt | None = Field(default=None, examples=[4096])
     """Each token attends to this many of the latest tokens, itself included. Unset: to all."""
 
     tied_embeddings: bool = False
