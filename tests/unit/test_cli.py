@@ -45,7 +45,7 @@ def cli() -> Iterator[CliServer]:
         (["train", "--help"], "--training.seq_len"),
         (["config"], "usage: torchtitan config"),
         (["config", "schema"], '"title": "torchtitan run"'),
-        (["config", "docs"], "# Config reference"),
+        (["config", "docs"], "# Every setting"),
         (["config", "show", "--training.steps=5"], "# command line"),
         (["list", "models"], "llama3"),
         (["list", "datasets"], "stdlib"),

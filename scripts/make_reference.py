@@ -1,0 +1,204 @@
+"""Write the pages of docs/reference/ that list what the code has:
+python scripts/make_reference.py
+
+commands.md comes from the parser of the command line, registries.md from the registries,
+exit_statuses.md from the constants, messages.md from the source (make_messages.py). settings.md is
+written by make_config_docs.py, refusals.md by make_refusals.py.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import make_messages
+
+from torchtitan.commands.config import reference as settings_page
+from torchtitan.commands.list import _rows, lists
+from torchtitan.commands.parser import CommandParser
+from torchtitan.commands.table import COMMANDS, build_parser
+from torchtitan.config import exit_codes
+from torchtitan.config.registry import BUILT_IN
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+MADE = "<!-- Made by scripts/make_reference.py. Do not edit. -->\n"
+WIDTH = 88
+
+
+def commands() -> str:
+    """The page of all commands."""
+    parsers = build_parser()._commands
+    lines = [COMMANDS_TEXT]
+    for group, names in groupby(COMMANDS, key=lambda name: COMMANDS[name].group):
+        lines.append(f"## {group}\n")
+        for name in names:
+            lines += _command(name, parsers[name])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _command(name: str, parser: CommandParser) -> Iterator[str]:
+    yield f"### {name}\n"
+    yield from _description(parser.description or "")
+    if parser._commands:
+        for action, inner in parser._commands.items():
+            yield from _command(f"{name} {action}", inner)
+        return
+    usage = f"torchtitan {parser.usage_text().removeprefix('torchtitan ')}"
+    yield _fenced(textwrap.fill(usage, WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False))
+    for group in parser._action_groups:
+        shown = [action for action in group._group_actions if _is_shown(action)]
+        if shown:
+            title = group.title if group.title not in TITLES else TITLES[group.title]
+            yield from _table((title, ""), [(_usage_of(action), _help_of(action)) for action in shown])
+
+
+def _is_shown(action: argparse.Action) -> bool:
+    return action.help != argparse.SUPPRESS and "--help" not in action.option_strings
+
+
+def _usage_of(action: argparse.Action) -> str:
+    """An option as it is written, without spellings that differ in `_` and `-` only."""
+    if not action.option_strings:
+        return f"`{action.metavar or action.dest}`"
+    value = ""
+    if action.nargs != 0:
+        choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
+        value = str(action.metavar or choices or action.dest.upper())
+        value = f" [{value}]" if action.nargs == "?" else f" {value}"
+    names = {name.replace("_", "-"): name for name in reversed(action.option_strings)}
+    return ", ".join(f"`{name}{value}`" for name in reversed(names.values()))
+
+
+def _help_of(action: argparse.Action) -> str:
+    text = (action.help or "") % {**vars(action), "prog": "torchtitan"}
+    return text[:1].upper() + text[1:] + "." * (not text.endswith((".", ")"))) if text else ""
+
+
+def _description(text: str) -> Iterator[str]:
+    """Paragraphs as they are; blocks that are indented, and so aligned, in a fence."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        if paragraph.startswith("  "):
+            yield _fenced(textwrap.dedent(paragraph))
+        else:
+            sentence = paragraph[:1].upper() + paragraph[1:]
+            yield sentence + "." * (not sentence.endswith((".", ":"))) + "\n"
+
+
+def registries() -> str:
+    """The page of all names that a config may use."""
+    lines = [REGISTRIES_TEXT]
+    headings = re.findall(r"^###? (\[.*)$", settings_page(), re.MULTILINE)
+    for name, registry in lists().items():
+        lines.append(f"## {name[:1].upper()}{name[1:]}\n")
+        if registry is None:
+            lines.append(CONFIGS_TEXT)
+            rows = [_config_row(config, text) for config, text in _rows(name, None)]
+        else:
+            lines.append(
+                f"For `{registry.key}`. Others come from `job.custom_import`, or from packages with"
+                f" the entry point `{registry.group}` ([extending](../guides/extending.md)).\n"
+            )
+            own = [
+                (entry, text)
+                for entry, text in _rows(name, registry)
+                if entry not in registry or registry.origin(entry) == BUILT_IN
+            ]
+            rows = [(_linked(entry, registry.key, headings), _cell(text)) for entry, text in own]
+        lines += _table(("name", ""), rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _config_row(name: str, text: str) -> tuple[str, str]:
+    """Of a shipped TOML; what a dry run counts, or how else to start it, is in the file."""
+    return f"[`{name}`](../../train_configs/{name}.toml)", re.split(r"; a dry run|\. ", text)[0]
+
+
+def _linked(entry: str, key: str, headings: list[str]) -> str:
+    """The name, with a link to its table of settings if it has one."""
+    table = "handlers" if key == "model.handlers" else key.removesuffix(".name")
+    table = f"{table}.args" if key.endswith(".name") else f"{table}.{entry}"
+    for heading in headings:
+        section, _, names = heading.partition("] of ")
+        if heading == f"[{table}]" or (section == f"[{table}" and entry in names.split(", ")):
+            slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            return f"[`{entry}`](settings.md#{slug})"
+    return f"`{entry}`"
+
+
+def exit_statuses() -> str:
+    """The page of exit statuses."""
+    body = ast.parse(inspect.getsource(exit_codes)).body
+    docs = {
+        node.targets[0].id: inspect.cleandoc(doc.value.value)
+        for node, doc in zip(body, body[1:])
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+    rows = []
+    for name, doc in docs.items():
+        status = getattr(exit_codes, name)
+        errors = [kind.__name__ for kind, code in exit_codes._BY_ERROR.items() if code == status]
+        text = " ".join(doc.split())
+        rows.append((str(status), text, ", ".join(f"`{error}`" for error in errors)))
+    return "\n".join([EXIT_TEXT, *_table(("status", "meaning", "error in Python"), rows)])
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [head, ("---",) * len(head), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _fenced(text: str) -> str:
+    return f"```text\n{text}\n```\n"
+
+
+TITLES: dict[Any, str] = {"positional arguments": "arguments", None: "options"}
+COMMANDS_TEXT = f"""# Commands
+
+{MADE}
+`torchtitan COMMAND --help` prints the same. Commands that take `--section.key value` read a config
+first; [settings](settings.md) has every key, and [exit statuses](exit_statuses.md) how a command
+ends. `-` and `_` are the same in an option.
+"""
+REGISTRIES_TEXT = f"""# Names
+
+{MADE}
+Every name that a config may use, as `torchtitan list` prints it. Names that installed packages and
+your own modules add are printed too, with their origin.
+"""
+CONFIGS_TEXT = """TOMLs to start from: `torchtitan train NAME`, or `torchtitan config copy NAME FILE` for a copy to
+edit. The comment at the top of each says how to start it.
+"""
+EXIT_TEXT = f"""# Exit statuses
+
+{MADE}
+torchrun turns every status but 0 into 1. So a scheduler reads `run_status.json` in the run folder: `exit_code`
+as here, `status` in a word, `error` in a line, and `requeue`, which is true if the same command may
+well go on by itself ([launching](../guides/launching.md#stopping-and-starting-again)).
+"""
+PAGES = {
+    "commands.md": commands,
+    "registries.md": registries,
+    "exit_statuses.md": exit_statuses,
+    "messages.md": make_messages.page,
+}
+
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (FOLDER / name).write_text(make(), encoding="utf-8")
+        print(f"wrote {FOLDER / name}")
