@@ -9,7 +9,7 @@ import builtins
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +54,16 @@ class Module:
         return (ast.get_docstring(self.tree) or "").partition("\n\n")[0].replace("\n", " ")
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def all_calls(self) -> list[ast.Call]:
+        return [node for node in self.nodes if isinstance(node, ast.Call)]
+
+    @cached_property
     def functions(self) -> dict[str, Function]:
-        return {node.name: node for node in ast.walk(self.tree) if isinstance(node, Function)}
+        return {node.name: node for node in self.nodes if isinstance(node, Function)}
 
     @cached_property
     def constants(self) -> dict[str, ast.expr]:
@@ -70,7 +78,7 @@ class Module:
     def imports(self) -> dict[str, tuple[str, str]]:
         return {
             alias.asname or alias.name: (node.module, alias.name)
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.ImportFrom) and node.module
             for alias in node.names
         }
@@ -79,11 +87,9 @@ class Module:
     def function_of(self) -> dict[ast.AST, Function]:
         """The innermost function around each node."""
         found: dict[ast.AST, Function] = {}
-        for function in self.functions.values():
-            for node in ast.walk(function):
-                known = found.get(node)
-                if node is not function and (known is None or function.lineno > known.lineno):
-                    found[node] = function
+        for function in self.nodes:
+            if isinstance(function, Function):  # outer ones come first
+                found.update(dict.fromkeys(list(ast.walk(function))[1:], function))
         return found
 
 
@@ -130,7 +136,7 @@ class Reader:
         bases = {
             node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
             for module in self.modules.values()
-            for node in ast.walk(module.tree)
+            for node in module.nodes
             if isinstance(node, ast.ClassDef)
         }
         known = {
@@ -143,9 +149,7 @@ class Reader:
         return known - {"AssertionError", "KeyError", "StopIteration", "ConfigError"}
 
     def _calls(self, module: Module) -> Iterator[Call]:
-        for node in ast.walk(module.tree):
-            if not isinstance(node, ast.Call):
-                continue
+        for node in module.all_calls:
             function = module.function_of.get(node)
             for call in self._messages_of(node, function):
                 yield call
@@ -186,8 +190,8 @@ class Reader:
         used = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
         if not used & set(parameters[is_method:]):
             return
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Call) and _name_of(node.func) == function.name:
+        for node in module.all_calls:
+            if _name_of(node.func) == function.name:
                 places = parameters[is_method:] if isinstance(node.func, ast.Attribute) else parameters
                 given = dict(zip(places, node.args))
                 given |= {word.arg: word.value for word in node.keywords if word.arg}
@@ -292,7 +296,8 @@ def _assigned(name: str, use: ast.AST, function: Function) -> list[ast.expr]:
     """The values that a name may have at `use`: of the assignments before it, back to one that
     always happens."""
     before = []
-    for block, is_around in _blocks(function, use):
+    for block in _blocks(function):
+        is_around = block[0].lineno <= use.lineno <= (block[-1].end_lineno or 0)
         for node in block:
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -307,14 +312,12 @@ def _assigned(name: str, use: ast.AST, function: Function) -> list[ast.expr]:
     return values
 
 
-def _blocks(function: Function, use: ast.AST) -> Iterator[tuple[list[ast.stmt], bool]]:
-    """All lists of statements in a function; True for those that `use` lies in."""
-    for node in ast.walk(function):
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list) and block:
-                last = block[-1].end_lineno or block[-1].lineno
-                yield block, block[0].lineno <= use.lineno <= last
+@cache
+def _blocks(function: Function) -> list[list[ast.stmt]]:
+    """All lists of statements in a function."""
+    fields = ("body", "orelse", "finalbody")
+    found = [getattr(node, name, None) for node in ast.walk(function) for name in fields]
+    return [block for block in found if isinstance(block, list) and block]
 
 
 def _bound(target: ast.expr, value: ast.expr) -> dict[str, ast.expr]:
