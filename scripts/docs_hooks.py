@@ -2,7 +2,7 @@
 
 mkdocs calls these (`hooks` in mkdocs.yml). The pages at the top of the clone become pages of the
 site, the README its start page; any other file that a page links to becomes a page that shows it.
-Pictures in two colours, `<picture>` on GitHub, become two images that the site's theme chooses from.
+Pictures in two colours, `<picture>` on GitHub, become two images, of which the theme shows one.
 """
 
 import posixpath
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from mkdocs.structure.files import File, Files, InclusionLevel
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
 TOP_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
-_PICTURE = re.compile(r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S)
+_PICTURE = re.compile(
+    r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S
+)
 
 
 def on_files(files, config):

@@ -125,8 +125,8 @@ class Reader:
         known = "\n".join(f"{message.text}\n{message.fix}" for message in found)
         for node in _sentences(module.tree):
             texts = _without_codes(self.texts(node, module, module.function_of.get(node)))
-            for text in (part for text in texts for part in text.split(". Fix: ")):
-                text = text.strip(f" ;:,.{UNKNOWN}")
+            for part in ". Fix: ".join(texts).split(". Fix: "):
+                text = part.strip(f" ;:,.{UNKNOWN}")
                 if len(re.findall(r"(?<!\S)[A-Za-z]+(?!\S)", text)) > 3 and text not in known:
                     known += f"\n{text}"
                     yield Message(PART, text, "")
@@ -192,7 +192,9 @@ class Reader:
             return
         for node in module.all_calls:
             if _name_of(node.func) == function.name:
-                places = parameters[is_method:] if isinstance(node.func, ast.Attribute) else parameters
+                places = (
+                    parameters[is_method:] if isinstance(node.func, ast.Attribute) else parameters
+                )
                 given = dict(zip(places, node.args))
                 given |= {word.arg: word.value for word in node.keywords if word.arg}
                 if not any(_has_words(given[name]) for name in used & given.keys()):
@@ -406,8 +408,9 @@ TEXT = """# Messages
 
 <!-- Made by scripts/make_reference.py. Do not edit. -->
 
-Every message that the library can print, by the module that prints it, with what to do about it. Look for
-a part of yours without names and numbers: they are `…` here. An error about a setting begins with its key,
-and ends with `Fix:` and what is in the last column. What ends a run, and with which status, is in
-[exit statuses](exit_statuses.md); which settings do not go together, in [refusals](refusals.md).
+Every message that the library can print, by the module that prints it, with what to do about it.
+Look for a part of yours without names and numbers: they are `…` here. An error about a setting
+begins with its key, and ends with `Fix:` and what is in the last column. What ends a run, and with which
+status, is in [exit statuses](exit_statuses.md); which settings do not go together, in
+[refusals](refusals.md).
 """

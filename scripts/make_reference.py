@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ def _command(name: str, parser: CommandParser) -> Iterator[str]:
     for group in parser._action_groups:
         shown = [action for action in group._group_actions if _is_shown(action)]
         if shown:
-            title = group.title if group.title not in TITLES else TITLES[group.title]
-            yield from _table((title, ""), [(_usage_of(action), _help_of(action)) for action in shown])
+            title = TITLES.get(group.title, group.title)
+            yield from _table(
+                (title, ""), [(_usage_of(action), _help_of(action)) for action in shown]
+            )
 
 
 def _is_shown(action: argparse.Action) -> bool:
@@ -137,7 +139,7 @@ def exit_statuses() -> str:
     body = ast.parse(inspect.getsource(exit_codes)).body
     docs = {
         node.targets[0].id: inspect.cleandoc(doc.value.value)
-        for node, doc in zip(body, body[1:])
+        for node, doc in pairwise(body)
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant)
@@ -180,15 +182,15 @@ REGISTRIES_TEXT = f"""# Names
 Every name that a config may use, as `torchtitan list` prints it. Names that installed packages and
 your own modules add are printed too, with their origin.
 """
-CONFIGS_TEXT = """TOMLs to start from: `torchtitan train NAME`, or `torchtitan config copy NAME FILE` for a copy to
-edit. The comment at the top of each says how to start it.
+CONFIGS_TEXT = """TOMLs to start from: `torchtitan train NAME`, or, for a copy to edit,
+`torchtitan config copy NAME FILE`. The comment at the top of each says how to start it.
 """
 EXIT_TEXT = f"""# Exit statuses
 
 {MADE}
-torchrun turns every status but 0 into 1. So a scheduler reads `run_status.json` in the run folder: `exit_code`
-as here, `status` in a word, `error` in a line, and `requeue`, which is true if the same command may
-well go on by itself ([launching](../guides/launching.md#stopping-and-starting-again)).
+torchrun turns every status but 0 into 1. So a scheduler reads `run_status.json` in the run folder:
+`exit_code` as here, `status` in a word, `error` in a line, and `requeue`, which is true if
+the same command may well go on by itself ([launching](../guides/launching.md#stopping-and-starting-again)).
 """
 PAGES = {
     "commands.md": commands,

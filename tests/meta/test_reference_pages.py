@@ -1,14 +1,18 @@
-"""The pages that scripts/make_reference.py writes are what it would write now."""
+"""docs/reference/ is what scripts/make_reference.py would write now; all metrics are documented."""
 
+import ast
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import make_messages
-import make_reference
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import make_messages  # noqa: E402
+import make_reference  # noqa: E402
+
+from torchtitan.metrics.sinks import TENSORBOARD_TAGS  # noqa: E402
 
 
 @pytest.mark.parametrize("name", make_reference.PAGES)
@@ -70,3 +74,26 @@ def test_messages_that_users_have_met_are_found():
         "another job is using it",
     ):
         assert part in page, part
+
+
+def record_keys() -> set[str]:
+    """The keys of records that the code of metrics writes, `NAME` for what is named at run time."""
+    metrics, found = ROOT / "torchtitan" / "metrics", set(TENSORBOARD_TAGS)
+    for node in (
+        node
+        for name in ("logger.py", "rank_times.py", "goodput.py")
+        for node in ast.walk(ast.parse((metrics / name).read_text()))
+    ):
+        keys = node.keys if isinstance(node, ast.Dict) else []
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "record":
+            keys = [node.slice]
+        found |= {key.value for key in keys if isinstance(key, ast.Constant)}
+    return found
+
+
+def test_every_key_of_a_record_is_in_the_page_of_metrics_with_its_tag():
+    page = (ROOT / "docs" / "guides" / "metrics.md").read_text(encoding="utf-8")
+    keys = record_keys()
+    assert {"loss", "own_seconds/median", "num_ooms"} <= keys
+    assert sorted(key for key in keys if f"`{key}`" not in page) == []
+    assert sorted(tag for tag in TENSORBOARD_TAGS.values() if f"`{tag}" not in page) == []
