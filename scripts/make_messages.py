@@ -410,7 +410,7 @@ TEXT = """# Messages
 
 Every message that the library can print, by the module that prints it, with what to do about it.
 Look for a part of yours without names and numbers: they are `…` here. An error about a setting
-begins with its key, and ends with `Fix:` and what is in the last column. What ends a run, and with which
-status, is in [exit statuses](exit_statuses.md); which settings do not go together, in
+begins with its key, and ends with `Fix:` and what is in the last column. What ends a run, and
+with which status, is in [exit statuses](exit_statuses.md); which settings do not go together, in
 [refusals](refusals.md).
 """

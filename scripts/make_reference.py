@@ -190,7 +190,8 @@ EXIT_TEXT = f"""# Exit statuses
 {MADE}
 torchrun turns every status but 0 into 1. So a scheduler reads `run_status.json` in the run folder:
 `exit_code` as here, `status` in a word, `error` in a line, and `requeue`, which is true if
-the same command may well go on by itself ([launching](../guides/launching.md#stopping-and-starting-again)).
+the same command may well go on by itself
+([launching](../guides/launching.md#stopping-and-starting-again)).
 """
 PAGES = {
     "commands.md": commands,
