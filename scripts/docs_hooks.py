@@ -1,10 +1,12 @@
 """Let the site's pages link to files of the clone that are not in docs/, as they do on GitHub.
 
 mkdocs calls these (`hooks` in mkdocs.yml). The pages at the top of the clone become pages of the
-site, the README its start page; any other file that a page links to becomes a page that shows it.
+site, the README its start page; any other file that a page links to becomes a page that shows it,
+and a notebook a page with its text and code.
 Pictures in two colours, `<picture>` on GitHub, become two images, of which the theme shows one.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -25,6 +27,9 @@ def on_files(files, config):
     for name in TOP_PAGES:
         if (root / name).exists():
             files.append(File.generated(config, name, abs_src_path=str(root / name)))
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        uri = file.src_uri.replace(".ipynb", ".md")
+        files.append(File.generated(config, uri, content=_notebook_page(file.content_string)))
     for page in list(files.documentation_pages()):
         for _, link in _LINK.findall(page.content_string):
             path = _path_in_clone(page.src_uri, link)
@@ -63,7 +68,7 @@ def _uri_of(path: str) -> str:
     if path in TOP_PAGES:
         return path
     if path.startswith(DOCS) and path.endswith((".md", ".png", ".svg", ".ipynb")):
-        return path.removeprefix(DOCS)
+        return path.removeprefix(DOCS).replace(".ipynb", ".md")
     return f"source/{path}.md"
 
 
@@ -72,3 +77,10 @@ def _source_page(path: str, text: str) -> str:
     fence = "`" * 5
     head = f"---\ntitle: {path}\nsearch:\n  exclude: true\n---\n"
     return f"{head}# `{path}`\n\n{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
+def _notebook_page(text: str) -> str:
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(
+        source if kind == "markdown" else f"```python\n{source}\n```" for kind, source in cells
+    )

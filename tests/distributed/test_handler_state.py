@@ -1,4 +1,4 @@
-"""A handler's state is in checkpoints. The handler is the average of docs/guides/handlers.md."""
+"""A handler's state is in checkpoints. The handler is the average of docs/guides/own_handler.md."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""A handler that adds parameters to linears (docs/guides/handlers.md), on meshes that cut them."""
+"""A handler that adds parameters to linears (docs/guides/own_handler.md), on meshes that cut them."""
 
 from typing import Any
 

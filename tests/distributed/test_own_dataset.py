@@ -1,4 +1,4 @@
-"""The datasets that docs/guides/datasets.md shows how to write, trained on as it says."""
+"""The datasets that docs/guides/own_dataset.md shows how to write, trained on as it says."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.distributed import runs
 from tests.forked import execute
 
-PAGE = (runs.ROOT / "docs" / "guides" / "datasets.md").read_text("utf-8")
+PAGE = (runs.ROOT / "docs" / "guides" / "own_dataset.md").read_text("utf-8")
 SECTION = PAGE.partition("## Custom datasets")[2]
 
 

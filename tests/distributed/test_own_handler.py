@@ -1,4 +1,4 @@
-"""The handler of docs/guides/handlers.md, trained and tested as the page says; and the tokenizer of
+"""The handler of docs/guides/own_handler.md, trained and tested as the page says; and the tokenizer of
 docs/guides/tokenizers.md."""
 
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.distributed import runs
 from tests.forked import execute
 
-PAGE = (runs.ROOT / "docs" / "guides" / "handlers.md").read_text("utf-8")
+PAGE = (runs.ROOT / "docs" / "guides" / "own_handler.md").read_text("utf-8")
 LESSON, _, TESTING = PAGE.partition("## Testing it")
 
 FORKED = """

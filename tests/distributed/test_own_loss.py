@@ -1,4 +1,4 @@
-"""The loss that docs/guides/losses.md shows how to write, and our own losses' settings, in runs."""
+"""The loss that docs/guides/own_loss.md shows how to write, and our own losses' settings, in runs."""
 
 import math
 import os
@@ -11,7 +11,7 @@ import pytest
 from tests.distributed import runs
 from tests.forked import execute
 
-PAGE = (runs.ROOT / "docs" / "guides" / "losses.md").read_text("utf-8")
+PAGE = (runs.ROOT / "docs" / "guides" / "own_loss.md").read_text("utf-8")
 SECTION = PAGE.partition("## A custom loss")[2]
 STEPS = 4
 VALIDATED = (

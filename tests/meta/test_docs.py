@@ -249,7 +249,7 @@ def test_python_blocks_import_what_is_there(page: Path):
 
 
 def test_pages_have_blocks():
-    for language, page in (("toml", "guides/memory.md"), ("python", "guides/models.md")):
+    for language, page in (("toml", "guides/memory.md"), ("python", "guides/own_model.md")):
         assert blocks(ROOT / "docs" / page, language)
 
 
@@ -298,8 +298,8 @@ def test_links_lead_somewhere(page: Path):
     assert [t for t in local if not os.path.exists(page.parent / t)] == []
 
 
-def test_the_tree_in_the_readme_exists():
-    block = re.search(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+def test_the_tree_in_contributing_exists():
+    block = re.search(r"^```text\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M)
     assert block
     folder, missing = ROOT, []
     for line in block[1].splitlines():

@@ -166,5 +166,5 @@ def _loss(context: RunContext) -> list[ConfigIssue]:
         "this loss needs the logits of the whole vocabulary, and a rank has a part of them with"
         f" parallelism.tensor_parallel_degree = {degree}"
     )
-    fix = "derive the loss from ChunkedLoss (docs/guides/losses.md), or set the degree to 1"
+    fix = "derive the loss from ChunkedLoss (docs/guides/own_loss.md), or set the degree to 1"
     return [ConfigIssue("loss.name", problem, fix, section.name)]

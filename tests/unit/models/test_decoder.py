@@ -164,7 +164,7 @@ class ParallelDecoder(Decoder):
 
 
 def test_another_block():
-    """The example of docs/guides/models.md."""
+    """The example of docs/guides/own_model.md."""
     model, plain = ParallelDecoder(SMALL).double(), build(dtype=torch.float64)
     model.load_state_dict(plain.state_dict())
     tokens, positions = tokens_and_positions()
