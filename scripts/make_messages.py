@@ -1,7 +1,8 @@
-"""Find the messages that the library can print, for docs/reference/messages.md.
+"""Find the messages that the library can print, for docs/reference/messages.md, which
+python scripts/make_reference.py writes.
 
 Reads the source: what issues, errors and the log are given, with names followed to the strings that
-they stand for. What is only known when it runs is `…`. make_reference.py writes the page.
+they stand for. What is only known when it runs is `…`.
 """
 
 import ast
@@ -395,12 +396,15 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+ESCAPED = r"([*<>\[\]#\\](?!\|)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
+
+
 def _cell(text: str) -> str:
     """The text as Markdown shows it: what is in backticks is code already."""
     parts = text.replace("|", "\\|").split("`")
     if len(parts) % 2 == 0:
         parts = ["'".join(parts)]
-    parts[::2] = [re.sub(r"([*_<>\[\]#\\](?!\|))", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(ESCAPED, r"\\\1", part) for part in parts[::2]]
     return "`".join(parts).strip()
 
 

@@ -299,7 +299,9 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_the_tree_in_contributing_exists():
-    block = re.search(r"^```text\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M)
+    block = re.search(
+        r"^```text\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.M
+    )
     assert block
     folder, missing = ROOT, []
     for line in block[1].splitlines():

@@ -1,5 +1,6 @@
 """The docs as a site: mkdocs builds it without a warning, and warns of what would be broken."""
 
+import json
 import os
 import re
 import shutil
@@ -58,7 +59,7 @@ def test_pages_load_nothing_from_the_network(site: Path):
 
 
 def test_what_is_broken_fails(tmp_path: Path):
-    """A dead link, a dead anchor, a dead picture, and pages that only nav or only docs/ has."""
+    """Links, anchors and pictures that lead nowhere, and pages that only nav or only docs/ has."""
     for path in ROOT.iterdir():
         if path.name not in ("docs", "mkdocs.yml"):
             (tmp_path / path.name).symlink_to(path)
@@ -69,12 +70,22 @@ def test_what_is_broken_fails(tmp_path: Path):
     )
     page.write_text(f"{page.read_text()}\n{faults}\n")
     (tmp_path / "docs" / "guides" / "orphan.md").write_text("# Orphan\n")
+    cells = [{"cell_type": "markdown", "source": ["# Notes\n", "[e](no_notes.md)"]}]
+    (tmp_path / "docs" / "guides" / "notes.ipynb").write_text(json.dumps({"cells": cells}))
     nav = (ROOT / "mkdocs.yml").read_text()
-    (tmp_path / "mkdocs.yml").write_text(nav.replace("- index.md", "- index.md\n  - ghost.md"))
+    (tmp_path / "mkdocs.yml").write_text(nav.replace("nav:\n", "nav:\n  - ghost.md\n"))
     done = build(tmp_path, tmp_path / "site")
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert done.returncode != 0
-    for fault in ("no_page.md", "#no-anchor", "train_configs/no.toml", "no.svg", "ghost.md"):
+    found = (
+        "no_page.md",
+        "#no-anchor",
+        "train_configs/no.toml",
+        "no.svg",
+        "ghost.md",
+        "no_notes.md",
+    )
+    for fault in found:
         assert len([line for line in warnings if fault in line]) == 1, done.stderr
-    assert "  - guides/orphan.md" in done.stderr
-    assert len(warnings) == 6, done.stderr
+    assert "  - guides/orphan.md" in done.stderr and "  - guides/notes.md" in done.stderr
+    assert len(warnings) == len(found) + 1, done.stderr

@@ -77,9 +77,7 @@ def convert_model(
         shown = ", ".join(missing[:_MAX_LISTED])
         more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
         problem = f"it adds {shown}{more} to the model, and no handler gives an init rule for it"
-        fix = (
-            "give the handler an init_rule(name) that returns an InitRule (docs/guides/own_handler.md)"
-        )
+        fix = "give the handler an init_rule(name) that returns an InitRule (docs/guides/own_handler.md)"
         raise ConfigError(ConfigIssue("model.handlers", problem, fix, added[missing[0]].name))
     return rules
 

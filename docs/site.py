@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 DOCS = "docs/"
 TOP_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
-_LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
+_LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )(?!\w+:|#)([^)#\s]+)", re.MULTILINE)
 _PICTURE = re.compile(
     r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S
 )
