@@ -15,6 +15,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 DOCS = "docs/"
 TOP_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+LOOKED_UP = ("reference/messages.md", "reference/settings.md")
+"""Pages that the search prefers: who pastes a message or a key wants these."""
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )(?!\w+:|#)([^)#\s]+)", re.MULTILINE)
 _PICTURE = re.compile(
     r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S
@@ -50,6 +52,8 @@ def on_page_markdown(markdown, page, config, files: Files):
             return match[0]  # mkdocs reports it
         return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
 
+    if page.file.src_uri in LOOKED_UP:
+        page.meta["search"] = {"boost": 3}
     if page.file.src_uri.startswith("source/"):
         return markdown
     markdown = _PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", markdown)

@@ -40,6 +40,8 @@ def test_every_page_is_built_and_found_by_the_search(site: Path):
         assert (site / place / "index.html").is_file()
         assert f'"location":"{place.as_posix().removeprefix(".")}' in index
     assert "source/" not in index, "files of the clone would bury the pages"
+    preferred = [doc["location"] for doc in json.loads(index)["docs"] if doc.get("boost")]
+    assert {"reference/messages/", "reference/settings/"} <= set(preferred)
 
 
 def test_a_page_shows_the_files_of_the_clone_that_it_links_to(site: Path):
