@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "…"
 MOST = 12
 """Wordings of one message; more are not told apart."""
@@ -23,8 +22,6 @@ ERROR, WARNING, NOTICE, PART = "error: ", "warning: ", "notice: ", f"{UNKNOWN} "
 LOG_KINDS = {"info": NOTICE, "warning": WARNING, "error": ERROR, "exception": ERROR}
 NOT_PRINTED = ("AssertionError", "Command", "Library")
 """Callables whose texts a user does not see, or sees in the help."""
-NOT_MESSAGES = ("torchtitan.config.reference", "torchtitan.weights.model_card")
-"""Modules that make pages."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -114,7 +111,8 @@ class Reader:
             texts = self.texts(call.text, module, call.function)
             keys = self.texts(call.key, module, call.function) if call.key else [""]
             fixes = self.texts(call.fix, module, call.function) if call.fix else [""]
-            key = f"`{keys[0]}`: " if keys[0] not in ("", UNKNOWN) else ""
+            key = f"{keys[0]}: " if keys[0] not in ("", UNKNOWN) else ""
+            key = re.sub(r"^([^…]+): ", r"`\1`: ", key)
             fix = " / ".join(dict.fromkeys(fix for fix in fixes if _says_something(fix)))
             for text in filter(_says_something, texts):
                 problem, _, own_fix = text.partition(". Fix: ")
@@ -369,52 +367,3 @@ def _squeezed(text: str) -> str:
 
 def _says_something(text: str) -> bool:
     return len(re.findall(r"[a-z]{2,}", text.replace(UNKNOWN, " "), re.IGNORECASE)) > 1
-
-
-def page() -> str:
-    """The page."""
-    reader, lines = Reader(ROOT / "torchtitan"), [TEXT]
-    rooms: dict[str, list[Module]] = {}
-    for name, module in reader.modules.items():
-        if name in NOT_MESSAGES:
-            continue
-        rooms.setdefault(".".join(name.split(".")[:2]), []).append(module)
-    for room, modules in rooms.items():
-        doc = reader.modules[room].doc if room in reader.modules else ""
-        found = [(module, reader.messages(module)) for module in modules]
-        if not any(messages for _, messages in found):
-            continue
-        lines.append(f"## {room.rpartition('.')[2]}\n\n{doc}\n")
-        for module, messages in found:
-            if not messages:
-                continue
-            if module.name != room:
-                lines.append(f"### {module.name.partition('.')[2]}\n\n{module.doc}\n")
-            lines += ["| message | what to do |", "|---|---|"]
-            lines += [f"| {m.kind}{_cell(m.text)} | {_cell(m.fix)} |" for m in messages]
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-ESCAPED = r"([*<>\[\]#\\](?!\|)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
-
-
-def _cell(text: str) -> str:
-    """The text as Markdown shows it: what is in backticks is code already."""
-    parts = text.replace("|", "\\|").split("`")
-    if len(parts) % 2 == 0:
-        parts = ["'".join(parts)]
-    parts[::2] = [re.sub(ESCAPED, r"\\\1", part) for part in parts[::2]]
-    return "`".join(parts).strip()
-
-
-TEXT = """# Messages
-
-<!-- Made by scripts/make_reference.py. Do not edit. -->
-
-Every message that the library can print, by the module that prints it, with what to do about it.
-Look for a part of yours without names and numbers: they are `…` here. An error about a setting
-begins with its key, and ends with `Fix:` and what is in the last column. What ends a run, and
-with which status, is in [exit statuses](exit_statuses.md); which settings do not go together, in
-[refusals](refusals.md).
-"""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import make_messages
+from make_messages import Module, Reader
 
 from torchtitan.commands.config import reference as settings_page
 from torchtitan.commands.list import _rows, lists
@@ -27,7 +27,8 @@ from torchtitan.commands.table import COMMANDS, build_parser
 from torchtitan.config import exit_codes
 from torchtitan.config.registry import BUILT_IN
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "reference"
 MADE = "<!-- Made by scripts/make_reference.py. Do not edit. -->\n"
 WIDTH = 88
 
@@ -155,6 +156,36 @@ def exit_statuses() -> str:
     return "\n".join([EXIT_TEXT, *_table(("status", "meaning", "error in Python"), rows)])
 
 
+def messages() -> str:
+    """The page of messages."""
+    reader, lines = Reader(ROOT / "torchtitan"), [MESSAGES_TEXT]
+    rooms: dict[str, list[Module]] = {}
+    for name, module in reader.modules.items():
+        if name not in NOT_MESSAGES:
+            rooms.setdefault(".".join(name.split(".")[:2]), []).append(module)
+    for room, modules in rooms.items():
+        found = {module.name: reader.messages(module) for module in modules}
+        if any(found.values()):
+            doc = reader.modules[room].doc if room in reader.modules else ""
+            lines.append(f"## {room.rpartition('.')[2]}\n\n{doc}\n")
+        for name, messages in found.items():
+            if messages and name != room:
+                lines.append(f"### {name.partition('.')[2]}\n\n{reader.modules[name].doc}\n")
+            if messages:
+                rows = [(f"{m.kind}{_plain(m.text)}", _plain(m.fix)) for m in messages]
+                lines += _table(("message", "what to do"), rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown shows it; what is in backticks is code already."""
+    parts = _cell(text).split("`")
+    if len(parts) % 2 == 0:
+        parts = ["'".join(parts)]
+    parts[::2] = [re.sub(ESCAPED, r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).strip()
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     lines = [head, ("---",) * len(head), *rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
@@ -168,6 +199,9 @@ def _fenced(text: str) -> str:
     return f"```text\n{text}\n```\n"
 
 
+NOT_MESSAGES = ("torchtitan.config.reference", "torchtitan.weights.model_card")
+"""Modules that make pages."""
+ESCAPED = r"([*<>\[\]#\\](?!\|)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))"
 TITLES: dict[Any, str] = {"positional arguments": "arguments", None: "options"}
 COMMANDS_TEXT = f"""# Commands
 
@@ -193,11 +227,20 @@ torchrun turns every status but 0 into 1. So a scheduler reads `run_status.json`
 the same command may well go on by itself
 ([launching](../guides/launching.md#stopping-and-starting-again)).
 """
+MESSAGES_TEXT = f"""# Messages
+
+{MADE}
+Every message that the library can print, by the module that prints it, with what to do about it.
+Look for a part of yours without names and numbers: they are `…` here. An error about a setting
+begins with its key, and ends with `Fix:` and what is in the last column. What ends a run, and
+with which status, is in [exit statuses](exit_statuses.md); which settings do not go together, in
+[refusals](refusals.md).
+"""
 PAGES = {
     "commands.md": commands,
     "registries.md": registries,
     "exit_statuses.md": exit_statuses,
-    "messages.md": make_messages.page,
+    "messages.md": messages,
 }
 
 
