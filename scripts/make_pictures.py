@@ -289,6 +289,7 @@ PURPOSE = {
     "train": "torchrun -m torchtitan.train",
     "cli": "reads a command line and runs the command",
     "commands": "what each command does; dry runs",
+    "api": "train, load and generate from Python",
     "preflight": "every check of a run before it starts",
     "training": "the builder, the loop, the end of a run",
     "evaluation": "the tasks of lm-eval on any mesh",
