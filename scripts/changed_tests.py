@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ALWAYS = ("test_linters.py", "test_sizes.py", "test_docs.py", "test_imports.py")
+ALWAYS = ("test_linters.py", "test_sizes.py", "test_docs.py", "test_imports.py", "test_site.py")
+ALWAYS += ("test_reference_pages.py", "test_pictures.py")
 """These read the whole clone."""
 EVERYTHING = ("pyproject.toml", "constraints.txt", "conftest.py")
 NOT_NAMES = ("", "/", "torchtitan", "tests", "scripts")

@@ -51,7 +51,7 @@ def cli() -> Iterator[CliServer]:
         (["config", "show", "llama3_8b"], 'flavor = "8B"'),
         (["config"], "usage: torchtitan config"),
         (["config", "schema"], '"title": "torchtitan run"'),
-        (["config", "docs"], "# Config reference"),
+        (["config", "docs"], "# Every setting"),
         (["config", "show", "--training.steps=5"], "# command line"),
         (["list", "models"], "llama3"),
         (["list", "datasets"], "stdlib"),

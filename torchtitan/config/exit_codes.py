@@ -13,17 +13,29 @@ from torchtitan.config.errors import (
 from torchtitan.utils.processes import StopRequested
 
 DONE = 0
+"""Done: every step was trained and the last checkpoint is good."""
 FAILED = 1
+"""An unexpected error; torchrun turns every other status into this one."""
 CONFIG = 2
+"""The config or the command line: what to change is printed, and nothing was started."""
 DATA = 3
+"""The data or the tokenizer cannot be read."""
 CHECKPOINT = 4
+"""A checkpoint cannot be written or read."""
 NON_FINITE = 5
+"""The loss, the gradient, the weights or the optimizer state are not finite."""
 HANG = 6
+"""A rank did not start, was stuck, or did not arrive where the others waited for it: the log names
+it; or a process was aborted (`SIGABRT`), as NCCL does after a timeout."""
 PREEMPTED = 7
+"""Stopped by a signal: before the first step, or after a step, which is saved if
+`checkpoint.enable` is set."""
 OUT_OF_MEMORY = 8
+"""Out of memory, of a GPU or of the machine."""
 NOT_FOUND = 9
-"""`--check` found nothing wrong, but not all files of the run on this machine."""
+"""`--check`: nothing is wrong, but not all files of the run are on this machine."""
 INTERRUPTED = 130
+"""Interrupted at once: by a second Ctrl-C, or by one before the first step."""
 
 _BY_ERROR: dict[type[BaseException], int] = {
     ConfigError: CONFIG,

@@ -6,7 +6,7 @@ from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
 from torchtitan.config.schema import Section
 from torchtitan.config.toml_text import toml_value
 
-_HEAD = """# Config reference
+_HEAD = """# Every setting
 
 <!-- Made by scripts/make_config_docs.py from the sections in torchtitan/config. Do not edit. -->
 

@@ -38,7 +38,7 @@ def test_what_to_type_instead_is_a_command(word: str):
         ("--training.steps=5 my.toml", "write `torchtitan train --training.steps=5 my.toml`"),
         ("help ls", "use `torchtitan list configs`"),
         ("help trian", 'did you mean "train"?'),
-        ("config ls", "choose from show, copy"),
+        ("config ls", "choose from show, diff, copy"),
     ],
 )
 def test_a_word_of_another_tool_says_what_to_use(
