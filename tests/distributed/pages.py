@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -41,8 +44,20 @@ def command_line(words: list[str], *more: str) -> list[str]:
     return [sys.executable, *words, *more]
 
 
-def run(folder: Path, words: list[str], *more: str) -> str:
+def save_files(page: Path, folder: Path) -> None:
+    """Save the blocks that begin with a file's name, as the page asks for."""
+    for block in (*blocks(page, "python"), *blocks(page, "toml")):
+        if named := re.match(r"# (\S+\.(?:py|toml))\n", block):
+            (folder / named[1]).write_text(block)
+
+
+def run(folder: Path, words: list[str], *more: str, stdin: str | None = None) -> str:
     """Return what a command of a page prints."""
+    if words[0] == "python" or stdin is not None:  # in a process of its own
+        line = [sys.executable, *words[1:]] if words[0] == "python" else command_line(words, *more)
+        return subprocess.run(
+            line, cwd=folder, env=environment(), input=stdin, text=True, check=True, stdout=subprocess.PIPE
+        ).stdout
     done = execute(command_line(words, *more), environment(), folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -51,3 +66,14 @@ def run(folder: Path, words: list[str], *more: str) -> str:
 def start(folder: Path, words: list[str], *more: str) -> "closing[ForkedRun]":
     """Start a command of a page, for a `with` statement."""
     return closing(ForkedRun(command_line(words, *more), environment(), folder))
+
+
+def interrupt_after(step: int, run_folder: Path, folder: Path, words: list[str]) -> None:
+    """Start a run, press Ctrl-C when it has logged a step, and wait until it has saved."""
+    metrics = run_folder / "metrics.jsonl"
+    with start(folder, words) as process:
+        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.wait(600)
