@@ -37,7 +37,7 @@ def command_line(words: list[str], *more: str) -> list[str]:
     """Return a command of a page with this interpreter."""
     if words[0] == "torchrun":
         words = ["-m", "torch.distributed.run", f"{words[1]}={words[2]}", *words[3:]]
-    elif words[0] == sys.executable:
+    elif words[0] in ("python", sys.executable):
         words = words[1:]
     else:
         words = ["-m", *words]
@@ -53,12 +53,11 @@ def save_files(page: Path, folder: Path) -> None:
 
 def run(folder: Path, words: list[str], *more: str, stdin: str | None = None) -> str:
     """Return what a command of a page prints."""
-    if words[0] == "python" or stdin is not None:  # in a process of its own
-        line = [sys.executable, *words[1:]] if words[0] == "python" else command_line(words, *more)
-        return subprocess.run(
-            line, cwd=folder, env=environment(), input=stdin, text=True, check=True, stdout=subprocess.PIPE
-        ).stdout
-    done = execute(command_line(words, *more), environment(), folder, timeout=600)
+    line = command_line(words, *more)
+    if words[0] == "python" or stdin is not None:  # a script, or one that reads what is typed
+        fresh = {"cwd": folder, "env": environment(), "input": stdin, "text": True}
+        return subprocess.run(line, stdout=subprocess.PIPE, check=True, **fresh).stdout
+    done = execute(line, environment(), folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -41,6 +41,7 @@ FOREIGN = {
     "tail",
     "tensorboard",
     "touch",
+    "venv",
     "torch.distributed.checkpoint.format_utils",
     "torch.distributed.flight_recorder.fr_trace",
     "wandb",
@@ -174,8 +175,10 @@ def _problem_of_outputs(words: list[str]) -> str | None:
     folders = {f"outputs/{name}/" for name in shipped_configs()}
     inside = ("tb", "wandb", "comm_traces", "metrics.jsonl", "checkpoint")
     folders |= {f"outputs/{name}" for name in inside}  # of a config without job.dump_folder
-    shown = [text for page in PAGES for text in saved_files(page).values()]
-    folders |= {f"{folder}/" for folder in re.findall(r'^dump_folder = "(.+?)"', "".join(shown), re.M)}
+    shown = "".join(text for page in PAGES for text in saved_files(page).values())
+    folders |= {
+        f"{folder}/" for folder in re.findall(r'^dump_folder = "(.+?)"', shown, re.MULTILINE)
+    }
     for word in words:
         path = word.rpartition("=")[2].removeprefix("./")
         if path.startswith("outputs/") and not path.startswith(tuple(folders)):
