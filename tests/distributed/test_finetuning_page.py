@@ -3,15 +3,13 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.pages import DOCS, blocks, commands, prepare, run, start
+from tests.distributed.pages import DOCS, blocks, commands, interrupt_after, prepare, run
 from tests.distributed.runs import environment, records
 
 sys.path.insert(0, str(DOCS.parent / "scripts"))
@@ -117,17 +115,6 @@ def curve(folder: Path) -> list[list[float]]:
     """Step, loss and gradient norm of every step."""
     names = ("step", "loss", "grad_norm")
     return [[row[name] for name in names] for row in records(folder) if "loss" in row]
-
-
-def interrupt_after(step: int, run_folder: Path, folder: Path, words: list[str]) -> None:
-    """Start a run, press Ctrl-C when it has logged a step, and wait until it has saved."""
-    metrics = run_folder / "metrics.jsonl"
-    with start(folder, words) as process:
-        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.wait(600)
 
 
 @pytest.mark.nightly

@@ -42,6 +42,7 @@ FOREIGN = {
     "tail",
     "tensorboard",
     "touch",
+    "venv",
     "torch.distributed.checkpoint.format_utils",
     "torch.distributed.flight_recorder.fr_trace",
     "wandb",
@@ -52,6 +53,13 @@ def blocks(page: Path, language: str) -> list[str]:
     """The page's fenced blocks of a language."""
     fence = rf"^```{language}\n(.*?)^```"
     return re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def saved_files(page: Path) -> dict[str, str]:
+    """The blocks that a reader saves under the name in their first line, by that name."""
+    found = [*blocks(page, "toml"), *blocks(page, "python")]
+    named = [(re.match(r"# (\S+\.(?:toml|py))\n", text), text) for text in found]
+    return {name[1]: text for name, text in named if name}
 
 
 def commands(page: Path) -> list[str]:
@@ -108,6 +116,8 @@ def problem_of(command: str) -> str | None:
         at = next(i for i, word in enumerate(rest) if not word.startswith("-"))
         missing = _missing(rest[at])
         return missing or _of_train(["--job.config_file", config, *rest[at + 1 :]])
+    if program == "python" and rest[0].startswith("/"):  # a file that a page has saved
+        return _missing(rest[0])
     if program == "python" and rest[0].startswith("scripts/"):
         return _missing(rest[0]) or _problem_of_options(ROOT / rest[0], rest[1:])
     if program in ("./run_tests.sh", ".ci/run"):
@@ -168,6 +178,10 @@ def _problem_of_outputs(words: list[str]) -> str | None:
     folders = {f"outputs/{name}/" for name in shipped_configs()}
     inside = ("tb", "wandb", "comm_traces", "metrics.jsonl", "checkpoint")
     folders |= {f"outputs/{name}" for name in inside}  # of a config without job.dump_folder
+    shown = "".join(text for page in PAGES for text in saved_files(page).values())
+    folders |= {
+        f"{folder}/" for folder in re.findall(r'^dump_folder = "(.+?)"', shown, re.MULTILINE)
+    }
     for word in words:
         path = word.rpartition("=")[2].removeprefix("./")
         if path.startswith("outputs/") and not path.startswith(tuple(folders)):
@@ -179,7 +193,7 @@ def _missing(name: str) -> str | None:
     return None if (ROOT / name.partition("::")[0]).exists() else f"{name} does not exist"
 
 
-ALL_COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
+ALL_COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 COMMENTED = [
     *(ROOT / name for name in ("run_llama_train.sh", "run_tests.sh", "multinode_trainer.slurm")),
     *sorted((ROOT / "scripts").glob("*.py")),
@@ -187,15 +201,20 @@ COMMENTED = [
 ]
 
 
-@pytest.mark.parametrize(("page", "command"), ALL_COMMANDS)
-def test_command_works(page: str, command: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("page", "command"), ALL_COMMANDS, ids=lambda value: getattr(value, "name", value)
+)
+def test_command_works(page: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
+    for name, text in saved_files(page).items():
+        (tmp_path / name).write_text(text)
+        command = re.sub(rf"(?<!\S){re.escape(name)}(?!\S)", str(tmp_path / name), command)
     assert problem_of(command) is None
 
 
 def test_commands_are_found_and_can_be_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    assert {"README.md", "launching.md"} <= {page for page, _ in ALL_COMMANDS}
+    assert {"README.md", "launching.md"} <= {page.name for page, _ in ALL_COMMANDS}
     assert problem_of("NGPU=2 ./run_llama_train.sh --training.stepz 5")
     assert problem_of("CONFIG_FILE=train_configs/no.toml ./run_llama_train.sh")
     assert problem_of("torchrun --nproc_per_node 2 -m torchtitan.train --trainign.steps 5")

@@ -132,12 +132,12 @@ def _family_name(section: Model, description: ModelDescription) -> str:
 
 
 def tokenizer_of_step(path: Path) -> str | None:
-    """Return the tokenizer of a step's run, where it was, or the run's copy; None without any."""
+    """Return the tokenizer of a step's run: its copy, with the chat template, or where it was."""
     copied = path.resolve().parent.parent / TOKENIZER_NAME
+    if copied.is_dir():
+        return str(copied)
     section = stored_model(path)
-    if section is None or (copied.is_dir() and not Path(section.tokenizer_path).exists()):
-        return str(copied) if copied.is_dir() else None
-    return section.tokenizer_path
+    return None if section is None else section.tokenizer_path
 
 
 def tokenizer_of(path: Path) -> str | None:

@@ -48,17 +48,18 @@ def test_checkpoints_under_another_name(tmp_path: Path) -> None:
     assert describe_pretrained(str(tmp_path)).path == step
 
 
-def test_a_run_outlives_the_tokenizer_that_it_came_from(tmp_path: Path) -> None:
-    """It has a copy, for which no path in its config stands."""
+def test_a_run_is_opened_with_the_tokenizer_that_it_was_trained_with(tmp_path: Path) -> None:
+    """Its copy has the chat template, and stays when the original changes or is gone."""
     shutil.copytree(TOKENIZER, tmp_path / "given")
     settings = ("--model.tokenizer_path", str(tmp_path / "given"))
     plant_step(tmp_path / "run" / "checkpoint", 3, *settings)
-    shutil.copytree(TOKENIZER, tmp_path / "run" / "tokenizer")
     assert describe_pretrained(str(tmp_path / "run")).folders == (tmp_path / "given",)
-    shutil.rmtree(tmp_path / "given")
+    shutil.move(tmp_path / "given", tmp_path / "run" / "tokenizer")
     found = describe_pretrained(str(tmp_path / "run"))
     assert found.folders == (tmp_path / "run" / "tokenizer",)
     assert found.tokenizer.vocab_size == 2011
+    shutil.copytree(TOKENIZER, tmp_path / "given")
+    assert describe_pretrained(str(tmp_path / "run")).folders == found.folders
 
 
 def test_metas_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:

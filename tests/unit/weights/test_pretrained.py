@@ -361,7 +361,7 @@ def test_a_step_brings_its_model_and_tokenizer(folder, tmp_path):
     settings = [*FROM, "--checkpoint.initial_load_path", str(step)]
     found = with_pretrained(load_config(settings)).config.model
     assert found.args == config["model"]["args"]
-    assert found.tokenizer_path == str(folder)
-    shutil.rmtree(folder)
-    found = with_pretrained(load_config(settings)).config.model
     assert found.tokenizer_path == str(tmp_path / "run" / "tokenizer")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    found = with_pretrained(load_config(settings)).config.model
+    assert found.tokenizer_path == str(folder)
