@@ -93,13 +93,13 @@ def _process_as_it_was() -> Iterator[None]:
     spin_briefly()  # before torch is imported
     import torch
 
-    require_no_group()
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
+            require_no_group()
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)

@@ -195,7 +195,8 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
     before = parsed.values.pop(name, value)  # the order is that of the last occurrences
     if before != value:
         given = f"{toml_value(before)} and {toml_value(value)}"
-        parsed.notices.append(f"--{name} is given twice ({given}): the last one counts")
+        dashes = "--" if flag.startswith("-") else ""
+        parsed.notices.append(f"{dashes}{name} is given twice ({given}): the last one counts")
     parsed.values[name] = value
 
 

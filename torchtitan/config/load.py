@@ -74,7 +74,7 @@ def load_over(
         over.problems.append(ConfigIssue(_FILE, "is named among the settings", fix))
     under, path = CommandLine(), None
     if isinstance(base, JobConfig):
-        under = read_settings(base.model_dump(exclude_unset=True))
+        under = read_settings(base.model_dump(exclude_unset=True, warnings=False))
     elif base is not None:
         path = config_path(base)
         under.values[_FILE] = str(path)
