@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pydoc
+import re
 import signal
 import sys
 import threading
@@ -322,6 +323,16 @@ def test_a_config_is_checked_again_before_it_trains(tmp_path: Path) -> None:
     training = config.training.model_copy(update={"steps": "many"})
     with pytest.raises(torchtitan.ConfigError, match=r"training\.steps"):
         torchtitan.train(config.model_copy(update={"training": training}))
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(torchtitan.__file__).parents[1] / "docs" / "guides" / "python.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+    assert names["run"].status["step"] == 30 and len(names["two"]) == 2
 
 
 def test_help_shows_the_public_names() -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from torchtitan.api import prompts
 from torchtitan.api.start import print_notices
-from torchtitan.api.train import require_no_group
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
 from torchtitan.utils.environment import ProcessEnvironment
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from torchtitan.data.tokenizers import Tokenizer
+    from torchtitan.generation.sampling import SamplingParams
     from torchtitan.training.pretrained import Pretrained
 
 Message: TypeAlias = dict[str, Any]
@@ -62,7 +62,7 @@ def load(
     import torch
 
     from torchtitan.checkpoint.base_place import moved_base
-    from torchtitan.distributed.context import open_context
+    from torchtitan.distributed.context import open_context, require_no_group
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.training.pretrained import describe_pretrained, load_pretrained
     from torchtitan.utils.dtypes import torch_dtype
@@ -179,12 +179,7 @@ def generate(
     found = _pretrained_of(model)
     found = replace(found, tokenizer=tokenizer)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    issues = [replace(each, key=_in_python(each.key)) for each in params.problems()]
-    for key, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            issues.append(ConfigIssue(key, "is less than 1", "write a larger number", value))
-    if issues:
-        raise ConfigError(issues)
+    _check(params, max_new_tokens=max_new_tokens, batch_size=batch_size)
     requests, is_one = _requests(prompt)
     prompts.check_requests(requests)
     template = prompts.template_of(found, requests)
@@ -209,9 +204,17 @@ def _pretrained_of(model: nn.Module) -> Pretrained:
     return found  # type: ignore[no-any-return]
 
 
-def _in_python(flag: str) -> str:
-    """Return the name of an argument by that of its flag."""
-    return flag.removeprefix("--").replace("-", "_")
+def _check(params: SamplingParams, **sizes: int) -> None:
+    """Raise ConfigError for options that cannot be used, by the names of the arguments."""
+    issues = [
+        replace(issue, key=issue.key.removeprefix("--").replace("-", "_"))
+        for issue in params.problems()
+    ]
+    for key, value in sizes.items():
+        if value < 1:
+            issues.append(ConfigIssue(key, "is less than 1", "write a larger number", value))
+    if issues:
+        raise ConfigError(issues)
 
 
 def _requests(prompt: str | Conversation | list[str] | list[Conversation]) -> _Requests:

@@ -1,10 +1,9 @@
 """`load_config` and `train`: a run in the process of a script or notebook."""
 
-import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torchtitan.config import CheckpointError, ConfigError, ConfigIssue, JobConf
 from torchtitan.config.exit_codes import CHECKPOINT, PREEMPTED
 from torchtitan.config.load import load_over
 from torchtitan.utils import environment as env
-from torchtitan.utils.host import restart_clock, spin_briefly
+from torchtitan.utils.host import restart_clock
+from torchtitan.utils.in_process import process_as_it_was
 from torchtitan.utils.processes import StopRequest, StopRequested
 
 _PATIENCE_SECONDS = 60.0  # of a rank that refuses to start, for rank 0
@@ -65,7 +65,8 @@ def train(config: JobConfig) -> Run:
         )
         raise ConfigError(ConfigIssue("comm.mode", text, fix, config.comm.mode))
     restart_clock()
-    with _process_as_it_was(), StopRequest(at_once=True) as stop:
+    with process_as_it_was(), StopRequest(at_once=True) as stop:
+        _require_no_group()
         read_or_refuse(env.adopt_place)
         try:
             status = start(load_over(config), stop, in_process=True)
@@ -80,45 +81,10 @@ def train(config: JobConfig) -> Run:
     return Run(config.job.dump_folder)
 
 
-@contextmanager
-def _process_as_it_was() -> Iterator[None]:
-    """Undo, at the end, what a run changes in its process.
+def _require_no_group() -> None:
+    from torchtitan.distributed.context import require_no_group
 
-    These are variables, threads, random numbers, deterministic algorithms and log messages; the
-    rest is undone where it is changed.
-    """
-    variables = dict(os.environ)
-    logger = logging.getLogger("torchtitan")
-    level, handlers = logger.level, list(logger.handlers)
-    spin_briefly()  # before torch is imported
-    import torch
-
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            require_no_group()
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
-        torch.backends.cudnn.benchmark = benchmark
-        torch.set_num_threads(threads)
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-        for name in os.environ.keys() - variables.keys():
-            del os.environ[name]
-        os.environ.update(variables)
-
-
-def require_no_group() -> None:
-    """Raise RuntimeError if this process has joined others already: a run does so itself."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        text = "torch.distributed is initialised already, and torchtitan joins the ranks by itself"
-        raise RuntimeError(f"{text}: call torch.distributed.destroy_process_group() first")
+    require_no_group()
 
 
 def _share(error: ConfigError) -> None:

@@ -167,6 +167,13 @@ def open_context(
         dist.destroy_process_group()
 
 
+def require_no_group() -> None:
+    """Raise RuntimeError if this process has joined others already: `open_context` does so."""
+    if dist.is_initialized():
+        text = "torch.distributed is initialised already, and torchtitan joins the ranks by itself"
+        raise RuntimeError(f"{text}: call torch.distributed.destroy_process_group() first")
+
+
 def share_refusal(
     environment: ProcessEnvironment, problems: Sequence[ConfigIssue], seconds: float
 ) -> bool:
