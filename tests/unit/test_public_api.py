@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 import torchtitan
+from torchtitan.checkpoint import async_save
 from torchtitan.cli import main
+from torchtitan.config.load import load_over
 from torchtitan.utils import host
 from torchtitan.utils.garbage import GarbageCollection
 from torchtitan.utils.processes import STOP_SIGNALS
@@ -89,6 +91,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> torchtitan.Run:
 def test_an_interrupted_run_is_saved_and_goes_on(
     run: torchtitan.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    faulthandler.enable(sys.__stderr__)
+    torch.rand(1)  # another state than a run begins with
     before = process_state()
     with monkeypatch.context() as patch:
         at_step(2, lambda: signal.raise_signal(signal.SIGINT), patch)
@@ -119,6 +123,7 @@ def interrupt_twice(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(2, press, patch)
+        patch.setattr(async_save, "_lower_priority", lambda: time.sleep(0.5))  # a slow save
         torchtitan.train(config_in(folder, **{"checkpoint.async_mode": "async"}))
 
 
@@ -252,6 +257,23 @@ def test_text_is_that_of_the_command(
     assert torchtitan.generate(model, tokenizer, "def ", **drawn) == both[0] != text
 
 
+def test_another_tokenizer_can_be_used(run: torchtitan.Run) -> None:
+    model, tokenizer = run.load()
+
+    class Loud:
+        def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+            return tokenizer.encode(text * 9, bos, eos)
+
+        def decode(self, ids: list[int]) -> str:
+            return f"{len(ids)} tokens"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    # 54 ids and the start token of the model's longest sequence, 64.
+    assert torchtitan.generate(model, Loud(), "import", max_new_tokens=30) == "9 tokens"
+
+
 def test_a_step_can_be_loaded_and_computes_logits(run: torchtitan.Run) -> None:
     before = process_state()
     model, tokenizer = run.load(step=2)
@@ -300,6 +322,7 @@ def test_settings_come_over_a_file_a_name_or_a_config(
     assert (more.training.steps, more.training.seq_len) == (8, 9)
     assert more.job.config_file == str(tmp_path / "my.toml")
     assert "warmup_steps" not in more.lr_scheduler.model_fields_set  # a default may still be fitted
+    assert load_over(config, {"training.steps": 9}).origins["training.steps"] == "Python"
     assert load("debug_model").model.flavor == "debugmodel"
     assert load(None, {"job.dump_folder": tmp_path}).job.dump_folder == str(tmp_path)
 
