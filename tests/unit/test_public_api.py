@@ -209,11 +209,11 @@ def test_messages_are_shown_once(
 ) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
     torchtitan.train(config_in(tmp_path / "alone"))
-    assert capsys.readouterr().err.count("Training llama3") == 1
+    assert capsys.readouterr().err.count("Run folder:") == 1
     monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(sys.stdout)])
     torchtitan.train(config_in(tmp_path / "configured"))
     shown = capsys.readouterr()
-    assert shown.out.count("Training llama3") == 1 and "Training llama3" not in shown.err
+    assert shown.out.count("Run folder:") == 1 and "Run folder:" not in shown.err
 
 
 def test_metrics_are_those_of_the_file(run: torchtitan.Run) -> None:

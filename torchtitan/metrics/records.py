@@ -1,19 +1,19 @@
 """The records of a run, as `metrics.jsonl` holds them. No torch."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torchtitan.metrics.sinks import Record
 
 
-def read_records(path: Path, keys: Collection[str] | None = None) -> list[Record]:
+def read_records(path: Path, keeps: Callable[[str], bool] | None = None) -> list[Record]:
     """Return the records in `path`, one curve by rising steps. Raises OSError.
 
     The file may be that of a run at work: lines that cannot be read are left out. Where the steps
-    fall, a later start has trained them again, and its records replace the earlier ones. With
-    `keys`, records have only these and `step`, which saves memory. Unknown values are None.
+    fall, a later start has trained them again, and its records replace the earlier ones. Unknown
+    values are None. With `keeps`, records have only the keys for which it is true, and `step`.
     """
     records: list[Record] = []
     with open(path, "rb") as file:
@@ -25,9 +25,9 @@ def read_records(path: Path, keys: Collection[str] | None = None) -> list[Record
             if records and step < records[-1]["step"]:
                 while records and records[-1]["step"] >= step:
                     records.pop()
-            if keys is not None:
-                record = {key: value for key, value in record.items() if key in keys}
-                record["step"] = step
+            if keeps is not None:
+                kept = {key: value for key, value in record.items() if keeps(key)}
+                record = kept | {"step": step}
             records.append(record)
     return records
 
