@@ -28,10 +28,10 @@ found = find_spec("torchtitan")
 ours = found is not None and os.path.realpath(found.origin or "").startswith(
     os.path.join(os.path.realpath(clone), "torchtitan") + os.sep
 )
-needed = ["torch", "datasets", "jinja2", "sentencepiece", "tiktoken"]
+needed = ["torch", "datasets", "jinja2", "sentencepiece", "shtab", "tiktoken"]
 if extra == "dev":
     needed += ["pytest", "pytest_timeout", "xdist", "ruff", "mypy", "importlinter", "transformers"]
-    needed += ["filelock", "gguf", "lm_eval", "material", "matplotlib", "nbmake", "shtab"]
+    needed += ["filelock", "gguf", "lm_eval", "material", "matplotlib", "nbclient"]
     needed += ["xllamacpp"] if sys.platform == "linux" else []
 sys.exit(not (ours and all(find_spec(name) for name in needed)))
 PYTHON

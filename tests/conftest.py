@@ -34,6 +34,7 @@ PARTS = {
     "tests/distributed/test_runs.py": 1,
     "tests/distributed/test_ring_attention.py": 1,
     "tests/faults/test_run_faults.py": 2,
+    "tests/meta/test_notebook.py": 1,
     "tests/distributed/test_handlers_on_meshes.py": 1,
     "tests/meta/test_dry_runs.py": 8,
     "tests/parity/test_checkpoints_move.py": 1,

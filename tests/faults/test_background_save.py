@@ -364,7 +364,8 @@ def save_while_rank_1_hangs(world: DistributedContext, folder: str) -> int | Non
     finally:
         is_over.touch(exist_ok=True)
     run_folder = mock.Mock(**{"keeps_status.return_value": True})
-    return after_error(caught.value, world.rank, None, run_folder, Progress(), 1)
+    ending = after_error(caught.value, world.rank, None, run_folder, Progress(), 1)
+    return ending and ending.code
 
 
 def test_a_save_that_hangs_is_a_hang(gloo_pool: GlooPool, tmp_path: Path) -> None:

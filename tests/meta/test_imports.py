@@ -7,6 +7,8 @@ import pytest
 
 WITHOUT_TORCH = [
     "torchtitan",
+    "torchtitan.api.text",
+    "torchtitan.api.train",
     "torchtitan.cli",
     "torchtitan.config",
     "torchtitan.preflight",

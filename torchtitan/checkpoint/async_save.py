@@ -32,6 +32,13 @@ def is_saving() -> bool:
     return any(isinstance(thread, _Thread) for thread in threading.enumerate())
 
 
+def wait_for_saves() -> None:
+    """Wait until no thread of this process writes a checkpoint."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _Thread):
+            thread.join()
+
+
 class SaveThread:
     """One save at a time on a thread; `wait` comes before the next one and raises its error.
 

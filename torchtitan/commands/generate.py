@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from torchtitan.api import prompts
+from torchtitan.api.prompts import Request, check_requests
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
@@ -20,20 +21,8 @@ from torchtitan.utils.text import plural
 
 if TYPE_CHECKING:
     from torchtitan.commands.model_session import ModelSession
-    from torchtitan.data.chat_template import ChatTemplate
     from torchtitan.generation.generate import Completion, Limits, Prompt
     from torchtitan.generation.sampling import SamplingParams
-    from torchtitan.training.pretrained import Pretrained
-
-_MOST_PROBLEMS = 10
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text or conversation to continue, as a line of --input; `where` it stands, for messages."""
-
-    where: str
-    fields: dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,10 +33,10 @@ def run(options: argparse.Namespace) -> int:
 
     params = model_session.sampling_of(options)
     place, found = model_session.look_at(options, params.problems())
-    template = _template(found, requests)
+    template = prompts.template_of(found, requests)
     ends = [] if template is None else [template.end_of_turn(found.tokenizer)]
     limits = model_session.limits_of(options, found, *ends)
-    work = list(zip(requests, _prompts(found, requests, template), strict=True))
+    work = list(zip(requests, prompts.encode(found, requests, template), strict=True))
     with ExitStack() as stack:
         session = stack.enter_context(model_session.open_session(options, found, place))
         output = sys.stdout if options.output == "-" else None
@@ -77,9 +66,7 @@ def read_requests(options: argparse.Namespace) -> list[Request]:
     elif not requests:
         fix = 'write `torchtitan generate CHECKPOINT "a text"`, or give --input FILE.jsonl'
         raise ConfigError(ConfigIssue("PROMPT", "is missing", fix))
-    problems = [problem for request in requests for problem in _problems(request)]
-    if problems:
-        raise ConfigError(problems[:_MOST_PROBLEMS])
+    check_requests(requests)
     return requests
 
 
@@ -111,57 +98,6 @@ def _lines_of(file: Path) -> list[Request]:
         fix = 'write a line such as {"prompt": "a text"}'
         raise ConfigError(ConfigIssue("--input", "holds no prompt", fix, str(file)))
     return requests
-
-
-def _problems(request: Request) -> Iterator[ConfigIssue]:
-    from torchtitan.data.chat_template import check_messages
-
-    fields, fix = request.fields, 'give it a "prompt" (a text) or "messages"'
-    if not isinstance(fields, dict):
-        yield ConfigIssue(request.where, "is not an object", fix)
-    elif ("prompt" in fields) == ("messages" in fields):
-        yield ConfigIssue(request.where, "has not exactly one of prompt and messages", fix)
-    elif "prompt" in fields and not isinstance(fields["prompt"], str):
-        yield ConfigIssue(request.where, "its prompt is no text", fix)
-    elif "prompt" in fields and not fields["prompt"]:
-        yield ConfigIssue(request.where, "is empty", "write something to continue")
-    elif "messages" in fields:
-        try:
-            check_messages(fields["messages"])
-        except ValueError as error:
-            yield ConfigIssue(request.where, str(error), fix)
-
-
-def _template(found: Pretrained, requests: list[Request]) -> ChatTemplate | None:
-    from torchtitan.data.chat_template import read_chat_template
-
-    if any("messages" in request.fields for request in requests):
-        return read_chat_template(found.folders)
-    return None
-
-
-def _prompts(
-    found: Pretrained, requests: list[Request], template: ChatTemplate | None
-) -> list[Prompt]:
-    """Return the token ids of all requests. Raises ConfigError for those the model cannot take."""
-    from torchtitan.commands.model_session import encode_prompt
-    from torchtitan.generation.generate import Prompt
-
-    prompts, problems, longest = [], [], found.args.max_seq_len
-    for number, request in enumerate(requests):
-        if template is not None and "messages" in request.fields:
-            ids = template.encode(request.fields["messages"], found.tokenizer)
-        else:
-            ids = encode_prompt(found, request.fields["prompt"])
-        if not ids:
-            problems.append(ConfigIssue(request.where, "is empty: it has no tokens", "write more"))
-        elif len(ids) >= longest:
-            text = f"has {len(ids)} tokens, but the model's longest sequence is {longest}"
-            problems.append(ConfigIssue(request.where, text, "shorten it"))
-        prompts.append(Prompt(number, ids))
-    if problems:
-        raise ConfigError(problems[:_MOST_PROBLEMS])
-    return prompts
 
 
 def _generate(

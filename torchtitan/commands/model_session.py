@@ -13,17 +13,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan.api.start import read_or_refuse
+from torchtitan.api.text import default_dtype, device_kind
 from torchtitan.checkpoint.base_place import moved_base
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
-from torchtitan.data.document_ends import Ends
 from torchtitan.distributed.context import DistributedContext, open_context
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.generation.generate import Generator, Limits
 from torchtitan.generation.sampling import SamplingParams
 from torchtitan.training.pretrained import Pretrained, describe_pretrained, load_pretrained
 from torchtitan.utils import environment as env
-from torchtitan.utils.device import device_type, set_up_process
+from torchtitan.utils.device import set_up_process
 from torchtitan.utils.dtypes import torch_dtype
 from torchtitan.utils.logging import init_logging
 from torchtitan.utils.processes import end_with_launcher
@@ -72,13 +73,8 @@ def _output_problems(file: Path) -> Iterator[ConfigIssue]:
 
 def read_place() -> env.ProcessEnvironment:
     """Return this process's place among those of a launcher. Raises ConfigError."""
-    try:
-        env.adopt_place()
-        return env.read_environment()
-    except env.EnvironmentFaults as faults:
-        raise ConfigError(
-            [ConfigIssue(f.name, f.problem, f.fix, local=True) for f in faults.faults]
-        ) from None
+    read_or_refuse(env.adopt_place)
+    return read_or_refuse(env.read_environment)
 
 
 def mesh_of(options: argparse.Namespace, found: Pretrained, world_size: int) -> ParallelDims:
@@ -116,12 +112,6 @@ def limits_of(options: argparse.Namespace, found: Pretrained, *more: int | None)
     return Limits(options.max_new_tokens, frozenset(ends), tuple(filter(None, options.stop)))
 
 
-def encode_prompt(found: Pretrained, text: str) -> list[int]:
-    """Return the ids of a text, with the start token where the tokenizer says so."""
-    ends = getattr(found.tokenizer, "ends", Ends())
-    return found.tokenizer.encode(text, bos=ends.bos, eos=False)
-
-
 @contextmanager
 def open_session(
     options: argparse.Namespace,
@@ -134,17 +124,14 @@ def open_session(
     `patience_seconds`: how long a rank waits for another one, in the chat for the user.
     """
     dims = mesh_of(options, found, place.world_size)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problem = "this process sees no GPU"
-        raise ConfigError(ConfigIssue("--device", problem, "leave it out", "cuda", local=True))
-    kind = device_type(options.device)
+    kind = device_kind(options.device, "--device")
     end_with_launcher()
     init_logging(place.rank)
     set_up_process(0, place, options.seed)
     if place.rank == 0:
         for notice in found.notices:
             print(f"notice: {notice}", file=sys.stderr)
-    dtype = torch_dtype(options.dtype or ("bfloat16" if kind == "cuda" else "float32"))
+    dtype = torch_dtype(options.dtype or default_dtype(kind))
     with open_context(kind, place, patience_seconds) as world:
         mesh = dims.build_mesh(world.device.type)
         model = load_pretrained(found, world, mesh, dims, dtype)

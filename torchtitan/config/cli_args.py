@@ -5,9 +5,10 @@ error and takes neither `--x true` nor lists with commas. This pass reads all of
 table of keys and collects every problem. The sections check the values.
 """
 
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchtitan.config import toml_file
 from torchtitan.config.compat.keys import NONE_MEANS
 from torchtitan.config.compat.translate import old_key
 from torchtitan.config.errors import ConfigIssue
-from torchtitan.config.fields import Key, free_table_of, known_keys
+from torchtitan.config.fields import Key, free_table_of, known_keys, known_sections
 from torchtitan.config.keys_check import secret_issue, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret, is_secret
@@ -53,6 +54,26 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         else:
             _take_file(argument, parsed)
     return parsed
+
+
+def read_settings(settings: Mapping[str, Any]) -> CommandLine:
+    """Read settings by dotted key (`training.steps`), or in tables, with values of Python."""
+    parsed = CommandLine()
+    _take_table(settings, "", parsed)
+    return parsed
+
+
+def _take_table(table: Mapping[str, Any], prefix: str, parsed: CommandLine) -> None:
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if _find(name) is not None or free_table_of(name):
+            _set(parsed, name, value, name)
+        elif name in known_sections() and isinstance(value, Mapping):
+            _take_table(value, f"{name}.", parsed)
+        else:
+            parsed.problems.append(unknown_key(name, name, value=value))
 
 
 def _take_file(argument: str, parsed: CommandLine) -> None:
@@ -174,7 +195,8 @@ def _set(parsed: CommandLine, name: str, value: Any, flag: str) -> None:
     before = parsed.values.pop(name, value)  # the order is that of the last occurrences
     if before != value:
         given = f"{toml_value(before)} and {toml_value(value)}"
-        parsed.notices.append(f"--{name} is given twice ({given}): the last one counts")
+        dashes = "--" if flag.startswith("-") else ""
+        parsed.notices.append(f"{dashes}{name} is given twice ({given}): the last one counts")
     parsed.values[name] = value
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from torchtitan.config.base_files import TomlFile, read_files
-from torchtitan.config.cli_args import CommandLine, parse_command_line
+from torchtitan.config.cli_args import CommandLine, parse_command_line, read_settings
 from torchtitan.config.compat import translate as compat
 from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
@@ -24,6 +24,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.value_errors import problems_of
 
+_FILE = "job.config_file"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 _NOTHING = ("", "none", "null", "unset")
@@ -62,6 +63,32 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     if path is not None and str(path) != file_name:
         command_line.values["job.config_file"] = str(path)
     return _load(path, command_line)
+
+
+def load_over(
+    base: JobConfig | str | None, settings: Mapping[str, Any] | Sequence[str] = ()
+) -> LoadedConfig:
+    """Return a config, or that of a file or a shipped name, with settings over it.
+
+    `settings` are values by dotted key, or words of a command line. Raises ConfigError.
+    """
+    if isinstance(settings, Mapping):
+        over = read_settings(settings)
+    else:
+        over = parse_command_line(settings)
+    if _FILE in over.values:
+        fix = "write load_config(FILE, settings)"
+        over.problems.append(ConfigIssue(_FILE, "is named among the settings", fix))
+    under, path = CommandLine(), None
+    if isinstance(base, JobConfig):
+        under = read_settings(base.model_dump(exclude_unset=True, warnings=False))
+    elif base is not None:
+        path = config_path(base)
+        under.values[_FILE] = str(path)
+    over.values = {**under.values, **over.values}
+    loaded = _load(path, over)
+    origins = {k: "Python" if o == COMMAND_LINE else o for k, o in loaded.origins.items()}
+    return replace(loaded, origins=origins)
 
 
 def load_toml(path: Path) -> JobConfig:

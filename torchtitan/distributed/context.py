@@ -31,6 +31,9 @@ from torchtitan.utils.torch_compat import OWN_TIMEOUT, all_gather_single, set_gr
 _MEETINGS = itertools.count()
 """Counts the runs of this process, rejected starts included."""
 _CONNECT_SECONDS = 5.0
+_STORES: dict[tuple[str, str], dist.TCPStore] = {}
+"""By address and port. Kept, as the ranks' next run in this process meets there again, and the one
+that rank 0 keeps must not end while a slower rank still reads from it."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,13 @@ def open_context(
         dist.destroy_process_group()
 
 
+def require_no_group() -> None:
+    """Raise RuntimeError if this process has joined others already: `open_context` does so."""
+    if dist.is_initialized():
+        text = "torch.distributed is initialised already, and torchtitan joins the ranks by itself"
+        raise RuntimeError(f"{text}: call torch.distributed.destroy_process_group() first")
+
+
 def share_refusal(
     environment: ProcessEnvironment, problems: Sequence[ConfigIssue], seconds: float
 ) -> bool:
@@ -197,6 +207,10 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
         f"nobody answers at {address}:{port} within {seconds:.0f} s: rank 0 has not started, or its"
         " machine cannot be reached from here"
     )
+    if (address, port) in _STORES:
+        store = _STORES[address, port]
+        store.set_timeout(timedelta(seconds=seconds))
+        return _meeting_in(store, environment, keeps_store, meeting)
     # A signal ends this wait, whereas TCPStore would go on waiting.
     if not keeps_store and not wait_until(lambda: _answers(address, port), seconds):
         raise nobody
@@ -218,12 +232,19 @@ def meet(environment: ProcessEnvironment, seconds: float) -> tuple[dist.Store, R
         refusal = ConfigError(problem)
         refusal.known_to_all = True  # nobody can be reached
         raise refusal from error
+    _STORES[address, port] = store
+    return _meeting_in(store, environment, keeps_store, meeting)
+
+
+def _meeting_in(
+    store: dist.Store, environment: ProcessEnvironment, keeps_store: bool, meeting: int
+) -> tuple[dist.Store, RollCall]:
     # A launcher that starts its processes anew keeps its store, and so does one whose processes
     # make a run after another: with what ranks said before, and the addresses they had.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     ours = dist.PrefixStore(f"attempt-{attempt}/meeting-{meeting}", store)
     calls = dist.PrefixStore("roll-call", ours)
-    return ours, RollCall(calls, rank, environment.world_size, keeps_store)
+    return ours, RollCall(calls, environment.rank, environment.world_size, keeps_store)
 
 
 def _answers(address: str, port: str) -> bool:

@@ -18,6 +18,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torchtitan.distributed import hang_report
 from torchtitan.distributed.hang_report import ENDING, PAGE, SIGN, START_OF_SIGN, STARTUP, Sign
@@ -43,6 +44,7 @@ class Watchdog:
         self._descriptor = -1
         self._page: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._dumped_before = False
 
     def start(self, folder: Path, start: int) -> None:
         """Watch from here on; `folder`, that of the run, gets the report.
@@ -68,6 +70,7 @@ class Watchdog:
         except OSError as error:
             logger.warning("no watchdog, so a rank that gets stuck does not end: %s", error)
             return
+        self._dumped_before = faulthandler.is_enabled()
         _react_to_signals(descriptor)
 
     def sign(
@@ -124,7 +127,7 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self._close()
+            self.close()
             return
         self.end()
         if self._page is not None and lost_contact(error) == "timeout":
@@ -140,11 +143,15 @@ class Watchdog:
         except OSError as error:
             logger.warning("%s cannot be written: %s", hang_report.REPORT_NAME, error)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Stop watching, whatever the end was: this process goes on with something else."""
         if self._process is not None:
             faulthandler.disable()
             faulthandler.unregister(hang_report.DUMP)
-            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+            # C's function: Python's works on the main thread only.
+            _signal_function()(signal.SIGABRT, int(signal.SIG_DFL))
+            if self._dumped_before and sys.__stderr__ is not None:
+                faulthandler.enable(sys.__stderr__)
             self._process.kill()
             self._process.communicate()
         if self._page is not None:
@@ -168,10 +175,16 @@ def _react_to_signals(descriptor: int) -> None:
     the signal's number. None of this needs the interpreter's lock.
     """
     assert signal.SIGABRT == hang_report.HANG
-    library = ctypes.CDLL(None)
-    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    library.signal.restype = ctypes.c_void_p
+    leave = ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p)
     faulthandler.disable()  # else it would not install its handler again
-    library.signal(signal.SIGABRT, ctypes.cast(library._exit, ctypes.c_void_p))
+    _signal_function()(signal.SIGABRT, leave)
     faulthandler.enable(descriptor)
     faulthandler.register(hang_report.DUMP, descriptor)
+
+
+def _signal_function() -> Any:
+    """Return the C library's `signal`."""
+    function = ctypes.CDLL(None).signal
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    function.restype = ctypes.c_void_p
+    return function

@@ -24,10 +24,12 @@ from torchtitan.config import (
 )
 from torchtitan.config.exit_codes import (
     CHECKPOINT,
+    DATA,
     DONE,
     FAILED,
     HANG,
     INTERRUPTED,
+    NON_FINITE,
     OUT_OF_MEMORY,
     PREEMPTED,
     exit_code_of,
@@ -90,11 +92,11 @@ def after_error(
     folder: RunFolder,
     progress: Progress,
     comm: Comm,
-) -> int | None:
+) -> Ending | None:
     """Write the status of a run that failed, or was stopped before its first step, and log why.
 
-    Another rank may know the reason. Return the exit status; None if the command line has to print
-     the error. `world` is None if the ranks have not met.
+    Another rank may know the reason. Return it, with the exit status; None if the caller has to
+    report the error. `world` is None if the ranks have not met.
     """
     lost = lost_contact(error)
     code = INTERRUPTED if progress.stop.interrupted else exit_code_of(error)
@@ -125,7 +127,17 @@ def after_error(
         return None
     if not isinstance(error, KeyboardInterrupt):
         _log(error, own, reason, progress)
-    return reason.code
+    return reason
+
+
+def error_of(reason: Ending | None, error: BaseException) -> BaseException:
+    """Return what a run raises in Python: `error`, unless the `reason` is another one."""
+    if reason is None or exit_code_of(error) == reason.code:
+        return error
+    kinds = {DATA: DataError, CHECKPOINT: CheckpointError, NON_FINITE: NonFiniteError}
+    found = ({HANG: HangError} | kinds).get(reason.code, RuntimeError)(reason.text)
+    found.__cause__ = error
+    return found
 
 
 def _set_status_of(ending: Ending, folder: RunFolder, progress: Progress) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
-from torchtitan.checkpoint.async_save import is_saving
+from torchtitan.checkpoint.async_save import is_saving, wait_for_saves
 from torchtitan.checkpoint.collective import run_on_rank0
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.checkpoint.run_folder import RunFolder
@@ -29,6 +29,7 @@ from torchtitan.training.ending import (
     Progress,
     after_error,
     after_success,
+    error_of,
     export_last_step,
     finish_uploads,
     leave_now,
@@ -234,9 +235,11 @@ def write_seed(context: RunContext, world: DistributedContext, folder: RunFolder
     manager.save_seed(model.parts)
 
 
-def set_up_process_of(config: JobConfig, environment: ProcessEnvironment) -> RunContext:
+def set_up_process_of(
+    config: JobConfig, environment: ProcessEnvironment, in_process: bool = False
+) -> RunContext:
     """Set up threads, seeds and logging; return the context with the device to use."""
-    init_logging(environment.rank)
+    init_logging(environment.rank, in_process=in_process)
     set_up_process(config.debug.threads, environment, config.debug.seed)
     if config.debug.deterministic:
         use_deterministic_algorithms(config.debug.deterministic_warn_only)
@@ -251,15 +254,17 @@ def run(
     check_environment: Callable[[RunContext], None],
     check_resolved: Callable[[RunContext, JobConfig], None],
     stop: StopRequest,
+    in_process: bool = False,
 ) -> int:
     """Train as one process of a run, write `run_status.json`, and return the exit status.
 
     `check_environment` checks devices and model; `check_resolved` the config with the batch size
     and lanes of the stored run. Both raise ConfigError before anything is written. `stop` is
-    entered.
+    entered. `in_process`: the process goes on after the run, so errors are raised, once nothing of
+    the run is at work any more.
     """
     is_main = environment.rank == 0
-    context = set_up_process_of(config, environment)
+    context = set_up_process_of(config, environment, in_process)
     check_environment(context)
 
     def check(resolved: JobConfig) -> None:
@@ -272,7 +277,7 @@ def run(
     if is_main:  # for a stop before the ranks meet
         progress.step = progress.first_step = folder.decision.step
     with closing(folder):
-        return _run_in(folder, config, context, environment, progress)
+        return _run_in(folder, config, context, environment, progress, in_process)
 
 
 def _run_in(
@@ -281,6 +286,7 @@ def _run_in(
     context: RunContext,
     environment: ProcessEnvironment,
     progress: Progress,
+    in_process: bool,
 ) -> int:
     """Train in a run folder that is open, and return the exit status."""
     is_main = environment.rank == 0
@@ -310,13 +316,19 @@ def _run_in(
     except BaseException as error:
         progress.stop.at_once = False  # the launcher ends all ranks when one does
         failed = after_error(error, environment.rank, world, folder, progress, config.comm)
+        if in_process:
+            wait_for_saves()
+            if world is not None:
+                world.watchdog.close()
+            finish_uploads(folder)
+            raise error_of(failed, error)  # noqa: B904  (error_of has set its cause)
         if failed is None:
             raise
-        if failed == INTERRUPTED and is_saving():
-            leave_now(failed)
-        if failed != INTERRUPTED:
+        if failed.code == INTERRUPTED and is_saving():
+            leave_now(failed.code)
+        if failed.code != INTERRUPTED:
             finish_uploads(folder)
-        return failed
+        return failed.code
     code = after_success(config, is_main, folder, progress)
     if is_main and progress.status in ("completed", "data_exhausted"):
         code = export_last_step(config, folder)

@@ -94,6 +94,12 @@ def _reclaimable(cgroup: Path) -> int:
     return 0
 
 
+def restart_clock() -> None:
+    """Let `seconds_since_start` count from now, for a run in a process that has done other work."""
+    global _IMPORTED, _COMPUTED_BEFORE
+    _IMPORTED, _COMPUTED_BEFORE = time.perf_counter(), 0.0
+
+
 def seconds_since_start() -> float:
     """Return the seconds since Python started here: importing torch is a large part of a short run.
 

@@ -18,19 +18,24 @@ def ranks_to_show(environment: str | None = None) -> frozenset[int]:
     return listed or frozenset({0})
 
 
-def init_logging(rank: int, log_ranks: Collection[int] | None = None) -> None:
+def init_logging(
+    rank: int, log_ranks: Collection[int] | None = None, in_process: bool = False
+) -> None:
     """Send the messages of `torchtitan` to stderr: all if `rank` is shown, else from warnings up.
 
     `log_ranks`: the ranks shown, instead of those of `LOG_RANK`. A second call replaces the first.
+    `in_process`: in a program of somebody else, whose handlers of the root logger, if there are
+    any, show the messages instead.
     """
     shown = ranks_to_show() if log_ranks is None else log_ranks
     logger = logging.getLogger("torchtitan")
     for handler in list(logger.handlers):
         if isinstance(handler, _CurrentStderrHandler):
             logger.removeHandler(handler)
-    handler = _CurrentStderrHandler()
-    handler.setFormatter(_RankFormatter(rank, several=len(shown) > 1))
-    logger.addHandler(handler)
+    if not (in_process and logging.root.handlers):
+        handler = _CurrentStderrHandler()
+        handler.setFormatter(_RankFormatter(rank, several=len(shown) > 1))
+        logger.addHandler(handler)
     # The level, not a filter, so that `isEnabledFor` spares hidden ranks the work.
     logger.setLevel(logging.INFO if rank in shown else logging.WARNING)
 

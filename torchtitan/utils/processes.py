@@ -7,6 +7,7 @@ import select
 import signal
 import threading
 import time
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
@@ -34,7 +35,8 @@ class StopRequest:
 
     A second Ctrl-C sets `interrupted` and raises KeyboardInterrupt at once. `at_once`, for the time
     before the loop: the first signal raises StopRequested, or KeyboardInterrupt for Ctrl-C. A
-    SIGHUP that nohup makes this process ignore stays ignored. Enter it on the main thread.
+    SIGHUP that nohup makes this process ignore stays ignored. Only the main thread may handle
+    signals: on another one none is set up.
 
     A file and a time limit, of which `watch` tells it, are looked at by `poll`.
     """
@@ -77,7 +79,8 @@ class StopRequest:
         return self.requested
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        for number in STOP_SIGNALS if on_main_thread else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -92,7 +95,9 @@ class StopRequest:
 
     def __exit__(self, *details: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
 
 
 _LAUNCHER_MARKS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -127,11 +132,13 @@ def _wait_for_parent() -> None:
     os._exit(1)
 
 
+@cache
 def end_with_launcher() -> None:
     """Send this process SIGTERM when the torchrun or mpirun that started it is gone.
 
     Ranks of a killed launcher would train on, and hold the run folder's lock. A rank that has not
-    ended some time after that is killed. Does nothing for a process that no launcher started.
+    ended some time after that is killed. Does nothing for a process that no launcher started, nor
+    when it is called again.
     """
     launcher = _launcher()
     if launcher is not None:

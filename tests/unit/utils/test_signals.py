@@ -85,3 +85,12 @@ def test_two_steps_and_a_save_end_before_the_time_limit(monkeypatch: pytest.Monk
     assert asked_at(0, None) == 950
     assert asked_at(0, 200) == 800
     assert asked_at(10, 200) == 780
+
+
+def test_a_handler_from_outside_python_becomes_the_default() -> None:
+    """Python cannot put it back, and names it None."""
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        stop._previous[signal.SIGUSR1] = None
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    signal.signal(signal.SIGUSR1, before)

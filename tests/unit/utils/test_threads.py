@@ -37,7 +37,7 @@ def test_process_is_set_up_before_torch_is_imported(setting: str, expected: str)
     script = f"""
 import sys, types
 from torchtitan.cli import main
-from torchtitan.commands import train
+from torchtitan.api import start as train
 
 calls = []
 def note(name):
