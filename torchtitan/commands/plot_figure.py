@@ -50,7 +50,7 @@ _TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "second
 
 @dataclass(frozen=True)
 class Look:
-    """How curves are drawn."""
+    """Style of the curves: colours, smoothing, axes."""
 
     by: str
     """`steps`, `tokens` or `time`."""
