@@ -54,6 +54,7 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 # One message here instead of one amid a traceback of the launcher.
+echo "Checking the run for $NGPU processes ..." >&2
 report=$(WORLD_SIZE=$NGPU "$PYTHON" -m torchtitan.cli train \
     --job.config_file "$CONFIG_FILE" --check full "$@" 2>&1) || {
     status=$?

@@ -65,7 +65,7 @@ class _Wanted(dict[str, bool]):
 def run(options: argparse.Namespace) -> int:
     """Write the picture and name it."""
     if find_spec("matplotlib") is None:
-        fix = "run `pip install 'torchtitan[plot]'`, in a clone `pip install -e '.[plot]'`"
+        fix = "run `pip install -e '.[plot]' -c constraints.txt` in the clone"
         raise ConfigError(ConfigIssue("plot", "needs the package matplotlib", fix))
     files = list(dict.fromkeys(_records_file(word) for word in options.runs))
     names = run_names(files)

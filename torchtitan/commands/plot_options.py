@@ -13,7 +13,7 @@ def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
       torchtitan plot runs/a runs/b --by tokens --smooth 0.9 --output ab.svg
       torchtitan plot runs/a --metrics "loss,validation,time_share/*"
 
-    It needs matplotlib: pip install 'torchtitan[plot]'.
+    It needs matplotlib: `pip install -e '.[plot]' -c constraints.txt` in the clone.
     """
     run = "a run's folder, job.dump_folder, or a metrics.jsonl"
     parser.add_argument("runs", metavar="RUN", nargs="+", help=run)

@@ -56,8 +56,11 @@ def notices(config: JobConfig, warmup_steps: int | None) -> Iterator[ConfigIssue
     `lr_scheduler.warmup_steps`, if any.
     """
     schedule = config.lr_scheduler
-    if schedule.warmup_steps is None and warmup_steps not in (None, DEFAULT_WARMUP):
-        steps = schedule.length(config.training.steps)
+    steps = schedule.length(config.training.steps)
+    # With `decay_ratio` the warmup may be all that it leaves.
+    rest = None if schedule.decay_ratio is None else steps - schedule.decay(steps)
+    known = (None, DEFAULT_WARMUP, rest)
+    if schedule.warmup_steps is None and warmup_steps not in known:
         reason = f"{DEFAULT_WARMUP} steps do not fit into the {steps} of the schedule"
         yield _notice("lr_scheduler.warmup_steps", warmup_steps, reason)
     for key, reason in _REASONS.items():

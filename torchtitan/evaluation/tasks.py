@@ -152,7 +152,7 @@ def missing_package(key: str, value: Any) -> ConfigIssue | None:
     """Return the issue of a missing lm-eval, or None."""
     if importlib.util.find_spec(PACKAGE) is not None:
         return None
-    problem, fix = "needs the package lm-eval", "run `pip install 'torchtitan[eval]'`"
+    problem, fix = "needs the package lm-eval", "run `pip install -e '.[eval]'` in the clone"
     return ConfigIssue(key, problem, fix, value, missing_asset=True)
 
 

@@ -67,8 +67,10 @@ def _check_packages(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:
     for name, entry in chosen.items():
         if entry.package and find_spec(entry.package.partition(".")[0]) is None:
             problem = f"it needs {entry.package}, which is not installed"
-            what = f'"torchtitan[{entry.extra}]"' if entry.extra else entry.package
-            yield ConfigIssue("model.handlers", problem, f"pip install {what}", value=name)
+            fix = f"pip install {entry.package}"
+            if entry.extra:
+                fix = f"pip install -e '.[{entry.extra}]' -c constraints.txt, in the clone"
+            yield ConfigIssue("model.handlers", problem, fix, value=name)
 
 
 def _check_order(chosen: dict[str, HandlerEntry]) -> Iterator[ConfigIssue]:

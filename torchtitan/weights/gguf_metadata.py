@@ -159,7 +159,7 @@ def _open(path: Path) -> Any:
     try:
         return gguf_reader(path)
     except ImportError:
-        fix = "pip install 'torchtitan[gguf]'"
+        fix = "pip install gguf"
         raise ConfigError(ConfigIssue(str(path), "needs the package gguf", fix)) from None
     except Exception as error:  # a damaged header raises anything
         text = f"is not a readable GGUF file: {error}"

@@ -109,7 +109,7 @@ def _open_reader(file: Path) -> tuple[Any, str]:
         reader = gguf_reader(file)
     except ImportError as error:
         raise InvalidWeights(
-            f"{file}: reading GGUF needs the package gguf: pip install 'torchtitan[gguf]'"
+            f"{file}: reading GGUF needs the package gguf: pip install gguf"
         ) from error
     except Exception as error:  # the package does not document what a damaged file raises
         raise InvalidWeights(f"{file}: cannot be read: {error}") from error

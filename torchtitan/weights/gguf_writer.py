@@ -62,7 +62,7 @@ def write_gguf(file: Path, model: StoredModel, dtype: str | None = None) -> None
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError as error:
-        text = "writing GGUF needs the package gguf: pip install 'torchtitan[gguf]'"
+        text = "writing GGUF needs the package gguf: pip install gguf"
         raise InvalidWeights(text) from error
     kinds = {
         torch.float32: GGMLQuantizationType.F32,

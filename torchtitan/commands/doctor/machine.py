@@ -36,7 +36,8 @@ def machine_findings(context: RunContext, place: ProcessEnvironment) -> Iterator
             text = f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
             yield Finding(True, f"GPU {index}", text)
     else:
-        yield Finding(None, "GPUs", f"none usable (torch built for CUDA {torch.version.cuda})")
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        yield Finding(None, "GPUs", f"none usable (torch built {built})")
     if problems and context.device_type == "cuda":
         return
     setting = f"job.device = {context.config.job.device}"
