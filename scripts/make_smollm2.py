@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     missing = [name for name in ("gguf", "transformers") if find_spec(name) is None]
     if missing:
         install = "pip install -e '.[dev]' -c constraints.txt"
-        sys.exit(f"This needs {' and '.join(missing)}, which are not installed: {install}")
+        sys.exit(f"This needs the missing {' and '.join(missing)}: {install}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
         made = Path(scratch) / "made"

@@ -87,10 +87,12 @@ def _fix_of_absent(path: Path) -> str:
     if elsewhere:
         return f"did you mean {elsewhere}? A relative path starts in the current folder"
     fix = f"check the path; the current folder is {Path.cwd()}"
-    name = nearest(path.stem, shipped_configs()) if path.name == str(path) else None
+    is_word = path.name == str(path)
+    name = path.stem if path.stem in shipped_configs() else None
+    name = nearest(path.stem, shipped_configs()) if is_word else name
     if name:
         fix = f"did you mean `{name}`, which comes with the library? Otherwise {fix}"
-    elif path.name == str(path):
+    elif is_word:
         fix += "; `torchtitan list configs` prints the names of shipped ones"
     if not path.suffix:
         fix += ". A bare word is the config file; checks are `--check` or `--check full`"
