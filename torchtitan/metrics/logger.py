@@ -344,7 +344,7 @@ def _peak_flops(section: Metrics, device: torch.device) -> float | None:
         return section.peak_tflops * 1e12
     name = device_name(device)
     known = peak_flops(name)
-    if known is None:
+    if known is None and name != "cpu":  # nobody misses it there
         logger.info(
             "No MFU: the peak of this device (%s) is not known. Set metrics.peak_tflops to it.",
             name,

@@ -112,13 +112,18 @@ def test_terms_of_the_loss(tmp_path: Path) -> None:
     assert (record["loss"], record["loss/cross_entropy"]) == (3.0, 2.5)
 
 
-def test_mfu_against_a_peak_that_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mfu_against_a_peak_that_is_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
     train(build(tmp_path, clock, peak_tflops=0.5), clock, 1, 3)
     assert records(tmp_path)[-1]["mfu"] == pytest.approx(0.3) and "No MFU" not in caplog.text
-    build(tmp_path / "unset")  # on a device that nobody knows
-    assert "No MFU: the peak of this device (cpu) is not known. Set metrics" in caplog.text
+    build(tmp_path / "unset")
+    assert "No MFU" not in caplog.text  # on a CPU
+    monkeypatch.setattr(metrics_module, "device_name", lambda device: "X1")
+    build(tmp_path / "unknown")
+    assert "No MFU: the peak of this device (X1) is not known. Set metrics" in caplog.text
 
 
 def test_mfu_of_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
