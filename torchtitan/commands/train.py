@@ -25,13 +25,15 @@ from torchtitan.utils.logging import init_logging
 from torchtitan.utils.processes import StopRequest
 from torchtitan.utils.text import plural
 
+_FEW_NOTICES = 5
+
 
 def run(options: argparse.Namespace) -> int:
     """Check, then train. Problems that need no torch are reported before it is imported."""
     read_or_refuse(adopt_place)
     loaded = load_config(options.settings)
     if not env.is_quiet_rank():
-        _print_notices(loaded)
+        _print_notices(loaded, brief=not options.check)
     if options.check:
         return _check(loaded, full=options.check == "full")
     if loaded.config.comm.mode == "fake_backend":
@@ -40,9 +42,16 @@ def run(options: argparse.Namespace) -> int:
         return start(loaded, stop)
 
 
-def _print_notices(loaded: LoadedConfig) -> None:
-    """Print what was read differently from how it is written, and how to update the files."""
-    config_command.print_notices(loaded)
+def _print_notices(loaded: LoadedConfig, brief: bool) -> None:
+    """Print what was read differently from how it is written, and how to update the files.
+
+    `brief`: many notices are counted, as they would hide the first lines of a run.
+    """
+    if brief and len(loaded.notices) > _FEW_NOTICES:
+        count = len(loaded.notices)
+        print(f"notice: {count} settings were read as today's; --check names them", file=sys.stderr)
+    else:
+        config_command.print_notices(loaded)
     for file in loaded.outdated:
         hint = f"`torchtitan config convert {file}` writes the file with today's keys"
         print(f"notice: {hint}", file=sys.stderr)

@@ -141,7 +141,9 @@ def _globbed(
         return found
     where = os.path.abspath(expanded)
     if glob.has_magic(expanded):
-        raise _error(path, f"no file matches {where}", "put files there, or name others", missing_asset=True)
+        raise _error(
+            path, f"no file matches {where}", "put files there, or name others", missing_asset=True
+        )
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(expanded):
         raise _error(path, f"{where} does not exist", "correct the path", missing_asset=True)
     raise _error(path, _reason(where, error), "correct the path, or what it leads to")
