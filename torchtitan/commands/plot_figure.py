@@ -147,6 +147,7 @@ def _figure(runs: Sequence[Curves], metrics: Sequence[str], look: Look) -> Figur
     lines = [Line2D([], [], label=n, **_line(i, look.dark)) for i, n in enumerate(shown)]
     room = int(figure.get_figwidth() * 10 / (max(map(len, shown)) + 6))
     columns = max(1, min(4, len(runs), room))
+    figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(runs) / columns - 1))
     figure.legend(handles=lines, loc="outside upper center", ncols=columns)
     return figure
 

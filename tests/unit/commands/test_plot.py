@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,15 @@ def test_records_without_a_default_metric_are_refused(capsys: pytest.CaptureFixt
     write(Path("a/metrics.jsonl"), {"step": 1, "own": 2.0})
     assert "name some with --metrics" in refused(capsys, "a")
     assert main(["plot", "a", "--metrics", "own"]) == 0
+
+
+def test_the_names_of_many_runs_leave_the_charts_their_room() -> None:
+    heights = []
+    for number in (2, 40):
+        for index in range(number):
+            write(Path(f"{index}/metrics.jsonl"), record(1), record(2))
+        assert main(["plot", *map(str, range(number)), "--output", "a.svg"]) == 0
+        chart = Path("a.svg").read_text().partition('id="patch_2"')[2]
+        numbers = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", chart.partition("z")[0])]
+        heights.append(max(numbers) - min(numbers))
+    assert heights[1] > 0.9 * heights[0] > 50
