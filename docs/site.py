@@ -17,6 +17,8 @@ DOCS = "docs/"
 TOP_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 LOOKED_UP = ("reference/messages.md", "reference/settings.md")
 """Pages that the search prefers: who pastes a message or a key wants these."""
+_MOST_BYTES = 2**18
+"""Of a file that becomes a page."""
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )(?!\w+:|#)([^)#\s]+)", re.MULTILINE)
 _PICTURE = re.compile(
     r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S
@@ -36,7 +38,7 @@ def on_files(files, config):
         for _, link in _LINK.findall(page.content_string):
             path = _path_in_clone(page.src_uri, link)
             uri = _uri_of(path)
-            if uri.startswith("source/") and (root / path).is_file() and uri not in files.src_uris:
+            if uri.startswith("source/") and uri not in files.src_uris and _is_shown(root, path):
                 text = _source_page(path, (root / path).read_text(encoding="utf-8"))
                 level = InclusionLevel.NOT_IN_NAV
                 files.append(File.generated(config, uri, content=text, inclusion=level))
@@ -74,6 +76,19 @@ def _uri_of(path: str) -> str:
     if path.startswith(DOCS) and path.endswith((".md", ".png", ".svg", ".ipynb")):
         return path.removeprefix(DOCS).replace(".ipynb", ".md")
     return f"source/{path}.md"
+
+
+def _is_shown(root: Path, path: str) -> bool:
+    """Return True for a short text of the clone: what lies outside is nobody's to publish."""
+    if path.startswith(("../", "/")) or not (root / path).is_file():
+        return False
+    if (root / path).stat().st_size > _MOST_BYTES:
+        return False
+    try:
+        (root / path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _source_page(path: str, text: str) -> str:

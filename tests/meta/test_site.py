@@ -61,7 +61,14 @@ def test_pages_load_nothing_from_the_network(site: Path):
 
 
 def test_what_is_broken_fails(tmp_path: Path):
-    """Links, anchors and pictures that lead nowhere, and pages that only nav or only docs/ has."""
+    """Links, anchors and pictures that lead nowhere, and pages that only nav or only docs/ has.
+
+    A file outside the clone, or one that is no text, is nowhere, too.
+    """
+    (tmp_path / "outside.toml").write_text("private = 1\n")
+    tmp_path /= "clone"
+    tmp_path.mkdir()
+    (tmp_path / "binary.dat").write_bytes(b"\xff\xfe")
     for path in ROOT.iterdir():
         if path.name not in ("docs", "mkdocs.yml"):
             (tmp_path / path.name).symlink_to(path)
@@ -69,6 +76,7 @@ def test_what_is_broken_fails(tmp_path: Path):
     page = tmp_path / "docs" / "guides" / "metrics.md"
     faults = (
         "[a](no_page.md) [b](losses.md#no-anchor) [c](../../train_configs/no.toml) ![d](no.svg)"
+        " [f](../../../outside.toml) [g](../../binary.dat)"
     )
     page.write_text(f"{page.read_text()}\n{faults}\n")
     (tmp_path / "docs" / "guides" / "orphan.md").write_text("# Orphan\n")
@@ -86,6 +94,8 @@ def test_what_is_broken_fails(tmp_path: Path):
         "no.svg",
         "ghost.md",
         "no_notes.md",
+        "outside.toml",
+        "binary.dat",
     )
     for fault in found:
         assert len([line for line in warnings if fault in line]) == 1, done.stderr

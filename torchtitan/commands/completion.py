@@ -49,6 +49,8 @@ def _add_candidates(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> Non
                 _add_candidates(command, keys)
         elif (parser.prog, action.dest) in names:
             action.choices = list(names[parser.prog, action.dest])
+        elif parser.prog == "torchtitan config diff" and action.dest in ("first", "second"):
+            action.complete = _config_files(list(shipped_configs()))  # type: ignore[attr-defined]
         elif action.choices is None and action.type is None and action.nargs != 0:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     if parser.get_default("settings") is not None:

@@ -13,6 +13,7 @@ from torchtitan.config.fields import known_keys, known_sections
 from torchtitan.config.load import load_config
 from torchtitan.config.paths import expand_path
 from torchtitan.config.schema import JobConfig
+from torchtitan.config.shipped import shipped_configs
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.text import plural
 
@@ -92,7 +93,8 @@ def _known_section(key: str) -> str:
 def _config_of(text: str) -> JobConfig:
     """Return the config that the user names; issues and notices begin with the name."""
     path = Path(expand_path(text))
-    if path.is_dir():
+    is_name = text in shipped_configs() and not (path / CONFIG_NAME).exists()
+    if path.is_dir() and not is_name:
         path /= CONFIG_NAME
         # A crash of the machine can leave an empty file, which would be a config of defaults.
         if not path.exists() or not path.stat().st_size:

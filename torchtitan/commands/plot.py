@@ -28,6 +28,8 @@ _RECORDS_NAME = "metrics.jsonl"
 _POSITIONS = {"steps": "step", "tokens": "num_tokens_seen", "time": "run_seconds"}
 _DEFAULTS = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_peak_gib")
 _LARGE_BYTES = 50 * 2**20
+_MOST = 1e300
+"""Larger values are unknown: an axis needs room for their difference."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
         runs.append(Curves(name, curves))
         keys |= wanted.keys() - {"step"}
     metrics = chosen_metrics(asked, keys, {metric for one in runs for metric in one.by_metric})
+    if not metrics:
+        problem, fix = "has no value of the default metrics", "name some with --metrics"
+        raise ConfigError(ConfigIssue("RUN", problem, fix, str(files[0])))
 
     from torchtitan.commands.plot_figure import Look, draw
 
@@ -102,7 +107,8 @@ def run_names(files: Sequence[Path]) -> list[str]:
         depth = 1
         while depth < len(mine) and sum(one[-depth:] == mine[-depth:] for one in parts) > 1:
             depth += 1
-        names.append("/".join(mine[-depth:]))
+        name = "/".join(mine[-depth:])
+        names.append("".join(letter if letter.isprintable() else "?" for letter in name))
     return names
 
 
@@ -199,7 +205,8 @@ def _curves_of(records: Sequence[Record], position: str, file: Path) -> dict[str
             if key != "step":
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(record["step"])
-                values.append(value if type(value) in (int, float) else math.nan)
+                is_known = type(value) in (int, float) and abs(value) < _MOST
+                values.append(value if is_known else math.nan)
     arrays = {key: (np.array(x, float), np.array(y, float)) for key, (x, y) in columns.items()}
     known = {key: (x, y) for key, (x, y) in arrays.items() if np.isfinite(y).any()}
     if position != "step":

@@ -66,7 +66,7 @@ def draw(runs: Sequence[Curves], metrics: Sequence[str], look: Look, output: Pat
     style: list[Any] = [
         "default",
         *["dark_background"] * look.dark,
-        {"svg.fonttype": "none", **grid},
+        {"svg.fonttype": "none", "text.parse_math": False, **grid},
     ]
     with matplotlib.style.context(style):
         figure = _figure(runs, metrics, look)
@@ -140,13 +140,14 @@ def _figure(runs: Sequence[Curves], metrics: Sequence[str], look: Look) -> Figur
     for chart in charts[len(metrics) :]:
         chart.remove()
     figure.supxlabel(label, fontsize="medium")
-    shown = [name.replace("$", r"\$") for name in (run.name for run in runs)]
+    shown = [run.name for run in runs]
     if len(runs) == 1:
         figure.suptitle(shown[0], fontsize="large", fontweight="bold")
         return figure
     lines = [Line2D([], [], label=n, **_line(i, look.dark)) for i, n in enumerate(shown)]
     room = int(figure.get_figwidth() * 10 / (max(map(len, shown)) + 6))
     columns = max(1, min(4, len(runs), room))
+    figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(runs) / columns - 1))
     figure.legend(handles=lines, loc="outside upper center", ncols=columns)
     return figure
 

@@ -22,11 +22,12 @@ from torchtitan.config.fields import (
     known_keys,
     known_sections,
 )
-from torchtitan.config.keys_check import unknown_key
+from torchtitan.config.keys_check import secret_issue, unknown_key
 from torchtitan.config.paths import expand_path, why_unexpanded
 from torchtitan.config.shipped import base_path, shipped_configs
 from torchtitan.config.suggest import nearest
 from torchtitan.config.toml_file import read_toml
+from torchtitan.utils.redaction import holds_a_secret
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def _path_of_base(files: Sequence[TomlFile], base: Any) -> Path:
         fix = f"write for example `{TOP_KEYS[BASE].example}`; that file may have a base of its own"
         value = str(base) if isinstance(base, dict) else base
         raise ConfigError(ConfigIssue(key, problem, fix, value))
+    if holds_a_secret(base):
+        raise ConfigError(secret_issue(key))
     reason = why_unexpanded(expand_path(base))
     if reason:
         fix = "set it where the run starts, or write the path itself"
@@ -99,7 +102,8 @@ def _path_of_base(files: Sequence[TomlFile], base: Any) -> Path:
 def _fix_of_absent(base: str, path: Path) -> str:
     folder = path.parent
     besides = [Path(name).name for name in glob.glob(f"{glob.escape(str(folder))}/*.toml")]
-    near = nearest(path.name, besides)
+    suffixed = f"{path.name}.toml"
+    near = suffixed if suffixed in besides else nearest(path.name, besides)
     name = nearest(path.stem, shipped_configs())
     if near:
         meant = str(Path(base).with_name(near))

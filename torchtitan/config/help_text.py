@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS, TODAY
 from torchtitan.config.errors import ConfigError, ConfigIssue
-from torchtitan.config.fields import Key, keys_of, known_keys, known_sections
+from torchtitan.config.fields import TOP_KEYS, Key, keys_of, known_keys, known_sections
 from torchtitan.config.reference import KINDS, NAMED_TABLES
 from torchtitan.config.schema import Section
 from torchtitan.config.shipped import shipped_configs
@@ -128,6 +128,10 @@ def _section_list() -> str:
 def _topic_text(topic: str, groups: list[_Group]) -> str:
     name = topic.strip("[]").removeprefix("--").replace("-", "_")
     today = TODAY.get(name) or MISNAMED.get(name)
+    if top := TOP_KEYS.get(today or name):
+        return (
+            f"{_indented(top.doc, 0, 0)}\n\nAbove the first section of the TOML:\n\n  {top.example}"
+        )
     note = f"{name} is {today} here.\n\n" if today else ""
     name = today or name
     keys = [(key, group) for group in groups for key in group.keys]

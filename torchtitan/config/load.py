@@ -170,9 +170,8 @@ def _merge(sources: Sequence[_Source]) -> tuple[dict[str, Any], list[str]]:
     notices = []
     for index, source in enumerate(sources):
         for name in source.unset:
-            for earlier in sources[:index]:
-                earlier.old.leave_out(name)
-            if not _take_out(values, name):
+            pending = [earlier.old.leave_out(name) for earlier in sources[:index]]
+            if not _take_out(values, name) and not any(pending):
                 notices.append(f"{source.prefix}{UNSET} has no use for {name}: no base sets it")
         values = _merged(values, source.values)
     return values, notices

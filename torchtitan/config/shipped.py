@@ -22,7 +22,7 @@ def shipped_configs() -> dict[str, Path]:
 def config_path(text: str) -> Path:
     """Return the file that a command line names: a path, or else the name of a shipped config."""
     path = Path(expand_path(text))
-    if path.name != text or path.exists():
+    if path.name != text or os.path.isfile(path):
         return path
     return shipped_configs().get(text, path)
 

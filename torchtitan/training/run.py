@@ -42,6 +42,7 @@ from torchtitan.training.nonfinite_guard import NonFiniteGuard, build_nonfinite_
 from torchtitan.training.nonfinite_origin import StepBatch
 from torchtitan.training.prefetch import row_counts
 from torchtitan.training.recorder import Recorder, build_recorder
+from torchtitan.training.same_config import require_same_config
 from torchtitan.training.validation import Validator
 from torchtitan.utils.device import device_type, set_up_process, use_deterministic_algorithms
 from torchtitan.utils.environment import ProcessEnvironment
@@ -296,6 +297,7 @@ def _run_in(
         patience = config.comm.init_timeout_seconds
         with open_context(context.device_type, environment, patience) as world, recorder:
             decision = folder.share(world)
+            require_same_config(folder.config, world)
             progress.may_write = not decision.replaces_run
             for notice in decision.notices:
                 logger.info(notice)

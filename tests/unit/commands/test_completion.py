@@ -18,6 +18,7 @@ CASES = [
     ("config ", "show", "copy"),
     ("config copy llama3_8", "llama3_8b", "llama3_8b_128k"),
     ("train debug_", "debug_model", "debug_4d"),
+    ("config diff debug_model debug_", "debug_model", "debug_4d"),
     ("train docs/examples/ch", "docs/examples/chat.toml", None),
     ("train my.toml --training.st", "--training.steps", None),
     ("train my.toml --handlers.lora.ra", "--handlers.lora.rank", None),

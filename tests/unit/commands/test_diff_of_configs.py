@@ -108,6 +108,12 @@ def test_a_run_folder_is_its_stored_config(tmp_path: Path, diff, capsys):
     assert capsys.readouterr().out.endswith("no setting differs\n")
 
 
+def test_a_folder_that_is_no_run_does_not_hide_a_shipped_config(diff):
+    Path("llama3_8b").mkdir()  # of downloaded weights, say
+    assert load_config(["llama3_8b"]).config.model.flavor == "8B"
+    assert main(["config", "diff", "llama3_8b", "llama3_70b"]) == 0
+
+
 def test_what_cannot_be_compared_is_told_for_both(tmp_path: Path, problem_of):
     Path("nothing").mkdir()
     Path("empty").mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,35 @@ def test_without_matplotlib_it_says_what_to_install(
     monkeypatch.setattr("torchtitan.commands.plot.find_spec", lambda name: None)
     text = refused(capsys, "a")
     assert "needs the package matplotlib" in text and "torchtitan[plot]" in text
+
+
+def test_names_are_shown_as_they_are_written() -> None:
+    """Neither as formulas, which may be malformed, nor with letters that XML cannot hold."""
+    sets = {r"validation/$\frac$/loss": 1.0}
+    write(Path("a\x1b[b/metrics.jsonl"), record(1, **sets), record(2, **sets))
+    assert main(["plot", "a\x1b[b", "--output", "a.svg"]) == 0
+    assert {"a?[b", r"Validation loss of $\frac$"} <= set(texts(Path("a.svg")))
+
+
+def test_numbers_that_no_axis_has_room_for_are_unknown() -> None:
+    values = (1e308, -1e308, 10**400, 2.0)
+    write(Path("a/metrics.jsonl"), *(record(i, loss=v) for i, v in enumerate(values, 1)))
+    assert main(["plot", "a"]) == 0
+
+
+def test_records_without_a_default_metric_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("a/metrics.jsonl"), {"step": 1, "own": 2.0})
+    assert "name some with --metrics" in refused(capsys, "a")
+    assert main(["plot", "a", "--metrics", "own"]) == 0
+
+
+def test_the_names_of_many_runs_leave_the_charts_their_room() -> None:
+    heights = []
+    for number in (2, 40):
+        for index in range(number):
+            write(Path(f"{index}/metrics.jsonl"), record(1), record(2))
+        assert main(["plot", *map(str, range(number)), "--output", "a.svg"]) == 0
+        chart = Path("a.svg").read_text().partition('id="patch_2"')[2]
+        numbers = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", chart.partition("z")[0])]
+        heights.append(max(numbers) - min(numbers))
+    assert heights[1] > 0.9 * heights[0] > 50

@@ -107,6 +107,8 @@ def test_a_circle_is_refused_with_its_files(bases: dict[str, str], circle: str, 
         ('"a\\u0000b"', "does not exist", "starts in the folder of the file"),
         (f'"{"x" * 300}"', "does not exist", "starts in the folder of the file"),
         ('"$NOT_SET/x.toml"', "has no variable NOT_SET", "set it where the run starts"),
+        ('"common"', "conf/common does not exist", 'did you mean "common.toml"?'),
+        ('"https://me:pass-word@host/x.toml"', "looks like a secret", "remove it here"),
         ('"folder"', "is a folder", "name a TOML file"),
         ('"run"', "is a folder", 'did you mean "run/config.toml"?'),
         ('""', "needs the name of one config", 'write for example `base = "llama3_8b"`'),
@@ -123,7 +125,7 @@ def test_the_file_that_names_a_wrong_base_is_told(written, problem, fix, toml, t
     path = toml("conf/child.toml", f"base = {written}\n[training]\nstepps = 3\n")
     wrong, own = problems_of(lambda: load_config([path]))
     assert wrong.key == f"{path}: base"
-    assert problem in str(wrong) and fix in wrong.fix
+    assert problem in str(wrong) and fix in wrong.fix and "pass-word" not in str(wrong)
     assert own.key == "training.stepps", "what is wrong in the file itself comes along"
 
 

@@ -92,6 +92,8 @@ def test_unset_of_what_no_base_sets_gives_a_notice(chain: Chain, tmp_path):
     loaded = chain("", 'unset = ["loss.args.bta"]\n')
     told = f"{tmp_path}/1.toml: unset has no use for loss.args.bta: no base sets it"
     assert loaded.notices == (told,) and loaded.outdated == ()
+    loaded = chain("[training]\ncompile = true\n", 'unset = ["model.handlers"]\n')
+    assert loaded.config.model.handlers == () and loaded.notices == ()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torchtitan.commands.config import free_tables
 from torchtitan.commands.table import parse
 from torchtitan.config.cli_args import parse_command_line
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.fields import known_keys, known_sections
+from torchtitan.config.fields import TOP_KEYS, known_keys, known_sections
 from torchtitan.config.help_text import OVERVIEW, print_help
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.toml_file import tomllib
@@ -141,3 +141,12 @@ def test_help_prefers_settings_to_commands_of_like_names(
 def test_a_config_after_help_is_no_topic(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "--help", "debug_model"]) == 0
     assert "Sections:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("topic", "name"), [("base", "base"), ("extends", "base"), ("unset", "unset")]
+)
+def test_the_keys_at_the_top_of_a_file_are_explained(topic: str, name: str, capsys):
+    text = shown(topic, capsys)
+    assert f"TOML:\n\n  {TOP_KEYS[name].example}\n" in text
+    assert TOP_KEYS[name].doc.split()[-1] in text

@@ -45,11 +45,14 @@ class Translated:
         """Add the notice of a key."""
         self.notices[name] = f"{self.dashes}{name} {text}"
 
-    def leave_out(self, name: str) -> None:
-        """Drop the undecided keys that mean the key or table `name` of today."""
-        for old in list(self.pending):
-            if f"{tables.TODAY.get(old, old)}.".startswith(f"{name}."):
-                del self.pending[old]
+    def leave_out(self, name: str) -> bool:
+        """Drop the undecided keys that mean the key or table `name` of today; True if any does."""
+        meant = [
+            old for old in self.pending if f"{tables.TODAY.get(old, old)}.".startswith(f"{name}.")
+        ]
+        for old in meant:
+            del self.pending[old]
+        return bool(meant)
 
     def reject(self, name: str, problem: str, fix: str, value: Any) -> None:
         """Add the issue of a key."""
