@@ -12,7 +12,7 @@ from torchtitan.checkpoint.decision import starts_anew
 from torchtitan.checkpoint.manifest import InvalidCheckpoint, read_manifest
 from torchtitan.checkpoint.stored_run import StoredRun
 from torchtitan.config import ConfigError, ConfigIssue, JobConfig
-from torchtitan.config.errors import errors_of
+from torchtitan.config.errors import errors_of, warning
 from torchtitan.config.registry import BUILT_IN
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.suggest import issues_of_names
@@ -36,6 +36,9 @@ def check_static(context: RunContext) -> list[ConfigIssue]:
         issues += _asked(name, "Settings", partial(_settings_problems, context, name))
     if issues:
         return issues
+    for name in tables.keys() - {*chosen}:
+        problem = f'has no effect: "{name}" is not in model.handlers'
+        issues.append(warning(f"handlers.{name}", problem, "list it there, or leave the table out"))
     entries = {name: HANDLERS[name] for name in chosen}
     issues += [*_check_order(entries), *_check_packages(entries)]
     for name, entry in entries.items():

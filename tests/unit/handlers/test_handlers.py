@@ -55,6 +55,11 @@ def test_known_handlers_pass() -> None:
     assert problems(["compile"], {"compile": {"backend": "eager"}}) == []
 
 
+def test_a_table_of_a_handler_that_is_not_listed_is_a_warning() -> None:
+    [text] = problems([], {"compile": {"backend": "eager"}})
+    assert text.startswith('handlers.compile: has no effect: "compile" is not in model.handlers')
+
+
 @pytest.mark.parametrize(
     ("chosen", "settings", "expected"),
     [
