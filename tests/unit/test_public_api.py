@@ -9,6 +9,7 @@ import os
 import pickle
 import pydoc
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,8 +298,9 @@ def test_text_is_that_of_the_command(
     assert main(["generate", str(run.folder), "def ", "--max-new-tokens=9"]) == 0
     assert capsys.readouterr().out == f"{text}\n" and len(text) > 3
     end = text[3:5]
-    assert torchtitan.generate(model, tokenizer, "def ", max_new_tokens=9, stop=end) == (
-        text[: text.index(end)]
+    assert (
+        torchtitan.generate(model, tokenizer, "def ", max_new_tokens=9, stop=end)
+        == (text[: text.index(end)])
     )
     drawn = {"max_new_tokens": 9, "temperature": 1.0, "top_k": 50, "seed": 3}
     both = torchtitan.generate(model, tokenizer, ["def ", "import os"], **drawn)
@@ -306,6 +308,17 @@ def test_text_is_that_of_the_command(
         model, tokenizer, ["def ", "import os"], batch_size=1, **drawn
     )
     assert torchtitan.generate(model, tokenizer, "def ", **drawn) == both[0] != text
+
+
+def test_a_tokenizer_file_of_any_name_is_found_in_the_run(tmp_path: Path) -> None:
+    assets = Path(torchtitan.__file__).parents[1] / "tests" / "assets" / "tokenizer"
+    shutil.copytree(assets, tmp_path / "mine")
+    shutil.copy(assets / "tokenizer.json", tmp_path / "mine" / "my.json")
+    (tmp_path / "mine" / "tokenizer.json").write_text("another one")
+    changes = {"model.tokenizer_path": str(tmp_path / "mine" / "my.json"), "training.steps": 1}
+    run = torchtitan.train(config_in(tmp_path / "run", **changes))
+    shutil.rmtree(tmp_path / "mine")
+    assert torchtitan.generate(*run.load(), "def ", max_new_tokens=2)
 
 
 def test_another_tokenizer_can_be_used(run: torchtitan.Run) -> None:

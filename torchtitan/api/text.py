@@ -83,7 +83,8 @@ def load(
     number = torch.cuda.current_device() if kind == "cuda" else 0
     dims = ParallelDims()
     weights = torch_dtype(dtype or default_dtype(kind))
-    with plain_torch(), open_context(kind, ProcessEnvironment(local_rank=number), _TIMEOUT_SECONDS) as world:
+    place = ProcessEnvironment(local_rank=number)
+    with plain_torch(), open_context(kind, place, _TIMEOUT_SECONDS) as world:
         model = load_pretrained(found, world, dims.build_mesh(kind), dims, weights)
     setattr(model, _ATTRIBUTE, found)
     return model, found.tokenizer
@@ -228,9 +229,7 @@ def _check(params: SamplingParams, **sizes: int) -> None:
 
 def _requests(prompt: str | Conversation | list[str] | list[Conversation]) -> _Requests:
     """Return the prompts, and whether a single one was given. Raises ConfigError for none."""
-    is_one = isinstance(prompt, str | Mapping) or (
-        bool(prompt) and isinstance(prompt[0], Mapping)
-    )
+    is_one = isinstance(prompt, str | Mapping) or (bool(prompt) and isinstance(prompt[0], Mapping))
     several: Sequence[Any] = [prompt] if is_one else prompt
     if not several:
         raise ConfigError(ConfigIssue("prompt", "is an empty list", "give a text or messages"))

@@ -94,7 +94,7 @@ def texts_of_run(config: JobConfig, loader: Loader, is_fresh: bool) -> dict[str,
             text = loader.sample_text(_SAMPLE_CHARACTERS)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a tokenizer of a user's own; Rust's panics are no Exception
+        except BaseException as error:  # a user's own tokenizer; a panic in Rust's is no Exception
             logger.warning("TensorBoard gets no sample of the data: %r", error)
         else:
             texts["data_sample"] = as_code(text[:_SAMPLE_CHARACTERS])

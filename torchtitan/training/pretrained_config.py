@@ -134,9 +134,12 @@ def _family_name(section: Model, description: ModelDescription) -> str:
 def tokenizer_of_step(path: Path) -> str | None:
     """Return the tokenizer of a step's run: its copy, with the chat template, or where it was."""
     copied = path.resolve().parent.parent / TOKENIZER_NAME
-    if copied.is_dir():
-        return str(copied)
     section = stored_model(path)
+    # A file may have any name, and others may lie beside it.
+    if section is not None and (file := copied / Path(section.tokenizer_path).name).is_file():
+        return str(file)
+    if tokenizer_folder(copied) is not None:
+        return str(copied)
     return None if section is None else section.tokenizer_path
 
 
