@@ -6,9 +6,12 @@ import importlib
 import json
 import logging
 import os
+import pickle
 import pydoc
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -196,6 +199,51 @@ def test_another_thread_can_train(run: torchtitan.Run, tmp_path: Path) -> None:
     assert process_state() == before
 
 
+def test_modes_of_the_caller_do_not_reach_a_run(run: torchtitan.Run, tmp_path: Path) -> None:
+    with (
+        torch.device("meta"),
+        torch.inference_mode(),
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        same = torchtitan.train(config_in(tmp_path / "run"))
+        model, tokenizer = same.load()
+        text = torchtitan.generate(model, tokenizer, "def ", max_new_tokens=9)
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+    assert same.metrics()["loss"] == run.metrics()["loss"]
+    assert text == torchtitan.generate(*run.load(), "def ", max_new_tokens=9)
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[BaseException] = []
+
+    def train_too() -> None:
+        try:
+            torchtitan.train(config_in(tmp_path / "second"))
+        except RuntimeError as error:
+            refused.append(error)
+
+    def begin() -> None:
+        thread = threading.Thread(target=train_too)
+        thread.start()
+        thread.join()
+
+    at_step(2, begin, monkeypatch)
+    before = process_state()
+    first = torchtitan.train(config_in(tmp_path / "first"))
+    assert "another thread of this process trains" in str(*refused)
+    assert first.status["status"] == "completed" and process_state() == before
+
+
+def test_an_error_with_issues_comes_whole_from_another_process() -> None:
+    issue = torchtitan.ConfigIssue("training.steps", "is missing", "set it")
+    words = f"import pickle; print(pickle.loads({pickle.dumps(torchtitan.ConfigError([issue]))!r}))"
+    printed = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert printed.stdout == "training.steps: is missing. Fix: set it.\n"
+
+
 def test_the_time_limit_counts_from_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,12 +297,28 @@ def test_text_is_that_of_the_command(
     text = torchtitan.generate(model, tokenizer, "def ", max_new_tokens=9)
     assert main(["generate", str(run.folder), "def ", "--max-new-tokens=9"]) == 0
     assert capsys.readouterr().out == f"{text}\n" and len(text) > 3
+    end = text[3:5]
+    assert (
+        torchtitan.generate(model, tokenizer, "def ", max_new_tokens=9, stop=end)
+        == (text[: text.index(end)])
+    )
     drawn = {"max_new_tokens": 9, "temperature": 1.0, "top_k": 50, "seed": 3}
     both = torchtitan.generate(model, tokenizer, ["def ", "import os"], **drawn)
     assert both == torchtitan.generate(
         model, tokenizer, ["def ", "import os"], batch_size=1, **drawn
     )
     assert torchtitan.generate(model, tokenizer, "def ", **drawn) == both[0] != text
+
+
+def test_a_tokenizer_file_of_any_name_is_found_in_the_run(tmp_path: Path) -> None:
+    assets = Path(torchtitan.__file__).parents[1] / "tests" / "assets" / "tokenizer"
+    shutil.copytree(assets, tmp_path / "mine")
+    shutil.copy(assets / "tokenizer.json", tmp_path / "mine" / "my.json")
+    (tmp_path / "mine" / "tokenizer.json").write_text("another one")
+    changes = {"model.tokenizer_path": str(tmp_path / "mine" / "my.json"), "training.steps": 1}
+    run = torchtitan.train(config_in(tmp_path / "run", **changes))
+    shutil.rmtree(tmp_path / "mine")
+    assert torchtitan.generate(*run.load(), "def ", max_new_tokens=2)
 
 
 def test_another_tokenizer_can_be_used(run: torchtitan.Run) -> None:
@@ -296,12 +360,16 @@ def test_what_cannot_be_continued_is_said(run: torchtitan.Run) -> None:
         (["a", ""], {}, r"prompt\[1\]: is empty"),
         ([], {}, "is an empty list"),
         ("a" * 70, {}, "longest sequence is 64"),
+        ({"role": "user", "content": "Hi"}, {}, "is not a list of objects"),
         ([{"role": "user"}], {}, "has no text as content"),
         ([{"role": "user", "content": "Hi"}], {}, "chat template"),
         ("a", {"top_p": 2.0, "max_new_tokens": 0}, r"top_p = 2.0: .*\nmax_new_tokens = 0: "),
     ]:
         with pytest.raises(torchtitan.ConfigError, match=message):
             torchtitan.generate(model, tokenizer, prompt, **options)  # type: ignore[call-overload]
+    for option in ({"dtype": "int8"}, {"device": "cuda:1"}):
+        with pytest.raises(torchtitan.ConfigError, match="is unknown"):
+            torchtitan.load(run.folder, **option)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"Linear is not a model that torchtitan\.load returned"):
         torchtitan.generate(nn.Linear(2, 2), tokenizer, "a")
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 from torchtitan.api import prompts
 from torchtitan.api.start import print_notices
 from torchtitan.config import ConfigError, ConfigIssue
 from torchtitan.config.paths import expand_path
 from torchtitan.utils.environment import ProcessEnvironment
+from torchtitan.utils.in_process import plain_torch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,8 @@ Message: TypeAlias = dict[str, Any]
 Conversation: TypeAlias = list[Message]
 _Requests: TypeAlias = tuple[list[prompts.Request], bool]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+_DTYPES, _DEVICES = get_args(Dtype), get_args(Device)
 
 _TIMEOUT_SECONDS = 600
 _ATTRIBUTE = "pretrained"
@@ -37,7 +40,7 @@ def load(
     *,
     tokenizer: str | Path | None = None,
     dtype: Dtype | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     base: str | Path | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
     """Return a checkpoint's model, ready to run, and its tokenizer.
@@ -67,6 +70,10 @@ def load(
     from torchtitan.training.pretrained import describe_pretrained, load_pretrained
     from torchtitan.utils.dtypes import torch_dtype
 
+    for key, value, known in ("device", device, _DEVICES), ("dtype", dtype, (None, *_DTYPES)):
+        if value not in known:
+            fix = f"one of {', '.join(filter(None, known))}"
+            raise ConfigError(ConfigIssue(key, "is unknown", fix, str(value)))
     kind = device_kind(device, "device")
     require_no_group()
     moved = moved_base(None if base is None else os.fspath(base))
@@ -76,13 +83,14 @@ def load(
     number = torch.cuda.current_device() if kind == "cuda" else 0
     dims = ParallelDims()
     weights = torch_dtype(dtype or default_dtype(kind))
-    with open_context(kind, ProcessEnvironment(local_rank=number), _TIMEOUT_SECONDS) as world:
+    place = ProcessEnvironment(local_rank=number)
+    with plain_torch(), open_context(kind, place, _TIMEOUT_SECONDS) as world:
         model = load_pretrained(found, world, dims.build_mesh(kind), dims, weights)
     setattr(model, _ATTRIBUTE, found)
     return model, found.tokenizer
 
 
-def device_kind(device: Literal["auto", "cpu", "cuda"], key: str) -> Literal["cpu", "cuda"]:
+def device_kind(device: Device, key: str) -> Literal["cpu", "cuda"]:
     """Return the kind of device to use. Raises ConfigError, under `key`, if there is none."""
     import torch
 
@@ -160,7 +168,7 @@ def generate(
         prompt: a text, or a conversation (a list of messages, `{"role": "user", "content": "Hi"}`),
             which the model's chat template turns into text; or a list of either.
         max_new_tokens: the length of the longest answer.
-        stop: texts that end an answer, and are no part of it.
+        stop: a text or texts that end an answer, and are no part of it.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: only the so many most probable tokens are drawn; 0 for all.
         top_p: only the most probable tokens whose probabilities add up to this are drawn.
@@ -186,14 +194,16 @@ def generate(
     ends = set(found.eos_ids)
     if template is not None and (end := template.end_of_turn(tokenizer)) is not None:
         ends.add(end)
-    limits = Limits(max_new_tokens, frozenset(ends), tuple(filter(None, stop)))
+    stops = (stop,) if isinstance(stop, str) else stop  # which is an iterable of texts, too
+    limits = Limits(max_new_tokens, frozenset(ends), tuple(filter(None, stops)))
     work = prompts.encode(found, requests, template)
     device = next(model.parameters()).device
     generator = Generator(model, tokenizer.decode, found.args.max_seq_len, device)
     texts = []
-    for begin in range(0, len(work), batch_size):
-        batch = work[begin : begin + batch_size]
-        texts += [each.text for each in generator.generate(batch, limits, params)]
+    with plain_torch():
+        for begin in range(0, len(work), batch_size):
+            batch = work[begin : begin + batch_size]
+            texts += [each.text for each in generator.generate(batch, limits, params)]
     return texts[0] if is_one else texts
 
 
@@ -219,7 +229,7 @@ def _check(params: SamplingParams, **sizes: int) -> None:
 
 def _requests(prompt: str | Conversation | list[str] | list[Conversation]) -> _Requests:
     """Return the prompts, and whether a single one was given. Raises ConfigError for none."""
-    is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+    is_one = isinstance(prompt, str | Mapping) or (bool(prompt) and isinstance(prompt[0], Mapping))
     several: Sequence[Any] = [prompt] if is_one else prompt
     if not several:
         raise ConfigError(ConfigIssue("prompt", "is an empty list", "give a text or messages"))

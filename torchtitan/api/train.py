@@ -14,7 +14,7 @@ from torchtitan.config.exit_codes import CHECKPOINT, PREEMPTED
 from torchtitan.config.load import load_over
 from torchtitan.utils import environment as env
 from torchtitan.utils.host import restart_clock
-from torchtitan.utils.in_process import process_as_it_was
+from torchtitan.utils.in_process import one_at_a_time, process_as_it_was
 from torchtitan.utils.processes import StopRequest, StopRequested
 
 _PATIENCE_SECONDS = 60.0  # of a rank that refuses to start, for rank 0
@@ -64,8 +64,8 @@ def train(config: JobConfig) -> Run:
             "leave it out, or run torchtitan train",
         )
         raise ConfigError(ConfigIssue("comm.mode", text, fix, config.comm.mode))
-    restart_clock()
-    with process_as_it_was(), StopRequest(at_once=True) as stop:
+    with one_at_a_time(), process_as_it_was(), StopRequest(at_once=True) as stop:
+        restart_clock()
         _require_no_group()
         read_or_refuse(env.adopt_place)
         try:

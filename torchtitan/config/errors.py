@@ -7,11 +7,19 @@ lists of them, so that a user sees all at once; `ConfigError` carries the list.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torchtitan.utils.redaction import without_secrets
 
-_UNSET = object()
+
+class _Unset(Enum):
+    """No value; the same object also when it comes from another process."""
+
+    UNSET = 0
+
+
+_UNSET = _Unset.UNSET
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[ConfigIssue] | ConfigIssue):
         self.problems = [problems] if isinstance(problems, ConfigIssue) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the problems, which a pool of processes passes on, instead of their text."""
+        return type(self), (self.problems,), vars(self)
 
 
 def warning(key: str, problem: str, fix: str, value: Any = _UNSET) -> ConfigIssue:

@@ -206,16 +206,17 @@ class Loader:
         """Return the source, file and row that are being read; empty if none is."""
         return self._reader.reading()
 
-    def sample_text(self) -> str:
+    def sample_text(self, most: int) -> str:
         """Return the text of the first sequence that was read; in chat data ⟦⟧ mark what is learnt.
 
-        Empty before the first step.
+        Empty before the first step. Only `most` tokens are decoded: a sequence may have millions.
         """
         if self.sample is None:
             return ""
         sources = self._reader.mixture.sources
         has_chat = any(settings.chat is not None for settings in sources)
-        return sequence_text(*self.sample, sources[0].tokenizer.tokenizer, has_chat)
+        tokens, labels = (tensor[:most] for tensor in self.sample)
+        return sequence_text(tokens, labels, sources[0].tokenizer.tokenizer, has_chat)
 
     def names_data(self, stored: str | None) -> bool:
         """Tell whether a stored fingerprint is that of this loader's data; None is of any."""

@@ -258,8 +258,11 @@ def describe_amount(named: Sequence[NamedSource], sources: Sequence["Source"]) -
     Documents are counted only where there are no files, which would have to be opened.
     """
     training = named[0].training
-    name = training.dataset if training.dataset_path is None else Path(training.dataset_path).name
-    files: list[Any] = [file for source in sources for file in getattr(source, "files", ())]
+    path = training.dataset_path
+    name = training.dataset if path is None else Path(path).name or path  # "." has no name
+    files_of: list[list[Any]] = [list(getattr(source, "files", ())) for source in sources]
+    # Of a mixture with a stream nobody knows the whole.
+    files = [file for files in files_of for file in files] if all(files_of) else []
     amount = ""
     if files:
         size = format_bytes(sum(file.size for file in files))

@@ -24,7 +24,7 @@ from torchtitan.metrics.rank_times import RankTimes
 from torchtitan.metrics.sinks import JsonLinesSink, Record, Sink
 from torchtitan.metrics.tensorboard import TensorBoardSink
 from torchtitan.utils.device import device_name, memory_peak, peak_flops, reset_memory_peak
-from torchtitan.utils.environment import wants_color
+from torchtitan.utils.environment import is_dumb_terminal, wants_color
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,8 @@ class MetricsLogger:
             openers += more_sinks.items()
         if logger.isEnabledFor(logging.INFO):
             fancy = is_terminal() and not section.disable_color_printing
-            color, bar = fancy and wants_color(), fancy and rank == 0
+            # A dumb terminal shows no bar, and with it no time left.
+            color, bar = fancy and wants_color(), fancy and rank == 0 and not is_dumb_terminal()
             steps, clock = self._run.steps, self._clock
             openers.append(("the console", lambda: ConsoleSink(steps, color, bar, clock)))
         for name, open_sink in openers:

@@ -84,7 +84,7 @@ class TensorBoardSink:
     def _open(self, tags: Collection[str]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        folder = _run_folder(self._folder, self._run_name, resumed=self._step > 0)
+        folder = _run_folder(self._folder, self._run_name)
         if self._rank is not None:
             folder /= f"rank_{self._rank}"
         self._writer = SummaryWriter(str(folder), max_queue=1000, purge_step=self._step + 1)
@@ -108,13 +108,14 @@ def as_code(text: str) -> str:
     return textwrap.indent(text, "    ", lambda line: True)
 
 
-def _run_folder(folder: Path, name: str, resumed: bool) -> Path:
+def _run_folder(folder: Path, name: str) -> Path:
     """Return the folder of the run's events.
 
-    Its name was another one if the run folder has been renamed, and older releases had none.
+    Its name was another one if the run folder has been renamed, and older releases had none. A
+    start from step 0 may find events, too: of a run that had saved nothing.
     """
-    earlier = min(folder.rglob("*.tfevents.*"), default=None) if resumed else None
-    if earlier is None:
+    earlier = min(folder.rglob("*.tfevents.*"), default=None)
+    if earlier is None or folder / name in earlier.parents:
         return folder / name
     parent = earlier.parent
     return parent.parent if re.fullmatch(r"rank_\d+", parent.name) else parent

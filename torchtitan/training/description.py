@@ -91,8 +91,10 @@ def texts_of_run(config: JobConfig, loader: Loader, is_fresh: bool) -> dict[str,
     texts = {"config": as_code(dump_toml(config, redacted=True))}
     if is_fresh:
         try:
-            text = loader.sample_text()
-        except Exception as error:  # a tokenizer of a user's own
+            text = loader.sample_text(_SAMPLE_CHARACTERS)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a user's own tokenizer; a panic in Rust's is no Exception
             logger.warning("TensorBoard gets no sample of the data: %r", error)
         else:
             texts["data_sample"] = as_code(text[:_SAMPLE_CHARACTERS])

@@ -286,14 +286,16 @@ def _next_commands(config: JobConfig, path: Path, status: Status) -> Iterator[tu
         step = newest_step(path / config.checkpoint.folder)
         if step is None:
             return
+        modules = ",".join(config.job.custom_import)  # a stored config executes nothing
+        custom = f" --job.custom_import={shlex.quote(modules)}" * bool(modules)
         if _has_chat_template(path):
-            yield f"torchtitan chat {run}", "talk with it"
+            yield f"torchtitan chat {run}{custom}", "talk with it"
         else:
-            yield f"torchtitan generate {run} 'Once upon a time'", "try the model"
+            yield f"torchtitan generate {run} 'Once upon a time'{custom}", "try the model"
         out = path / f"{HF_NAME}-{step.name}"
         if not config.checkpoint.last_save_in_hf and not out.exists():
             merge = "--merge " * (base_of(read_manifest(step)) is not None)
-            export = f"torchtitan export {merge}{run} {shlex.quote(str(out))}"
+            export = f"torchtitan export {merge}{run} {shlex.quote(str(out))}{custom}"
             yield export, "for transformers, vLLM and others"
 
 

@@ -90,9 +90,9 @@ def _of_run(config: JobConfig) -> _Found | None:
         model = {"name": stored.name, "args": {**taken, **section.args}}
         origins = {f"model.args.{name}": origin for name in taken}
     if "tokenizer_path" not in section.model_fields_set:
-        own = path / TOKENIZER_NAME
-        is_gone = own.is_dir() and not Path(stored.tokenizer_path).exists()
-        model["tokenizer_path"] = str(own) if is_gone else stored.tokenizer_path
+        given = stored.tokenizer_path
+        own = None if Path(given).exists() else copied_tokenizer(path, given)
+        model["tokenizer_path"] = own or given
         origins[_TOKENIZER] = origin
     return _Found(model, origins)
 
@@ -133,11 +133,18 @@ def _family_name(section: Model, description: ModelDescription) -> str:
 
 def tokenizer_of_step(path: Path) -> str | None:
     """Return the tokenizer of a step's run: its copy, with the chat template, or where it was."""
-    copied = path.resolve().parent.parent / TOKENIZER_NAME
-    if copied.is_dir():
-        return str(copied)
     section = stored_model(path)
-    return None if section is None else section.tokenizer_path
+    given = None if section is None else section.tokenizer_path
+    return copied_tokenizer(path.resolve().parent.parent, given or "") or given
+
+
+def copied_tokenizer(run: Path, given: str) -> str | None:
+    """Return a run's copy of the tokenizer that it was `given`; None without one."""
+    folder = run / TOKENIZER_NAME
+    # A file may have any name, and others may lie beside it.
+    if (file := folder / Path(given).name).is_file():
+        return str(file)
+    return None if tokenizer_folder(folder) is None else str(folder)
 
 
 def tokenizer_of(path: Path) -> str | None:

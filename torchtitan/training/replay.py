@@ -20,12 +20,13 @@ import tomli_w
 from torchtitan.checkpoint.decision import changed_config
 from torchtitan.checkpoint.manifest import Manifest
 from torchtitan.checkpoint.steps_folder import inspect_steps, step_name
-from torchtitan.checkpoint.stored_run import RECORD_NAME, STATUS_NAME, TOKENIZER_NAME, StoredRun
+from torchtitan.checkpoint.stored_run import RECORD_NAME, STATUS_NAME, StoredRun
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import FAILED
 from torchtitan.config.load import load_config
 from torchtitan.config.schema import Evaluation, JobConfig, Metrics, Profiling, Validation
 from torchtitan.config.toml_text import config_toml_text
+from torchtitan.training.pretrained_config import copied_tokenizer
 from torchtitan.training.step_record import read_records
 
 CONFIG_NAME = "replay.toml"
@@ -180,9 +181,9 @@ def _with_start(config: JobConfig, run: Path, checkpoint: Manifest | None) -> Jo
         keys["initial_load_path"] = str(run / config.checkpoint.folder / step_name(checkpoint.step))
         keys["initial_load_model_only"] = checkpoint.model_only
         keys["exclude_from_loading"] = ()
-    copied = run / TOKENIZER_NAME
-    is_gone = copied.is_dir() and not Path(config.model.tokenizer_path).exists()
-    model = {"tokenizer_path": str(copied)} if is_gone else {}
+    given = config.model.tokenizer_path
+    copied = None if Path(given).exists() else copied_tokenizer(run, given)
+    model = {} if copied is None else {"tokenizer_path": copied}
     return changed_config(config, checkpoint=keys, model=model)
 
 

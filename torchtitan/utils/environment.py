@@ -308,4 +308,9 @@ def _number(environ: Mapping[str, str], variable: str) -> int | None:
 
 def wants_color(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether a terminal may get colours: `NO_COLOR` is unset, `TERM` is not `dumb`."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return not environ.get("NO_COLOR") and not is_dumb_terminal(environ)
+
+
+def is_dumb_terminal(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the terminal can neither colour text nor draw over it."""
+    return environ.get("TERM", "").lower() in ("dumb", "unknown")  # as rich decides

@@ -2,10 +2,44 @@
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torchtitan.utils.host import spin_briefly
+
+_AT_WORK = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Raise RuntimeError for a second run at the same time: both would change the process."""
+    if not _AT_WORK.acquire(blocking=False):
+        text = "another thread of this process trains: wait for it, or start a process for each run"
+        raise RuntimeError(text)
+    try:
+        yield
+    finally:
+        _AT_WORK.release()
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Undo, for the time within, the modes that the caller may have entered.
+
+    These are `no_grad`, `inference_mode`, `autocast` and a default device.
+    """
+    import torch
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @contextmanager
@@ -26,7 +60,7 @@ def process_as_it_was() -> Iterator[None]:
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), plain_torch():
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)

@@ -1,5 +1,8 @@
 """A sequence as TensorBoard shows it: its text, and what is learnt of a conversation."""
 
+from pathlib import Path
+
+import data_runs
 import torch
 
 from torchtitan.data.sample import sequence_text, text_of
@@ -30,6 +33,14 @@ def test_what_is_learnt_of_a_conversation_is_marked() -> None:
     labels[9] = ord("!")
     text = sequence_text(tokens, labels, BYTES, marks=True)
     assert text == "q?⟦yes.⟧more?⟦!⟧"
+
+
+def test_of_a_long_sequence_a_part_is_decoded(tmp_path: Path) -> None:
+    path = data_runs.write_jsonl(tmp_path, ["a long document " * 99])
+    [loader] = data_runs.Run(data_runs.make_config(path)).loaders
+    loader.next_step()
+    assert loader.sample_text(9) == "<start>a long do"
+    loader.close()
 
 
 def test_nothing_is_shown_of_padding() -> None:

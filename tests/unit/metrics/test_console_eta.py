@@ -59,6 +59,14 @@ def test_a_terminal_shows_the_time_left_beside_the_bar_alone(
     assert re.search("3/4.*eta 0.0s", output) and not re.search("4/4.*eta", output)
 
 
+def test_a_dumb_terminal_shows_the_time_left_in_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumb = "import os\nos.environ['TERM'] = 'dumb'\n"
+    monkeypatch.setattr(test_console, "RUN", dumb + test_console.RUN)
+    assert re.search("step: 2/4 .*eta 0.0s", test_console.run_on_terminal(tmp_path, 0, "fancy"))
+
+
 @pytest.mark.parametrize(
     ("environ", "wanted"),
     [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],

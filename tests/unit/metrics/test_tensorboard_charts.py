@@ -57,6 +57,21 @@ def test_a_resumed_run_stays_one_run_where_it_was(
     assert [step for step, _ in scalars(tmp_path / "tb", "loss")] == [1, 3, 6]
 
 
+def test_a_run_called_like_a_rank_stays_where_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "rank_0"
+    run.mkdir()
+    start(run)
+    start(run, 4, 6)
+    assert [child.name for child in (run / "tb").iterdir()] == ["rank_0"]
+
+
+def test_a_renamed_run_that_had_saved_nothing_has_one_curve(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / "tb" / tmp_path.name).rename(tmp_path / "tb" / "former_name")
+    start(tmp_path)
+    assert [child.name for child in (tmp_path / "tb").iterdir()] == ["former_name"]
+
+
 def test_charts_begin_with_the_loss_and_have_values(tmp_path: Path) -> None:
     start(tmp_path)
     start(tmp_path, 4, 6)

@@ -20,7 +20,7 @@ def logged(
 ) -> list[list[str]]:
     caplog.set_level(logging.INFO, logger="torchtitan")
     caplog.clear()
-    config = JobConfig.model_validate({"job": {"dump_folder": str(run)}, **sections})
+    config = JobConfig.model_validate({"job": {"dump_folder": str(run)}} | sections)
     log_folder(config, RunFolder(run, config, None, None), status)
     header, *lines = caplog.messages[0].splitlines()
     assert header.startswith(f"Run folder: {run}")
@@ -47,6 +47,13 @@ def test_a_finished_run_can_be_seen_plotted_tried_and_exported(
     ]
     for _, *words in commands[2:]:
         assert parse(words) is not None
+
+
+def test_modules_of_ones_own_are_named_again(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    *_, generate, export = logged(caplog, run, job={"custom_import": ["json", "html"]})
+    for _, *words in (generate, export):
+        assert words.pop() == "--job.custom_import=json,html"
+        assert parse([*words, "--job.custom_import=json,html"]) is not None
 
 
 def test_a_model_with_a_chat_template_can_be_talked_with(
