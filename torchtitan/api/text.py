@@ -184,8 +184,7 @@ def generate(
     from torchtitan.generation.generate import Generator, Limits
     from torchtitan.generation.sampling import SamplingParams
 
-    found = _pretrained_of(model)
-    found = replace(found, tokenizer=tokenizer)
+    found = replace(_pretrained_of(model), tokenizer=tokenizer)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _check(params, max_new_tokens=max_new_tokens, batch_size=batch_size)
     requests, is_one = _requests(prompt)
@@ -199,11 +198,9 @@ def generate(
     work = prompts.encode(found, requests, template)
     device = next(model.parameters()).device
     generator = Generator(model, tokenizer.decode, found.args.max_seq_len, device)
-    texts = []
+    batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
     with plain_torch():
-        for begin in range(0, len(work), batch_size):
-            batch = work[begin : begin + batch_size]
-            texts += [each.text for each in generator.generate(batch, limits, params)]
+        texts = [out.text for batch in batches for out in generator.generate(batch, limits, params)]
     return texts[0] if is_one else texts
 
 

@@ -36,6 +36,8 @@ def load_config(
     Raises:
         ConfigError: with every issue found, in `problems`.
     """
+    if not isinstance(source, str | os.PathLike | JobConfig | None):
+        raise TypeError("settings are the second argument: load_config(None, {...})")
     base = source if source is None or isinstance(source, JobConfig) else os.fspath(source)
     loaded = load_over(base, settings)
     if not env.is_quiet_rank():
@@ -58,6 +60,8 @@ def train(config: JobConfig) -> Run:
         NonFiniteError: the loss, the gradients or the weights are not finite.
         HangError: a rank did not arrive in time.
     """
+    if not isinstance(config, JobConfig):
+        raise TypeError("train takes a config, as load_config returns it")
     if config.comm.mode == "fake_backend":
         text, fix = (
             "asks for a dry run, which is a command",

@@ -4,10 +4,12 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -265,9 +267,13 @@ def log_folder(config: JobConfig, folder: RunFolder, status: Status) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
     commands = list(_next_commands(config, folder.path, status))
+    activate = Path(sys.executable).with_name("activate")
+    if commands and shutil.which("torchtitan") is None and activate.exists():
+        commands.insert(0, (f"source {shlex.quote(str(activate))}", "for the commands below"))
     width = max((len(command) for command, _ in commands), default=0)
     lines = [f"  {command:<{width}}  # {purpose}" for command, purpose in commands]
-    header = f"Run folder: {folder.path}{'. What next:' if lines else ''}"
+    unsaved = "" if config.checkpoint.enable else ", without weights (checkpoint.enable = false)"
+    header = f"Run folder: {folder.path}{unsaved}{'. What next:' if lines else ''}"
     logger.info("%s", "\n".join([header, *lines]))
 
 
@@ -278,7 +284,8 @@ def _next_commands(config: JobConfig, path: Path, status: Status) -> Iterator[tu
         if config.metrics.enable_tensorboard:
             logs = shlex.quote(str(path / config.metrics.save_tb_folder))
             yield f"tensorboard --logdir {logs}", "curves, config and data in a browser"
-        yield f"torchtitan plot {run}", "curves as a picture"
+        first = "" if find_spec("matplotlib") else ", after pip install matplotlib"
+        yield f"torchtitan plot {run}", f"curves as a picture{first}"
     # A run that goes on has no use for them yet.
     if status not in ("completed", "data_exhausted"):
         return

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ def plain_torch() -> Iterator[None]:
     import torch
 
     with ExitStack() as stack:
+        # init_process_group replaces it, and destroy_process_group leaves it.
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -46,8 +49,8 @@ def plain_torch() -> Iterator[None]:
 def process_as_it_was() -> Iterator[None]:
     """Undo, at the end, what a run changes in its process.
 
-    These are variables, threads, random numbers, deterministic algorithms and log messages; the
-    rest is undone where it is changed.
+    These are variables, threads, random numbers, deterministic algorithms, log messages and how
+    errors are printed; the rest is undone where it is changed.
     """
     variables = dict(os.environ)
     logger = logging.getLogger("torchtitan")

@@ -24,7 +24,9 @@ def logged(
     log_folder(config, RunFolder(run, config, None, None), status)
     header, *lines = caplog.messages[0].splitlines()
     assert header.startswith(f"Run folder: {run}")
-    return [shlex.split(line, comments=True) for line in lines]
+    assert ("without weights" in header) == (not config.checkpoint.enable)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in commands if words[0] != "source"]
 
 
 @pytest.fixture
@@ -47,6 +49,20 @@ def test_a_finished_run_can_be_seen_plotted_tried_and_exported(
     ]
     for _, *words in commands[2:]:
         assert parse(words) is not None
+
+
+def test_an_environment_that_is_not_active_is_activated_first(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    logged(caplog, run)
+    assert f"  source {tmp_path / 'bin' / 'activate'} " in caplog.text
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    logged(caplog, run)
+    assert "source" not in caplog.text
 
 
 def test_modules_of_ones_own_are_named_again(run: Path, caplog: pytest.LogCaptureFixture) -> None:
