@@ -153,9 +153,10 @@ def meant_keys(name: str) -> list[str]:
     """
     section, _, last = name.rpartition(".")
     homes = [key.name for key in known_keys().values() if key.last_name == last]
-    is_rare = section in _RARE or any(home.partition(".")[0] not in _RARE for home in homes)
-    if name in MISNAMED or (last in OTHER_TOOLS and not is_rare):
-        return [MISNAMED.get(name) or OTHER_TOOLS[last]]
+    if name in MISNAMED:
+        return [MISNAMED[name]]
+    if last in OTHER_TOOLS:  # in a rare section one of its own keys is meant
+        return [] if section in _RARE else [OTHER_TOOLS[last]]
     older = {today for old, today in TODAY.items() if old.rpartition(".")[2] == last}
     return homes or ([] if section else sorted(older))
 
