@@ -81,10 +81,9 @@ def _take_file(argument: str, parsed: CommandLine) -> None:
     if is_setting and not os.path.exists(argument):  # torchtune's form
         known = _find(name) is not None or free_table_of(name)
         if meant := [name] if known else meant_keys(name):
-            problem = ConfigIssue(
-                name, "needs dashes", f"write `--{meant[0]} {shlex.quote(value)}`"
-            )
-            parsed.problems.append(secret_issue(name) if is_secret(name, value) else problem)
+            fix = f"write `--{meant[0]} {shlex.quote(value)}`"
+            issue = ConfigIssue(name, "needs dashes", fix)
+            parsed.problems.append(secret_issue(name) if is_secret(name, value) else issue)
             return
     first = parsed.values.get("job.config_file", argument)
     if first == argument or holds_a_secret(argument):

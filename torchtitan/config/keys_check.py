@@ -149,7 +149,7 @@ def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> 
 def meant_keys(name: str) -> list[str]:
     """Return today's keys that a name which is none may mean.
 
-    A name of other tools or of older releases wins over a key of a validation or an evaluation.
+    A name of other tools wins: `batch_size` is a key of [evaluation], and hardly meant as such.
     """
     section, _, last = name.rpartition(".")
     homes = [key.name for key in known_keys().values() if key.last_name == last]
