@@ -48,32 +48,6 @@ KEYS = [
     Bad("section", ["trainign: is not a section", 'mean "training"?'], "[trainign]\n"),
     Bad("top-level", ["seed: belongs in section [debug]", "`debug.seed`"], "seed = 1\n"),
     Bad("top-level-unknown", ["zzz: is not a section", "[training], "], "zzz = 1\n"),
-    Bad("yaml", ["is not valid TOML", "a YAML file"], "model:\n  _component_: llama3\n"),
-    Bad(
-        "top-level-of-an-evaluation",
-        ["batch_size: is a name of torch", "write `training.local_batch_size`."],
-        "batch_size = 2\n",
-    ),
-    Bad(
-        "top-level-older",
-        ["compile: has another name here", "`model.handlers`"],
-        "compile = true\n",
-    ),
-    Bad(
-        "other-tool-s-section",
-        ["args: is not a section", "args.save_steps: is a name of", "`checkpoint.interval`"],
-        section("args", "save_steps = 5"),
-    ),
-    Bad(
-        "other-tool-s-key-in-a-section",
-        ["training.gradient_accumulation_steps: is", "batch size x accumulation"],
-        section("training", "gradient_accumulation_steps = 5"),
-    ),
-    Bad(
-        "other-tool-s-key-of-validation",
-        ["did you mean `validation.local_batch_size`?"],
-        section("validation", "batch_size = 5"),
-    ),
     Bad(
         "key",
         ["is unknown", "did you mean `training.steps`?", "Keys of [training]:", "local_batch_size"],
@@ -150,27 +124,6 @@ KEYS = [
     ),
     Bad("word-and-file", ["foo: is a second", "`--check full`"], arguments=["a.toml", "foo"]),
     Bad("file-and-word", ["besides foo", "`--check full`"], arguments=["foo", "a.toml"]),
-    Bad(
-        "setting-without-dashes",
-        ["optimizer.lr: needs dashes", "write `--optimizer.lr 1e-5`"],
-        arguments=["debug_model", "optimizer.lr=1e-5"],
-    ),
-    Bad(
-        "other-tool-s-setting-without-dashes",
-        ["batch_size: needs dashes", "write `--training.local_batch_size 2`"],
-        arguments=["batch_size=2"],
-    ),
-    Bad(
-        "secret-without-dashes",
-        ["training.hf_token=<hidden>: looks like a secret"],
-        arguments=["training.hf_token=hf_abcdefghijklmnopqrstuvwxyz123456"],
-    ),
-    Bad(
-        "config-flag",
-        ["--config: is not needed", "`torchtitan train a.toml`"],
-        arguments=["--config", "a.toml"],
-    ),
-    Bad("flag-of-other-tools", ["write `--training.local"], arguments=["--batch_size", "2"]),
     Bad("section-as-flag", ["is a section", "keys: allow_"], arguments=["--checkpoint"]),
     Bad("word", ["full: does not exist", "bare word", "`--check full`"], arguments=["full"]),
     Bad("special-flag", ["--chek: is unknown", "mean `--check`?"], arguments=["--chek", "a.toml"]),

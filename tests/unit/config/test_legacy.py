@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from old_keys import COLUMNS, EVERY_KEY, problem_of, value_of
+from old_keys import COLUMNS, EVERY_KEY, problem_of, problems_of, value_of
 
 from torchtitan.config.compat import keys as tables
 from torchtitan.config.errors import ConfigError
@@ -32,6 +32,34 @@ def test_a_name_of_another_tool_is_in_the_docs_with_today_s_key(name: str):
     pages = [ROOT / "docs" / "start" / f"from_{tool}.md" for tool in ("torchtune", "transformers")]
     rows = [row for page in pages for row in page.read_text().splitlines() if row[:1] == "|"]
     assert any(re.search(rf"`{name}\b", row) and f"`{today}" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("batch_size = 2", "batch_size: is a name of torchtune or transformers. Fix: write `train"),
+        ("compile = true", "compile: has another name here. Fix: write `model.handlers`"),
+        ("[args]\nsave_steps = 5", "args.save_steps: is a name of"),
+        ("[job]\ngradient_accumulation_steps = 5", "batch size x accumulation"),
+        ("[validation]\nbatch_size = 5", "did you mean `validation.local_batch_size`?"),
+        (
+            "model:\n  _component_: llama3",
+            "Fix: a YAML file, as of torchtune: docs/start/from_torch",
+        ),
+        (["--batch_size", "2"], "write `--training.local_batch_size`"),
+        (["batch_size=2"], "batch_size: needs dashes. Fix: write `--training.local_batch_size 2`"),
+        (["debug_model", "optimizer.lr=1e-5"], "write `--optimizer.lr 1e-5`"),
+        (["job.description=hf_abcdefghijklmnopqrstuvwxyz123456"], "looks like a secret"),
+        (["--config", "a.toml"], "write the file alone, such as `torchtitan train a.toml`"),
+    ],
+)
+def test_a_habit_of_other_tools_is_answered(written: str | list[str], answer: str, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    if isinstance(written, str):
+        path.write_text(written)
+    arguments = [str(path)] if isinstance(written, str) else written
+    problem = "\n".join(map(str, problems_of(partial(load_config, arguments))))
+    assert answer in problem and "abcdefgh" not in problem
 
 
 def test_the_sections_are_named_once():
