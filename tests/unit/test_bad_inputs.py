@@ -47,7 +47,7 @@ SYNTAX = [
 KEYS = [
     Bad("section", ["trainign: is not a section", 'mean "training"?'], "[trainign]\n"),
     Bad("top-level", ["seed: belongs in section [debug]", "`debug.seed`"], "seed = 1\n"),
-    Bad("top-level-unknown", ["zzz: is not a section", "training, "], "zzz = 1\n"),
+    Bad("top-level-unknown", ["zzz: is not a section", "[training], "], "zzz = 1\n"),
     Bad(
         "key",
         ["is unknown", "did you mean `training.steps`?", "Keys of [training]:", "local_batch_size"],
@@ -125,7 +125,7 @@ KEYS = [
     Bad("word-and-file", ["foo: is a second", "`--check full`"], arguments=["a.toml", "foo"]),
     Bad("file-and-word", ["besides foo", "`--check full`"], arguments=["foo", "a.toml"]),
     Bad("section-as-flag", ["is a section", "keys: allow_"], arguments=["--checkpoint"]),
-    Bad("word", ["foo: does not exist", "bare word", "`--check full`"], arguments=["foo"]),
+    Bad("word", ["full: does not exist", "bare word", "`--check full`"], arguments=["full"]),
     Bad("special-flag", ["--chek: is unknown", "mean `--check`?"], arguments=["--chek", "a.toml"]),
     Bad("handler-scalar", ["handlers.compile = 1: needs a table"], "[handlers]\ncompile = 1\n"),
     Bad("secret-key", ["looks like a secret", "HF_TOKEN"], section("job", 'hf_token = "abc"')),

@@ -24,6 +24,7 @@ from torchtitan.checkpoint.manifest import (
 )
 from torchtitan.checkpoint.steps_folder import step_folders, step_name
 from torchtitan.config import ConfigError, ConfigIssue
+from torchtitan.config.paths import hub_hint
 from torchtitan.config.run_context import RunContext, default_lanes
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.suggest import did_you_mean
@@ -157,7 +158,8 @@ def _inspect(section: Checkpoint, path: Path) -> Manifest | None:
 
     whole = "name a checkpoint, such as .../checkpoint/step-1000 or a Hugging Face folder"
     if not path.exists():
-        raise refuse("does not exist", whole, missing_asset=True)
+        hint = hub_hint(section.initial_load_path or "")
+        raise refuse("does not exist", hint + whole, missing_asset=True)
     kind = kind_of(path)
     if kind == "torch":
         if path.is_file():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import tomli_w
 from pydantic import PydanticUserError
 
 from torchtitan.commands.config_diff import print_difference
+from torchtitan.config.compat.translate import take_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import BASE, TOP_KEYS, UNSET, known_sections, unexpanded_paths
 from torchtitan.config.load import LoadedConfig, load_config
@@ -52,11 +54,11 @@ def print_notices(loaded: LoadedConfig) -> None:
 
 
 def description(path: Path) -> str:
-    """Return what a shipped TOML is for, from its first comment."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# for "):
-            return line.removeprefix("# ")
-    return ""
+    """Return what a shipped TOML is for: the first sentence of its comment."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"^# (for .*(?:\n# [^A-Z\s].*)*)", text, re.MULTILINE)
+    comment = found[1].replace("\n# ", " ") if found else ""
+    return re.split(r"\.\s+(?=[A-Z])", comment)[0]
 
 
 def _copy(name: str, file: str) -> None:
@@ -87,6 +89,8 @@ def _convert(old: str, new: str | None) -> None:
     loaded = load_config(["--job.config_file", old])
     print_notices(loaded)
     path = loaded.files[-1].path
+    if dropped := _dropped(loaded):
+        print(f"notice: left out, as nothing uses them: {', '.join(dropped)}", file=sys.stderr)
     if new is None:
         print(_today(loaded, path.parent), end="")
     else:
@@ -94,6 +98,14 @@ def _convert(old: str, new: str | None) -> None:
         target = target / path.name if target.is_dir() else target
         _write(target, _today(loaded, target.parent))
         print(f"wrote {target}; comments were not carried over")
+
+
+def _dropped(loaded: LoadedConfig) -> list[str]:
+    """Return the older keys of the file that say nothing today, such as those of what is off."""
+    file = loaded.files[-1]
+    prefix = f"{file.path}: " if len(loaded.files) > 1 else ""
+    noted = {text.removeprefix(prefix).partition(" ")[0] for text in loaded.notices}
+    return [name for name in take_old(file.table)[1] if name not in noted]
 
 
 def _today(loaded: LoadedConfig, folder: Path) -> str:

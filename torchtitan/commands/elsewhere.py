@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from torchtitan.config.shipped import is_config
 
@@ -10,7 +11,8 @@ _MESH = "; on N GPUs `torchrun --nproc_per_node N -m torchtitan train FILE`"
 _CHOOSE = "`torchtitan list configs` prints more"
 _FINETUNE = f"`torchtitan train finetune_llama3_8b`; {_CHOOSE}"
 _ADAPTERS = f"`torchtitan train finetune_llama3_8b_lora`; {_CHOOSE}"
-_COPY = f"`torchtitan config copy llama3_8b NEW.toml`; {_CHOOSE}"
+_COPY = f"`torchtitan config copy FILE NEW.toml`; {_CHOOSE}"
+_COPIED = "llama3_8b"
 _CONVERT, _DIFF = (
     "`torchtitan convert IN OUT`",
     "`torchtitan config diff A B`, or `torchtitan checkpoint diff A B`",
@@ -19,7 +21,7 @@ _MERGE = "`torchtitan export STEP OUT --merge`"
 _EVALUATE = "`torchtitan evaluate CHECKPOINT --tasks NAME`"
 _GENERATE = "`torchtitan generate CHECKPOINT PROMPT`"
 _TOKENIZE = "`torchtitan tokenize FILE --output DIR`"
-_DOWNLOAD = "`torchtitan download --repo_id OWNER/NAME`"
+_DOWNLOAD = "`torchtitan download OWNER/NAME`"
 _WATCH = "`torchtitan status RUN`, `torchtitan plot RUN`, or `tensorboard --logdir RUN/tb`"
 _SERVE = "`torchtitan export STEP OUT`, and `vllm serve OUT`"
 _QUANTIZE = (
@@ -82,13 +84,19 @@ INSTEAD = {
     "verify": "`torchtitan checkpoint verify RUN`",
 }
 """What to type in place of words that are commands elsewhere; `-` is written `_`."""
+_RECIPES = {
+    "qlora": "finetune_llama3_8b_qlora",
+    "lora": "finetune_llama3_8b_lora",
+    "full": "finetune_llama3_8b",
+}
+"""Shipped configs to start from in place of torchtune's recipes, by a part of their names."""
 _LISTS = ("configs", "datasets", "handlers", "losses", "masks", "models", "optimizers", "sinks")
 
 
 def elsewhere(words: Sequence[str]) -> str | None:
     """Return the fix for a command line whose first word is no command, or None.
 
-    A config among the other words takes the place of FILE.
+    A config among the other words takes the place of FILE, or one like torchtune's recipe.
     """
     word, *rest = words
     if is_config(word) or (word.startswith("--") and "." in word.partition("=")[0]):
@@ -98,5 +106,12 @@ def elsewhere(words: Sequence[str]) -> str | None:
         return f"write `torchtitan list {name}`"
     if name not in INSTEAD:
         return None
-    file = next(filter(is_config, rest), "FILE")
-    return f"use {INSTEAD[name].replace('FILE', shlex.quote(file))}"
+    fix = INSTEAD[name]
+    copies = fix == _COPY
+    recipe = next((start for part, start in _RECIPES.items() if part in " ".join(rest).lower()), "")
+    default = recipe or (_COPIED if copies else "FILE")
+    file = next(filter(is_config, rest[:1] if copies else rest), default)
+    if copies and len(rest) > 1:
+        new = Path(rest[1]).with_suffix(".toml") if rest[1].endswith((".yaml", ".yml")) else rest[1]
+        fix = fix.replace("NEW.toml", shlex.quote(str(new)))
+    return f"use {fix.replace('FILE', shlex.quote(file))}"

@@ -103,7 +103,15 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
 
     Gated models need a token: set HF_TOKEN, or run `hf auth login`.
     """
-    parser.add_argument("--repo_id", required=True, help="OWNER/NAME of the model on the hub")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "repo_id",
+        metavar="OWNER/NAME",
+        nargs="?",
+        default=argparse.SUPPRESS,  # which leaves the value of --repo_id
+        help="the model on the hub",
+    )
+    model.add_argument("--repo_id", help="the same, by TorchTitan's name")
     parser.add_argument("--tokenizer_path", default="", help="folder or file in the repository")
     parser.add_argument(
         "--assets",
@@ -112,7 +120,7 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
         help="kinds of files, instead of the tokenizer only",
     )
     parser.add_argument(
-        "--local_dir",
+        *("--local_dir", "--output-dir"),
         help="folder to write to (default: torchtitan/datasets/tokenizer/; with --assets"
         " assets/hf/NAME)",
     )

@@ -75,10 +75,12 @@ def lists() -> dict[str, Registry[Any] | None]:
 def _rows(name: str, registry: Registry[Any] | None) -> Rows:
     if registry is None:
         return [(config, description(path)) for config, path in shipped_configs().items()]
-    return [(entry, _text(registry, entry)) for entry in registry] + _NOT_REGISTERED.get(name, [])
+    return [(entry, entry_text(registry, entry)) for entry in registry] + _NOT_REGISTERED.get(
+        name, []
+    )
 
 
-def _text(registry: Registry[Any], name: str) -> str:
+def entry_text(registry: Registry[Any], name: str) -> str:
     """Describe an entry, with its origin unless it is built in."""
     try:
         text = _describe(registry[name])

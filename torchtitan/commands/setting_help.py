@@ -20,8 +20,16 @@ def run(options: argparse.Namespace) -> int:
         return DONE
 
     from torchtitan.commands.config import free_tables
+    from torchtitan.commands.list import entry_text, lists
 
     with suppress(ConfigError):  # a run reports it
         import_custom_modules(load_config(options.settings).config, quiet=True)
-    print_help(free_tables(), topic)
+    try:
+        print_help(free_tables(), topic)
+    except ConfigError:
+        named = [(of, known) for of, known in lists().items() if known and topic in known]
+        if not named:
+            raise
+        for of, known in named:
+            print(f"{topic}, of `torchtitan list {of}`: {entry_text(known, topic)}")
     return DONE

@@ -13,7 +13,7 @@ from torchtitan.commands.checkpoint_options import (
     add_verify_arguments,
 )
 from torchtitan.commands.data_options import add_show_arguments
-from torchtitan.commands.elsewhere import elsewhere
+from torchtitan.commands.elsewhere import INSTEAD, elsewhere
 from torchtitan.commands.evaluation_options import add_evaluate_arguments
 from torchtitan.commands.export_options import (
     add_convert_arguments,
@@ -91,6 +91,10 @@ def _help_command(words: Sequence[str]) -> list[str]:
         return [*words, "--help"]
     names = {name.rpartition(".")[2] for name in (*known_keys(), *known_sections())}
     is_setting = "." in words[0] or words[0] in names
+    if words[0] in INSTEAD and not is_setting:  # perhaps the name of a loss, too
+        from torchtitan.commands.list import lists
+
+        is_setting = any(words[0] in (known or ()) for known in lists().values())
     is_command = elsewhere(words) or get_close_matches(words[0], COMMANDS, cutoff=0.75)
     return [*words, "--help"] if is_command and not is_setting else ["train", "--help", *words]
 

@@ -17,7 +17,7 @@ from torchtitan.config.compat.keys import NONE_MEANS
 from torchtitan.config.compat.translate import old_key
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import Key, free_table_of, known_keys, known_sections
-from torchtitan.config.keys_check import secret_issue, unknown_key
+from torchtitan.config.keys_check import meant_keys, secret_issue, unknown_key
 from torchtitan.config.toml_text import toml_value
 from torchtitan.utils.redaction import holds_a_secret, is_secret
 
@@ -77,6 +77,14 @@ def _take_table(table: Mapping[str, Any], prefix: str, parsed: CommandLine) -> N
 
 
 def _take_file(argument: str, parsed: CommandLine) -> None:
+    name, is_setting, value = argument.partition("=")
+    if is_setting and not os.path.exists(argument):  # torchtune's form
+        known = _find(name) is not None or free_table_of(name)
+        if meant := [name] if known else meant_keys(name):
+            fix = f"write `--{meant[0]} {shlex.quote(value)}`"
+            issue = ConfigIssue(name, "needs dashes", fix)
+            parsed.problems.append(secret_issue(name) if is_secret(name, value) else issue)
+            return
     first = parsed.values.get("job.config_file", argument)
     if first == argument or holds_a_secret(argument):
         _set(parsed, "job.config_file", argument, argument)
@@ -95,6 +103,11 @@ def _take_flag(argument: str, rest: list[str], parsed: CommandLine) -> None:
         _take_free(flag, name, bool(equals), inline, rest, parsed)
         return
     key = _find(name)
+    if name in ("config", "config_file"):
+        file = inline if equals else "".join(_values_ahead(rest, many=False)) or "FILE"
+        fix = f"write the file alone, such as `torchtitan train {shlex.quote(file)}`"
+        parsed.problems.append(ConfigIssue(flag, "is not needed", fix))
+        return
     if key is None:
         key = _negated(name)
         if key is None:

@@ -143,6 +143,8 @@ def _topic_text(topic: str, groups: list[_Group]) -> str:
         sections = [group for group in groups if group.name.rpartition(".")[2] == name]
         if sections:
             return _section_text(sections[0].name, sections, groups)
+        if chosen := [g for g in groups if topic in g.title.partition(" of ")[2].split(", ")]:
+            return note + "\n\n".join(_argparse_text(group).rstrip() for group in chosen)
         older = {n for old, n in (TODAY | MISNAMED).items() if old.rpartition(".")[2] == name}
         found = [(key, group) for key, group in keys if key.last_name == name or key.name in older]
         if len({key.name for key, _ in found}) == 1 and found[0][0].last_name != name:
@@ -168,12 +170,12 @@ def _unknown(topic: str, name: str, groups: list[_Group]) -> ConfigIssue:
     if name in OLD_KEYS:
         problem = "is a setting of TorchTitan that is not needed, or not there yet"
         fix = "docs/start/from_torchtitan.md says what to do instead"
-        return ConfigIssue(f"train --help {topic}", problem, fix)
+        return ConfigIssue(f"help {topic}", problem, fix)
     hint = f'did you mean "{match}"? ' if match else ""
     if older := [today for old, today in TODAY.items() if old.startswith(f"{name}.")]:
         hint = f"its keys are {', '.join(dict.fromkeys(older))} here; "
     fix = f"{hint}`torchtitan train --help` lists the sections"
-    return ConfigIssue(f"train --help {topic}", "is not a section or a setting", fix)
+    return ConfigIssue(f"help {topic}", "is not a section or a setting", fix)
 
 
 def _section_text(name: str, sections: list[_Group], groups: list[_Group]) -> str:

@@ -6,18 +6,26 @@ answered with what was meant.
 
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torchtitan.config.compat.keys import MISNAMED, OLD_KEYS, TODAY
+from torchtitan.config.compat.keys import (
+    MISNAMED,
+    OLD_KEYS,
+    OTHER_TOOLS,
+    OTHER_VALUES,
+    TODAY,
+)
 from torchtitan.config.compat.translate import is_old_section
 from torchtitan.config.errors import ConfigIssue
 from torchtitan.config.fields import TOP_KEYS, known_keys, known_sections
 from torchtitan.config.schema import MAX_INT64
-from torchtitan.config.suggest import did_you_mean, nearest
+from torchtitan.config.suggest import nearest
 from torchtitan.utils.redaction import is_secret, names_a_secret
 
 _SPECIAL_FLAGS = ("check", "help")
+_RARE = ("evaluation", "validation")
 
 
 def split_known(
@@ -51,7 +59,11 @@ def split_known(
             issues.append(ConfigIssue(name, f"names the section [{key}] inside a section", fix))
         else:
             issues.append(unknown_key(name, name, value=value))
-            issues += _free_issues(name, value) if is_table else ()
+            if is_table:
+                issues += _free_issues(name, value)
+                issues += [
+                    unknown_key(f"{name}.{k}", f"{name}.{k}") for k in value if k in OTHER_TOOLS
+                ]
     return known, issues
 
 
@@ -96,7 +108,6 @@ def secret_issue(key: str) -> ConfigIssue:
 def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> ConfigIssue:
     """Return the issue of a dotted key that no section has; `shown` is how the user wrote it."""
     section, _, last = name.rpartition(".")
-    homes = [key for key in known_keys().values() if key.last_name == last]
     if names_a_secret(name, value):
         return secret_issue(shown)
     top = MISNAMED.get(name, last)
@@ -104,29 +115,64 @@ def unknown_key(shown: str, name: str, *, dashes: str = "", value: Any = "") -> 
         place = "at the top of a TOML" if dashes else "above the first [section] of the file"
         fix = f"write {place}: {TOP_KEYS[top].example}"
         return ConfigIssue(shown, "is no key of a section", fix)
-    if name in MISNAMED:
-        return ConfigIssue(shown, "has another name here", f"write `{dashes}{MISNAMED[name]}`")
-    if homes and not isinstance(value, dict):
-        places = " or ".join(f"`{dashes}{key.name}`" for key in homes)
-        belongs = " or ".join(f"[{key.section}]" for key in homes)
-        return ConfigIssue(shown, f"belongs in section {belongs}", f"write {places}")
+    meant = [] if isinstance(value, dict) and last not in OTHER_TOOLS else meant_keys(name)
+    if meant:
+        places = " or ".join(f"`{dashes}{key}`" for key in meant)
+        fix = f"write {places}"
+        if last in OTHER_TOOLS and meant == [OTHER_TOOLS[last]]:
+            of_value = f", {OTHER_VALUES[last]}" if last in OTHER_VALUES else ""
+            return ConfigIssue(shown, "is a name of torchtune or transformers", fix + of_value)
+        if any(key.rpartition(".")[2] != last for key in meant):
+            return ConfigIssue(shown, "has another name here", fix)
+        belongs = " or ".join(f"[{key.rpartition('.')[0]}]" for key in meant)
+        return ConfigIssue(shown, f"belongs in section {belongs}", fix)
     if name in known_sections():
         fix = f"write `{shown}.KEY`; keys: {', '.join(_keys_in(name))}"
         return ConfigIssue(shown, "is a section, not a setting", fix)
     if not section and not dashes:
-        return ConfigIssue(name, "is not a section", did_you_mean(name, known_sections()))
+        match = nearest(name, known_sections())
+        hint = f'did you mean "{match}"? ' if match else ""
+        return ConfigIssue(name, "is not a section", hint + _all_sections())
     names = [*known_keys(), *OLD_KEYS, *(_SPECIAL_FLAGS if dashes else ())]
     siblings = {n.rpartition(".")[2]: n for n in names if section and n.startswith(section + ".")}
     match = siblings.get(nearest(last, siblings) or "") if siblings else nearest(name, names)
     hint = f"did you mean `{dashes}{TODAY.get(match, match)}`? " if match else ""
     if section not in known_sections():
-        sections = ", ".join(f"[{known}]" for known in known_sections())
-        return ConfigIssue(shown, "is unknown", f"{hint}The sections are {sections}")
+        return ConfigIssue(shown, "is unknown", hint + _all_sections())
     keys = _keys_in(section)
     fix = f"{hint}Keys of [{section}]: {', '.join(keys)}"
     if "args" in keys:
         fix += f"; what {section}.name chooses has its own settings in [{section}.args]"
     return ConfigIssue(shown, "is unknown", fix)
+
+
+def meant_keys(name: str) -> list[str]:
+    """Return today's keys that a name which is none may mean.
+
+    A name of other tools wins: `batch_size` is a key of [evaluation], and hardly meant as such.
+    """
+    section, _, last = name.rpartition(".")
+    homes = [key.name for key in known_keys().values() if key.last_name == last]
+    if name in MISNAMED:
+        return [MISNAMED[name]]
+    if last in OTHER_TOOLS:  # in a rare section one of its own keys is meant
+        return [] if section in _RARE else [OTHER_TOOLS[last]]
+    older = {today for old, today in TODAY.items() if old.rpartition(".")[2] == last}
+    return homes or ([] if section else sorted(older))
+
+
+def with_sections_once(issues: Sequence[ConfigIssue]) -> list[ConfigIssue]:
+    """Return the issues with the list of all sections in the first one alone that has it."""
+    text = _all_sections()
+    long = [issue for issue in issues if text in issue.fix][1:]
+    return [
+        replace(i, fix=i.fix.replace(text, "the sections are named above")) if i in long else i
+        for i in issues
+    ]
+
+
+def _all_sections() -> str:
+    return f"The sections are {', '.join(f'[{known}]' for known in known_sections())}"
 
 
 def _keys_in(section: str) -> list[str]:

@@ -19,7 +19,7 @@ from torchtitan.config.compat.translate import is_old
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.fields import UNSET, free_table_of, known_keys, known_sections
 from torchtitan.config.fitting import with_document_mask
-from torchtitan.config.keys_check import split_known
+from torchtitan.config.keys_check import split_known, with_sections_once
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.shipped import config_path
 from torchtitan.config.value_errors import problems_of
@@ -130,7 +130,7 @@ def _load(path: Path | None, command_line: CommandLine) -> LoadedConfig:
         issues += [replace(issue, key=source.prefix + issue.key) for issue in source.old.issues]
     issues += [_by_setter(problem, setter) for problem in value_problems]
     if config is None or issues:
-        raise ConfigError(issues)
+        raise ConfigError(with_sections_once(issues))
     notices = [source.prefix + text for source in every for text in source.old.notices.values()]
     origins = {name: DEFAULT for name, key in known_keys().items() if key.kind != "table"}
     origins |= {name: setter[name].origin for name in _leaves(values)}

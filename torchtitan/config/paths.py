@@ -36,3 +36,11 @@ def why_unexpanded(text: str) -> str | None:
 
 PathText = Annotated[str, AfterValidator(expand_path), IS_PATH]
 """A path in a config: a relative one starts where the process does."""
+
+
+def hub_hint(given: str) -> str:
+    """Return the question whether an absent path is a model of the hub; "" if it is none's name."""
+    owner = given.partition("/")[0]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", given, re.ASCII) or os.path.isdir(owner):
+        return ""
+    return f"did you mean hf://{given}? Otherwise "

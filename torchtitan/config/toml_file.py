@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 MAX_BYTES = 1_000_000
+_YAML = "a YAML file, as of torchtune: docs/start/from_torchtune.md shows its TOML"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         source = text.splitlines()[line - 1] if line <= len(text.splitlines()) else ""
         message = str(error).split(" (at ")[0]
         message = f"is not valid TOML: {message[:1].lower()}{message[1:]}{_excerpt(source, column)}"
-        fix = _syntax_hint(message)
+        is_yaml = path.suffix in (".yaml", ".yml") or "_component_" in text
+        fix = _YAML if is_yaml else _syntax_hint(message)
         raise ConfigError(ConfigIssue(f"{key}:{line}:{column}", message, fix)) from None
     except RecursionError:
         raise ConfigError(ConfigIssue(key, "is nested too deeply", "flatten the tables")) from None
@@ -94,7 +96,7 @@ def _fix_of_absent(path: Path) -> str:
         fix = f"did you mean `{name}`, which comes with the library? Otherwise {fix}"
     elif is_word:
         fix += "; `torchtitan list configs` prints the names of shipped ones"
-    if not path.suffix:
+    if path.name in ("check", "full"):
         fix += ". A bare word is the config file; checks are `--check` or `--check full`"
     return fix
 

@@ -36,6 +36,7 @@ from torchtitan.config import (
     NonFiniteError,
 )
 from torchtitan.config.custom_import import require_imported
+from torchtitan.config.paths import hub_hint
 from torchtitan.config.schema import Checkpoint
 from torchtitan.config.value_errors import problems_of
 from torchtitan.data.tokenizers import Tokenizer, build_tokenizer
@@ -118,7 +119,8 @@ def find_checkpoint(given: str) -> tuple[Path, list[str]]:
             return download(given), []
     path = Path(given).resolve()
     if not path.exists():
-        raise ConfigError(ConfigIssue(_KEY, "does not exist", "name a folder or a file", given))
+        fix = f"{hub_hint(given)}name a folder or a file"
+        raise ConfigError(ConfigIssue(_KEY, "does not exist", fix, given))
     if (step := newest_step(path)) is not None:
         return step, damaged_steps(path)
     kind = kind_of(path)

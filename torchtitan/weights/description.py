@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from torchtitan.config.errors import ConfigError, ConfigIssue
+from torchtitan.config.paths import hub_hint
 from torchtitan.config.schema import Model
 from torchtitan.config.value_errors import problems_of_table
 from torchtitan.models.decoder.args import DecoderArgs
@@ -57,9 +58,8 @@ def describe_model(path: Path) -> ModelDescription:
     from torchtitan.weights.meta_params import from_meta_params
 
     if not path.exists():
-        raise ConfigError(
-            ConfigIssue(KEY, "does not exist", "name a checkpoint", str(path), missing_asset=True)
-        )
+        fix = f"{hub_hint(str(path))}name a checkpoint"
+        raise ConfigError(ConfigIssue(KEY, "does not exist", fix, str(path), missing_asset=True))
     kind = kind_of(path)
     if kind == "gguf":
         try:

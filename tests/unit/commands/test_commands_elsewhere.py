@@ -28,7 +28,10 @@ def test_what_to_type_instead_is_a_command(word: str):
     ("line", "expected"),
     [
         ("ls", "Fix: use `torchtitan list configs`"),
-        ("cp llama3_8b my.toml", "`torchtitan config copy llama3_8b NEW.toml`"),
+        ("cp llama3_8b my.toml", "`torchtitan config copy llama3_8b my.toml`"),
+        ("cp llama3_1/8B_qlora my.yaml", "copy finetune_llama3_8b_qlora my.toml`"),
+        ("run lora_finetune --config llama3/8B_lora", "`torchtitan train finetune_llama3_8b_lora`"),
+        ("run full_finetune --config llama3/8B_full", "`torchtitan train finetune_llama3_8b`"),
         ("run --config my.toml", "`torchtitan train my.toml`"),
         ("run llama3_8b", "-m torchtitan train llama3_8b`"),
         ("finetune-lora", "`torchtitan train finetune_llama3_8b_lora`"),

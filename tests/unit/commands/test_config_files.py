@@ -148,6 +148,7 @@ def test_a_conversion_holds_what_the_file_says_and_no_more(tmp_path: Path, capsy
     )
     assert printed.out.startswith("# old.toml with today's keys")
     assert "notice: training.batch_size is training.local_batch_size today" in printed.err
+    assert "notice: left out, as nothing uses them: fault_tolerance.enable\n" in printed.err
 
 
 def test_what_is_refused_is_not_converted(tmp_path: Path, problem_of):
@@ -184,3 +185,7 @@ def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [name for name, _ in rows] == list(shipped_configs())
     assert all(text.startswith("for ") for _, text in rows)
+    texts = dict(rows)
+    assert texts["debug_4d"] == "for a CPU (WORLD_SIZE=8): dp 1, tp 2, cp 2, pp 2"
+    assert texts["finetune_llama3_8b_lora"].endswith("1.9 GiB and 160 MiB on each")
+    assert texts["llama3_405b"].endswith("(3D)")

@@ -103,6 +103,13 @@ def test_a_file_and_a_commit_may_be_named(cli: CliServer, tmp_path: Path):
     assert (tmp_path / "original" / "tokenizer.model").read_bytes() == TIKTOKEN
 
 
+def test_the_words_of_torchtune(cli: CliServer, tmp_path: Path):
+    for words in (["mine/open", "--output-dir"], ["--revision=main", "mine/open", "--output-dir"]):
+        folder = tmp_path / str(len(words))
+        assert cli.run("download", *words, str(folder)).status == 0
+        assert (folder / "tokenizer.json").read_bytes() == JSON
+
+
 def test_kinds_of_files(cli: CliServer, tmp_path: Path):
     kinds = ["tokenizer", "config", "index", "safetensors"]
     arguments = [LLAMA, f"--local_dir={tmp_path}", "--assets", *kinds]
@@ -177,7 +184,8 @@ REFUSED = {
         ["takes --assets or --tokenizer_path, not both"],
     ),
     "kind": (["--repo_id=a/b", "--assets=wieghts"], {}, ["argument --assets: invalid choice"]),
-    "nothing": ([], {}, ["arguments are required: --repo_id"]),
+    "nothing": ([], {}, ["one of the arguments OWNER/NAME --repo_id is required"]),
+    "two-names": (["a/b", "--repo_id=c/d"], {}, ["not allowed with argument OWNER/NAME"]),
 }
 
 

@@ -72,6 +72,8 @@ def test_metas_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*did you mean hf://mine/absent\?"):
+        describe_pretrained("mine/absent")
     with pytest.raises(ConfigError, match=r"^CHECKPOINT = .*is no checkpoint, and holds none"):
         describe_pretrained(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

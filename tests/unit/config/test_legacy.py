@@ -1,16 +1,20 @@
 """TorchTitan's keys of three releases are translated, from TOMLs and flags; typos are told."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from old_keys import COLUMNS, EVERY_KEY, problem_of, value_of
+from old_keys import COLUMNS, EVERY_KEY, problem_of, problems_of, value_of
 
 from torchtitan.config.compat import keys as tables
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.fields import free_table_of, known_keys
 from torchtitan.config.load import load_config
 from torchtitan.handlers.registry import HANDLERS
+
+ROOT = Path(__file__).parents[3]
 
 # the tables
 
@@ -19,6 +23,50 @@ def test_a_key_is_either_today_s_or_older():
     built = sorted(set(tables.OLD_KEYS) & set(known_keys()))
     assert built == [], "a section has these now: take them out of compat/keys.py"
     assert not set(tables.MISNAMED) & (set(known_keys()) | set(tables.OLD_KEYS))
+
+
+@pytest.mark.parametrize("name", [name for name in tables.OTHER_TOOLS if name != "output"])
+def test_a_name_of_another_tool_is_in_the_docs_with_today_s_key(name: str):
+    today = tables.OTHER_TOOLS[name]
+    assert today in known_keys() or free_table_of(today)
+    pages = [ROOT / "docs" / "start" / f"from_{tool}.md" for tool in ("torchtune", "transformers")]
+    rows = [row for page in pages for row in page.read_text().splitlines() if row[:1] == "|"]
+    assert any(re.search(rf"`{name}\b", row) and f"`{today}" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("batch_size = 2", "batch_size: is a name of torchtune or transformers. Fix: write `train"),
+        ("compile = true", "compile: has another name here. Fix: write `model.handlers`"),
+        ("[args]\nsave_steps = 5", "args.save_steps: is a name of"),
+        ("[job]\ngradient_accumulation_steps = 5", "batch size x accumulation"),
+        ("[validation]\nbatch_size = 5", "did you mean `validation.local_batch_size`?"),
+        (
+            "model:\n  _component_: llama3",
+            "Fix: a YAML file, as of torchtune: docs/start/from_torch",
+        ),
+        (["--batch_size", "2"], "write `--training.local_batch_size`"),
+        (["batch_size=2"], "batch_size: needs dashes. Fix: write `--training.local_batch_size 2`"),
+        (["debug_model", "optimizer.lr=1e-5"], "write `--optimizer.lr 1e-5`"),
+        (["job.description=hf_abcdefghijklmnopqrstuvwxyz123456"], "looks like a secret"),
+        (["--config", "a.toml"], "write the file alone, such as `torchtitan train a.toml`"),
+    ],
+)
+def test_a_habit_of_other_tools_is_answered(written: str | list[str], answer: str, tmp_path: Path):
+    path = tmp_path / "run.toml"
+    if isinstance(written, str):
+        path.write_text(written)
+    arguments = [str(path)] if isinstance(written, str) else written
+    problem = "\n".join(map(str, problems_of(partial(load_config, arguments))))
+    assert answer in problem and "abcdefgh" not in problem
+
+
+def test_the_sections_are_named_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--yyy.a=1", "--zzz.a=1"])
+    first, second = caught.value.problems
+    assert "[optimizer]" in first.fix and "named above" in second.fix
 
 
 def test_the_handlers_of_the_tables_are_there():
@@ -244,7 +292,7 @@ def test_keys_like_none_of_them_still_get_a_guess():
 
 def test_names_that_nothing_ever_had():
     problem = problem_of(partial(load_config, ["--optimizer.learning_rate", "1"]))
-    assert "has another name here. Fix: write `--optimizer.lr`" in problem
+    assert "is a name of torchtune or transformers. Fix: write `--optimizer.lr`" in problem
 
 
 def test_empty_old_tables_are_nothing(tmp_path: Path):

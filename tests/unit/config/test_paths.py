@@ -7,6 +7,7 @@ import pytest
 from torchtitan.cli import main
 from torchtitan.config.fields import Key, keys_of, known_keys, paths_of
 from torchtitan.config.load import load_config
+from torchtitan.config.paths import hub_hint
 from torchtitan.config.run_context import RunContext
 from torchtitan.config.shipped import CLONE, found_elsewhere
 from torchtitan.preflight import FILES, preflight
@@ -106,3 +107,22 @@ def test_config_show_warns_of_a_variable_that_is_not_set(capsys: pytest.CaptureF
     shown = capsys.readouterr()
     assert "the environment has no variable NO_SUCH" in shown.err and "warning: " in shown.err
     assert '"$NO_SUCH/run"' in shown.out
+
+
+@pytest.mark.parametrize(
+    ("given", "is_meant"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", True),
+        ("there/step-5", False),
+        ("/a/b", False),
+        ("./a", False),
+        ("a/b/c", False),
+        ("a", False),
+    ],
+)
+def test_a_path_that_looks_like_a_model_of_the_hub(
+    given: str, is_meant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert (f"did you mean hf://{given}?" in hub_hint(given)) == is_meant

@@ -79,6 +79,9 @@ def test_the_overview_is_short_and_names_every_section(capsys: pytest.CaptureFix
         ("--training.seq-len", "training.seq_len: integer > 0 (default: 2048)"),
         ("lr", "optimizer.lr: number >= 0"),
         ("num_workers", "--validation.dataloader.num_workers"),
+        ("batch_size", "batch_size is training.local_batch_size here."),
+        ("output_dir", "output_dir is job.dump_folder here."),
+        ("dpo", "--loss.args.variant"),
         ("training.batch_size", "training.batch_size is training.local_batch_size here."),
         ("training.local_batch_size", "Older names, of TorchTitan: training.batch_size"),
         ("data.sources", "weight: Share of the tokens"),
@@ -107,7 +110,7 @@ def test_an_unknown_topic_is_refused_with_a_hint(
     with pytest.raises(ConfigError, match=re.escape(hint)):
         print_help(free_tables(), topic)
     assert main(["train", "--help", topic]) == 2
-    assert hint in capsys.readouterr().err
+    assert hint in (error := capsys.readouterr().err) and error.startswith(f"error: help {topic}")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,15 @@ def test_help_prefers_settings_to_commands_of_like_names(
 ):
     assert main(["help", topic]) == 0
     assert topic in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("AdamW", "of `torchtitan list optimizers`: uses beta1"), ("dpo", "--loss.args.variant")],
+)
+def test_help_knows_registered_names(name: str, expected: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["help", name]) == 0
+    assert expected in capsys.readouterr().out
 
 
 def test_a_config_after_help_is_no_topic(capsys: pytest.CaptureFixture[str]):

@@ -36,7 +36,71 @@ RENAMED = {
 }
 """The same setting, with the same values, under another name."""
 
+HANDLERS = "model.handlers"
+
+OTHER_TOOLS = {
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "batch_size": "training.local_batch_size",
+    "bf16": "training.mixed_precision_param",
+    "checkpoint_dir": "checkpoint.initial_load_path",
+    "clip_grad_norm": "training.max_norm",
+    "dataset_text_field": "data.text_column",
+    "enable_activation_checkpointing": "activation_checkpoint.mode",
+    "enable_activation_offloading": "activation_checkpoint.offload",
+    "enable_async_checkpointing": "checkpoint.async_mode",
+    "eval_steps": "validation.freq",
+    "fsdp_cpu_offload": "training.enable_cpu_offload",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_checkpointing": "activation_checkpoint.mode",
+    "learning_rate": "optimizer.lr",
+    "log_every_n_steps": "metrics.log_freq",
+    "logging_steps": "metrics.log_freq",
+    "lora_alpha": "handlers.lora.alpha",
+    "lora_dropout": "handlers.lora.dropout",
+    "lora_rank": "handlers.lora.rank",
+    "lr_scheduler_type": "lr_scheduler.decay_type",
+    "max_grad_norm": "training.max_norm",
+    "max_length": "training.seq_len",
+    "max_seq_len": "training.seq_len",
+    "max_steps": "training.steps",
+    "max_steps_per_epoch": "training.steps",
+    "num_train_epochs": "data.epochs",
+    "num_warmup_steps": "lr_scheduler.warmup_steps",
+    "optim": "optimizer.name",
+    "optimizer_in_bwd": "optimizer.early_step_in_backward",
+    "output": "job.dump_folder",
+    "output_dir": "job.dump_folder",
+    "per_device_eval_batch_size": "validation.local_batch_size",
+    "per_device_train_batch_size": "training.local_batch_size",
+    "prompt_template": "data.chat_template",
+    "report_to": "metrics.enable_wandb",
+    "run_val_every_n_steps": "validation.freq",
+    "save_steps": "checkpoint.interval",
+    "save_total_limit": "checkpoint.keep_latest_k",
+    "target_modules": "handlers.lora.targets",
+    "torch_compile": HANDLERS,
+    "use_dora": "handlers.lora.dora",
+}
+"""Names in torchtune and transformers (docs/start/from_torchtune.md, from_transformers.md)."""
+
+OTHER_VALUES = {
+    "bf16": "bfloat16 is the default",
+    "clip_grad_norm": "inf for null",
+    "enable_activation_checkpointing": '"full" for true',
+    "enable_async_checkpointing": '"async" for true',
+    "gradient_accumulation_steps": "batch size x accumulation x data-parallel processes",
+    "gradient_checkpointing": '"full" for true',
+    "max_grad_norm": "inf for 0",
+    "max_steps_per_epoch": "the steps of the whole run",
+    "report_to": "true for Weights & Biases; or metrics.enable_tensorboard",
+    "torch_compile": '["compile"] for true',
+}
+"""What the value is here, for names of `OTHER_TOOLS` whose values differ."""
+
 MISNAMED = {
+    **OTHER_TOOLS,
     "_base_": "base",
     "extends": "base",
     "include": "base",
@@ -71,7 +135,6 @@ CUSTOM_IMPORT = "experimental.custom_import"
 SPLIT_POINTS = "experimental.pipeline_parallel_split_points"
 """A list, or a text with commas, which TorchTitan split."""
 
-HANDLERS = "model.handlers"
 CONVERTERS = "model.converters"
 CONVERTER_NAMES = {"mx": "mxfp8", "quantize.linear.float8": "float8", "quantize.linear.mx": "mxfp8"}
 """Handlers that had other names as converters."""
