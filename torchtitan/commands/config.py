@@ -54,11 +54,11 @@ def print_notices(loaded: LoadedConfig) -> None:
 
 
 def description(path: Path) -> str:
-    """Return what a shipped TOML is for: the first sentence of its comment."""
+    """Return what a shipped TOML is for: its first comment up to what a dry run counts."""
     text = path.read_text(encoding="utf-8")
     found = re.search(r"^# (for .*(?:\n# [^A-Z\s].*)*)", text, re.MULTILINE)
     comment = found[1].replace("\n# ", " ") if found else ""
-    return re.split(r"\.\s+(?=[A-Z])", comment)[0]
+    return re.split(r"\.\s+(?=[A-Z])|; a dry run", comment)[0]
 
 
 def _copy(name: str, file: str) -> None:
