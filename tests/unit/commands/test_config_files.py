@@ -187,5 +187,5 @@ def test_every_shipped_config_is_listed_with_what_it_is_for(capsys):
     assert all(text.startswith("for ") for _, text in rows)
     texts = dict(rows)
     assert texts["debug_4d"] == "for a CPU (WORLD_SIZE=8): dp 1, tp 2, cp 2, pp 2"
-    assert texts["finetune_llama3_8b_lora"].endswith("1.9 GiB and 160 MiB on each")
+    assert texts["finetune_llama3_8b_lora"] == "for 1 GPU of 48 GB (WORLD_SIZE=1)"
     assert texts["llama3_405b"].endswith("(3D)")
