@@ -28,7 +28,9 @@ OWN_TESTS = {
 PYTEST = r"\./run_tests\.sh|pytest|\.ci/run|python -m pytest"
 MINUTES = r"python scripts/(bench_|make_converging|make_low_precision|soak|make_parity)"
 NETWORK = r"pip |pre-commit|PIP_EXTRA|torchtitan (download|upload)|wandb|python scripts/download"
-OTHERS = r"ssh|tensorboard|mkdocs|kill|tail|jq|touch|cd|ls|source|export|python -m torch\."
+OTHERS = (
+    r"ssh|tensorboard|mkdocs|mkdir|kill|tail|jq|touch|cd|ls|source|export|python -m (torch\.|venv)"
+)
 NOT_RUN = {
     PYTEST: "runs the tests",
     MINUTES: "takes minutes",
@@ -42,8 +44,8 @@ NOT_RUN = {
     r"torchrun \.\.\.|.*/shared/|.*\.\./old": "stands for somebody's cluster or environment",
 }
 NIGHTLY = r"torchtitan (bisect|replay)"  # fresh processes; their own tests run the same by day
-SHORT = ["--training.steps", "2", "--lr_scheduler.warmup_steps", "1", "--job.new_run"]
-SHORT += ["--job.dump_folder", "outputs/short"]
+SHORT = ["--training.steps", "2", "--job.new_run", "--job.dump_folder", "outputs/short"]
+SHORT += ["--lr_scheduler.warmup_steps", "1", "--lr_scheduler.decay_ratio", "0.5"]
 STEPS = {"20": "4", "40": "3", "500": "4", "900": "7", "1000": "8", "1230": "7"}
 """Steps that the pages name, and those of the small runs that stand in for outputs/mine."""
 
@@ -52,7 +54,8 @@ def cases() -> list[str]:
     found = []
     for page in PAGES:
         own = page.relative_to(ROOT).as_posix() in OWN_TESTS
-        plain = [shlex.join(shlex.split(line, comments=True)) for line in commands(page)]
+        words = [shlex.split(line.partition(" > ")[0], comments=True) for line in commands(page)]
+        plain = [shlex.join(each) for each in words if each]
         found += [c for c in plain if not own and not any(re.match(p, c) for p in NOT_RUN)]
     return list(dict.fromkeys(found))
 
@@ -84,6 +87,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory, small_smollm2: Path) -> Path
     run(folder, [*words, "--job.dump_folder=outputs/lora"])
     run(folder, ["-m", "torchtitan", "export", "outputs/mine", "outputs/hf"])
     (outputs / "checkpoint").symlink_to(outputs / "mine" / "checkpoint")
+    (folder / "runs").mkdir()
+    for name in ("tp2", "fsdp4"):
+        (folder / "runs" / name).symlink_to(outputs / "mine")
     return folder
 
 

@@ -225,7 +225,8 @@ def test_a_mistake_under_several_processes_is_told_once(clone: Path, programs: P
     result = run(clone, programs, str(clone / "run_llama_train.sh"), *arguments, NGPU="2")
     assert (result.returncode, result.stdout) == (2, ""), "nothing was started"
     assert result.stderr.count("--training.stepz: is unknown") == 1
-    assert len(result.stderr.splitlines()) == 2
+    first, *rest = result.stderr.splitlines()
+    assert first == "Checking the run for 2 processes ..." and len(rest) == 2
 
 
 def test_a_path_that_starts_in_the_clone_is_named(clone: Path, programs: Path):

@@ -113,7 +113,7 @@ def test_finished(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     opened = open_folder(tmp_path, world_size=2)
     assert opened.decision.action == "finished"
-    assert "all 20 steps" in opened.decision.notices[0]
+    assert "has trained 20 steps" in opened.decision.notices[0]
     opened.set_status("failed", 0, 1)
     assert snapshot(tmp_path) == before
     assert "training.seq_len" in refused(tmp_path, training={"seq_len": 64})

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_named(
     assert "the chat template: is missing" in rejected(capsys, run_folder, "--tasks=a", chat)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text = rejected(capsys, run_folder, "--tasks=capitals", f"--task-dir={tasks}")
-    assert "needs the package lm-eval" in text and "torchtitan[eval]" in text
+    assert "needs the package lm-eval" in text and "'.[eval]'" in text
 
 
 def test_wrong_tasks_are_named(

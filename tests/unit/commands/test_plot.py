@@ -220,7 +220,7 @@ def test_without_matplotlib_it_says_what_to_install(
     write(Path("a/metrics.jsonl"), record(1))
     monkeypatch.setattr("torchtitan.commands.plot.find_spec", lambda name: None)
     text = refused(capsys, "a")
-    assert "needs the package matplotlib" in text and "torchtitan[plot]" in text
+    assert "needs the package matplotlib" in text and "'.[plot]'" in text
 
 
 def test_names_are_shown_as_they_are_written() -> None:

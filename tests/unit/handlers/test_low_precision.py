@@ -53,7 +53,7 @@ def test_without_torchao_one_sentence_names_the_extra(
     )
     assert problems([name]) == [
         f'model.handlers = "{name}": it needs torchao, which is not installed.'
-        ' Fix: pip install "torchtitan[quant]".'
+        " Fix: pip install -e '.[quant]' -c constraints.txt, in the clone."
     ]
 
 
@@ -83,7 +83,7 @@ def test_it_is_told_before_torch_is_imported() -> None:
     *told, rest = done.stderr.split("END\n")
     assert len(told) == 3 and rest == ""
     for text in told:
-        assert text.count("torchao") == 1 and "torchtitan[quant]" in text
+        assert text.count("torchao") == 1 and "'.[quant]'" in text
 
 
 @pytest.mark.parametrize("name", LOW_PRECISION)
