@@ -37,6 +37,7 @@ PARTS = {
     "tests/meta/test_notebook.py": 1,
     "tests/distributed/test_handlers_on_meshes.py": 1,
     "tests/meta/test_dry_runs.py": 8,
+    "tests/meta/test_commands_run.py": 1,
     "tests/parity/test_checkpoints_move.py": 1,
     "tests/unit/data/test_data_order.py": 1,
     "tests/unit/data/test_sources_order.py": 1,

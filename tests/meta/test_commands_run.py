@@ -46,6 +46,7 @@ NOT_RUN = {
 NIGHTLY = r"torchtitan (bisect|replay)"  # fresh processes; their own tests run the same by day
 SHORT = ["--training.steps", "2", "--job.new_run", "--job.dump_folder", "outputs/short"]
 SHORT += ["--lr_scheduler.warmup_steps", "1", "--lr_scheduler.decay_ratio", "0.5"]
+VALIDATED = ["--validation.enable", "--validation.dataset=stdlib", "--validation.steps=1"]
 STEPS = {"20": "4", "40": "3", "500": "4", "900": "7", "1000": "8", "1230": "7"}
 """Steps that the pages name, and those of the small runs that stand in for outputs/mine."""
 
@@ -79,7 +80,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, small_smollm2: Path) -> Path
     outputs.mkdir()
     for name in ("mine", "debug_model"):
         words = ["-m", "torchtitan.train", "llama.toml", f"--job.dump_folder=outputs/{name}"]
-        run(folder, [*words, "--training.steps=8", "--debug.record=1", "--data.ledger"])
+        run(folder, [*words, "--training.steps=8", "--debug.record=1", "--data.ledger", *VALIDATED])
     base = f"--checkpoint.initial_load_path={small_smollm2}"
     lora = ["--model.handlers=lora", "--model.flavor=from_checkpoint", base]
     (folder / "lora.toml").write_text(runs.CONFIG[runs.CONFIG.index("[training]") :])
