@@ -18,7 +18,7 @@ TOP_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 LOOKED_UP = ("reference/messages.md", "reference/settings.md")
 """Pages that the search prefers: who pastes a message or a key wants these."""
 _MOST_BYTES = 2**18
-"""Of a file that becomes a page."""
+"""Size of the largest file that becomes a page, in bytes."""
 _LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )(?!\w+:|#)([^)#\s]+)", re.MULTILINE)
 _PICTURE = re.compile(
     r'<picture>.*?srcset="([^"]+)".*?alt="([^"]+)" src="([^"]+)".*?</picture>', re.S

@@ -119,7 +119,7 @@ def registries() -> str:
 
 
 def _config_row(name: str, text: str) -> tuple[str, str]:
-    """Of a shipped TOML; what a dry run counts, or how else to start it, is in the file."""
+    """Describe a shipped TOML; what a dry run counts, or how else to start it, is in the file."""
     return f"[`{name}`](../../train_configs/{name}.toml)", re.split(r"; a dry run|\. ", text)[0]
 
 

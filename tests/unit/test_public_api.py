@@ -61,7 +61,7 @@ def at_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyP
 
 
 def process_state() -> dict[str, Any]:
-    """What a run must leave as it was."""
+    """Return all that a run must leave as it was."""
     gc.collect()
     process = psutil.Process()
     logger = logging.getLogger("torchtitan")

@@ -83,7 +83,7 @@ INSTEAD = {
     "tensorboard": "`tensorboard --logdir RUN/tb`",
     "verify": "`torchtitan checkpoint verify RUN`",
 }
-"""What to type in place of words that are commands elsewhere; `-` is written `_`."""
+"""Commands to type in place of words that are commands elsewhere; `-` is written `_`."""
 _RECIPES = {
     "qlora": "finetune_llama3_8b_qlora",
     "lora": "finetune_llama3_8b_lora",

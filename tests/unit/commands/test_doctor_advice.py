@@ -1,4 +1,4 @@
-"""What the doctor says about speed, given what it has measured, and that it measures."""
+"""The doctor measures, and advises by what it has measured."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides scalars: the run's name, charts, its config and a data sample."""
+"""TensorBoard shows more than scalars: the run's name, charts, its config and a data sample."""
 
 import re
 import shutil

@@ -97,7 +97,7 @@ OTHER_VALUES = {
     "report_to": "true for Weights & Biases; or metrics.enable_tensorboard",
     "torch_compile": '["compile"] for true',
 }
-"""What the value is here, for names of `OTHER_TOOLS` whose values differ."""
+"""Notes on the value here, for names of `OTHER_TOOLS` whose values differ."""
 
 MISNAMED = {
     **OTHER_TOOLS,
