@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from torchtitan.checkpoint.stored_run import METRICS_NAME
 from torchtitan.config.errors import ConfigError, ConfigIssue
 from torchtitan.config.exit_codes import DONE
 from torchtitan.config.paths import expand_path
@@ -24,7 +25,6 @@ from torchtitan.utils.text import format_bytes, plural, some_of
 Floats = NDArray[np.float64]
 
 _FORMATS = (".png", ".svg", ".pdf")
-_RECORDS_NAME = "metrics.jsonl"
 _POSITIONS = {"steps": "step", "tokens": "num_tokens_seen", "time": "run_seconds"}
 _DEFAULTS = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_peak_gib")
 _LARGE_BYTES = 50 * 2**20
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 def run_names(files: Sequence[Path]) -> list[str]:
     """Return the names of the run folders, each with as many parents as make it unique."""
     parts = [
-        file.parent.parts if file.name == _RECORDS_NAME else file.with_suffix("").parts
+        file.parent.parts if file.name == METRICS_NAME else file.with_suffix("").parts
         for file in files
     ]
     names = []
@@ -145,14 +145,14 @@ def _records_file(word: str) -> Path:
     path = Path(os.path.abspath(expand_path(word)))
     if path.is_file():
         return path
-    file = path / _RECORDS_NAME
+    file = path / METRICS_NAME
     if file.is_file():
         return file
     if path.is_dir():
-        problem = f"has no {_RECORDS_NAME}, so either no step is logged yet or it is not a run"
+        problem = f"has no {METRICS_NAME}, so either no step is logged yet or it is not a run"
     else:
         problem = "is neither a folder nor a file"
-    inside = [os.path.join(word, one.parent.name) for one in path.glob(f"*/{_RECORDS_NAME}")]
+    inside = [os.path.join(word, one.parent.name) for one in path.glob(f"*/{METRICS_NAME}")]
     fix = f"name a run in it: {some_of(sorted(inside))}" if inside else "give a job.dump_folder"
     raise ConfigError(ConfigIssue("RUN", problem, fix, word))
 

@@ -45,6 +45,12 @@ def test_a_default_that_fits_is_left_alone(flags: list[str]):
     assert context.config.training.local_batch_size == 8 and context.warmup_steps == 200
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(200, 20), (10, 1), (2, 0)])
+def test_a_warmup_that_is_all_the_decay_leaves_needs_no_notice(steps: int, warmup: int):
+    context = facts_of(1, "--lr_scheduler.decay_ratio=0.9", f"--training.steps={steps}")
+    assert preflight(context, [ARITHMETIC]) == [] and context.warmup_steps == warmup
+
+
 @pytest.mark.parametrize(
     ("key", "value", "other"),
     [

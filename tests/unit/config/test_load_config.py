@@ -165,6 +165,7 @@ def test_a_shipped_config_is_called_by_its_name(tmp_path: Path, monkeypatch: pyt
         ("llama3_8", "did you mean `llama3_8b`, which comes with the library?"),
         ("llama3_8b.toml", "did you mean `llama3_8b`, which comes with the library?"),
         ("train_configs/llama3_8b.toml", f"did you mean {CLONE}/train_configs/llama3_8b.toml?"),
+        ("old/train_configs/llama3_8b.toml", "did you mean `llama3_8b`, which comes with"),
         ("mine.toml", "check the path; the current folder is "),
     ],
 )

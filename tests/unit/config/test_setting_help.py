@@ -101,6 +101,7 @@ def test_a_topic_is_found(topic: str, expected: str, capsys: pytest.CaptureFixtu
         ("training.stepz", 'did you mean "training.steps"?'),
         ("handlers.lora.rnk", 'did you mean "handlers.lora.rank"?'),
         ("seqlen", 'did you mean "seq_len"?'),
+        ("experimental", "its keys are parallelism.context_parallel_degree, "),
         ("fault_tolerance.enable", "docs/start/from_torchtitan.md"),
     ],
 )

@@ -68,6 +68,17 @@ def test_only_rank_0_tells_what_keys_are_today(monkeypatch, capsys):
     assert "notice: training.seed is debug.seed today\n" in capsys.readouterr().err
 
 
+def test_a_run_counts_the_notices_that_a_check_prints(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    path = str(TOMLS / "early_2025" / "llama3_8b.toml")
+    main(["train", path, "--check"])
+    checked = capsys.readouterr().err.count("is training.local_batch_size today")
+    assert main(["train", path]) == 2  # its data are not here
+    error = capsys.readouterr().err
+    assert checked == 1 and "local_batch_size today" not in error
+    assert "settings were read as today's; --check names them" in error
+
+
 def test_shown_with_today_s_keys(capsys):
     path = TOMLS / "early_2025" / "llama3_8b.toml"
     assert main(["config", "show", str(path), "--training.batch_size", "4"]) == 0
